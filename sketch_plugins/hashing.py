@@ -1,0 +1,108 @@
+"""Seeded hashing of rows into buckets: balanced, bijective, and the same for dense and for sparse gradients.
+
+A parameter with ``R`` rows is hashed ``depth`` times into ``width`` buckets. Every hash is a *bijection* of the rows
+followed by ``mod width``, so each bucket holds ``R // width`` rows, or one more (the first ``R % width`` buckets), and
+``width == R`` gives every row a bucket of its own. Nothing here keeps state: all constants derive from one integer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+HASHES = ("strided", "affine")
+
+_MASK64 = (1 << 64) - 1
+_MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class RowHash:
+    """One hash of ``rows`` rows into ``width`` buckets: ``bucket(i) = ((a * i + b) mod rows) mod width``.
+
+    ``a == 1 and b == 0`` is the *strided* hash ``i mod width``: rows ``[q * width, (q + 1) * width)`` fall into the
+    buckets in order, so a bucket's members are a plain strided view of the matrix and need no index.
+    """
+
+    rows: int
+    width: int
+    a: int = 1
+    b: int = 0
+    sign_seed: int = 0
+
+    @property
+    def strided(self) -> bool:
+        return self.a == 1 and self.b == 0
+
+    def bucket(self, index: Tensor) -> Tensor:
+        """Buckets (int64) of the row numbers ``index`` (int64)."""
+        if not self.strided:
+            index = (index * self.a + self.b) % self.rows
+        return index % self.width
+
+    def load(self, bucket: Tensor) -> Tensor:
+        """How many of the parameter's rows share each of ``bucket`` (int64, same shape)."""
+        return self.rows // self.width + (bucket < self.rows % self.width).long()
+
+    def sign(self, index: Tensor) -> Tensor:
+        """+1 or -1 (int64) for each row number: the sign of the count-sketch."""
+        return 1 - 2 * (mix32(index, self.sign_seed) & 1)
+
+
+@lru_cache(maxsize=4096)
+def row_hashes(rows: int, width: int, depth: int, hash: str, seed: int) -> tuple[RowHash, ...]:
+    """The ``depth`` hashes of a parameter with ``rows`` rows.
+
+    Args:
+        rows: number of rows, >= 1.
+        width: buckets of each hash, 1 <= width <= rows.
+        depth: number of hashes.
+        hash: ``"strided"``: the first hash is ``i mod width`` and only the others are drawn from the seed (measured
+            to train as well as a random bijection); ``"affine"``: all are.
+        seed: any integer; equal seeds give equal hashes on every machine.
+    """
+    stream = _splitmix64(seed ^ 0x5EED_5EED)
+    hashes = []
+    for j in range(depth):
+        a, b, sign_seed = next(stream), next(stream), next(stream) & _MASK32
+        if (j == 0 and hash == "strided") or rows == 1:
+            a, b = 1, 0
+        else:
+            # Any a coprime to `rows` makes i -> a * i + b a bijection mod `rows`; a = 1 would repeat the strided hash.
+            a, b = 1 + a % max(1, rows - 1), b % rows
+            while math.gcd(a, rows) != 1 or (a == 1 and rows > 3):
+                a = a % rows + 1
+        hashes.append(RowHash(rows, width, a, b, sign_seed))
+    return tuple(hashes)
+
+
+def mix32(index: Tensor, seed: int) -> Tensor:
+    """A 32-bit integer hash of each element of ``index`` (int64 in, int64 values in [0, 2**32) out).
+
+    The finaliser of MurmurHash3 over ``index ^ seed``: enough for signs and for rounding noise, and the same few
+    32-bit multiplications on every device. int64 products wrap, but their low 32 bits are exact.
+    """
+    h = ((index ^ (index >> 32)) ^ (seed & _MASK32)) & _MASK32
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK32
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK32
+    return h ^ (h >> 16)
+
+
+def uniform(index: Tensor, seed: int, step: int, dtype: torch.dtype) -> Tensor:
+    """Uniform numbers in [0, 1), a pure function of (seed, step, index): independent of chunking and of the device."""
+    key = next(_splitmix64((seed & _MASK64) ^ (step * 0x9E37_79B9_7F4A_7C15 & _MASK64)))
+    # 24 bits: every value is exact in float32 and none rounds up to 1.
+    return (mix32(mix32(index, key & _MASK32), key >> 32) >> 8).to(dtype) * (1.0 / (1 << 24))
+
+
+def _splitmix64(seed: int):
+    x = seed & _MASK64
+    while True:
+        x = (x + 0x9E37_79B9_7F4A_7C15) & _MASK64
+        z = ((x ^ (x >> 30)) * 0xBF58_476D_1CE4_E5B9) & _MASK64
+        z = ((z ^ (z >> 27)) * 0x94D0_49BB_1331_11EB) & _MASK64
+        yield z ^ (z >> 31)

@@ -1,0 +1,108 @@
+"""How far a sketched second moment is from the exact one, measured on a few rows while training runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.hashing import row_hashes
+from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
+
+
+class SecondMomentProbe:
+    """Exact second moments of a few sampled rows, beside the store's estimate of them.
+
+    Call `update` with the gradients in place, just *before* ``optimizer.step()``, and `relative_error` after it. The
+    samples are the same for the same seed. Costs ``rows * D`` numbers and a few small operations for each of
+    ``params`` parameters.
+
+    The exact average follows every row in every step (that of dense Adam or Adagrad); for row-sparse gradients, where
+    lazy rows do not decay, only the touched rows of a sample move.
+
+    Args:
+        optimizer: a sketched optimizer (wrappers with an ``optimizer`` attribute are looked through).
+        rows: rows sampled in each parameter.
+        params: parameters sampled, the largest ones that are compressed.
+        seed: of the sample.
+
+    Raises:
+        TypeError: not a sketched optimizer.
+    """
+
+    def __init__(self, optimizer: Any, rows: int = 8, params: int = 4, seed: int = 0) -> None:
+        while not isinstance(optimizer, SketchOptimizer):
+            if not hasattr(optimizer, "optimizer"):
+                raise TypeError(f"SecondMomentProbe takes a sketched optimizer, not {type(optimizer).__name__}")
+            optimizer = optimizer.optimizer
+        self.optimizer = optimizer
+        self.rows, self.params, self.seed = rows, params, seed
+        self._exact: dict[str, Tensor] = {}
+
+    def update(self) -> None:
+        """Fold the present gradients into the exact averages."""
+        for key, p, group, index in self._sample():
+            if p.grad is None:
+                continue
+            shape = matrix_shape(p.shape)
+            step = int(self.optimizer.state[p]["step"]) if p in self.optimizer.state else 0
+            ema = self.optimizer._rule(group, step + 1, False).second
+            if ema is None:
+                continue
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            if p.grad.is_sparse:
+                g = torch.stack([p.grad[i].to_dense().reshape(-1) for i in index.tolist()]).to(dtype)
+            else:
+                g = Matrix(p.grad).get(Rows(shape[0], index, 0, shape[1])).to(dtype)
+            old = self._exact.get(key)
+            if old is None:
+                # A probe that starts late takes over what the store says.
+                old = self._estimate(p, group, index) if step else torch.zeros_like(g)
+            new = old * ema.decay + g * g * ema.gain
+            lazy = p.grad.is_sparse or group["row_sparse"] is not False
+            self._exact[key] = torch.where((g != 0).any(1, keepdim=True), new, old) if lazy else new
+
+    def relative_error(self) -> float:
+        """``||estimate - exact|| / ||exact||`` over all sampled rows; NaN before the first step."""
+        difference, size = 0.0, 0.0
+        for key, p, group, index in self._sample():
+            if key in self._exact and p in self.optimizer.state:
+                exact = self._exact[key]
+                difference += float((self._estimate(p, group, index) - exact).square().sum())
+                size += float(exact.square().sum())
+        return (difference / size) ** 0.5 if size else float("nan")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact averages."""
+        return {"exact": {key: value.clone() for key, value in self._exact.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._exact = {key: value.clone() for key, value in state["exact"].items()}
+
+    def _estimate(self, p: Tensor, group: dict[str, Any], index: Tensor) -> Tensor:
+        store = self.optimizer._stores(p, group)[1]
+        assert store is not None
+        shape = matrix_shape(p.shape)
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        return store.read(self.optimizer.state[p]["second_moment"], Rows(shape[0], index, 0, shape[1]), dtype).clone()
+
+    def _sample(self) -> list[tuple[str, Tensor, dict[str, Any], Tensor]]:
+        found = []
+        for number, group in enumerate(self.optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                store = self.optimizer._stores(p, group)[1]
+                if store is not None and store.shared and p.numel():
+                    found.append((p.numel(), f"{number}.{i}", p, group))
+        found.sort(key=lambda f: -f[0])
+        out = []
+        for _, key, p, group in found[: self.params]:
+            total = matrix_shape(p.shape)[0]
+            h = row_hashes(total, total, 1, "affine", self.seed)[0]
+            picked = h.bucket(torch.arange(min(self.rows, total))).sort().values
+            out.append((key, p, group, picked.to(p.device)))
+        return out
+
+

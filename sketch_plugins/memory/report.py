@@ -1,0 +1,219 @@
+"""How many bytes an optimizer keeps: for each store, parameter and group, beside AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """State of one parameter.
+
+    Attributes:
+        name: the parameter's name, or ``group.index`` where the optimizer was given none.
+        group: number of its parameter group.
+        shape: of the parameter.
+        params: number of elements.
+        stores: bytes by store, e.g. ``{"first_moment": 608256, "second_moment": 119808}``.
+        adamw_bytes: what `torch.optim.AdamW` keeps: two tensors of the parameter's shape and dtype.
+        planned: the state does not exist yet (no step so far); the bytes are what it will take.
+    """
+
+    name: str
+    group: int
+    shape: tuple[int, ...]
+    params: int
+    stores: dict[str, int]
+    adamw_bytes: int
+    planned: bool
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all stores."""
+        return sum(self.stores.values())
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """What `state_report` returns; ``print(report)`` shows the table."""
+
+    optimizer: str
+    parameters: list[ParameterState] = field(repr=False)
+
+    @property
+    def params(self) -> int:
+        """Number of parameters (elements)."""
+        return sum(p.params for p in self.parameters)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state."""
+        return sum(p.state_bytes for p in self.parameters)
+
+    @property
+    def bytes_per_param(self) -> float:
+        """Bytes of state for each parameter."""
+        return self.state_bytes / self.params if self.params else 0.0
+
+    @property
+    def adamw_bytes(self) -> int:
+        """Bytes that `torch.optim.AdamW` would keep for the same parameters."""
+        return sum(p.adamw_bytes for p in self.parameters)
+
+    @property
+    def saved_bytes(self) -> int:
+        """AdamW's bytes less ours."""
+        return self.adamw_bytes - self.state_bytes
+
+    @property
+    def planned(self) -> bool:
+        """Some of the state does not exist yet."""
+        return any(p.planned for p in self.parameters)
+
+    def by_store(self) -> dict[str, int]:
+        """Bytes by store."""
+        total: dict[str, int] = {}
+        for p in self.parameters:
+            for name, n in p.stores.items():
+                total[name] = total.get(name, 0) + n
+        return total
+
+    def by_group(self) -> dict[int, int]:
+        """Bytes by parameter group."""
+        total: dict[int, int] = {}
+        for p in self.parameters:
+            total[p.group] = total.get(p.group, 0) + p.state_bytes
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {
+            "optimizer": self.optimizer,
+            "params": self.params,
+            "state_bytes": self.state_bytes,
+            "bytes_per_param": self.bytes_per_param,
+            "adamw_bytes": self.adamw_bytes,
+            "saved_bytes": self.saved_bytes,
+            "planned": self.planned,
+            "by_store": self.by_store(),
+            "by_group": self.by_group(),
+            "parameters": [{**asdict(p), "state_bytes": p.state_bytes} for p in self.parameters],
+        }
+
+    def table(self, rows: int = 12) -> Table:
+        """A rich table: the ``rows`` parameters with the most state, the rest summed, totals."""
+        stores = list(self.by_store())
+        when = "state to be allocated" if self.planned else "state"
+        table = Table(title=f"{self.optimizer}: {when}, beside AdamW")
+        table.add_column("parameter", overflow="fold")
+        table.add_column("shape")
+        table.add_column("group", justify="right")
+        for store in stores:
+            table.add_column(store.replace("_", " "), justify="right")
+        for heading in ("state", "B/param", "AdamW", "saved"):
+            table.add_column(heading, justify="right")
+        ordered = sorted(self.parameters, key=lambda p: -p.params)
+
+        def add(name: str, shape: str, group: str, of: list[ParameterState], style: str | None = None) -> None:
+            state, adamw = sum(p.state_bytes for p in of), sum(p.adamw_bytes for p in of)
+            params = sum(p.params for p in of)
+            table.add_row(
+                name,
+                shape,
+                group,
+                *(format_bytes(sum(p.stores.get(s, 0) for p in of)) for s in stores),
+                format_bytes(state),
+                f"{state / params:.3f}" if params else "-",
+                format_bytes(adamw),
+                f"{1 - state / adamw:.1%}" if adamw else "-",
+                style=style,
+            )
+
+        for p in ordered[:rows]:
+            add(p.name, "x".join(map(str, p.shape)) or "scalar", str(p.group), [p])
+        if ordered[rows:]:
+            add(f"{len(ordered) - rows} more", "", "", ordered[rows:])
+        table.add_section()
+        add("total", f"{self.params:,}", "", self.parameters, "bold")
+        return table
+
+    def __str__(self) -> str:
+        """The table as text."""
+        console = Console(width=120, record=True, file=_Nowhere())
+        console.print(self.table())
+        return console.export_text()
+
+
+def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
+    """Bytes of an optimizer's state, for each store, parameter and group, compared with AdamW.
+
+    Works for any torch optimizer (each key of its state is a store); wrappers with an ``optimizer`` attribute
+    (accelerate, LR schedulers) are looked through. Before the first step a sketched optimizer reports what it will
+    allocate. Tensors are counted by their size; the scalar step counters are left out on both sides.
+
+    Args:
+        optimizer: the optimizer.
+
+    Returns:
+        A `StateReport`.
+    """
+    while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            raise TypeError(f"state_report takes a torch optimizer, not {type(optimizer).__name__}")
+        optimizer = inner
+    plan = getattr(optimizer, "planned_state", None)
+    found = []
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names")
+        for index, p in enumerate(group["params"]):
+            state = optimizer.state.get(p, {})
+            stores = {key: n for key, value in state.items() if (n := sum(_sizes(value)))}
+            planned = not state and plan is not None and p.numel() > 0
+            if planned and plan is not None:
+                stores = {name: n for name, (_, n) in plan(p, group).items()}
+            found.append(
+                ParameterState(
+                    name=names[index] if names else f"{number}.{index}",
+                    group=number,
+                    shape=tuple(p.shape),
+                    params=p.numel(),
+                    stores=stores,
+                    adamw_bytes=2 * p.numel() * p.element_size(),
+                    planned=planned,
+                )
+            )
+    return StateReport(type(optimizer).__name__, found)
+
+
+def format_bytes(n: float) -> str:
+    """Bytes for people: 1.5 KB, 2.3 MB (powers of 1000)."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def _sizes(value: Any) -> Iterator[int]:
+    if isinstance(value, Tensor):
+        if value.ndim > 0:
+            yield value.numel() * value.element_size()
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from _sizes(v)
+
+
+class _Nowhere:
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass

@@ -1,0 +1,267 @@
+"""Adam and RMSprop with sketched moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sketch_plugins.optim.base import Rule, SketchOptimizer
+from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, SECOND_MOMENT, Option
+from sketch_plugins.stores import Ema
+
+_SHARED = {
+    "maximize": False,
+    "width": 0,
+    "depth": 1,
+    "hash": "strided",
+    "seed": 0,
+    "min_compress_size": 4096,
+    "row_sparse": False,
+    "update_clip": 0.0,
+    "scale_parameter": False,
+    "chunk_size": 0,
+    "clean_every": 0,
+    "clean_factor": 0.2,
+}
+_FIRST = {
+    "first_moment": "int8",
+    "first_moment_rounding": "nearest",
+    "block_size": 128,
+    "allow_dense_count_sketch": False,
+}
+_SECOND = {"second_moment": "count_min", "compression": 0.05, "bucket": "mean"}
+# arXiv 1902.00179: 3 hashes over tables that together keep 20 % of the rows, min / median, V *= 0.2 every 125 steps.
+PAPER_SKETCH = {"compression": 0.2 / 3, "depth": 3, "hash": "affine", "bucket": "sum", "clean_every": 125}
+_EXACT = {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.0, "scale_parameter": False}
+_ADAFACTOR_DEVICES = {"update_clip": 1.0, "scale_parameter": True}
+
+
+class CSAdam(SketchOptimizer):
+    r"""AdamW whose moments are compressed: by default 1.24 bytes of state a parameter instead of 8.
+
+    Every parameter with 2 or more dimensions and at least ``min_compress_size`` elements is an :math:`R \times D`
+    matrix (dimension 0 by the rest); vectors, scalars and small tensors keep exact float32 moments. At step :math:`t`
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) \, \mathrm{bucket}(g_t^2) \\
+        \theta_t &= (1 - \gamma \lambda) \theta_{t-1}
+            - \gamma \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+    with :math:`\gamma` the learning rate and :math:`\lambda` the weight decay. By default :math:`m` is kept in int8
+    blocks and :math:`v` in a count-min sketch of depth 1: rows :math:`i, i + w, i + 2w, \ldots` share one row of
+    :math:`w = \lceil 0.05 R \rceil` buckets that averages their :math:`g^2`. AdamW's learning rate carries over.
+
+    State bytes a parameter of an R x D matrix (float32 arithmetic; exact counts: `sketch_plugins.state_report`):
+    ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / block_size``, count_sketch ``4 * depth * compression``, none 0;
+    ``second_moment`` dense 4, count_min ``4 * depth * compression``, row_count_min ``4 / D`` more.
+
+    Presets (any option given explicitly wins over the preset):
+
+    =============== ============== ============= ============ ============================================== ==========
+    preset          first_moment   second_moment compression  further                                        B/param
+    =============== ============== ============= ============ ============================================== ==========
+    default         int8           count_min     0.05         depth 1, strided hash, bucket mean             1.24
+    lean            none           count_min     0.05         + update_clip 1, scale_parameter: lr is        0.20
+                                                              relative to the weights (try 1e-2 to 3e-2)
+    paper_cs_mv     count_sketch   count_min     3 x 0.0667   depth 3, affine hash, bucket sum, median and   1.60
+                                                              minimum, cleaning 0.2 every 125 steps; for
+                                                              row-sparse gradients (embedding, softmax)
+    paper_cs_v      fp32           count_min     3 x 0.0667   the same, first moment exact                   4.80
+    exact           fp32           dense                      is torch.optim.AdamW                           8.00
+    =============== ============== ============= ============ ============================================== ==========
+
+    Sparse gradients (``nn.Embedding(sparse=True)``) and ``row_sparse``: *lazy* Adam, the semantics of
+    `torch.optim.SparseAdam`. Only rows with a gradient change: the moments of other rows neither decay nor move them,
+    weight decay reaches touched rows only, bias correction counts the steps of the whole parameter, epsilon is added
+    before bias correction (:math:`\sqrt{1 - \beta_2^t} / (\sqrt{v} + \epsilon)`), and update_clip and
+    scale_parameter look at the touched rows. ``row_sparse="auto"`` does this for dense gradients in those steps in
+    which at least half of the rows are entirely zero (embeddings of models that were not built with ``sparse=True``);
+    on an accelerator the search for such rows synchronises with the host. Where c rows of one bucket are touched in
+    one step, the bucket takes c steps with the mean of their values: no order, bounded for every c.
+
+    Args:
+        params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
+        lr: learning rate, float or tensor (default 1e-3).
+        betas: decay rates of the moments (default (0.9, 0.999)); ``betas[0]`` has no effect with
+            ``first_moment="none"``.
+        eps: added to the denominator (default 1e-8).
+        weight_decay: decoupled weight decay (default 1e-2).
+        preset: see above.
+        first_moment: ``"int8"``, ``"fp32"``, ``"bf16"``, ``"count_sketch"`` or ``"none"``.
+        second_moment: ``"count_min"``, ``"row_count_min"`` or ``"dense"``.
+        compression: fraction of the rows kept as buckets in each of the ``depth`` tables, in (0, 1]. 1.0 gives every
+            row its own bucket: the dense method.
+        width: number of buckets, instead of ``compression``; more than R is R.
+        depth: number of hashes; the estimate is the minimum (second moment) or median (first moment).
+        hash: ``"strided"`` or ``"affine"`` (a seeded bijection); see `sketch_plugins.hashing`.
+        bucket: ``"mean"`` or ``"sum"`` of the rows of a bucket, for dense gradients.
+        clean_every: every so many steps ...
+        clean_factor: ... the sketched second moment is multiplied by this, before the update.
+        block_size: columns that share one scale of the int8 first moment; costs ``4 / block_size`` bytes a parameter.
+        first_moment_rounding: ``"nearest"`` or ``"stochastic"``, for int8.
+        min_compress_size: smaller tensors are exact.
+        row_sparse: False, True or ``"auto"``.
+        update_clip: divide the update by ``max(1, RMS(update) / update_clip)`` (Adafactor's d; 0: off).
+        scale_parameter: multiply the step by ``max(1e-3, RMS(parameter))`` (Adafactor's relative step).
+        allow_dense_count_sketch: a signed sketch of a dense first moment does not train and is refused; True insists.
+        chunk_size: elements worked on at a time: the step's temporaries are a few times this many numbers.
+        seed: of the hashes and of stochastic rounding; equal seeds, equal results.
+        maximize: ascend.
+
+    Raises:
+        ValueError: an option has a value that is not allowed (named, with what is), an option does not exist, a
+            parameter is complex or sparse; in `step`, a dense gradient meets ``first_moment="count_sketch"``.
+
+    Sources: count-sketch Adam, https://arxiv.org/abs/1902.00179; update clipping and relative steps,
+    https://arxiv.org/abs/1804.04235. Deviations from the first: buckets hold the mean rather than the sum; hashes are
+    balanced bijections; rows are hashed for dense layers too (the reference hashes columns there); co-touched rows
+    as above; each table keeps its own running value rather than one estimate fed back to all.
+    """
+
+    OPTIONS: ClassVar[dict[str, Option]] = {**COMMON, **FIRST_MOMENT, **SECOND_MOMENT}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {**_SHARED, **_FIRST, **_SECOND},
+        "lean": {"first_moment": "none", **_ADAFACTOR_DEVICES},
+        "paper_cs_mv": {"first_moment": "count_sketch", **PAPER_SKETCH},
+        "paper_cs_v": {"first_moment": "fp32", **PAPER_SKETCH},
+        "exact": _EXACT,
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        preset: str = "default",
+        first_moment: str | None = None,
+        second_moment: str | None = None,
+        compression: float | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        hash: str | None = None,
+        bucket: str | None = None,
+        clean_every: int | None = None,
+        clean_factor: float | None = None,
+        block_size: int | None = None,
+        first_moment_rounding: str | None = None,
+        min_compress_size: int | None = None,
+        row_sparse: bool | str | None = None,
+        update_clip: float | None = None,
+        scale_parameter: bool | None = None,
+        allow_dense_count_sketch: bool | None = None,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+        maximize: bool | None = None,
+    ) -> None:
+        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+
+    def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
+        return _adam(group, group["betas"][0] if group["first_moment"] != "none" else None, step, sparse)
+
+
+class CSRMSprop(SketchOptimizer):
+    r"""RMSprop with a sketched second moment: CS-V of the paper, Adam at :math:`\beta_1 = 0`. 0.20 bytes a parameter.
+
+    .. math::
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) \, \mathrm{bucket}(g_t^2) \qquad
+        \theta_t = (1 - \gamma \lambda) \theta_{t-1} - \gamma \frac{g_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+    `CSAdam` without a first moment; its docstring explains the stores, options and row-sparse gradients. Unlike
+    `torch.optim.RMSprop` it corrects the bias of v and decouples the weight decay (as the paper's Adam does).
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate (default 1e-3).
+        betas: (no effect, decay rate of the second moment); the first is accepted so that one configuration can name
+            any optimizer of the family.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        preset: ``"default"``; ``"lean"`` (+ update_clip 1, scale_parameter); ``"paper_cs_v"`` (depth 3, 20 %, bucket
+            sum, cleaning 0.2 every 125 steps); ``"exact"`` (dense second moment, 4 bytes).
+        second_moment: see `CSAdam`, as for all that follow.
+        compression: see `CSAdam`.
+        width: see `CSAdam`.
+        depth: see `CSAdam`.
+        hash: see `CSAdam`.
+        bucket: see `CSAdam`.
+        clean_every: see `CSAdam`.
+        clean_factor: see `CSAdam`.
+        min_compress_size: see `CSAdam`.
+        row_sparse: see `CSAdam`.
+        update_clip: see `CSAdam`.
+        scale_parameter: see `CSAdam`.
+        chunk_size: see `CSAdam`.
+        seed: see `CSAdam`.
+        maximize: see `CSAdam`.
+
+    Raises:
+        ValueError: as `CSAdam`.
+
+    Source: https://arxiv.org/abs/1902.00179, deviations as in `CSAdam`.
+    """
+
+    OPTIONS: ClassVar[dict[str, Option]] = {**COMMON, **SECOND_MOMENT}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {**_SHARED, **_SECOND},
+        "lean": {**_ADAFACTOR_DEVICES},
+        "paper_cs_v": PAPER_SKETCH,
+        "exact": {k: v for k, v in _EXACT.items() if k != "first_moment"},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.0, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        preset: str = "default",
+        second_moment: str | None = None,
+        compression: float | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        hash: str | None = None,
+        bucket: str | None = None,
+        clean_every: int | None = None,
+        clean_factor: float | None = None,
+        min_compress_size: int | None = None,
+        row_sparse: bool | str | None = None,
+        update_clip: float | None = None,
+        scale_parameter: bool | None = None,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+        maximize: bool | None = None,
+    ) -> None:
+        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+
+    def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
+        return _adam(group, None, step, sparse)
+
+
+def _adam(group: Mapping[str, Any], beta1: float | None, step: int, sparse: bool) -> Rule:
+    lr, beta2, eps = group["lr"], group["betas"][1], group["eps"]
+    root2 = math.sqrt(1.0 - beta2**step)
+
+    # SparseAdam adds epsilon to the uncorrected root; the same as epsilon / root2 after correction.
+    shift = eps / root2 if sparse else eps
+
+    def denominator(v: Tensor) -> Tensor:
+        root = v.sqrt().div_(root2).add_(shift)
+        return root if eps > 0 else root.clamp_(min=1e-37)  # 0 / 0 is no step
+
+    return Rule(
+        first=None if beta1 is None else Ema(beta1, 1.0 - beta1, step),
+        second=Ema(beta2, 1.0 - beta2, step),
+        step_size=lr if beta1 is None else lr / (1.0 - beta1**step),
+        decay=lr * group["weight_decay"],
+        numerator=lambda m, g: g if m is None else m,
+        denominator=denominator,
+    )

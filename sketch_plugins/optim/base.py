@@ -1,0 +1,422 @@
+"""The only Optimizer logic: parameter groups, state, the step in tiles, saving and loading.
+
+A concrete optimizer names its options, its stores' averages and its update rule; everything else is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.optim.options import Option, misspelt, unknown_option, validate
+from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
+from sketch_plugins.stores import CountMin, CountSketch, Dense, Ema, Gradient, Int8, RowCountMin, Store
+
+# Adafactor's floor of the parameter's root mean square (arXiv 1804.04235): a bias that starts at 0 still moves.
+SCALE_FLOOR = 1e-3
+# "auto" takes the row-sparse path in steps where at most this fraction of the rows has a gradient.
+AUTO_DENSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The update of one parameter in one step: ``p <- (1 - decay) * p - step_size * numerator / denominator``.
+
+    Attributes:
+        first: average of the first moment, None where there is none.
+        second: average of the second moment, None where there is none.
+        step_size: learning rate times bias correction; a float or a 0-d tensor.
+        decay: decoupled weight decay times the learning rate.
+        denominator: from the second moment's estimate, as a new tensor.
+        numerator: from (first moment's estimate or None, gradient).
+    """
+
+    first: Ema | None
+    second: Ema | None
+    step_size: float | Tensor
+    decay: float | Tensor
+    numerator: Callable[[Tensor | None, Tensor], Tensor]
+    denominator: Callable[[Tensor], Tensor] | None
+
+
+class SketchOptimizer(torch.optim.Optimizer):
+    """Base of the sketched optimizers; see `CSAdam` for the options.
+
+    Subclasses set ``OPTIONS``, ``PRESETS`` (name -> option values; the first one holds every default) and implement
+    ``_rule``. Group options are resolved when a group is added: its own keys, else its ``preset``'s, else the
+    constructor's.
+    """
+
+    OPTIONS: ClassVar[dict[str, Option]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
+        """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
+        given = {name: value for name, value in explicit.items() if value is not None}
+        defaults = {**self._preset(next(iter(self.PRESETS))), **self._preset(preset), **given}
+        _one_of_width_and_compression(given)
+        super().__init__(params, {**validate(self.OPTIONS, defaults, type(self).__name__), "preset": preset})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; any option may be given in it, and ``preset``. Unknown keys that are no slip of the pen stay.
+
+        Raises:
+            ValueError: an option's value is not allowed, a key looks like a misspelt option, a parameter is complex.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, not {type(param_group).__name__}")
+        own = {name: value for name, value in param_group.items() if name in self.OPTIONS}
+        for name in param_group:
+            meant = misspelt(name, {**self.OPTIONS, "preset": None, "params": None})  # type: ignore[dict-item]
+            if meant is not None and name != "params":
+                raise ValueError(unknown_option(f"a parameter group of {type(self).__name__}", name, self.OPTIONS))
+        _one_of_width_and_compression(own)
+        if "width" not in own and "compression" in own:
+            own["width"] = 0
+        if "preset" in param_group:
+            preset = param_group["preset"]
+            own = {**self._preset(next(iter(self.PRESETS))), **self._preset(preset), **own}
+            # What no preset speaks of (lr, weight decay) still comes from the constructor.
+        own = validate(self.OPTIONS, own, type(self).__name__)
+        param_group.update(own)
+        super().add_param_group(param_group)
+        try:
+            for index, p in enumerate(self.param_groups[-1]["params"]):
+                _check_parameter(p, self._label(self.param_groups[-1], index), type(self).__name__)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Every gradient is looked at before the first parameter changes: an error leaves all as it was.
+
+        Args:
+            closure: re-evaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: a gradient cannot be used (layout, or a dense gradient of a signed sketch); nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = []
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None and p.numel() > 0:
+                    work.append((p, group, self._gradient(p, group, index)))
+        for p, group, grad in work:
+            self._update(p, group, grad)
+        return loss
+
+    def planned_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Store, int]]:
+        """Moment name -> (store, bytes) of a parameter, whether or not its state exists yet."""
+        first, second = self._stores(p, group)
+        shape, dtype = matrix_shape(p.shape), _arithmetic(p)
+        named = {"first_moment": first, "second_moment": second}
+        return {name: (store, store.nbytes(shape, dtype)) for name, store in named.items() if store is not None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned. State keeps its own dtypes, whatever the parameter's.
+
+        (torch casts every state tensor to the parameter's dtype: tables, codes and scales would not survive bf16.)
+
+        Raises:
+            ValueError: the state was written with other options (compression, depth, seed, ...; both values are
+                named), by another kind of optimizer, or for other shapes. Nothing has been changed then.
+        """
+        seen: dict[str, Any] = {}
+
+        def look(_: Any, incoming: dict[str, Any]) -> None:
+            self._check_incoming(incoming)
+            seen.update(incoming)
+
+        handle = self.register_load_state_dict_pre_hook(look)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for group, saved in zip(self.param_groups, seen["param_groups"], strict=True):
+            for p, index in zip(group["params"], saved["params"], strict=True):
+                if index in seen["state"]:
+                    self.state[p] = _restored(seen["state"][index], p.device)
+
+    # -- for subclasses ------------------------------------------------------------------------------------------
+
+    def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
+        raise NotImplementedError
+
+    def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
+        """Called once for freshly allocated state."""
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def _update(self, p: Tensor, group: Mapping[str, Any], grad: Gradient) -> None:
+        first, second = self._stores(p, group)
+        named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name, store in named.items():
+                state[name] = store.allocate(grad.shape, p.device, grad.dtype)
+            self._new_state(group, named, state)
+        state["step"] += 1
+        step = int(state["step"].item())  # a CPU tensor: no synchronisation
+        if grad.rows is not None and len(grad.rows) == 0:
+            return
+        rule = self._rule(group, step, grad.rows is not None)
+        clean_every = group.get("clean_every", 0)
+        if clean_every and step % clean_every == 0 and second is not None:
+            second.clean(state["second_moment"], group["clean_factor"])
+        for name, store in named.items():
+            ema = rule.first if name == "first_moment" else rule.second
+            if store.shared and ema is not None:
+                store.write(state[name], grad, ema)
+        self._apply(Matrix(p), grad, rule, state, first, second, group)
+
+    def _apply(
+        self,
+        p: Matrix,
+        grad: Gradient,
+        rule: Rule,
+        state: Mapping[str, Any],
+        first: Store | None,
+        second: Store | None,
+        group: Mapping[str, Any],
+    ) -> None:
+        period = max((s.period(p.shape[0]) for s in (first, second) if s is not None), default=0)
+        align = max((s.align for s in (first, second) if s is not None), default=1)
+        step_size: float | Tensor = rule.step_size
+        if group.get("scale_parameter"):
+            squares = sum(_squares(p.get(at).to(grad.dtype)) for at in grad.batches(period, align))
+            step_size = _root_mean(squares, grad).clamp_(min=SCALE_FLOOR) * step_size
+        if group.get("update_clip"):
+            squares = 0
+            for at in grad.batches(period, align):
+                g = grad.get(at)
+                m = first.peek(state["first_moment"], at, g, rule.first) if first and rule.first else None
+                u = rule.numerator(m, g)
+                if second and rule.second and rule.denominator:
+                    u = u / rule.denominator(second.peek(state["second_moment"], at, g, rule.second))
+                squares = squares + _squares(u)
+            step_size = step_size / (_root_mean(squares, grad) / group["update_clip"]).clamp_(min=1.0)
+        keep = 1.0 - rule.decay
+        decays = not (isinstance(keep, float) and keep == 1.0)
+        factor, factor_of = None, None
+        for at in grad.batches(period, align):
+            g = grad.get(at)
+            m = first.advance(state["first_moment"], at, g, rule.first) if first and rule.first else None
+            numerator = rule.numerator(m, g)
+            part = p.get(at).to(grad.dtype)
+            if decays:
+                part.mul_(keep)
+            if second and rule.second and rule.denominator:
+                # Rows of one bucket share the estimate: consecutive tiles over the same buckets reuse it.
+                place = (at.start % period, at.rows, at.lo) if second.shared and period and not isinstance(at, Rows) else None
+                if place is None or place != factor_of:
+                    v = second.advance(state["second_moment"], at, g, rule.second)
+                    factor, factor_of = rule.denominator(v).reciprocal_().mul_(step_size), place
+                assert factor is not None
+                part.addcmul_(numerator, factor, value=-1.0)
+            elif isinstance(step_size, Tensor):
+                part.sub_(numerator * step_size)
+            else:
+                part.add_(numerator, alpha=-step_size)
+            if not (p.views(at) and p.dtype == grad.dtype):
+                p.put(at, part)
+
+    def _gradient(self, p: Tensor, group: Mapping[str, Any], index: int) -> Gradient:
+        g = p.grad
+        assert g is not None
+        label = self._label(group, index)
+        rows, packed, values = None, False, g
+        if g.layout == torch.sparse_coo:
+            if g.sparse_dim() != 1 or p.ndim < 1:
+                raise ValueError(
+                    f"{label} has a sparse gradient with {g.sparse_dim()} sparse dimensions; only row-sparse "
+                    "gradients (1 sparse dimension, as from nn.Embedding(sparse=True)) are supported"
+                )
+            g = g.coalesce()
+            rows, packed, values = g.indices()[0], True, g.values()
+        elif g.layout != torch.strided:
+            raise ValueError(f"{label} has a gradient of layout {g.layout}; allowed are strided and sparse_coo")
+        shape, dtype = matrix_shape(p.shape), _arithmetic(p)
+        chunk = group["chunk_size"] or (1 << 18 if p.device.type == "cpu" else 1 << 24)
+        l2 = (Matrix(p), group["weight_decay"]) if self._couples(group) else None
+        grad = Gradient(Matrix(values), rows, dtype, chunk, shape, packed, group["maximize"], l2)
+        if rows is None and group["row_sparse"] is not False and p.ndim > 1:
+            touched = _touched_rows(grad)
+            if group["row_sparse"] is True or len(touched) <= AUTO_DENSITY * shape[0]:
+                grad.rows = touched
+        first = self._stores(p, group)[0]
+        if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:
+            raise ValueError(
+                f"{label} has a dense gradient, and first_moment='count_sketch' of a dense gradient does not train: the "
+                "rows that share a bucket are as large as the row itself (measured: divergence at depth 1, far behind "
+                "at depth 3). Use first_moment='int8', 'bf16', 'fp32' or 'none' for this parameter; or row-sparse "
+                "gradients (nn.Embedding(sparse=True), row_sparse='auto'); or allow_dense_count_sketch=True to insist"
+            )
+        return grad
+
+    def _couples(self, group: Mapping[str, Any]) -> bool:
+        return group.get("decoupled_weight_decay", True) is False and group["weight_decay"] != 0
+
+    def _stores(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
+        """(first, second) moment stores of a parameter."""
+        exact = p.ndim < 2 or p.numel() < group["min_compress_size"]
+        sketch = (group["compression"], group["width"], group["depth"], group["hash"], group["seed"])
+        return (
+            _first_store(
+                group.get("first_moment", "none"),
+                exact,
+                matrix_shape(p.shape)[1],
+                group.get("block_size", 128),
+                group.get("first_moment_rounding", "nearest") == "stochastic",
+                sketch,
+            ),
+            _second_store(group.get("second_moment", "none"), exact, group.get("bucket", "mean"), sketch),
+        )
+
+    # -- options and state dicts ---------------------------------------------------------------------------------
+
+    @classmethod
+    def _preset(cls, name: str) -> dict[str, Any]:
+        if name not in cls.PRESETS:
+            raise ValueError(f"preset={name!r} is not one of {', '.join(map(repr, cls.PRESETS))} ({cls.__name__})")
+        return cls.PRESETS[name]
+
+    def _label(self, group: Mapping[str, Any], index: int) -> str:
+        names = group.get("param_names")
+        shape = tuple(group["params"][index].shape)
+        if names:
+            return f"parameter {names[index]!r} of shape {shape}"
+        at = next((i for i, other in enumerate(self.param_groups) if other is group), len(self.param_groups))
+        return f"parameter {index} of group {at}, of shape {shape},"
+
+    def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
+        kind = type(self).__name__
+        saved_groups = incoming["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, this {kind} {len(self.param_groups)}")
+        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    f"group {number} of the state dict has {len(saved['params'])} parameters, this {kind}'s "
+                    f"{len(group['params'])}"
+                )
+            for name, option in self.OPTIONS.items():
+                if name not in saved:
+                    raise ValueError(f"the state dict was not written by {kind}: group {number} has no {name!r}")
+                if option.structural and saved[name] != group[name]:
+                    raise ValueError(
+                        f"the state dict was written with {name}={saved[name]!r} and group {number} of this {kind} has "
+                        f"{name}={group[name]!r}: the state cannot be used. Build the optimizer with the saved value"
+                    )
+            for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                if key in incoming["state"]:
+                    self._check_state(p, group, incoming["state"][key], self._label(group, index))
+
+    def _check_state(self, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], label: str) -> None:
+        if not saved:
+            return
+        first, second = self._stores(p, group)
+        for name, store in (("first_moment", first), ("second_moment", second)):
+            if store is None:
+                continue
+            layout = store.layout(matrix_shape(p.shape), _arithmetic(p))
+            have = saved.get(name)
+            if not isinstance(have, Mapping) or set(have) != set(layout):
+                found = ", ".join(have) if isinstance(have, Mapping) else "none"
+                raise ValueError(f"the saved {name} of {label} holds {found}; expected {', '.join(layout)}")
+            for key, (size, _) in layout.items():
+                if tuple(have[key].shape) != tuple(size):
+                    raise ValueError(
+                        f"the saved {name} of {label} has {key!r} of shape {tuple(have[key].shape)}; expected {size}"
+                    )
+
+
+@lru_cache(maxsize=1024)
+def _first_store(
+    kind: str, exact: bool, columns: int, block_size: int, stochastic: bool, sketch: tuple[float, int, int, str, int]
+) -> Store | None:
+    compression, width, depth, hash, seed = sketch
+    if kind == "none":
+        return None
+    # One column: code and scale of a block of one element would take more than the number itself.
+    if exact or kind == "fp32" or (kind == "int8" and columns == 1):
+        return Dense(order=1)
+    if kind == "int8":
+        return Int8(block_size=block_size, stochastic=stochastic, seed=seed)
+    if kind == "bf16":
+        return Dense(order=1, bf16=True)
+    return CountSketch(compression=compression, width=width, depth=depth, hash=hash, seed=seed)
+
+
+@lru_cache(maxsize=1024)
+def _second_store(kind: str, exact: bool, bucket: str, sketch: tuple[float, int, int, str, int]) -> Store | None:
+    compression, width, depth, hash, seed = sketch
+    if kind == "none":
+        return None
+    if exact or kind == "dense":
+        return Dense(order=2)
+    store = RowCountMin if kind == "row_count_min" else CountMin
+    return store(compression=compression, width=width, depth=depth, hash=hash, bucket=bucket, seed=seed)
+
+
+def _one_of_width_and_compression(given: Mapping[str, Any]) -> None:
+    if given.get("width") and given.get("compression") is not None:
+        raise ValueError(
+            f"width={given['width']!r} and compression={given['compression']!r} both set the number of buckets: give one"
+        )
+
+
+def _check_parameter(p: Tensor, label: str, kind: str) -> None:
+    if p.is_complex():
+        raise ValueError(f"{label} is complex ({p.dtype}); {kind} takes real parameters: pass torch.view_as_real of it")
+    if not p.is_floating_point():
+        raise ValueError(f"{label} has dtype {p.dtype}; {kind} takes floating point parameters")
+    if p.layout != torch.strided:
+        raise ValueError(f"{label} has layout {p.layout}; {kind} takes strided parameters")
+
+
+def _arithmetic(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _touched_rows(grad: Gradient) -> Tensor:
+    """Rows with an element that is not zero (NaN is not), ascending."""
+    touched = torch.zeros(grad.shape[0], 1, dtype=torch.bool, device=grad.device)
+    l2, grad.l2 = grad.l2, None
+    for at in grad.batches():
+        assert not isinstance(at, Rows)
+        at.get(touched, 0, 1).logical_or_((grad.get(at) != 0).any(-1, keepdim=True))
+    grad.l2 = l2
+    return touched.squeeze(-1).nonzero().squeeze(-1)
+
+
+def _squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x).square()
+
+
+def _root_mean(squares: Any, grad: Gradient) -> Tensor:
+    rows = grad.shape[0] if grad.rows is None else len(grad.rows)
+    return (torch.as_tensor(squares) / (rows * grad.shape[1])).sqrt()
+
+
+def _restored(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        # The step counter stays on the CPU. Copies: a state dict in memory must not stay tied to two optimizers.
+        return value.detach().clone() if value.ndim == 0 else value.detach().to(device, copy=True)
+    if isinstance(value, Mapping):
+        return {key: _restored(v, device) for key, v in value.items()}
+    return value

@@ -1,0 +1,135 @@
+"""SGD with a compressed momentum buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sketch_plugins.optim.adam import _FIRST, _SHARED, PAPER_SKETCH
+from sketch_plugins.optim.base import Rule, SketchOptimizer
+from sketch_plugins.optim.options import COMMON, DECOUPLED, FIRST_MOMENT, Option
+from sketch_plugins.stores import Ema
+
+_SHARED_FIRST = {k: v for k, v in _SHARED.items() if not k.startswith("clean_")}
+
+
+class CSMomentum(SketchOptimizer):
+    r"""SGD with momentum whose buffer is compressed: by default int8 blocks, 1.03 bytes a parameter instead of 4.
+
+    .. math::
+        b_t = \mu b_{t-1} + g_t \qquad
+        \theta_t = \theta_{t-1} - \gamma \, (b_t \text{, or } g_t + \mu b_t \text{ with Nesterov})
+
+    ``first_moment="count_sketch"`` is the paper's count-sketch momentum (signed, median); it is meant for row-sparse
+    gradients and refused for dense ones, as in `CSAdam`. Row-sparse gradients move and decay touched rows only.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate (default 1e-3).
+        betas: None, or (momentum, no effect): accepted so that one configuration can name any optimizer of the family.
+        eps: no effect (there is no denominator); accepted for the same reason.
+        weight_decay: added to the gradient as ``weight_decay * p``, as in `torch.optim.SGD`; for sparse gradients to
+            that of touched rows.
+        momentum: :math:`\mu` (default 0.9); not together with ``betas``.
+        nesterov: Nesterov's form (default False).
+        decoupled_weight_decay: decay the parameter by ``lr * weight_decay`` instead.
+        preset: ``"default"``; ``"paper"`` (count_sketch, depth 3, 20 %); ``"exact"`` (fp32, is `torch.optim.SGD`).
+        first_moment: ``"int8"``, ``"fp32"``, ``"bf16"``, ``"count_sketch"`` or ``"none"`` (plain SGD).
+        compression: see `CSAdam`, as for all that follow.
+        width: see `CSAdam`.
+        depth: see `CSAdam`.
+        hash: see `CSAdam`.
+        block_size: see `CSAdam`.
+        first_moment_rounding: see `CSAdam`.
+        min_compress_size: see `CSAdam`.
+        row_sparse: see `CSAdam`.
+        update_clip: see `CSAdam`.
+        scale_parameter: see `CSAdam`.
+        allow_dense_count_sketch: see `CSAdam`.
+        chunk_size: see `CSAdam`.
+        seed: see `CSAdam`.
+        maximize: see `CSAdam`.
+
+    Raises:
+        ValueError: as `CSAdam`; or both momentum and betas are given.
+
+    Source: https://arxiv.org/abs/1902.00179, Alg. 2; deviations as in `CSAdam`.
+    """
+
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        **COMMON,
+        **FIRST_MOMENT,
+        **DECOUPLED,
+        "momentum": Option(
+            "momentum", float, "momentum (default 0.9)", allowed="a number in [0, 1)", check=lambda v: 0 <= v < 1
+        ),
+        "nesterov": Option("nesterov", bool, "Nesterov momentum (default False)"),
+    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {
+            **_SHARED_FIRST,
+            **_FIRST,
+            "compression": 0.05,
+            "decoupled_weight_decay": False,
+            "nesterov": False,
+        },
+        "paper": {
+            "first_moment": "count_sketch",
+            **{k: PAPER_SKETCH[k] for k in ("compression", "depth", "hash")},
+        },
+        "exact": {"first_moment": "fp32"},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        preset: str = "default",
+        momentum: float | None = None,
+        nesterov: bool | None = None,
+        decoupled_weight_decay: bool | None = None,
+        first_moment: str | None = None,
+        compression: float | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        hash: str | None = None,
+        block_size: int | None = None,
+        first_moment_rounding: str | None = None,
+        min_compress_size: int | None = None,
+        row_sparse: bool | str | None = None,
+        update_clip: float | None = None,
+        scale_parameter: bool | None = None,
+        allow_dense_count_sketch: bool | None = None,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+        maximize: bool | None = None,
+    ) -> None:
+        if betas is not None and momentum is not None:
+            raise ValueError(f"momentum={momentum!r} and betas={betas!r} both set the momentum: give one")
+        if momentum is None:
+            momentum = 0.9 if betas is None else betas[0]
+        betas = (momentum, 0.0) if betas is None else betas
+        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+
+    def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
+        momentum, nesterov = group["momentum"], group["nesterov"]
+
+        def numerator(m: Tensor | None, g: Tensor) -> Tensor:
+            if m is None:
+                return g
+            return g.add(m, alpha=momentum) if nesterov else m
+
+        return Rule(
+            first=Ema(momentum, 1.0, step) if group["first_moment"] != "none" else None,
+            second=None,
+            step_size=group["lr"],
+            decay=group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
+            numerator=numerator,
+            denominator=None,
+        )

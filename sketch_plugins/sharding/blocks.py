@@ -1,0 +1,194 @@
+"""A parameter as a matrix of rows, read and written in tiles that never copy the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """``(R, D)`` of a parameter: rows are dimension 0, columns everything after it; vectors have one column.
+
+    A convolution weight ``(out, in, kh, kw)`` is ``(out, in * kh * kw)``; a 0-d parameter is ``(1, 1)``.
+    """
+    if len(shape) == 0:
+        return 1, 1
+    columns = 1
+    for n in shape[1:]:
+        columns *= n
+    return shape[0], columns
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows ``[start, start + cycles * rows)`` of ``total``, columns ``[lo, hi)``, seen as ``(cycles, rows, hi - lo)``.
+
+    ``cycles > 1`` only where a strided hash has ``rows`` buckets: then each of the cycles runs through all the
+    buckets, and a ``(rows, hi - lo)`` slice of the table broadcasts over the tile.
+    """
+
+    total: int
+    start: int
+    cycles: int
+    rows: int
+    lo: int
+    hi: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of everything read for this tile."""
+        return self.cycles, self.rows, self.hi - self.lo
+
+    def get(self, table: Tensor, lo: int | None = None, hi: int | None = None) -> Tensor:
+        """The tile of a ``(R, *)`` state tensor, as a view."""
+        lo, hi = (self.lo, self.hi) if lo is None else (lo, hi)
+        rows = table[self.start : self.start + self.cycles * self.rows, lo:hi]
+        return rows.unflatten(0, (self.cycles, self.rows))
+
+    def put(self, table: Tensor, value: Tensor, lo: int | None = None, hi: int | None = None) -> None:
+        """Write ``value`` (anything that broadcasts and casts to the tile) into the state tensor."""
+        self.get(table, lo, hi).copy_(value)
+
+    def index(self, device: torch.device) -> Tensor:
+        """Row numbers, ``(cycles * rows,)``."""
+        return torch.arange(self.start, self.start + self.cycles * self.rows, device=device)
+
+    def from_rows(self, value: Tensor) -> Tensor:
+        """``(cycles * rows, *)`` as ``(cycles, rows, *)``."""
+        return value.unflatten(0, (self.cycles, self.rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Distinct row numbers ``rows`` (int64) of ``total`` and columns ``[lo, hi)``, seen as ``(n, hi - lo)``."""
+
+    total: int
+    rows: Tensor
+    lo: int
+    hi: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of everything read for these rows."""
+        return len(self.rows), self.hi - self.lo
+
+    def get(self, table: Tensor, lo: int | None = None, hi: int | None = None) -> Tensor:
+        """The rows of a ``(R, *)`` state tensor, as a copy."""
+        lo, hi = (self.lo, self.hi) if lo is None else (lo, hi)
+        return table[:, lo:hi].index_select(0, self.rows)
+
+    def put(self, table: Tensor, value: Tensor, lo: int | None = None, hi: int | None = None) -> None:
+        """Write ``value`` into the rows; they are distinct, so the order does not matter."""
+        lo, hi = (self.lo, self.hi) if lo is None else (lo, hi)
+        part = table[:, lo:hi]
+        part.index_copy_(0, self.rows, value.to(table.dtype).expand(len(self.rows), part.shape[1]))
+
+    def index(self, device: torch.device) -> Tensor:
+        """Row numbers, ``(n,)``."""
+        return self.rows
+
+    def from_rows(self, value: Tensor) -> Tensor:
+        """``(n, *)`` as it is."""
+        return value
+
+
+At = Tile | Rows
+
+
+class Matrix:
+    """The ``(R, D)`` view of a parameter or of its gradient, whatever its strides.
+
+    Tiles are views where the layout allows it and copies of the tile otherwise (channels_last, transposed, expanded),
+    so no layout makes a step allocate a parameter-sized temporary.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.shape = matrix_shape(tensor.shape)
+        self.dtype, self.device = tensor.dtype, tensor.device
+        self._base = tensor if tensor.ndim else tensor.view(1)
+        try:
+            self._flat: Tensor | None = self._base.view(self.shape)
+        except RuntimeError:
+            self._flat = None
+
+    def views(self, at: At) -> bool:
+        """Whether ``get(at)`` is a view of the parameter, so that writing into it needs no ``put``."""
+        return self._flat is not None and isinstance(at, Tile)
+
+    def get(self, at: At) -> Tensor:
+        """The tile (a view where there is one) or the rows (a copy)."""
+        if self._flat is not None:
+            return at.get(self._flat)
+        if isinstance(at, Rows):
+            rows = self._base.index_select(0, at.rows)
+        else:
+            rows = self._base[at.start : at.start + at.cycles * at.rows]
+        return at.from_rows(rows.reshape(len(rows), -1)[:, at.lo : at.hi])
+
+    def put(self, at: At, value: Tensor) -> None:
+        """Write ``value``, shaped like ``get(at)``."""
+        if self._flat is not None:
+            at.put(self._flat, value)
+            return
+        rows = value.reshape(-1, value.shape[-1]).to(self.dtype)
+        if at.hi - at.lo < self.shape[1]:
+            whole = self._base[at.start : at.start + len(rows)] if isinstance(at, Tile) else self._base[at.rows]
+            full = whole.reshape(len(rows), -1).clone()
+            full[:, at.lo : at.hi] = rows
+            rows = full
+        rows = rows.view(len(rows), *self._base.shape[1:])
+        if isinstance(at, Rows):
+            self._base.index_copy_(0, at.rows, rows)
+        else:
+            self._base[at.start : at.start + len(rows)].copy_(rows)
+
+
+def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1) -> Iterator[Tile]:
+    """Cut ``(rows, columns)`` into tiles of about ``chunk`` elements (never fewer than one row of ``align`` columns).
+
+    Args:
+        rows: rows of the matrix.
+        columns: columns of the matrix.
+        chunk: elements of a tile at most.
+        period: buckets of a strided hash (0: none). Tiles then hold whole cycles of ``period`` rows, or stay within
+            one cycle, so that a slice of the table fits them without an index.
+        align: column cuts fall on multiples of this (the block size of quantized state).
+    """
+    step = columns if columns <= chunk else max(align, chunk // align * align)
+    for lo in range(0, columns, step):
+        hi = min(lo + step, columns)
+        n = max(1, chunk // (hi - lo))
+        if not period or period >= rows:
+            for start in range(0, rows, n):
+                yield Tile(rows, start, 1, min(n, rows - start), lo, hi)
+            continue
+        full = rows // period * period
+        if n >= period:
+            cycles = n // period
+            for start in range(0, full, cycles * period):
+                yield Tile(rows, start, min(cycles, (full - start) // period), period, lo, hi)
+        else:
+            # Equal slices of a cycle, and all cycles of one slice in a row: what was read for it can be kept.
+            n = -(-period // -(-period // n))
+            for b in range(0, period, n):
+                for base in range(0, full, period):
+                    yield Tile(rows, base + b, 1, min(n, period - b), lo, hi)
+        for start in range(full, rows, n):
+            yield Tile(rows, start, 1, min(n, rows - start), lo, hi)
+
+
+def row_batches(
+    total: int, rows: Tensor, columns: int, chunk: int, align: int = 1
+) -> Iterator[tuple[slice, Rows]]:
+    """Cut touched rows into batches of about ``chunk`` elements, with the slice of ``rows`` each one covers."""
+    step = columns if columns <= chunk else max(align, chunk // align * align)
+    for lo in range(0, columns, step):
+        hi = min(lo + step, columns)
+        n = max(1, chunk // (hi - lo))
+        for start in range(0, len(rows), n):
+            part = slice(start, start + n)
+            yield part, Rows(total, rows[part], lo, hi)

@@ -1,0 +1,191 @@
+"""What every store of an accumulator can do, and the gradient it is fed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.sharding.blocks import At, Matrix, Rows, Tile, row_batches, tiles
+
+State = dict[str, Tensor]
+
+
+class Ema(NamedTuple):
+    """One step of an accumulator: ``s <- decay * s + gain * x``.
+
+    An exponential moving average has ``gain = 1 - decay``; Adagrad's sum ``decay = gain = 1``; SGD's momentum buffer
+    ``gain = 1``. ``step`` (from 1) seeds stochastic rounding.
+    """
+
+    decay: float
+    gain: float
+    step: int = 0
+
+    def repeated(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """``(decay, gain)`` of ``times`` steps with one and the same x: ``a**c`` and ``b * (1 - a**c) / (1 - a)``.
+
+        This is the order-free rule for ``c`` rows of one bucket touched in one step: the c values are replaced by
+        their mean, so no order is needed and the result stays within the range of its inputs for any c. (Reading c
+        old values and adding c updates multiplies the bucket by ``1 - c * (1 - decay)``: divergence for c > 20 at
+        decay 0.9.) For ``decay = 1`` the limit is c: a sum.
+        """
+        c = times.to(torch.float64)
+        if self.decay == 1.0:
+            return torch.ones_like(c), self.gain * c
+        decay = self.decay**c
+        return decay, self.gain * ((1.0 - decay) / (1.0 - self.decay))
+
+
+class Gradient:
+    """One parameter's gradient as a matrix: all of it, or only its touched rows.
+
+    Args:
+        matrix: the gradient as ``(R, D)``; for a sparse gradient its values ``(n, D)``.
+        rows: the touched rows, distinct and ascending (int64), or None where every row counts.
+        dtype: arithmetic dtype (float32, or float64 for float64 parameters).
+        chunk: elements of a tile.
+        shape: ``(R, D)`` of the parameter.
+        packed: ``matrix`` holds the touched rows only (a sparse gradient), in the order of ``rows``.
+        negate: ascend instead of descend (``maximize``).
+        l2: ``(parameter, weight)`` adds ``weight * p`` to the gradient (coupled weight decay).
+    """
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        rows: Tensor | None,
+        dtype: torch.dtype,
+        chunk: int,
+        shape: tuple[int, int],
+        packed: bool = False,
+        negate: bool = False,
+        l2: tuple[Matrix, float] | None = None,
+    ) -> None:
+        self.matrix, self.rows, self.dtype, self.chunk, self.shape = matrix, rows, dtype, chunk, shape
+        self.packed, self.negate, self.l2 = packed, negate, l2
+        self.device = matrix.device
+
+    def batches(self, period: int = 0, align: int = 1) -> Iterator[At]:
+        """Where to look, a chunk at a time: tiles of a dense gradient, batches of the touched rows of a sparse one."""
+        if self.rows is None:
+            yield from tiles(*self.shape, self.chunk, period, align)
+        else:
+            for part, at in row_batches(*self._of(self.rows), align):
+                yield Touched(at.total, at.rows, at.lo, at.hi, part)
+
+    def picked(self, order: Tensor) -> Iterator[tuple[slice, Touched]]:
+        """The touched rows in another order (a permutation of their positions), a chunk at a time."""
+        assert self.rows is not None
+        for part, at in row_batches(*self._of(self.rows[order])):
+            yield part, Touched(at.total, at.rows, at.lo, at.hi, order[part])
+
+    def _of(self, rows: Tensor) -> tuple[int, Tensor, int, int]:
+        return self.shape[0], rows, self.shape[1], self.chunk
+
+    def get(self, at: At) -> Tensor:
+        """The gradient there in the arithmetic dtype. Read-only: it may be a view of the gradient itself."""
+        if self.packed:
+            assert isinstance(at, Touched)
+            if isinstance(at.position, slice):
+                x = self.matrix.get(Tile(at.total, at.position.start, 1, len(at.rows), at.lo, at.hi))[0]
+            else:
+                x = self.matrix.get(Rows(at.total, at.position, at.lo, at.hi))
+        else:
+            x = self.matrix.get(at)
+        x = x.to(self.dtype)
+        if self.negate:
+            x = -x
+        if self.l2 is not None:
+            x = x.add(self.l2[0].get(at).to(self.dtype), alpha=self.l2[1])
+        return x
+
+
+class Touched(Rows):
+    """Touched rows together with their positions in a packed gradient."""
+
+    def __init__(self, total: int, rows: Tensor, lo: int, hi: int, position: slice | Tensor) -> None:
+        super().__init__(total, rows, lo, hi)
+        object.__setattr__(self, "position", position)
+
+    position: slice | Tensor
+
+
+class Store:
+    """How one moment of a parameter is kept: a stateless object over plain tensors.
+
+    ``allocate`` makes the tensors, ``write`` folds a whole gradient in, ``read`` gives the estimate of a tile in the
+    arithmetic dtype. Stores in which a row has cells of its own (dense, int8) need no pass before reading:
+    ``advance`` reads, blends and writes one tile and returns the new estimate. Where rows share cells (sketches) every
+    row must be written before any is read: ``shared`` is True, the optimizer calls ``write`` first and ``advance``
+    only reads.
+
+    Attributes:
+        shared: rows share cells.
+        order: 1: the store accumulates x = g; 2: x = g * g.
+        align: column tiles start on multiples of this.
+    """
+
+    shared = False
+    order = 1
+    align = 1
+
+    def allocate(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
+        """Zeroed state tensors for an ``(R, D)`` parameter; ``dtype`` is the arithmetic dtype."""
+        return {
+            name: torch.zeros(size, dtype=kind, device=device) for name, (size, kind) in self.layout(shape, dtype).items()
+        }
+
+    def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> (shape, dtype) of every state tensor."""
+        raise NotImplementedError
+
+    def nbytes(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of state for an ``(R, D)`` parameter, without allocating it."""
+        total = 0
+        for size, kind in self.layout(shape, dtype).values():
+            n = kind.itemsize
+            for s in size:
+                n *= s
+            total += n
+        return total
+
+    def period(self, rows: int) -> int:
+        """Buckets of a strided hash that tiles should respect; 0 where there is none."""
+        return 0
+
+    def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
+        """The estimate, broadcastable to ``at.shape``. Read-only: it may be a view of the state."""
+        raise NotImplementedError
+
+    def write(self, state: State, grad: Gradient, ema: Ema) -> None:
+        """Fold a whole gradient in: ``s <- decay * s + gain * x`` for every row, or for the touched rows."""
+        for at in grad.batches(align=self.align):
+            self.advance(state, at, grad.get(at), ema)
+
+    def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
+        """The estimate after this step; stores with cells of their own also write it."""
+        raise NotImplementedError
+
+    def peek(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
+        """What `advance` would return, without changing the state."""
+        old = self.read(state, at, g.dtype)
+        return old if self.shared else blend(old.clone(), g, ema, self.order)
+
+    def fill(self, state: State, value: float) -> None:
+        """Set every estimate of freshly allocated state to ``value`` (Adagrad's initial accumulator)."""
+        raise NotImplementedError
+
+    def clean(self, state: State, factor: float) -> None:
+        """Multiply every estimate by ``factor`` (the sketches' cleaning); other stores have nothing to clean."""
+
+
+def blend(old: Tensor, g: Tensor, ema: Ema, order: int) -> Tensor:
+    """``decay * old + gain * x`` in place of ``old``, with x = g or g * g."""
+    if order == 2:
+        return old.mul_(ema.decay).addcmul_(g, g, value=ema.gain)
+    if ema.gain == 1.0 - ema.decay:
+        return old.lerp_(g, ema.gain)  # what torch.optim.AdamW does, in one pass
+    return old.mul_(ema.decay).add_(g, alpha=ema.gain)

@@ -1,0 +1,42 @@
+"""Exact state: one number for each element, in float32 (float64 for float64 parameters) or bfloat16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.sharding.blocks import At, Tile
+from sketch_plugins.stores.base import Ema, State, Store, blend
+
+
+@dataclass(frozen=True)
+class Dense(Store):
+    """``(R, D)`` numbers: 4 bytes a parameter, or 2 with ``dtype="bf16"``.
+
+    bfloat16 rounds to nearest: right for a first moment (a step of 10 % moves it), wrong for an average with
+    ``decay = 0.999``, whose steps are below half a unit in the last place; second moments are therefore float32.
+    """
+
+    order: int = 1
+    bf16: bool = False
+
+    def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """One table of the parameter's shape."""
+        return {"dense": (shape, torch.bfloat16 if self.bf16 else dtype)}
+
+    def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
+        """The stored numbers: a view of them for a tile in the arithmetic dtype."""
+        return at.get(state["dense"]).to(dtype)
+
+    def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
+        """Blend and keep; the estimate returned is the unrounded one."""
+        est = blend(self.read(state, at, g.dtype), g, ema, self.order)
+        if not (isinstance(at, Tile) and state["dense"].dtype == g.dtype):  # else `est` is the state itself
+            at.put(state["dense"], est)
+        return est
+
+    def fill(self, state: State, value: float) -> None:
+        """Every number."""
+        state["dense"].fill_(value)
