@@ -116,8 +116,8 @@ class CSAdagrad(SketchOptimizer):
     def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
         eps = group["eps"]
 
-        def denominator(v: Tensor) -> Tensor:
-            root = v.sqrt().add_(eps)
+        def denominator(root: Tensor) -> Tensor:
+            root.add_(eps)
             return root if eps > 0 else root.clamp_(min=1e-37)  # 0 / 0 is no step
 
         return Rule(

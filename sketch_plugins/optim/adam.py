@@ -253,8 +253,8 @@ def _adam(group: Mapping[str, Any], beta1: float | None, step: int, sparse: bool
     # SparseAdam adds epsilon to the uncorrected root; the same as epsilon / root2 after correction.
     shift = eps / root2 if sparse else eps
 
-    def denominator(v: Tensor) -> Tensor:
-        root = v.sqrt().div_(root2).add_(shift)
+    def denominator(root: Tensor) -> Tensor:
+        root.div_(root2).add_(shift)
         return root if eps > 0 else root.clamp_(min=1e-37)  # 0 / 0 is no step
 
     return Rule(

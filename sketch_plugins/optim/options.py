@@ -203,7 +203,7 @@ COMMON = _table(
     Option(
         "chunk_size",
         int,
-        "elements worked on at a time (default 0: 2**18 on a CPU, 2**24 on an accelerator)",
+        "elements worked on at a time (default 0: 2**19 on a CPU, 2**24 on an accelerator)",
         allowed="an integer >= 0",
         check=lambda v: v >= 0,
     ),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sketch_plugins import scratch
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, Tile, row_batches, tiles
 
 State = dict[str, Tensor]
@@ -86,7 +87,7 @@ class Gradient:
         return self.shape[0], rows, self.shape[1], self.chunk
 
     def get(self, at: At) -> Tensor:
-        """The gradient there in the arithmetic dtype. Read-only: it may be a view of the gradient itself."""
+        """The gradient there in the arithmetic dtype, until the next call. Read-only: it may be a view of it."""
         if self.packed:
             assert isinstance(at, Touched)
             if isinstance(at.position, slice):
@@ -95,12 +96,14 @@ class Gradient:
                 x = self.matrix.get(Rows(at.total, at.position, at.lo, at.hi))
         else:
             x = self.matrix.get(at)
-        x = x.to(self.dtype)
+        if x.dtype == self.dtype and not self.negate and self.l2 is None:
+            return x
+        g = scratch.empty("gradient", x.shape, self.dtype, x.device).copy_(x)
         if self.negate:
-            x = -x
+            g.neg_()
         if self.l2 is not None:
-            x = x.add(self.l2[0].get(at).to(self.dtype), alpha=self.l2[1])
-        return x
+            g.add_(self.l2[0].get(at), alpha=self.l2[1])
+        return g
 
 
 class Touched(Rows):
@@ -172,7 +175,7 @@ class Store:
     def peek(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
         """What `advance` would return, without changing the state."""
         old = self.read(state, at, g.dtype)
-        return old if self.shared else blend(old.clone(), g, ema, self.order)
+        return old if self.shared else blend(scratch.like("peek", old).copy_(old), g, ema, self.order)
 
     def fill(self, state: State, value: float) -> None:
         """Set every estimate of freshly allocated state to ``value`` (Adagrad's initial accumulator)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sketch_plugins import scratch
 from sketch_plugins.stores.base import State
 from sketch_plugins.stores.sketch import Sketch
 
@@ -25,7 +26,7 @@ class CountMin(Sketch):
     order: int = 2
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
-        return x * x
+        return torch.mul(x, x, out=scratch.like("cells", x))
 
     def _combine(self, estimates: list[Tensor]) -> Tensor:
         least = estimates[0]

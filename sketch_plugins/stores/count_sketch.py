@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sketch_plugins import scratch
 from sketch_plugins.stores.sketch import Sketch
 
 
@@ -28,7 +29,7 @@ class CountSketch(Sketch):
     bucket: str = "sum"
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
-        return x * sign()
+        return torch.mul(x, sign(), out=scratch.like("cells", x))
 
     def _signed(self, estimate: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return estimate * sign()

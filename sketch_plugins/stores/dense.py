@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sketch_plugins import scratch
 from sketch_plugins.sharding.blocks import At, Tile
 from sketch_plugins.stores.base import Ema, State, Store, blend
 
@@ -28,7 +29,10 @@ class Dense(Store):
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """The stored numbers: a view of them for a tile in the arithmetic dtype."""
-        return at.get(state["dense"]).to(dtype)
+        stored = at.get(state["dense"])
+        if stored.dtype == dtype:
+            return stored
+        return scratch.empty("decoded", stored.shape, dtype, stored.device).copy_(stored)
 
     def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
         """Blend and keep; the estimate returned is the unrounded one."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sketch_plugins import scratch
 from sketch_plugins.hashing import uniform
 from sketch_plugins.sharding.blocks import At
 from sketch_plugins.stores.base import Ema, State, Store, blend
@@ -48,8 +49,9 @@ class Int8(Store):
         return out
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
-        """Decoded values (a copy)."""
-        x = at.get(state["codes"]).to(dtype)
+        """Decoded values (a copy, until the next read)."""
+        codes = at.get(state["codes"])
+        x = scratch.empty("decoded", codes.shape, dtype, codes.device).copy_(codes)
         scales = at.get(state["scales"], *self._blocks(at)).to(dtype)
         for part, block in self._split(x):
             part.mul_(scales[..., block].unsqueeze(-1))
@@ -59,9 +61,9 @@ class Int8(Store):
         """Decode, blend, encode; the estimate returned is the one before rounding."""
         est = blend(self.read(state, at, g.dtype), g, ema, self.order)
         scales = est.new_empty(*at.shape[:-1], self._blocks(at)[1] - self._blocks(at)[0])
-        codes = torch.empty_like(est)
+        codes = scratch.like("codes", est)
         for (part, block), (code, _) in zip(self._split(est), self._split(codes), strict=True):
-            scale = part.abs().amax(-1).div_(127.0)
+            scale = torch.abs(part, out=code).amax(-1).div_(127.0)
             # A block of zeros (or of numbers whose 1/127 underflows) has codes 0; a NaN or Inf lives on in the scale.
             inverse = torch.where(scale > 1e-37, 1.0 / scale, 0.0)
             torch.mul(part, inverse.unsqueeze(-1), out=code)

@@ -67,7 +67,7 @@ class RowCountMin(CountMin):
         sums = torch.zeros(n, 1, dtype=grad.dtype, device=grad.device)
         for at in grad.batches():
             x = grad.get(at)
-            part = (x * x).sum(-1, keepdim=True)
+            part = self._cell(x, _unsigned).sum(-1, keepdim=True)
             if isinstance(at, Tile):
                 at.get(sums, 0, 1).add_(part)
             else:
@@ -87,11 +87,15 @@ class RowCountMin(CountMin):
             for at in grad.batches(self.period(grad.shape[0])):
                 assert isinstance(at, Tile)
                 x = grad.get(at)
-                self._add(table, h, at, (x * x).mul_(at.get(by_position, 0, 1)), 1.0)
+                self._add(table, h, at, self._cell(x, _unsigned).mul_(at.get(by_position, 0, 1)), 1.0)
             return
         for part, at in grad.picked(order):
             x = grad.get(at)
-            cells = (x * x).mul_(by_position.index_select(0, order[part]))
+            cells = self._cell(x, _unsigned).mul_(by_position.index_select(0, order[part]))
             target = table[:, at.lo : at.hi]
             for bucket, sums in _segments(buckets[part], cells):
                 target.index_copy_(0, bucket, target.index_select(0, bucket).add_(sums))
+
+
+def _unsigned() -> Tensor:
+    raise AssertionError("count-min has no signs")

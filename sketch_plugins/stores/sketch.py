@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sketch_plugins import scratch
 from sketch_plugins.hashing import RowHash, row_hashes
 from sketch_plugins.sharding.blocks import At, Tile
 from sketch_plugins.stores.base import Ema, Gradient, State, Store
@@ -104,7 +105,9 @@ class Sketch(Store):
         if self.period(h.rows):
             first = at.start % h.width
             target = table[first : first + at.rows, at.lo : at.hi]
-            sums = cells.sum(0) if at.cycles > 1 else cells[0]
+            sums = cells[0]
+            if at.cycles > 1:
+                sums = torch.sum(cells, 0, out=scratch.like("sums", sums))
             bucket = torch.arange(first, first + at.rows, device=table.device) if callable(weight) else None
             _add_weighted(target, sums, bucket, weight)
             return
