@@ -93,6 +93,8 @@ def _find_module(name: str) -> _Program:
     # `python -m sketch_plugins` has the current directory here already, the console command its own directory.
     _replace_first_path(os.getcwd())
     sys.argv = ["-m"]  # what a package sees while it is imported on the way to the module
+    if name.startswith("."):
+        raise _CannotRun(f"relative module names are not supported: {name}", status=1)
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -113,7 +115,8 @@ def _find_module(name: str) -> _Program:
 
 
 def _code_of(spec: ModuleSpec) -> CodeType:
-    code = spec.loader.get_code(spec.name) if hasattr(spec.loader, "get_code") else None
+    get_code = getattr(spec.loader, "get_code", None)  # extension modules have none
+    code: CodeType | None = None if get_code is None else get_code(spec.name)
     if code is None:
         raise _CannotRun(f"no code object available for {spec.name}", status=1)
     return code
@@ -126,10 +129,13 @@ def _execute_as_main(program: _Program) -> None:
     """
     spec = program.spec
     module = ModuleType("__main__")
-    module.__file__ = program.file
-    module.__spec__ = spec
-    module.__package__ = spec.parent if spec else None
-    module.__loader__ = spec.loader if spec else SourceFileLoader("__main__", program.file)
+    module.__dict__.update(
+        __file__=program.file,
+        __cached__=spec.cached if spec else None,
+        __spec__=spec,
+        __package__=spec.parent if spec else None,
+        __loader__=spec.loader if spec else SourceFileLoader("__main__", program.file),
+    )
     sys.modules["__main__"] = module
     try:
         code = program.code

@@ -124,6 +124,7 @@ class CSAdagrad(SketchOptimizer):
             first=None,
             second=Ema(1.0, 1.0, step),
             step_size=group["lr"] / (1.0 + (step - 1) * group["lr_decay"]),
+            correction=1.0,
             decay=group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
             numerator=lambda m, g: g,
             denominator=denominator,

@@ -260,7 +260,8 @@ def _adam(group: Mapping[str, Any], beta1: float | None, step: int, sparse: bool
     return Rule(
         first=None if beta1 is None else Ema(beta1, 1.0 - beta1, step),
         second=Ema(beta2, 1.0 - beta2, step),
-        step_size=lr if beta1 is None else lr / (1.0 - beta1**step),
+        step_size=lr,
+        correction=1.0 if beta1 is None else 1.0 / (1.0 - beta1**step),
         decay=lr * group["weight_decay"],
         numerator=lambda m, g: g if m is None else m,
         denominator=denominator,

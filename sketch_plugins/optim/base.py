@@ -29,12 +29,13 @@ AUTO_DENSITY = 0.5
 
 @dataclass(frozen=True)
 class Rule:
-    """The update of one parameter in one step: ``p <- (1 - decay) * p - step_size * numerator / denominator``.
+    """One parameter's update in one step: ``p <- (1 - decay) * p - step_size * correction * numerator / denominator``.
 
     Attributes:
         first: average of the first moment, None where there is none.
         second: average of the second moment, None where there is none.
-        step_size: learning rate times bias correction; a float or a 0-d tensor.
+        step_size: the learning rate; a float or a 0-d tensor.
+        correction: bias correction of the numerator; part of the update that ``update_clip`` measures.
         decay: decoupled weight decay times the learning rate.
         denominator: from the root of the second moment's estimate, in place.
         numerator: from (first moment's estimate or None, gradient).
@@ -43,6 +44,7 @@ class Rule:
     first: Ema | None
     second: Ema | None
     step_size: float | Tensor
+    correction: float
     decay: float | Tensor
     numerator: Callable[[Tensor | None, Tensor], Tensor]
     denominator: Callable[[Tensor], Tensor] | None
@@ -200,7 +202,7 @@ class SketchOptimizer(torch.optim.Optimizer):
     ) -> None:
         period = max((s.period(p.shape[0]) for s in (first, second) if s is not None), default=0)
         align = max((s.align for s in (first, second) if s is not None), default=1)
-        step_size: float | Tensor = rule.step_size
+        step_size: float | Tensor = rule.step_size * rule.correction
         if group.get("scale_parameter"):
             squares = sum(_squares(p.get(at).to(grad.dtype)) for at in grad.batches(period, align))
             step_size = _root_mean(squares, grad).clamp_(min=SCALE_FLOOR) * step_size
@@ -214,7 +216,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                 if rule.denominator:
                     u = torch.mul(u, factors.get(at, g), out=scratch.like("update", u))
                 squares = squares + _squares(u)
-            step_size = step_size / (_root_mean(squares, grad) / group["update_clip"]).clamp_(min=1.0)
+            rms = _root_mean(squares, grad) * rule.correction
+            step_size = step_size / (rms / group["update_clip"]).clamp_(min=1.0)
         keep = 1.0 - rule.decay
         decays = not (isinstance(keep, float) and keep == 1.0)
         factors = _Factors(second, rule, state, period, step_size=step_size)

@@ -32,7 +32,7 @@ class CSMomentum(SketchOptimizer):
         eps: no effect (there is no denominator); accepted for the same reason.
         weight_decay: added to the gradient as ``weight_decay * p``, as in `torch.optim.SGD`; for sparse gradients to
             that of touched rows.
-        momentum: :math:`\mu` (default 0.9); not together with ``betas``.
+        momentum: :math:`\mu` (default 0.9); or ``betas[0]``.
         nesterov: Nesterov's form (default False).
         decoupled_weight_decay: decay the parameter by ``lr * weight_decay`` instead.
         preset: ``"default"``; ``"paper"`` (count_sketch, depth 3, 20 %); ``"exact"`` (fp32, is `torch.optim.SGD`).
@@ -53,7 +53,7 @@ class CSMomentum(SketchOptimizer):
         maximize: see `CSAdam`.
 
     Raises:
-        ValueError: as `CSAdam`; or both momentum and betas are given.
+        ValueError: as `CSAdam`; or momentum and betas contradict each other.
 
     Source: https://arxiv.org/abs/1902.00179, Alg. 2; deviations as in `CSAdam`.
     """
@@ -110,12 +110,24 @@ class CSMomentum(SketchOptimizer):
         seed: int | None = None,
         maximize: bool | None = None,
     ) -> None:
-        if betas is not None and momentum is not None:
-            raise ValueError(f"momentum={momentum!r} and betas={betas!r} both set the momentum: give one")
-        if momentum is None:
-            momentum = 0.9 if betas is None else betas[0]
-        betas = (momentum, 0.0) if betas is None else betas
-        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+        explicit = {k: v for k, v in locals().items() if k in self.OPTIONS}
+        super().__init__(params, {**explicit, **self._momentum(betas, momentum, 0.9)}, preset)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `SketchOptimizer.add_param_group`; ``betas`` of a group set its momentum."""
+        if isinstance(param_group, dict):
+            param_group.update(self._momentum(param_group.get("betas"), param_group.get("momentum"), None))
+        super().add_param_group(param_group)
+
+    def _momentum(self, betas: Any, momentum: Any, default: float | None) -> dict[str, Any]:
+        """``momentum`` and ``betas`` in agreement, from whichever is given."""
+        if betas is not None:
+            betas = self.OPTIONS["betas"].validate(betas)
+            if momentum is not None and momentum != betas[0]:
+                raise ValueError(f"momentum={momentum!r} and betas={betas!r} both set the momentum: give one")
+            return {"momentum": betas[0], "betas": betas}
+        momentum = default if momentum is None else self.OPTIONS["momentum"].validate(momentum)
+        return {} if momentum is None else {"momentum": momentum, "betas": (momentum, 0.0)}
 
     def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
         momentum, nesterov = group["momentum"], group["nesterov"]
@@ -129,6 +141,7 @@ class CSMomentum(SketchOptimizer):
             first=Ema(momentum, 1.0, step) if group["first_moment"] != "none" else None,
             second=None,
             step_size=group["lr"],
+            correction=1.0,
             decay=group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
             numerator=numerator,
             denominator=None,

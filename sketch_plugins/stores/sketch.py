@@ -96,7 +96,7 @@ class Sketch(Store):
             return gain
         if h.rows % h.width == 0:
             return gain / (h.rows // h.width)
-        return lambda bucket: gain / h.load(bucket)
+        return lambda bucket: gain / h.load(bucket).double()
 
     def _add(
         self, table: Tensor, h: RowHash, at: Tile, cells: Tensor, weight: Callable[[Tensor], Tensor] | float

@@ -1,0 +1,20 @@
+import torch
+
+SHAPES = [(7, 5), (64, 33), (5,), (), (4, 3, 2, 2), (1, 40), (40, 1), (0, 3)]
+
+
+def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, dtype=torch.float64, generator=g).to(dtype)) for s in shapes]
+
+
+def gradients(shapes=SHAPES, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(1000 + seed)
+    return [torch.randn(s, dtype=torch.float64, generator=g).to(dtype) for s in shapes]
+
+
+def train(optimizer, params, steps, first=0, shapes=None, dtype=None):
+    for step in range(first, first + steps):
+        for p, g in zip(params, gradients([tuple(p.shape) for p in params], params[0].dtype, step), strict=True):
+            p.grad = g
+        optimizer.step()

@@ -1,0 +1,292 @@
+"""What users of torch.optim rely on: dtypes, scalers, schedulers, closures, layouts, copies."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from sketch_plugins import CSAdam, registry
+
+from .conftest import gradients, parameters, train
+
+SMALL = {"min_compress_size": 0, "compression": 0.2}
+
+
+def make(name, params, **options):
+    return registry.get(name).cls(params, **{**SMALL, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_parameters_follow_the_float32_run_up_to_one_rounding(name, dtype):
+    low = parameters(dtype=dtype)
+    high = [torch.nn.Parameter(p.detach().float()) for p in low]
+    a, b = make(name, low, lr=0.05), make(name, high, lr=0.05)
+    for p, q, g in zip(low, high, gradients(dtype=dtype), strict=True):
+        p.grad, q.grad = g, g.float()
+    a.step()
+    b.step()
+    for p, q in zip(low, high, strict=True):
+        assert torch.equal(p, q.to(dtype))  # arithmetic is float32; the parameter is rounded once
+    for state in a.state.values():
+        for moment in ("first_moment", "second_moment"):
+            for key, tensor in state.get(moment, {}).items():
+                assert tensor.dtype == (torch.int8 if key == "codes" else torch.float32)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_the_chunk_size_does_not_matter(name, chunk):
+    runs = []
+    for size in (chunk, 10**6):
+        params = parameters()
+        train(make(name, params, chunk_size=size), params, 4)
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        # sums over the rows of a bucket are taken in another order
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_layouts_do_not_matter(name):
+    torch.manual_seed(0)
+    base = torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    grads = [torch.randn_like(base) for _ in range(3)]
+    layouts = [
+        lambda t: t.clone(),
+        lambda t: t.clone(memory_format=torch.channels_last),
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: t.repeat_interleave(2, 3)[..., ::2],
+    ]
+    results = []
+    for layout in layouts:
+        p = torch.nn.Parameter(layout(base))
+        optimizer = make(name, [p], lr=0.1, chunk_size=20)
+        for i, g in enumerate(grads):
+            p.grad = layouts[i](g)
+            optimizer.step()
+        results.append(p.detach())
+    assert all(torch.equal(r, results[0]) for r in results[1:])
+    square = torch.randn(5, 7, dtype=torch.float64)
+    p, q = torch.nn.Parameter(square.clone()), torch.nn.Parameter(square.t().contiguous().t())
+    for x in (p, q):
+        x.grad = square.clone()
+        make(name, [x], lr=0.1).step()
+    assert torch.equal(p, q)
+
+
+def test_lr_as_a_tensor_and_schedulers(name):
+    runs = []
+    for lr in (0.05, torch.tensor(0.05, dtype=torch.float64)):
+        params = parameters()
+        optimizer = make(name, params, lr=lr, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for step in range(4):
+            train(optimizer, params, 1, first=step)
+            scheduler.step()
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.05 / 16)
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_closure_runs_with_gradients_and_its_loss_is_returned(name):
+    p = torch.nn.Parameter(torch.randn(8, 8))
+    optimizer = make(name, [p])
+
+    def closure():
+        optimizer.zero_grad()
+        assert torch.is_grad_enabled()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+def test_maximize_ascends(name):
+    p, q = (torch.nn.Parameter(torch.ones(8, 8)) for _ in range(2))
+    p.grad, q.grad = torch.randn(8, 8), None
+    q.grad = -p.grad
+    make(name, [p], maximize=True).step()
+    make(name, [q]).step()
+    assert torch.equal(p, q)
+
+
+def test_zero_gradients_or_a_zero_learning_rate_do_no_harm(name):
+    """Distributed checkpoints and DeepSpeed run such steps on their own."""
+    for options in ({"lr": 0.0}, {"weight_decay": 0.0}, {"weight_decay": 0.0, "eps": 0.0}):
+        params = parameters()
+        before = [p.detach().clone() for p in params]
+        optimizer = make(name, params, **options)
+        for p in params:
+            p.grad = torch.zeros_like(p) if "lr" not in options else torch.randn_like(p)
+        optimizer.step()
+        for p, q in zip(params, before, strict=True):
+            assert torch.equal(p, q)
+        train(optimizer, params, 2)
+        assert all(p.isfinite().all() for p in params)
+
+
+def test_parameters_without_gradient_are_left_alone(name):
+    params = parameters()
+    optimizer = make(name, params)
+    params[0].grad = torch.ones_like(params[0])
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert not torch.equal(params[0], before[0]) and list(optimizer.state) == [params[0]]
+    assert all(torch.equal(p, q) for p, q in zip(params[1:], before[1:], strict=True))
+
+
+def test_grad_scaler_unscales_and_skips(name):
+    torch.manual_seed(0)
+    p, q = (torch.nn.Parameter(torch.ones(16, 16)) for _ in range(2))
+    plain, scaled = make(name, [p]), make(name, [q])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x = torch.randn(16, 16)
+    for bad in (False, True, False):
+        for parameter, optimizer, scale in ((p, plain, False), (q, scaled, True)):
+            optimizer.zero_grad()
+            loss = (parameter * x * (float("inf") if bad else 1)).sum()
+            if not scale:
+                loss.backward()
+                if not bad:
+                    optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        assert torch.equal(p, q)
+        assert int(scaled.state[q]["step"]) == int(plain.state[p]["step"])
+
+
+def test_add_param_group_while_training(name):
+    params = parameters()
+    optimizer = make(name, params[:2])
+    train(optimizer, params[:2], 2)
+    optimizer.add_param_group({"params": params[2:], "lr": 0.5})
+    train(optimizer, params, 2, first=2)
+    assert len(optimizer.state) == len([p for p in params if p.numel()])
+    assert int(optimizer.state[params[2]]["step"]) == 2
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "weights_only"])
+def test_copies_continue_bit_for_bit(name, how):
+    params = parameters(dtype=torch.float32)
+    optimizer = make(name, params)
+    train(optimizer, params, 3)
+    if how == "deepcopy":
+        other, copies = copy.deepcopy((optimizer, params))
+    elif how == "pickle":
+        other, copies = pickle.loads(pickle.dumps((optimizer, params)))
+    else:
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        other = make(name, copies, lr=123.0)
+        other.load_state_dict(torch.load(buffer, weights_only=True))
+    train(optimizer, params, 3, first=3)
+    train(other, copies, 3, first=3)
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+
+
+def test_hooks_fire_once(name):
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer, calls = make(name, [p]), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert calls == ["pre", "post"] and optimizer.step.__func__
+
+
+def test_hidden_matrices_of_extreme_shapes(name):
+    for shape in [(1, 1), (1, 31), (33, 1), (2, 1025), (1025, 2), (31, 33)]:
+        for options in ({}, {"depth": 3, "hash": "affine"}):
+            p = torch.nn.Parameter(torch.randn(shape))
+            optimizer = registry.get(name).cls([p], min_compress_size=0, **options)
+            train(optimizer, [p], 3)
+            assert p.isfinite().all()
+
+
+# -- row-sparse ------------------------------------------------------------------------------------------------------
+
+
+def test_untouched_rows_stay_bit_identical_and_repeated_indices_are_one_row(name):
+    torch.manual_seed(0)
+    module = torch.nn.Embedding(100, 40, sparse=True)
+    optimizer = make(name, module.parameters(), weight_decay=0.1)
+    for _ in range(3):
+        before = module.weight.detach().clone()
+        optimizer.zero_grad()
+        index = torch.randint(0, 100, (20,))
+        module(torch.cat([index, index])).square().sum().backward()
+        optimizer.step()
+        changed = (module.weight != before).any(1).nonzero().squeeze(1)
+        assert changed.tolist() == index.unique().tolist()
+
+
+def test_an_empty_sparse_gradient_is_only_a_step(name):
+    p = torch.nn.Parameter(torch.randn(10, 40))
+    optimizer = make(name, [p])
+    p.grad = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 40), (10, 40))
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before) and int(optimizer.state[p]["step"]) == 1
+
+
+def test_auto_is_lazy_only_while_most_rows_are_zero():
+    def step(p, optimizer, rows):
+        p.grad = torch.zeros_like(p)
+        p.grad[:rows] = 1.0
+        optimizer.step()
+
+    results = {}
+    for row_sparse in (False, "auto", True):
+        p = torch.nn.Parameter(torch.zeros(10, 40))
+        optimizer = CSAdam([p], row_sparse=row_sparse, compression=1.0, min_compress_size=0, weight_decay=0.0)
+        step(p, optimizer, 10)
+        after_all = p.detach().clone()
+        step(p, optimizer, 6)
+        six = p.detach().clone()
+        step(p, optimizer, 5)
+        results[row_sparse] = [bool((a[-1] != b[-1]).any()) for a, b in ((six, after_all), (p.detach(), six))]
+    # does the last row, without a gradient, move on its momentum?
+    assert results == {False: [True, True], "auto": [True, False], True: [False, False]}
+
+
+def test_sparse_gradients_of_exact_tensors_vectors_and_3d_parameters(name):
+    torch.manual_seed(0)
+    for shape in [(6, 3), (9,), (8, 3, 2)]:
+        for options in ({}, {"min_compress_size": 10**6}):
+            values = torch.randn(2, *shape[1:])
+            sparse, dense = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+            sparse.grad = torch.sparse_coo_tensor(torch.tensor([[1, 4]]), values, shape)
+            dense.grad = sparse.grad.to_dense()
+            make(name, [sparse], row_sparse=False, **{"compression": 1.0, "weight_decay": 0.0, **options}).step()
+            make(name, [dense], **{"compression": 1.0, "weight_decay": 0.0, "row_sparse": True, **options}).step()
+            torch.testing.assert_close(sparse, dense, rtol=1e-6, atol=1e-7)
+            assert (sparse != 0).reshape(shape[0], -1).any(1).nonzero().squeeze(1).tolist() == [1, 4]
+
+
+def test_training_diverges_only_where_it_was_said_to():
+    """A linear regression: the default converges like AdamW at AdamW's own rate."""
+    from torch.optim import AdamW
+
+    losses = {}
+    for label, build in (
+        ("adamw", lambda p: AdamW(p, lr=0.02)),
+        ("default", lambda p: CSAdam(p, lr=0.02, min_compress_size=0)),
+    ):
+        torch.manual_seed(0)
+        model, target = torch.nn.Linear(64, 80), torch.randn(80, 64)
+        optimizer = build(model.parameters())
+        for _ in range(300):
+            x = torch.randn(32, 64)
+            loss = (model(x) - x @ target.t()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[label] = loss.item()
+    assert losses["default"] < 1.05 * losses["adamw"]

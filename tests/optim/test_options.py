@@ -1,0 +1,250 @@
+import copy
+
+import pytest
+import torch
+
+from sketch_plugins import CSAdagrad, CSAdam, CSMomentum, CSRMSprop, registry
+from sketch_plugins.optim.options import Option
+
+from .conftest import parameters, train
+
+
+def matrix(dtype=torch.float32, rows=64, columns=70):
+    return torch.nn.Parameter(torch.randn(rows, columns).to(dtype))
+
+
+BAD = [
+    ({"lr": -1.0}, ["lr=-1.0", ">= 0"]),
+    ({"lr": "fast"}, ["lr='fast'"]),
+    ({"lr": float("nan")}, ["lr=nan"]),
+    ({"betas": (0.9, 1.0)}, ["betas=(0.9, 1.0)", "[0, 1)"]),
+    ({"betas": 0.9}, ["betas=0.9"]),
+    ({"eps": -1e-8}, ["eps=-1e-08"]),
+    ({"weight_decay": -0.1}, ["weight_decay=-0.1"]),
+    ({"compression": 0.0}, ["compression=0.0", "(0, 1]"]),
+    ({"compression": 1.5}, ["compression=1.5"]),
+    ({"width": -3}, ["width=-3"]),
+    ({"width": 2.5}, ["width=2.5"]),
+    ({"depth": 0}, ["depth=0", ">= 1"]),
+    ({"hash": "md5"}, ["hash='md5'", "'strided', 'affine'"]),
+    ({"seed": "zero"}, ["seed='zero'"]),
+    ({"row_sparse": "maybe"}, ["row_sparse='maybe'", "'auto'"]),
+    ({"row_sparse": 1}, ["row_sparse=1"]),
+    ({"chunk_size": -1}, ["chunk_size=-1"]),
+    ({"update_clip": -1.0}, ["update_clip=-1.0"]),
+    ({"scale_parameter": "yes"}, ["scale_parameter='yes'"]),
+    ({"min_compress_size": -1}, ["min_compress_size=-1"]),
+    ({"width": 5, "compression": 0.1}, ["width=5", "compression=0.1", "give one"]),
+    ({"preset": "leen"}, ["preset='leen'", "'default'"]),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD, ids=lambda v: str(v)[:40])
+def test_a_bad_value_is_named_with_what_is_allowed(name, options, words):
+    cls = registry.get(name).cls
+    with pytest.raises(ValueError) as error:
+        cls([matrix()], **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    if options != {"preset": "leen"}:
+        with pytest.raises(ValueError) as error:  # the same in a parameter group
+            cls([{"params": [matrix()], **options}])
+        assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (CSAdam, {"first_moment": "int4"}),
+        (CSAdam, {"second_moment": "cover!"}),
+        (CSAdam, {"block_size": 0}),
+        (CSAdam, {"first_moment_rounding": "up"}),
+        (CSAdam, {"clean_every": -1}),
+        (CSAdam, {"clean_factor": 2.0}),
+        (CSAdam, {"bucket": "max"}),
+        (CSMomentum, {"momentum": 1.0}),
+        (CSMomentum, {"nesterov": 1}),
+        (CSMomentum, {"momentum": 0.9, "betas": (0.8, 0.9)}),
+        (CSAdagrad, {"lr_decay": -1.0}),
+        (CSAdagrad, {"initial_accumulator_value": -1.0}),
+    ],
+    ids=str,
+)
+def test_bad_values_of_single_optimizers(cls, options):
+    key, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"{key}={value!r}".replace("(", r"\(")):
+        cls([matrix()], **options)
+
+
+def test_unknown_options_are_errors(name):
+    cls = registry.get(name).cls
+    with pytest.raises(TypeError, match="compresion"):
+        cls([matrix()], compresion=0.1)
+    for slip in ("compresion", "weight_decy", "preset_", "row_sparce"):
+        with pytest.raises(ValueError, match=slip):
+            cls([{"params": [matrix()], slip: 0.1}])
+    # frameworks keep keys of their own
+    group = {"params": [matrix()], "initial_lr": 0.1, "name": "decoder", "lr_scale": 0.5, "swap_to_cpu": True}
+    assert cls([group]).param_groups[0]["initial_lr"] == 0.1
+
+
+def test_every_constructor_takes_what_frameworks_pass(name):
+    registry.get(name).cls([matrix()], lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
+
+
+def test_complex_integer_and_sparse_parameters_are_refused_by_name(name):
+    cls = registry.get(name).cls
+    good = matrix()
+    with pytest.raises(ValueError, match=r"'spectrum' of shape \(3,\) is complex"):
+        cls([("w", good), ("spectrum", torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64)))])
+    with pytest.raises(ValueError, match="parameter 1 of group 0"):
+        cls([good, torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+    with pytest.raises(ValueError, match="int32"):
+        cls([torch.nn.Parameter(torch.zeros(3, dtype=torch.int32), requires_grad=False)])
+    optimizer = cls([good])
+    with pytest.raises(ValueError, match="complex"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_groups_override_presets_and_constructor():
+    a, b, c, d = (matrix() for _ in range(4))
+    optimizer = CSAdam(
+        [
+            {"params": [a]},
+            {"params": [b], "compression": 0.5, "lr": 0.5},
+            {"params": [c], "preset": "exact"},
+            {"params": [d], "preset": "lean", "first_moment": "bf16"},
+        ],
+        lr=0.1,
+        compression=0.1,
+        first_moment="fp32",
+        weight_decay=0.3,
+    )
+    groups = optimizer.param_groups
+    assert [g["compression"] for g in groups] == [0.1, 0.5, 0.05, 0.05]
+    assert [g["first_moment"] for g in groups] == ["fp32", "fp32", "fp32", "bf16"]
+    assert [g["second_moment"] for g in groups] == ["count_min", "count_min", "dense", "count_min"]
+    assert [g["update_clip"] for g in groups] == [0, 0, 0, 1.0]
+    assert [g["lr"] for g in groups] == [0.1, 0.5, 0.1, 0.1] and {g["weight_decay"] for g in groups} == {0.3}
+    optimizer = CSAdam([{"params": [matrix()], "compression": 0.5}], width=3)
+    assert optimizer.param_groups[0]["width"] == 0
+    optimizer.add_param_group({"params": [matrix()], "width": 7})
+    for p in optimizer.param_groups[0]["params"] + optimizer.param_groups[1]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    tables = [optimizer.state[p]["second_moment"]["table"].shape for g in optimizer.param_groups for p in g["params"]]
+    assert tables == [(1, 32, 70), (1, 7, 70)]
+
+
+def test_paper_presets_are_those_of_the_paper():
+    optimizer = CSAdam([matrix(rows=300)], preset="paper_cs_mv")
+    group = optimizer.param_groups[0]
+    assert (group["first_moment"], group["second_moment"], group["depth"], group["bucket"]) == (
+        "count_sketch", "count_min", 3, "sum",
+    )  # fmt: skip
+    assert (group["clean_every"], group["clean_factor"], group["hash"]) == (125, 0.2, "affine")
+    p = group["params"][0]
+    planned = optimizer.planned_state(p, group)
+    assert {name: bytes / (4 * p.numel()) for name, (_, bytes) in planned.items()} == pytest.approx(
+        {"first_moment": 0.2, "second_moment": 0.2}
+    )
+    assert CSAdam([matrix()], preset="paper_cs_v").param_groups[0]["first_moment"] == "fp32"
+    assert CSAdam([matrix()], preset="paper_cs_v", depth=2).param_groups[0]["depth"] == 2
+    assert CSRMSprop([matrix()], preset="paper_cs_v").param_groups[0]["depth"] == 3
+    assert CSAdagrad([matrix()], preset="paper").param_groups[0]["clean_factor"] == 0.5
+    assert CSMomentum([matrix()], preset="paper").param_groups[0]["first_moment"] == "count_sketch"
+
+
+def test_every_preset_trains_on_an_embedding(name):
+    """A bag-of-words regression; row-sparse, because the paper's presets are meant for that."""
+    cls = registry.get(name).cls
+    for preset in cls.PRESETS:
+        torch.manual_seed(0)
+        target, module = torch.randn(60, 8), torch.nn.Embedding(60, 8, sparse=True)
+        # the gradient of a mean over 512 elements is small: what SGD calls a learning rate differs
+        lr = 5.0 if name == "cs_momentum" else 0.05
+        optimizer = cls(module.parameters(), lr=lr, preset=preset, min_compress_size=0)
+        losses = []
+        for _ in range(150):
+            index = torch.randint(0, 60, (64,))
+            loss = (module(index) - target[index]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), preset
+
+
+@pytest.mark.parametrize("cls", [CSAdam, CSMomentum])
+def test_a_signed_sketch_of_a_dense_first_moment_is_refused_before_anything_changes(cls):
+    dense, sparse = matrix(), torch.nn.Embedding(100, 64, sparse=True)
+    optimizer = cls([sparse.weight, dense], first_moment="count_sketch")
+    before = [p.detach().clone() for p in (sparse.weight, dense)]
+    sparse(torch.tensor([1, 2])).sum().backward()
+    dense.grad = torch.ones_like(dense)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0.*does not train.*allow_dense_count_sketch"):
+        optimizer.step()
+    assert torch.equal(sparse.weight, before[0]) and torch.equal(dense, before[1]) and not optimizer.state
+    dense.grad = None
+    optimizer.step()  # row-sparse gradients are what it is for
+    assert not torch.equal(sparse.weight, before[0])
+    insisting = cls([dense], first_moment="count_sketch", allow_dense_count_sketch=True)
+    dense.grad = torch.ones_like(dense)
+    insisting.step()
+    assert not torch.equal(dense, before[1])
+    tiny = torch.nn.Parameter(torch.zeros(3))
+    vector = cls([tiny], first_moment="count_sketch")  # vectors are exact: nothing to refuse
+    tiny.grad = torch.ones(3)
+    vector.step()
+
+
+def test_gradients_that_cannot_be_used_change_nothing(name):
+    cls = registry.get(name).cls
+    a, b = matrix(), matrix(rows=10, columns=10)
+    optimizer = cls([a, b])
+    before = a.detach().clone()
+    a.grad = torch.ones_like(a)
+    b.grad = torch.eye(10).to_sparse(2)
+    with pytest.raises(ValueError, match="2 sparse dimensions"):
+        optimizer.step()
+    assert torch.equal(a, before) and not optimizer.state
+
+
+def test_parsing_text():
+    assert registry.parse_options("cs_adam", {"compression": "0.1", "depth": "3", "first_moment": "bf16"}) == {
+        "compression": 0.1, "depth": 3, "first_moment": "bf16",
+    }  # fmt: skip
+    parse = registry.parse_options
+    assert parse("cs_adam", {"row_sparse": "auto"}) == {"row_sparse": "auto"}
+    assert parse("cs_adam", {"row_sparse": "True"}) == {"row_sparse": True}
+    assert parse("cs_adam", {"betas": "0.8:0.9", "preset": "lean"}) == {"betas": (0.8, 0.9), "preset": "lean"}
+    assert parse("cs_momentum", {"nesterov": "true"}) == {"nesterov": True}
+    for key, value in (
+        ("compression", "0"), ("compression", "much"), ("depth", "1.5"), ("row_sparse", "no"), ("nesterov", "1"),
+        ("first_moment", "int4"), ("preset", "lena"), ("compresion", "0.1"), ("betas", "0.9"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            parse("cs_momentum" if key == "nesterov" else "cs_adam", {key: value})
+        assert key in str(error.value)
+    with pytest.raises(ValueError, match="give one"):
+        parse("cs_adam", {"width": "3", "compression": "0.1"})
+    with pytest.raises(ValueError, match="cs_adagrad"):
+        registry.get("csadam")
+
+
+def test_every_option_is_documented(name):
+    entry = registry.get(name)
+    for option in entry.options.values():
+        assert isinstance(option, Option) and option.doc
+        assert f"{option.name}:" in entry.cls.__doc__, option.name
+
+
+def test_default_trajectory_is_reproducible(name):
+    results = []
+    for _ in range(2):
+        params = parameters(shapes=[(70, 80), (9,)], dtype=torch.float32)
+        optimizer = registry.get(name).cls(params)
+        train(optimizer, params, 5)
+        results.append([p.detach() for p in params] + [copy.deepcopy(optimizer.state_dict())])
+    for a, b in zip(*[r[:-1] for r in results], strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,144 @@
+import copy
+import io
+
+import pytest
+import torch
+
+from sketch_plugins import CSAdam, registry
+
+from .conftest import parameters, train
+
+SHAPES = [(70, 80), (9,), (6, 4, 3, 3), ()]
+
+
+def trained(name, dtype=torch.float32, steps=2, **options):
+    params = parameters(SHAPES, dtype)
+    optimizer = registry.get(name).cls(params, **{"min_compress_size": 0, **options})
+    train(optimizer, params, steps)
+    return optimizer, params
+
+
+def tensors(value, path=""):
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, v in value.items():
+            yield from tensors(v, f"{path}.{key}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_round_trip_keeps_every_dtype_and_bit(name, dtype):
+    """torch casts state to the parameter's dtype: bf16 tables, bf16 int8 codes, and a silent change of the run."""
+    optimizer, params = trained(name, dtype, first_moment="int8") if name in ("cs_adam", "cs_momentum") else trained(name, dtype)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = registry.get(name).cls(copies, min_compress_size=0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, q in zip(params, copies, strict=True):
+        mine, theirs = dict(tensors(optimizer.state[p])), dict(tensors(other.state[q]))
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            assert mine[key].dtype == theirs[key].dtype and torch.equal(mine[key], theirs[key]), key
+    train(optimizer, params, 3, first=2)
+    train(other, copies, 3, first=2)
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+
+
+def test_state_is_plain(name):
+    """Tensors, numbers and nested dicts with string keys: what weights_only and distributed checkpoints accept."""
+    optimizer, _ = trained(name)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+
+    def check(value):
+        assert isinstance(value, (torch.Tensor, int, float, dict))
+        if isinstance(value, dict):
+            assert all(isinstance(k, str) for k in value)
+            for v in value.values():
+                check(v)
+
+    for state in loaded["state"].values():
+        check(state)
+
+
+def test_a_loaded_state_is_not_tied_to_the_one_it_came_from(name):
+    optimizer, params = trained(name)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = registry.get(name).cls(copies, min_compress_size=0)
+    other.load_state_dict(optimizer.state_dict())
+    before = {k: v.clone() for k, v in tensors(other.state[copies[0]])}
+    train(optimizer, params, 1)
+    assert all(torch.equal(v, before[k]) for k, v in tensors(other.state[copies[0]]))
+
+
+@pytest.mark.parametrize(
+    ("option", "saved", "present"),
+    [
+        ("compression", 0.05, 0.1), ("depth", 1, 2), ("seed", 0, 1), ("width", 0, 9), ("hash", "strided", "affine"),
+        ("min_compress_size", 0, 100),
+    ],
+)  # fmt: skip
+def test_another_structure_is_refused_with_both_values_and_nothing_changes(name, option, saved, present):
+    optimizer, params = trained(name)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = registry.get(name).cls(copies, **{"min_compress_size": 0, "lr": 0.5, option: present})
+    train(other, copies, 1)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError) as error:
+        other.load_state_dict(optimizer.state_dict())
+    assert f"{option}={saved!r}" in str(error.value) and f"{option}={present!r}" in str(error.value)
+    after = other.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, state in before["state"].items():
+        for (path, a), (_, b) in zip(tensors(state), tensors(after["state"][key]), strict=True):
+            assert torch.equal(a, b), path
+
+
+def test_another_store_another_optimizer_and_other_shapes_are_refused():
+    optimizer, _params = trained("cs_adam")
+    for options, words in (({"first_moment": "fp32"}, "first_moment='int8'"), ({"block_size": 64}, "block_size=128")):
+        other = CSAdam(parameters(SHAPES, torch.float32), min_compress_size=0, **options)
+        with pytest.raises(ValueError, match=words):
+            other.load_state_dict(optimizer.state_dict())
+    fresh = CSAdam(parameters(SHAPES, torch.float32), min_compress_size=0)
+    adamw = torch.optim.AdamW(parameters(SHAPES, torch.float32))
+    with pytest.raises(ValueError, match="not written by CSAdam"):
+        fresh.load_state_dict(adamw.state_dict())
+    with pytest.raises(ValueError, match="parameters"):
+        fresh.load_state_dict(CSAdam(parameters([(3, 3)], torch.float32), min_compress_size=0).state_dict())
+    shapes = CSAdam(parameters([(80, 70), *SHAPES[1:]], torch.float32), min_compress_size=0)
+    with pytest.raises(ValueError, match=r"shape \(70, 80\); expected \(80, 70\)"):
+        shapes.load_state_dict(optimizer.state_dict())
+    assert not shapes.state and not fresh.state
+    broken = copy.deepcopy(optimizer.state_dict())
+    del broken["state"][0]["second_moment"]
+    with pytest.raises(ValueError, match="second_moment"):
+        fresh.load_state_dict(broken)
+
+
+def test_hyperparameters_come_from_the_state_dict_as_in_torch(name):
+    optimizer, params = trained(name)
+    optimizer.param_groups[0]["lr"] = 0.25
+    other = registry.get(name).cls([torch.nn.Parameter(p.detach().clone()) for p in params], min_compress_size=0)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 0.25
+
+
+def test_loading_one_s_own_state_changes_nothing(name):
+    """accelerate does this when it wraps an optimizer."""
+    optimizer, params = trained(name)
+    before = {k: v.clone() for k, v in tensors(optimizer.state[params[0]])}
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in tensors(optimizer.state[params[0]]))
+    fresh = registry.get(name).cls(parameters(SHAPES, torch.float32))
+    fresh.load_state_dict(fresh.state_dict())
+    assert not fresh.state
+
+
+def test_named_parameters_and_their_labels():
+    model = torch.nn.Linear(80, 70)
+    optimizer = CSAdam(model.named_parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    other = CSAdam(torch.nn.Linear(80, 70).named_parameters())
+    other.load_state_dict(optimizer.state_dict())
