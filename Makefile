@@ -1,0 +1,62 @@
+# `make demo` and `make test` each do everything a fresh clone needs: a virtual environment in $(VENV), the packages,
+# the run. The stamps make the second call fast: packages are installed again only when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The version everything was run with. The package index decides whether it is a CPU or a CUDA build.
+TORCH ?= torch==2.13.0
+DEMO_ARGS ?=
+TEST_ARGS ?=
+LINT_PATHS := sketch_plugins integrations examples tests $(wildcard benchmarks)
+
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+
+# More threads than this only slow down the small tensors of the tests, the more so with several processes at once.
+TEST_THREADS := $(or $(OMP_NUM_THREADS),2)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  DEMO_ARGS and TEST_ARGS are handed on, for example: make demo DEMO_ARGS=--help"
+
+demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare them (about 5 minutes on 2 cores)
+	$(BIN)/python examples/demo_lm.py $(DEMO_ARGS)
+
+test: $(VENV)/.dev ## run the test suite
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff, ruff format and mypy, nothing changed
+	$(BIN)/ruff check $(LINT_PATHS)
+	$(BIN)/ruff format --check $(LINT_PATHS)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## let ruff fix and format the sources
+	$(BIN)/ruff check --fix $(LINT_PATHS)
+	$(BIN)/ruff format $(LINT_PATHS)
+
+clean: ## remove the environment and everything that was made
+	rm -rf $(VENV) build dist demo_out bert_out .pytest_cache .mypy_cache .ruff_cache
+	find sketch_plugins integrations examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: it is pinned here, while the package itself accepts a range.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -e ".[demo]"
+	@touch $@
+
+# The development packages hold the demo's.
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -e ".[dev]"
+	@touch $(VENV)/.demo $@

@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Time of `optimizer.step()` beside fused AdamW and a copy of the parameters, in one run.
+
+Each optimizer runs in a process of its own. Every timed step is paired with a step of `AdamW(fused=True)` and with a
+copy of as many numbers, so that the ratios hold on a machine whose speed drifts; medians are reported. `temporary` is
+the peak of memory during a step above what parameters, gradients and state take.
+
+    python benchmarks/bench_step.py                        # every optimizer and preset, BERT-base shapes
+    python benchmarks/bench_step.py --optimizers cs_adam,cs_adam:preset=lean --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sketch_plugins import registry, state_report
+
+RESULTS = Path(__file__).parent / "results"
+DEFAULT = (
+    "cs_adam,cs_adam:preset=lean,cs_adam:first_moment=bf16,cs_adam:second_moment=row_count_min,cs_adam:preset=exact,"
+    "cs_adam:preset=paper_cs_v,cs_rmsprop,cs_adagrad,cs_momentum,torch:AdamW,torch:Adafactor"
+)
+SHAPES = {"bert-base": (12, 768, 30522), "bert-large": (24, 1024, 30522), "tiny": (2, 128, 1000)}
+FIELDS = (
+    "optimizer", "shapes", "params", "dtype", "device", "hardware", "threads", "torch", "steps", "step_ms", "adamw_ms",
+    "copy_ms", "x_adamw", "x_copy", "bytes_per_param", "temporary_mb",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optimizers", default=DEFAULT, help="comma-separated: name[:option=value[;option=value...]]")
+    parser.add_argument("--shapes", choices=SHAPES, default="bert-base")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="CSV (default: benchmarks/results/step_<device>_<shapes>_<dtype>.csv)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args)))
+        return
+    out = args.out or RESULTS / f"step_{args.device}_{args.shapes}_{args.dtype}.csv"
+    rows = []
+    names = args.optimizers.split(",")
+    # Spinning threads would slow down the other half of a pair.
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("timing", total=len(names))
+        for name in names:
+            progress.update(task, description=name)
+            run = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--one", name], env=env, stdout=subprocess.PIPE, text=True
+            )
+            if run.returncode:
+                raise SystemExit(f"{name}: the benchmark's process ended with code {run.returncode}")
+            rows.append(json.loads(run.stdout.splitlines()[-1]))
+            progress.advance(task)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
+    print(f"written to {out}")
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    params = [torch.nn.Parameter(torch.randn(s, device=device, dtype=dtype) * 0.02) for s in shapes(args.shapes)]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    count = sum(p.numel() for p in params)
+    copies = [torch.empty_like(p) for p in params]
+    reference = torch.optim.AdamW(params, lr=1e-4, fused=True)
+    optimizer = build(name, params)
+
+    def copy() -> None:
+        for target, p in zip(copies, params, strict=True):
+            target.copy_(p.detach())
+
+    runs: list[Callable[[], object]] = [optimizer.step, reference.step, copy]
+    for _ in range(args.warmup):
+        for run in runs:
+            run()
+    temporary = temporary_memory(optimizer.step, device)
+    times = [[timed(run, device) for run in runs] for _ in range(args.steps)]
+    report = state_report(optimizer)
+    return {
+        "optimizer": name,
+        "shapes": args.shapes,
+        "params": count,
+        "dtype": args.dtype,
+        "device": args.device,
+        "hardware": hardware(device),
+        "threads": args.threads if device.type == "cpu" else "",
+        "torch": torch.__version__,
+        "steps": args.steps,
+        **{
+            key: round(statistics.median(t[i] for t in times), 3)
+            for i, key in enumerate(("step_ms", "adamw_ms", "copy_ms"))
+        },
+        "x_adamw": round(statistics.median(t[0] / t[1] for t in times), 3),
+        "x_copy": round(statistics.median(t[0] / t[2] for t in times), 3),
+        "bytes_per_param": round(report.bytes_per_param, 4),
+        "temporary_mb": temporary,
+    }
+
+
+def build(name: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    name, _, text = name.partition(":")
+    if name == "torch":
+        extra = {"fused": True} if text == "AdamW" else {}
+        return getattr(torch.optim, text)(params, lr=1e-4, **extra)
+    options = dict(pair.split("=", 1) for pair in text.split(";")) if text else {}
+    return registry.get(name).cls(params, lr=1e-4, **registry.parse_options(name, options))
+
+
+def shapes(name: str) -> Iterator[tuple[int, ...]]:
+    layers, d, vocabulary = SHAPES[name]
+    yield from ((vocabulary, d), (512, d), (2, d), (d,), (d,))
+    for _ in range(layers):
+        yield from ((d, d), (d,)) * 4
+        yield from ((d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,), (d,), (d,))
+    yield from ((d, d), (d,))
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    start_time = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start_time)
+
+
+def temporary_memory(run: Callable[[], object], device: torch.device) -> float | str:
+    """Megabytes that one call takes on top of what is allocated before it; "" where it cannot be measured."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 2)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+    except OSError:
+        return ""
+    before = resident("VmRSS")
+    run()
+    return round((resident("VmHWM") - before) / 1e6, 2)
+
+
+def resident(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        name = line.split(":", 1)[1].strip()
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def table(rows: list[dict[str, object]]) -> Table:
+    first = rows[0]
+    where = f"{first['hardware']}, {first['threads']} threads" if first["threads"] != "" else str(first["hardware"])
+    out = Table(
+        title=f"optimizer.step(), {first['shapes']} shapes, {int(str(first['params'])) / 1e6:.1f} M {first['dtype']}",
+        caption=f"{where}, torch {first['torch']}; medians of {first['steps']} paired steps",
+    )
+    out.add_column("optimizer")
+    for heading in ("step ms", "x AdamW fused", "x copy", "state B/param", "temporary MB"):
+        out.add_column(heading, justify="right")
+    for row in rows:
+        out.add_row(
+            str(row["optimizer"]), f"{row['step_ms']:.1f}", f"{row['x_adamw']:.2f}", f"{row['x_copy']:.2f}",
+            f"{row['bytes_per_param']:.3f}", str(row["temporary_mb"]),
+        )  # fmt: skip
+    return out
+
+
+if __name__ == "__main__":
+    main()

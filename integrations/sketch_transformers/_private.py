@@ -1,0 +1,199 @@
+"""Everything of transformers that is changed, or used without being documented: nothing of it is named elsewhere.
+
+Four things are changed, each once; what does not concern our optimizers behaves as before:
+
+* ``OptimizerNames`` gets one member per optimizer of the registry.
+* ``TrainingArguments.__post_init__`` checks the arguments of our optimizers, so that a mistake is reported before a
+  model is loaded.
+* ``Trainer.get_optimizer_cls_and_kwargs`` answers for our names. It exists, with this signature, in all versions
+  supported. The dispatch table behind it (``_OPTIMIZER_HANDLERS``) is private, exists in recent ones only, and is
+  reached after ``optim_args`` was split by code that fails on "compression" with "not enough values to unpack".
+* ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
+  cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from sketch_plugins import registry
+from sketch_plugins.import_hooks import is_initializing
+
+#: Where in transformers the names are that this package touches: module, then dotted name in it.
+TOUCHED = (
+    ("transformers.training_args", "OptimizerNames"),
+    ("transformers.training_args", "TrainingArguments.__post_init__"),
+    ("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs"),
+    ("transformers.trainer", "Trainer.log"),
+    ("transformers.trainer_utils", "check_target_module_exists"),
+    ("transformers.pytorch_utils", "Conv1D"),
+)
+
+
+class MovedSymbolError(RuntimeError):
+    """A name of transformers that this package relies on is not where it was."""
+
+
+def register() -> None:
+    """Make every optimizer of the registry a value of ``TrainingArguments.optim``. Calling it again does no harm.
+
+    While transformers is half imported, what exists is changed and the rest left to the next call.
+
+    Raises:
+        MovedSymbolError: see :func:`check`.
+        ValueError: transformers has an optimizer of its own under one of our names.
+    """
+    check()
+    optimizer_names = _find("transformers.training_args", "OptimizerNames")
+    if optimizer_names is not None:
+        for name in registry.names():
+            _extend_enum(optimizer_names, name)
+    training_arguments = _find("transformers.training_args", "TrainingArguments")
+    if training_arguments is not None:
+        _wrap(training_arguments, "__post_init__", _checking)
+    trainer = _find("transformers.trainer", "Trainer")
+    if trainer is not None:
+        _wrap(trainer, "get_optimizer_cls_and_kwargs", _answering)
+        _wrap(trainer, "log", _reporting)
+
+
+def check() -> None:
+    """Look up every name this package touches.
+
+    Raises:
+        MovedSymbolError: names the first one that is missing and the version of transformers.
+    """
+    for module_name, qualname in TOUCHED:
+        found = _find(module_name, qualname)
+        if (
+            qualname == "OptimizerNames"
+            and found is not None
+            and not (issubclass(found, str) and issubclass(found, Enum))
+        ):
+            raise _moved(f"{module_name}.{qualname}", "is no longer a str Enum")
+
+
+def matches_target(target_modules: str | list[str], module_name: str) -> bool:
+    """Whether transformers itself takes ``module_name`` to be meant by ``optim_target_modules``."""
+    from transformers.trainer_utils import check_target_module_exists
+
+    return bool(check_target_module_exists(target_modules, module_name))
+
+
+def conv1d_class() -> type:
+    """GPT-2's linear layer, which is a class of its own."""
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
+def _find(module_name: str, qualname: str) -> Any:
+    """The object, or None where its module has not got that far in its own import, further up the call stack."""
+    module = sys.modules.get(module_name)
+    if module is None:
+        if any(is_initializing(sys.modules[name]) for name, _ in TOUCHED if name in sys.modules):
+            return None  # to import another module now would be to run into the half imported one
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name != module_name:
+                raise
+            raise _moved(module_name) from error
+    found: Any = module
+    for part in qualname.split("."):
+        if not hasattr(found, part):
+            if found is module and is_initializing(module):
+                return None
+            raise _moved(f"{module_name}.{qualname}")
+        found = getattr(found, part)
+    return found
+
+
+def _moved(symbol: str, what: str = "is missing") -> MovedSymbolError:
+    import transformers
+
+    return MovedSymbolError(
+        f"{symbol} {what} in transformers {transformers.__version__}: this version of sketch-plugins cannot register "
+        "its optimizers there. Trainer(optimizer_cls_and_kwargs=(CSAdam, {...})) works without registration."
+    )
+
+
+def _extend_enum(cls: Any, value: str) -> None:
+    """Add ``value`` to a str Enum as if it stood in its class body.
+
+    An Enum with members cannot be subclassed, and ``TrainingArguments`` and ``HfArgumentParser`` both look here.
+    """
+    known = cls._value2member_map_.get(value)
+    if known is not None:
+        if not getattr(known, _MARK, False):
+            import transformers
+
+            raise ValueError(f"transformers {transformers.__version__} has an optimizer {value!r} of its own")
+        return
+    name = value.upper()
+    member = str.__new__(cls, value)
+    member._name_, member._value_ = name, value
+    member.__objclass__ = cls
+    member._sort_order_ = len(cls._member_names_)
+    setattr(member, _MARK, True)
+    cls._member_names_.append(name)
+    cls._member_map_[name] = member
+    cls._value2member_map_[value] = member
+    type.__setattr__(cls, name, member)
+
+
+def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the method ``name`` of ``cls`` by ``wrapper(method)``, once."""
+    method = getattr(cls, name)
+    if getattr(method, _MARK, False):
+        return
+    replacement = functools.wraps(method)(wrapper(method))
+    setattr(replacement, _MARK, True)
+    static = isinstance(cls.__dict__.get(name), staticmethod)
+    setattr(cls, name, staticmethod(replacement) if static else replacement)
+
+
+def _checking(post_init: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        post_init(self, *args, **kwargs)
+        if _is_ours(self.optim):
+            from sketch_transformers.arguments import check_arguments
+
+            check_arguments(self)
+
+    return wrapped
+
+
+def _answering(get_optimizer_cls_and_kwargs: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    def wrapped(args: Any, model: Any = None) -> tuple[Any, Any]:
+        if not _is_ours(args.optim):
+            return get_optimizer_cls_and_kwargs(args, model)
+        from sketch_transformers.arguments import optimizer_cls_and_kwargs
+
+        return optimizer_cls_and_kwargs(args, model)
+
+    return wrapped
+
+
+def _reporting(log: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        from sketch_transformers.callback import SketchCallback
+
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SketchCallback):
+                callback.add_to(logs, self.callback_handler.optimizer)
+        log(self, logs, *args, **kwargs)
+
+    return wrapped
+
+
+def _is_ours(optim: Any) -> bool:
+    return getattr(optim, "value", optim) in registry.names()
+
+
+_MARK = "_sketch_plugins"

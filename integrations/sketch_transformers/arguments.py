@@ -1,0 +1,167 @@
+"""From ``TrainingArguments`` to an optimizer class and its keyword arguments, with every mistake reported."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sketch_plugins import registry
+from sketch_transformers.targets import only_on, select_parameters
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+#: Options of the optimizer that have a place of their own; in ``optim_args`` they would contradict it or be ignored.
+ELSEWHERE = {
+    "lr": "TrainingArguments.learning_rate",
+    "weight_decay": "TrainingArguments.weight_decay, which Trainer sets per parameter group",
+}
+
+
+def optimizer_cls_and_kwargs(
+    args: TrainingArguments, model: torch.nn.Module | None = None
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer that ``args`` describe, as ``Trainer.get_optimizer_cls_and_kwargs`` returns it.
+
+    With ``args.optim_target_modules`` the class returned is a stand-in: called with the parameter groups of Trainer (or
+    any others), it builds the optimizer with every group split in two, compressed and exact.
+
+    Args:
+        args: ``optim``, ``optim_args``, ``optim_target_modules``, ``learning_rate`` and ``adam_*`` are read. The weight
+            decay comes with the parameter groups.
+        model: needed with ``optim_target_modules`` only.
+
+    Raises:
+        ValueError: see :func:`check_arguments`; ``optim_target_modules`` without a model or with an entry that matches
+            nothing in it.
+    """
+    check_arguments(args)
+    cls, kwargs = _cls_and_kwargs(args)
+    if args.optim_target_modules is not None:
+        if model is None:
+            raise ValueError(f"optim_target_modules={args.optim_target_modules!r} needs the model, which is None")
+        cls = only_on(cls, select_parameters(model, args.optim_target_modules))
+    _prepare_deepspeed(args)
+    return cls, kwargs
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Check all that can be known without a model.
+
+    Raises:
+        ValueError: ``optim_args`` is malformed, has an unknown key, a value of the wrong type or an impossible one (the
+            message lists what is allowed); the parameters are to be sharded by FSDP; the DeepSpeed configuration has
+            an optimizer of its own or asks for DeepSpeed's CPU Adam.
+    """
+    cls, kwargs = _cls_and_kwargs(args)
+    try:
+        cls([torch.empty(0)], **kwargs)  # the constructor knows best which values go together
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optim={_name(args)!r} with optim_args={args.optim_args!r}: {error}") from error
+    _check_sharding(args)
+
+
+def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Typed keyword arguments from ``optim_args``: "key=value,key=value", or a mapping from a JSON or YAML file.
+
+    Args:
+        name: a name of the registry.
+        optim_args: options of that optimizer, without those in :data:`ELSEWHERE`.
+
+    Raises:
+        ValueError: names the offending part and what is allowed.
+    """
+    where = f"optim_args={optim_args!r} of optim={name!r}"
+    given = dict(optim_args) if isinstance(optim_args, Mapping) else _split(name, optim_args, where)
+    for key in given:
+        if key in ELSEWHERE:
+            raise ValueError(f"{where}: {key!r} is set by {ELSEWHERE[key]}")
+    try:
+        return registry.parse_options(name, given)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _cls_and_kwargs(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    name = _name(args)
+    kwargs: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    given = parse_optim_args(name, args.optim_args)
+    if "momentum" in given and "betas" not in given:
+        del kwargs["betas"]  # one value under two names
+    return registry.get(name).cls, kwargs | given
+
+
+def _name(args: TrainingArguments) -> str:
+    # A str Enum after __post_init__, but a plain string may have been assigned since.
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _split(name: str, optim_args: Any, where: str) -> dict[str, str]:
+    if optim_args is None or optim_args == "":
+        return {}
+    if not isinstance(optim_args, str):
+        raise ValueError(f"{where}: expected a string 'key=value,key=value', not {type(optim_args).__name__}")
+    given: dict[str, str] = {}
+    for part in optim_args.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            keys = ", ".join(key for key in registry.get(name).options if key not in ELSEWHERE)
+            raise ValueError(f"{where}: {part!r} is not of the form key=value; the keys are {keys}")
+        if key in given:
+            raise ValueError(f"{where}: {key!r} is given twice, {given[key]!r} and {value!r}")
+        given[key] = value
+    return given
+
+
+def _check_sharding(args: TrainingArguments) -> None:
+    # `accelerate launch` asks for FSDP in the environment, not in the arguments.
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        # Tables that differ per rank count as replicated in a sharded checkpoint: wrong after a resume, without a word.
+        raise ValueError(f"optim={_name(args)!r} does not support FSDP yet; DDP works")
+    config = _deepspeed_config(args)
+    block = config.get("optimizer")
+    if block is not None and block.get("type") != _name(args):
+        raise ValueError(
+            f"optim={_name(args)!r} would be ignored: the DeepSpeed configuration has its own optimizer, "
+            f"{block.get('type')!r}; remove that block"
+        )
+    if _offloads(config) and config.get("zero_force_ds_cpu_optimizer") is True:
+        raise ValueError(
+            f"zero_force_ds_cpu_optimizer=true would replace optim={_name(args)!r} by DeepSpeedCPUAdam; "
+            "remove it or set it to false"
+        )
+
+
+def _prepare_deepspeed(args: TrainingArguments) -> None:
+    config = _deepspeed_config(args)
+    if _offloads(config):
+        # Or accelerate replaces the optimizer by DeepSpeedCPUAdam, with full state and without a word.
+        config["zero_force_ds_cpu_optimizer"] = False
+    if config.get("zero_optimization", {}).get("stage", 0) != 0:
+        logger.warning(
+            "ZeRO hands optimizers one flat vector in place of the matrices: until a later release %s keeps exact, "
+            "uncompressed state for it",
+            _name(args),
+        )
+
+
+def _deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
+    # `deepspeed=...` in the arguments sets the first, `accelerate launch --use_deepspeed` only the second.
+    plugin = getattr(args, "deepspeed_plugin", None)
+    holder = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
+    return {} if holder is None else holder.config
+
+
+def _offloads(config: dict[str, Any]) -> bool:
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"

@@ -1,0 +1,141 @@
+"""What the optimizer's state costs, and how well the sketch estimates, in Trainer's own logs."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from sketch_plugins import state_report
+from sketch_plugins.memory.probe import SecondMomentProbe
+
+logger = logging.getLogger(__name__)
+
+
+class SketchCallback(TrainerCallback, ExportableState):
+    """Logs what the optimizer's state costs to everything Trainer reports to (TensorBoard, W&B, ``log_history``, ...).
+
+    Every training log gets
+
+    * ``optimizer/state_bytes``: bytes of state on this rank;
+    * ``optimizer/state_bytes_per_param``: the same for each parameter;
+    * ``optimizer/saved_vs_adamw_bytes``: what ``torch.optim.AdamW`` would keep, less that;
+    * ``optimizer/second_moment_relative_error``, if ``sampled``: how far the second moment in use is from an exact one
+      of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``.
+
+    A table of the memory goes to the logger ``sketch_transformers.callback`` (level INFO) once, after the first step.
+    The memory of any torch optimizer is logged, so that a run with AdamW can be put beside; ``sampled`` is for sketched
+    ones. The samples are saved with each checkpoint (in ``trainer_state.json``) and restored when it is resumed.
+
+    Args:
+        sampled: keep the exact second moment of a few rows and log the error. Off under a gradient scaler (fp16), where
+            gradients are scaled.
+        rows: sampled rows of each sampled parameter, in fp32.
+        params: how many parameters are sampled.
+        seed: chooses the rows.
+    """
+
+    def __init__(self, sampled: bool = False, rows: int = 8, params: int = 4, seed: int = 0) -> None:
+        self.sampled = sampled
+        self.rows = rows
+        self.params = params
+        self.seed = seed
+        self.reported = False
+        self._probe: SecondMomentProbe | None = None
+        self._restored: Any = None  # samples of a checkpoint, until there is a probe
+
+    def add_to(self, logs: dict[str, float], optimizer: Any) -> None:
+        """Add the figures to a training log; evaluation logs are left alone. ``Trainer.log`` calls this."""
+        if optimizer is None or not ("loss" in logs or "train_loss" in logs):
+            return
+        report = state_report(optimizer)
+        logs["optimizer/state_bytes"] = report.state_bytes
+        logs["optimizer/state_bytes_per_param"] = report.bytes_per_param
+        logs["optimizer/saved_vs_adamw_bytes"] = report.saved_bytes
+        error = math.nan if self._probe is None else self._probe.relative_error()
+        if not math.isnan(error):  # an optimizer without a second moment has nothing to sample
+            logs["optimizer/second_moment_relative_error"] = error
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the samples of the checkpoint that is resumed."""
+        # Where the checkpoint was saved without this callback, Trainer's next save would fail with a KeyError.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0 and isinstance(saved, dict) and saved["args"] == self.state()["args"]:
+            self.samples = saved["attributes"]["samples"]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the samples the gradients that the optimizer is about to see: averaged and clipped."""
+        if not self.sampled or not state.is_world_process_zero:
+            return
+        optimizer = kwargs["optimizer"]
+        if getattr(optimizer, "scaler", None) is not None:
+            logger.warning("SketchCallback(sampled=True) is off under a gradient scaler: use bf16 in place of fp16")
+            self.sampled = False
+            return
+        optimizer = _unwrap(optimizer)
+        if self._probe is None or self._probe.optimizer is not optimizer:
+            self._probe = SecondMomentProbe(optimizer, rows=self.rows, params=self.params, seed=self.seed)
+            if self._restored is not None:
+                self._probe.load_state_dict(_map(self._restored, lambda tensor: tensor.to(args.device)))
+                self._restored = None
+        self._probe.update()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report once, as soon as there is state."""
+        if not self.reported and state.is_world_process_zero:
+            logger.info("optimizer state after step %d\n%s", state.global_step, state_report(kwargs["optimizer"]))
+        self.reported = True
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer saves in ``trainer_state.json``."""
+        return {
+            "args": {"sampled": self.sampled, "rows": self.rows, "params": self.params, "seed": self.seed},
+            "attributes": {"reported": self.reported, "samples": self.samples},
+        }
+
+    @property
+    def samples(self) -> Any:
+        """The exact second moments of the sampled rows, as JSON; None before the first step or if not ``sampled``."""
+        return _map(self._restored if self._probe is None else self._probe.state_dict(), _encode)
+
+    @samples.setter
+    def samples(self, value: Any) -> None:
+        self._restored = _decode(value)
+        self._probe = None
+
+
+def _unwrap(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _map(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _map(item, function) for key, item in value.items()}
+    return function(value) if isinstance(value, torch.Tensor) else value
+
+
+def _encode(tensor: torch.Tensor) -> dict[str, Any]:
+    data = base64.b64encode(tensor.cpu().numpy().tobytes()).decode()
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "base64": data}
+
+
+def _decode(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "base64" not in value:
+        return {key: _decode(item) for key, item in value.items()}
+    data = bytearray(base64.b64decode(value["base64"]))
+    return torch.frombuffer(data, dtype=getattr(torch, value["dtype"])).reshape(value["shape"])

@@ -1,0 +1,99 @@
+"""The examples as a user starts them, at tiny sizes: the files they write and the figures in them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+for package in ("transformers", "tokenizers", "matplotlib"):
+    pytest.importorskip(package, reason="the examples need the extra `demo`")
+
+
+def start(script, *options):
+    environment = {**os.environ, "TQDM_DISABLE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / script), *map(str, options)]
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+
+
+def check(finished, out, labels):
+    """The table, the picture and the figures agree on what was run; returns the figures of each run."""
+    assert finished.returncode == 0, finished.stderr
+    assert (out / "comparison.png").read_bytes().startswith(PNG)
+    results = json.loads((out / "results.json").read_text())
+    runs = {run["label"]: run for run in results["runs"]}
+    assert list(runs) == labels
+    for label, run in runs.items():
+        (row,) = [line for line in finished.stdout.splitlines() if [c.strip() for c in line.split("│")[1:2]] == [label]]
+        assert f"{run['eval_loss']:.4f}" in row
+        assert f"{run['bytes_per_param']:.3f}" in row
+        for curve in ("train_curve", "eval_curve"):
+            assert run[curve] and all(math.isfinite(loss) for _, loss in run[curve])
+        assert run["eval_curve"][-1] == [results["options"]["steps"], run["eval_loss"]]
+        assert 0 < run["optimizer_ms"] < run["step_ms"]
+    assert len({run["parameters"] for run in runs.values()}) == 1
+    return runs
+
+
+def check_bytes(runs):
+    # Two float32 moments a parameter, and a step counter of 4 bytes for each tensor.
+    assert runs["AdamW"]["bytes_per_param"] == pytest.approx(8, abs=0.02)
+    # int8 blocks, 5 % of the rows, and the exact state of biases and norms, which weigh more in a tiny model.
+    assert runs["cs_adam"]["bytes_per_param"] < 1.5
+
+
+def test_language_model(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(60)))
+    size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 6, "--seq-len", 32, "--batch-size", 2)
+    out = tmp_path / "out"
+    finished = start("demo_lm.py", "--quick", "--text", text, "--out", out, *size)
+    runs = check(finished, out, ["AdamW", "cs_adam", "cs_adam preset=lean"])
+    check_bytes(runs)
+    assert runs["cs_adam preset=lean"]["bytes_per_param"] < 0.5
+    # Same weights, same data, same learning rate: the first loss is the same before the first update.
+    assert runs["AdamW"]["train_curve"][0] == runs["cs_adam"]["train_curve"][0]
+
+
+@pytest.mark.parametrize("task", ["classify", "mlm"])
+def test_bert(tmp_path, task):
+    out = tmp_path / "out"
+    size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 4, "--seq-len", 32, "--batch-size", 4)
+    texts = []
+    for label in ("north", "south"):
+        texts += ["--text", tmp_path / f"{label}.txt"]
+        texts[-1].write_text("".join(f"{n * n} steps to the {label}, then {n}.\n" for n in range(400)))
+    optimizers = ("--optimizers", "adamw_torch_fused,cs_adam")
+    finished = start("finetune_bert.py", "--task", task, "--quick", "--out", out, *optimizers, *size, *texts)
+    runs = check(finished, out, ["AdamW", "cs_adam"])
+    check_bytes(runs)
+    for run in runs.values():
+        assert (run["eval_accuracy"] is not None) == (task == "classify")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "0 is not a positive whole number"),
+        (["--lr", "nan"], "nan is not a positive number"),
+        (["--dim", "100"], "--dim 100 is not a multiple of 32"),
+        (["--text", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--optimizers", "cs_adam@fast"], "'cs_adam@fast'"),
+        (["--optimizers", "no_such", "--quick"], "optimizer 'no_such' is unknown to Trainer"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, monkeypatch, capsys, options, message):
+    import demo_lm
+
+    # What `main` sets for its own processes shall not reach the other tests.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(SystemExit) as ended:
+        demo_lm.main(["--out", str(tmp_path), *options])
+    # argparse prints and ends with 2; our own message is the exit value, which the interpreter prints.
+    assert message in f"{ended.value} {capsys.readouterr().err}"
