@@ -8,6 +8,7 @@ followed by ``mod width``, so each bucket holds ``R // width`` rows, or one more
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,6 +37,7 @@ class RowHash:
 
     @property
     def strided(self) -> bool:
+        """Whether the bucket is the row number mod width."""
         return self.a == 1 and self.b == 0
 
     def bucket(self, index: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ def uniform(index: Tensor, seed: int, step: int, dtype: torch.dtype) -> Tensor:
     return (mix32(mix32(index, key & _MASK32), key >> 32) >> 8).to(dtype) * (1.0 / (1 << 24))
 
 
-def _splitmix64(seed: int):
+def _splitmix64(seed: int) -> Iterator[int]:
     x = seed & _MASK64
     while True:
         x = (x + 0x9E37_79B9_7F4A_7C15) & _MASK64

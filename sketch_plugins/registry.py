@@ -66,5 +66,7 @@ def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(unknown_option(name, key, options))
         parsed[key] = options[key].parse(value)
     if parsed.get("width") and "compression" in parsed:
-        raise ValueError(f"width={parsed['width']} and compression={parsed['compression']} both set the buckets: give one")
+        raise ValueError(
+            f"width={parsed['width']} and compression={parsed['compression']} both set the buckets: give one"
+        )
     return parsed

@@ -46,6 +46,18 @@ def empty(slot: str, shape: Sequence[int], dtype: torch.dtype, device: torch.dev
     return buffer[:n].view(shape)
 
 
-def like(slot: str, tensor: Tensor) -> Tensor:
-    """`empty` with the shape, dtype and device of ``tensor``."""
-    return empty(slot, tensor.shape, tensor.dtype, tensor.device)
+def out(slot: str, like: Tensor) -> dict[str, Tensor]:
+    """Keyword arguments that send an operator's result to the slot; none under torch.compile, which fuses instead.
+
+    Usage: ``torch.mul(a, b, **scratch.out("product", a))``.
+    """
+    if torch.compiler.is_compiling() or _ARENA.slots is None:
+        return {}
+    return {"out": empty(slot, like.shape, like.dtype, like.device)}
+
+
+def cast(slot: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of ``tensor`` in another dtype, in the slot."""
+    if torch.compiler.is_compiling():
+        return tensor.to(dtype, copy=True)
+    return empty(slot, tensor.shape, dtype, tensor.device).copy_(tensor)

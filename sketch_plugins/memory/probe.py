@@ -104,5 +104,3 @@ class SecondMomentProbe:
             picked = h.bucket(torch.arange(min(self.rows, total))).sort().values
             out.append((key, p, group, picked.to(p.device)))
         return out
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -146,9 +147,9 @@ class StateReport:
 
     def __str__(self) -> str:
         """The table as text."""
-        console = Console(width=120, record=True, file=_Nowhere())
-        console.print(self.table())
-        return console.export_text()
+        text = io.StringIO()
+        Console(width=120, file=text).print(self.table())
+        return text.getvalue()
 
 
 def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
@@ -209,11 +210,3 @@ def _sizes(value: Any) -> Iterator[int]:
     elif isinstance(value, Mapping):
         for v in value.values():
             yield from _sizes(v)
-
-
-class _Nowhere:
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass

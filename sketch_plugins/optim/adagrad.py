@@ -50,6 +50,7 @@ class CSAdagrad(SketchOptimizer):
         update_clip: see `CSAdam`.
         scale_parameter: see `CSAdam`.
         chunk_size: see `CSAdam`.
+        compile: see `CSAdam`.
         seed: see `CSAdam`.
         maximize: see `CSAdam`.
 
@@ -104,6 +105,7 @@ class CSAdagrad(SketchOptimizer):
         update_clip: float | None = None,
         scale_parameter: bool | None = None,
         chunk_size: int | None = None,
+        compile: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
     ) -> None:
@@ -126,6 +128,6 @@ class CSAdagrad(SketchOptimizer):
             step_size=group["lr"] / (1.0 + (step - 1) * group["lr_decay"]),
             correction=1.0,
             decay=group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
-            numerator=lambda m, g: g,
+            lookahead=None,
             denominator=denominator,
         )

@@ -5,8 +5,9 @@ A concrete optimizer names its options, its stores' averages and its update rule
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
+from sketch_plugins.kernels.tile import numerator_of, sum_of_squares, update
 from sketch_plugins.optim.options import Option, misspelt, unknown_option, validate
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
 from sketch_plugins.stores import CountMin, CountSketch, Dense, Ema, Gradient, Int8, RowCountMin, Store
@@ -22,7 +24,7 @@ from sketch_plugins.stores import CountMin, CountSketch, Dense, Ema, Gradient, I
 # Adafactor's floor of the parameter's root mean square (arXiv 1804.04235): a bias that starts at 0 still moves.
 SCALE_FLOOR = 1e-3
 # Elements of a tile: large enough to hide the calls, small enough for a CPU's cache (measured, docs/architecture.md).
-CPU_CHUNK, ACCELERATOR_CHUNK = 1 << 19, 1 << 24
+CPU_CHUNK, COMPILED_CHUNK, ACCELERATOR_CHUNK = 1 << 20, 1 << 22, 1 << 24
 # "auto" takes the row-sparse path in steps where at most this fraction of the rows has a gradient.
 AUTO_DENSITY = 0.5
 
@@ -38,7 +40,7 @@ class Rule:
         correction: bias correction of the numerator; part of the update that ``update_clip`` measures.
         decay: decoupled weight decay times the learning rate.
         denominator: from the root of the second moment's estimate, in place.
-        numerator: from (first moment's estimate or None, gradient).
+        lookahead: Nesterov's momentum: the numerator is then ``g + lookahead * m``; else m, or g where there is no m.
     """
 
     first: Ema | None
@@ -46,7 +48,7 @@ class Rule:
     step_size: float | Tensor
     correction: float
     decay: float | Tensor
-    numerator: Callable[[Tensor | None, Tensor], Tensor]
+    lookahead: float | None
     denominator: Callable[[Tensor], Tensor] | None
 
 
@@ -94,6 +96,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         try:
             for index, p in enumerate(self.param_groups[-1]["params"]):
                 _check_parameter(p, self._label(self.param_groups[-1], index), type(self).__name__)
+                if self.param_groups[-1]["compile"] and p.device.type == "cpu":
+                    _check_compiler()
         except Exception:
             self.param_groups.pop()
             raise
@@ -204,7 +208,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         align = max((s.align for s in (first, second) if s is not None), default=1)
         step_size: float | Tensor = rule.step_size * rule.correction
         if group.get("scale_parameter"):
-            squares = sum(_squares(p.get(at).to(grad.dtype)) for at in grad.batches(period, align))
+            squares = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in grad.batches())
             step_size = _root_mean(squares, grad).clamp_(min=SCALE_FLOOR) * step_size
         if group.get("update_clip"):
             squares = 0
@@ -212,30 +216,33 @@ class SketchOptimizer(torch.optim.Optimizer):
             for at in grad.batches(period, align):
                 g = grad.get(at)
                 m = first.peek(state["first_moment"], at, g, rule.first) if first and rule.first else None
-                u = rule.numerator(m, g)
-                if rule.denominator:
-                    u = torch.mul(u, factors.get(at, g), out=scratch.like("update", u))
-                squares = squares + _squares(u)
+                numerator = numerator_of(g, m, rule.lookahead)
+                squares = squares + grad.run(sum_of_squares)(
+                    numerator, factors.get(at, g) if rule.denominator else None
+                )
             rms = _root_mean(squares, grad) * rule.correction
             step_size = step_size / (rms / group["update_clip"]).clamp_(min=1.0)
-        keep = 1.0 - rule.decay
-        decays = not (isinstance(keep, float) and keep == 1.0)
+        keep = None
+        if isinstance(rule.decay, Tensor) or rule.decay != 0:
+            keep = torch.as_tensor(1.0 - rule.decay, dtype=grad.dtype, device=p.device)
+        ema = rule.first and rule.first._replace(step=0)  # a step number would be compiled anew every step
         factors = _Factors(second, rule, state, period, step_size=step_size)
+        factor = torch.as_tensor(step_size, dtype=grad.dtype, device=p.device)
+        run = grad.run(update)
         for at in grad.batches(period, align):
             g = grad.get(at)
-            m = first.advance(state["first_moment"], at, g, rule.first) if first and rule.first else None
-            numerator = rule.numerator(m, g)
+            slices = first.slices(state["first_moment"], at, rule.first.step) if first and rule.first else {}
             part, in_place = p.get(at), p.views(at) and p.dtype == grad.dtype
             if not in_place:
-                part = scratch.empty("parameter", part.shape, grad.dtype, part.device).copy_(part)
-            if decays:
-                part.mul_(keep)
-            if rule.denominator:
-                part.addcmul_(numerator, factors.get(at, g), value=-1.0)
-            elif isinstance(step_size, Tensor):
-                part.sub_(torch.mul(numerator, step_size, out=scratch.like("update", numerator)))
+                part = scratch.cast("parameter", part, grad.dtype)
+            scaled = factors.get(at, g) if rule.denominator else factor
+            if first:
+                scaled = first.view(scaled) if scaled.ndim else scaled
+                run(first.view(part), first.view(g), slices, scaled, keep, first, ema, rule.lookahead)
             else:
-                part.add_(numerator, alpha=-step_size)
+                run(part, g, slices, scaled, keep, None, None, None)
+            if first and slices:
+                first.keep(state["first_moment"], at, slices)
             if not in_place:
                 p.put(at, part)
 
@@ -257,7 +264,13 @@ class SketchOptimizer(torch.optim.Optimizer):
         shape, dtype = matrix_shape(p.shape), _arithmetic(p)
         chunk = group["chunk_size"] or (CPU_CHUNK if p.device.type == "cpu" else ACCELERATOR_CHUNK)
         l2 = (Matrix(p), group["weight_decay"]) if self._couples(group) else None
-        grad = Gradient(Matrix(values), rows, dtype, chunk, shape, packed, group["maximize"], l2)
+        # Vectors and small tensors cost calls, not arithmetic: compiled, they would only cost more. Ragged blocks fuse
+        # badly.
+        ragged = shape[1] > group.get("block_size", 1) and shape[1] % group.get("block_size", 1) != 0
+        compile = group["compile"] and g.layout == torch.strided and not _exact(p, group) and not ragged
+        if compile and not group["chunk_size"]:
+            chunk = COMPILED_CHUNK
+        grad = Gradient(Matrix(values), rows, dtype, chunk, shape, packed, group["maximize"], l2, compile)
         if rows is None and group["row_sparse"] is not False and p.ndim > 1:
             touched = _touched_rows(grad)
             if group["row_sparse"] is True or len(touched) <= AUTO_DENSITY * shape[0]:
@@ -265,8 +278,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         first = self._stores(p, group)[0]
         if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:
             raise ValueError(
-                f"{label} has a dense gradient, and first_moment='count_sketch' of a dense gradient does not train: the "
-                "rows that share a bucket are as large as the row itself (measured: divergence at depth 1, far behind "
+                f"{label} has a dense gradient, and first_moment='count_sketch' of a dense gradient does not train: "
+                "the rows that share a bucket are as large as the row itself (measured: divergence at depth 1, far behind "
                 "at depth 3). Use first_moment='int8', 'bf16', 'fp32' or 'none' for this parameter; or row-sparse "
                 "gradients (nn.Embedding(sparse=True), row_sparse='auto'); or allow_dense_count_sketch=True to insist"
             )
@@ -277,7 +290,7 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     def _stores(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         """(first, second) moment stores of a parameter."""
-        exact = p.ndim < 2 or p.numel() < group["min_compress_size"]
+        exact = _exact(p, group)
         sketch = (group["compression"], group["width"], group["depth"], group["hash"], group["seed"])
         return (
             _first_store(
@@ -311,7 +324,9 @@ class SketchOptimizer(torch.optim.Optimizer):
         kind = type(self).__name__
         saved_groups = incoming["param_groups"]
         if len(saved_groups) != len(self.param_groups):
-            raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, this {kind} {len(self.param_groups)}")
+            raise ValueError(
+                f"the state dict has {len(saved_groups)} parameter groups, this {kind} {len(self.param_groups)}"
+            )
         for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
@@ -375,7 +390,7 @@ class _Factors:
         if self._factor is None or place is None or place != self._place:
             look = self.second.peek if self.peek else self.second.advance
             v = look(self.state["second_moment"], at, g, self.rule.second)
-            denominator = self.rule.denominator(torch.sqrt(v, out=scratch.like("factor", v)))
+            denominator = self.rule.denominator(torch.sqrt(v, **scratch.out("factor", v)))
             self._factor, self._place = denominator.reciprocal_().mul_(self.step_size), place
         return self._factor
 
@@ -411,7 +426,7 @@ def _second_store(kind: str, exact: bool, bucket: str, sketch: tuple[float, int,
 def _one_of_width_and_compression(given: Mapping[str, Any]) -> None:
     if given.get("width") and given.get("compression") is not None:
         raise ValueError(
-            f"width={given['width']!r} and compression={given['compression']!r} both set the number of buckets: give one"
+            f"width={given['width']!r} and compression={given['compression']!r} both set the buckets: give one"
         )
 
 
@@ -424,8 +439,22 @@ def _check_parameter(p: Tensor, label: str, kind: str) -> None:
         raise ValueError(f"{label} has layout {p.layout}; {kind} takes strided parameters")
 
 
+def _check_compiler() -> None:
+    # Before the first step, which would otherwise fail half-way with a page of torch's internals.
+    wanted = os.environ.get("CXX", "g++")
+    if not any(shutil.which(name) for name in (wanted, "clang++", "cl")):
+        raise ValueError(
+            f"compile=True needs a C++ compiler on a CPU, and {wanted} is not to be found: install one, set CXX, or use "
+            "compile=False"
+        )
+
+
 def _arithmetic(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _exact(p: Tensor, group: Mapping[str, Any]) -> bool:
+    return p.ndim < 2 or p.numel() < group["min_compress_size"]
 
 
 def _touched_rows(grad: Gradient) -> Tensor:
@@ -437,11 +466,6 @@ def _touched_rows(grad: Gradient) -> Tensor:
         at.get(touched, 0, 1).logical_or_((grad.get(at) != 0).any(-1, keepdim=True))
     grad.l2 = l2
     return touched.squeeze(-1).nonzero().squeeze(-1)
-
-
-def _squares(x: Tensor) -> Tensor:
-    flat = x.reshape(-1)
-    return torch.dot(flat, flat)  # several times faster on a CPU than vector_norm
 
 
 def _root_mean(squares: Any, grad: Gradient) -> Tensor:

@@ -49,6 +49,7 @@ class CSMomentum(SketchOptimizer):
         scale_parameter: see `CSAdam`.
         allow_dense_count_sketch: see `CSAdam`.
         chunk_size: see `CSAdam`.
+        compile: see `CSAdam`.
         seed: see `CSAdam`.
         maximize: see `CSAdam`.
 
@@ -107,6 +108,7 @@ class CSMomentum(SketchOptimizer):
         scale_parameter: bool | None = None,
         allow_dense_count_sketch: bool | None = None,
         chunk_size: int | None = None,
+        compile: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
     ) -> None:
@@ -130,19 +132,13 @@ class CSMomentum(SketchOptimizer):
         return {} if momentum is None else {"momentum": momentum, "betas": (momentum, 0.0)}
 
     def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
-        momentum, nesterov = group["momentum"], group["nesterov"]
-
-        def numerator(m: Tensor | None, g: Tensor) -> Tensor:
-            if m is None:
-                return g
-            return g.add(m, alpha=momentum) if nesterov else m
-
+        momentum = group["momentum"]
         return Rule(
             first=Ema(momentum, 1.0, step) if group["first_moment"] != "none" else None,
             second=None,
             step_size=group["lr"],
             correction=1.0,
             decay=group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
-            numerator=numerator,
+            lookahead=momentum if group["nesterov"] else None,
             denominator=None,
         )

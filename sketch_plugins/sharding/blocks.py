@@ -156,11 +156,9 @@ def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1) 
         chunk: elements of a tile at most.
         period: buckets of a strided hash (0: none). Tiles then hold whole cycles of ``period`` rows, or stay within
             one cycle, so that a slice of the table fits them without an index.
-        align: column cuts fall on multiples of this (the block size of quantized state).
+        align: block size of quantized state: a tile's columns are whole blocks, or one shorter block at the end.
     """
-    step = columns if columns <= chunk else max(align, chunk // align * align)
-    for lo in range(0, columns, step):
-        hi = min(lo + step, columns)
+    for lo, hi in _column_cuts(columns, chunk, align):
         n = max(1, chunk // (hi - lo))
         if not period or period >= rows:
             for start in range(0, rows, n):
@@ -181,14 +179,21 @@ def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1) 
             yield Tile(rows, start, 1, min(n, rows - start), lo, hi)
 
 
-def row_batches(
-    total: int, rows: Tensor, columns: int, chunk: int, align: int = 1
-) -> Iterator[tuple[slice, Rows]]:
+def row_batches(total: int, rows: Tensor, columns: int, chunk: int, align: int = 1) -> Iterator[tuple[slice, Rows]]:
     """Cut touched rows into batches of about ``chunk`` elements, with the slice of ``rows`` each one covers."""
-    step = columns if columns <= chunk else max(align, chunk // align * align)
-    for lo in range(0, columns, step):
-        hi = min(lo + step, columns)
+    for lo, hi in _column_cuts(columns, chunk, align):
         n = max(1, chunk // (hi - lo))
         for start in range(0, len(rows), n):
             part = slice(start, start + n)
             yield part, Rows(total, rows[part], lo, hi)
+
+
+def _column_cuts(columns: int, chunk: int, align: int) -> Iterator[tuple[int, int]]:
+    step = columns if columns <= chunk else max(align, chunk // align * align)
+    for lo in range(0, columns, step):
+        hi = min(lo + step, columns)
+        whole = lo + (hi - lo) // align * align
+        if lo < whole:
+            yield lo, whole
+        if whole < hi:
+            yield whole, hi

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
+from sketch_plugins.kernels.tile import compiled
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, Tile, row_batches, tiles
 
 State = dict[str, Tensor]
@@ -51,6 +52,7 @@ class Gradient:
         shape: ``(R, D)`` of the parameter.
         packed: ``matrix`` holds the touched rows only (a sparse gradient), in the order of ``rows``.
         negate: ascend instead of descend (``maximize``).
+        compile: run the tile functions through torch.compile.
         l2: ``(parameter, weight)`` adds ``weight * p`` to the gradient (coupled weight decay).
     """
 
@@ -64,9 +66,10 @@ class Gradient:
         packed: bool = False,
         negate: bool = False,
         l2: tuple[Matrix, float] | None = None,
+        compile: bool = False,
     ) -> None:
         self.matrix, self.rows, self.dtype, self.chunk, self.shape = matrix, rows, dtype, chunk, shape
-        self.packed, self.negate, self.l2 = packed, negate, l2
+        self.packed, self.negate, self.l2, self.compile = packed, negate, l2, compile
         self.device = matrix.device
 
     def batches(self, period: int = 0, align: int = 1) -> Iterator[At]:
@@ -83,6 +86,10 @@ class Gradient:
         for part, at in row_batches(*self._of(self.rows[order])):
             yield part, Touched(at.total, at.rows, at.lo, at.hi, order[part])
 
+    def run(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The tile function itself, or its compiled form where that was asked for."""
+        return compiled(function) if self.compile else function
+
     def _of(self, rows: Tensor) -> tuple[int, Tensor, int, int]:
         return self.shape[0], rows, self.shape[1], self.chunk
 
@@ -98,7 +105,7 @@ class Gradient:
             x = self.matrix.get(at)
         if x.dtype == self.dtype and not self.negate and self.l2 is None:
             return x
-        g = scratch.empty("gradient", x.shape, self.dtype, x.device).copy_(x)
+        g = scratch.cast("gradient", x, self.dtype)
         if self.negate:
             g.neg_()
         if self.l2 is not None:
@@ -138,7 +145,8 @@ class Store:
     def allocate(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         """Zeroed state tensors for an ``(R, D)`` parameter; ``dtype`` is the arithmetic dtype."""
         return {
-            name: torch.zeros(size, dtype=kind, device=device) for name, (size, kind) in self.layout(shape, dtype).items()
+            name: torch.zeros(size, dtype=kind, device=device)
+            for name, (size, kind) in self.layout(shape, dtype).items()
         }
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -170,12 +178,37 @@ class Store:
 
     def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
         """The estimate after this step; stores with cells of their own also write it."""
+        slices = self.slices(state, at, ema.step)
+        est = self.blend(slices, self.view(g), ema)
+        self.keep(state, at, slices)
+        return self.unview(est)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """How `blend` wants to see a tile."""
+        return tensor
+
+    def unview(self, tensor: Tensor) -> Tensor:
+        """What `view` was made of."""
+        return tensor
+
+    def slices(self, state: State, at: At, step: int) -> State:
+        """What `blend` needs of the state there: views of it for a tile, copies for rows."""
+        return {name: at.get(tensor) for name, tensor in state.items()}
+
+    def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
+        """Blend the gradient into the slices, in place; returns the estimate, which may be one of them."""
         raise NotImplementedError
+
+    def keep(self, state: State, at: At, slices: State) -> None:
+        """Write slices that were copies back."""
+        if isinstance(at, Rows):
+            for name, tensor in state.items():
+                at.put(tensor, slices[name])
 
     def peek(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
         """What `advance` would return, without changing the state."""
         old = self.read(state, at, g.dtype)
-        return old if self.shared else blend(scratch.like("peek", old).copy_(old), g, ema, self.order)
+        return old if self.shared else blend(scratch.cast("peek", old, g.dtype), g, ema, self.order)
 
     def fill(self, state: State, value: float) -> None:
         """Set every estimate of freshly allocated state to ``value`` (Adagrad's initial accumulator)."""

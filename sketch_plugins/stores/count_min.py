@@ -1,4 +1,4 @@
-"""The count-min sketch of squared gradients: unsigned buckets, read back as the minimum. Cormode & Muthukrishnan 2005."""
+"""The count-min sketch of squared gradients: unsigned, read back as the minimum. Cormode & Muthukrishnan 2005."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.stores.base import State
+from sketch_plugins.hashing import RowHash
+from sketch_plugins.kernels.tile import fold_squares
+from sketch_plugins.sharding.blocks import Tile
+from sketch_plugins.stores.base import Ema, Gradient, State
 from sketch_plugins.stores.sketch import Sketch
 
 
@@ -26,7 +29,25 @@ class CountMin(Sketch):
     order: int = 2
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
-        return torch.mul(x, x, out=scratch.like("cells", x))
+        return torch.mul(x, x, **scratch.out("cells", x))
+
+    def _write_dense(self, table: Tensor, h: RowHash, grad: Gradient, ema: Ema) -> None:
+        if not self.period(h.rows):
+            super()._write_dense(table, h, grad, ema)
+            return
+        table.mul_(ema.decay)
+        share = self._share(h, ema.gain)
+        fold = grad.run(fold_squares)
+        for at in grad.batches(h.width):
+            assert isinstance(at, Tile)
+            first = at.start % h.width
+            bucket = torch.arange(first, first + at.rows, device=table.device)
+            weight = (
+                share(bucket).unsqueeze(-1)
+                if callable(share)
+                else torch.tensor(share, dtype=table.dtype, device=table.device)
+            )
+            fold(table[first : first + at.rows, at.lo : at.hi], grad.get(at), weight.to(table.dtype))
 
     def _combine(self, estimates: list[Tensor]) -> Tensor:
         least = estimates[0]

@@ -29,7 +29,7 @@ class CountSketch(Sketch):
     bucket: str = "sum"
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
-        return torch.mul(x, sign(), out=scratch.like("cells", x))
+        return torch.mul(x, sign(), **scratch.out("cells", x))
 
     def _signed(self, estimate: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return estimate * sign()

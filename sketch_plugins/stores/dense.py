@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.sharding.blocks import At, Tile
+from sketch_plugins.sharding.blocks import At
 from sketch_plugins.stores.base import Ema, State, Store, blend
 
 
@@ -32,13 +32,15 @@ class Dense(Store):
         stored = at.get(state["dense"])
         if stored.dtype == dtype:
             return stored
-        return scratch.empty("decoded", stored.shape, dtype, stored.device).copy_(stored)
+        return scratch.cast("decoded", stored, dtype)
 
-    def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
-        """Blend and keep; the estimate returned is the unrounded one."""
-        est = blend(self.read(state, at, g.dtype), g, ema, self.order)
-        if not (isinstance(at, Tile) and state["dense"].dtype == g.dtype):  # else `est` is the state itself
-            at.put(state["dense"], est)
+    def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
+        """Blend; the estimate is the unrounded one."""
+        stored = slices["dense"]
+        if stored.dtype == g.dtype:
+            return blend(stored, g, ema, self.order)
+        est = blend(scratch.cast("decoded", stored, g.dtype), g, ema, self.order)
+        stored.copy_(est)
         return est
 
     def fill(self, state: State, value: float) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.hashing import uniform
-from sketch_plugins.sharding.blocks import At
+from sketch_plugins.sharding.blocks import At, Rows
 from sketch_plugins.stores.base import Ema, State, Store, blend
 
 
@@ -37,6 +36,7 @@ class Int8(Store):
 
     @property
     def align(self) -> int:  # type: ignore[override]
+        """Tiles hold whole blocks."""
         return self.block_size
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -48,47 +48,55 @@ class Int8(Store):
         }
         return out
 
+    def view(self, tensor: Tensor) -> Tensor:
+        """``(..., blocks, columns of a block)``; tiles hold whole blocks or one shorter block, see ``align``."""
+        return tensor.unflatten(-1, (-1, min(self.block_size, tensor.shape[-1])))
+
+    def unview(self, tensor: Tensor) -> Tensor:
+        """The tile with its columns in one dimension again."""
+        return tensor.flatten(-2)
+
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """Decoded values (a copy, until the next read)."""
-        codes = at.get(state["codes"])
-        x = scratch.empty("decoded", codes.shape, dtype, codes.device).copy_(codes)
-        scales = at.get(state["scales"], *self._blocks(at)).to(dtype)
-        for part, block in self._split(x):
-            part.mul_(scales[..., block].unsqueeze(-1))
-        return x
+        whole = at.lo + (at.hi - at.lo) // self.block_size * self.block_size
+        if at.lo < whole < at.hi:  # not a tile of a step: its last block is shorter
+            parts = [replace(at, lo=lo, hi=hi) for lo, hi in ((at.lo, whole), (whole, at.hi))]
+            return torch.cat([self.read(state, part, dtype).clone() for part in parts], -1)
+        return self.unview(self._decode(self.slices(state, at, 0), dtype))
 
-    def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
-        """Decode, blend, encode; the estimate returned is the one before rounding."""
-        est = blend(self.read(state, at, g.dtype), g, ema, self.order)
-        scales = est.new_empty(*at.shape[:-1], self._blocks(at)[1] - self._blocks(at)[0])
-        codes = scratch.like("codes", est)
-        for (part, block), (code, _) in zip(self._split(est), self._split(codes), strict=True):
-            scale = torch.abs(part, out=code).amax(-1).div_(127.0)
-            # A block of zeros (or of numbers whose 1/127 underflows) has codes 0; a NaN or Inf lives on in the scale.
-            inverse = torch.where(scale > 1e-37, 1.0 / scale, 0.0)
-            torch.mul(part, inverse.unsqueeze(-1), out=code)
-            scales[..., block] = scale
-        if self.stochastic:
-            codes.add_(self._noise(state, at, codes, ema.step)).floor_().clamp_(-127, 127)
+    def slices(self, state: State, at: At, step: int) -> State:
+        """Codes in blocks, their scales, and the noise of a stochastic rounding."""
+        out = {"codes": self.view(at.get(state["codes"])), "scales": at.get(state["scales"], *self._blocks(at))}
+        if self.stochastic and step:
+            columns = state["codes"].shape[1]
+            index = at.from_rows(at.index(state["codes"].device).unsqueeze(-1) * columns)
+            index = index + torch.arange(at.lo, at.hi, device=index.device)
+            out["noise"] = self.view(uniform(index, self.seed, step, torch.float32))
+        return out
+
+    def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
+        """Decode, blend, encode; the estimate is the one before rounding."""
+        est = blend(self._decode(slices, g.dtype), g, ema, self.order)
+        scale = torch.abs(est, **scratch.out("codes", est)).amax(-1).div(127.0)
+        # A block of zeros (or of numbers whose 1/127 underflows) has codes 0; a NaN or Inf lives on in the scale.
+        inverse = torch.where(scale > 1e-37, 1.0 / scale, 0.0)
+        codes = torch.mul(est, inverse.unsqueeze(-1), **scratch.out("codes", est))
+        if "noise" in slices:
+            codes.add_(slices["noise"]).floor_().clamp_(-127, 127)
         else:
             codes.round_()
-        at.put(state["codes"], codes)
-        at.put(state["scales"], scales, *self._blocks(at))
+        slices["codes"].copy_(codes)
+        slices["scales"].copy_(scale)
         return est
+
+    def keep(self, state: State, at: At, slices: State) -> None:
+        """Write slices that were copies back."""
+        if isinstance(at, Rows):
+            at.put(state["codes"], slices["codes"].flatten(-2))
+            at.put(state["scales"], slices["scales"], *self._blocks(at))
+
+    def _decode(self, slices: State, dtype: torch.dtype) -> Tensor:
+        return scratch.cast("decoded", slices["codes"], dtype).mul_(slices["scales"].to(dtype).unsqueeze(-1))
 
     def _blocks(self, at: At) -> tuple[int, int]:
         return at.lo // self.block_size, -(-at.hi // self.block_size)
-
-    def _split(self, x: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """``x`` as (whole blocks, block) and (the shorter last one, block), each ``(..., blocks, columns)``."""
-        size, columns = self.block_size, x.shape[-1]
-        whole = columns // size
-        if whole:
-            yield x[..., : whole * size].unflatten(-1, (whole, size)), slice(0, whole)
-        if whole * size < columns:
-            yield x[..., whole * size :].unsqueeze(-2), slice(whole, whole + 1)
-
-    def _noise(self, state: State, at: At, like: Tensor, step: int) -> Tensor:
-        columns = state["codes"].shape[1]
-        index = at.from_rows(at.index(like.device).unsqueeze(-1) * columns)
-        return uniform(index + torch.arange(at.lo, at.hi, device=like.device), self.seed, step, like.dtype)

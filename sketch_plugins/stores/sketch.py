@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ BUCKETS = ("mean", "sum")
 
 @dataclass(frozen=True)
 class Sketch(Store):
-    """State ``table`` of shape ``(depth, width, D)``: row i of the parameter lives in bucket ``h_j(i)`` of each table j.
+    """State ``table`` of shape ``(depth, width, D)``: row i lives in bucket ``h_j(i)`` of each table j.
 
     ``width`` is given, or follows from ``compression``, the fraction of rows kept as buckets in each table:
     ``width = ceil(compression * R)``, at least 1 and at most R. ``compression = 1`` hashes injectively and reproduces
@@ -68,9 +69,16 @@ class Sketch(Store):
             else:
                 self._write_touched(table, h, grad, ema)
 
-    def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
-        """`write` has been called: only read."""
-        return self.read(state, at, g.dtype)
+    def slices(self, state: State, at: At, step: int) -> State:
+        """`write` has been called: only the estimate is needed."""
+        return {"estimate": self.read(state, at, state["table"].dtype)}
+
+    def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
+        """The estimate."""
+        return slices["estimate"]
+
+    def keep(self, state: State, at: At, slices: State) -> None:
+        """Nothing to write."""
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         """What a row adds to its bucket, as a new tensor; ``sign()`` is broadcastable to ``x``."""
@@ -88,7 +96,7 @@ class Sketch(Store):
         for at in grad.batches(self.period(grad.shape[0])):
             assert isinstance(at, Tile)
             x = grad.get(at)
-            self._add(table, h, at, self._cell(x, lambda at=at, x=x: _sign(h, at, x)), self._share(h, ema.gain))
+            self._add(table, h, at, self._cell(x, partial(_sign, h, at, x)), self._share(h, ema.gain))
 
     def _share(self, h: RowHash, gain: float) -> Callable[[Tensor], Tensor] | float:
         """Weight of a bucket's sum: ``gain``, or ``gain / rows of the bucket`` for the mean."""
@@ -107,7 +115,7 @@ class Sketch(Store):
             target = table[first : first + at.rows, at.lo : at.hi]
             sums = cells[0]
             if at.cycles > 1:
-                sums = torch.sum(cells, 0, out=scratch.like("sums", sums))
+                sums = torch.sum(cells, [0], **scratch.out("sums", sums))
             bucket = torch.arange(first, first + at.rows, device=table.device) if callable(weight) else None
             _add_weighted(target, sums, bucket, weight)
             return
@@ -129,7 +137,7 @@ class Sketch(Store):
         weights = (gain / counts).to(table.dtype).repeat_interleave(counts).unsqueeze(-1)
         for part, at in grad.picked(order):
             x = grad.get(at)
-            cells = self._cell(x, lambda at=at, x=x: _sign(h, at, x)).mul_(weights[part])
+            cells = self._cell(x, partial(_sign, h, at, x)).mul_(weights[part])
             target = table[:, at.lo : at.hi]
             for bucket, sums in _segments(buckets[part], cells):
                 target.index_copy_(0, bucket, target.index_select(0, bucket).add_(sums))
@@ -139,11 +147,11 @@ class Sketch(Store):
         if isinstance(at, Tile) and self.period(at.total):
             first = at.start % hashes[0].width
             estimate = tables[0, first : first + at.rows, at.lo : at.hi]
-            return self._combine([self._signed(estimate, lambda: _sign(hashes[0], at, estimate))])
+            return self._combine([self._signed(estimate, partial(_sign, hashes[0], at, estimate))])
         index = at.index(tables.device)
         return self._combine(
             [
-                self._signed(part, lambda h=h, part=part: _sign(h, at, part))
+                self._signed(part, partial(_sign, h, at, part))
                 for h, table in zip(hashes, tables, strict=True)
                 for part in [at.from_rows(table[:, at.lo : at.hi].index_select(0, h.bucket(index)))]
             ]

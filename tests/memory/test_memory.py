@@ -174,7 +174,9 @@ def test_resident_memory_of_a_process(name, options):
     growth, _ = map(int, out.stdout.split())
     assert growth < 2000  # KB, in the second step; the state and the first step's buffers are there already
     first = SCRIPT.replace("optimizer.step()\nbefore", "before", 1)
-    out = subprocess.run([sys.executable, "-c", first, name, json.dumps(options)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", first, name, json.dumps(options)], capture_output=True, text=True, check=True
+    )
     growth = int(out.stdout.split()[0]) * 1024
     with torch.device("meta"):
         planned = state_report(registry.get(name).cls([torch.nn.Parameter(torch.empty(10000, 1000))], **options))

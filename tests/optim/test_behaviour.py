@@ -2,12 +2,14 @@
 
 import copy
 import io
+import os
 import pickle
+import shutil
 
 import pytest
 import torch
 
-from sketch_plugins import CSAdam, registry
+from sketch_plugins import CSAdam, CSMomentum, registry
 
 from .conftest import gradients, parameters, train
 
@@ -290,3 +292,37 @@ def test_training_diverges_only_where_it_was_said_to():
             optimizer.step()
         losses[label] = loss.item()
     assert losses["default"] < 1.05 * losses["adamw"]
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (CSMomentum, {"nesterov": True, "first_moment": "bf16"})],
+    ids=str,
+)
+def test_compiled_steps_equal_eager_ones_and_do_not_compile_again(cls, options):
+    shapes = [(70, 256), (64, 128), (33, 100), (9,)]
+    runs, counts = [], []
+    for compile in (False, True):
+        params = parameters(shapes, torch.float32)
+        optimizer = cls(params, lr=0.05, weight_decay=0.1, min_compress_size=0, compile=compile, **options)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+        for step in range(5):
+            train(optimizer, params, 1, first=step)
+            scheduler.step()
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        runs.append(params)
+    assert counts[5] > 0 and counts[5] == counts[-1]  # a new learning rate or step number compiles nothing
+    for p, q in zip(*runs, strict=True):
+        # another order of operations; int8 codes may round the other way, 1/254 of a block's maximum
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-3 if cls is CSAdam and not options else 1e-5)
+
+
+def test_compile_without_a_compiler_is_an_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"compile=True.*no-such-compiler"):
+        CSAdam(parameters([(8, 8)]), compile=True)

@@ -86,7 +86,9 @@ def test_cs_momentum_is_sgd(options, nesterov, dtype):
 
 def test_maximize_and_decoupled_weight_decay():
     compare(
-        lambda p: CSAdam(p, first_moment="fp32", maximize=True, **WIDE), lambda p: AdamW(p, maximize=True), torch.float64
+        lambda p: CSAdam(p, first_moment="fp32", maximize=True, **WIDE),
+        lambda p: AdamW(p, maximize=True),
+        torch.float64,
     )
     compare(
         lambda p: CSMomentum(p, lr=0.1, first_moment="none", weight_decay=0.1, decoupled_weight_decay=True, **WIDE),

@@ -165,7 +165,7 @@ def test_every_preset_trains_on_an_embedding(name):
         lr = 5.0 if name == "cs_momentum" else 0.05
         optimizer = cls(module.parameters(), lr=lr, preset=preset, min_compress_size=0)
         losses = []
-        for _ in range(60):
+        for _ in range(120):
             index = torch.randint(0, 60, (64,))
             loss = (module(index) - target[index]).square().mean()
             optimizer.zero_grad()

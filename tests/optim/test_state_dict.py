@@ -29,7 +29,9 @@ def tensors(value, path=""):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_round_trip_keeps_every_dtype_and_bit(name, dtype):
     """torch casts state to the parameter's dtype: bf16 tables, bf16 int8 codes, and a silent change of the run."""
-    optimizer, params = trained(name, dtype, first_moment="int8") if name in ("cs_adam", "cs_momentum") else trained(name, dtype)
+    optimizer, params = (
+        trained(name, dtype, first_moment="int8") if name in ("cs_adam", "cs_momentum") else trained(name, dtype)
+    )
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
     other = registry.get(name).cls(copies, min_compress_size=0)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -1,0 +1,88 @@
+"""A step's work on one tile, written once: run as it is, or through torch.compile (``compile=True``).
+
+The functions take plain tensors and change them in place. Whatever varies from step to step is a tensor, or it would be
+compiled anew; what stays (a store, betas, momentum) may be a Python value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import scratch
+
+if TYPE_CHECKING:
+    from sketch_plugins.stores.base import Ema, State, Store
+
+
+def update(
+    p: Tensor,
+    g: Tensor,
+    slices: State,
+    factor: Tensor,
+    keep: Tensor | None,
+    first: Store | None,
+    ema: Ema | None,
+    lookahead: float | None,
+) -> None:
+    """``p <- keep * p - factor * numerator`` with the numerator m, g (no first moment) or ``g + lookahead * m``.
+
+    Args:
+        p: tile of the parameter, ``(cycles, rows, columns)`` or ``(n, columns)``, in the arithmetic dtype.
+        g: tile of the gradient, of the same shape.
+        slices: the first moment's state there; changed in place.
+        factor: learning rate over the denominator, broadcastable to ``p``.
+        keep: 0-d, one minus the decoupled weight decay; None for one.
+        first: store of the first moment.
+        ema: its average.
+        lookahead: Nesterov's momentum.
+    """
+    numerator = numerator_of(g, first.blend(slices, g, ema) if first and ema else None, lookahead)
+    if keep is not None:
+        p.mul_(keep)
+    p.addcmul_(numerator, factor, value=-1.0)
+
+
+def numerator_of(g: Tensor, m: Tensor | None, lookahead: float | None) -> Tensor:
+    """What the update divides: g, m, or Nesterov's ``g + lookahead * m``."""
+    if m is None:
+        return g
+    if lookahead is None:
+        return m
+    return torch.add(g, m, alpha=lookahead, **scratch.out("numerator", g))
+
+
+def fold_squares(target: Tensor, x: Tensor, weight: Tensor) -> None:
+    """``target += weight * sum over the cycles of x * x``; ``weight`` is 0-d or one for each row of ``target``."""
+    squares = torch.mul(x, x, **scratch.out("cells", x))
+    sums = squares[0] if x.shape[0] == 1 else torch.sum(squares, [0], **scratch.out("sums", x[0]))
+    target.addcmul_(sums, weight)
+
+
+def sum_of_squares(numerator: Tensor, factor: Tensor | None) -> Tensor:
+    """``sum((numerator * factor) ** 2)``, 0-d."""
+    u = numerator if factor is None else torch.mul(numerator, factor, **scratch.out("update", numerator))
+    if torch.compiler.is_compiling():
+        return (u * u).sum()
+    flat = u.reshape(-1)
+    return torch.dot(flat, flat)  # several times faster on a CPU than a norm
+
+
+@lru_cache(maxsize=64)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function through torch.compile: one piece of code for all shapes."""
+    inner = torch.compile(function, dynamic=True)
+
+    def run(*args: Any) -> Any:
+        for arg in args:
+            for tensor in arg.values() if isinstance(arg, dict) else (arg,):
+                if isinstance(tensor, Tensor) and tensor.ndim == 4:
+                    # A view in blocks: loops over a block of unknown size would not be vectorised.
+                    torch._dynamo.mark_static(tensor, 3)
+        return inner(*args)
+
+    return run
