@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def empty(slot: str, shape: Sequence[int], dtype: torch.dtype, device: torch.dev
     return buffer[:n].view(shape)
 
 
-def out(slot: str, like: Tensor) -> dict[str, Tensor]:
+def out(slot: str, like: Tensor) -> dict[str, Any]:
     """Keyword arguments that send an operator's result to the slot; none under torch.compile, which fuses instead.
 
     Usage: ``torch.mul(a, b, **scratch.out("product", a))``.

@@ -279,9 +279,9 @@ class SketchOptimizer(torch.optim.Optimizer):
         if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:
             raise ValueError(
                 f"{label} has a dense gradient, and first_moment='count_sketch' of a dense gradient does not train: "
-                "the rows that share a bucket are as large as the row itself (measured: divergence at depth 1, far behind "
-                "at depth 3). Use first_moment='int8', 'bf16', 'fp32' or 'none' for this parameter; or row-sparse "
-                "gradients (nn.Embedding(sparse=True), row_sparse='auto'); or allow_dense_count_sketch=True to insist"
+                "the rows that share a bucket are as large as the row itself (measured: divergence at depth 1, far "
+                "behind at depth 3). Use first_moment='int8', 'bf16', 'fp32' or 'none' for this parameter; or row-"
+                "sparse gradients (nn.Embedding(sparse=True), row_sparse='auto'); or allow_dense_count_sketch=True to insist"
             )
         return grad
 
@@ -444,8 +444,8 @@ def _check_compiler() -> None:
     wanted = os.environ.get("CXX", "g++")
     if not any(shutil.which(name) for name in (wanted, "clang++", "cl")):
         raise ValueError(
-            f"compile=True needs a C++ compiler on a CPU, and {wanted} is not to be found: install one, set CXX, or use "
-            "compile=False"
+            f"compile=True needs a C++ compiler on a CPU, and {wanted} is not to be found: install one, set CXX, "
+            "or use compile=False"
         )
 
 
