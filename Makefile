@@ -15,8 +15,9 @@ else
 BIN := $(VENV)/bin
 endif
 
-# More threads than this only slow down the small tensors of the tests, the more so with several processes at once.
-TEST_THREADS := $(or $(OMP_NUM_THREADS),2)
+# The tests' tensors are small: a process for each core serves them better than threads.
+TEST_THREADS := $(or $(OMP_NUM_THREADS),1)
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean
@@ -30,7 +31,7 @@ demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare
 	$(BIN)/python examples/demo_lm.py $(DEMO_ARGS)
 
 test: $(VENV)/.dev ## run the test suite
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(TEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff, ruff format and mypy, nothing changed
 	$(BIN)/ruff check $(LINT_PATHS)

@@ -57,7 +57,9 @@ class SecondMomentProbe:
             else:
                 g = Matrix(p.grad).get(Rows(shape[0], index, 0, shape[1])).to(dtype)
             old = self._exact.get(key)
-            if old is None:
+            if old is not None:
+                old = old.to(g.device)  # a probe restored from a checkpoint
+            else:
                 # A probe that starts late takes over what the store says.
                 old = self._estimate(p, group, index) if step else torch.zeros_like(g)
             new = old * ema.decay + g * g * ema.gain
@@ -69,7 +71,7 @@ class SecondMomentProbe:
         difference, size = 0.0, 0.0
         for key, p, group, index in self._sample():
             if key in self._exact and p in self.optimizer.state:
-                exact = self._exact[key]
+                exact = self._exact[key].to(p.device)
                 difference += float((self._estimate(p, group, index) - exact).square().sum())
                 size += float(exact.square().sum())
         return (difference / size) ** 0.5 if size else float("nan")

@@ -274,14 +274,15 @@ class SketchOptimizer(torch.optim.Optimizer):
         if rows is None and group["row_sparse"] is not False and p.ndim > 1:
             touched = _touched_rows(grad)
             if group["row_sparse"] is True or len(touched) <= AUTO_DENSITY * shape[0]:
-                grad.rows = touched
+                grad.rows, grad.compile = touched, False
         first = self._stores(p, group)[0]
         if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:
             raise ValueError(
                 f"{label} has a dense gradient, and first_moment='count_sketch' of a dense gradient does not train: "
                 "the rows that share a bucket are as large as the row itself (measured: divergence at depth 1, far "
                 "behind at depth 3). Use first_moment='int8', 'bf16', 'fp32' or 'none' for this parameter; or row-"
-                "sparse gradients (nn.Embedding(sparse=True), row_sparse='auto'); or allow_dense_count_sketch=True to insist"
+                "sparse gradients (nn.Embedding(sparse=True), row_sparse='auto'); or allow_dense_count_sketch=True "
+                "to insist"
             )
         return grad
 
