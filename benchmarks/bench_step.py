@@ -60,14 +60,12 @@ def main() -> None:
     out = args.out or RESULTS / f"step_{args.device}_{args.shapes}_{args.dtype}.csv"
     rows = []
     names = args.optimizers.split(",")
-    # Spinning threads would slow down the other half of a pair.
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("timing", total=len(names))
         for name in names:
             progress.update(task, description=name)
             run = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--one", name], env=env, stdout=subprocess.PIPE, text=True
+                [sys.executable, __file__, *sys.argv[1:], "--one", name], stdout=subprocess.PIPE, text=True
             )
             if run.returncode:
                 raise SystemExit(f"{name}: the benchmark's process ended with code {run.returncode}")

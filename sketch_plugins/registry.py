@@ -69,4 +69,7 @@ def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"width={parsed['width']} and compression={parsed['compression']} both set the buckets: give one"
         )
+    betas, momentum = parsed.get("betas"), parsed.get("momentum")
+    if betas is not None and momentum is not None and betas[0] != momentum:
+        raise ValueError(f"betas={betas} and momentum={momentum} both set the momentum: give one")
     return parsed

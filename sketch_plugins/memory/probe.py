@@ -20,7 +20,8 @@ class SecondMomentProbe:
     ``params`` parameters.
 
     The exact average follows every row in every step (that of dense Adam or Adagrad); for row-sparse gradients, where
-    lazy rows do not decay, only the touched rows of a sample move.
+    lazy rows do not decay, only the touched rows of a sample move. What changes the optimizer's own estimate on purpose
+    counts as error: cleaning, coupled weight decay, Adagrad's initial accumulator.
 
     Args:
         optimizer: a sketched optimizer (wrappers with an ``optimizer`` attribute are looked through).

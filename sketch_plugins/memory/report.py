@@ -157,7 +157,8 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
 
     Works for any torch optimizer (each key of its state is a store); wrappers with an ``optimizer`` attribute
     (accelerate, LR schedulers) are looked through. Before the first step a sketched optimizer reports what it will
-    allocate. Tensors are counted by their size; the scalar step counters are left out on both sides.
+    allocate; frozen parameters (``requires_grad=False``) without state are left out. Tensors are counted by their size;
+    the scalar step counters are left out on both sides.
 
     Args:
         optimizer: the optimizer.
@@ -176,6 +177,8 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
         names = group.get("param_names")
         for index, p in enumerate(group["params"]):
             state = optimizer.state.get(p, {})
+            if not state and not p.requires_grad:
+                continue  # frozen: no optimizer will keep anything for it
             stores = {key: n for key, value in state.items() if (n := sum(_sizes(value)))}
             planned = not state and plan is not None and p.numel() > 0
             if planned and plan is not None:
@@ -209,4 +212,7 @@ def _sizes(value: Any) -> Iterator[int]:
             yield value.numel() * value.element_size()
     elif isinstance(value, Mapping):
         for v in value.values():
+            yield from _sizes(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
             yield from _sizes(v)

@@ -57,8 +57,8 @@ class CSAdam(SketchOptimizer):
     :math:`w = \lceil 0.05 R \rceil` buckets that averages their :math:`g^2`. AdamW's learning rate carries over.
 
     State bytes a parameter of an R x D matrix (float32 arithmetic; exact counts: `sketch_plugins.state_report`):
-    ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / block_size``, count_sketch ``4 * depth * compression``, none 0;
-    ``second_moment`` dense 4, count_min ``4 * depth * compression``, row_count_min ``4 / D`` more.
+    ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / min(block_size, D)``, count_sketch ``4 * depth * compression``,
+    none 0; ``second_moment`` dense 4, count_min ``4 * depth * compression``, row_count_min ``4 / D`` more.
 
     Presets (any option given explicitly wins over the preset):
 
@@ -111,7 +111,8 @@ class CSAdam(SketchOptimizer):
         allow_dense_count_sketch: a signed sketch of a dense first moment does not train and is refused; True insists.
         chunk_size: elements worked on at a time: the step's temporaries are a few times this many numbers.
         compile: run the tiles of dense gradients through torch.compile: needs what it needs (a C++ compiler on a CPU)
-            and some seconds in the first step; then several times faster on a CPU. Bits differ from the eager path's.
+            and some seconds in the first step; then faster on a CPU (docs/benchmarks.md). Bits differ from the eager
+            path's. Not together with a scheduler that changes betas: every new value would be compiled anew.
         seed: of the hashes and of stochastic rounding; equal seeds, equal results.
         maximize: ascend.
 

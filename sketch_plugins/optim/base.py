@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -68,7 +68,9 @@ class SketchOptimizer(torch.optim.Optimizer):
         given = {name: value for name, value in explicit.items() if value is not None}
         defaults = {**self._preset(next(iter(self.PRESETS))), **self._preset(preset), **given}
         _one_of_width_and_compression(given)
-        super().__init__(params, {**validate(self.OPTIONS, defaults, type(self).__name__), "preset": preset})
+        # "optimizer" tells load_state_dict who wrote a state.
+        fixed = {"preset": preset, "optimizer": type(self).__name__}
+        super().__init__(params, {**validate(self.OPTIONS, defaults, type(self).__name__), **fixed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; any option may be given in it, and ``preset``. Unknown keys that are no slip of the pen stay.
@@ -84,18 +86,16 @@ class SketchOptimizer(torch.optim.Optimizer):
             if meant is not None and name != "params":
                 raise ValueError(unknown_option(f"a parameter group of {type(self).__name__}", name, self.OPTIONS))
         _one_of_width_and_compression(own)
-        if "width" not in own and "compression" in own:
-            own["width"] = 0
         if "preset" in param_group:
-            preset = param_group["preset"]
-            own = {**self._preset(next(iter(self.PRESETS))), **self._preset(preset), **own}
-            # What no preset speaks of (lr, weight decay) still comes from the constructor.
+            own = {**self._group_preset(param_group["preset"]), **own}
+        if "compression" in own:
+            own.setdefault("width", 0)
         own = validate(self.OPTIONS, own, type(self).__name__)
         param_group.update(own)
         super().add_param_group(param_group)
         try:
             for index, p in enumerate(self.param_groups[-1]["params"]):
-                _check_parameter(p, self._label(self.param_groups[-1], index), type(self).__name__)
+                _check_parameter(p, partial(self._label, self.param_groups[-1], index), type(self).__name__)
                 if self.param_groups[-1]["compile"] and p.device.type == "cpu":
                     _check_compiler()
         except Exception:
@@ -147,9 +147,16 @@ class SketchOptimizer(torch.optim.Optimizer):
         """
         seen: dict[str, Any] = {}
 
-        def look(_: Any, incoming: dict[str, Any]) -> None:
+        def look(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            for key in ("state", "param_groups"):
+                if key not in incoming:
+                    found = ", ".join(map(str, incoming)) or "nothing"
+                    raise ValueError(f"the state dict has no {key!r}; it has {found}")
+            # The caller's groups stay as they are; the copies get the values of options younger than they.
+            incoming = {**incoming, "param_groups": [dict(group) for group in incoming["param_groups"]]}
             self._check_incoming(incoming)
             seen.update(incoming)
+            return incoming
 
         handle = self.register_load_state_dict_pre_hook(look)
         try:
@@ -182,12 +189,12 @@ class SketchOptimizer(torch.optim.Optimizer):
             self._new_state(group, named, state)
         state["step"] += 1
         step = int(state["step"].item())  # a CPU tensor: no synchronisation
-        if grad.rows is not None and len(grad.rows) == 0:
-            return
-        rule = self._rule(group, step, grad.rows is not None)
         clean_every = group.get("clean_every", 0)
         if clean_every and step % clean_every == 0 and second is not None:
             second.clean(state["second_moment"], group["clean_factor"])
+        if grad.rows is not None and len(grad.rows) == 0:
+            return
+        rule = self._rule(group, step, grad.rows is not None)
         for name, store in named.items():
             ema = rule.first if name == "first_moment" else rule.second
             if store.shared and ema is not None:
@@ -250,6 +257,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         g = p.grad
         assert g is not None
         label = self._label(group, index)
+        if _is_dtensor(p) or _is_dtensor(g):
+            raise ValueError(_DTENSOR.format(label, type(self).__name__))
         rows, packed, values = None, False, g
         if g.layout == torch.sparse_coo:
             if g.sparse_dim() != 1 or p.ndim < 1:
@@ -262,6 +271,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         elif g.layout != torch.strided:
             raise ValueError(f"{label} has a gradient of layout {g.layout}; allowed are strided and sparse_coo")
         shape, dtype = matrix_shape(p.shape), _arithmetic(p)
+        if self.state.get(p):
+            self._check_state(p, group, self.state[p], label, "present")
         chunk = group["chunk_size"] or (CPU_CHUNK if p.device.type == "cpu" else ACCELERATOR_CHUNK)
         l2 = (Matrix(p), group["weight_decay"]) if self._couples(group) else None
         # Vectors and small tensors cost calls, not arithmetic: compiled, they would only cost more. Ragged blocks fuse
@@ -313,6 +324,14 @@ class SketchOptimizer(torch.optim.Optimizer):
             raise ValueError(f"preset={name!r} is not one of {', '.join(map(repr, cls.PRESETS))} ({cls.__name__})")
         return cls.PRESETS[name]
 
+    @classmethod
+    def _group_preset(cls, name: str) -> dict[str, Any]:
+        """What a preset means in a group: every option that any preset sets; the others stay the constructor's."""
+        base, *others = (cls._preset(n) for n in cls.PRESETS)
+        return {key: base[key] for preset in others for key in preset if key in base} | {
+            key: value for key, value in cls._preset(name).items() if name != next(iter(cls.PRESETS))
+        }
+
     def _label(self, group: Mapping[str, Any], index: int) -> str:
         names = group.get("param_names")
         shape = tuple(group["params"][index].shape)
@@ -329,14 +348,20 @@ class SketchOptimizer(torch.optim.Optimizer):
                 f"the state dict has {len(saved_groups)} parameter groups, this {kind} {len(self.param_groups)}"
             )
         for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            if len(saved["params"]) != len(group["params"]):
+            if len(saved.get("params", ())) != len(group["params"]):
                 raise ValueError(
-                    f"group {number} of the state dict has {len(saved['params'])} parameters, this {kind}'s "
+                    f"group {number} of the state dict has {len(saved.get('params', ()))} parameters, this {kind}'s "
                     f"{len(group['params'])}"
                 )
+            writer = saved.get("optimizer", "another optimizer")
+            if writer != kind:
+                raise ValueError(f"the state dict was not written by {kind}, but by {writer} (group {number})")
             for name, option in self.OPTIONS.items():
-                if name not in saved:
-                    raise ValueError(f"the state dict was not written by {kind}: group {number} has no {name!r}")
+                if name not in group:
+                    continue
+                if name not in saved:  # an option that is younger than the checkpoint
+                    saved[name] = group[name]
+                saved[name] = option.validate(saved[name])
                 if option.structural and saved[name] != group[name]:
                     raise ValueError(
                         f"the state dict was written with {name}={saved[name]!r} and group {number} of this {kind} has "
@@ -346,22 +371,36 @@ class SketchOptimizer(torch.optim.Optimizer):
                 if key in incoming["state"]:
                     self._check_state(p, group, incoming["state"][key], self._label(group, index))
 
-    def _check_state(self, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], label: str) -> None:
-        if not saved:
+    def _check_state(self, p: Tensor, group: Mapping[str, Any], saved: Any, label: str, which: str = "saved") -> None:
+        """Raise ValueError unless ``saved`` is the state that the group's options describe."""
+        if isinstance(saved, Mapping) and not saved:
             return
-        first, second = self._stores(p, group)
-        for name, store in (("first_moment", first), ("second_moment", second)):
+        stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
+        expected = {"step", *(name for name, store in stores.items() if store is not None)}
+        if not isinstance(saved, Mapping) or set(saved) != expected:
+            found = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else repr(saved)
+            raise ValueError(f"the {which} state of {label} holds {found}; expected {', '.join(sorted(expected))}")
+        step = saved["step"]
+        if not (
+            isinstance(step, Tensor) and step.numel() == 1 and step.device.type != "meta" and 0 <= float(step) < 1e18
+        ):
+            raise ValueError(f"the {which} step of {label} is {step!r}; expected a tensor of one number >= 0")
+        for name, store in stores.items():
             if store is None:
                 continue
             layout = store.layout(matrix_shape(p.shape), _arithmetic(p))
             have = saved.get(name)
             if not isinstance(have, Mapping) or set(have) != set(layout):
                 found = ", ".join(have) if isinstance(have, Mapping) else "none"
-                raise ValueError(f"the saved {name} of {label} holds {found}; expected {', '.join(layout)}")
-            for key, (size, _) in layout.items():
-                if tuple(have[key].shape) != tuple(size):
+                raise ValueError(f"the {which} {name} of {label} holds {found}; expected {', '.join(layout)}")
+            for key, (size, kind) in layout.items():
+                tensor = have[key]
+                if not isinstance(tensor, Tensor):
+                    raise ValueError(f"the {which} {name} of {label} has {key!r} = {tensor!r}; expected a tensor")
+                if tuple(tensor.shape) != tuple(size) or tensor.dtype != kind:
                     raise ValueError(
-                        f"the saved {name} of {label} has {key!r} of shape {tuple(have[key].shape)}; expected {size}"
+                        f"the {which} {name} of {label} has {key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}; "
+                        f"expected {tuple(size)}, {kind}: its group's options describe another state"
                     )
 
 
@@ -386,7 +425,7 @@ class _Factors:
         """For one tile; the second moment is read, and written where its store has cells of its own."""
         assert self.second is not None and self.rule.second is not None and self.rule.denominator is not None
         place = None
-        if self.second.shared and self.period and not isinstance(at, Rows):
+        if self.second.by_bucket and self.period and not isinstance(at, Rows):
             place = (at.start % self.period, at.rows, at.lo)
         if self._factor is None or place is None or place != self._place:
             look = self.second.peek if self.peek else self.second.advance
@@ -431,13 +470,28 @@ def _one_of_width_and_compression(given: Mapping[str, Any]) -> None:
         )
 
 
-def _check_parameter(p: Tensor, label: str, kind: str) -> None:
+_DTENSOR = (
+    "{} is a DTensor (FSDP2 or tensor parallel); {} cannot shard its state yet: use DDP, or torch.optim.AdamW for the "
+    "models that need it"
+)
+
+
+def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
+    if _is_dtensor(p):
+        raise ValueError(_DTENSOR.format(label(), kind))
     if p.is_complex():
-        raise ValueError(f"{label} is complex ({p.dtype}); {kind} takes real parameters: pass torch.view_as_real of it")
+        raise ValueError(
+            f"{label()} is complex ({p.dtype}); {kind} takes real parameters: pass torch.view_as_real of it"
+        )
     if not p.is_floating_point():
-        raise ValueError(f"{label} has dtype {p.dtype}; {kind} takes floating point parameters")
+        raise ValueError(f"{label()} has dtype {p.dtype}; {kind} takes floating point parameters")
     if p.layout != torch.strided:
-        raise ValueError(f"{label} has layout {p.layout}; {kind} takes strided parameters")
+        raise ValueError(f"{label()} has layout {p.layout}; {kind} takes strided parameters")
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # By name: importing torch.distributed.tensor costs a second, and builds without distributed have none.
+    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
 def _check_compiler() -> None:
@@ -476,8 +530,8 @@ def _root_mean(squares: Any, grad: Gradient) -> Tensor:
 
 def _restored(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        # The step counter stays on the CPU. Copies: a state dict in memory must not stay tied to two optimizers.
-        return value.detach().clone() if value.ndim == 0 else value.detach().to(device, copy=True)
+        return value.detach().to(device, copy=True)  # or one state dict would tie two optimizers together
     if isinstance(value, Mapping):
-        return {key: _restored(v, device) for key, v in value.items()}
+        # The step counter lives on the CPU: reading it must not wait for a device.
+        return {key: _restored(v, torch.device("cpu") if key == "step" else device) for key, v in value.items()}
     return value

@@ -112,24 +112,26 @@ class CSMomentum(SketchOptimizer):
         seed: int | None = None,
         maximize: bool | None = None,
     ) -> None:
-        explicit = {k: v for k, v in locals().items() if k in self.OPTIONS}
-        super().__init__(params, {**explicit, **self._momentum(betas, momentum, 0.9)}, preset)
+        explicit = {k: v for k, v in locals().items() if k in self.OPTIONS and k != "betas"}
+        momentum = self._momentum(betas, momentum)
+        super().__init__(params, {**explicit, "momentum": 0.9 if momentum is None else momentum}, preset)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `SketchOptimizer.add_param_group`; ``betas`` of a group set its momentum."""
-        if isinstance(param_group, dict):
-            param_group.update(self._momentum(param_group.get("betas"), param_group.get("momentum"), None))
+        if isinstance(param_group, dict) and "betas" in param_group:
+            momentum = self._momentum(param_group["betas"], param_group.get("momentum"))
+            # Not kept: schedulers that cycle the momentum (OneCycleLR) would cycle a value that nothing reads.
+            del param_group["betas"]
+            param_group["momentum"] = momentum
         super().add_param_group(param_group)
 
-    def _momentum(self, betas: Any, momentum: Any, default: float | None) -> dict[str, Any]:
-        """``momentum`` and ``betas`` in agreement, from whichever is given."""
-        if betas is not None:
-            betas = self.OPTIONS["betas"].validate(betas)
-            if momentum is not None and momentum != betas[0]:
-                raise ValueError(f"momentum={momentum!r} and betas={betas!r} both set the momentum: give one")
-            return {"momentum": betas[0], "betas": betas}
-        momentum = default if momentum is None else self.OPTIONS["momentum"].validate(momentum)
-        return {} if momentum is None else {"momentum": momentum, "betas": (momentum, 0.0)}
+    def _momentum(self, betas: Any, momentum: Any) -> Any:
+        if betas is None:
+            return momentum
+        betas = self.OPTIONS["betas"].validate(betas)
+        if momentum is not None and momentum != betas[0]:
+            raise ValueError(f"momentum={momentum!r} and betas={betas!r} both set the momentum: give one")
+        return betas[0]
 
     def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
         momentum = group["momentum"]

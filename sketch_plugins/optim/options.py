@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,8 @@ class Option:
                 raise ValueError(
                     f"lr must be a number or a tensor of one element, not one of shape {tuple(value.shape)}"
                 )
+            if value.device.type != "meta" and not float(value) >= 0:
+                raise ValueError(f"lr={value!r} is not allowed: lr must be {self.describe()}")
             return value
         ok = False
         if self.type is tuple:
@@ -59,12 +62,13 @@ class Option:
         elif self.type is float:
             ok = _is_number(value)
         elif self.type is int:
-            ok = isinstance(value, int) and not isinstance(value, bool)
+            ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         else:
             ok = isinstance(value, self.type)
         if not ok or (self.check is not None and not self.check(value)):
             raise ValueError(f"{self.name}={value!r} is not allowed: {self.name} must be {self.describe()}")
-        return float(value) if self.type is float else tuple(value) if self.type is tuple else value
+        # Plain Python values: numpy's would not load with weights_only.
+        return tuple(map(float, value)) if self.type is tuple else self.type(value)
 
     def parse(self, text: Any) -> Any:
         """A value from text (``"0.05"``, ``"true"``, ``"0.9:0.999"``); other values are validated as they are."""
@@ -106,7 +110,7 @@ def validate(options: Mapping[str, Option], values: Mapping[str, Any], owner: st
 
 def unknown_option(owner: str, name: str, options: Mapping[str, Option]) -> str:
     """The message for an option that does not exist."""
-    close = difflib.get_close_matches(name, options, n=1)
+    close = difflib.get_close_matches(str(name), options, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{owner} has no option {name!r}.{hint} Options: {', '.join(sorted(options))}"
 
@@ -117,14 +121,19 @@ def misspelt(name: str, options: Mapping[str, Option]) -> str | None:
     Frameworks keep keys of their own in parameter groups ("initial_lr", "name", "lr_scale"), so an unknown key as such
     cannot be refused there; one that is nearly an option of ours is.
     """
-    if name in options:
+    if name in options or not isinstance(name, str):
         return None
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.84)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.9)
     return close[0] if close else None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def _beta(value: Any) -> bool:

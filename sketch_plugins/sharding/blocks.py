@@ -101,8 +101,8 @@ At = Tile | Rows
 class Matrix:
     """The ``(R, D)`` view of a parameter or of its gradient, whatever its strides.
 
-    Tiles are views where the layout allows it and copies of the tile otherwise (channels_last, transposed, expanded),
-    so no layout makes a step allocate a parameter-sized temporary.
+    Tiles are views where the layout allows it; of n-d tensors whose rows are not contiguous (channels_last, transposed)
+    the tile's whole rows are copied, so a step's temporaries stay tiles as long as a row fits a tile.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -134,11 +134,13 @@ class Store:
 
     Attributes:
         shared: rows share cells.
+        by_bucket: rows of one bucket have the same estimate.
         order: 1: the store accumulates x = g; 2: x = g * g.
         align: column tiles start on multiples of this.
     """
 
     shared = False
+    by_bucket = False
     order = 1
     align = 1
 

@@ -26,6 +26,8 @@ class CountMin(Sketch):
     of a dense gradient; steps shrink by up to the square root of the bucket's load.
     """
 
+    by_bucket = True
+
     order: int = 2
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:

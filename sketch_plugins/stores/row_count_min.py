@@ -23,10 +23,12 @@ class RowCountMin(CountMin):
         r_i' = decay * r_i + gain * mean(g_i * g_i)
         P_j[b]' = mean over the bucket's (touched) rows of (decay * r_i * P_j[b] + gain * g_i * g_i) / r_i'
 
-    is, for a bucket of one row, exactly ``decay * v + gain * g * g``; rows with ``r_i' = 0`` leave the profile alone.
-    State: ``table (depth, width, D)`` and ``row (R, 1)``, ``4 / D`` bytes a parameter more than count-min.
+    is, for a bucket of one row, exactly ``decay * v + gain * g * g``; rows with ``r_i' < 1e-30`` leave the profile
+    alone. State: ``table (depth, width, D)`` and ``row (R, 1)``, ``4 / D`` bytes a parameter more than count-min.
     ``bucket`` has no meaning here (profiles are always means). Not in the papers; docs/algorithms.md has the figures.
     """
+
+    by_bucket = False
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The profiles and the rows' scales."""
@@ -47,7 +49,7 @@ class RowCountMin(CountMin):
             scale = row.index_select(0, grad.rows).mul_(ema.decay).add_(means, alpha=ema.gain)
             row.index_copy_(0, grad.rows, scale)
         # x_i enters the profile with weight gain / r_i', and takes the share gain * mean_i / r_i' of it.
-        weight = torch.where(scale > 0, ema.gain / scale, 0.0)
+        weight = torch.where(scale > 1e-30, ema.gain / scale, 0.0)  # below, the quotient overflows
         share = means.mul_(weight)
         index = torch.arange(grad.shape[0], device=grad.device) if grad.rows is None else grad.rows
         for table, h in zip(state["table"], self.hashes(grad.shape[0]), strict=True):

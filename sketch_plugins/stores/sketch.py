@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.hashing import RowHash, row_hashes
-from sketch_plugins.sharding.blocks import At, Tile
+from sketch_plugins.sharding.blocks import At, Tile, row_batches
 from sketch_plugins.stores.base import Ema, Gradient, State, Store
 
 BUCKETS = ("mean", "sum")
@@ -182,7 +182,5 @@ def _segments(buckets: Tensor, cells: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _scale_rows(table: Tensor, rows: Tensor, factor: Tensor, grad: Gradient) -> None:
-    n = max(1, grad.chunk // max(1, table.shape[1]))
-    for start in range(0, len(rows), n):
-        part = rows[start : start + n]
-        table.index_copy_(0, part, table.index_select(0, part).mul_(factor[start : start + n].unsqueeze(-1)))
+    for part, at in row_batches(len(table), rows, table.shape[1], grad.chunk):
+        at.put(table, at.get(table).mul_(factor[part].unsqueeze(-1)))

@@ -225,3 +225,17 @@ def test_probe_measures_the_sketch_s_error():
     assert errors[1.0] < 1e-6 < 0.1 < errors[0.5] < errors[0.05]
     with pytest.raises(TypeError, match="AdamW"):
         SecondMomentProbe(torch.optim.AdamW([p]))
+
+
+def test_frozen_parameters_are_not_counted():
+    frozen, trained = (
+        torch.nn.Parameter(torch.randn(1000, 100), requires_grad=False),
+        torch.nn.Parameter(torch.randn(100, 100)),
+    )
+    optimizer = CSAdam([frozen, trained])
+    planned = state_report(optimizer)
+    trained.grad = torch.ones_like(trained)
+    optimizer.step()
+    report = state_report(optimizer)
+    assert report.state_bytes == planned.state_bytes == held(optimizer) and not report.planned
+    assert report.params == trained.numel()

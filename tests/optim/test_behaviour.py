@@ -37,12 +37,30 @@ def test_low_precision_parameters_follow_the_float32_run_up_to_one_rounding(name
                 assert tensor.dtype == (torch.int8 if key == "codes" else torch.float32)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 64])
+VARIANTS = {
+    "cs_adam": [
+        {},
+        {"preset": "lean"},
+        {"second_moment": "row_count_min"},
+        {"second_moment": "row_count_min", "depth": 2},
+        {"first_moment": "count_sketch", "allow_dense_count_sketch": True},
+    ],
+    "cs_adagrad": [{}, {"second_moment": "row_count_min"}],
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 70, 300, 700])
 def test_the_chunk_size_does_not_matter(name, chunk):
+    # (64, 33) with 13 buckets: slices of a cycle, whole cycles, several cycles to a tile and a ragged end
+    for options in VARIANTS.get(name, [{}]):
+        _check_chunks(name, chunk, options)
+
+
+def _check_chunks(name, chunk, options):
     runs = []
     for size in (chunk, 10**6):
         params = parameters()
-        train(make(name, params, chunk_size=size), params, 4)
+        train(make(name, params, chunk_size=size, **options), params, 4)
         runs.append(params)
     for p, q in zip(*runs, strict=True):
         # sums over the rows of a bucket are taken in another order
@@ -326,3 +344,77 @@ def test_compile_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"compile=True.*no-such-compiler"):
         CSAdam(parameters([(8, 8)]), compile=True)
+
+
+def test_schedulers_that_cycle_the_momentum(name):
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = make(name, [p])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10, base_momentum=0.5, max_momentum=0.9)
+    p.grad = torch.ones_like(p)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    group = optimizer.param_groups[0]
+    cycled = group["momentum"] if name == "cs_momentum" else group["betas"][0]
+    assert cycled < 0.85
+    if name == "cs_momentum":  # and what the step reads
+        assert "betas" not in group and optimizer._rule(group, 1, False).first.decay == cycled
+
+
+def test_row_count_min_survives_rows_of_vanishing_gradients(name):
+    if "second_moment" not in registry.get(name).options:
+        return
+    p = torch.nn.Parameter(torch.randn(200, 64))
+    optimizer = make(name, [p], second_moment="row_count_min")
+    for tiny in (1e-15, 1e-19, 1e-20, 1e-22, 1e-30):
+        p.grad = torch.randn(200, 64)
+        p.grad[5] = tiny
+        optimizer.step()
+        assert p.isfinite().all()
+
+
+def test_a_distributed_tensor_is_refused_before_anything_changes(name):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        plain = torch.nn.Parameter(torch.ones(8, 8))
+        sharded = torch.nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match=r"'w'.*DTensor"):
+            make(name, [("w", sharded)])
+        optimizer = make(name, [plain])
+        # fully_shard swaps parameters after the optimizer was built
+        optimizer.param_groups[0]["params"].append(sharded)
+        plain.grad = torch.ones(8, 8)
+        sharded.grad = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)])
+        with pytest.raises(ValueError, match="DTensor"):
+            optimizer.step()
+        assert (plain == 1).all() and not optimizer.state
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_option_of_the_state_changed_in_a_group_is_an_error_and_nothing_happens(name):
+    a, b = (torch.nn.Parameter(torch.randn(64, 64)) for _ in range(2))
+    options = {"first_moment": "count_sketch", "allow_dense_count_sketch": True} if name == "cs_momentum" else {}
+    optimizer = make(name, [{"params": [a]}, {"params": [b]}], **options)
+    train(optimizer, [a, b], 1)
+    before = a.detach().clone()
+    optimizer.param_groups[1]["compression"] = 0.5
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1.*'table' of shape \(1, 13, 64\)"):
+        optimizer.step()
+    assert torch.equal(a, before) and int(optimizer.state[a]["step"]) == 1
+
+
+def test_cleaning_does_not_wait_for_touched_rows():
+    p = torch.nn.Parameter(torch.randn(10, 40))
+    optimizer = CSAdam([p], clean_every=2, clean_factor=0.5, **SMALL)
+    p.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 40), (10, 40))
+    optimizer.step()
+    before = optimizer.state[p]["second_moment"]["table"].clone()
+    p.grad = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 40), (10, 40))
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["second_moment"]["table"], 0.5 * before)

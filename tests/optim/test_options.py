@@ -17,6 +17,9 @@ BAD = [
     ({"lr": -1.0}, ["lr=-1.0", ">= 0"]),
     ({"lr": "fast"}, ["lr='fast'"]),
     ({"lr": float("nan")}, ["lr=nan"]),
+    ({"lr": 10**400}, ["lr=1000"]),
+    ({"lr": torch.tensor(-1.0)}, ["lr=tensor(-1.)"]),
+    ({"lr": torch.tensor([1.0, 2.0])}, ["one element"]),
     ({"betas": (0.9, 1.0)}, ["betas=(0.9, 1.0)", "[0, 1)"]),
     ({"betas": 0.9}, ["betas=0.9"]),
     ({"eps": -1e-8}, ["eps=-1e-08"]),
@@ -83,7 +86,7 @@ def test_unknown_options_are_errors(name):
         with pytest.raises(ValueError, match=slip):
             cls([{"params": [matrix()], slip: 0.1}])
     # frameworks keep keys of their own
-    group = {"params": [matrix()], "initial_lr": 0.1, "name": "decoder", "lr_scale": 0.5, "swap_to_cpu": True}
+    group = {"params": [matrix()], "initial_lr": 0.1, "name": "decoder", "lr_scale": 0.5, "no_weight_decay": True}
     assert cls([group]).param_groups[0]["initial_lr"] == 0.1
 
 
@@ -249,3 +252,20 @@ def test_default_trajectory_is_reproducible(name):
         results.append([p.detach() for p in params] + [copy.deepcopy(optimizer.state_dict())])
     for a, b in zip(*[r[:-1] for r in results], strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_preset_of_a_group_leaves_what_no_preset_sets():
+    a, b = matrix(), matrix()
+    optimizer = CSAdam([{"params": [a], "preset": "exact"}, {"params": [b]}], maximize=True, seed=7, row_sparse="auto")
+    for group in optimizer.param_groups:
+        assert (group["maximize"], group["seed"], group["row_sparse"]) == (True, 7, "auto")
+    optimizer = CSMomentum([{"params": [a], "preset": "exact"}], nesterov=True, decoupled_weight_decay=True)
+    assert optimizer.param_groups[0]["nesterov"] and optimizer.param_groups[0]["decoupled_weight_decay"]
+    optimizer = CSMomentum([{"params": [a], "betas": (0.5, 0.9)}, {"params": [b]}])
+    assert [g["momentum"] for g in optimizer.param_groups] == [0.5, 0.9]
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    np = pytest.importorskip("numpy", reason="numpy is optional for torch")
+    group = CSAdam([matrix()], lr=np.float32(0.5), block_size=np.int64(64)).param_groups[0]
+    assert type(group["lr"]) is float and type(group["block_size"]) is int

@@ -110,7 +110,7 @@ def test_another_store_another_optimizer_and_other_shapes_are_refused():
     with pytest.raises(ValueError, match="parameters"):
         fresh.load_state_dict(CSAdam(parameters([(3, 3)], torch.float32), min_compress_size=0).state_dict())
     shapes = CSAdam(parameters([(80, 70), *SHAPES[1:]], torch.float32), min_compress_size=0)
-    with pytest.raises(ValueError, match=r"shape \(70, 80\); expected \(80, 70\)"):
+    with pytest.raises(ValueError, match=r"shape \(70, 80\), torch.int8; expected \(80, 70\)"):
         shapes.load_state_dict(optimizer.state_dict())
     assert not shapes.state and not fresh.state
     broken = copy.deepcopy(optimizer.state_dict())
@@ -144,3 +144,74 @@ def test_named_parameters_and_their_labels():
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     other = CSAdam(torch.nn.Linear(80, 70).named_parameters())
     other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"), [("cs_adam", "cs_rmsprop"), ("cs_adagrad", "cs_rmsprop"), ("cs_momentum", "cs_adam")]
+)
+def test_another_kind_of_the_family_is_refused(writer, reader):
+    optimizer, _ = trained(writer)
+    other = registry.get(reader).cls(parameters(SHAPES, torch.float32), min_compress_size=0)
+    with pytest.raises(ValueError, match=f"not written by {type(other).__name__}, but by {type(optimizer).__name__}"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_a_checkpoint_older_than_an_option_loads(name):
+    optimizer, params = trained(name)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["chunk_size"], saved["param_groups"][0]["compile"]
+    groups = copy.deepcopy(saved["param_groups"])
+    other = registry.get(name).cls([torch.nn.Parameter(p.detach().clone()) for p in params], min_compress_size=0)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["chunk_size"] == 0 and saved["param_groups"] == groups
+
+
+def _damage(path, value):
+    def apply(saved):
+        *parents, last = path
+        for key in parents:
+            saved = saved[key]
+        if value is KeyError:
+            del saved[last]
+        else:
+            saved[last] = value(saved[last]) if callable(value) else value
+
+    return apply
+
+
+TABLE = ["state", 0, "second_moment", "table"]
+DAMAGES = {
+    "no step": _damage(["state", 0, "step"], KeyError),
+    "step None": _damage(["state", 0, "step"], None),
+    "step text": _damage(["state", 0, "step"], "2"),
+    "step negative": _damage(["state", 0, "step"], torch.tensor(-1.0)),
+    "step nan": _damage(["state", 0, "step"], torch.tensor(float("nan"))),
+    "no state": _damage(["state", 0], None),
+    "bf16 table": _damage(TABLE, lambda t: t.bfloat16()),
+    "no tensor": _damage(TABLE, 3),
+    "another shape": _damage(TABLE, lambda t: t[:, :-1]),
+    "no table": _damage(TABLE, KeyError),
+    "too much": lambda saved: saved["state"][0].update(third_moment={}),
+    "lr": _damage(["param_groups", 0, "lr"], -1.0),
+    "betas": _damage(["param_groups", 0, "betas"], None),
+    "chunk_size": _damage(["param_groups", 0, "chunk_size"], -5),
+    "params": _damage(["param_groups", 0, "params"], KeyError),
+    "param_groups": _damage(["param_groups"], KeyError),
+    "state": _damage(["state"], KeyError),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_state_is_refused_whole(damage):
+    optimizer, params = trained("cs_adam")
+    saved = copy.deepcopy(optimizer.state_dict())
+    DAMAGES[damage](saved)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key in before["state"]:
+        for (path, a), (_, b) in zip(tensors(before["state"][key]), tensors(after["state"][key]), strict=True):
+            assert torch.equal(a, b), path
+    train(optimizer, params, 1, first=2)
