@@ -252,10 +252,11 @@ def _split(source: str, documents: list[Document], by_label: bool) -> Corpus:
     for document in documents:
         groups[document.label if by_label else ""].append(document)
     corpus = Corpus(source, [], [])
+    every = EVAL_SHARE // 2 if by_label else EVAL_SHARE  # one file of a small package says little about the package
     for group in groups.values():
         for i, document in enumerate(group):
             if len(group) >= EVAL_SHARE:
-                (corpus.eval if i % EVAL_SHARE == EVAL_SHARE - 1 else corpus.train).append(document)
+                (corpus.eval if i % every == every - 1 else corpus.train).append(document)
             else:
                 for part, text in zip((corpus.train, corpus.eval), split_tail(document.text), strict=True):
                     part.append(Document(document.label, text))
@@ -711,7 +712,7 @@ def print_table(summary: dict[str, Any]) -> None:
         table.add_row(*cells)
     console = Console()
     # A log file has no width of its own; the table must not be folded into it.
-    Console(width=max(console.width, 132) if not console.is_terminal else None).print(table)
+    Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
 
 
 def _format(value: float | None, scale: float, spec: str, unit: str) -> str:

@@ -43,7 +43,7 @@ def test_split_tail_keeps_every_character(text):
 def test_every_label_is_split_on_its_own():
     documents = [Document(label, f"{label} {i}") for label in ("a", "b") for i in range(12)]
     corpus = common._split("source", documents, by_label=True)
-    assert [d.text for d in corpus.eval] == ["a 9", "b 9"]
+    assert [d.text for d in corpus.eval] == ["a 4", "a 9", "b 4", "b 9"]
 
 
 def test_copies_are_dropped():
