@@ -172,7 +172,9 @@ def test_resident_memory_of_a_process(name, options):
         [sys.executable, "-c", SCRIPT, name, json.dumps(options)], capture_output=True, text=True, check=True
     )
     growth, _ = map(int, out.stdout.split())
-    assert growth < 2000  # KB, in the second step; the state and the first step's buffers are there already
+    # KB, in the second step: the state and room for the first step's buffers are there already. The allocator may place
+    # a buffer of 4 MB anew; a copy of the parameter would be 40 MB.
+    assert growth < 10_000
     first = SCRIPT.replace("optimizer.step()\nbefore", "before", 1)
     out = subprocess.run(
         [sys.executable, "-c", first, name, json.dumps(options)], capture_output=True, text=True, check=True
