@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
 LINT_PATHS := sketch_plugins integrations examples tests $(wildcard benchmarks)
 
 ifeq ($(OS),Windows_NT)
@@ -20,7 +21,7 @@ TEST_THREADS := $(or $(OMP_NUM_THREADS),1)
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +33,14 @@ demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare
 
 test: $(VENV)/.dev ## run the test suite
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(TEST_ARGS)
+
+gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one, and the benchmark on both precisions
+	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+	if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/kernels -k "eager_definition or row_sparse"; fi
+	$(BIN)/python benchmarks/bench_step.py --device cuda --shapes bert-base,bert-large,gpt2-medium,llama-1b $(BENCH_ARGS)
+	$(BIN)/python benchmarks/bench_step.py --device cuda --shapes bert-base,bert-large,gpt2-medium,llama-1b \
+	  --dtype bfloat16 $(BENCH_ARGS)
 
 lint: $(VENV)/.dev ## ruff, ruff format and mypy, nothing changed
 	$(BIN)/ruff check $(LINT_PATHS)

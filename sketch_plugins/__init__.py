@@ -1,8 +1,17 @@
 """Memory-compressed optimizers that drop into the training framework people already use."""
 
 from sketch_plugins.memory.report import StateReport, state_report
-from sketch_plugins.optim import CSAdagrad, CSAdam, CSMomentum, CSRMSprop
+from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, quadratic_warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["CSAdagrad", "CSAdam", "CSMomentum", "CSRMSprop", "StateReport", "state_report"]
+__all__ = [
+    "SM3",
+    "CSAdagrad",
+    "CSAdam",
+    "CSMomentum",
+    "CSRMSprop",
+    "StateReport",
+    "quadratic_warmup",
+    "state_report",
+]

@@ -96,9 +96,14 @@ def mix32(index: Tensor, seed: int) -> Tensor:
 
 def uniform(index: Tensor, seed: int, step: int, dtype: torch.dtype) -> Tensor:
     """Uniform numbers in [0, 1), a pure function of (seed, step, index): independent of chunking and of the device."""
-    key = next(_splitmix64((seed & _MASK64) ^ (step * 0x9E37_79B9_7F4A_7C15 & _MASK64)))
     # 24 bits: every value is exact in float32 and none rounds up to 1.
-    return (mix32(mix32(index, key & _MASK32), key >> 32) >> 8).to(dtype) * (1.0 / (1 << 24))
+    return (random32(index, seed, step) >> 8).to(dtype) * (1.0 / (1 << 24))
+
+
+def random32(index: Tensor, seed: int, step: int) -> Tensor:
+    """32 random bits for each element of ``index`` (int64 in [0, 2**32)): a counter-based generator, without state."""
+    key = next(_splitmix64((seed & _MASK64) ^ (step * 0x9E37_79B9_7F4A_7C15 & _MASK64)))
+    return mix32(mix32(index, key & _MASK32), key >> 32)
 
 
 def _splitmix64(seed: int) -> Iterator[int]:

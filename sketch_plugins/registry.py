@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sketch_plugins.optim import CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SketchOptimizer
+from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SketchOptimizer
 from sketch_plugins.optim.options import Option, unknown_option
 
 
@@ -31,6 +31,7 @@ _ENTRIES = {
         Entry("cs_adagrad", CSAdagrad),
         Entry("cs_momentum", CSMomentum),
         Entry("cs_rmsprop", CSRMSprop),
+        Entry("sm3", SM3),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -56,8 +57,9 @@ def check_arguments(args: TrainingArguments) -> None:
 
     Raises:
         ValueError: ``optim_args`` is malformed, has an unknown key, a value of the wrong type or an impossible one (the
-            message lists what is allowed); the parameters are to be sharded by FSDP; the DeepSpeed configuration has
-            an optimizer of its own or asks for DeepSpeed's CPU Adam.
+            message lists what is allowed); ``adam_*`` are set for an optimizer that does not read them; the parameters
+            are to be sharded by FSDP; the DeepSpeed configuration has an optimizer of its own or asks for DeepSpeed's
+            CPU Adam.
     """
     cls, kwargs = _cls_and_kwargs(args)
     try:
@@ -90,15 +92,33 @@ def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> d
 
 def _cls_and_kwargs(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     name = _name(args)
-    kwargs: dict[str, Any] = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
+    cls = registry.get(name).cls
     given = parse_optim_args(name, args.optim_args)
+    kwargs: dict[str, Any] = {"lr": args.learning_rate}
+    if cls.ADAM_SETTINGS:
+        kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    else:
+        _check_adam_settings(args, given)
     if "momentum" in given and "betas" not in given:
-        del kwargs["betas"]  # one value under two names
-    return registry.get(name).cls, kwargs | given
+        kwargs.pop("betas", None)  # one value under two names
+    return cls, kwargs | given
+
+
+def _check_adam_settings(args: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """``adam_*`` are Adam's, and so are their defaults: 0.999 would make averages of SM3's sums without a word."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    pair = f"betas={args.adam_beta1}:{args.adam_beta2}"
+    for field, key, instead in (
+        ("adam_beta1", "betas", pair),
+        ("adam_beta2", "betas", pair),
+        ("adam_epsilon", "eps", f"eps={args.adam_epsilon}"),
+    ):
+        value = getattr(args, field)
+        if key not in given and value != defaults[field]:
+            raise ValueError(
+                f"{field}={value!r} is Adam's: optim={_name(args)!r} has {key} of its own and does not read it; give "
+                f"optim_args={instead!r} instead"
+            )
 
 
 def _name(args: TrainingArguments) -> str:

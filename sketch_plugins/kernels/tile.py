@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
+from sketch_plugins.hashing import random32
 
 if TYPE_CHECKING:
+    from sketch_plugins.sharding.blocks import At
     from sketch_plugins.stores.base import Ema, State, Store
 
 
@@ -28,8 +30,11 @@ def update(
     first: Store | None,
     ema: Ema | None,
     lookahead: float | None,
+    inner: Tensor | None = None,
 ) -> None:
     """``p <- keep * p - factor * numerator`` with the numerator m, g (no first moment) or ``g + lookahead * m``.
+
+    With ``inner`` (a preconditioner that comes before the momentum) g is replaced by ``inner * g`` throughout.
 
     Args:
         p: tile of the parameter, ``(cycles, rows, columns)`` or ``(n, columns)``, in the arithmetic dtype.
@@ -40,7 +45,10 @@ def update(
         first: store of the first moment.
         ema: its average.
         lookahead: Nesterov's momentum.
+        inner: None, or broadcastable to ``g``.
     """
+    if inner is not None:
+        g = torch.mul(g, inner, **scratch.out("preconditioned", g))
     numerator = numerator_of(g, first.blend(slices, g, ema) if first and ema else None, lookahead)
     if keep is not None:
         p.mul_(keep)
@@ -70,6 +78,21 @@ def sum_of_squares(numerator: Tensor, factor: Tensor | None) -> Tensor:
         return (u * u).sum()
     flat = u.reshape(-1)
     return torch.dot(flat, flat)  # several times faster on a CPU than a norm
+
+
+def round_to_bf16(part: Tensor, at: At, columns: int, seed: int, step: int) -> Tensor:
+    """``part`` (float32, changed) rounded stochastically to numbers that bfloat16 holds exactly.
+
+    Up with a probability equal to the fraction that is cut off, so that the expectation is the unrounded number; the
+    noise is a function of (seed, step, element). Infinities and NaN stay what they are.
+    """
+    index = at.from_rows(at.index(part.device).unsqueeze(-1) * columns)
+    index = index + torch.arange(at.lo, at.hi, device=part.device)
+    bits = part.view(torch.int32)
+    noise = (random32(index, seed, step) & 0xFFFF).to(torch.int32)
+    noise.masked_fill_((bits & 0x7F800000) == 0x7F800000, 0)
+    nan = part.isnan()  # its bits may all be in the half that is cut off
+    return bits.add_(noise).bitwise_and_(-0x10000).view(torch.float32).masked_fill_(nan, float("nan"))
 
 
 @lru_cache(maxsize=64)

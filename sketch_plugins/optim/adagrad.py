@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sketch_plugins.optim.adam import _ADAFACTOR_DEVICES, _SECOND, _SHARED, PAPER_SKETCH
-from sketch_plugins.optim.base import Rule, SketchOptimizer
+from sketch_plugins.optim.base import Denominator, Rule, SketchOptimizer
 from sketch_plugins.optim.options import COMMON, DECOUPLED, SECOND_MOMENT, Option
 from sketch_plugins.stores import Ema, Store
 
@@ -37,7 +37,7 @@ class CSAdagrad(SketchOptimizer):
         lr_decay: :math:`\eta` above (default 0).
         initial_accumulator_value: what every estimate starts from (default 0).
         decoupled_weight_decay: decay the parameter by ``lr * weight_decay`` instead.
-        second_moment: see `CSAdam`, as for all that follow.
+        second_moment: see `CSAdam`, as for all that follow (``"cover"`` here is SM3-II without momentum).
         compression: see `CSAdam`.
         width: see `CSAdam`.
         depth: see `CSAdam`.
@@ -51,6 +51,9 @@ class CSAdagrad(SketchOptimizer):
         scale_parameter: see `CSAdam`.
         chunk_size: see `CSAdam`.
         compile: see `CSAdam`.
+        fused: see `CSAdam`.
+        capturable: see `CSAdam`.
+        stochastic_rounding: see `CSAdam`.
         seed: see `CSAdam`.
         maximize: see `CSAdam`.
 
@@ -106,6 +109,9 @@ class CSAdagrad(SketchOptimizer):
         scale_parameter: bool | None = None,
         chunk_size: int | None = None,
         compile: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = None,
+        stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
     ) -> None:
@@ -115,13 +121,7 @@ class CSAdagrad(SketchOptimizer):
         if group["initial_accumulator_value"]:
             stores["second_moment"].fill(state["second_moment"], group["initial_accumulator_value"])
 
-    def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
-        eps = group["eps"]
-
-        def denominator(root: Tensor) -> Tensor:
-            root.add_(eps)
-            return root if eps > 0 else root.clamp_(min=1e-37)  # 0 / 0 is no step
-
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         return Rule(
             first=None,
             second=Ema(1.0, 1.0, step),
@@ -129,5 +129,5 @@ class CSAdagrad(SketchOptimizer):
             correction=1.0,
             decay=group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
             lookahead=None,
-            denominator=denominator,
+            denominator=Denominator(1.0, group["eps"]),
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sketch_plugins.optim.base import Rule, SketchOptimizer
+from sketch_plugins.optim.base import Denominator, Rule, SketchOptimizer
 from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, SECOND_MOMENT, Option
 from sketch_plugins.stores import Ema
 
@@ -24,6 +23,9 @@ _SHARED = {
     "scale_parameter": False,
     "chunk_size": 0,
     "compile": False,
+    "fused": None,
+    "capturable": False,
+    "stochastic_rounding": False,
     "clean_every": 0,
     "clean_factor": 0.2,
 }
@@ -58,7 +60,8 @@ class CSAdam(SketchOptimizer):
 
     State bytes a parameter of an R x D matrix (float32 arithmetic; exact counts: `sketch_plugins.state_report`):
     ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / min(block_size, D)``, count_sketch ``4 * depth * compression``,
-    none 0; ``second_moment`` dense 4, count_min ``4 * depth * compression``, row_count_min ``4 / D`` more.
+    none 0; ``second_moment`` dense 4, count_min ``4 * depth * compression``, row_count_min ``4 / D`` more, cover
+    ``4 * (sum of the dimensions) / (their product)``.
 
     Presets (any option given explicitly wins over the preset):
 
@@ -93,7 +96,8 @@ class CSAdam(SketchOptimizer):
         weight_decay: decoupled weight decay (default 1e-2).
         preset: see above.
         first_moment: ``"int8"``, ``"fp32"``, ``"bf16"``, ``"count_sketch"`` or ``"none"``.
-        second_moment: ``"count_min"``, ``"row_count_min"`` or ``"dense"``.
+        second_moment: ``"count_min"``, ``"row_count_min"``, ``"cover"`` (SM3-II's maxima over the slices of each axis,
+            as an average; see `SM3`) or ``"dense"``. The options of a sketch mean nothing to the last two.
         compression: fraction of the rows kept as buckets in each of the ``depth`` tables, in (0, 1]. 1.0 gives every
             row its own bucket: the dense method.
         width: number of buckets, instead of ``compression``; more than R is R.
@@ -113,6 +117,15 @@ class CSAdam(SketchOptimizer):
         compile: run the tiles of dense gradients through torch.compile: needs what it needs (a C++ compiler on a CPU)
             and some seconds in the first step; then faster on a CPU (docs/benchmarks.md). Bits differ from the eager
             path's. Not together with a scheduler that changes betas: every new value would be compiled anew.
+        fused: one kernel that reads parameter and gradient once: None (default): Triton's on CUDA and ROCm, Numba's on
+            a CPU (with the extra ``cpu`` installed, and a tensor of 32768 elements or more), else eager torch. True:
+            an error where there is none; a tensor that the kernels cannot take still goes the eager way, with a
+            warning. False: eager torch. The bits of the three differ; each of them repeats its own.
+        capturable: keep step counters on the device, so that the step can be captured in a CUDA graph (Triton kernels
+            only; not with clean_every or row-sparse gradients).
+        stochastic_rounding: bfloat16 parameters are rounded up or down with probabilities that make the rounding
+            unbiased, so that updates below half a unit in the last place are not lost and no float32 master copy is
+            needed; the noise is a function of (seed, step, element).
         seed: of the hashes and of stochastic rounding; equal seeds, equal results.
         maximize: ascend.
 
@@ -162,12 +175,15 @@ class CSAdam(SketchOptimizer):
         allow_dense_count_sketch: bool | None = None,
         chunk_size: int | None = None,
         compile: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = None,
+        stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
     ) -> None:
         super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
 
-    def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         return _adam(group, group["betas"][0] if group["first_moment"] != "none" else None, step, sparse)
 
 
@@ -204,6 +220,9 @@ class CSRMSprop(SketchOptimizer):
         scale_parameter: see `CSAdam`.
         chunk_size: see `CSAdam`.
         compile: see `CSAdam`.
+        fused: see `CSAdam`.
+        capturable: see `CSAdam`.
+        stochastic_rounding: see `CSAdam`.
         seed: see `CSAdam`.
         maximize: see `CSAdam`.
 
@@ -244,26 +263,21 @@ class CSRMSprop(SketchOptimizer):
         scale_parameter: bool | None = None,
         chunk_size: int | None = None,
         compile: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = None,
+        stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
     ) -> None:
         super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
 
-    def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         return _adam(group, None, step, sparse)
 
 
-def _adam(group: Mapping[str, Any], beta1: float | None, step: int, sparse: bool) -> Rule:
+def _adam(group: Mapping[str, Any], beta1: float | None, step: float | Tensor, sparse: bool) -> Rule:
     lr, beta2, eps = group["lr"], group["betas"][1], group["eps"]
-    root2 = math.sqrt(1.0 - beta2**step)
-
-    # SparseAdam adds epsilon to the uncorrected root; the same as epsilon / root2 after correction.
-    shift = eps / root2 if sparse else eps
-
-    def denominator(root: Tensor) -> Tensor:
-        root.div_(root2).add_(shift)
-        return root if eps > 0 else root.clamp_(min=1e-37)  # 0 / 0 is no step
-
+    root2 = (1.0 - beta2**step) ** 0.5
     return Rule(
         first=None if beta1 is None else Ema(beta1, 1.0 - beta1, step),
         second=Ema(beta2, 1.0 - beta2, step),
@@ -271,5 +285,6 @@ def _adam(group: Mapping[str, Any], beta1: float | None, step: int, sparse: bool
         correction=1.0 if beta1 is None else 1.0 / (1.0 - beta1**step),
         decay=lr * group["weight_decay"],
         lookahead=None,
-        denominator=denominator,
+        # SparseAdam adds epsilon to the uncorrected root; the same as epsilon / root2 after correction.
+        denominator=Denominator(root2, eps / root2 if sparse else eps),
     )

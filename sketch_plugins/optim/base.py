@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.tile import numerator_of, sum_of_squares, update
+from sketch_plugins.kernels.tile import numerator_of, round_to_bf16, sum_of_squares, update
+from sketch_plugins.kernels.work import Work
+from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, describe, numbers, vector
+from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import Option, misspelt, unknown_option, validate
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
-from sketch_plugins.stores import CountMin, CountSketch, Dense, Ema, Gradient, Int8, RowCountMin, Store
+from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, RowCountMin, Store
 
 # Adafactor's floor of the parameter's root mean square (arXiv 1804.04235): a bias that starts at 0 still moves.
 SCALE_FLOOR = 1e-3
@@ -27,6 +31,26 @@ SCALE_FLOOR = 1e-3
 CPU_CHUNK, COMPILED_CHUNK, ACCELERATOR_CHUNK = 1 << 20, 1 << 22, 1 << 24
 # "auto" takes the row-sparse path in steps where at most this fraction of the rows has a gradient.
 AUTO_DENSITY = 0.5
+
+
+class Denominator(NamedTuple):
+    """``max(root / divisor + shift, floor)`` of the root of a second moment: bias correction and epsilon."""
+
+    divisor: float | Tensor
+    shift: float | Tensor
+
+    @property
+    def floor(self) -> float:
+        """Without an epsilon, 0 / 0 is no step."""
+        return 1e-37 if not isinstance(self.shift, Tensor) and self.shift == 0 else 0.0
+
+    def of(self, root: Tensor) -> Tensor:
+        """In place of the root."""
+        if isinstance(self.divisor, Tensor) or self.divisor != 1.0:
+            root.div_(self.divisor)
+        if isinstance(self.shift, Tensor) or self.shift != 0:
+            return root.add_(self.shift)
+        return root.clamp_(min=self.floor)
 
 
 @dataclass(frozen=True)
@@ -39,17 +63,39 @@ class Rule:
         step_size: the learning rate; a float or a 0-d tensor.
         correction: bias correction of the numerator; part of the update that ``update_clip`` measures.
         decay: decoupled weight decay times the learning rate.
-        denominator: from the root of the second moment's estimate, in place.
+        denominator: from the root of the second moment's estimate; None where there is none.
+        floor: added to that estimate under the root.
+        precondition_first: the first moment averages ``g / denominator`` in place of g and is not divided any more:
+            ``p <- (1 - decay) * p - step_size * numerator``. ``update_clip`` then measures ``g / denominator``, and
+            scales it before it is averaged; ``correction`` has to be 1.
         lookahead: Nesterov's momentum: the numerator is then ``g + lookahead * m``; else m, or g where there is no m.
     """
 
     first: Ema | None
     second: Ema | None
     step_size: float | Tensor
-    correction: float
+    correction: float | Tensor
     decay: float | Tensor
     lookahead: float | None
-    denominator: Callable[[Tensor], Tensor] | None
+    denominator: Denominator | None
+    floor: float = 0.0
+    precondition_first: bool = False
+
+
+# torch.compile leaves the step alone, as it does torch.optim's. The public decorator imports the compiler at once, two
+# seconds that few scripts need; torch.optim's own one does so when something is compiled.
+_outside_graphs: Callable[..., Any] = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A fused step that still needs its numbers; no rule: its step number is on the device."""
+
+    work: Work
+    group: dict[str, Any]
+    grad: Gradient
+    rule: Rule | None
+    step: Any
 
 
 class SketchOptimizer(torch.optim.Optimizer):
@@ -62,6 +108,8 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     OPTIONS: ClassVar[dict[str, Option]] = {}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: A framework's settings for Adam (betas, epsilon) mean the same here, defaults included.
+    ADAM_SETTINGS: ClassVar[bool] = True
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
@@ -98,6 +146,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                 _check_parameter(p, partial(self._label, self.param_groups[-1], index), type(self).__name__)
                 if self.param_groups[-1]["compile"] and p.device.type == "cpu":
                     _check_compiler()
+                self._check_kernels(p, self.param_groups[-1], partial(self._label, self.param_groups[-1], index))
         except Exception:
             self.param_groups.pop()
             raise
@@ -125,8 +174,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                 if p.grad is not None and p.numel() > 0:
                     work.append((p, group, self._gradient(p, group, index)))
         with scratch.scratch():
-            for p, group, grad in work:
-                self._update(p, group, grad)
+            self._update(work)
         return loss
 
     def planned_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Store, int]]:
@@ -166,11 +214,12 @@ class SketchOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, seen["param_groups"], strict=True):
             for p, index in zip(group["params"], saved["params"], strict=True):
                 if index in seen["state"]:
-                    self.state[p] = _restored(seen["state"][index], p.device)
+                    self.state[p] = _restored(seen["state"][index], p.device, group["capturable"])
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
-    def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
+        """The update in this step: a number, or with ``capturable`` a tensor with the steps of several parameters."""
         raise NotImplementedError
 
     def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
@@ -178,26 +227,106 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def _update(self, p: Tensor, group: Mapping[str, Any], grad: Gradient) -> None:
-        first, second = self._stores(p, group)
-        named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name, store in named.items():
-                state[name] = store.allocate(grad.shape, p.device, grad.dtype)
-            self._new_state(group, named, state)
-        state["step"] += 1
-        step = int(state["step"].item())  # a CPU tensor: no synchronisation
-        clean_every = group.get("clean_every", 0)
-        if clean_every and step % clean_every == 0 and second is not None:
-            second.clean(state["second_moment"], group["clean_factor"])
-        if grad.rows is not None and len(grad.rows) == 0:
-            return
-        rule = self._rule(group, step, grad.rows is not None)
+    @_outside_graphs
+    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> None:
+        fused: dict[Backend, list[_Pending]] = {}
+        # Small tensors follow the large ones: compiling for their sake alone would not pay.
+        large = any(p.numel() >= CPU_MIN_SIZE for group in self.param_groups for p in group["params"])
+        rules: dict[tuple[int, int, bool], Rule] = {}
+        for p, group, grad in work:
+            first, second = self._stores(p, group)
+            named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
+            state = self.state[p]
+            if not state:
+                place = p.device if group["capturable"] else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+                for name, store in named.items():
+                    state[name] = store.allocate(grad.shape, p.device, grad.dtype)
+                self._new_state(group, named, state)
+            state["step"] += 1
+            sparse = grad.rows is not None
+            if group["capturable"]:
+                # The graph's replays take the number of the step from the device; nothing here may look at it.
+                backend, task = self._fused(p, group, grad, self._rule(group, 1, sparse), (first, second), state, large)
+                assert backend is not None and task is not None
+                fused.setdefault(backend, []).append(_Pending(task, group, grad, None, state["step"]))
+                continue
+            step = int(state["step"].item())  # a CPU tensor: no synchronisation
+            clean_every = group.get("clean_every", 0)
+            if clean_every and step % clean_every == 0 and second is not None:
+                second.clean(state["second_moment"], group["clean_factor"])
+            if grad.rows is not None and len(grad.rows) == 0:
+                continue
+            key = (id(group), step, sparse)
+            if key not in rules:
+                rules[key] = self._rule(group, step, sparse)
+            backend, task = self._fused(p, group, grad, rules[key], (first, second), state, large)
+            if backend is not None and task is not None:
+                fused.setdefault(backend, []).append(_Pending(task, group, grad, rules[key], step))
+            else:
+                self._eager(p, grad, rules[key], state, named, group)
+        for backend, pending in fused.items():
+            self._fill_numbers(pending)
+            backend.run([one.work for one in pending])
+
+    def _fused(
+        self,
+        p: Tensor,
+        group: Mapping[str, Any],
+        grad: Gradient,
+        rule: Rule,
+        stores: tuple[Store | None, Store | None],
+        state: Mapping[str, Any],
+        large: bool,
+    ) -> tuple[Backend | None, Work | None]:
+        """The kernels that take this step, and the step as they are given it; (None, None): the eager path does."""
+        backend = None if group["compile"] else fused_backend(p.device, group["fused"])
+        if backend is None:
+            return None, None
+        if p.device.type == "cpu" and not group["fused"] and not large:
+            return None, None
+        task = describe(p, group, grad, rule, stores, state)
+        why = backend.unsupported(task) if task else "a layout or a dtype that no kernel takes"
+        if why is None:
+            return backend, task
+        if group["fused"]:
+            warnings.warn(
+                f"fused=True: a parameter of shape {tuple(p.shape)} takes the eager path ({why})", stacklevel=4
+            )
+        return None, None
+
+    def _fill_numbers(self, pending: list[_Pending]) -> None:
+        shared: dict[tuple[int, Any, bool], tuple[list[float] | Tensor, int]] = {}
+        on_device: dict[tuple[int, bool], list[_Pending]] = {}
+        for one in pending:
+            sparse = one.grad.rows is not None
+            if one.rule is None:
+                on_device.setdefault((id(one.group), sparse), []).append(one)
+                continue
+            key = (id(one.group), one.step, sparse)
+            if key not in shared:
+                shared[key] = vector(numbers(one.rule, one.group, one.grad, one.step), one.work.p.device)
+            one.work.numbers, one.work.flags = shared[key]
+        for (_, sparse), members in on_device.items():
+            group, steps = members[0].group, torch.stack([one.step for one in members])
+            rule = self._rule(group, steps.double(), sparse)
+            rows, flags = vector(numbers(rule, group, members[0].grad, steps), steps.device, len(members))
+            for one, row in zip(members, rows, strict=True):
+                one.work.numbers, one.work.flags = row, flags
+
+    def _eager(
+        self,
+        p: Tensor,
+        grad: Gradient,
+        rule: Rule,
+        state: Mapping[str, Any],
+        named: Mapping[str, Store],
+        group: Mapping[str, Any],
+    ) -> None:
+        first, second = named.get("first_moment"), named.get("second_moment")
         for name, store in named.items():
             ema = rule.first if name == "first_moment" else rule.second
-            if store.shared and ema is not None:
+            if store.write_first and ema is not None:
                 store.write(state[name], grad, ema)
         self._apply(Matrix(p), grad, rule, state, first, second, group)
 
@@ -214,6 +343,9 @@ class SketchOptimizer(torch.optim.Optimizer):
         period = max((s.period(p.shape[0]) for s in (first, second) if s is not None), default=0)
         align = max((s.align for s in (first, second) if s is not None), default=1)
         step_size: float | Tensor = rule.step_size * rule.correction
+        # What the tiles' factors hold: without a first moment the order of the two makes no difference.
+        before = rule.precondition_first and first is not None
+        inner_scale: float | Tensor = 1.0
         if group.get("scale_parameter"):
             squares = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in grad.batches())
             step_size = _root_mean(squares, grad).clamp_(min=SCALE_FLOOR) * step_size
@@ -222,19 +354,29 @@ class SketchOptimizer(torch.optim.Optimizer):
             factors = _Factors(second, rule, state, period, peek=True)
             for at in grad.batches(period, align):
                 g = grad.get(at)
-                m = first.peek(state["first_moment"], at, g, rule.first) if first and rule.first else None
+                m = None
+                if first and rule.first and not before:
+                    m = first.peek(state["first_moment"], at, g, rule.first)
                 numerator = numerator_of(g, m, rule.lookahead)
                 squares = squares + grad.run(sum_of_squares)(
                     numerator, factors.get(at, g) if rule.denominator else None
                 )
             rms = _root_mean(squares, grad) * rule.correction
-            step_size = step_size / (rms / group["update_clip"]).clamp_(min=1.0)
+            clip = (rms / group["update_clip"]).clamp_(min=1.0)
+            if before:
+                inner_scale = clip.reciprocal_()
+            else:
+                step_size = step_size / clip
         keep = None
         if isinstance(rule.decay, Tensor) or rule.decay != 0:
             keep = torch.as_tensor(1.0 - rule.decay, dtype=grad.dtype, device=p.device)
         ema = rule.first and rule.first._replace(step=0)  # a step number would be compiled anew every step
-        factors = _Factors(second, rule, state, period, step_size=step_size)
+        working = dict(state)
+        if second and not second.write_first:
+            working["second_moment"] = second.begin(state["second_moment"], grad)
+        factors = _Factors(second, rule, working, period, step_size=inner_scale if before else step_size)
         factor = torch.as_tensor(step_size, dtype=grad.dtype, device=p.device)
+        rounds = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         run = grad.run(update)
         for at in grad.batches(period, align):
             g = grad.get(at)
@@ -245,13 +387,18 @@ class SketchOptimizer(torch.optim.Optimizer):
             scaled = factors.get(at, g) if rule.denominator else factor
             if first:
                 scaled = first.view(scaled) if scaled.ndim else scaled
-                run(first.view(part), first.view(g), slices, scaled, keep, first, ema, rule.lookahead)
+                scaled, inner = (factor, scaled) if before else (scaled, None)
+                run(first.view(part), first.view(g), slices, scaled, keep, first, ema, rule.lookahead, inner)
             else:
                 run(part, g, slices, scaled, keep, None, None, None)
             if first and slices:
                 first.keep(state["first_moment"], at, slices)
-            if not in_place:
+            if rounds:
+                p.put(at, round_to_bf16(part, at, p.shape[1], group["seed"], int(state["step"])))
+            elif not in_place:
                 p.put(at, part)
+        if second and not second.write_first:
+            second.finish(state["second_moment"], working["second_moment"], grad)
 
     def _gradient(self, p: Tensor, group: Mapping[str, Any], index: int) -> Gradient:
         g = p.grad
@@ -287,6 +434,8 @@ class SketchOptimizer(torch.optim.Optimizer):
             if group["row_sparse"] is True or len(touched) <= AUTO_DENSITY * shape[0]:
                 grad.rows, grad.compile = touched, False
         first = self._stores(p, group)[0]
+        if group["capturable"]:
+            self._check_capturable(p, group, grad, label)
         if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:
             raise ValueError(
                 f"{label} has a dense gradient, and first_moment='count_sketch' of a dense gradient does not train: "
@@ -297,13 +446,53 @@ class SketchOptimizer(torch.optim.Optimizer):
             )
         return grad
 
+    def _check_kernels(self, p: Tensor, group: Mapping[str, Any], label: Callable[[], str]) -> None:
+        """Raise ValueError where the options ask for kernels that are not there."""
+        if group["fused"] and group["compile"]:
+            raise ValueError("fused=True and compile=True are two ways to speed up a step: give one")
+        backend = fused_backend(p.device, group["fused"])
+        if group["capturable"]:
+            if backend is None or backend.name != "triton":
+                raise ValueError(
+                    f"capturable=True needs the Triton kernels, which {label()} on {p.device} with "
+                    f"fused={group['fused']!r} does not use: move it to a CUDA device before building the optimizer"
+                )
+            if group.get("clean_every"):
+                raise ValueError(
+                    f"capturable=True and clean_every={group['clean_every']}: a captured step is the same every time; "
+                    "clean_every must be 0"
+                )
+
+    def _check_capturable(self, p: Tensor, group: Mapping[str, Any], grad: Gradient, label: str) -> None:
+        if grad.rows is not None:
+            raise ValueError(f"{label} has a row-sparse gradient, whose rows a captured step cannot know")
+        stores = self._stores(p, group)
+        named: dict[str, Any] = {
+            n: {} for n, s in zip(("first_moment", "second_moment"), stores, strict=True) if s is not None
+        }
+        task = describe(p, group, grad, self._rule(group, 1, False), stores, self.state.get(p) or named)
+        backend = fused_backend(p.device, group["fused"])
+        why = backend.unsupported(task) if backend and task else "a layout or a dtype that no kernel takes"
+        if why is not None:
+            raise ValueError(f"{label} cannot be captured: {why}")
+
     def _couples(self, group: Mapping[str, Any]) -> bool:
         return group.get("decoupled_weight_decay", True) is False and group["weight_decay"] != 0
 
     def _stores(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         """(first, second) moment stores of a parameter."""
         exact = _exact(p, group)
-        sketch = (group["compression"], group["width"], group["depth"], group["hash"], group["seed"])
+        # An optimizer that offers no sketch has no options for one.
+        sketch = (
+            group.get("compression", 1.0),
+            group.get("width", 0),
+            group.get("depth", 1),
+            group.get("hash", "strided"),
+            group["seed"],
+        )
+        second_moment = group.get("second_moment", "none")
+        # Only what a store depends on: other stores are the same object for every shape.
+        cover = (tuple(p.shape), group.get("variant", "II")) if second_moment == "cover" and not exact else ((), "II")
         return (
             _first_store(
                 group.get("first_moment", "none"),
@@ -313,7 +502,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                 group.get("first_moment_rounding", "nearest") == "stochastic",
                 sketch,
             ),
-            _second_store(group.get("second_moment", "none"), exact, group.get("bucket", "mean"), sketch),
+            _second_store(second_moment, exact, group.get("bucket", "mean"), sketch, cover),
         )
 
     # -- options and state dicts ---------------------------------------------------------------------------------
@@ -382,7 +571,11 @@ class SketchOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the {which} state of {label} holds {found}; expected {', '.join(sorted(expected))}")
         step = saved["step"]
         if not (
-            isinstance(step, Tensor) and step.numel() == 1 and step.device.type != "meta" and 0 <= float(step) < 1e18
+            isinstance(step, Tensor)
+            and step.numel() == 1
+            and step.device.type != "meta"
+            # What lives on a device (capturable) is looked at when it is loaded, not in every step.
+            and ((which == "present" and step.device.type != "cpu") or 0 <= float(step) < 1e18)
         ):
             raise ValueError(f"the {which} step of {label} is {step!r}; expected a tensor of one number >= 0")
         for name, store in stores.items():
@@ -430,8 +623,13 @@ class _Factors:
         if self._factor is None or place is None or place != self._place:
             look = self.second.peek if self.peek else self.second.advance
             v = look(self.state["second_moment"], at, g, self.rule.second)
-            denominator = self.rule.denominator(torch.sqrt(v, **scratch.out("factor", v)))
-            self._factor, self._place = denominator.reciprocal_().mul_(self.step_size), place
+            if self.rule.floor:
+                root = torch.add(v, self.rule.floor, **scratch.out("factor", v)).sqrt_()
+            else:
+                root = torch.sqrt(v, **scratch.out("factor", v))
+            self._factor, self._place = self.rule.denominator.of(root).reciprocal_(), place
+            if isinstance(self.step_size, Tensor) or self.step_size != 1.0:
+                self._factor.mul_(self.step_size)
         return self._factor
 
 
@@ -453,12 +651,20 @@ def _first_store(
 
 
 @lru_cache(maxsize=1024)
-def _second_store(kind: str, exact: bool, bucket: str, sketch: tuple[float, int, int, str, int]) -> Store | None:
+def _second_store(
+    kind: str,
+    exact: bool,
+    bucket: str,
+    sketch: tuple[float, int, int, str, int],
+    cover: tuple[tuple[int, ...], str],
+) -> Store | None:
     compression, width, depth, hash, seed = sketch
     if kind == "none":
         return None
     if exact or kind == "dense":
         return Dense(order=2)
+    if kind == "cover":
+        return Cover(dims=cover[0], variant=cover[1])
     store = RowCountMin if kind == "row_count_min" else CountMin
     return store(compression=compression, width=width, depth=depth, hash=hash, bucket=bucket, seed=seed)
 
@@ -528,10 +734,14 @@ def _root_mean(squares: Any, grad: Gradient) -> Tensor:
     return (torch.as_tensor(squares) / (rows * grad.shape[1])).sqrt()
 
 
-def _restored(value: Any, device: torch.device) -> Any:
+def _restored(value: Any, device: torch.device, capturable: bool) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)  # or one state dict would tie two optimizers together
     if isinstance(value, Mapping):
-        # The step counter lives on the CPU: reading it must not wait for a device.
-        return {key: _restored(v, torch.device("cpu") if key == "step" else device) for key, v in value.items()}
+        # The step counter lives on the CPU, or reading it would wait for a device; with capturable nobody reads it.
+        cpu = torch.device("cpu")
+        return {
+            key: _restored(v, cpu if key == "step" and not capturable else device, capturable)
+            for key, v in value.items()
+        }
     return value

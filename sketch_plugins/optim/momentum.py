@@ -50,6 +50,9 @@ class CSMomentum(SketchOptimizer):
         allow_dense_count_sketch: see `CSAdam`.
         chunk_size: see `CSAdam`.
         compile: see `CSAdam`.
+        fused: see `CSAdam`.
+        capturable: see `CSAdam`.
+        stochastic_rounding: see `CSAdam`.
         seed: see `CSAdam`.
         maximize: see `CSAdam`.
 
@@ -109,6 +112,9 @@ class CSMomentum(SketchOptimizer):
         allow_dense_count_sketch: bool | None = None,
         chunk_size: int | None = None,
         compile: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = None,
+        stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
     ) -> None:
@@ -133,7 +139,7 @@ class CSMomentum(SketchOptimizer):
             raise ValueError(f"momentum={momentum!r} and betas={betas!r} both set the momentum: give one")
         return betas[0]
 
-    def _rule(self, group: Mapping[str, Any], step: int, sparse: bool) -> Rule:
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         momentum = group["momentum"]
         return Rule(
             first=Ema(momentum, 1.0, step) if group["first_moment"] != "none" else None,

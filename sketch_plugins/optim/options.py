@@ -76,6 +76,8 @@ class Option:
             return self.validate(text)
         raw = text.strip()
         kinds = {type(c) for c in self.choices} or {self.type}
+        if type(None) in kinds and raw.lower() in ("none", "null", "auto"):
+            return self.validate(None)
         if bool in kinds and raw.lower() in ("true", "false"):
             return self.validate(raw.lower() == "true")
         try:
@@ -116,14 +118,15 @@ def unknown_option(owner: str, name: str, options: Mapping[str, Option]) -> str:
 
 
 def misspelt(name: str, options: Mapping[str, Option]) -> str | None:
-    """The option that an unknown parameter-group key was probably meant to be.
+    """The option, of this or another of our optimizers, that an unknown parameter-group key was probably meant to be.
 
     Frameworks keep keys of their own in parameter groups ("initial_lr", "name", "lr_scale"), so an unknown key as such
-    cannot be refused there; one that is nearly an option of ours is.
+    cannot be refused there; one that is nearly an option of ours, or an option of another of our optimizers, is.
     """
     if name in options or not isinstance(name, str):
         return None
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.9)
+    # Another optimizer's options, too: this one would not read them.
+    close = difflib.get_close_matches(name, _FAMILY.union(options), n=1, cutoff=0.9)
     return close[0] if close else None
 
 
@@ -218,11 +221,26 @@ COMMON = _table(
         allowed="an integer >= 0",
         check=lambda v: v >= 0,
     ),
-    Option("compile", bool, "run the step's tiles through torch.compile (default False)"),
+    Option("compile", bool, "run the eager step's tiles through torch.compile (default False)"),
+    Option(
+        "fused",
+        bool,
+        "one fused kernel for a step: None (default): where there is one (Triton on a GPU, Numba on a CPU); True: an "
+        "error where there is none; False: eager torch",
+        choices=(None, True, False),
+    ),
+    Option(
+        "capturable", bool, "step counters on the device, so that a CUDA graph can capture the step (default False)"
+    ),
+    Option(
+        "stochastic_rounding",
+        bool,
+        "round bfloat16 parameters up or down by chance, without bias: no float32 master copy needed (default False)",
+    ),
 )
 
 FIRST_MOMENTS = ("int8", "fp32", "bf16", "count_sketch", "none")
-SECOND_MOMENTS = ("count_min", "row_count_min", "dense")
+SECOND_MOMENTS = ("count_min", "row_count_min", "cover", "dense")
 
 FIRST_MOMENT = _table(
     Option(
@@ -291,3 +309,6 @@ DECOUPLED = _table(
         "False (default): weight_decay * p is added to the gradient, as in torch.optim; True: as in AdamW",
     ),
 )
+
+# What only a sketched optimizer calls an option: no framework means something else by it.
+_FAMILY = frozenset({**COMMON, **FIRST_MOMENT, **SECOND_MOMENT}) - {"betas", "eps"}

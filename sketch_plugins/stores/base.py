@@ -24,7 +24,7 @@ class Ema(NamedTuple):
 
     decay: float
     gain: float
-    step: int = 0
+    step: Any = 0
 
     def repeated(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """``(decay, gain)`` of ``times`` steps with one and the same x: ``a**c`` and ``b * (1 - a**c) / (1 - a)``.
@@ -128,18 +128,21 @@ class Store:
 
     ``allocate`` makes the tensors, ``write`` folds a whole gradient in, ``read`` gives the estimate of a tile in the
     arithmetic dtype. Stores in which a row has cells of its own (dense, int8) need no pass before reading:
-    ``advance`` reads, blends and writes one tile and returns the new estimate. Where rows share cells (sketches) every
-    row must be written before any is read: ``shared`` is True, the optimizer calls ``write`` first and ``advance``
-    only reads.
+    ``advance`` reads, blends and writes one tile and returns the new estimate. Where rows share cells (``shared``)
+    there are two ways. Sketches have to be written with every row before any is read (``write_first``): the optimizer
+    calls ``write`` first and ``advance`` only reads. Covers are read as the last step left them: what ``begin`` returns
+    goes to ``advance`` in place of the state, tile after tile, and ``finish`` takes the new state from it.
 
     Attributes:
-        shared: rows share cells.
+        shared: rows share cells: estimates are not exact.
+        write_first: every row has to be written before any is read.
         by_bucket: rows of one bucket have the same estimate.
         order: 1: the store accumulates x = g; 2: x = g * g.
         align: column tiles start on multiples of this.
     """
 
     shared = False
+    write_first = False
     by_bucket = False
     order = 1
     align = 1
@@ -175,8 +178,17 @@ class Store:
 
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:
         """Fold a whole gradient in: ``s <- decay * s + gain * x`` for every row, or for the touched rows."""
+        working = self.begin(state, grad)
         for at in grad.batches(align=self.align):
-            self.advance(state, at, grad.get(at), ema)
+            self.advance(working, at, grad.get(at), ema)
+        self.finish(state, working, grad)
+
+    def begin(self, state: State, grad: Gradient) -> State:
+        """What the ``advance`` of every tile of a step is given: the state itself, where tiles do not meet in it."""
+        return state
+
+    def finish(self, state: State, working: State, grad: Gradient) -> None:
+        """After the last tile: take over into the state what they left in ``working``, which `begin` returned."""
 
     def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
         """The estimate after this step; stores with cells of their own also write it."""
@@ -210,7 +222,7 @@ class Store:
     def peek(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
         """What `advance` would return, without changing the state."""
         old = self.read(state, at, g.dtype)
-        return old if self.shared else blend(scratch.cast("peek", old, g.dtype), g, ema, self.order)
+        return old if self.write_first else blend(scratch.cast(f"peek {self.order}", old, g.dtype), g, ema, self.order)
 
     def fill(self, state: State, value: float) -> None:
         """Set every estimate of freshly allocated state to ``value`` (Adagrad's initial accumulator)."""

@@ -31,6 +31,7 @@ class Sketch(Store):
     """
 
     shared = True
+    write_first = True
 
     order: int = 2
     compression: float = 0.05

@@ -9,15 +9,15 @@ import shutil
 import pytest
 import torch
 
-from sketch_plugins import CSAdam, CSMomentum, registry
+from sketch_plugins import SM3, CSAdam, CSMomentum, registry
 
-from .conftest import gradients, parameters, train
+from .conftest import gradients, known, parameters, train
 
 SMALL = {"min_compress_size": 0, "compression": 0.2}
 
 
 def make(name, params, **options):
-    return registry.get(name).cls(params, **{**SMALL, **options})
+    return registry.get(name).cls(params, **{**known(name, SMALL), **options})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -43,9 +43,11 @@ VARIANTS = {
         {"preset": "lean"},
         {"second_moment": "row_count_min"},
         {"second_moment": "row_count_min", "depth": 2},
+        {"second_moment": "cover"},
         {"first_moment": "count_sketch", "allow_dense_count_sketch": True},
     ],
-    "cs_adagrad": [{}, {"second_moment": "row_count_min"}],
+    "cs_adagrad": [{}, {"second_moment": "row_count_min"}, {"second_moment": "cover"}],
+    "sm3": [{}, {"variant": "I"}, {"preset": "lean"}, {"preset": "exact"}],
 }
 
 
@@ -225,7 +227,7 @@ def test_hidden_matrices_of_extreme_shapes(name):
     for shape in [(1, 1), (1, 31), (33, 1), (2, 1025), (1025, 2), (31, 33)]:
         for options in ({}, {"depth": 3, "hash": "affine"}):
             p = torch.nn.Parameter(torch.randn(shape))
-            optimizer = registry.get(name).cls([p], min_compress_size=0, **options)
+            optimizer = registry.get(name).cls([p], min_compress_size=0, **known(name, options))
             train(optimizer, [p], 3)
             assert p.isfinite().all()
 
@@ -284,8 +286,9 @@ def test_sparse_gradients_of_exact_tensors_vectors_and_3d_parameters(name):
             sparse, dense = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
             sparse.grad = torch.sparse_coo_tensor(torch.tensor([[1, 4]]), values, shape)
             dense.grad = sparse.grad.to_dense()
-            make(name, [sparse], row_sparse=False, **{"compression": 1.0, "weight_decay": 0.0, **options}).step()
-            make(name, [dense], **{"compression": 1.0, "weight_decay": 0.0, "row_sparse": True, **options}).step()
+            exact = {**known(name, {"compression": 1.0}), "weight_decay": 0.0, **options}
+            make(name, [sparse], row_sparse=False, **exact).step()
+            make(name, [dense], row_sparse=True, **exact).step()
             torch.testing.assert_close(sparse, dense, rtol=1e-6, atol=1e-7)
             assert (sparse != 0).reshape(shape[0], -1).any(1).nonzero().squeeze(1).tolist() == [1, 4]
 
@@ -318,7 +321,12 @@ def test_training_diverges_only_where_it_was_said_to():
 )
 @pytest.mark.parametrize(
     ("cls", "options"),
-    [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (CSMomentum, {"nesterov": True, "first_moment": "bf16"})],
+    [
+        (CSAdam, {}),
+        (CSAdam, {"preset": "lean"}),
+        (CSMomentum, {"nesterov": True, "first_moment": "bf16"}),
+        (SM3, {"first_moment": "fp32"}),
+    ],
     ids=str,
 )
 def test_compiled_steps_equal_eager_ones_and_do_not_compile_again(cls, options):
@@ -362,7 +370,8 @@ def test_schedulers_that_cycle_the_momentum(name):
 
 
 def test_row_count_min_survives_rows_of_vanishing_gradients(name):
-    if "second_moment" not in registry.get(name).options:
+    option = registry.get(name).options.get("second_moment")
+    if option is None or "row_count_min" not in option.choices:
         return
     p = torch.nn.Parameter(torch.randn(200, 64))
     optimizer = make(name, [p], second_moment="row_count_min")
@@ -403,8 +412,11 @@ def test_an_option_of_the_state_changed_in_a_group_is_an_error_and_nothing_happe
     optimizer = make(name, [{"params": [a]}, {"params": [b]}], **options)
     train(optimizer, [a, b], 1)
     before = a.detach().clone()
-    optimizer.param_groups[1]["compression"] = 0.5
-    with pytest.raises(ValueError, match=r"parameter 0 of group 1.*'table' of shape \(1, 13, 64\)"):
+    change, words = {"compression": 0.5}, r"'table' of shape \(1, 13, 64\)"
+    if name == "sm3":
+        change, words = {"second_moment": "dense"}, "holds axis_0, axis_1; expected dense"
+    optimizer.param_groups[1].update(change)
+    with pytest.raises(ValueError, match=f"parameter 0 of group 1.*{words}"):
         optimizer.step()
     assert torch.equal(a, before) and int(optimizer.state[a]["step"]) == 1
 

@@ -6,7 +6,7 @@ import torch
 from sketch_plugins import CSAdagrad, CSAdam, CSMomentum, CSRMSprop, registry
 from sketch_plugins.optim.options import Option
 
-from .conftest import parameters, train
+from .conftest import known, parameters, train
 
 
 def matrix(dtype=torch.float32, rows=64, columns=70):
@@ -44,6 +44,8 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "words"), BAD, ids=lambda v: str(v)[:40])
 def test_a_bad_value_is_named_with_what_is_allowed(name, options, words):
+    if known(name, options) != options or (name == "sm3" and options.get("betas") == (0.9, 1.0)):
+        return  # SM3 has no sketch, and betas[1] = 1 is its default: test_sm3.py
     cls = registry.get(name).cls
     with pytest.raises(ValueError) as error:
         cls([matrix()], **options)

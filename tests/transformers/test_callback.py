@@ -73,6 +73,16 @@ def test_the_error_is_that_of_the_sketch(make_trainer):
     assert all(error < 1e-5 for error in errors("min_compress_size=256,compression=1.0"))
 
 
+def test_the_error_of_covers(make_trainer):
+    trainer = make_trainer("sm3", callbacks=[SketchCallback(sampled=True)])
+    trainer.train()
+    assert all(0.01 < log[ERROR] < 100 for log in training_logs(trainer))
+    report = state_report(trainer.optimizer)
+    assert all(log[MEMORY[0]] == report.state_bytes for log in training_logs(trainer))
+    matrices = [p for p in report.parameters if len(p.shape) > 1]
+    assert matrices and all(p.stores["second_moment"] == 4 * sum(p.shape) for p in matrices)
+
+
 def test_without_a_second_moment_there_is_no_error(make_trainer):
     trainer = make_trainer("cs_momentum", callbacks=[SketchCallback(sampled=True)], max_steps=2)
     trainer.train()

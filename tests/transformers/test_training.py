@@ -31,9 +31,11 @@ def test_every_name_trains(name, make_trainer, new_model):
 
 @pytest.mark.parametrize("name", registry.names())
 def test_arguments_arrive(name, make_trainer):
-    trainer = make_trainer(
-        name, optim_args=f"{SMALL},seed=5", adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, learning_rate=0.125
-    )
+    adam = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    options = f"{SMALL},seed=5"
+    if name == "sm3":  # does not read Adam's settings, and says so
+        adam, options = {}, f"{options},betas=0.8:0.95,eps=1e-6"
+    trainer = make_trainer(name, optim_args=options, learning_rate=0.125, **adam)
     decayed, others = trainer.create_optimizer().param_groups
     for group in (decayed, others):
         assert (group["lr"], group["eps"]) == (0.125, 1e-6)
@@ -44,6 +46,24 @@ def test_arguments_arrive(name, make_trainer):
         assert (group["min_compress_size"], group["seed"]) == (256, 5)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in others["params"])
+
+
+def test_sm3_keeps_its_own_defaults_and_refuses_those_of_adam(make_trainer, make_args):
+    group = make_trainer("sm3").create_optimizer().param_groups[0]
+    assert (group["betas"], group["eps"]) == ((0.9, 1.0), 1e-30)
+    for field, value, instead in (
+        ("adam_beta1", 0.8, "betas=0.8:0.999"),
+        ("adam_beta2", 0.95, "betas=0.9:0.95"),
+        ("adam_epsilon", 1e-6, "eps=1e-06"),
+    ):
+        with pytest.raises(ValueError, match=rf"{field}={value}.*'sm3'.*optim_args='{instead}'"):
+            make_args("sm3", **{field: value})
+        # What is advised works, also beside the setting itself: optim_args wins, as for every other name.
+        group = make_trainer("sm3", optim_args=instead, **{field: value}).create_optimizer().param_groups[0]
+        key, _, text = instead.partition("=")
+        assert group[key] == (tuple(map(float, text.split(":"))) if key == "betas" else float(text))
+    with pytest.raises(ValueError, match="adam_epsilon"):  # of the two, only what was given elsewhere
+        make_args("sm3", optim_args="betas=0.9:0.95", adam_epsilon=1e-6)
 
 
 def test_optim_args_beat_adam_arguments(make_trainer):

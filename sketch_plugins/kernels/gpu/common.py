@@ -1,0 +1,139 @@
+"""What every kernel shares: the table that describes parameters, addressing, gradients, rounding noise, the rule."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sketch_plugins.kernels import work
+
+# A launch covers many tensors. Each is a row of int64 in a table: pointers, shapes, and the first program it owns.
+(
+    P, G, FIRST_A, FIRST_B, SECOND_A, SECOND_B, SECOND_C, SECOND_D, NEW, INDEX, HASHES, WEIGHTS,
+    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, DIM2, DIM3, COUNT, SEED,
+) = (tl.constexpr(i) for i in range(23))  # fmt: skip
+FIELDS = tl.constexpr(23)
+
+NUMBERS = tl.constexpr(work.NUMBERS)
+DECAY1, GAIN1, DECAY2, GAIN2 = (tl.constexpr(i) for i in (work.DECAY1, work.GAIN1, work.DECAY2, work.GAIN2))
+MEAN, SCALE, SHIFT, INSIDE, FLOOR = (
+    tl.constexpr(i) for i in (work.MEAN, work.SCALE, work.SHIFT, work.INSIDE, work.FLOOR)
+)
+STEP, KEEP, LOOKAHEAD, SIGN, L2, INNER = (
+    tl.constexpr(i) for i in (work.STEP, work.KEEP, work.LOOKAHEAD, work.SIGN, work.L2, work.INNER)
+)
+NUMBER = tl.constexpr(work.NUMBER)
+FOLD, MEASURE, APPLY = (tl.constexpr(i) for i in (work.FOLD, work.MEASURE, work.APPLY))
+
+# What a kernel is compiled for besides its stores: named once, handed through.
+RANGE, TOUCHED, PACKED = (tl.constexpr(i) for i in range(3))
+
+
+@triton.jit
+def find(table, count, pid):
+    """The tensor that program ``pid`` works on: the last one whose first program is not behind it."""
+    low = 0
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        behind = tl.load(table + middle * FIELDS + BEGIN) > pid
+        high = tl.where(behind, middle, high)
+        low = tl.where(behind, low, middle)
+    return low
+
+
+@triton.jit
+def address(t, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """A pointer of the table. ``ALIGN``: the launcher has checked that it lies on 16 bytes: loads may be 128 bits wide.
+
+    The hint belongs to the operation that makes the value; given in a function of its own it would be lost.
+    """
+    pointer = tl.load(t + FIELD).to(tl.pointer_type(TYPE))
+    if ALIGN:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def extent(t, FIELD: tl.constexpr, ALIGN: tl.constexpr):
+    """A number of columns or a stride. ``ALIGN``: a multiple of 16."""
+    n = tl.load(t + FIELD)
+    if ALIGN:
+        n = tl.multiple_of(n, 16)
+    return n
+
+
+@triton.jit
+def rows_at(t, first, M: tl.constexpr, MODE: tl.constexpr):
+    """Row numbers in the parameter, in the gradient, and which of them exist, for ``M`` rows from ``first`` on."""
+    position = first + tl.arange(0, M).to(tl.int64)
+    if MODE == RANGE:
+        return position, position, position < tl.load(t + ROWS)
+    exists = position < tl.load(t + COUNT)
+    index = tl.load(t + INDEX).to(tl.pointer_type(tl.int64))
+    rows = tl.load(index + position, mask=exists, other=0)
+    if MODE == PACKED:
+        return rows, position, exists
+    return rows, rows, exists
+
+
+@triton.jit
+def gradient(
+    t, s, rows, g_rows, cols, mask, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, L2_ON: tl.constexpr, ALIGN: tl.constexpr
+):
+    """The gradient in float32, ascending where asked for, with the coupled weight decay."""
+    g = address(t, G, G_TYPE, ALIGN)
+    stride = extent(t, G_STRIDE, ALIGN)
+    x = tl.load(g + g_rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = x * tl.load(s + SIGN)
+    if L2_ON:
+        x += tl.load(s + L2) * parameter(t, rows, cols, mask, P_TYPE, ALIGN)
+    return x
+
+
+@triton.jit
+def parameter(t, rows, cols, mask, P_TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """The parameter in float32."""
+    p = address(t, P, P_TYPE, ALIGN)
+    stride = extent(t, P_STRIDE, ALIGN)
+    return tl.load(p + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def factor(v, s, rate):
+    """``rate`` over the denominator, in correctly rounded operations."""
+    root = tl.sqrt_rn(v + tl.load(s + INSIDE)) * tl.load(s + SCALE) + tl.load(s + SHIFT)
+    # Not tl.maximum: a NaN must stay one.
+    floor = tl.load(s + FLOOR)
+    root = tl.where(root < floor, floor, root)
+    return tl.div_rn(rate + tl.zeros_like(root), root)
+
+
+@triton.jit
+def mix32(x, seed):
+    """`sketch_plugins.hashing.mix32`: uint64 in, uint32 out."""
+    h = ((x ^ (x >> 32)) ^ seed).to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def noise(t, s, index):
+    """32 random bits for each element: a pure function of (seed, step, index), as `hashing.uniform` uses them."""
+    number = tl.load(s + NUMBER).to(tl.int64).to(tl.uint64, bitcast=True)
+    x = tl.load(t + SEED).to(tl.uint64, bitcast=True) ^ (number * 0x9E3779B97F4A7C15)
+    x = x + 0x9E3779B97F4A7C15
+    z = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    key = z ^ (z >> 31)
+    return mix32(mix32(index.to(tl.uint64, bitcast=True), key & 0xFFFFFFFF).to(tl.uint64), key >> 32)
+
+
+@triton.jit
+def to_bf16(x, random):
+    """Stochastic rounding to bfloat16: up with a probability equal to the fraction cut off."""
+    bits = x.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    rounded = tl.where(finite, bits + (random & 0xFFFF), bits | ((bits & 0xFFFF) != 0).to(tl.uint32) << 16)
+    return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

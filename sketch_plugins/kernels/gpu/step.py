@@ -1,0 +1,191 @@
+"""The fused step: one template for every store and rule. p and g are read once, p is written once.
+
+``tiles`` works on a rectangle of a parameter; ``buckets`` on the rows that share a bucket of a count-min sketch of
+depth 1: their squares are summed in registers, the bucket is written once, and its members take their step. No program
+writes what another one reads, so nothing depends on the order in which programs run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sketch_plugins.kernels.gpu.common import (
+    APPLY,
+    BEGIN,
+    COLUMNS,
+    DECAY2,
+    FIELDS,
+    FOLD,
+    GAIN2,
+    HASHES,
+    INNER,
+    KEEP,
+    LOOKAHEAD,
+    MEAN,
+    MEASURE,
+    NUMBERS,
+    P_STRIDE,
+    ROWS,
+    SECOND_A,
+    STEP,
+    TILES,
+    WIDTH,
+    P,
+    address,
+    extent,
+    factor,
+    find,
+    gradient,
+    noise,
+    parameter,
+    rows_at,
+    to_bf16,
+)
+
+
+@triton.jit
+def apply(
+    t, s, x, f, rows, g_rows, exists, cols, mask, tile,
+    FIRST: tl.constexpr, P_TYPE: tl.constexpr, F_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr,
+    AFTER: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """First moment of ``x``, and ``p <- keep * p - f * numerator``; returns the sums of squares of update and p."""
+    m = FIRST(t, s, x, rows, exists, cols, mask, tile, (APPLY & PHASE) != 0, F_TYPE, NOISE, DEPTH, ALIGN)
+    if AHEAD:
+        m = x + tl.load(s + LOOKAHEAD) * m
+    p = parameter(t, rows, cols, mask, P_TYPE, ALIGN)
+    update = tl.where(mask, m * f, 0.0)
+    squares = 0.0
+    norm = 0.0
+    if MEASURE & PHASE:
+        # What is clipped: the update, or where a first moment averages it, what enters there.
+        part = update
+        if AFTER:
+            part = tl.where(mask, x, 0.0)
+        squares = tl.sum(part * part)
+        norm = tl.sum(p * p)
+    if APPLY & PHASE:
+        base = address(t, P, P_TYPE, ALIGN)
+        place = base + rows[:, None] * extent(t, P_STRIDE, ALIGN) + cols[None, :]
+        new = tl.load(s + KEEP) * p - update
+        if ROUND:
+            index = rows[:, None] * tl.load(t + COLUMNS) + cols[None, :]
+            tl.store(place, to_bf16(new, noise(t, s, index)), mask=mask)
+        else:
+            tl.store(place, new.to(P_TYPE), mask=mask)
+    return squares, norm
+
+
+@triton.jit
+def tiles(
+    table, numbers, partial, count,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
+    MODE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, AFTER: tl.constexpr, L2_ON: tl.constexpr,
+    NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH1: tl.constexpr, DEPTH2: tl.constexpr, ALIGN: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``M`` rows by ``BLOCK`` columns (``N`` is the power of two above it)."""
+    pid = tl.program_id(0)
+    index = find(table, count, pid)
+    t, s = table + index * FIELDS, numbers + index * NUMBERS
+    local = pid - tl.load(t + BEGIN)
+    across = tl.load(t + TILES)
+    tile = local % across
+    rows, g_rows, exists = rows_at(t, local // across * M, M, MODE)
+    inside = tl.arange(0, N)
+    cols = tile * BLOCK + inside
+    mask = exists[:, None] & ((inside < BLOCK) & (cols < extent(t, COLUMNS, ALIGN)))[None, :]
+    x = gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
+    f = tl.load(s + STEP)
+    if SECOND is not None:
+        STORE: tl.constexpr = (FOLD & PHASE) != 0
+        v = SECOND(t, s, x * x, rows, exists, cols, mask, STORE, DEPTH2, ALIGN)
+        if AFTER:
+            x = x * factor(v, s, tl.load(s + INNER))
+        else:
+            f = factor(v, s, f)
+    if (MEASURE | APPLY) & PHASE:
+        squares, norm = apply(
+            t, s, x, f, rows, g_rows, exists, cols, mask, tile,
+            FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, AFTER, NOISE, ROUND, DEPTH1, ALIGN,
+        )  # fmt: skip
+        if MEASURE & PHASE:
+            tl.store(partial + 2 * pid, squares)
+            tl.store(partial + 2 * pid + 1, norm)
+
+
+@triton.jit
+def _members(t, bucket, first, M: tl.constexpr):
+    """Rows of a bucket, from the ``first``-th member on: the hash run backwards."""
+    total, width = tl.load(t + ROWS), tl.load(t + WIDTH)
+    hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64))
+    place = bucket + (first + tl.arange(0, M).to(tl.int64)) * width
+    rows = ((place + total - tl.load(hashes + 1)) % total) * tl.load(hashes + 2) % total
+    return tl.where(place < total, rows, 0), place < total
+
+
+@triton.jit
+def buckets(
+    table, numbers, partial, count,
+    FIRST: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
+    PHASE: tl.constexpr, AHEAD: tl.constexpr, L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr,
+    ALIGN: tl.constexpr, SINGLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One bucket by ``BLOCK`` columns. ``SINGLE``: its members fit one tile of ``M`` rows, and g is read once."""
+    pid = tl.program_id(0)
+    index = find(table, count, pid)
+    t, s = table + index * FIELDS, numbers + index * NUMBERS
+    local = pid - tl.load(t + BEGIN)
+    across = tl.load(t + TILES)
+    tile, bucket = local % across, local // across
+    inside = tl.arange(0, N)
+    cols = tile * BLOCK + inside
+    columns = extent(t, COLUMNS, ALIGN)
+    inner = (inside < BLOCK) & (cols < columns)
+    load = (tl.load(t + ROWS) - bucket + tl.load(t + WIDTH) - 1) // tl.load(t + WIDTH)
+    place = address(t, SECOND_A, tl.float32, ALIGN) + bucket * columns + cols
+
+    v = tl.load(place, mask=inner, other=0.0)
+    rows, exists = _members(t, bucket, 0, M)
+    mask = exists[:, None] & inner[None, :]
+    if SINGLE:
+        x = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
+    if FOLD & PHASE:
+        if SINGLE:
+            total = tl.sum(x * x, 0)
+        else:
+            total = tl.zeros([N], tl.float32)
+            for first in range(0, load, M):
+                rows, exists = _members(t, bucket, first, M)
+                mask = exists[:, None] & inner[None, :]
+                y = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
+                total += tl.sum(y * y, 0)
+        gain = tl.load(s + GAIN2)
+        if tl.load(s + MEAN) != 0:
+            gain = gain / load.to(tl.float32)
+        v = tl.load(s + DECAY2) * v + gain * total
+        tl.store(place, v, mask=inner)
+    f = factor(v, s, tl.load(s + STEP))[None, :]
+    squares = 0.0
+    norm = 0.0
+    if (MEASURE | APPLY) & PHASE:
+        if SINGLE:
+            squares, norm = apply(
+                t, s, x, f, rows, rows, exists, cols, mask, tile,
+                FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, False, NOISE, ROUND, 1, ALIGN,
+            )  # fmt: skip
+        else:
+            for first in range(0, load, M):
+                rows, exists = _members(t, bucket, first, M)
+                mask = exists[:, None] & inner[None, :]
+                y = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
+                a, b = apply(
+                    t, s, y, f, rows, rows, exists, cols, mask, tile,
+                    FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, False, NOISE, ROUND, 1, ALIGN,
+                )  # fmt: skip
+                squares += a
+                norm += b
+        if MEASURE & PHASE:
+            tl.store(partial + 2 * pid, squares)
+            tl.store(partial + 2 * pid + 1, norm)

@@ -1,0 +1,84 @@
+"""What a fused backend is given: one parameter's step, described by plain tensors and a vector of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sketch_plugins.stores.base import State, Store
+
+# A sweep may fold the gradient into the second moment, measure the update (and the parameter), and apply the step.
+FOLD, MEASURE, APPLY = 1, 2, 4
+
+# Places in the vector of numbers that a kernel is given for each parameter.
+(
+    DECAY1,  # of the first moment: m <- decay * m + gain * x
+    GAIN1,
+    DECAY2,  # of the second
+    GAIN2,
+    MEAN,  # 1: a bucket takes the mean of its rows' squares; 0: the sum
+    SCALE,  # denominator = max(sqrt(v + inside) * scale + shift, floor)
+    SHIFT,
+    INSIDE,
+    FLOOR,
+    STEP,  # learning rate, with the bias correction of the first moment
+    KEEP,  # one minus the decoupled weight decay
+    LOOKAHEAD,  # Nesterov's momentum
+    SIGN,  # -1 ascends
+    L2,  # coupled weight decay
+    CORRECTION,  # bias correction of the first moment alone: part of the update that CLIP measures
+    INNER,  # multiplies the preconditioned gradient before the first moment averages it (`Work.after`)
+    CLIP,  # update_clip; 0: off
+    RELATIVE,  # 1: the step is multiplied by max(1e-3, RMS of the parameter)
+    NUMBER,  # of the step, from 1: seeds stochastic rounding
+) = range(19)
+NUMBERS = 19
+
+
+@dataclass(eq=False)
+class Work:
+    """One parameter's step.
+
+    Attributes:
+        p: the parameter as an ``(R, D)`` view with unit stride along columns.
+        g: its gradient, likewise; for a sparse gradient the ``(n, D)`` values.
+        rows: touched rows (int64, distinct, ascending), None: all.
+        packed: ``g`` holds the touched rows only.
+        first: store of the first moment and its state; None: there is none.
+        second: store of the second moment and its state; None: there is none.
+        numbers: see the places above.
+        after: the first moment averages the preconditioned gradient (SM3).
+        measure: the sweep before has to measure the update or the parameter.
+        stochastic: round a bfloat16 parameter stochastically.
+        seed: of the rounding.
+        flags: a bit for each of ``numbers`` that is not 0, for numbers that live on a device.
+    """
+
+    p: Tensor
+    g: Tensor
+    rows: Tensor | None
+    packed: bool
+    first: tuple[Store, State] | None
+    second: tuple[Store, State] | None
+    numbers: list[float] | Tensor = field(default_factory=lambda: [0.0] * NUMBERS)
+    after: bool = False
+    measure: bool = False
+    stochastic: bool = False
+    seed: int = 0
+    flags: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.numbers, Tensor) and any(self.numbers):
+            self.flags = sum(1 << place for place, value in enumerate(self.numbers) if value)
+
+
+def is_rows(tensor: Tensor) -> bool:
+    """Whether a 2-D tensor is rows of adjacent numbers, each behind the other or with gaps."""
+    return tensor.shape[1] == 1 or tensor.stride(1) == 1 or tensor.numel() == 0
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)

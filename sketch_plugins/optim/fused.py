@@ -1,0 +1,164 @@
+"""Which parameters take their step in a fused kernel, and how a rule becomes the numbers that one is given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.kernels import work as places
+from sketch_plugins.kernels.work import NUMBERS, Work
+from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.stores import Gradient, Store
+
+if TYPE_CHECKING:
+    from sketch_plugins.optim.base import Rule
+
+# On a CPU, and unless told otherwise, an optimizer of nothing but smaller tensors takes the eager path.
+CPU_MIN_SIZE = 1 << 15
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One set of kernels."""
+
+    name: str
+    unsupported: Callable[[Work], str | None]
+    run: Callable[[list[Work]], None]
+
+
+def backend(device: torch.device, fused: bool | None) -> Backend | None:
+    """The kernels for a device: Triton's on CUDA and ROCm, Numba's on a CPU; None: the eager path.
+
+    With ``TRITON_INTERPRET=1`` and ``fused=True`` Triton's interpreter runs the kernels on a CPU: for tests, slowly.
+
+    Raises:
+        ValueError: ``fused=True`` and there are none, or they cannot be imported (says why).
+    """
+    if fused is False:
+        return None
+    try:
+        if device.type == "cuda":
+            return _triton()
+        if device.type == "cpu":
+            return _triton() if fused and interpreted() else _numba()
+    except ImportError as error:
+        if fused:
+            raise ValueError(f"fused=True on {device}: {error}. Use fused=None to fall back to eager torch") from error
+        return None
+    if fused:
+        raise ValueError(f"fused=True on {device}: there are kernels for cuda (Triton) and cpu (Numba) only")
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels in this process."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@lru_cache(maxsize=1)
+def _triton() -> Backend:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"Triton cannot be imported ({error})") from error
+    from sketch_plugins.kernels.gpu import launch
+
+    return Backend("triton", launch.unsupported, launch.run)
+
+
+@lru_cache(maxsize=1)
+def _numba() -> Backend:
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"Numba cannot be imported ({error}): pip install 'sketch-plugins[cpu]'") from error
+    from sketch_plugins.kernels import cpu
+
+    return Backend("numba", cpu.unsupported, cpu.run)
+
+
+def describe(
+    p: Tensor,
+    group: Mapping[str, Any],
+    grad: Gradient,
+    rule: Rule,
+    stores: tuple[Store | None, Store | None],
+    state: Mapping[str, Any],
+) -> Work | None:
+    """One parameter's step as a fused kernel is given it; None where its layout is not a matrix of rows."""
+    parameter, gradient = Matrix(p)._flat, grad.matrix._flat
+    if parameter is None or gradient is None or grad.dtype != torch.float32:
+        return None
+    first, second = stores
+    return Work(
+        parameter, gradient, grad.rows, grad.packed,
+        (first, state["first_moment"]) if first else None,
+        (second, state["second_moment"]) if second else None,
+        after=rule.precondition_first and first is not None,
+        measure=bool(group.get("scale_parameter") or group.get("update_clip")),
+        stochastic=group["stochastic_rounding"] and p.dtype == torch.bfloat16,
+        seed=group["seed"],
+        # What decides which kernels can take the step; the other flags come with the numbers.
+        flags=0 if grad.l2 is None else 1 << places.L2,
+    )  # fmt: skip
+
+
+def numbers(rule: Rule, group: Mapping[str, Any], grad: Gradient, step: float | Tensor) -> dict[int, Any]:
+    """Place -> number of a rule; tensors where the rule has them."""
+    denominator = rule.denominator
+    out: dict[int, Any] = {
+        places.STEP: rule.step_size * rule.correction,
+        places.KEEP: 1.0 - rule.decay,
+        places.SIGN: -1.0 if grad.negate else 1.0,
+        places.CORRECTION: rule.correction,
+        places.INNER: 1.0,
+        places.CLIP: group.get("update_clip", 0.0),
+        places.RELATIVE: float(group.get("scale_parameter", False)),
+        places.MEAN: float(group.get("bucket", "mean") == "mean"),
+        places.NUMBER: step,
+    }
+    if rule.first is not None:
+        out |= {places.DECAY1: rule.first.decay, places.GAIN1: rule.first.gain}
+    if rule.second is not None:
+        out |= {places.DECAY2: rule.second.decay, places.GAIN2: rule.second.gain}
+    if denominator is not None:
+        out |= {
+            places.SCALE: 1.0 / denominator.divisor,
+            places.SHIFT: denominator.shift,
+            places.INSIDE: rule.floor,
+            places.FLOOR: denominator.floor,
+        }
+    if rule.lookahead and rule.first is not None:
+        out[places.LOOKAHEAD] = rule.lookahead
+    if grad.l2 is not None:
+        out[places.L2] = grad.l2[1]
+    return out
+
+
+def vector(values: Mapping[int, Any], device: torch.device, rows: int = 0) -> tuple[list[float] | Tensor, int]:
+    """``(numbers, flags)`` for a `Work`, or with ``rows`` a matrix of numbers for as many.
+
+    A list; where a value lives on a device (a learning rate, ``capturable``), a tensor there: it is not waited for.
+    """
+    flags = sum(1 << place for place, value in values.items() if isinstance(value, Tensor) or value)
+
+    def stays(value: Any) -> bool:
+        return isinstance(value, Tensor) and (rows > 0 or value.device.type != "cpu")
+
+    plain = [0.0 if stays(v) else float(v) for v in (values.get(i, 0.0) for i in range(NUMBERS))]
+    if not any(map(stays, values.values())):
+        return plain, flags
+    out = torch.tensor(plain, dtype=torch.float32)
+    out = out.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else out.to(device)
+    if rows:
+        out = out.repeat(rows, 1)
+    for place, value in values.items():
+        if stays(value):
+            out[..., place] = value.to(device=device, dtype=torch.float32)
+    return out, flags

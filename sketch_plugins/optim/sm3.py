@@ -1,0 +1,186 @@
+"""SM3: Adagrad with one accumulator for each slice of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sketch_plugins.optim.adam import _SHARED
+from sketch_plugins.optim.base import Denominator, Rule, SketchOptimizer
+from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, FIRST_MOMENTS, Option
+from sketch_plugins.stores import Ema
+from sketch_plugins.stores.cover import VARIANTS
+
+_NO_SKETCH = ("compression", "width", "depth", "hash")
+
+
+class SM3(SketchOptimizer):
+    r"""Adagrad whose accumulators are maxima over the slices of each axis: 1.03 bytes of state a parameter, or 0.005.
+
+    A parameter of shape :math:`d_0 \times d_1 \times \ldots` keeps one number :math:`\mu_r` for each slice r of each
+    axis (for a matrix: each row and each column), :math:`\sum_k d_k` in all. At step :math:`t`, with i an element and
+    :math:`r \ni i` the slices that hold it,
+
+    .. math::
+        \nu_t(i) &= \min_{r \ni i} \mu_{t-1}(r) + g_t(i)^2 \qquad \mu_t(r) = \max_{i \in r} \nu_t(i) \\
+        u_t &= g_t / \sqrt{\nu_t + \epsilon} \qquad m_t = \beta_1 m_{t-1} + (1 - \beta_1) u_t \\
+        \theta_t &= (1 - \gamma \lambda) \theta_{t-1} - \gamma m_t
+
+    That is SM3-II. ``variant="I"`` has :math:`\mu_t(r) = \mu_{t-1}(r) + \max_{i \in r} g_t(i)^2`,
+    :math:`\nu_t(i) = \min_{r \ni i} \mu_t(r)`: looser, one more pass over the gradient, for comparison. In both
+    :math:`\sum_s g_s(i)^2 \le \nu_t(i)`, never falling, and :math:`\nu^{II} \le \nu^I`. Vectors and scalars keep exact
+    accumulators, where both variants are Adagrad. ``betas[1] < 1`` turns the sums into averages,
+    :math:`\nu_t = \beta_2 \min \mu_{t-1} + (1 - \beta_2) g_t^2` (I: the same of :math:`\mu`), and the covers are
+    overwritten, so they fall where gradients do. There is no bias correction, of neither moment.
+
+    State bytes of a parameter of n elements and shape d: ``4 * sum(d)`` for the covers (a 1024 x 4096 matrix: 0.005 a
+    parameter; vectors 4 a parameter); first moment, a parameter: int8 ``1 + 4 / min(block_size, D)``, fp32 4, bf16 2,
+    none 0.
+
+    Presets: ``"default"`` (int8 momentum); ``"lean"`` (no momentum); ``"exact"`` (dense accumulators, fp32 momentum:
+    Adagrad with momentum, 8 bytes a parameter).
+
+    *Learning rate.* 1e-2, that of `torch.optim.Adagrad`, which this approximates: without a past, u is the sign of the
+    gradient, so the first steps move every element by up to lr, and :math:`\nu` grows until lr can be large. AdamW's
+    rate is too small after that (try 10 times as much), 0.1 needs a warm-up. The authors warm up over 5 % of the steps,
+    preferably quadratically, and then keep the rate, or let it fall to 0 in the last 10 %:
+    `sketch_plugins.quadratic_warmup` does both. The decay of Adagrad's own steps is decay enough.
+
+    Sparse gradients (``nn.Embedding(sparse=True)``) and ``row_sparse``: only touched rows change, untouched ones stay
+    as they are bit for bit. The row's cover alone decides, :math:`\nu(i) = \mu(row) + g(i)^2`, and takes the new
+    maximum of its row; the covers of the other axes only rise, to the maxima of the touched rows, so that
+    :math:`\sum g^2 \le \nu` holds in any mixture of dense and sparse steps. Momentum is lazy, as in all optimizers
+    here: that of touched rows only, weight decay too.
+
+    Args:
+        params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
+        lr: learning rate, float or tensor (default 1e-2; see above).
+        betas: decay rates (default (0.9, 1.0)): of the momentum, without effect with ``first_moment="none"``; of the
+            covers, where 1 is the sum of the paper and 0.999 an average as in Adam.
+        eps: added to :math:`\nu` under the root (default 1e-30): only keeps 0 / 0 away. An element without a gradient
+            so far has u = 0, also at ``eps=0``.
+        weight_decay: decoupled weight decay (default 0).
+        preset: see above.
+        variant: ``"II"`` (default) or ``"I"``.
+        first_moment: ``"int8"`` (default), ``"fp32"``, ``"bf16"`` or ``"none"``; see `CSAdam`.
+        second_moment: ``"cover"`` (default) or ``"dense"``, exact accumulators.
+        block_size: see `CSAdam`.
+        first_moment_rounding: see `CSAdam`.
+        min_compress_size: tensors with fewer elements are exact (default 0: covers are well defined at any size).
+        row_sparse: see `CSAdam`.
+        update_clip: divide u by ``max(1, RMS(u) / update_clip)`` *before* it enters the momentum (0: off). With
+            ``betas[1] = 1`` no element of u exceeds 1, so only values below 1 do anything.
+        scale_parameter: see `CSAdam`.
+        chunk_size: see `CSAdam`; the result does not depend on it.
+        compile: see `CSAdam`.
+        fused: see `CSAdam`.
+        capturable: see `CSAdam`.
+        stochastic_rounding: see `CSAdam`.
+        seed: of stochastic rounding.
+        maximize: ascend.
+
+    Raises:
+        ValueError: as `CSAdam`.
+
+    Source: https://arxiv.org/abs/1901.11150. Deviations: momentum in int8 by default (the paper's is dense); momentum
+    for sparse gradients (the authors' code has none there); the covers of other axes are kept valid in sparse steps
+    (their code leaves them out); decoupled weight decay; epsilon as in the authors' TensorFlow code.
+    """
+
+    ADAM_SETTINGS: ClassVar[bool] = False
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        **{name: option for name, option in COMMON.items() if name not in _NO_SKETCH},
+        **{name: option for name, option in FIRST_MOMENT.items() if name != "allow_dense_count_sketch"},
+        "betas": Option(
+            "betas",
+            tuple,
+            "decay rates of the momentum and of the covers, 1 for a sum; as text: 0.9:1 (default)",
+            allowed="two numbers, the first in [0, 1), the second in [0, 1]",
+            check=lambda v: len(v) == 2 and 0 <= v[0] < 1 and 0 <= v[1] <= 1,
+        ),
+        "eps": Option(
+            "eps", float, "added under the root (default 1e-30)", allowed="a number >= 0", check=lambda v: v >= 0
+        ),
+        # A signed sketch would have to be written with all of u before any of it is read.
+        "first_moment": Option(
+            "first_moment",
+            str,
+            "store of the momentum (default 'int8')",
+            choices=tuple(kind for kind in FIRST_MOMENTS if kind != "count_sketch"),
+            structural=True,
+        ),
+        "second_moment": Option(
+            "second_moment",
+            str,
+            "'cover' (default): maxima over slices; 'dense': exact",
+            choices=("cover", "dense"),
+            structural=True,
+        ),
+        "min_compress_size": Option(
+            "min_compress_size",
+            int,
+            "tensors with fewer elements, and all vectors, are kept exactly (default 0)",
+            allowed="an integer >= 0",
+            check=lambda v: v >= 0,
+            structural=True,
+        ),
+        "variant": Option("variant", str, "'II' (default) or 'I' of the paper", choices=VARIANTS, structural=True),
+    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {
+            **{k: v for k, v in _SHARED.items() if k not in _NO_SKETCH and not k.startswith("clean_")},
+            "min_compress_size": 0,
+            "variant": "II",
+            "first_moment": "int8",
+            "first_moment_rounding": "nearest",
+            "block_size": 128,
+            "second_moment": "cover",
+        },
+        "lean": {"first_moment": "none"},
+        "exact": {"first_moment": "fp32", "second_moment": "dense"},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 1.0),
+        eps: float = 1e-30,
+        weight_decay: float = 0.0,
+        *,
+        preset: str = "default",
+        variant: str | None = None,
+        first_moment: str | None = None,
+        second_moment: str | None = None,
+        block_size: int | None = None,
+        first_moment_rounding: str | None = None,
+        min_compress_size: int | None = None,
+        row_sparse: bool | str | None = None,
+        update_clip: float | None = None,
+        scale_parameter: bool | None = None,
+        chunk_size: int | None = None,
+        compile: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int | None = None,
+        maximize: bool | None = None,
+    ) -> None:
+        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
+        (beta1, beta2), eps = group["betas"], group["eps"]
+
+        return Rule(
+            first=None if group["first_moment"] == "none" else Ema(beta1, 1.0 - beta1, step),
+            second=Ema(1.0, 1.0, step) if beta2 == 1.0 else Ema(beta2, 1.0 - beta2, step),
+            step_size=group["lr"],
+            correction=1.0,
+            decay=group["lr"] * group["weight_decay"],
+            lookahead=None,
+            denominator=Denominator(1.0, 0.0),
+            floor=eps,
+            precondition_first=True,
+        )

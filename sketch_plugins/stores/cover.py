@@ -1,0 +1,215 @@
+"""Axis-slice covers of squared gradients: one vector of maxima for each axis. SM3, Anil et al. 2019."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import scratch
+from sketch_plugins.sharding.blocks import At, Tile
+from sketch_plugins.stores.base import Ema, Gradient, State, Store, Touched
+
+VARIANTS = ("II", "I")
+
+
+@dataclass(frozen=True)
+class Cover(Store):
+    r"""Second moments of an n-d tensor as maxima over its slices (arXiv 1901.11150): ``4 * sum(dims)`` bytes in all.
+
+    State ``axis_k`` of shape ``(dims[k],)``: :math:`\mu_r` of every slice r of axis k. An element lies in one slice of
+    each axis, and its estimate is at most the minimum of theirs. With ``s <- decay * s + gain * x``
+
+    .. math::
+        \text{II:}\quad \nu_i &= \mathrm{decay} \min_{r \ni i} \mu_r + \mathrm{gain}\, g_i^2, \qquad
+            \mu_r = \max_{i \in r} \nu_i \\
+        \text{I:}\quad \mu_r &\leftarrow \mathrm{decay}\, \mu_r + \mathrm{gain} \max_{i \in r} g_i^2, \qquad
+            \nu_i = \min_{r \ni i} \mu_r
+
+    so that :math:`s_i \le \nu^{II}_i \le \nu^I_i` for the exact accumulator s; with ``decay = gain = 1`` none of them
+    ever falls. II overwrites the covers (``max(old, new)`` would be a peak-hold that no decay can lower).
+
+    The maxima of a step are collected beside the old covers, which every tile still has to read, and take their place
+    when the step ends. Maxima have no order: the same bits for any cut into tiles.
+
+    Row-sparse gradients: the row's own cover decides, :math:`\nu_i = \mathrm{decay}\, \mu_{row} + \mathrm{gain}\,
+    g_i^2` (I: :math:`\nu_i = \mu_{row}`), and only touched rows take a new one. The covers of the other axes become
+    ``max(old, what the rule gives for the touched rows)``: they also cover rows that were not touched and have not
+    decayed, so they may not fall. That keeps :math:`s \le \nu` in any mixture of dense and sparse steps (with a decay:
+    for the lazy accumulator, in which rows decay when they are touched); the price is that they stay high until the
+    next dense step under II, which computes all of them anew.
+
+    Args:
+        dims: shape of the parameter, 2 or more dimensions (of fewer, an exact store is as small).
+        variant: ``"II"`` or ``"I"``.
+    """
+
+    shared = True
+
+    order: int = 2
+    dims: tuple[int, ...] = ()
+    variant: str = "II"
+
+    @property
+    def write_first(self) -> bool:  # type: ignore[override]
+        """I reads the new covers; II the old ones, together with the gradient."""
+        return self.variant == "I"
+
+    def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """One vector for each axis, in the arithmetic dtype.
+
+        Raises:
+            ValueError: ``dims`` is not a tensor whose matrix has this shape.
+        """
+        if len(self.dims) < 2 or (self.dims[0], math.prod(self.dims[1:])) != tuple(shape):
+            raise ValueError(
+                f"dims={self.dims!r} is not the shape of a tensor that is a {shape[0]} x {shape[1]} matrix"
+            )
+        return {f"axis_{k}": ((n,), dtype) for k, n in enumerate(self.dims)}
+
+    def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
+        """The minimum over the slices; for touched rows of a sparse gradient the row's cover."""
+        return self._least(state, at)
+
+    def write(self, state: State, grad: Gradient, ema: Ema) -> None:
+        """One whole step: II as `advance` does it, I from the maxima of g * g."""
+        working = self.begin(state, grad)
+        for at in grad.batches():
+            g = grad.get(at)
+            if self.variant == "I":
+                self._collect(working, at, torch.mul(g, g, **scratch.out("cover", g)))
+            else:
+                self.advance(working, at, g, ema)
+        if self.variant == "I":
+            for axis, new in _new(working).items():
+                old = state[axis] if axis != "axis_0" or grad.rows is None else state[axis].index_select(0, grad.rows)
+                new.mul_(ema.gain).add_(old, alpha=ema.decay)
+        self.finish(state, working, grad)
+
+    def begin(self, state: State, grad: Gradient) -> State:
+        """The covers, and room for the maxima of this step: under ``new_k``."""
+        rows = state["axis_0"] if grad.rows is None else grad.rows
+        room = {"new_0": torch.zeros(len(rows), dtype=state["axis_0"].dtype, device=state["axis_0"].device)}
+        for k in range(1, len(self.dims)):
+            room[f"new_{k}"] = torch.zeros_like(state[f"axis_{k}"])
+        return {**state, **room}
+
+    def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
+        """The estimate; under II its maxima are collected in what `begin` made room for."""
+        if self.variant == "I":
+            return self._least(state, at)
+        nu = self._estimate(state, at, g, ema)
+        self._collect(state, at, nu)
+        return nu
+
+    def finish(self, state: State, working: State, grad: Gradient) -> None:
+        """The new covers take the old ones' place."""
+        for axis, new in _new(working).items():
+            if grad.rows is None:
+                state[axis].copy_(new)
+            elif axis == "axis_0":
+                state[axis].index_copy_(0, grad.rows, new)
+            else:
+                torch.maximum(state[axis], new, out=state[axis])
+
+    def peek(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
+        """What `advance` would return, without collecting anything."""
+        return self._least(state, at) if self.variant == "I" else self._estimate(state, at, g, ema)
+
+    def fill(self, state: State, value: float) -> None:
+        """Every cover."""
+        for tensor in state.values():
+            tensor.fill_(value)
+
+    def _estimate(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
+        nu = self._least(state, at)
+        if ema.decay != 1.0:
+            nu.mul_(ema.decay)
+        return nu.addcmul_(g, g, value=ema.gain)
+
+    def _least(self, state: State, at: At) -> Tensor:
+        """The minimum of the covers there, in a buffer of its own."""
+        rows = state["axis_0"]
+        out = scratch.empty("cover", at.shape, rows.dtype, rows.device)
+        if isinstance(at, Touched):
+            return out.copy_(rows.index_select(0, at.rows).unsqueeze(-1))
+        if isinstance(at, Tile):
+            rows = at.from_rows(rows[at.start : at.start + at.cycles * at.rows])
+        else:
+            rows = rows.index_select(0, at.rows)
+        return torch.minimum(rows.unsqueeze(-1), self._columns(state, at), out=out)
+
+    def _columns(self, state: State, at: At) -> Tensor:
+        """The minimum over all axes but the first, for the columns of a tile."""
+        if len(self.dims) == 2:
+            return state["axis_1"][at.lo : at.hi]
+        first = state["axis_1"]
+        least = scratch.empty("cover_columns", (at.hi - at.lo,), first.dtype, first.device)
+        for part, box in self._boxes(at):
+            view = least[part].unflatten(0, [s.stop - s.start for s in box])
+            for k, s in enumerate(box, 1):
+                along = _along(state[f"axis_{k}"][s], k - 1, len(box))
+                if k == 1:
+                    view.copy_(along)
+                else:
+                    torch.minimum(view, along, out=view)
+        return least
+
+    def _collect(self, working: State, at: At, nu: Tensor) -> None:
+        """Raise the maxima of the slices that the tile meets."""
+        matrix = nu.flatten(0, -2)
+        if isinstance(at, Tile):
+            rows = working["new_0"][at.start : at.start + len(matrix)]
+            torch.maximum(rows, matrix.amax(1), out=rows)
+        else:
+            # By position among the touched rows, once for each cut of the columns.
+            position = at.position  # type: ignore[attr-defined]
+            working["new_0"][position] = torch.maximum(working["new_0"][position], matrix.amax(1))
+        columns = scratch.empty("maxima", matrix.shape[1:], nu.dtype, nu.device)
+        torch.amax(matrix, 0, out=columns)
+        for part, box in self._boxes(at):
+            view = columns[part].unflatten(0, [s.stop - s.start for s in box])
+            for k, s in enumerate(box, 1):
+                others = [d for d in range(len(box)) if d != k - 1]
+                new = working[f"new_{k}"][s]
+                torch.maximum(new, view.amax(others) if others else view, out=new)
+
+    def _boxes(self, at: At) -> list[tuple[slice, tuple[slice, ...]]]:
+        """The tile's columns as boxes: ``(columns within the tile, a slice of each axis but the first)``.
+
+        Whole columns are one box, and so is any cut of a matrix; a cut through the product of k axes is at most
+        ``2 * k - 1``. Each box is a view of the flat columns: no index vectors, no scatter.
+        """
+        out, start = [], 0
+        for box in _boxes(at.lo, at.hi, self.dims[1:]):
+            n = math.prod(s.stop - s.start for s in box)
+            out.append((slice(start, start + n), box))
+            start += n
+        return out
+
+
+def _boxes(lo: int, hi: int, dims: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Flat positions ``[lo, hi)`` of a tensor of shape ``dims``, in order, as boxes."""
+    inner = math.prod(dims[1:])
+    first, last = -(-lo // inner), hi // inner  # whole slices of the first axis: [first, last)
+    if first > last:  # within one slice
+        yield from ((slice(last, first), *box) for box in _boxes(lo - last * inner, hi - last * inner, dims[1:]))
+        return
+    if lo < first * inner:
+        yield from ((slice(first - 1, first), *box) for box in _boxes(lo - (first - 1) * inner, inner, dims[1:]))
+    if first < last:
+        yield slice(first, last), *(slice(0, n) for n in dims[1:])
+    if last * inner < hi:
+        yield from ((slice(last, last + 1), *box) for box in _boxes(0, hi - last * inner, dims[1:]))
+
+
+def _along(vector: Tensor, axis: int, ndim: int) -> Tensor:
+    return vector.view([-1 if d == axis else 1 for d in range(ndim)])
+
+
+def _new(working: State) -> dict[str, Tensor]:
+    """Axis name -> its maxima of this step."""
+    return {f"axis_{name[4:]}": tensor for name, tensor in working.items() if name.startswith("new_")}

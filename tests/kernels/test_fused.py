@@ -1,0 +1,423 @@
+"""Every fused kernel against the eager definition: stores x rules x dtypes on odd shapes."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop
+from sketch_plugins.kernels import work as places
+from sketch_plugins.kernels.work import Work
+
+SHAPES = [(24, 48), (37, 33), (70, 7), (1, 40), (40, 1), (3, 1025), (5,), (), (4, 3, 2, 2), (6, 5, 7), (0, 3)]
+ADAM = [
+    {},
+    {"preset": "lean"},
+    {"update_clip": 0.3},
+    {"scale_parameter": True},
+    {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.3},
+    {"first_moment": "bf16"},
+    {"first_moment": "none"},
+    {"block_size": 16},
+    {"block_size": 200},
+    {"preset": "exact"},
+    {"second_moment": "cover"},
+    {"second_moment": "cover", "update_clip": 0.3, "first_moment": "fp32"},
+    {"compression": 1.0},
+    {"width": 1},
+    {"bucket": "sum"},
+    {"eps": 0.0},
+    {"maximize": True, "weight_decay": 0.3},
+    {"hash": "affine"},
+    {"depth": 3},
+    {"depth": 2, "hash": "affine", "bucket": "sum", "first_moment": "none"},
+    {"second_moment": "row_count_min", "compression": 0.2},
+    {"first_moment": "count_sketch", "allow_dense_count_sketch": True, "depth": 3, "compression": 0.5},
+    {"first_moment": "count_sketch", "allow_dense_count_sketch": True, "depth": 2, "second_moment": "dense"},
+]
+CASES = [
+    *((CSAdam, options) for options in ADAM),
+    (CSRMSprop, {}),
+    (CSAdagrad, {"weight_decay": 0.1, "initial_accumulator_value": 0.1}),
+    (CSAdagrad, {"second_moment": "cover", "lr_decay": 0.1}),
+    (CSMomentum, {"weight_decay": 0.1}),
+    (CSMomentum, {"nesterov": True}),
+    (CSMomentum, {"nesterov": True, "first_moment": "none"}),
+    (SM3, {}),
+    (SM3, {"preset": "lean", "update_clip": 0.3}),
+    (SM3, {"first_moment": "fp32", "update_clip": 0.3, "scale_parameter": True, "betas": (0.8, 0.9)}),
+    (SM3, {"preset": "exact", "update_clip": 0.3}),
+    (SM3, {"variant": "I"}),
+]
+
+
+def train(cls, device, fused, shapes=SHAPES, dtype=torch.float32, steps=2, gradients=None, **options):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
+    optimizer = cls(params, fused=fused, **{"min_compress_size": 0, **options})
+    for step in range(steps):
+        generator.manual_seed(100 + step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+            if gradients is not None:
+                p.grad = gradients(p.grad, step)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fused=True: a parameter of shape")
+            optimizer.step()
+    return params, optimizer
+
+
+def moments(optimizer, p):
+    for name, moment in optimizer.state[p].items():
+        if isinstance(moment, dict):
+            for key, tensor in moment.items():
+                yield f"{name}.{key}", tensor
+
+
+def compare(ours, eager, dtype, device):
+    # Interpreted and eager arithmetic differ by how products and sums are rounded; a GPU also fuses them.
+    rtol, atol = 2e-5, 2e-6
+    if any(t.dtype == torch.bfloat16 for p in ours[0] for _, t in moments(ours[1], p)):
+        atol = 1e-4  # moments a unit in their last place apart, see below, times the learning rate and a few steps
+    for p, q in zip(ours[0], eager[0], strict=True):
+        if dtype == torch.bfloat16:
+            # One unit in the last place, 2**-8 of the number: Triton's interpreter truncates where hardware rounds.
+            torch.testing.assert_close(p, q, rtol=2**-7, atol=1e-4)
+        else:
+            torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
+        for (name, a), (_, b) in zip(moments(ours[1], p), moments(eager[1], q), strict=True):
+            if name.endswith("codes"):
+                # A code of the other neighbour where the number lay half-way between two.
+                difference = (a.int() - b.int()).abs()
+                assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02, name
+            elif a.dtype == torch.bfloat16:
+                torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-8, msg=lambda m, n=name: f"{n}: {m}")
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("cls", "options"), CASES, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
+def test_is_the_eager_definition(kernels, cls, options):
+    compare(train(cls, kernels, True, **options), train(cls, kernels, False, **options), torch.float32, kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {}), (CSMomentum, {}), (CSAdam, {"depth": 2})],
+)
+def test_half_precision(kernels, cls, options, dtype):
+    shapes = [(24, 48), (37, 33), (5,)]
+    ours, eager = (train(cls, kernels, f, shapes, dtype, steps=2, **options) for f in (True, False))
+    for p, q in zip(ours[0], eager[0], strict=True):
+        # A step or two of rounding apart; the step itself is 1e-3 of numbers around 1.
+        torch.testing.assert_close(p, q, rtol=2**-6 if dtype == torch.bfloat16 else 2**-9, atol=2e-3)
+
+
+@pytest.mark.parametrize(("cls", "options"), [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {})])
+def test_bits_repeat_and_resume(kernels, cls, options):
+    options = {"shapes": [(24, 48), (37, 33), (5,)], **options}
+    whole, _ = train(cls, kernels, True, steps=4, **options)
+    again, optimizer = train(cls, kernels, True, steps=2, **options)
+    del options["shapes"]
+    fresh = cls(again, fused=True, **{"min_compress_size": 0, **options})
+    fresh.load_state_dict(optimizer.state_dict())
+    generator = torch.Generator()
+    for step in (2, 3):
+        generator.manual_seed(100 + step)
+        for p in again:
+            p.grad = torch.randn(p.shape, generator=generator).to(kernels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fresh.step()
+    for p, q in zip(whole, again, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("cls", "options"), [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {}), (CSMomentum, {})])
+def test_nan_and_infinity_come_out_as_they_do_eagerly(kernels, cls, options, bad):
+    def spoil(grad, step):
+        if step == 0 and grad.numel():
+            grad.view(-1)[grad.numel() // 2] = bad
+        return grad
+
+    options = {**options, "shapes": [(24, 48), (37, 33), (5,)], "gradients": spoil}
+    ours, eager = (train(cls, kernels, f, **options)[0] for f in (True, False))
+    for p, q in zip(ours, eager, strict=True):
+        assert torch.equal(p.isfinite(), q.isfinite()) and not p.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("packed", "columns"), [*((True, n) for n in (1, 31, 33, 768, 1025, 4096)), *((False, n) for n in (1, 33, 4096))]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"first_moment": "none", "bucket": "sum"},
+        {"preset": "paper_cs_mv"},
+        {"preset": "exact", "maximize": True},
+        {"depth": 2, "hash": "affine", "first_moment": "bf16"},
+    ],
+    ids=str,
+)
+def test_row_sparse(kernels, columns, options, packed, request):
+    """Touched rows alone change, and as the eager path changes them; buckets with one and with many touched rows."""
+    if "numba" in request.node.name and (columns > 33 or len(options) > 1):
+        pytest.skip("the eager path takes these steps; two widths show that")
+
+    def touched(grad, step):
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randperm(grad.shape[0], generator=generator)[: (12, 3)[step]].to(grad.device)
+        if packed:
+            index = torch.cat([rows, rows[:2]])  # repeated: coalescing is part of the step
+            return torch.sparse_coo_tensor(index.unsqueeze(0), grad[index], grad.shape, check_invariants=True)
+        mask = torch.zeros(grad.shape[0], 1, device=grad.device)
+        mask[rows] = 1
+        return grad * mask
+
+    options = {"shapes": [(50, columns)], "gradients": touched, "row_sparse": "auto" if packed else True, **options}
+    ours, eager = (train(CSAdam, kernels, f, **options) for f in (True, False))
+    compare(ours, eager, torch.float32, kernels)
+    rows = torch.randperm(50, generator=torch.Generator().manual_seed(0))[12:]
+    rows = rows[~torch.isin(rows, torch.randperm(50, generator=torch.Generator().manual_seed(1))[:3])]
+    start = torch.randn(50, columns, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ours[0][0].cpu()[rows], start[rows])
+
+
+def test_views_that_are_misaligned_or_have_gaps_between_rows(kernels):
+    results = []
+    for fused in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        buffer = torch.randn(4000, generator=generator).to(kernels)
+        params = [
+            torch.nn.Parameter(buffer[1:1025].view(32, 32)),
+            torch.nn.Parameter(buffer[1100:2900].view(30, 60)[:, 3:50]),
+            torch.nn.Parameter(buffer[3000:3512].view(16, 32).t()),
+        ]
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(kernels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            CSAdam(params, fused=fused, min_compress_size=0, lr=0.1).step()
+        results.append(buffer)
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+    untouched = torch.randn(4000, generator=torch.Generator().manual_seed(0))[2900:3000]
+    assert torch.equal(results[0].cpu()[2900:3000], untouched)
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "exact"}, {"second_moment": "cover"}], ids=str)
+def test_offsets_beyond_2_to_the_31(kernels, monkeypatch, options):
+    """Two rows 2**31 numbers apart: the memory between them is never touched, and so never taken."""
+    if kernels.type == "cuda" and torch.cuda.mem_get_info()[0] < 6e9:
+        pytest.skip("needs 6 GB of GPU memory")
+    big = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=kernels)
+    far = big.as_strided((2, 64), (2**31, 1))
+    near = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).to(kernels, torch.bfloat16)
+    grad = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(kernels, torch.bfloat16)
+    far.copy_(near)
+    out = []
+    for tensor in (far, near):
+        p = torch.nn.Parameter(tensor)
+        p.grad = grad.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Numba takes contiguous parameters only
+            CSAdam([p], fused=True, min_compress_size=0, lr=0.5, **options).step()
+        out.append(p.detach().clone())
+    torch.testing.assert_close(*out, rtol=2**-7, atol=0)
+    assert not torch.equal(out[0], torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).to(out[0]))
+
+
+def test_threads_do_not_change_bits():
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            shapes = [(300, 128), (700, 33), (5,), (1, 5000)]
+            results.append([
+                p.detach().clone()
+                for cls, options in [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {"update_clip": 0.3})]
+                for p in train(cls, torch.device("cpu"), True, shapes, **options)[0]
+            ])  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_stochastic_rounding_is_unbiased_and_repeats(kernels):
+    """Steps of a sixteenth of a unit in the last place: to nearest nothing ever moves, by chance the mean does."""
+    size, lr, steps = (64, 256), 2**-12, 16
+    moved = {}
+    for stochastic in (False, True):
+        for attempt in range(2):
+            p = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16, device=kernels))
+            options = {"stochastic_rounding": stochastic, "first_moment": "none", "weight_decay": 0.0, "eps": 0.0}
+            optimizer = CSAdam([p], lr, fused=None if kernels.type == "cpu" else True, min_compress_size=0, **options)
+            for _ in range(steps):
+                p.grad = torch.full_like(p, -1.0)
+                optimizer.step()
+            if attempt:
+                assert torch.equal(p, moved[stochastic])
+            moved[stochastic] = p.detach().clone()
+    assert (moved[False] == 1).all()
+    # 16384 independent walks of 16 steps, each a unit (2**-7 above 1) with a chance of 2**-5: the mean lies within 4
+    # standard errors of its expectation.
+    mean = (moved[True].float() - 1).mean().item()
+    expected = steps * lr
+    error = 2**-7 * math.sqrt(steps / 32 / p.numel())
+    assert abs(mean - expected) < 4 * error
+    assert set(((moved[True].float() - 1) * 2**7).unique().tolist()) <= set(map(float, range(steps + 1)))
+
+
+def test_stochastic_rounding_is_the_same_in_kernel_and_eagerly(kernels):
+    """The noise is one function of (seed, step, element); rounding differs where the unrounded numbers do."""
+    options = {
+        "stochastic_rounding": True,
+        "seed": -5,
+        "shapes": [(64, 128), (33, 31)],
+        "dtype": torch.bfloat16,
+        "steps": 1,
+    }
+    if kernels.type == "cpu":
+        options["first_moment_rounding"] = "stochastic"
+    ours, eager = (train(CSAdam, kernels, f, **options)[0] for f in (True, False))
+    other, _ = train(CSAdam, kernels, True, **{**options, "seed": 6})
+    for p, q, r in zip(ours, eager, other, strict=True):
+        assert (p != q).float().mean() < 0.001
+        assert (p != r).float().mean() > 0.01
+
+
+def test_stochastic_rounding_keeps_nan_and_infinity(kernels):
+    p = torch.nn.Parameter(
+        torch.tensor([[1.0, math.nan, math.inf, -math.inf, 3.3e38]] * 2, dtype=torch.bfloat16).to(kernels)
+    )
+    p.grad = torch.zeros_like(p)
+    CSMomentum([p], 0.1, fused=True if kernels.type == "cuda" else None, stochastic_rounding=True).step()
+    assert p[0, 1].isnan() and p[0, 2] == math.inf and p[0, 3] == -math.inf and p[0, 4].isfinite()
+
+
+def test_capturable_keeps_the_step_on_the_device(kernels, request):
+    if "numba" in request.node.name:
+        with pytest.raises(ValueError, match="capturable=True needs the Triton kernels"):
+            CSAdam([torch.nn.Parameter(torch.zeros(3, 3))], capturable=True)
+        return
+    for cls, options in [(CSAdam, {}), (CSAdagrad, {"lr_decay": 0.1, "update_clip": 0.1}), (SM3, {})]:
+        options["shapes"] = [(24, 48), (37, 33), (5,), ()]
+        ours = train(cls, kernels, True, capturable=True, **options)
+        compare(ours, train(cls, kernels, True, **options), torch.float32, kernels)
+        assert all(ours[1].state[p]["step"].device.type == kernels.type for p in ours[0] if p.numel())
+    fresh = SM3(ours[0], fused=True, capturable=True, min_compress_size=0)
+    fresh.load_state_dict(ours[1].state_dict())
+    assert fresh.state[ours[0][0]]["step"] == 2
+    p = torch.nn.Parameter(torch.zeros(8, 4, device=kernels))
+    p.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 4), (8, 4), check_invariants=True).to(kernels)
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="row-sparse"):
+        CSAdam([p], fused=True, capturable=True).step()
+    assert torch.equal(p, before)
+    with pytest.raises(ValueError, match="clean_every=3"):
+        CSAdam([p], fused=True, capturable=True, clean_every=3)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_the_training():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    grads = [torch.randn(64, 128, device=device) for _ in range(8)]
+    results = []
+    for graphed in (True, False):
+        p = torch.nn.Parameter(torch.ones(64, 128, device=device))
+        p.grad = torch.zeros_like(p)
+        optimizer = CSAdam([p], fused=True, capturable=True, min_compress_size=0)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for g in grads[:3]:
+                p.grad.copy_(g)
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if graphed:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for g in grads[3:]:
+            p.grad.copy_(g)
+            graph.replay() if graphed else optimizer.step()
+        results.append(p.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_many_small_tensors_are_one_launch(kernels, request, monkeypatch):
+    if "numba" in request.node.name:
+        pytest.skip("launches are Triton's")
+    from sketch_plugins.kernels.gpu import launch
+
+    grids = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    monkeypatch.setattr(launch.step, "tiles", Counted(launch.step.tiles))
+    monkeypatch.setattr(launch.step, "buckets", Counted(launch.step.buckets))
+    shapes = [(n,) for n in range(16, 16 * 51, 16)] + [(64, 32)] * 6
+    train(CSAdam, kernels, True, shapes, steps=1)
+    # The vectors, whose lengths are multiples of 16, and the matrices.
+    assert len(grids) == 2
+
+
+def test_gradients_of_another_layout_than_the_parameter(kernels):
+    results = []
+    for fused in (True, False):
+        p = torch.nn.Parameter(torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)).to(kernels))
+        grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1)).to(kernels)
+        p.grad = grad.to(memory_format=torch.channels_last)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            CSAdam([p], 0.1, fused=fused, min_compress_size=0).step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+
+
+def test_fused_on_a_device_without_kernels_is_an_error(monkeypatch):
+    from sketch_plugins.optim import fused
+
+    with pytest.raises(ValueError, match="fused=True on meta"):
+        CSAdam([torch.nn.Parameter(torch.zeros(3, 3, device="meta"))], fused=True)
+    with pytest.raises(ValueError, match="fused=True and compile=True"):
+        CSAdam([torch.nn.Parameter(torch.zeros(3, 3))], fused=True, compile=True)
+    with pytest.raises(ValueError, match=r"fused='yes' is not one of None, True, False"):
+        CSAdam([torch.nn.Parameter(torch.zeros(3, 3))], fused="yes")
+    fused._numba.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "numba", None)  # as if it were not installed
+    p = torch.nn.Parameter(torch.zeros(300, 300))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"Numba cannot be imported.*sketch-plugins\[cpu\]"):
+        CSAdam([p], fused=True)
+    CSAdam([p]).step()
+    assert (p < 0).all()
+    fused._numba.cache_clear()
+
+
+def test_what_kernels_cannot_take_goes_the_eager_way_with_a_warning():
+    p = torch.nn.Parameter(torch.zeros(300, 300, dtype=torch.float64))
+    p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match=r"shape \(300, 300\) takes the eager path"):
+        CSAdam([p], fused=True).step()
+    assert (p < 0).all()
+
+
+def test_work_knows_which_numbers_are_zero():
+    numbers = [0.0] * places.NUMBERS
+    numbers[places.L2] = 0.1
+    p = torch.zeros(2, 2)
+    assert Work(p, p, None, False, None, None, numbers).flags == 1 << places.L2
