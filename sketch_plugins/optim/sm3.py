@@ -39,8 +39,10 @@ class SM3(SketchOptimizer):
     parameter; vectors 4 a parameter); first moment, a parameter: int8 ``1 + 4 / min(block_size, D)``, fp32 4, bf16 2,
     none 0.
 
-    Presets: ``"default"`` (int8 momentum); ``"lean"`` (no momentum); ``"exact"`` (dense accumulators, fp32 momentum:
-    Adagrad with momentum, 8 bytes a parameter).
+    Presets: ``"default"`` (int8 momentum); ``"lean"`` (no momentum); ``"ema"`` (no momentum, ``betas[1] = 0.999``,
+    update_clip 1, scale_parameter: lr is relative to the weights, try 3e-2; the best of the four on a small language
+    model, docs/benchmarks.md); ``"exact"`` (dense accumulators, fp32 momentum: Adagrad with momentum, 8 bytes a
+    parameter).
 
     *Learning rate.* 1e-2, that of `torch.optim.Adagrad`, which this approximates: without a past, u is the sign of the
     gradient, so the first steps move every element by up to lr, and :math:`\nu` grows until lr can be large. AdamW's
@@ -57,7 +59,7 @@ class SM3(SketchOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
         lr: learning rate, float or tensor (default 1e-2; see above).
-        betas: decay rates (default (0.9, 1.0)): of the momentum, without effect with ``first_moment="none"``; of the
+        betas: decay rates (default (0.9, 1.0), or the preset's): of the momentum, without effect with ``first_moment="none"``; of the
             covers, where 1 is the sum of the paper and 0.999 an average as in Adam.
         eps: added to :math:`\nu` under the root (default 1e-30): only keeps 0 / 0 away. An element without a gradient
             so far has u = 0, also at ``eps=0``.
@@ -131,6 +133,7 @@ class SM3(SketchOptimizer):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {
             **{k: v for k, v in _SHARED.items() if k not in _NO_SKETCH and not k.startswith("clean_")},
+            "betas": (0.9, 1.0),
             "min_compress_size": 0,
             "variant": "II",
             "first_moment": "int8",
@@ -139,6 +142,7 @@ class SM3(SketchOptimizer):
             "second_moment": "cover",
         },
         "lean": {"first_moment": "none"},
+        "ema": {"first_moment": "none", "betas": (0.9, 0.999), "update_clip": 1.0, "scale_parameter": True},
         "exact": {"first_moment": "fp32", "second_moment": "dense"},
     }
 
@@ -146,7 +150,7 @@ class SM3(SketchOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-2,
-        betas: tuple[float, float] = (0.9, 1.0),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-30,
         weight_decay: float = 0.0,
         *,
