@@ -124,7 +124,9 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     train.add_argument(
         "--lean-lr", type=positive_float, metavar="LR", help="for cs_adam's lean preset (default: %(default)s)"
     )
-    train.add_argument("--sm3-lr", type=positive_float, metavar="LR", help="for sm3's ema preset (default: %(default)s)")
+    train.add_argument(
+        "--sm3-lr", type=positive_float, metavar="LR", help="for sm3's ema preset (default: %(default)s)"
+    )
     train.add_argument("--weight-decay", type=float, default=0.01, metavar="W", help="default: %(default)s")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="weights and data order (default: %(default)s)")
     train.add_argument(

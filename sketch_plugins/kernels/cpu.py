@@ -64,6 +64,14 @@ COLUMNS = 1024
 U = np.uint64
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled on first use, and kept on disk where there is a folder to write to."""
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # "no locator available": neither the package's folder nor the user's can be written
+        return njit(**_OPTIONS)(function)
+
+
 @intrinsic
 def _as_float(typing, bits):
     """The float32 with these bits (a scalar view does not exist in Numba)."""
@@ -187,7 +195,7 @@ def _apply(p, o, n, x, xo, sign, f, fo, m, kind, dense, codes, scales, at, block
                     codes[q + j] = np.int8(_as_bits(m[j] * inverse + np.float32(12582912.0)))
 
 
-@njit(cache=True, **_OPTIONS)
+@_compiled
 def count_min(p, g, columns, kind, dense, codes, scales, block, table, width, band, begin, end, phase, s, squares):
     """Bands ``[begin, end)`` of ``band`` adjacent buckets of a count-min sketch of depth 1 with a strided hash.
 
@@ -246,7 +254,7 @@ def count_min(p, g, columns, kind, dense, codes, scales, block, table, width, ba
     return 0
 
 
-@njit(cache=True, **_OPTIONS)
+@_compiled
 def exact(p, g, columns, kind, dense, codes, scales, block, second, begin, end, phase, s, squares, after):
     """Rows ``[begin, end)`` with an exact second moment, or with none (an empty array)."""
     blocks = (columns + block - U(1)) // block
@@ -286,7 +294,7 @@ def exact(p, g, columns, kind, dense, codes, scales, block, second, begin, end, 
     return 0
 
 
-@njit(cache=True, **_OPTIONS)
+@_compiled
 def cover(
     p,
     g,
@@ -355,7 +363,7 @@ def cover(
     return 0
 
 
-@njit(cache=True, **_OPTIONS)
+@_compiled
 def sum_of_squares(p, columns, begin, end, squares):
     """``squares[i]``: the sum of row i's squares."""
     for i in range(begin, end):

@@ -434,6 +434,8 @@ class SketchOptimizer(torch.optim.Optimizer):
             if group["row_sparse"] is True or len(touched) <= AUTO_DENSITY * shape[0]:
                 grad.rows, grad.compile = touched, False
         first = self._stores(p, group)[0]
+        if group["fused"] and not group["compile"]:
+            fused_backend(p.device, True)  # a loaded group, or a model that was moved: there may be no kernels here
         if group["capturable"]:
             self._check_capturable(p, group, grad, label)
         if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:

@@ -59,8 +59,8 @@ class SM3(SketchOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
         lr: learning rate, float or tensor (default 1e-2; see above).
-        betas: decay rates (default (0.9, 1.0), or the preset's): of the momentum, without effect with ``first_moment="none"``; of the
-            covers, where 1 is the sum of the paper and 0.999 an average as in Adam.
+        betas: decay rates (default (0.9, 1.0), or the preset's): of the momentum, without effect with
+            ``first_moment="none"``; of the covers, where 1 is the sum of the paper and 0.999 an average as in Adam.
         eps: added to :math:`\nu` under the root (default 1e-30): only keeps 0 / 0 away. An element without a gradient
             so far has u = 0, also at ``eps=0``.
         weight_decay: decoupled weight decay (default 0).

@@ -51,19 +51,20 @@ def unsupported(w: Work) -> str | None:
 
 
 def run(works: Iterable[Work]) -> None:
-    """Take the steps. Every work must be supported, on one device."""
-    works = [w for w in works if w.rows is None or len(w.rows)]
-    if not works:
-        return
-    device = works[0].p.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        groups: dict[_Plan, list[Work]] = {}
-        for w in works:
-            _fold(w)
-            plan, w = _plan(w)
-            groups.setdefault(plan, []).append(w)
-        for plan, members in groups.items():
-            _launch(plan, members, device)
+    """Take the steps. Every work must be supported."""
+    by_device: dict[torch.device, list[Work]] = {}
+    for w in works:
+        if w.rows is None or len(w.rows):
+            by_device.setdefault(w.p.device, []).append(w)
+    for device, there in by_device.items():
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            groups: dict[_Plan, list[Work]] = {}
+            for w in there:
+                _fold(w)
+                plan, w = _plan(w)
+                groups.setdefault(plan, []).append(w)
+            for plan, members in groups.items():
+                _launch(plan, members, device)
 
 
 @dataclass(frozen=True)
