@@ -28,7 +28,7 @@ help: ## list the targets
 	@echo
 	@echo "  DEMO_ARGS and TEST_ARGS are handed on, for example: make demo DEMO_ARGS=--help"
 
-demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare them (about 5 minutes on 2 cores)
+demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare them (about 6 minutes on 2 cores)
 	$(BIN)/python examples/demo_lm.py $(DEMO_ARGS)
 
 test: $(VENV)/.dev ## run the test suite
