@@ -195,6 +195,27 @@ def _apply(p, o, n, x, xo, sign, f, fo, m, kind, dense, codes, scales, at, block
                     codes[q + j] = np.int8(_as_bits(m[j] * inverse + np.float32(12582912.0)))
 
 
+@register_jitable(**_OPTIONS)
+def _span(p, o, n, g, x, f, m, kind, dense, codes, scales, at, block, s, phase, after):
+    """Measure and apply ``n`` numbers of a row whose factors are ``f``; ``after``: of the preconditioned gradient."""
+    sign, one, none = s[SIGN], np.float32(1.0), U(0)
+    total = np.float64(0.0)
+    if after:
+        for j in range(n):
+            x[j] = sign * _wide(g[o + j]) * f[j]
+            f[j] = s[STEP]
+        if phase & MEASURE:
+            total += _measure(o, n, x, none, one, f, none, kind, dense, codes, scales, at, block, s, True)
+        if phase & APPLY:
+            _apply(p, o, n, x, none, one, f, none, m, kind, dense, codes, scales, at, block, s)
+    else:
+        if phase & MEASURE:
+            total += _measure(o, n, g, o, sign, f, none, kind, dense, codes, scales, at, block, s, False)
+        if phase & APPLY:
+            _apply(p, o, n, g, o, sign, f, none, m, kind, dense, codes, scales, at, block, s)
+    return total
+
+
 @_compiled
 def count_min(p, g, columns, kind, dense, codes, scales, block, table, width, band, begin, end, phase, s, squares):
     """Bands ``[begin, end)`` of ``band`` adjacent buckets of a count-min sketch of depth 1 with a strided hash.
@@ -260,8 +281,7 @@ def exact(p, g, columns, kind, dense, codes, scales, block, second, begin, end, 
     blocks = (columns + block - U(1)) // block
     wide = max(block, U(COLUMNS) // block * block)
     f, x, m = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(block, np.float32)
-    decay, gain, sign, rate = s[DECAY2], s[GAIN2], s[SIGN], s[INNER] if after else s[STEP]
-    one, none = np.float32(1.0), U(0)
+    decay, gain, rate = s[DECAY2], s[GAIN2], s[INNER] if after else s[STEP]
     f[:] = s[STEP]
     for i in range(begin, end):
         total = np.float64(0.0)
@@ -277,19 +297,7 @@ def exact(p, g, columns, kind, dense, codes, scales, block, second, begin, end, 
                         second[o + j] = f[j]
                 for j in range(n):
                     f[j] = _factor(f[j], s, rate)
-            if after:
-                for j in range(n):
-                    x[j] = sign * _wide(g[o + j]) * f[j]
-                    f[j] = s[STEP]
-                if phase & MEASURE:
-                    total += _measure(o, n, x, none, one, f, none, kind, dense, codes, scales, at, block, s, True)
-                if phase & APPLY:
-                    _apply(p, o, n, x, none, one, f, none, m, kind, dense, codes, scales, at, block, s)
-            else:
-                if phase & MEASURE:
-                    total += _measure(o, n, g, o, sign, f, none, kind, dense, codes, scales, at, block, s, False)
-                if phase & APPLY:
-                    _apply(p, o, n, g, o, sign, f, none, m, kind, dense, codes, scales, at, block, s)
+            total += _span(p, o, n, g, x, f, m, kind, dense, codes, scales, at, block, s, phase, after)
         squares[i] = total
     return 0
 
@@ -320,8 +328,7 @@ def cover(
     wide = max(block, U(COLUMNS) // block * block)
     f, x, m = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(block, np.float32)
     tops = new_column.view(np.int32)
-    decay, gain, sign, rate = s[DECAY2], s[GAIN2], s[SIGN], s[INNER] if after else s[STEP]
-    one, none = np.float32(1.0), U(0)
+    decay, gain, rate = s[DECAY2], s[GAIN2], s[INNER] if after else s[STEP]
     for i in range(begin, end):
         total = np.float64(0.0)
         old = row[i]
@@ -344,19 +351,7 @@ def cover(
                     y = _wide(g[o + j])
                     other = column[lo + j]
                     f[j] = _factor(decay * (old if old < other else other) + gain * (y * y), s, rate)
-            if after:
-                for j in range(n):
-                    x[j] = sign * _wide(g[o + j]) * f[j]
-                    f[j] = s[STEP]
-                if phase & MEASURE:
-                    total += _measure(o, n, x, none, one, f, none, kind, dense, codes, scales, at, block, s, True)
-                if phase & APPLY:
-                    _apply(p, o, n, x, none, one, f, none, m, kind, dense, codes, scales, at, block, s)
-            else:
-                if phase & MEASURE:
-                    total += _measure(o, n, g, o, sign, f, none, kind, dense, codes, scales, at, block, s, False)
-                if phase & APPLY:
-                    _apply(p, o, n, g, o, sign, f, none, m, kind, dense, codes, scales, at, block, s)
+            total += _span(p, o, n, g, x, f, m, kind, dense, codes, scales, at, block, s, phase, after)
         if phase & FOLD:
             new_row[i] = _as_float(np.uint32(top))
         squares[i] = total

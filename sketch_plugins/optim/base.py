@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,7 +18,7 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import numerator_of, round_to_bf16, sum_of_squares, update
 from sketch_plugins.kernels.work import Work
-from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, describe, numbers, vector
+from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, numbers, vector
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import Option, misspelt, unknown_option, validate
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
@@ -247,7 +246,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             sparse = grad.rows is not None
             if group["capturable"]:
                 # The graph's replays take the number of the step from the device; nothing here may look at it.
-                backend, task = self._fused(p, group, grad, self._rule(group, 1, sparse), (first, second), state, large)
+                backend, task = choose(p, group, grad, self._rule(group, 1, sparse), (first, second), state, large)
                 assert backend is not None and task is not None
                 fused.setdefault(backend, []).append(_Pending(task, group, grad, None, state["step"]))
                 continue
@@ -260,7 +259,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             key = (id(group), step, sparse)
             if key not in rules:
                 rules[key] = self._rule(group, step, sparse)
-            backend, task = self._fused(p, group, grad, rules[key], (first, second), state, large)
+            backend, task = choose(p, group, grad, rules[key], (first, second), state, large)
             if backend is not None and task is not None:
                 fused.setdefault(backend, []).append(_Pending(task, group, grad, rules[key], step))
             else:
@@ -269,41 +268,15 @@ class SketchOptimizer(torch.optim.Optimizer):
             self._fill_numbers(pending)
             backend.run([one.work for one in pending])
 
-    def _fused(
-        self,
-        p: Tensor,
-        group: Mapping[str, Any],
-        grad: Gradient,
-        rule: Rule,
-        stores: tuple[Store | None, Store | None],
-        state: Mapping[str, Any],
-        large: bool,
-    ) -> tuple[Backend | None, Work | None]:
-        """The kernels that take this step, and the step as they are given it; (None, None): the eager path does."""
-        backend = None if group["compile"] else fused_backend(p.device, group["fused"])
-        if backend is None:
-            return None, None
-        if p.device.type == "cpu" and not group["fused"] and not large:
-            return None, None
-        task = describe(p, group, grad, rule, stores, state)
-        why = backend.unsupported(task) if task else "a layout or a dtype that no kernel takes"
-        if why is None:
-            return backend, task
-        if group["fused"]:
-            warnings.warn(
-                f"fused=True: a parameter of shape {tuple(p.shape)} takes the eager path ({why})", stacklevel=4
-            )
-        return None, None
-
     def _fill_numbers(self, pending: list[_Pending]) -> None:
-        shared: dict[tuple[int, Any, bool], tuple[list[float] | Tensor, int]] = {}
+        shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}
         on_device: dict[tuple[int, bool], list[_Pending]] = {}
         for one in pending:
             sparse = one.grad.rows is not None
             if one.rule is None:
                 on_device.setdefault((id(one.group), sparse), []).append(one)
                 continue
-            key = (id(one.group), one.step, sparse)
+            key = (id(one.group), one.step, sparse, one.work.p.device)
             if key not in shared:
                 shared[key] = vector(numbers(one.rule, one.group, one.grad, one.step), one.work.p.device)
             one.work.numbers, one.work.flags = shared[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -107,6 +108,31 @@ def describe(
         # What decides which kernels can take the step; the other flags come with the numbers.
         flags=0 if grad.l2 is None else 1 << places.L2,
     )  # fmt: skip
+
+
+def choose(
+    p: Tensor,
+    group: Mapping[str, Any],
+    grad: Gradient,
+    rule: Rule,
+    stores: tuple[Store | None, Store | None],
+    state: Mapping[str, Any],
+    large: bool,
+) -> tuple[Backend | None, Work | None]:
+    """The kernels that take this step, and the step as they are given it; (None, None): the eager path does.
+
+    ``large``: the optimizer has a tensor of `CPU_MIN_SIZE` or more.
+    """
+    kernels = None if group["compile"] else backend(p.device, group["fused"])
+    if kernels is None or (p.device.type == "cpu" and not group["fused"] and not large):
+        return None, None
+    work = describe(p, group, grad, rule, stores, state)
+    why = kernels.unsupported(work) if work else "a layout or a dtype that no kernel takes"
+    if why is None:
+        return kernels, work
+    if group["fused"]:
+        warnings.warn(f"fused=True: a parameter of shape {tuple(p.shape)} takes the eager path ({why})", stacklevel=5)
+    return None, None
 
 
 def numbers(rule: Rule, group: Mapping[str, Any], grad: Gradient, step: float | Tensor) -> dict[int, Any]:
