@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SketchOptimizer
+from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SketchOptimizer, Sketchy
 from sketch_plugins.optim.options import Option, unknown_option
 
 
@@ -32,6 +32,7 @@ _ENTRIES = {
         Entry("cs_momentum", CSMomentum),
         Entry("cs_rmsprop", CSRMSprop),
         Entry("sm3", SM3),
+        Entry("sketchy", Sketchy),
     )
 }
 

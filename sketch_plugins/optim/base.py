@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ SCALE_FLOOR = 1e-3
 CPU_CHUNK, COMPILED_CHUNK, ACCELERATOR_CHUNK = 1 << 20, 1 << 22, 1 << 24
 # "auto" takes the row-sparse path in steps where at most this fraction of the rows has a gradient.
 AUTO_DENSITY = 0.5
+
+
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Further(Protocol):
+    """State of a parameter beside its moments."""
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        """Name -> (shape, dtype) of every tensor; ``dtype`` is the arithmetic dtype."""
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all of them."""
+
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of a parameter's first step."""
 
 
 class Denominator(NamedTuple):
@@ -176,12 +192,15 @@ class SketchOptimizer(torch.optim.Optimizer):
             self._update(work)
         return loss
 
-    def planned_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Store, int]]:
-        """Moment name -> (store, bytes) of a parameter, whether or not its state exists yet."""
+    def planned_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Store | Further, int]]:
+        """Name -> (store, bytes) of a parameter's state, whether or not it exists yet."""
         first, second = self._stores(p, group)
         shape, dtype = matrix_shape(p.shape), _arithmetic(p)
         named = {"first_moment": first, "second_moment": second}
-        return {name: (store, store.nbytes(shape, dtype)) for name, store in named.items() if store is not None}
+        return {
+            **{name: (store, store.nbytes(shape, dtype)) for name, store in named.items() if store is not None},
+            **{name: (part, part.nbytes(dtype)) for name, part in self._further(p, group).items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned. State keeps its own dtypes, whatever the parameter's.
@@ -224,6 +243,10 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
         """Called once for freshly allocated state."""
 
+    def _further(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Further]:
+        """State beside the two moments. A parameter that has any takes its step in `_eager`, not in a fused kernel."""
+        return {}
+
     # -- the step ------------------------------------------------------------------------------------------------
 
     @_outside_graphs
@@ -235,12 +258,15 @@ class SketchOptimizer(torch.optim.Optimizer):
         for p, group, grad in work:
             first, second = self._stores(p, group)
             named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
+            further = self._further(p, group)
             state = self.state[p]
             if not state:
                 place = p.device if group["capturable"] else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=place)
                 for name, store in named.items():
                     state[name] = store.allocate(grad.shape, p.device, grad.dtype)
+                for name, part in further.items():
+                    state[name] = part.allocate(p.device, grad.dtype)
                 self._new_state(group, named, state)
             state["step"] += 1
             sparse = grad.rows is not None
@@ -259,7 +285,9 @@ class SketchOptimizer(torch.optim.Optimizer):
             key = (id(group), step, sparse)
             if key not in rules:
                 rules[key] = self._rule(group, step, sparse)
-            backend, task = choose(p, group, grad, rules[key], (first, second), state, large)
+            backend, task = None, None
+            if not further:
+                backend, task = choose(p, group, grad, rules[key], (first, second), state, large)
             if backend is not None and task is not None:
                 fused.setdefault(backend, []).append(_Pending(task, group, grad, rules[key], step))
             else:
@@ -324,7 +352,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             step_size = _root_mean(squares, grad).clamp_(min=SCALE_FLOOR) * step_size
         if group.get("update_clip"):
             squares = 0
-            factors = _Factors(second, rule, state, period, peek=True)
+            factors = Factors(second, rule, state, period, peek=True)
             for at in grad.batches(period, align):
                 g = grad.get(at)
                 m = None
@@ -347,9 +375,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         working = dict(state)
         if second and not second.write_first:
             working["second_moment"] = second.begin(state["second_moment"], grad)
-        factors = _Factors(second, rule, working, period, step_size=inner_scale if before else step_size)
+        factors = Factors(second, rule, working, period, step_size=inner_scale if before else step_size)
         factor = torch.as_tensor(step_size, dtype=grad.dtype, device=p.device)
-        rounds = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         run = grad.run(update)
         for at in grad.batches(period, align):
             g = grad.get(at)
@@ -366,10 +393,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                 run(part, g, slices, scaled, keep, None, None, None)
             if first and slices:
                 first.keep(state["first_moment"], at, slices)
-            if rounds:
-                p.put(at, round_to_bf16(part, at, p.shape[1], group["seed"], int(state["step"])))
-            elif not in_place:
-                p.put(at, part)
+            if not in_place:
+                write_tile(p, at, part, group, state)
         if second and not second.write_first:
             second.finish(state["second_moment"], working["second_moment"], grad)
 
@@ -540,7 +565,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         if isinstance(saved, Mapping) and not saved:
             return
         stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
-        expected = {"step", *(name for name, store in stores.items() if store is not None)}
+        further = self._further(p, group)
+        expected = {"step", *(name for name, store in stores.items() if store is not None), *further}
         if not isinstance(saved, Mapping) or set(saved) != expected:
             found = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else repr(saved)
             raise ValueError(f"the {which} state of {label} holds {found}; expected {', '.join(sorted(expected))}")
@@ -553,26 +579,39 @@ class SketchOptimizer(torch.optim.Optimizer):
             and ((which == "present" and step.device.type != "cpu") or 0 <= float(step) < 1e18)
         ):
             raise ValueError(f"the {which} step of {label} is {step!r}; expected a tensor of one number >= 0")
+        dtype = _arithmetic(p)
         for name, store in stores.items():
-            if store is None:
-                continue
-            layout = store.layout(matrix_shape(p.shape), _arithmetic(p))
-            have = saved.get(name)
-            if not isinstance(have, Mapping) or set(have) != set(layout):
-                found = ", ".join(have) if isinstance(have, Mapping) else "none"
-                raise ValueError(f"the {which} {name} of {label} holds {found}; expected {', '.join(layout)}")
-            for key, (size, kind) in layout.items():
-                tensor = have[key]
-                if not isinstance(tensor, Tensor):
-                    raise ValueError(f"the {which} {name} of {label} has {key!r} = {tensor!r}; expected a tensor")
-                if tuple(tensor.shape) != tuple(size) or tensor.dtype != kind:
-                    raise ValueError(
-                        f"the {which} {name} of {label} has {key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}; "
-                        f"expected {tuple(size)}, {kind}: its group's options describe another state"
-                    )
+            if store is not None:
+                _check_tensors(
+                    saved.get(name), store.layout(matrix_shape(p.shape), dtype), f"the {which} {name}", label
+                )
+        for name, part in further.items():
+            _check_tensors(saved.get(name), part.layout(dtype), f"the {which} {name}", label)
 
 
-class _Factors:
+def write_tile(p: Matrix, at: At, part: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write a tile of the new parameter, ``part`` in the arithmetic dtype, rounded as the group asks for."""
+    if group["stochastic_rounding"] and p.dtype == torch.bfloat16:
+        part = round_to_bf16(part, at, p.shape[1], group["seed"], int(state["step"]))
+    p.put(at, part)
+
+
+def _check_tensors(have: Any, layout: Layout, what: str, label: str) -> None:
+    if not isinstance(have, Mapping) or set(have) != set(layout):
+        found = ", ".join(map(str, have)) if isinstance(have, Mapping) else "none"
+        raise ValueError(f"{what} of {label} holds {found}; expected {', '.join(layout)}")
+    for key, (size, kind) in layout.items():
+        tensor = have[key]
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{what} of {label} has {key!r} = {tensor!r}; expected a tensor")
+        if tuple(tensor.shape) != tuple(size) or tensor.dtype != kind:
+            raise ValueError(
+                f"{what} of {label} has {key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}; "
+                f"expected {tuple(size)}, {kind}: its group's options describe another state"
+            )
+
+
+class Factors:
     """``step_size / denominator`` of each tile; consecutive tiles over the same buckets share one."""
 
     def __init__(

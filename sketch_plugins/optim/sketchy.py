@@ -1,0 +1,726 @@
+"""Shampoo whose covariances are Frequent Directions sketches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import scratch
+from sketch_plugins.kernels.tile import numerator_of, update
+from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
+from sketch_plugins.linalg.kronecker import Kronecker, Side, cut, merged, solve
+from sketch_plugins.optim.adam import _SHARED
+from sketch_plugins.optim.base import SCALE_FLOOR, Denominator, Factors, Further, Rule, SketchOptimizer, write_tile
+from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, FIRST_MOMENTS, Option
+from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.stores import Ema, Gradient, Store
+from sketch_plugins.stores.sketch import BUCKETS
+
+# Graft -> how its second moment is kept.
+GRAFTS = {"cs": "count_min", "rmsprop": "dense", "adagrad": "dense", "sm3": "cover", "none": "none"}
+INPUTS = ("update", "gradient")
+STATISTICS = ("accumulate", "sample")
+PLACES = ("before", "after")
+
+
+def _count(name: str, doc: str, least: int, structural: bool = False) -> Option:
+    allowed = f"an integer >= {least}"
+    return Option(name, int, doc, allowed=allowed, check=lambda v: v >= least, structural=structural)
+
+
+def _never(name: str, doc: str) -> Option:
+    return Option(name, bool, doc, allowed="False", check=lambda v: not v)
+
+
+class Sketchy(SketchOptimizer):
+    r"""Shampoo with sketched covariances: a diagonal method's update, turned by low-rank inverse roots, its size kept.
+
+    A parameter with r axes (a matrix: 2) keeps for each of them a sketch of rank k of the covariance
+    :math:`L_i` of what it preconditions. At step :math:`t`
+
+    .. math::
+        u_t &= \mathrm{graft}(g_t) \qquad m_t = \beta_1 m_{t-1} + (1 - \beta_1) u_t \\
+        x_t &= m_t \times_1 (L_1 + \epsilon)^{-1/2r} \cdots \times_r (L_r + \epsilon)^{-1/2r} \\
+        \theta_t &= (1 - \gamma \lambda) \theta_{t-1} - \gamma \, \frac{\|m_t\|}{\|x_t\|} \, x_t \\
+        L_i &\leftarrow \beta_s L_i + u_t^{(i)} u_t^{(i)\top} \quad (u^{(i)}: \text{unfolded on axis } i)
+
+    The graft decides the size of the step, the covariances its direction. By default the graft is the lean count-sketch
+    update (`CSAdam`, ``preset="lean"``): clipped and relative to the size of the weights, so **lr is relative**: try
+    4e-2 to 2e-1 where AdamW takes 1e-3.
+
+    *What is preconditioned.* Tensors of 2 or more dimensions. Small trailing axes are merged (``merge_dims``), an axis
+    longer than ``max_block_dim`` is cut into equal blocks with covariances of their own. An axis longer than
+    ``max_axis``, or than ``max_aspect_ratio`` times the rest of the tensor, has none: the vocabulary of an embedding or
+    a language model's head is left to the graft's diagonal, and the tensor is preconditioned along its other axis
+    alone. Vectors and scalars take the graft's update as it is, and so do row-sparse gradients
+    (``nn.Embedding(sparse=True)``, ``row_sparse``), whose rows are no sample of the covariance.
+
+    *When.* ``statistics="accumulate"``: every ``statistics_freq``-th step adds to a buffer as large as the sketch, and
+    every ``update_freq``-th step (before the first one at steps 1, 2, 4, 8, ...) ends with a solve, for equal shapes in
+    one batched call: the preconditioner of a step is made of the steps before it, as in SOAP. ``"sample"``: every
+    ``update_freq``-th gradient enters the sketch by itself, before it is used, as in the paper.
+
+    State bytes of a matrix m x n: covariances ``4 * k * (m + n)``, twice that with ``statistics="accumulate"``; first
+    moment, of tensors preconditioned along every axis, as in `CSAdam`; the graft's second moment ("cs" as `CSAdam`'s,
+    "rmsprop" and "adagrad" 4 a parameter, "sm3" ``4 * (m + n)``).
+
+    Presets (any option given explicitly wins):
+
+    ========== =========================================================================================================
+    preset     options
+    ========== =========================================================================================================
+    default    graft "cs", update_clip 1, scale_parameter, input "update", momentum before, Nesterov, tail "trace",
+               statistics "accumulate", solver "eigh", update_freq 10, rank 32
+    paper      graft "rmsprop", no clipping, lr absolute, input "gradient", momentum after, tail "paper", statistics
+               "sample", solver "svd", update_freq 10, rank 256, shampoo_beta 0.999, Nesterov, fp32 momentum: the form
+               of the paper and of its code
+    ========== =========================================================================================================
+
+    Args:
+        params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
+        lr: learning rate, float or tensor (default 5e-2; see above).
+        betas: decay rates of momentum and of the graft's second moment (default (0.9, 0.999)); the second has no effect
+            with the grafts "adagrad" and "sm3", which sum.
+        eps: added to the graft's denominator (default 1e-8).
+        weight_decay: decoupled weight decay (default 0).
+        preset: see above.
+        rank: k: an integer, or a fraction (0, 1) of the axis. More than the axis is the axis: exact Shampoo.
+        budget: bytes of state a parameter, instead of ``rank``: each preconditioned tensor takes the largest rank, the
+            same for its axes, with which its whole state stays within; an error where that is less than 1.
+        shampoo_beta: :math:`\beta_s`, decay of the covariances for each of their statistics (default 0.99). 1 is
+            refused: deflation then drives the sketch to 0.
+        update_freq: steps between solves.
+        statistics_freq: steps between statistics, with ``statistics="accumulate"``; divides update_freq.
+        start_preconditioning_step: the first step that is preconditioned (default 1: from the first solve on).
+        tail: ``"trace"``, ``"paper"`` or ``"sqrt"``: what stands for the covariance outside of the sketch, see
+            `sketch_plugins.linalg.frequent_directions.fold`. ``"paper"`` and ``"sqrt"`` go with ``"sample"``.
+        solver: ``"eigh"``, ``"svd"`` or ``"power"``, ibid.
+        refresh_every: with ``solver="power"`` every so many solves are done by ``"eigh"`` (default 10; 0: never).
+        statistics: see above.
+        input: what is preconditioned and whose covariance it is: ``"update"``, the graft's update, or ``"gradient"``.
+        graft: ``"cs"``, ``"rmsprop"``, ``"adagrad"``, ``"sm3"`` or ``"none"`` (x itself is the step: lr absolute).
+        matrix_eps: :math:`\epsilon`, relative to the largest eigenvalue (default 1e-6).
+        exponent: of each axis; 0 (default): :math:`-1 / (2 r)`.
+        momentum: ``"before"``: of u (or g), preconditioned; ``"after"``: of the grafted x, as in the paper's code.
+        nesterov: the step uses :math:`\beta_1 m_t + (1 - \beta_1) u_t`.
+        momentum_of: ``"preconditioned"`` (default): tensors with a covariance for every axis keep a first moment;
+            ``"all"``: embeddings, heads and vectors, too.
+        merge_dims: trailing axes are merged while their product is at most this (default 1024).
+        max_block_dim: longest axis of a block (default 8192; 0: no blocks).
+        max_axis: see above (default 16384).
+        max_aspect_ratio: see above (default 16).
+        precondition: ``"auto"``: as above; ``"all"``: every axis, however long; ``"none"``: the graft alone (for a
+            parameter group).
+        nonfinite: a NaN or an infinity in a gradient: ``"error"`` (default) or ``"skip"``, the whole step. Either way
+            nothing has changed. The price is one number that the host waits for in each step.
+        first_moment: ``"int8"``, ``"fp32"``, ``"bf16"`` or ``"none"``; see `CSAdam`.
+        block_size: of int8 codes; see `CSAdam`.
+        first_moment_rounding: see `CSAdam`.
+        compression: of the graft "cs"; see `CSAdam`, as for all that follow.
+        width: see `CSAdam`.
+        depth: see `CSAdam`.
+        hash: see `CSAdam`.
+        bucket: see `CSAdam`.
+        min_compress_size: see `CSAdam`; it concerns the graft's second moment only.
+        row_sparse: see `CSAdam`.
+        update_clip: see `CSAdam`; of u, with ``graft="none"`` of x.
+        scale_parameter: see `CSAdam`.
+        chunk_size: see `CSAdam`. Beside tiles, a step takes memory for one preconditioned tensor at a time.
+        compile: not supported; False.
+        fused: see `CSAdam`; of tensors that are not preconditioned.
+        capturable: not supported; False.
+        stochastic_rounding: see `CSAdam`.
+        seed: of hashes and of stochastic rounding.
+        maximize: ascend.
+
+    Raises:
+        ValueError: as `CSAdam`; options that contradict each other; in `step`, a gradient that is not finite.
+
+    Source: https://arxiv.org/abs/2302.03764. Deviations of the default from it, each measured (docs/benchmarks.md): the
+    trace-matched tail; covariances of the graft's update rather than of the gradient, gathered in every step; momentum
+    before preconditioning; a graft that costs 0.2 bytes a parameter; one-sided treatment of vocabularies. The preset
+    "paper" has none of these; momentum and grafting there follow the authors' code.
+    """
+
+    ADAM_SETTINGS: ClassVar[bool] = False
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        **COMMON,
+        **{name: option for name, option in FIRST_MOMENT.items() if name != "allow_dense_count_sketch"},
+        **{
+            o.name: o
+            for o in (
+                Option(
+                    "first_moment",
+                    str,
+                    "store of the momentum (default 'int8')",
+                    choices=tuple(kind for kind in FIRST_MOMENTS if kind != "count_sketch"),
+                    structural=True,
+                ),
+                Option(
+                    "bucket",
+                    str,
+                    "what a bucket of the graft 'cs' holds of its rows' g * g: 'mean' or 'sum'",
+                    choices=BUCKETS,
+                    structural=True,
+                ),
+                Option(
+                    "rank",
+                    float,
+                    "rank of the covariances' sketches: an integer, or a fraction of the axis (default 32)",
+                    allowed="an integer >= 1 or a fraction in (0, 1)",
+                    check=lambda v: 0 < v < 1 or (v >= 1 and v == int(v)),
+                    structural=True,
+                ),
+                Option(
+                    "budget",
+                    float,
+                    "bytes of state a parameter, instead of rank (default 0: use rank)",
+                    allowed="a number >= 0",
+                    check=lambda v: v >= 0,
+                    structural=True,
+                ),
+                Option(
+                    "shampoo_beta",
+                    float,
+                    "decay of the covariances (default 0.99)",
+                    allowed="a number in (0, 1)",
+                    check=lambda v: 0 < v < 1,
+                ),
+                _count("update_freq", "steps between solves (default 10)", 1),
+                _count("statistics_freq", "steps between statistics, a divisor of update_freq (default 1)", 1),
+                _count("start_preconditioning_step", "first preconditioned step (default 1)", 0),
+                Option("tail", str, "what stands for the covariance outside of the sketch", choices=TAILS),
+                Option("solver", str, "decomposition (default 'eigh')", choices=SOLVERS),
+                _count("refresh_every", "solves by 'power' between two by 'eigh' (default 10; 0: never)", 0),
+                Option(
+                    "statistics",
+                    str,
+                    "'accumulate' (default): every statistics_freq-th step; 'sample': every update_freq-th",
+                    choices=STATISTICS,
+                    structural=True,
+                ),
+                Option("input", str, "what is preconditioned: the graft's 'update' or the 'gradient'", choices=INPUTS),
+                Option("graft", str, "whose size the step has (default 'cs')", choices=tuple(GRAFTS), structural=True),
+                Option(
+                    "matrix_eps",
+                    float,
+                    "added to eigenvalues, relative to the largest (default 1e-6)",
+                    allowed="a number >= 0",
+                    check=lambda v: v >= 0,
+                ),
+                Option(
+                    "exponent",
+                    float,
+                    "of each axis' covariance (default 0: -1 / (2 * axes))",
+                    allowed="a number in [-1, 0]",
+                    check=lambda v: -1 <= v <= 0,
+                ),
+                Option("momentum", str, "'before' preconditioning (default) or 'after' grafting", choices=PLACES),
+                Option("nesterov", bool, "Nesterov's momentum (default True)"),
+                Option(
+                    "momentum_of",
+                    str,
+                    "tensors with a first moment: those 'preconditioned' along every axis (default), or 'all'",
+                    choices=("preconditioned", "all"),
+                    structural=True,
+                ),
+                _count("merge_dims", "merge trailing axes up to this product (default 1024)", 1, structural=True),
+                _count("max_block_dim", "longest axis of a block (default 8192; 0: any)", 0, structural=True),
+                _count("max_axis", "longer axes have no covariance (default 16384)", 1, structural=True),
+                Option(
+                    "max_aspect_ratio",
+                    float,
+                    "nor have axes longer than this times the rest of the tensor (default 16)",
+                    allowed="a number >= 1",
+                    check=lambda v: v >= 1,
+                    structural=True,
+                ),
+                Option(
+                    "precondition",
+                    str,
+                    "'auto' (default): all axes but vocabularies; 'all'; 'none'",
+                    choices=("auto", "all", "none"),
+                    structural=True,
+                ),
+                Option("nonfinite", str, "gradients that are not finite: 'error' or 'skip'", choices=("error", "skip")),
+                _never("compile", "not supported: decompositions are not compiled"),
+                _never("capturable", "not supported: solves are not captured"),
+            )
+        },
+    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {
+            **{k: v for k, v in _SHARED.items() if not k.startswith("clean_")},
+            "compression": 0.05,
+            "bucket": "mean",
+            "update_clip": 1.0,
+            "scale_parameter": True,
+            "first_moment": "int8",
+            "first_moment_rounding": "nearest",
+            "block_size": 128,
+            "rank": 32,
+            "budget": 0.0,
+            "shampoo_beta": 0.99,
+            "update_freq": 10,
+            "statistics_freq": 1,
+            "start_preconditioning_step": 1,
+            "tail": "trace",
+            "solver": "eigh",
+            "refresh_every": 10,
+            "statistics": "accumulate",
+            "input": "update",
+            "graft": "cs",
+            "matrix_eps": 1e-6,
+            "exponent": 0.0,
+            "momentum": "before",
+            "nesterov": True,
+            "momentum_of": "preconditioned",
+            "merge_dims": 1024,
+            "max_block_dim": 8192,
+            "max_axis": 16384,
+            "max_aspect_ratio": 16.0,
+            "precondition": "auto",
+            "nonfinite": "error",
+        },
+        "paper": {
+            "update_clip": 0.0,
+            "scale_parameter": False,
+            "first_moment": "fp32",
+            "momentum_of": "all",
+            "rank": 256,
+            "shampoo_beta": 0.999,
+            "max_block_dim": 1024,
+            "tail": "paper",
+            "solver": "svd",
+            "statistics": "sample",
+            "input": "gradient",
+            "graft": "rmsprop",
+            "momentum": "after",
+        },
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 5e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        preset: str = "default",
+        rank: float | None = None,
+        budget: float | None = None,
+        shampoo_beta: float | None = None,
+        update_freq: int | None = None,
+        statistics_freq: int | None = None,
+        start_preconditioning_step: int | None = None,
+        tail: str | None = None,
+        solver: str | None = None,
+        refresh_every: int | None = None,
+        statistics: str | None = None,
+        input: str | None = None,
+        graft: str | None = None,
+        matrix_eps: float | None = None,
+        exponent: float | None = None,
+        momentum: str | None = None,
+        nesterov: bool | None = None,
+        momentum_of: str | None = None,
+        merge_dims: int | None = None,
+        max_block_dim: int | None = None,
+        max_axis: int | None = None,
+        max_aspect_ratio: float | None = None,
+        precondition: str | None = None,
+        nonfinite: str | None = None,
+        first_moment: str | None = None,
+        block_size: int | None = None,
+        first_moment_rounding: str | None = None,
+        compression: float | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        hash: str | None = None,
+        bucket: str | None = None,
+        min_compress_size: int | None = None,
+        row_sparse: bool | str | None = None,
+        update_clip: float | None = None,
+        scale_parameter: bool | None = None,
+        chunk_size: int | None = None,
+        compile: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int | None = None,
+        maximize: bool | None = None,
+    ) -> None:
+        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `SketchOptimizer.add_param_group`.
+
+        Raises:
+            ValueError: also where options contradict each other, or the budget is too small for a parameter.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check(group)
+            for index, p in enumerate(group["params"]):
+                try:
+                    self._further(p, group)
+                except ValueError as error:
+                    raise ValueError(f"{self._label(group, index)} {error}") from None
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    # -- for the base ---------------------------------------------------------------------------------------------
+
+    def _stores(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
+        whole = group["momentum_of"] == "all" or self._whole(p, group)
+        kinds = {
+            "second_moment": GRAFTS[group["graft"]],
+            "first_moment": group["first_moment"] if whole else "none",
+        }
+        return super()._stores(p, {**group, **kinds})
+
+    def _further(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Further]:
+        plan = self._plan(p, group)
+        return {} if plan is None else {"preconditioner": plan}
+
+    def _whole(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        axes = _axes(tuple(p.shape), *(group[name] for name in _AXES))
+        return bool(axes[1]) and all(axes[1])
+
+    def _plan(self, p: Tensor, group: Mapping[str, Any]) -> Kronecker | None:
+        shape = tuple(p.shape)
+        dims, preconditioned = _axes(shape, *(group[name] for name in _AXES))
+        if not any(preconditioned):
+            return None
+        others = 0
+        if group["budget"]:
+            kept = [store for store in self._stores(p, group) if store is not None]
+            columns = p.numel() // shape[0]
+            others = sum(store.nbytes((shape[0], columns)) for store in kept)
+        return _kronecker(
+            dims, preconditioned, group["rank"], group["budget"], others, group["max_block_dim"],
+            group["statistics"] == "accumulate",
+        )  # fmt: skip
+
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
+        (beta1, beta2), graft, lr = group["betas"], group["graft"], group["lr"]
+        second, denominator, floor = Ema(1.0, 1.0, step), Denominator(1.0, group["eps"]), 0.0
+        if graft in ("cs", "rmsprop"):
+            root2 = (1.0 - beta2**step) ** 0.5
+            second = Ema(beta2, 1.0 - beta2, step)
+            denominator = Denominator(root2, group["eps"] / root2 if sparse else group["eps"])
+        elif graft == "sm3":
+            denominator, floor = Denominator(1.0, 0.0), 1e-30
+        momentum = group["first_moment"] != "none"
+        size, lookahead = 1.0, None
+        if momentum and group["nesterov"]:
+            # beta1 * m + (1 - beta1) * x, of which the weights of all x so far add up to 1 - beta1 ** (step + 1).
+            size, lookahead = (1.0 - beta1) / (1.0 - beta1 ** (step + 1)), beta1 / (1.0 - beta1)
+        elif momentum:
+            size = 1.0 / (1.0 - beta1**step)
+        # What is not preconditioned has a momentum only where everything has.
+        plain = momentum and group["momentum_of"] == "all"
+        return Rule(
+            first=Ema(beta1, 1.0 - beta1, step) if momentum else None,
+            second=None if graft == "none" else second,
+            step_size=lr * size if plain else lr,
+            correction=1.0,
+            decay=lr * group["weight_decay"],
+            lookahead=lookahead if plain else None,
+            denominator=None if graft == "none" else denominator,
+            floor=floor,
+            precondition_first=graft != "none",
+        )
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> None:
+        if not self._finite(work):
+            return
+        super()._update(work)
+        due: dict[tuple[str, str], list[tuple[Side, Mapping[str, Tensor], Tensor | None]]] = {}
+        for p, group, grad in work:
+            plan = self._plan(p, group)
+            if plan is None or grad.rows is not None or group["statistics"] == "sample":
+                continue
+            step = int(self.state[p]["step"].item())
+            if _due(step, group["update_freq"]):
+                state = self.state[p]["preconditioner"]
+                key = group["tail"], _solver(step, group)
+                due.setdefault(key, []).extend((side, state, None) for side in plan.sides)
+        for (tail, solver), sides in due.items():
+            solve(sides, 1.0, tail, solver)
+
+    def _finite(self, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> bool:
+        """Whether the step may be taken. Decompositions of what is not finite do not end."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for _, _, grad in work:
+            by_device.setdefault(grad.device, []).append(grad.matrix.tensor)
+        # One number for each device is waited for.
+        if all(_all_finite(grads) for grads in by_device.values()):
+            return True
+        for p, group, grad in work:
+            if not _all_finite([grad.matrix.tensor]):
+                if group["nonfinite"] == "skip":
+                    return False
+                index = next(i for i, other in enumerate(group["params"]) if other is p)
+                raise ValueError(
+                    f"{self._label(group, index)} has a gradient that is not finite; nothing has been changed. Scale "
+                    "the loss or clip, or use nonfinite='skip' to leave such steps out"
+                )
+        return True
+
+    def _eager(
+        self,
+        p: Tensor,
+        grad: Gradient,
+        rule: Rule,
+        state: Mapping[str, Any],
+        named: Mapping[str, Store],
+        group: Mapping[str, Any],
+    ) -> None:
+        plan = self._plan(p, group)
+        if plan is None or grad.rows is not None:
+            super()._eager(p, grad, rule, state, named, group)
+            return
+        step, (beta1, _), first = int(state["step"].item()), group["betas"], named.get("first_moment")
+        covariances, tail = state["preconditioner"], group["tail"]
+        started = step >= group["start_preconditioning_step"]
+        of_update = group["input"] == "update" or not started
+        x = scratch.empty("preconditioned", grad.shape, grad.dtype, grad.device)
+        whole = Matrix(x)
+
+        if group["input"] == "gradient":
+            self._gather(plan, covariances, _full(grad, whole).view(p.shape), step, group)
+        squares = self._graft(grad, rule, state, named, whole, of_update)
+        size = self._size(p, grad, squares, group)
+        if group["graft"] != "none" and of_update:
+            x.mul_(size)
+        if group["input"] == "update":
+            self._gather(plan, covariances, x.view(p.shape), step, group)
+
+        lookahead, correction = None, 1.0
+        if first is not None and beta1 > 0:
+            if group["nesterov"]:
+                lookahead, correction = beta1 / (1.0 - beta1), (1.0 - beta1) / (1.0 - beta1 ** (step + 1))
+            else:
+                correction = 1.0 / (1.0 - beta1**step)
+        before = group["momentum"] == "before"
+        if first is not None and before:
+            _average(whole, grad, first, state["first_moment"], Ema(beta1, 1.0 - beta1, step), lookahead)
+        norm = _norm(x) if of_update else (squares.sqrt() * size)
+        if not of_update and before:
+            correction = 1.0  # the size is the graft's own
+        if started:
+            plan.precondition(covariances, x, group["exponent"] or -0.5 / len(plan.dims), group["matrix_eps"], tail)
+            if group["graft"] != "none":
+                now = _norm(x)
+                x.mul_(torch.where(now > 0, norm / now, 0.0))
+        if group["graft"] == "none":
+            x.mul_(self._size(p, grad, _norm(x).square(), group))
+        if first is not None and not before:
+            _average(whole, grad, first, state["first_moment"], Ema(beta1, 1.0 - beta1, step), lookahead)
+        self._take(p, grad, whole, group["lr"] * correction, rule, state, group)
+
+    def _gather(
+        self, plan: Kronecker, state: dict[str, Tensor], x: Tensor, step: int, group: Mapping[str, Any]
+    ) -> None:
+        if group["statistics"] == "accumulate":
+            if step % group["statistics_freq"] == 0 or step == 1:
+                plan.gather(state, x, group["shampoo_beta"])
+        elif _due(step, group["update_freq"]):
+            sides = [(side, state, columns) for side, columns in plan.columns(x).items()]
+            solve(sides, group["shampoo_beta"], group["tail"], _solver(step, group))
+
+    def _graft(
+        self,
+        grad: Gradient,
+        rule: Rule,
+        state: Mapping[str, Any],
+        named: Mapping[str, Store],
+        whole: Matrix,
+        of_update: bool,
+    ) -> Tensor:
+        """Write the second moment, and into ``whole`` the update (or the gradient); the update's sum of squares."""
+        second = named.get("second_moment")
+        squares = torch.zeros((), dtype=grad.dtype, device=grad.device)
+        if second is None or rule.second is None:
+            for at in grad.batches():
+                whole.put(at, grad.get(at))
+            return squares
+        if second.write_first:
+            second.write(state["second_moment"], grad, rule.second)
+        working = dict(state)
+        if not second.write_first:
+            working["second_moment"] = second.begin(state["second_moment"], grad)
+        period = second.period(grad.shape[0])
+        factors = Factors(second, rule, working, period)
+        for at in grad.batches(period, second.align):
+            g = grad.get(at)
+            u = torch.mul(g, factors.get(at, g), **scratch.out("update", g))
+            flat = u.reshape(-1)
+            squares += torch.dot(flat, flat)
+            whole.put(at, u if of_update else g)
+        if not second.write_first:
+            second.finish(state["second_moment"], working["second_moment"], grad)
+        return squares
+
+    def _size(self, p: Tensor, grad: Gradient, squares: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """What `update_clip` and `scale_parameter` multiply the update by, 0-d."""
+        size = torch.ones_like(squares)
+        if group["update_clip"]:
+            size /= ((squares / p.numel()).sqrt() / group["update_clip"]).clamp_(min=1.0)
+        if group["scale_parameter"]:
+            matrix = Matrix(p)
+            norm = torch.zeros_like(squares)
+            for at in grad.batches():
+                flat = matrix.get(at).to(grad.dtype).reshape(-1)
+                norm += torch.dot(flat, flat)
+            size *= (norm / p.numel()).sqrt_().clamp_(min=SCALE_FLOOR)
+        return size
+
+    def _take(
+        self,
+        p: Tensor,
+        grad: Gradient,
+        whole: Matrix,
+        size: float | Tensor,
+        rule: Rule,
+        state: Mapping[str, Any],
+        group: Mapping[str, Any],
+    ) -> None:
+        """``p <- (1 - decay) * p - size * whole``."""
+        keep = None
+        if isinstance(rule.decay, Tensor) or rule.decay != 0:
+            keep = torch.as_tensor(1.0 - rule.decay, dtype=grad.dtype, device=p.device)
+        factor = torch.as_tensor(size, dtype=grad.dtype, device=p.device)
+        matrix = Matrix(p)
+        for at in grad.batches():
+            part, in_place = matrix.get(at), matrix.views(at) and p.dtype == grad.dtype
+            if not in_place:
+                part = scratch.cast("parameter", part, grad.dtype)
+            update(part, whole.get(at), {}, factor, keep, None, None, None)
+            if not in_place:
+                write_tile(matrix, at, part, group, state)
+
+
+_AXES = ("precondition", "merge_dims", "max_axis", "max_aspect_ratio")
+
+
+@lru_cache(maxsize=1024)
+def _axes(
+    shape: tuple[int, ...], precondition: str, merge: int, longest: int, ratio: float
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """The tensor's axes, small ones merged, and which of them have a covariance."""
+    size = 1
+    for n in shape:
+        size *= n
+    if len(shape) < 2 or size == 0 or precondition == "none":
+        return shape, ()
+    dims = merged(shape, merge)
+    if min(dims) == 1:
+        return dims, ()
+    return dims, tuple(precondition == "all" or (d <= longest and d <= ratio * (size // d)) for d in dims)
+
+
+@lru_cache(maxsize=1024)
+def _kronecker(
+    dims: tuple[int, ...],
+    preconditioned: tuple[bool, ...],
+    rank: float,
+    budget: float,
+    others: int,
+    longest: int,
+    buffered: bool,
+) -> Kronecker:
+    cuts = tuple(cut(d, longest) if on else (0, d) for d, on in zip(dims, preconditioned, strict=True))
+
+    def plan(rank: float) -> Kronecker:
+        ranks = [
+            0 if not on else min(d, max(1, round(rank * d) if rank < 1 else int(rank)))
+            for d, on in zip(dims, preconditioned, strict=True)
+        ]
+        return Kronecker(dims, cuts, tuple(ranks), buffered)
+
+    if not budget:
+        return plan(rank)
+    size = 1
+    for d in dims:
+        size *= d
+    low, high = 0, max(dims)
+    while low < high:  # the largest rank that fits
+        middle = (low + high + 1) // 2
+        fits = plan(middle).nbytes(torch.float32) + others <= budget * size
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low == 0:
+        least = (plan(1).nbytes(torch.float32) + others) / size
+        raise ValueError(
+            f"cannot be kept in budget={budget:g} bytes of state a parameter: rank 1 takes {least:.3g}; allowed is "
+            "more, or rank= instead"
+        )
+    return plan(low)
+
+
+def _check(group: Mapping[str, Any]) -> None:
+    if group["statistics"] == "accumulate" and group["tail"] != "trace":
+        raise ValueError(
+            f"tail={group['tail']!r} needs statistics='sample': what escapes a sketch of gathered statistics is known "
+            "from the trace only; allowed with 'accumulate' is tail='trace'"
+        )
+    if group["update_freq"] % group["statistics_freq"]:
+        raise ValueError(
+            f"statistics_freq={group['statistics_freq']} does not divide update_freq={group['update_freq']}"
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    """At 1, 2, 4, 8, ... before the first whole period, so that a short run is not left without a preconditioner."""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
+def _solver(step: int, group: Mapping[str, Any]) -> str:
+    if group["solver"] != "power":
+        return group["solver"]
+    every, refresh = group["update_freq"], group["refresh_every"]
+    # Before the first whole period directions still come in quickly.
+    return "eigh" if step < every or (refresh and step // every % refresh == 0) else "power"
+
+
+def _all_finite(grads: Iterable[Tensor]) -> bool:
+    values = [g.values() if g.layout == torch.sparse_coo else g for g in grads if g.numel()]
+    if not values:
+        return True
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(values, norm_type=float("inf"))))
+
+
+def _norm(x: Tensor) -> Tensor:
+    flat = x.reshape(-1)
+    return torch.dot(flat, flat).sqrt()
+
+
+def _full(grad: Gradient, whole: Matrix) -> Tensor:
+    """The gradient as one contiguous tensor: itself, or a copy in ``whole``."""
+    tensor = grad.matrix._flat
+    if tensor is not None and tensor.is_contiguous() and tensor.dtype == grad.dtype and not grad.negate:
+        return tensor
+    for at in grad.batches():
+        whole.put(at, grad.get(at))
+    return whole.tensor
+
+
+def _average(
+    whole: Matrix, grad: Gradient, first: Store, state: dict[str, Tensor], ema: Ema, lookahead: float | None
+) -> None:
+    """``whole <- m``, or Nesterov's ``whole + lookahead * m``, with m averaging it, tile by tile."""
+    for at in grad.batches(align=first.align):
+        x = first.view(whole.get(at))
+        slices = first.slices(state, at, ema.step)
+        x.copy_(numerator_of(x, first.blend(slices, x, ema), lookahead))
+        first.keep(state, at, slices)
