@@ -1,7 +1,7 @@
 """Memory-compressed optimizers that drop into the training framework people already use."""
 
 from sketch_plugins.memory.report import StateReport, state_report
-from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, Sketchy, quadratic_warmup
+from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SAdagrad, Sketchy, quadratic_warmup
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,7 @@ __all__ = [
     "CSAdam",
     "CSMomentum",
     "CSRMSprop",
+    "SAdagrad",
     "Sketchy",
     "StateReport",
     "quadratic_warmup",

@@ -151,8 +151,12 @@ def spectrum(sketch: Covariance, tail: str) -> tuple[Tensor, Tensor]:
     return inside, rest
 
 
-def inverse_root(sketch: Covariance, exponent: float, eps: float, tail: str) -> tuple[Tensor, Tensor]:
+def inverse_root(
+    sketch: Covariance, exponent: float, eps: float, tail: str, relative: bool = True
+) -> tuple[Tensor, Tensor]:
     r"""``(*, k)`` and ``(*)``: :math:`(\lambda + \epsilon \lambda_{max})^{exponent}` inside and outside of V.
+
+    Not ``relative``: :math:`(\lambda + \epsilon)^{exponent}`.
 
     The tail is floored at round-off, :math:`d \, u \, \lambda_{max}` with u half a unit in the last place: a covariance
     of rank k or less leaves nothing but that in the tail, and its inverse root would amplify directions never seen. Of
@@ -162,7 +166,7 @@ def inverse_root(sketch: Covariance, exponent: float, eps: float, tail: str) -> 
     top = inside.amax(-1)
     d = sketch.vectors.shape[-2]
     floor = (d * torch.finfo(inside.dtype).eps / 2) * top
-    outside, shift = torch.maximum(outside, floor), eps * top
+    outside, shift = torch.maximum(outside, floor), eps * top if relative else torch.full_like(top, eps)
     inside = torch.maximum(inside, floor.unsqueeze(-1))
     nothing = top <= 0
     outer = torch.where(nothing, 1.0, torch.where(nothing, 1.0, outside + shift).pow(exponent))

@@ -4,8 +4,19 @@ from sketch_plugins.optim.adagrad import CSAdagrad
 from sketch_plugins.optim.adam import CSAdam, CSRMSprop
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.momentum import CSMomentum
+from sketch_plugins.optim.sadagrad import SAdagrad
 from sketch_plugins.optim.schedule import quadratic_warmup
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.sm3 import SM3
 
-__all__ = ["SM3", "CSAdagrad", "CSAdam", "CSMomentum", "CSRMSprop", "SketchOptimizer", "Sketchy", "quadratic_warmup"]
+__all__ = [
+    "SM3",
+    "CSAdagrad",
+    "CSAdam",
+    "CSMomentum",
+    "CSRMSprop",
+    "SAdagrad",
+    "SketchOptimizer",
+    "Sketchy",
+    "quadratic_warmup",
+]

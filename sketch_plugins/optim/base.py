@@ -125,6 +125,8 @@ class SketchOptimizer(torch.optim.Optimizer):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     #: A framework's settings for Adam (betas, epsilon) mean the same here, defaults included.
     ADAM_SETTINGS: ClassVar[bool] = True
+    #: Keys of a parameter group that are no options of this optimizer, but have a value that is read here.
+    FIXED: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
@@ -132,7 +134,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         defaults = {**self._preset(next(iter(self.PRESETS))), **self._preset(preset), **given}
         _one_of_width_and_compression(given)
         # "optimizer" tells load_state_dict who wrote a state.
-        fixed = {"preset": preset, "optimizer": type(self).__name__}
+        fixed = {**self.FIXED, "preset": preset, "optimizer": type(self).__name__}
         super().__init__(params, {**validate(self.OPTIONS, defaults, type(self).__name__), **fixed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -25,15 +25,12 @@ GRAFTS = {"cs": "count_min", "rmsprop": "dense", "adagrad": "dense", "sm3": "cov
 INPUTS = ("update", "gradient")
 STATISTICS = ("accumulate", "sample")
 PLACES = ("before", "after")
+FIXED = {"compile": False, "capturable": False}
 
 
 def _count(name: str, doc: str, least: int, structural: bool = False) -> Option:
     allowed = f"an integer >= {least}"
     return Option(name, int, doc, allowed=allowed, check=lambda v: v >= least, structural=structural)
-
-
-def _never(name: str, doc: str) -> Option:
-    return Option(name, bool, doc, allowed="False", check=lambda v: not v)
 
 
 class Sketchy(SketchOptimizer):
@@ -90,7 +87,8 @@ class Sketchy(SketchOptimizer):
         preset: see above.
         rank: k: an integer, or a fraction (0, 1) of the axis. More than the axis is the axis: exact Shampoo.
         budget: bytes of state a parameter, instead of ``rank``: each preconditioned tensor takes the largest rank, the
-            same for its axes, with which its whole state stays within; an error where that is less than 1.
+            same for its axes, with which its whole state stays within it; none at all where rank 1 does not. An error
+            where that goes for every tensor of the group.
         shampoo_beta: :math:`\beta_s`, decay of the covariances for each of their statistics (default 0.99). 1 is
             refused: deflation then drives the sketch to 0.
         update_freq: steps between solves.
@@ -130,9 +128,7 @@ class Sketchy(SketchOptimizer):
         update_clip: see `CSAdam`; of u, with ``graft="none"`` of x.
         scale_parameter: see `CSAdam`.
         chunk_size: see `CSAdam`. Beside tiles, a step takes memory for one preconditioned tensor at a time.
-        compile: not supported; False.
         fused: see `CSAdam`; of tensors that are not preconditioned.
-        capturable: not supported; False.
         stochastic_rounding: see `CSAdam`.
         seed: of hashes and of stochastic rounding.
         maximize: ascend.
@@ -147,8 +143,10 @@ class Sketchy(SketchOptimizer):
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False
+    # Decompositions are neither compiled nor captured.
+    FIXED: ClassVar[dict[str, Any]] = FIXED
     OPTIONS: ClassVar[dict[str, Option]] = {
-        **COMMON,
+        **{name: option for name, option in COMMON.items() if name not in FIXED},
         **{name: option for name, option in FIRST_MOMENT.items() if name != "allow_dense_count_sketch"},
         **{
             o.name: o
@@ -247,14 +245,12 @@ class Sketchy(SketchOptimizer):
                     structural=True,
                 ),
                 Option("nonfinite", str, "gradients that are not finite: 'error' or 'skip'", choices=("error", "skip")),
-                _never("compile", "not supported: decompositions are not compiled"),
-                _never("capturable", "not supported: solves are not captured"),
             )
         },
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {
-            **{k: v for k, v in _SHARED.items() if not k.startswith("clean_")},
+            **{k: v for k, v in _SHARED.items() if not k.startswith("clean_") and k not in FIXED},
             "compression": 0.05,
             "bucket": "mean",
             "update_clip": 1.0,
@@ -348,9 +344,7 @@ class Sketchy(SketchOptimizer):
         update_clip: float | None = None,
         scale_parameter: bool | None = None,
         chunk_size: int | None = None,
-        compile: bool | None = None,
         fused: bool | None = None,
-        capturable: bool | None = None,
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
@@ -361,20 +355,25 @@ class Sketchy(SketchOptimizer):
         """As `SketchOptimizer.add_param_group`.
 
         Raises:
-            ValueError: also where options contradict each other, or the budget is too small for a parameter.
+            ValueError: also where options contradict each other, or the budget is too small.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             _check(group)
-            for index, p in enumerate(group["params"]):
-                try:
-                    self._further(p, group)
-                except ValueError as error:
-                    raise ValueError(f"{self._label(group, index)} {error}") from None
+            if group["budget"]:
+                self._check_budget(group)
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_budget(self, group: Mapping[str, Any]) -> None:
+        eligible = [p for p in group["params"] if any(_axes(tuple(p.shape), *(group[name] for name in _AXES))[1])]
+        if eligible and all(self._plan(p, group) is None for p in eligible):
+            raise ValueError(
+                f"budget={group['budget']:g} bytes of state a parameter is too small for a covariance of any tensor of "
+                "the group; allowed is more, or rank= in place of budget="
+            )
 
     # -- for the base ---------------------------------------------------------------------------------------------
 
@@ -442,7 +441,7 @@ class Sketchy(SketchOptimizer):
     # -- the step -------------------------------------------------------------------------------------------------
 
     def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> None:
-        if not self._finite(work):
+        if not check_finite(self, work):
             return
         super()._update(work)
         due: dict[tuple[str, str], list[tuple[Side, Mapping[str, Tensor], Tensor | None]]] = {}
@@ -457,25 +456,6 @@ class Sketchy(SketchOptimizer):
                 due.setdefault(key, []).extend((side, state, None) for side in plan.sides)
         for (tail, solver), sides in due.items():
             solve(sides, 1.0, tail, solver)
-
-    def _finite(self, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> bool:
-        """Whether the step may be taken. Decompositions of what is not finite do not end."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for _, _, grad in work:
-            by_device.setdefault(grad.device, []).append(grad.matrix.tensor)
-        # One number for each device is waited for.
-        if all(_all_finite(grads) for grads in by_device.values()):
-            return True
-        for p, group, grad in work:
-            if not _all_finite([grad.matrix.tensor]):
-                if group["nonfinite"] == "skip":
-                    return False
-                index = next(i for i, other in enumerate(group["params"]) if other is p)
-                raise ValueError(
-                    f"{self._label(group, index)} has a gradient that is not finite; nothing has been changed. Scale "
-                    "the loss or clip, or use nonfinite='skip' to leave such steps out"
-                )
-        return True
 
     def _eager(
         self,
@@ -524,10 +504,10 @@ class Sketchy(SketchOptimizer):
                 now = _norm(x)
                 x.mul_(torch.where(now > 0, norm / now, 0.0))
         if group["graft"] == "none":
-            x.mul_(self._size(p, grad, _norm(x).square(), group))
+            x.mul_(self._size(p, grad, (_norm(x) * (correction if before else 1.0)).square(), group))
         if first is not None and not before:
             _average(whole, grad, first, state["first_moment"], Ema(beta1, 1.0 - beta1, step), lookahead)
-        self._take(p, grad, whole, group["lr"] * correction, rule, state, group)
+        take(p, grad, whole, group["lr"] * correction, rule, state, group)
 
     def _gather(
         self, plan: Kronecker, state: dict[str, Tensor], x: Tensor, step: int, group: Mapping[str, Any]
@@ -581,34 +561,11 @@ class Sketchy(SketchOptimizer):
             matrix = Matrix(p)
             norm = torch.zeros_like(squares)
             for at in grad.batches():
-                flat = matrix.get(at).to(grad.dtype).reshape(-1)
+                # Contiguous: the same bits for any layout.
+                flat = matrix.get(at).to(grad.dtype).contiguous().view(-1)
                 norm += torch.dot(flat, flat)
             size *= (norm / p.numel()).sqrt_().clamp_(min=SCALE_FLOOR)
         return size
-
-    def _take(
-        self,
-        p: Tensor,
-        grad: Gradient,
-        whole: Matrix,
-        size: float | Tensor,
-        rule: Rule,
-        state: Mapping[str, Any],
-        group: Mapping[str, Any],
-    ) -> None:
-        """``p <- (1 - decay) * p - size * whole``."""
-        keep = None
-        if isinstance(rule.decay, Tensor) or rule.decay != 0:
-            keep = torch.as_tensor(1.0 - rule.decay, dtype=grad.dtype, device=p.device)
-        factor = torch.as_tensor(size, dtype=grad.dtype, device=p.device)
-        matrix = Matrix(p)
-        for at in grad.batches():
-            part, in_place = matrix.get(at), matrix.views(at) and p.dtype == grad.dtype
-            if not in_place:
-                part = scratch.cast("parameter", part, grad.dtype)
-            update(part, whole.get(at), {}, factor, keep, None, None, None)
-            if not in_place:
-                write_tile(matrix, at, part, group, state)
 
 
 _AXES = ("precondition", "merge_dims", "max_axis", "max_aspect_ratio")
@@ -639,7 +596,7 @@ def _kronecker(
     others: int,
     longest: int,
     buffered: bool,
-) -> Kronecker:
+) -> Kronecker | None:
     cuts = tuple(cut(d, longest) if on else (0, d) for d, on in zip(dims, preconditioned, strict=True))
 
     def plan(rank: float) -> Kronecker:
@@ -660,11 +617,7 @@ def _kronecker(
         fits = plan(middle).nbytes(torch.float32) + others <= budget * size
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
-        least = (plan(1).nbytes(torch.float32) + others) / size
-        raise ValueError(
-            f"cannot be kept in budget={budget:g} bytes of state a parameter: rank 1 takes {least:.3g}; allowed is "
-            "more, or rank= instead"
-        )
+        return None
     return plan(low)
 
 
@@ -697,7 +650,7 @@ def _all_finite(grads: Iterable[Tensor]) -> bool:
     values = [g.values() if g.layout == torch.sparse_coo else g for g in grads if g.numel()]
     if not values:
         return True
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(values, norm_type=float("inf"))))
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(values, norm_type=float("inf"))))  # NaN comes through
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -724,3 +677,50 @@ def _average(
         slices = first.slices(state, at, ema.step)
         x.copy_(numerator_of(x, first.blend(slices, x, ema), lookahead))
         first.keep(state, at, slices)
+
+
+def take(
+    p: Tensor,
+    grad: Gradient,
+    whole: Matrix,
+    size: float | Tensor,
+    rule: Rule,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+) -> None:
+    """``p <- (1 - decay) * p - size * whole``."""
+    keep = None
+    if isinstance(rule.decay, Tensor) or rule.decay != 0:
+        keep = torch.as_tensor(1.0 - rule.decay, dtype=grad.dtype, device=p.device)
+    factor = torch.as_tensor(size, dtype=grad.dtype, device=p.device)
+    matrix = Matrix(p)
+    for at in grad.batches():
+        part, in_place = matrix.get(at), matrix.views(at) and p.dtype == grad.dtype
+        if not in_place:
+            part = scratch.cast("parameter", part, grad.dtype)
+        update(part, whole.get(at), {}, factor, keep, None, None, None)
+        if not in_place:
+            write_tile(matrix, at, part, group, state)
+
+
+def check_finite(optimizer: SketchOptimizer, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> bool:
+    """Whether the step may be taken: decompositions of what is not finite do not end.
+
+    Raises:
+        ValueError: a gradient is not finite, and its group does not say ``nonfinite="skip"``.
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for _, _, grad in work:
+        by_device.setdefault(grad.device, []).append(grad.matrix.tensor)
+    # One number for each device is waited for.
+    if all(_all_finite(grads) for grads in by_device.values()):
+        return True
+    for p, group, grad in work:
+        if _all_finite([grad.matrix.tensor]) or group.get("nonfinite") == "skip":
+            continue
+        index = next(i for i, other in enumerate(group["params"]) if other is p)
+        raise ValueError(
+            f"{optimizer._label(group, index)} has a gradient that is not finite; nothing has been changed. Scale the "
+            "loss or clip, or leave such steps out: nonfinite='skip'"
+        )
+    return False

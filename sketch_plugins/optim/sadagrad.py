@@ -1,0 +1,136 @@
+"""Full-matrix Adagrad of a vector, its outer products sketched by Frequent Directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sketch_plugins import scratch
+from sketch_plugins.linalg import frequent_directions as fd
+from sketch_plugins.linalg.kronecker import Kronecker
+from sketch_plugins.optim.base import Further, Rule, SketchOptimizer
+from sketch_plugins.optim.options import COMMON, Option
+from sketch_plugins.optim.sketchy import check_finite, take
+from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.stores import Gradient, Store
+
+_COMMON = ("lr", "eps", "weight_decay", "maximize", "chunk_size")
+
+
+class SAdagrad(SketchOptimizer):
+    r"""S-AdaGrad: online convex optimization with a rank-k sketch of the sum of :math:`g g^\top`.
+
+    Each parameter is one vector of d numbers. With B the Frequent Directions sketch of :math:`\sum_s g_s g_s^\top` and
+    :math:`\rho` the mass that has escaped it,
+
+    .. math::
+        \theta_{t+1} = (1 - \gamma \lambda) \theta_t
+            - \gamma \left( B_t^\top B_t + \rho_{1:t} I + \epsilon I \right)^{-1/2} g_t
+
+    Its regret exceeds that of full-matrix Adagrad by what the spectrum has beyond rank k (the paper's section 4). It is
+    the method of a convex problem, such as a linear model of many features; for the matrices of a network there is
+    `Sketchy`. State: ``4 * rank`` bytes a parameter. Sparse gradients are made dense, one parameter at a time.
+
+    Args:
+        params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
+        lr: learning rate, float or tensor (default 0.1).
+        eps: added to the eigenvalues (default 0; below round-off of the largest one nothing is resolved anyway).
+        weight_decay: decoupled weight decay (default 0).
+        rank: k, directions kept (default 10). The paper's sketch has ``rank + 1`` rows, of which one is empty.
+        solver: ``"eigh"`` (default), ``"svd"``; see `sketch_plugins.linalg.frequent_directions.fold`.
+        maximize: ascend.
+        chunk_size: see `CSAdam`. Beside tiles, a step takes memory for one parameter at a time.
+        preset: ``"default"``.
+
+    Raises:
+        ValueError: as `CSAdam`; in `step`, a gradient that is not finite.
+
+    Source: https://arxiv.org/abs/2302.03764, Alg. 2. Deviations: no projection onto a bounded set; one sketch for each
+    parameter; decoupled weight decay.
+    """
+
+    ADAM_SETTINGS: ClassVar[bool] = False
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        **{name: COMMON[name] for name in _COMMON},
+        "rank": Option(
+            "rank",
+            int,
+            "directions kept (default 10)",
+            allowed="an integer >= 1",
+            check=lambda v: v >= 1,
+            structural=True,
+        ),
+        "solver": Option("solver", str, "decomposition (default 'eigh')", choices=("eigh", "svd")),
+    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {"maximize": False, "chunk_size": 0, "solver": "eigh"}}
+    FIXED: ClassVar[dict[str, Any]] = {
+        "min_compress_size": 0,
+        "row_sparse": False,
+        "compile": False,
+        "fused": False,
+        "capturable": False,
+        "stochastic_rounding": False,
+        "seed": 0,
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.1,
+        eps: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        preset: str = "default",
+        rank: int = 10,
+        solver: str | None = None,
+        maximize: bool | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+
+    def _further(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Further]:
+        return {"preconditioner": _vector(p.numel(), group["rank"])} if p.numel() else {}
+
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
+        return Rule(
+            first=None,
+            second=None,
+            step_size=group["lr"],
+            correction=1.0,
+            decay=group["lr"] * group["weight_decay"],
+            lookahead=None,
+            denominator=None,
+        )
+
+    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> None:
+        check_finite(self, work)
+        super()._update(work)
+
+    def _eager(
+        self,
+        p: Tensor,
+        grad: Gradient,
+        rule: Rule,
+        state: Mapping[str, Any],
+        named: Mapping[str, Store],
+        group: Mapping[str, Any],
+    ) -> None:
+        side = _vector(p.numel(), group["rank"]).sides[0]
+        x = scratch.empty("preconditioned", grad.shape, grad.dtype, grad.device)
+        whole = Matrix(x)
+        if grad.rows is not None:
+            x.zero_()
+        for at in grad.batches():
+            whole.put(at, grad.get(at))
+        vector = x.view(-1, 1)
+        covariance = fd.fold(side.get(state["preconditioner"]), vector, 1.0, tail="paper", solver=group["solver"])
+        side.keep(state["preconditioner"], covariance)
+        inside, outside = fd.inverse_root(covariance, -0.5, group["eps"], "paper", relative=False)
+        fd.multiply(vector, covariance.vectors, inside, outside)
+        take(p, grad, whole, group["lr"], rule, state, group)
+
+
+def _vector(size: int, rank: int) -> Kronecker:
+    return Kronecker((size, 1), ((0, size), (0, 1)), (min(rank, size), 0), buffered=False)

@@ -1,0 +1,471 @@
+"""Sketchy against dense Shampoo, and what its sketches, grafts and schedules promise."""
+
+import io
+import math
+
+import pytest
+import torch
+
+from sketch_plugins import CSAdam, Sketchy, registry, state_report
+from sketch_plugins.linalg import kronecker
+from sketch_plugins.optim import sketchy
+
+SHAPES = [(12, 9), (6, 4, 3), (7, 300), (5,), ()]
+# Exact everywhere: the graft has a bucket for every row, the covariances every direction.
+FULL = {"compression": 1.0, "min_compress_size": 0, "rank": 10_000, "merge_dims": 1, "first_moment": "fp32"}
+
+
+def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, dtype=torch.float64, generator=g).to(dtype)) for s in shapes]
+
+
+def gradients(params, step):
+    """Correlated along both axes, of another size for each parameter."""
+    g = torch.Generator().manual_seed(100 + step)
+    out = []
+    for i, p in enumerate(params):
+        x = torch.randn(p.shape, dtype=torch.float64, generator=g) * 10.0 ** (i - 2)
+        if p.ndim > 1:
+            mix = torch.randn(p.shape[0], p.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+            x = torch.tensordot(mix, x, 1) * torch.linspace(0.1, 3, p.shape[-1], dtype=torch.float64)
+        out.append(x.to(p.dtype))
+    return out
+
+
+def train(optimizer, params, steps, first=0):
+    for step in range(first, first + steps):
+        for p, g in zip(params, gradients(params, step), strict=True):
+            p.grad = g
+        optimizer.step()
+
+
+class Dense:
+    """Kronecker-factored Shampoo with dense covariances and a dense graft, one parameter, written from the formulas."""
+
+    def __init__(self, p, graft="cs", lr=0.05, input="update", momentum="before", nesterov=True, statistics="accumulate",
+                 update_freq=1, beta=0.99, decay=0.0, clip=1.0, scale=True, ratio=16.0, eps=1e-6, start=1):  # fmt: skip
+        self.__dict__.update(locals())
+        self.t, self.v, self.m = 0, torch.zeros_like(p), torch.zeros_like(p)
+        n = p.numel()
+        self.axes = [] if p.ndim < 2 else [i for i, d in enumerate(p.shape) if d <= ratio * (n // d)]
+        self.gathered = {i: torch.zeros(p.shape[i], p.shape[i], dtype=p.dtype) for i in self.axes}
+        self.solved = {i: torch.zeros_like(c) for i, c in self.gathered.items()}
+        self.has_momentum = p.ndim > 1 and len(self.axes) == p.ndim
+
+    def update_of(self, g):
+        if self.graft == "none":
+            return g
+        beta2 = 0.999
+        if self.graft in ("cs", "rmsprop"):
+            self.v = beta2 * self.v + (1 - beta2) * g * g
+            u = g / ((self.v / (1 - beta2**self.t)).sqrt() + 1e-8)
+        else:  # sums
+            self.v = self.v + g * g
+            u = g / (self.v.sqrt() + 1e-8)
+        return u * self.size(u)
+
+    def size(self, u):
+        size = 1.0
+        if self.clip:
+            size /= max(1.0, u.pow(2).mean().sqrt().item() / self.clip)
+        if self.scale:
+            size *= max(1e-3, self.p.pow(2).mean().sqrt().item())
+        return size
+
+    def gather(self, x):
+        for i in self.axes:
+            unfolded = x.movedim(i, 0).flatten(1)
+            self.gathered[i] = self.beta * self.gathered[i] + unfolded @ unfolded.T
+
+    def precondition(self, x):
+        for i in self.axes:
+            if self.solved[i].any():
+                values, vectors = torch.linalg.eigh(self.solved[i])
+                values = values.clamp_min(0)
+                floor = len(values) * torch.finfo(x.dtype).eps / 2 * values.max()
+                root = (values.clamp_min(floor) + self.eps * values.max()) ** (-0.5 / x.ndim)
+                x = torch.tensordot((vectors * root) @ vectors.T, x, ([1], [i])).movedim(0, i)
+        return x
+
+    def average(self, x, b=0.9):
+        if not self.has_momentum:
+            return x
+        self.m = b * self.m + (1 - b) * x
+        if self.nesterov:
+            return (b * self.m + (1 - b) * x) / (1 - b ** (self.t + 1))
+        return self.m / (1 - b**self.t)
+
+    def due(self):
+        return self.t % self.update_freq == 0 or (self.t < self.update_freq and bin(self.t).count("1") == 1)
+
+    def step(self, g):
+        self.t += 1
+        u = self.update_of(g)
+        x = u if self.input == "update" else g
+        if self.statistics == "accumulate":
+            self.gather(x)
+        elif self.due():
+            self.gather(x)
+            self.solved = dict(self.gathered)
+        if self.t < self.start or not self.axes:
+            x = u
+        if self.momentum == "before":
+            x = self.average(x)
+        size = x.norm() if self.input == "update" or self.t < self.start else u.norm()
+        if self.t >= self.start and self.axes:
+            x = self.precondition(x)
+            if self.graft != "none":
+                x = x * size / x.norm()
+        if self.graft == "none":
+            x = x * self.size(x)
+        if self.momentum == "after":
+            x = self.average(x)
+        self.p = (1 - self.lr * self.decay) * self.p - self.lr * x
+        if self.statistics == "accumulate" and self.due():
+            self.solved = {i: c.clone() for i, c in self.gathered.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"update_freq": 3},
+        {"update_freq": 10, "nesterov": False},
+        {"update_freq": 4, "solver": "svd"},
+        {"update_freq": 2, "solver": "power"},
+        {"momentum": "after"},
+        {"graft": "rmsprop", "update_clip": 0.0, "scale_parameter": False},
+        {"graft": "adagrad", "update_clip": 0.3},
+        {"graft": "none", "update_clip": 0.5},
+        {"graft": "none", "update_clip": 0.0, "scale_parameter": False, "momentum": "after"},
+        {"input": "gradient", "nesterov": False},
+        {"input": "gradient", "start_preconditioning_step": 4, "momentum": "after"},
+        {"start_preconditioning_step": 5},
+        {"statistics": "sample", "update_freq": 3, "tail": "paper", "solver": "svd", "input": "gradient"},
+        {"statistics": "sample", "update_freq": 1, "tail": "sqrt", "momentum": "after", "weight_decay": 0.3},
+    ],
+    ids=str,
+)
+def test_a_rank_of_the_whole_axis_is_dense_shampoo(options):
+    """Nothing escapes a sketch as wide as its axis, so all forms of the tail agree with the dense method (float64)."""
+    params = parameters()
+    names = {"update_clip": "clip", "scale_parameter": "scale", "weight_decay": "decay"}
+    names["start_preconditioning_step"] = "start"
+    known = {names.get(k, k): v for k, v in options.items() if k not in ("solver", "tail")}
+    known = {"update_freq": 10, **known}
+    dense = [Dense(p.detach().clone(), **known) for p in params]
+    optimizer = Sketchy(params, lr=0.05, **{**FULL, **options})
+    for step in range(14):
+        grads = gradients(params, step)
+        for p, d, g in zip(params, dense, grads, strict=True):
+            p.grad = g
+            d.step(g)
+        optimizer.step()
+        for p, d in zip(params, dense, strict=True):
+            # The inverse roots of eigenvalues near round-off lose some digits.
+            torch.testing.assert_close(p.detach(), d.p, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("graft", sketchy.GRAFTS)
+@pytest.mark.parametrize("momentum", sketchy.PLACES)
+def test_every_graft_and_place_of_the_momentum_moves_downhill(graft, momentum):
+    p = torch.nn.Parameter(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)))
+    start = p.detach().square().sum()
+    lr = 0.02 if graft in ("cs", "rmsprop") else 0.2  # the steps of sums become shorter
+    optimizer = Sketchy([p], lr, graft=graft, momentum=momentum, rank=4, update_freq=3)
+    for _ in range(60):
+        p.grad = 2 * p.detach()
+        optimizer.step()
+    assert p.detach().square().sum() < 0.5 * start
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "paper", "momentum": "before"}, {"graft": "sm3"}], ids=str)
+def test_the_step_is_as_long_as_the_graft_s(options):
+    """Preconditioning turns the update; its norm stays that of the same optimizer without it."""
+    runs = []
+    for start in (1, 10**6):
+        params = parameters([(40, 24)])
+        options = {"rank": 4, "update_freq": 3, "first_moment": "fp32", **options}
+        optimizer = Sketchy(params, 0.01, start_preconditioning_step=start, **options)
+        if options.get("input") == "gradient" or options.get("preset") == "paper":
+            for group in optimizer.param_groups:
+                group["first_moment"] = "none"  # the size is then that of u, whatever is averaged
+        lengths = []
+        for step in range(7):
+            before = params[0].detach().clone()
+            train(optimizer, params, 1, first=step)
+            lengths.append((params[0].detach() - before).norm())
+            params[0].data.copy_(before)  # the same weights in both runs: RMS(p) is part of the step
+        runs.append((lengths, params[0].grad, before))
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-9, atol=0)
+
+
+def test_without_a_preconditioner_it_is_the_lean_count_sketch_update():
+    options = {"compression": 0.2, "min_compress_size": 0, "weight_decay": 0.1}
+    a, b = (parameters(dtype=torch.float32) for _ in range(2))
+    train(Sketchy(a, 0.05, precondition="none", **options), a, 5)
+    train(CSAdam(b, 0.05, preset="lean", **options), b, 5)
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_a_vocabulary_is_preconditioned_along_its_other_axis_alone():
+    optimizer = Sketchy(parameters([(2000, 16), (16, 2000), (30, 20), (40_000, 4000)][:3], torch.float32))
+    train(optimizer, optimizer.param_groups[0]["params"], 1)
+    table, head, hidden = (optimizer.state[p] for p in optimizer.param_groups[0]["params"])
+    assert set(table) == {"step", "second_moment", "preconditioner"}  # no momentum there
+    assert {k.split("_", 1)[1] for k in table["preconditioner"]} == {"0_1"}
+    assert {k.split("_", 1)[1] for k in head["preconditioner"]} == {"0_0"}
+    assert {k.split("_", 1)[1] for k in hidden["preconditioner"]} == {"0_0", "0_1"} and "first_moment" in hidden
+    plan = optimizer._plan(torch.empty(32_000, 4096, device="meta"), optimizer.param_groups[0])
+    assert [s.axis for s in plan.sides] == [1]  # longer than max_axis
+    everything = Sketchy([torch.nn.Parameter(torch.zeros(2000, 16))], precondition="all")
+    assert len(everything._plan(everything.param_groups[0]["params"][0], everything.param_groups[0]).sides) == 2
+
+
+def test_blocks_are_preconditioned_by_themselves():
+    whole, parts = parameters([(12, 10)]), parameters([(12, 10)])
+    pieces = [torch.nn.Parameter(t.clone()) for t in parts[0].detach().split(5, 1)]
+    options = {**FULL, "graft": "none", "scale_parameter": False, "update_clip": 0.0, "update_freq": 2}
+    a = Sketchy(whole, 0.01, max_block_dim=5, **options)
+    b = Sketchy(pieces, 0.01, max_block_dim=5, **options)
+    for step in range(6):
+        g = gradients(whole, step)[0]
+        whole[0].grad = g
+        for piece, part in zip(pieces, g.split(5, 1), strict=True):
+            piece.grad = part.clone()
+        a.step()
+        b.step()
+    # Rows (12) are cut into three blocks of 4, columns into two of 5.
+    assert len(a._plan(whole[0], a.param_groups[0]).sides) == 12
+    torch.testing.assert_close(whole[0].detach(), torch.cat([p.detach() for p in pieces], 1), rtol=1e-9, atol=1e-12)
+
+
+def test_ranks():
+    p = torch.nn.Parameter(torch.zeros(100, 40))
+
+    def ranks(**options):
+        optimizer = Sketchy([p], **options)
+        return [s.rank for s in optimizer._plan(p, optimizer.param_groups[0]).sides]
+
+    assert ranks(rank=8) == [8, 8]
+    assert ranks(rank=64) == [64, 40]
+    assert ranks(rank=0.25) == [25, 10]
+    assert ranks(rank=0.001) == [1, 1]
+    for bad in (0, -1, 2.5, math.nan, "many"):
+        with pytest.raises(ValueError, match=r"rank=.*an integer >= 1 or a fraction in \(0, 1\)"):
+            Sketchy([p], rank=bad)
+
+
+@pytest.mark.parametrize("budget", [6.0, 7.0, 20.0])
+def test_a_budget_is_kept_and_used(budget):
+    params = [torch.nn.Parameter(torch.randn(s)) for s in [(100, 40), (64, 64), (3, 200)]]
+    options = {"compression": 0.05, "min_compress_size": 0, "momentum_of": "all"}
+    optimizer = Sketchy(params, budget=budget, **options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for p, kept in zip(params, state_report(optimizer).parameters, strict=True):
+        assert kept.state_bytes <= budget * p.numel()
+        plan = optimizer._plan(p, optimizer.param_groups[0])
+        if plan is not None and any(0 < r < d for r, d in zip(plan.ranks, plan.dims, strict=True)):
+            more = 8 * sum(d for d, r in zip(plan.dims, plan.ranks, strict=True) if r and r < d) + 8 * len(plan.dims)
+            assert kept.state_bytes + more >= budget * p.numel()
+
+
+def test_an_impossible_budget_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"budget=0\.5 bytes.*too small"):
+        Sketchy([torch.nn.Parameter(torch.zeros(100, 40))], budget=0.5)
+    Sketchy([torch.nn.Parameter(torch.zeros(40))], budget=0.5)  # nothing to precondition, nothing to refuse
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tail": "paper"}, "tail='paper' needs statistics='sample'"),
+        ({"tail": "sqrt"}, "tail='sqrt' needs statistics='sample'"),
+        ({"statistics_freq": 3}, "statistics_freq=3 does not divide update_freq=10"),
+        ({"shampoo_beta": 1.0}, r"shampoo_beta=1\.0 is not allowed.*in \(0, 1\)"),
+        ({"solver": "qr"}, "solver='qr' is not one of 'svd', 'eigh', 'power'"),
+        ({"graft": "adam"}, "graft='adam' is not one of"),
+        ({"update_freq": 0}, "update_freq=0 is not allowed"),
+        ({"exponent": 0.5}, r"exponent=0\.5 is not allowed"),
+        ({"first_moment": "count_sketch"}, "first_moment='count_sketch' is not one of"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_meant_are_errors(options, words):
+    p = torch.nn.Parameter(torch.zeros(8, 8))
+    with pytest.raises(ValueError, match=words):
+        Sketchy([p], **options)
+    optimizer = Sketchy([torch.nn.Parameter(torch.zeros(8, 8))])
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": [p], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_neither_compiled_nor_captured():
+    for option in ("compile", "capturable"):
+        with pytest.raises(TypeError, match=option):
+            Sketchy([torch.nn.Parameter(torch.zeros(8, 8))], **{option: True})
+        with pytest.raises(ValueError, match=f"no option '{option}'"):
+            Sketchy([{"params": [torch.nn.Parameter(torch.zeros(8, 8))], option: True}])
+
+
+def snapshot(optimizer):
+    return [
+        t.clone()
+        for p in optimizer.param_groups[0]["params"]
+        for t in [p.detach(), *flat(optimizer.state[p])]
+    ]  # fmt: skip
+
+
+def flat(state):
+    for value in state.values():
+        yield from flat(value) if isinstance(value, dict) else [value]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_gradients_that_are_not_finite(value, preset):
+    params = parameters(dtype=torch.float32)
+    optimizer = Sketchy(params, preset=preset, update_freq=2)
+    train(optimizer, params, 3)
+    before = snapshot(optimizer)
+    for p, g in zip(params, gradients(params, 3), strict=True):
+        p.grad = g
+    params[1].grad[2, 1, 1] = value
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0, of shape \(6, 4, 3\), has a gradient that is not fin"):
+        optimizer.step()
+    assert all(map(torch.equal, snapshot(optimizer), before))
+    optimizer.param_groups[0]["nonfinite"] = "skip"
+    optimizer.step()
+    assert all(map(torch.equal, snapshot(optimizer), before))
+    params[1].grad[2, 1, 1] = 0.5
+    optimizer.step()
+    assert not torch.equal(snapshot(optimizer)[0], before[0])
+    assert all(torch.isfinite(t).all() for t in snapshot(optimizer))
+
+
+def test_low_rank_and_vanishing_gradients():
+    """Rank 1 below the sketch's rank, zeros, then something new: nothing is amplified beyond the graft's norm."""
+    params = parameters([(30, 20)], torch.float32)
+    optimizer = Sketchy(params, 0.01, rank=8, update_freq=1)
+    u, v = torch.randn(30, 1), torch.randn(1, 20)
+    for g in [*[u @ v] * 5, *[torch.zeros(30, 20)] * 3, torch.randn(30, 20) * 1e-12, torch.randn(30, 20)]:
+        before = params[0].detach().clone()
+        params[0].grad = g
+        optimizer.step()
+        assert all(torch.isfinite(t).all() for t in snapshot(optimizer))
+        # RMS(u) is clipped at 1, and relative to the weights.
+        assert (params[0] - before).norm() <= 0.0101 * before.norm()
+
+
+def test_first_steps_of_zeros_change_nothing_but_the_counter():
+    params = parameters(dtype=torch.float32)
+    optimizer = Sketchy(params, 0.1)
+    before = [p.detach().clone() for p in params]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    train(optimizer, params, 3)
+    assert all(torch.isfinite(t).all() for t in snapshot(optimizer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"solver": "power", "refresh_every": 2}, {"preset": "paper"}], ids=str)
+@pytest.mark.parametrize("stop", [3, 7, 10])
+def test_a_run_resumed_between_solves_is_the_uninterrupted_one(dtype, options, stop):
+    shapes = [(40, 24), (500, 8), (6, 4, 3), (5,)]
+    options = {"rank": 4, "update_freq": 5, **options}
+    straight = parameters(shapes, dtype)
+    train(Sketchy(straight, 0.05, **options), straight, 14)
+    params = parameters(shapes, dtype)
+    first = Sketchy(params, 0.05, **options)
+    train(first, params, stop)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = Sketchy(params, 0.05, **options)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert all(t.dtype != torch.bfloat16 for t in flat(second.state[params[0]]["preconditioner"]))
+    train(second, params, 14 - stop, first=stop)
+    assert all(map(torch.equal, params, straight))
+
+
+def test_state_of_another_rank_or_kind_is_refused():
+    params = parameters(dtype=torch.float32)
+    optimizer = Sketchy(params, rank=4)
+    train(optimizer, params, 1)
+    saved = optimizer.state_dict()
+    for options in ({"rank": 5}, {"statistics": "sample"}, {"max_block_dim": 5}, {"graft": "sm3"}, {"budget": 20.0}):
+        with pytest.raises(ValueError, match=f"written with {next(iter(options))}="):
+            Sketchy(params, **{"rank": 4, **options}).load_state_dict(saved)
+    damaged = optimizer.state_dict()
+    damaged["state"][0] = {**damaged["state"][0], "preconditioner": {}}
+    with pytest.raises(ValueError, match="saved preconditioner of parameter 0"):
+        Sketchy(params, rank=4).load_state_dict(damaged)
+
+
+def test_equal_shapes_are_solved_in_one_call(monkeypatch):
+    calls = []
+    fold = kronecker.fd.fold
+
+    def counted(old, *args, **kwargs):
+        calls.append(tuple(old.vectors.shape))
+        return fold(old, *args, **kwargs)
+
+    monkeypatch.setattr(kronecker.fd, "fold", counted)
+    params = parameters([(24, 24)] * 3 + [(24, 48)] * 2 + [(900, 24)], torch.float32)
+    train(Sketchy(params, rank=4, update_freq=5), params, 1)
+    # 3 * 2 + 2 + 1 axes of 24, 2 of 48; the axis of 900 has none.
+    assert sorted(calls) == [(2, 48, 4), (9, 24, 4)]
+    calls.clear()
+    monkeypatch.setattr(kronecker, "STACK", 24 * 8 * 4)
+    train(Sketchy(params, rank=4, update_freq=5), params, 1)
+    assert sorted(calls) == [(1, 24, 4), (2, 48, 4), (4, 24, 4), (4, 24, 4)]
+
+
+def test_solves_happen_when_they_are_due(monkeypatch):
+    when = []
+    params = parameters([(12, 9)], torch.float32)
+    optimizer = Sketchy(params, update_freq=6, solver="power", refresh_every=2)
+    monkeypatch.setattr(sketchy, "solve", lambda sides, decay, tail, solver: when.append((step, solver)))
+    for step in range(1, 25):
+        train(optimizer, params, 1, first=step)
+    assert when == [
+        (1, "eigh"), (2, "eigh"), (4, "eigh"), (6, "power"), (12, "eigh"), (18, "power"), (24, "eigh")
+    ]  # fmt: skip
+
+
+def test_row_sparse_gradients_take_the_graft_s_step():
+    p, q = (torch.nn.Parameter(torch.ones(300, 8)) for _ in range(2))
+    a, b = Sketchy([p], 0.1, rank=2, compression=0.1), CSAdam([q], 0.1, preset="lean", weight_decay=0, compression=0.1)
+    for step in range(4):
+        index = torch.tensor([[1, 5, 7 + step]])
+        for x in (p, q):
+            values = torch.randn(3, 8, generator=torch.Generator().manual_seed(step))
+            x.grad = torch.sparse_coo_tensor(index, values, x.shape, check_invariants=True)
+        a.step()
+        b.step()
+    assert torch.equal(p, q) and torch.equal(p[20:], torch.ones(280, 8))
+    p.grad = torch.randn(300, 8)  # and dense ones may follow
+    a.step()
+    assert torch.isfinite(p).all()
+
+
+def test_the_lm_head_and_every_hidden_matrix_of_a_model_share_a_budget_below_two_bytes():
+    """Bytes a parameter on BERT-base's shapes, by default."""
+    from tests.memory.test_memory import bert_base_shapes
+
+    with torch.device("meta"):
+        report = state_report(Sketchy([torch.nn.Parameter(torch.empty(s)) for s in bert_base_shapes()]))
+    assert report.bytes_per_param < 2.0
+
+
+def test_registry_and_text():
+    parsed = registry.parse_options("sketchy", {"rank": "64", "update_freq": "10", "graft": "sm3", "nesterov": "false"})
+    assert parsed == {"rank": 64.0, "update_freq": 10, "graft": "sm3", "nesterov": False}
+    assert registry.get("sketchy").cls is Sketchy
