@@ -179,7 +179,9 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
             state = optimizer.state.get(p, {})
             if not state and not p.requires_grad:
                 continue  # frozen: no optimizer will keep anything for it
-            stores = {key: n for key, value in state.items() if (n := sum(_sizes(value)))}
+            # A scalar of its own is a step counter.
+            kept = {key: value for key, value in state.items() if not (isinstance(value, Tensor) and value.ndim == 0)}
+            stores = {key: n for key, value in kept.items() if (n := sum(_sizes(value)))}
             planned = not state and plan is not None and p.numel() > 0
             if planned and plan is not None:
                 stores = {name: n for name, (_, n) in plan(p, group).items()}
@@ -208,8 +210,7 @@ def format_bytes(n: float) -> str:
 
 def _sizes(value: Any) -> Iterator[int]:
     if isinstance(value, Tensor):
-        if value.ndim > 0:
-            yield value.numel() * value.element_size()
+        yield value.numel() * value.element_size()
     elif isinstance(value, Mapping):
         for v in value.values():
             yield from _sizes(v)

@@ -72,6 +72,8 @@ class Sketchy(SketchOptimizer):
     ========== =========================================================================================================
     default    graft "cs", update_clip 1, scale_parameter, input "update", momentum before, Nesterov, tail "trace",
                statistics "accumulate", solver "eigh", update_freq 10, rank 32
+    exact      no covariances, graft "rmsprop", no momentum: the same size of step at 4 bytes a parameter. For parameter
+               groups
     paper      graft "rmsprop", no clipping, lr absolute, input "gradient", momentum after, tail "paper", statistics
                "sample", solver "svd", update_freq 10, rank 256, shampoo_beta 0.999, Nesterov, fp32 momentum: the form
                of the paper and of its code
@@ -102,8 +104,9 @@ class Sketchy(SketchOptimizer):
         input: what is preconditioned and whose covariance it is: ``"update"``, the graft's update, or ``"gradient"``.
         graft: ``"cs"``, ``"rmsprop"``, ``"adagrad"``, ``"sm3"`` or ``"none"`` (x itself is the step: lr absolute).
         matrix_eps: :math:`\epsilon`, relative to the largest eigenvalue (default 1e-6).
-        exponent: of each axis; 0 (default): :math:`-1 / (2 r)`.
-        momentum: ``"before"``: of u (or g), preconditioned; ``"after"``: of the grafted x, as in the paper's code.
+        exponent: a of :math:`(L_i + \epsilon)^{-a}`; 0 (default): :math:`1 / (2 r)`.
+        momentum_placement: ``"before"``: of u (or g), preconditioned; ``"after"``: of the grafted x, as in the
+            paper's code.
         nesterov: the step uses :math:`\beta_1 m_t + (1 - \beta_1) u_t`.
         momentum_of: ``"preconditioned"`` (default): tensors with a covariance for every axis keep a first moment;
             ``"all"``: embeddings, heads and vectors, too.
@@ -142,7 +145,6 @@ class Sketchy(SketchOptimizer):
     "paper" has none of these; momentum and grafting there follow the authors' code.
     """
 
-    ADAM_SETTINGS: ClassVar[bool] = False
     # Decompositions are neither compiled nor captured.
     FIXED: ClassVar[dict[str, Any]] = FIXED
     OPTIONS: ClassVar[dict[str, Option]] = {
@@ -213,11 +215,13 @@ class Sketchy(SketchOptimizer):
                 Option(
                     "exponent",
                     float,
-                    "of each axis' covariance (default 0: -1 / (2 * axes))",
-                    allowed="a number in [-1, 0]",
-                    check=lambda v: -1 <= v <= 0,
+                    "each axis is multiplied by its covariance to minus this (default 0: 1 / (2 * axes))",
+                    allowed="a number in [0, 1]",
+                    check=lambda v: 0 <= v <= 1,
                 ),
-                Option("momentum", str, "'before' preconditioning (default) or 'after' grafting", choices=PLACES),
+                Option(
+                    "momentum_placement", str, "'before' preconditioning (default) or 'after' grafting", choices=PLACES
+                ),
                 Option("nesterov", bool, "Nesterov's momentum (default True)"),
                 Option(
                     "momentum_of",
@@ -233,8 +237,8 @@ class Sketchy(SketchOptimizer):
                     "max_aspect_ratio",
                     float,
                     "nor have axes longer than this times the rest of the tensor (default 16)",
-                    allowed="a number >= 1",
-                    check=lambda v: v >= 1,
+                    allowed="a number > 0",
+                    check=lambda v: v > 0,
                     structural=True,
                 ),
                 Option(
@@ -272,7 +276,7 @@ class Sketchy(SketchOptimizer):
             "graft": "cs",
             "matrix_eps": 1e-6,
             "exponent": 0.0,
-            "momentum": "before",
+            "momentum_placement": "before",
             "nesterov": True,
             "momentum_of": "preconditioned",
             "merge_dims": 1024,
@@ -295,8 +299,9 @@ class Sketchy(SketchOptimizer):
             "statistics": "sample",
             "input": "gradient",
             "graft": "rmsprop",
-            "momentum": "after",
+            "momentum_placement": "after",
         },
+        "exact": {"precondition": "none", "graft": "rmsprop"},
     }
 
     def __init__(
@@ -322,7 +327,7 @@ class Sketchy(SketchOptimizer):
         graft: str | None = None,
         matrix_eps: float | None = None,
         exponent: float | None = None,
-        momentum: str | None = None,
+        momentum_placement: str | None = None,
         nesterov: bool | None = None,
         momentum_of: str | None = None,
         merge_dims: int | None = None,
@@ -492,14 +497,15 @@ class Sketchy(SketchOptimizer):
                 lookahead, correction = beta1 / (1.0 - beta1), (1.0 - beta1) / (1.0 - beta1 ** (step + 1))
             else:
                 correction = 1.0 / (1.0 - beta1**step)
-        before = group["momentum"] == "before"
+        before = group["momentum_placement"] == "before"
         if first is not None and before:
             _average(whole, grad, first, state["first_moment"], Ema(beta1, 1.0 - beta1, step), lookahead)
         norm = _norm(x) if of_update else (squares.sqrt() * size)
         if not of_update and before:
             correction = 1.0  # the size is the graft's own
         if started:
-            plan.precondition(covariances, x, group["exponent"] or -0.5 / len(plan.dims), group["matrix_eps"], tail)
+            exponent = -(group["exponent"] or 0.5 / len(plan.dims))
+            plan.precondition(covariances, x, exponent, group["matrix_eps"], tail)
             if group["graft"] != "none":
                 now = _norm(x)
                 x.mul_(torch.where(now > 0, norm / now, 0.0))
@@ -650,7 +656,10 @@ def _all_finite(grads: Iterable[Tensor]) -> bool:
     values = [g.values() if g.layout == torch.sparse_coo else g for g in grads if g.numel()]
     if not values:
         return True
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(values, norm_type=float("inf"))))  # NaN comes through
+    # The norm is the quickest look at everything. It may overflow where no number is infinite: then they are looked at.
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(values))):
+        return True
+    return all(bool(torch.isfinite(g).all()) for g in values)
 
 
 def _norm(x: Tensor) -> Tensor:

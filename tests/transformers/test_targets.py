@@ -9,7 +9,8 @@ from sketch_transformers.targets import select_parameters
 
 def options_of(name):
     sketch = ",compression=0.25" if "compression" in registry.get(name).options else ""
-    return f"min_compress_size=256{sketch}"
+    rank = ",rank=1" if "rank" in registry.get(name).options else ""
+    return f"min_compress_size=256{sketch}{rank}"
 
 
 def names_of(model, params):

@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Time of whole training steps (forward, backward, optimizer) beside AdamW(fused), on a stack of BERT-base's layers.
+
+The two train copies of one model on the same data, step by step in turn, so that the ratio holds on a machine whose
+speed drifts. What an optimizer does every n-th step only (Sketchy's solves) counts: means over whole periods.
+
+    python benchmarks/bench_training.py                       # Sketchy, 16 x 128 tokens, 2 layers
+    python benchmarks/bench_training.py --layers 12 --device cuda --optimizers sketchy,sketchy:solver=power
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from bench_step import build, hardware, temporary_memory, timed
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sketch_plugins import state_report
+
+RESULTS = Path(__file__).parent / "results"
+FIELDS = (
+    "optimizer", "layers", "batch", "length", "dtype", "device", "hardware", "threads", "torch", "steps", "training_ms",
+    "adamw_training_ms", "x_adamw_training", "step_ms", "adamw_step_ms", "share", "bytes_per_param", "temporary_mb",
+    "largest_tensor_mb",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optimizers", default="sketchy,sketchy:solver=power,sketchy:rank=64,cs_adam:preset=lean")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20, help="a multiple of update_freq")
+    parser.add_argument("--out", type=Path, help="CSV (default: benchmarks/results/training_<device>_<dtype>.csv)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    names = args.optimizers.split(",")
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=len(names) * (args.warmup + args.steps))
+        for name in names:
+            progress.update(task, description=name)
+            rows.append(measure(name, args, lambda: progress.advance(task)))
+    out = args.out or RESULTS / f"training_{args.device}_{args.dtype}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
+    print(f"written to {out}")
+
+
+def measure(name: str, args: argparse.Namespace, tick) -> dict[str, object]:
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True)
+    models = [torch.nn.TransformerEncoder(layer, args.layers, enable_nested_tensor=False).to(device, dtype)]
+    models.append(copy.deepcopy(models[0]))
+    optimizers = [
+        build(name, list(models[0].parameters())),
+        torch.optim.AdamW(models[1].parameters(), lr=1e-4, fused=True),
+    ]
+    data = torch.randn(args.batch, args.length, 768, device=device, dtype=dtype)
+    target = torch.randn_like(data)
+
+    def gradients(model: torch.nn.Module) -> None:
+        model.zero_grad(set_to_none=False)
+        torch.nn.functional.mse_loss(model(data), target).backward()
+
+    times: list[tuple[float, ...]] = []
+    for i in range(args.warmup + args.steps):
+        row = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            row += [timed(lambda m=model: gradients(m), device), timed(optimizer.step, device)]
+        times += [tuple(row)] if i >= args.warmup else []
+        tick()
+    passes, step, adamw_passes, adamw_step = (statistics.fmean(t[i] for t in times) for i in range(4))
+    # Forward and backward are the same work for both: their mean stands for both, or its noise would be the result.
+    passes = adamw_passes = (passes + adamw_passes) / 2
+    largest = max(p.numel() for p in models[0].parameters())
+    return {
+        "optimizer": name,
+        "layers": args.layers,
+        "batch": args.batch,
+        "length": args.length,
+        "dtype": args.dtype,
+        "device": args.device,
+        "hardware": hardware(device),
+        "threads": args.threads if device.type == "cpu" else "",
+        "torch": torch.__version__,
+        "steps": args.steps,
+        "training_ms": round(passes + step, 1),
+        "adamw_training_ms": round(adamw_passes + adamw_step, 1),
+        "x_adamw_training": round((passes + step) / (adamw_passes + adamw_step), 3),
+        "step_ms": round(step, 2),
+        "adamw_step_ms": round(adamw_step, 2),
+        "share": round(step / (passes + step), 3),
+        "bytes_per_param": round(state_report(optimizers[0]).bytes_per_param, 3),
+        "temporary_mb": temporary_memory(optimizers[0].step, device),
+        "largest_tensor_mb": round(4 * largest / 1e6, 1),
+    }
+
+
+def table(rows: list[dict[str, object]]) -> Table:
+    first = rows[0]
+    out = Table(
+        title=f"training steps: {first['layers']} layers of BERT-base, {first['batch']} x {first['length']}, "
+        f"{first['dtype']}",
+        caption=f"{first['hardware']}, torch {first['torch']}; means of {first['steps']} steps",
+    )
+    out.add_column("optimizer")
+    for heading in (
+        "training step ms",
+        "AdamW's",
+        "ratio",
+        "optimizer.step ms",
+        "AdamW's",
+        "state B/param",
+        "temporary MB",
+        "largest tensor MB",
+    ):
+        out.add_column(heading, justify="right")
+    for row in rows:
+        keys = ("training_ms", "adamw_training_ms", "x_adamw_training", "step_ms", "adamw_step_ms", "bytes_per_param")
+        out.add_row(
+            *map(str, (row["optimizer"], *(row[k] for k in keys), row["temporary_mb"], row["largest_tensor_mb"]))
+        )
+    return out
+
+
+if __name__ == "__main__":
+    main()
