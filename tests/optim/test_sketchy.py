@@ -43,8 +43,9 @@ def train(optimizer, params, steps, first=0):
 class Dense:
     """Kronecker-factored Shampoo with dense covariances and a dense graft, one parameter, written from the formulas."""
 
-    def __init__(self, p, graft="cs", lr=0.05, input="update", momentum="before", nesterov=True, statistics="accumulate",
-                 update_freq=1, beta=0.99, decay=0.0, clip=1.0, scale=True, ratio=16.0, eps=1e-6, start=1):  # fmt: skip
+    def __init__(self, p, graft="cs", lr=0.05, input="update", momentum="before", nesterov=True,
+                 statistics="accumulate", update_freq=1, beta=0.99, decay=0.0, clip=1.0, scale=True, ratio=16.0,
+                 eps=1e-6, start=1):  # fmt: skip
         self.__dict__.update(locals())
         self.t, self.v, self.m = 0, torch.zeros_like(p), torch.zeros_like(p)
         n = p.numel()
@@ -335,7 +336,9 @@ def test_gradients_that_are_not_finite(value, preset):
     for p, g in zip(params, gradients(params, 3), strict=True):
         p.grad = g
     params[1].grad[2, 1, 1] = value
-    with pytest.raises(ValueError, match=r"parameter 1 of group 0, of shape \(6, 4, 3\), has a gradient that is not fin"):
+    with pytest.raises(
+        ValueError, match=r"parameter 1 of group 0, of shape \(6, 4, 3\), has a gradient that is not fin"
+    ):
         optimizer.step()
     assert all(map(torch.equal, snapshot(optimizer), before))
     optimizer.param_groups[0]["nonfinite"] = "skip"
