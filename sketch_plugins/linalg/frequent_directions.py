@@ -152,20 +152,21 @@ def spectrum(sketch: Covariance, tail: str) -> tuple[Tensor, Tensor]:
 
 
 def inverse_root(
-    sketch: Covariance, exponent: float, eps: float, tail: str, relative: bool = True
+    sketch: Covariance, exponent: float, eps: float, tail: str, relative: bool = True, units: float | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""``(*, k)`` and ``(*)``: :math:`(\lambda + \epsilon \lambda_{max})^{exponent}` inside and outside of V.
 
     Not ``relative``: :math:`(\lambda + \epsilon)^{exponent}`.
 
     The tail is floored at round-off, :math:`d \, u \, \lambda_{max}` with u half a unit in the last place: a covariance
-    of rank k or less leaves nothing but that in the tail, and its inverse root would amplify directions never seen. Of
-    a covariance that is 0 both are 1.
+    of rank k or less leaves nothing but that in the tail, and its inverse root would amplify directions never seen.
+    Where x itself is in the sketch before it is multiplied a lower floor does, ``units`` in place of d. Of a covariance
+    that is 0 both are 1.
     """
     inside, outside = spectrum(sketch, tail)
     top = inside.amax(-1)
     d = sketch.vectors.shape[-2]
-    floor = (d * torch.finfo(inside.dtype).eps / 2) * top
+    floor = ((d if units is None else units) * torch.finfo(inside.dtype).eps / 2) * top
     outside, shift = torch.maximum(outside, floor), eps * top if relative else torch.full_like(top, eps)
     inside = torch.maximum(inside, floor.unsqueeze(-1))
     nothing = top <= 0

@@ -29,26 +29,31 @@ class SAdagrad(SketchOptimizer):
         \theta_{t+1} = (1 - \gamma \lambda) \theta_t
             - \gamma \left( B_t^\top B_t + \rho_{1:t} I + \epsilon I \right)^{-1/2} g_t
 
-    Its regret exceeds that of full-matrix Adagrad by what the spectrum has beyond rank k (the paper's section 4). It is
-    the method of a convex problem, such as a linear model of many features; for the matrices of a network there is
-    `Sketchy`. State: ``4 * rank`` bytes a parameter. Sparse gradients are made dense, one parameter at a time.
+    Its regret is bounded by that of full-matrix Adagrad and a term in the root of what the spectrum sums up to beyond
+    rank k (the paper's section 4); a rank of d or more is full-matrix Adagrad. Like that, and unlike the diagonal
+    method, it does not depend on the basis. It is the method of a convex problem, such as a linear model; for the
+    matrices of a network there is `Sketchy`. State of a parameter: ``rank * (d + 1) + 2`` numbers of 4 bytes (float64
+    parameters: 8), rank being d at most. Sparse gradients are made dense, one parameter at a time: every row moves; a
+    gradient without any rows changes nothing.
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
         lr: learning rate, float or tensor (default 0.1).
-        eps: added to the eigenvalues (default 0; below round-off of the largest one nothing is resolved anyway).
+        eps: added to the eigenvalues (default 0). They are floored at rank + 1 units in the last place of the largest.
         weight_decay: decoupled weight decay (default 0).
         rank: k, directions kept (default 10). The paper's sketch has ``rank + 1`` rows, of which one is empty.
         solver: ``"eigh"`` (default), ``"svd"``; see `sketch_plugins.linalg.frequent_directions.fold`.
         maximize: ascend.
-        chunk_size: see `CSAdam`. Beside tiles, a step takes memory for one parameter at a time.
+        chunk_size: see `CSAdam`. Beside tiles, a step takes memory for one parameter at a time, several times that of
+            its sketch.
         preset: ``"default"``.
 
     Raises:
-        ValueError: as `CSAdam`; in `step`, a gradient that is not finite.
+        ValueError: as `CSAdam`; in `step`, a gradient that is not finite: nothing has been changed then.
 
-    Source: https://arxiv.org/abs/2302.03764, Alg. 2. Deviations: no projection onto a bounded set; one sketch for each
-    parameter; decoupled weight decay.
+    Source: https://arxiv.org/abs/2302.03764, Alg. 1 and 2. Deviations: no projection onto a bounded set; one sketch for
+    each parameter; where the sum is singular a floor at round-off in place of the pseudo-inverse: as the gradient is in
+    the sketch before it is multiplied, they agree up to the root of the precision; decoupled weight decay.
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False
@@ -125,9 +130,14 @@ class SAdagrad(SketchOptimizer):
         for at in grad.batches():
             whole.put(at, grad.get(at))
         vector = x.view(-1, 1)
+        if grad.rows is not None:
+            # The root mixes the numbers: every one of them takes a step.
+            grad = Gradient(whole, None, grad.dtype, grad.chunk, grad.shape)
         covariance = fd.fold(side.get(state["preconditioner"]), vector, 1.0, tail="paper", solver=group["solver"])
         side.keep(state["preconditioner"], covariance)
-        inside, outside = fd.inverse_root(covariance, -0.5, group["eps"], "paper", relative=False)
+        # What the decomposition of rank + 1 columns resolves. Not d: of 100,000 numbers that is 0.6 % of the largest.
+        units = 2.0 * (side.rank + 1)
+        inside, outside = fd.inverse_root(covariance, -0.5, group["eps"], "paper", relative=False, units=units)
         fd.multiply(vector, covariance.vectors, inside, outside)
         take(p, grad, whole, group["lr"], rule, state, group)
 

@@ -728,8 +728,9 @@ def check_finite(optimizer: SketchOptimizer, work: list[tuple[Tensor, dict[str, 
         if _all_finite([grad.matrix.tensor]) or group.get("nonfinite") == "skip":
             continue
         index = next(i for i, other in enumerate(group["params"]) if other is p)
+        skip = ", or leave such steps out: nonfinite='skip'" if "nonfinite" in optimizer.OPTIONS else ""
         raise ValueError(
             f"{optimizer._label(group, index)} has a gradient that is not finite; nothing has been changed. Scale the "
-            "loss or clip, or leave such steps out: nonfinite='skip'"
+            f"loss or clip{skip}"
         )
     return False
