@@ -49,7 +49,7 @@ class RowCountMin(CountMin):
             row.index_copy_(0, grad.rows, scale)
         # x_i enters the profile with weight gain / r_i', and takes the share gain * mean_i / r_i' of it.
         weight = torch.where(scale > 1e-30, ema.gain / scale, 0.0)  # below, the quotient overflows
-        share = means.mul_(weight)
+        share = means.mul_(weight).clamp_(max=1.0)  # a row's first gradient is all of it, but for a rounding
         index = torch.arange(grad.shape[0], device=grad.device) if grad.rows is None else grad.rows
         for j, h in enumerate(self.hashes(grad.shape[0])):
             segments = Segments.of(h, index)

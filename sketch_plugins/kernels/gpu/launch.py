@@ -285,7 +285,7 @@ def _fold(w: Work) -> None:
 def _folding(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> tuple[Tensor, Any]:
     """The one row that describes ``w``, and what both kernels are compiled for."""
     row, _ = _describe(w, _FOLDING, 0, 0)
-    row[common.TILES.value] = -(-w.p.shape[1] // _fold_columns(w))
+    row[common.TILES.value] = -(-w.p.shape[1] // _fold_columns(w))  # read by `fold.dense`
     row[common.WIDTH.value] = store.buckets(w.p.shape[0])
     row[common.HASHES.value] = _hashes(store, w.p.shape[0], w.p.device).data_ptr()
     row[common.WEIGHTS.value] = 0 if weights is None else weights.data_ptr()
@@ -328,7 +328,7 @@ def _profile_weights(w: Work, state: dict[str, Tensor]) -> Tensor:
     if w.rows is not None:
         kept.index_copy_(0, w.rows, scale)
     weight = torch.where(scale > 1e-30, ema.gain / scale, 0.0)
-    torch.mul(means, weight, out=weights[1])
+    torch.mul(means, weight, out=weights[1]).clamp_(max=1.0)
     means.copy_(weight)
     return weights
 
@@ -340,7 +340,7 @@ def _fold_touched(w: Work, store: Sketch, table: Tensor, signed: bool, weights: 
     bucket, order = ((w.rows * hashes[:, :1] + hashes[:, 1:2]) % r % width).sort(dim=1, stable=True)
     powers = _powers(ema.decay, ema.gain, -(-r // width), w.p.device)
     description, shared = _folding(w, store, table, signed, weights)
-    n = shared["N"]
+    n = shared["N"] = min(256, triton.next_power_of_2(d))  # few rows: longer pieces of them
     fold.touched[(len(w.rows), -(-d // n), store.depth)](
         description, _numbers([w], w.p.device), order, bucket, powers,
         MODE=_mode(w), M=4, num_warps=max(1, min(4, n // 32)), **shared,
