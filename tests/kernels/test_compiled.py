@@ -17,7 +17,10 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # Nothing may spill. Registers: 512 threads of 128 fill an SM's 65536; measured 88 at most in the dense steps.
 REGISTERS = {"sm_80": 128, "sm_90": 128, "gfx942": 128}
 # Rows of a multiple of 16 numbers: the main path.
-WIDE = {"adam", "adam_bf16", "lean", "adam_dense_moment", "exact", "adam_cover", "momentum", "sm3", "sm3_lean"}
+WIDE = {
+    "adam", "adam_bf16", "lean", "adam_dense_moment", "exact", "adam_cover", "momentum", "sm3", "sm3_lean", "sm3_one",
+    "bf16_tables",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", REGISTERS)

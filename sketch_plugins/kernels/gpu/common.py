@@ -148,4 +148,5 @@ def held(x, t, s, cell, STREAM: tl.constexpr, TYPE: tl.constexpr):
     """What a table of this type holds of ``x``: itself, or rounded to bfloat16 with the noise of its ``cell``."""
     if TYPE == tl.bfloat16:
         return to_bf16(x, noise(t, s, cell, STREAM))
-    return x
+    else:  # a type of its own for each case
+        return x

@@ -42,7 +42,8 @@ def _cell(x, rows, hashes, SIGNED: tl.constexpr):
 def _held(x, t, s, cell, SIGNED: tl.constexpr, TYPE: tl.constexpr):
     if SIGNED:
         return held(x, t, s, cell, TABLE1, TYPE)
-    return held(x, t, s, cell, TABLE2, TYPE)
+    else:
+        return held(x, t, s, cell, TABLE2, TYPE)
 
 
 @triton.jit
