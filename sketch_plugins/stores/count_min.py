@@ -51,7 +51,7 @@ class CountMin(Sketch):
     def _combine(self, estimates: list[Tensor]) -> Tensor:
         least = estimates[0]
         for other in estimates[1:]:
-            least = torch.minimum(least, other)
+            least = torch.minimum(least, other, out=least)  # of two or more tables: copies
         return least
 
     def clean(self, state: State, factor: float, step: int = 0) -> None:

@@ -154,11 +154,11 @@ class Sketch(Store):
                     cells.mul_(at.get(weights, 0, 1))
                 if not h.strided:
                     cells = place.from_rows(cells)
-                sums = cells[0]
-                if place.cycles > 1:
-                    sums = torch.sum(cells, [0], **scratch.out("sums", sums))
+                # The slot of the factors: nothing else of a step is needed before its sketches are written.
+                slot = scratch.out("factor" if total is None else "sums", cells[0])
+                sums = torch.sum(cells, [0], **slot) if place.cycles > 1 or total is None else cells[0]
                 if total is None:
-                    total = scratch.cast("bucket sums", sums, sums.dtype)  # the first of them is as large as any
+                    total = sums  # the first of them is as large as any
                 else:
                     total[: len(sums)].add_(sums)
             assert total is not None
@@ -215,7 +215,7 @@ class Sketch(Store):
             if isinstance(where, Rows):
                 where.put(flat, cells)
             return
-        new = scratch.cast("table", cells, total.dtype).mul_(decay).add_(total)
+        new = scratch.cast("decoded", cells, total.dtype).mul_(decay).add_(total)
         where.put(flat, self._rounded(new, where, flat.shape[1], self.noise_seed, step))
 
     def _rewrite(self, table: Tensor, value: Callable[[Tensor], Tensor], seed: int, step: int) -> None:
