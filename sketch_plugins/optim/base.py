@@ -150,6 +150,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @_outside_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step. Every gradient is looked at before the first parameter changes: an error leaves all as it was.

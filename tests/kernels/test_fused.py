@@ -471,6 +471,115 @@ def test_what_kernels_cannot_take_goes_the_eager_way_with_a_warning():
     assert (p < 0).all()
 
 
+class Unread(torch.Tensor):
+    """Numbers on a device: whoever looks at one would wait for it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("item", "tolist", "cpu", "numpy", "__array__", "__float__", "__int__", "__bool__", "__index__"):
+            raise AssertionError(f"{name} of a number that is on the device")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+ON_DEVICE = [
+    (CSAdam, {"update_clip": 0.3, "scale_parameter": True}),
+    (CSAdam, {"preset": "paper_cs_mv", "clean_every": 0, "allow_dense_count_sketch": True}),
+    (CSAdam, {"second_moment": "row_count_min", "table_dtype": "bf16"}),
+    (CSAdam, {"second_moment": "cover", "maximize": True}),
+    (CSAdagrad, {"weight_decay": 0.1, "lr_decay": 0.1}),
+    (SM3, {"variant": "I"}),
+]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("cls", "options"), ON_DEVICE, ids=str)
+def test_numbers_that_live_on_a_device_are_not_looked_at(kernels, cls, options, sparse, monkeypatch, request):
+    """As those of a learning rate on a GPU: the launcher may not read one out, and the bits are the same."""
+    if "numba" in request.node.name:
+        pytest.skip("on a CPU there is nothing to wait for")
+    from sketch_plugins.kernels.gpu import launch
+    from sketch_plugins.optim import base
+
+    plain = base.vector
+    options = {"shapes": [(24, 33), (50, 4, 3)], "gradients": touch(True) if sparse else None, **options}
+    expected, _ = train(cls, kernels, True, **options)
+
+    def placed(kind):
+        def vector(values, device, rows=0):
+            numbers, flags = plain(values, device, rows)
+            return torch.as_tensor(numbers, device=device).as_subclass(kind), flags
+
+        return vector
+
+    monkeypatch.setattr(base, "vector", placed(torch.Tensor))
+    ours, _ = train(cls, kernels, True, **options)
+    assert all(map(torch.equal, ours, expected))
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append(kwargs)
+
+    # Interpreted kernels read their arguments on the host; the launcher alone is watched.
+    launched = []
+    for module, name in [
+        (launch.step, "tiles"), (launch.step, "buckets"), (launch.fold, "dense"), (launch.fold, "touched"),
+        (launch.fold, "row_means"), (launch.norms, "step_sizes"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(module, name, Nothing())
+    monkeypatch.setattr(base, "vector", placed(Unread))
+    with pytest.raises(AssertionError, match="tolist of a number"):
+        placed(Unread)({}, kernels)[0].tolist()
+    train(cls, kernels, True, **options)
+    assert launched
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("cls", "options"), ON_DEVICE, ids=str)
+def test_a_step_does_not_wait_for_the_gpu(cls, options, sparse):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in [(256, 128), (64, 33), (9,)]]
+    optimizer = cls(params, torch.tensor(0.01, device=device), fused=True, min_compress_size=0, **options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+        if sparse:
+            index = torch.arange(0, len(p), 3, device=device)
+            p.grad = torch.sparse_coo_tensor(index.unsqueeze(0), p.grad[index], p.shape, is_coalesced=True)
+    optimizer.step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_bf16_tables_hold_the_eager_bits(kernels, request):
+    """Where every sum is exact in any order, kernel and definition round the same numbers with the same noise."""
+    if "numba" in request.node.name:
+        pytest.skip("the eager path takes these steps")
+
+    def integers(grad, step):
+        return (grad * 3).round() if step != 1 else touch(True)((grad * 3).round(), step)
+
+    for cls, options in [
+        (CSAdam, {"betas": (0.5, 0.5), "bucket": "sum", "seed": -3}),
+        (CSAdam, {"betas": (0.5, 0.5), "bucket": "sum", "depth": 2, "hash": "affine", "first_moment": "count_sketch",
+                  "allow_dense_count_sketch": True}),
+        (CSAdagrad, {"compression": 0.2, "initial_accumulator_value": 0.3}),
+    ]:  # fmt: skip
+        options = {"shapes": [(40, 33), (24, 200)], "gradients": integers, "table_dtype": "bf16", **options}
+        ours, eager = (train(cls, kernels, f, steps=2, **options)[1] for f in (True, False))
+        for p, q in zip(ours.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True):
+            for (name, a), (_, b) in zip(moments(ours, p), moments(eager, q), strict=True):
+                if name.endswith("table"):
+                    assert a.dtype == torch.bfloat16 and torch.equal(a, b), (cls, name)
+
+
 def test_work_knows_which_numbers_are_zero():
     numbers = [0.0] * places.NUMBERS
     numbers[places.L2] = 0.1
