@@ -39,5 +39,5 @@ def test_every_kernel_compiles_without_spills(target):
     assert [k for k in found if k["registers"] > REGISTERS[target]] == []
     for kernel in found:
         if kernel["case"] in WIDE and kernel["kernel"] in ("buckets", "tiles"):
-            # g, p and (where it is one) the moment
-            assert kernel["wide"] >= 2, kernel
+            # g, p and (where it is one) the moment; the first of SM3-I's sweeps reads g alone
+            assert kernel["wide"] >= (1 if kernel["case"] == "sm3_one" else 2), kernel

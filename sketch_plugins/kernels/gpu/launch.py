@@ -359,17 +359,15 @@ _FOLDING = _Plan(
 
 
 class _Covers:
-    """Buffers for the maxima of one launch, in which all variants and modes are one: the old covers are still read.
+    """Buffers for the maxima of one launch (of one variant, dense or row-sparse): the old covers are still read.
 
-    What becomes of them is said in `stores.cover`. Averages are numbers of the host.
+    What becomes of them is said in `stores.cover`.
     """
 
     def __init__(self, works: Sequence[Work], device: torch.device) -> None:
         self.works, self.old = works, [list(w.second[1].values()) for w in works]  # type: ignore[index]
         # Of row-sparse gradients a maximum for each touched row.
-        sizes = [
-            [_count(w), *map(len, covers[1:])] for w, covers in zip(works, self.old, strict=True)
-        ]  # fmt: skip
+        sizes = [[_count(w), *map(len, covers[1:])] for w, covers in zip(works, self.old, strict=True)]
         buffer = torch.zeros(sum(map(sum, sizes)), dtype=torch.float32, device=device)
         parts = iter(buffer.split([n for lengths in sizes for n in lengths]))
         self.new = [[next(parts) for _ in lengths] for lengths in sizes]
