@@ -17,6 +17,10 @@ from torch import Tensor
 
 HASHES = ("strided", "affine")
 
+# Streams of rounding noise that one seed gives, exclusive-or'ed to it: no two roundings of a number in one step share
+# their noise. Parameters and int8 codes have the seed itself.
+TABLE1, TABLE2, CLEANING = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB, 0x8EBC6AF09C88C6E3
+
 _MASK64 = (1 << 64) - 1
 _MASK32 = 0xFFFFFFFF
 
@@ -45,6 +49,12 @@ class RowHash:
         if not self.strided:
             index = (index * self.a + self.b) % self.rows
         return index % self.width
+
+    def row(self, place: Tensor) -> Tensor:
+        """The hash run backwards: row numbers of the places ``bucket + k * width``, the k-th member of each bucket."""
+        if self.strided:
+            return place
+        return (place + (self.rows - self.b)) * pow(self.a, -1, self.rows) % self.rows
 
     def load(self, bucket: Tensor) -> Tensor:
         """How many of the parameter's rows share each of ``bucket`` (int64, same shape)."""
@@ -88,10 +98,10 @@ def mix32(index: Tensor, seed: int) -> Tensor:
     The finaliser of MurmurHash3 over ``index ^ seed``: enough for signs and for rounding noise, and the same few
     32-bit multiplications on every device. int64 products wrap, but their low 32 bits are exact.
     """
-    h = ((index ^ (index >> 32)) ^ (seed & _MASK32)) & _MASK32
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK32
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK32
-    return h ^ (h >> 16)
+    h = (index >> 32).bitwise_xor_(index).bitwise_xor_(seed & _MASK32).bitwise_and_(_MASK32)
+    h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(_MASK32)
+    h.bitwise_xor_(h >> 13).mul_(0xC2B2AE35).bitwise_and_(_MASK32)
+    return h.bitwise_xor_(h >> 16)
 
 
 def uniform(index: Tensor, seed: int, step: int, dtype: torch.dtype) -> Tensor:

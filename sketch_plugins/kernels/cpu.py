@@ -402,7 +402,7 @@ def unsupported(w: Work) -> str | None:
         return None if second.variant == "II" and len(second.dims) == 2 else f"the second moment of {second}"
     if second is None or isinstance(second, Dense):
         return None
-    if type(second) is not CountMin or second.depth != 1 or not second.hashes(w.p.shape[0])[0].strided:
+    if type(second) is not CountMin or second.bf16 or second.depth != 1 or not second.hashes(w.p.shape[0])[0].strided:
         return f"the second moment of {second}"
     return None
 

@@ -83,8 +83,8 @@ def sum_of_squares(numerator: Tensor, factor: Tensor | None) -> Tensor:
 def round_to_bf16(part: Tensor, at: At, columns: int, seed: int, step: int) -> Tensor:
     """``part`` (float32, changed) rounded stochastically to numbers that bfloat16 holds exactly.
 
-    Up with a probability equal to the fraction that is cut off, so that the expectation is the unrounded number; the
-    noise is a function of (seed, step, element). Infinities and NaN stay what they are.
+    Away from zero with a probability equal to the fraction that is cut off, so that the expectation is the unrounded
+    number; the noise is a function of (seed, step, element). Infinities and NaN stay what they are.
     """
     index = at.from_rows(at.index(part.device).unsqueeze(-1) * columns)
     index = index + torch.arange(at.lo, at.hi, device=part.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sketch_plugins.stores.base import State, Store
+    from sketch_plugins.stores.base import Ema, State, Store
 
 # A sweep may fold the gradient into the second moment, measure the update (and the parameter), and apply the step.
 FOLD, MEASURE, APPLY = 1, 2, 4
@@ -56,6 +56,7 @@ class Work:
         stochastic: round a bfloat16 parameter stochastically.
         seed: of the rounding.
         flags: a bit for each of ``numbers`` that is not 0, for numbers that live on a device.
+        emas: averages of the first and the second moment: what the host has to know of the numbers, wherever they live.
     """
 
     p: Tensor
@@ -70,6 +71,7 @@ class Work:
     stochastic: bool = False
     seed: int = 0
     flags: int = 0
+    emas: tuple[Ema | None, Ema | None] = (None, None)
 
     def __post_init__(self) -> None:
         if not isinstance(self.numbers, Tensor) and any(self.numbers):

@@ -23,7 +23,8 @@ class CSAdagrad(SketchOptimizer):
     By default a bucket holds the *sum* of its rows' squares: the count-min sketch proper, whose estimate never falls
     below the true accumulator (with every gradient dense, and with any mixture of sparse ones). For dense layers the
     steps are then up to ``1 / sqrt(rows a bucket)`` of Adagrad's; ``bucket="mean"`` keeps Adagrad's learning rate and
-    gives up that guarantee. Sparse gradients add exactly the touched rows in either case.
+    gives up that guarantee (``table_dtype="bf16"`` keeps it in expectation only). Sparse gradients add exactly the
+    touched rows in either case.
 
     Args:
         params: parameters or parameter groups.
@@ -42,6 +43,7 @@ class CSAdagrad(SketchOptimizer):
         width: see `CSAdam`.
         depth: see `CSAdam`.
         hash: see `CSAdam`.
+        table_dtype: see `CSAdam`.
         bucket: ``"sum"`` (default) or ``"mean"``.
         clean_every: see `CSAdam`.
         clean_factor: see `CSAdam`.
@@ -100,6 +102,7 @@ class CSAdagrad(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        table_dtype: str | None = None,
         bucket: str | None = None,
         clean_every: int | None = None,
         clean_factor: float | None = None,

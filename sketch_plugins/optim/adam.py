@@ -16,6 +16,7 @@ _SHARED = {
     "width": 0,
     "depth": 1,
     "hash": "strided",
+    "table_dtype": "fp32",
     "seed": 0,
     "min_compress_size": 4096,
     "row_sparse": False,
@@ -61,7 +62,7 @@ class CSAdam(SketchOptimizer):
     State bytes a parameter of an R x D matrix (float32 arithmetic; exact counts: `sketch_plugins.state_report`):
     ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / min(block_size, D)``, count_sketch ``4 * depth * compression``,
     none 0; ``second_moment`` dense 4, count_min ``4 * depth * compression``, row_count_min ``4 / D`` more, cover
-    ``4 * (sum of the dimensions) / (their product)``.
+    ``4 * (sum of the dimensions) / (their product)``. With ``table_dtype="bf16"`` a sketch's 4 are 2.
 
     Presets (any option given explicitly wins over the preset):
 
@@ -103,6 +104,12 @@ class CSAdam(SketchOptimizer):
         width: number of buckets, instead of ``compression``; more than R is R.
         depth: number of hashes; the estimate is the minimum (second moment) or median (first moment).
         hash: ``"strided"`` or ``"affine"`` (a seeded bijection); see `sketch_plugins.hashing`.
+        table_dtype: numbers of the sketches' tables (``count_sketch``, ``count_min`` and the profiles of
+            ``row_count_min``): ``"fp32"`` (default) or ``"bf16"``, half the bytes. A bfloat16 table is rounded
+            stochastically at every write, so that its expected value is the float32 table's; the noise is a function
+            of (seed, step, cell): runs repeat and resume bit for bit. To nearest is not offered: at ``betas[1]=0.999``
+            a step without gradient lowers a cell by 1/1000, less than half a unit in the last place of bfloat16 (1/512
+            or more): every such step would be rounded away, and no cell could ever decay.
         bucket: ``"mean"`` or ``"sum"`` of the rows of a bucket, for dense gradients.
         clean_every: every so many steps ...
         clean_factor: ... the sketched second moment is multiplied by this, before the update.
@@ -163,6 +170,7 @@ class CSAdam(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        table_dtype: str | None = None,
         bucket: str | None = None,
         clean_every: int | None = None,
         clean_factor: float | None = None,
@@ -211,6 +219,7 @@ class CSRMSprop(SketchOptimizer):
         width: see `CSAdam`.
         depth: see `CSAdam`.
         hash: see `CSAdam`.
+        table_dtype: see `CSAdam`.
         bucket: see `CSAdam`.
         clean_every: see `CSAdam`.
         clean_factor: see `CSAdam`.
@@ -254,6 +263,7 @@ class CSRMSprop(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        table_dtype: str | None = None,
         bucket: str | None = None,
         clean_every: int | None = None,
         clean_factor: float | None = None,

@@ -168,6 +168,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @_outside_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step. Every gradient is looked at before the first parameter changes: an error leaves all as it was.
@@ -281,7 +282,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             step = int(state["step"].item())  # a CPU tensor: no synchronisation
             clean_every = group.get("clean_every", 0)
             if clean_every and step % clean_every == 0 and second is not None:
-                second.clean(state["second_moment"], group["clean_factor"])
+                second.clean(state["second_moment"], group["clean_factor"], step)
             if grad.rows is not None and len(grad.rows) == 0:
                 continue
             key = (id(group), step, sparse)
@@ -491,6 +492,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             group.get("depth", 1),
             group.get("hash", "strided"),
             group["seed"],
+            group.get("table_dtype", "fp32") == "bf16",
         )
         second_moment = group.get("second_moment", "none")
         # Only what a store depends on: other stores are the same object for every shape.
@@ -649,11 +651,15 @@ class Factors:
         return self._factor
 
 
+# compression, width, depth, hash, seed, and whether tables are bfloat16
+_SketchOptions = tuple[float, int, int, str, int, bool]
+
+
 @lru_cache(maxsize=1024)
 def _first_store(
-    kind: str, exact: bool, columns: int, block_size: int, stochastic: bool, sketch: tuple[float, int, int, str, int]
+    kind: str, exact: bool, columns: int, block_size: int, stochastic: bool, sketch: _SketchOptions
 ) -> Store | None:
-    compression, width, depth, hash, seed = sketch
+    compression, width, depth, hash, seed, bf16 = sketch
     if kind == "none":
         return None
     # One column: code and scale of a block of one element would take more than the number itself.
@@ -663,7 +669,7 @@ def _first_store(
         return Int8(block_size=block_size, stochastic=stochastic, seed=seed)
     if kind == "bf16":
         return Dense(order=1, bf16=True)
-    return CountSketch(compression=compression, width=width, depth=depth, hash=hash, seed=seed)
+    return CountSketch(compression=compression, width=width, depth=depth, hash=hash, seed=seed, bf16=bf16)
 
 
 @lru_cache(maxsize=1024)
@@ -671,10 +677,10 @@ def _second_store(
     kind: str,
     exact: bool,
     bucket: str,
-    sketch: tuple[float, int, int, str, int],
+    sketch: _SketchOptions,
     cover: tuple[tuple[int, ...], str],
 ) -> Store | None:
-    compression, width, depth, hash, seed = sketch
+    compression, width, depth, hash, seed, bf16 = sketch
     if kind == "none":
         return None
     if exact or kind == "dense":
@@ -682,7 +688,7 @@ def _second_store(
     if kind == "cover":
         return Cover(dims=cover[0], variant=cover[1])
     store = RowCountMin if kind == "row_count_min" else CountMin
-    return store(compression=compression, width=width, depth=depth, hash=hash, bucket=bucket, seed=seed)
+    return store(compression=compression, width=width, depth=depth, hash=hash, bucket=bucket, seed=seed, bf16=bf16)
 
 
 def _one_of_width_and_compression(given: Mapping[str, Any]) -> None:

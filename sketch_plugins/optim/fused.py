@@ -107,6 +107,7 @@ def describe(
         seed=group["seed"],
         # What decides which kernels can take the step; the other flags come with the numbers.
         flags=0 if grad.l2 is None else 1 << places.L2,
+        emas=(rule.first, rule.second),
     )  # fmt: skip
 
 

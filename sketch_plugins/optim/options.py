@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sketch_plugins.hashing import HASHES
-from sketch_plugins.stores.sketch import BUCKETS
+from sketch_plugins.stores.sketch import BUCKETS, TABLE_DTYPES
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,13 @@ COMMON = _table(
         str,
         "'strided' (default): row mod width for the first table; 'affine': (a * row + b) mod R mod width",
         choices=HASHES,
+        structural=True,
+    ),
+    Option(
+        "table_dtype",
+        str,
+        "numbers of the sketches' tables: 'fp32' (default), or 'bf16', rounded stochastically",
+        choices=TABLE_DTYPES,
         structural=True,
     ),
     Option("seed", int, "seed of hashes and of stochastic rounding (default 0)", structural=True),

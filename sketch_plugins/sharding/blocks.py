@@ -155,10 +155,11 @@ def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1) 
         columns: columns of the matrix.
         chunk: elements of a tile at most.
         period: buckets of a strided hash (0: none). Tiles then hold whole cycles of ``period`` rows, or stay within
-            one cycle, so that a slice of the table fits them without an index.
+            one cycle, so that a slice of the table fits them without an index; those over one slice follow each other,
+            the last one may be shorter.
         align: block size of quantized state: a tile's columns are whole blocks, or one shorter block at the end.
     """
-    for lo, hi in _column_cuts(columns, chunk, align):
+    for lo, hi in column_cuts(columns, chunk, align):
         n = max(1, chunk // (hi - lo))
         if not period or period >= rows:
             for start in range(0, rows, n):
@@ -173,22 +174,25 @@ def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1) 
             # Equal slices of a cycle, and all cycles of one slice in a row: what was read for it can be kept.
             n = -(-period // -(-period // n))
             for b in range(0, period, n):
-                for base in range(0, full, period):
-                    yield Tile(rows, base + b, 1, min(n, period - b), lo, hi)
-        for start in range(full, rows, n):
-            yield Tile(rows, start, 1, min(n, rows - start), lo, hi)
+                for base in range(0, rows, period):
+                    if base + b < rows:
+                        yield Tile(rows, base + b, 1, min(n, period - b, rows - base - b), lo, hi)
+            continue
+        if full < rows:
+            yield Tile(rows, full, 1, rows - full, lo, hi)
 
 
 def row_batches(total: int, rows: Tensor, columns: int, chunk: int, align: int = 1) -> Iterator[tuple[slice, Rows]]:
     """Cut touched rows into batches of about ``chunk`` elements, with the slice of ``rows`` each one covers."""
-    for lo, hi in _column_cuts(columns, chunk, align):
+    for lo, hi in column_cuts(columns, chunk, align):
         n = max(1, chunk // (hi - lo))
         for start in range(0, len(rows), n):
             part = slice(start, start + n)
             yield part, Rows(total, rows[part], lo, hi)
 
 
-def _column_cuts(columns: int, chunk: int, align: int) -> Iterator[tuple[int, int]]:
+def column_cuts(columns: int, chunk: int, align: int) -> Iterator[tuple[int, int]]:
+    """``[lo, hi)`` of at most ``chunk`` columns each, on multiples of ``align`` but for a shorter end."""
     step = columns if columns <= chunk else max(align, chunk // align * align)
     for lo in range(0, columns, step):
         hi = min(lo + step, columns)

@@ -77,21 +77,12 @@ class Gradient:
         if self.rows is None:
             yield from tiles(*self.shape, self.chunk, period, align)
         else:
-            for part, at in row_batches(*self._of(self.rows), align):
+            for part, at in row_batches(self.shape[0], self.rows, self.shape[1], self.chunk, align):
                 yield Touched(at.total, at.rows, at.lo, at.hi, part)
-
-    def picked(self, order: Tensor) -> Iterator[tuple[slice, Touched]]:
-        """The touched rows in another order (a permutation of their positions), a chunk at a time."""
-        assert self.rows is not None
-        for part, at in row_batches(*self._of(self.rows[order])):
-            yield part, Touched(at.total, at.rows, at.lo, at.hi, order[part])
 
     def run(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The tile function itself, or its compiled form where that was asked for."""
         return compiled(function) if self.compile else function
-
-    def _of(self, rows: Tensor) -> tuple[int, Tensor, int, int]:
-        return self.shape[0], rows, self.shape[1], self.chunk
 
     def get(self, at: At) -> Tensor:
         """The gradient there in the arithmetic dtype, until the next call. Read-only: it may be a view of it."""
@@ -228,8 +219,11 @@ class Store:
         """Set every estimate of freshly allocated state to ``value`` (Adagrad's initial accumulator)."""
         raise NotImplementedError
 
-    def clean(self, state: State, factor: float) -> None:
-        """Multiply every estimate by ``factor`` (the sketches' cleaning); other stores have nothing to clean."""
+    def clean(self, state: State, factor: float, step: int = 0) -> None:
+        """Multiply every estimate by ``factor`` (the sketches' cleaning); other stores have nothing to clean.
+
+        ``step`` seeds stochastic rounding.
+        """
 
 
 def blend(old: Tensor, g: Tensor, ema: Ema, order: int) -> Tensor:

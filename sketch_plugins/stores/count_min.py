@@ -13,7 +13,7 @@ from sketch_plugins.hashing import RowHash
 from sketch_plugins.kernels.tile import fold_squares
 from sketch_plugins.sharding.blocks import Tile
 from sketch_plugins.stores.base import Ema, Gradient, State
-from sketch_plugins.stores.sketch import Sketch
+from sketch_plugins.stores.sketch import Sketch, mean_weight
 
 
 @dataclass(frozen=True)
@@ -33,34 +33,31 @@ class CountMin(Sketch):
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return torch.mul(x, x, **scratch.out("cells", x))
 
-    def _write_dense(self, table: Tensor, h: RowHash, grad: Gradient, ema: Ema) -> None:
-        if not self.period(h.rows):
-            super()._write_dense(table, h, grad, ema)
+    def _write_dense(self, tables: Tensor, j: int, h: RowHash, grad: Gradient, ema: Ema) -> None:
+        if self.bf16 or not self.period(h.rows):
+            super()._write_dense(tables, j, h, grad, ema)
             return
-        table.mul_(ema.decay)
-        share = self._share(h, ema.gain)
+        table = tables[j].mul_(ema.decay)
+        mean = self.bucket == "mean" and h.width < h.rows
+        weights = torch.as_tensor(mean_weight(h, grad.device) if mean else 1.0, dtype=torch.float64)
+        weights = weights.mul(ema.gain).to(table)
         fold = grad.run(fold_squares)
         for at in grad.batches(h.width):
             assert isinstance(at, Tile)
             first = at.start % h.width
-            bucket = torch.arange(first, first + at.rows, device=table.device)
-            weight = (
-                share(bucket).unsqueeze(-1)
-                if callable(share)
-                else torch.tensor(share, dtype=table.dtype, device=table.device)
-            )
-            fold(table[first : first + at.rows, at.lo : at.hi], grad.get(at), weight.to(table.dtype))
+            part = slice(first, first + at.rows)
+            fold(table[part, at.lo : at.hi], grad.get(at), weights[part] if weights.ndim else weights)
 
     def _combine(self, estimates: list[Tensor]) -> Tensor:
         least = estimates[0]
         for other in estimates[1:]:
-            least = torch.minimum(least, other)
+            least = torch.minimum(least, other, out=least)  # of two or more tables: copies
         return least
 
-    def clean(self, state: State, factor: float) -> None:
+    def clean(self, state: State, factor: float, step: int = 0) -> None:
         """``V *= factor``: what rare rows have inherited from frequent ones fades."""
-        state["table"].mul_(factor)
+        self._cleaned(state["table"], factor, step)
 
     def fill(self, state: State, value: float) -> None:
         """Every bucket."""
-        state["table"].fill_(value)
+        self._filled(state["table"], value)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sketch_plugins.hashing import RowHash
 from sketch_plugins.sharding.blocks import At, Tile
 from sketch_plugins.stores.base import Ema, Gradient, State
 from sketch_plugins.stores.count_min import CountMin
-from sketch_plugins.stores.sketch import _scale_rows, _segments
+from sketch_plugins.stores.sketch import Segments, mean_weight
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class RowCountMin(CountMin):
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """Profile times row scale."""
-        return self._estimate(state["table"], at) * at.get(state["row"], 0, 1)
+        return self._estimate(state["table"], at, dtype) * at.get(state["row"], 0, 1)
 
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:
         """Row scales first, then the profiles relative to them."""
@@ -50,19 +49,27 @@ class RowCountMin(CountMin):
             row.index_copy_(0, grad.rows, scale)
         # x_i enters the profile with weight gain / r_i', and takes the share gain * mean_i / r_i' of it.
         weight = torch.where(scale > 1e-30, ema.gain / scale, 0.0)  # below, the quotient overflows
-        share = means.mul_(weight)
+        share = means.mul_(weight).clamp_(max=1.0)  # a row's first gradient is all of it, but for a rounding
         index = torch.arange(grad.shape[0], device=grad.device) if grad.rows is None else grad.rows
-        for table, h in zip(state["table"], self.hashes(grad.shape[0]), strict=True):
-            self._write_profile(table, h, grad, index, weight, share)
+        for j, h in enumerate(self.hashes(grad.shape[0])):
+            segments = Segments.of(h, index)
+            decay = 1.0 - segments.means(share)
+            if grad.rows is None:
+                mean, weights = mean_weight(h, grad.device), weight.unsqueeze(-1)
+                self._fold(state["table"], j, h, grad, decay.unsqueeze(-1), mean, ema.step, weights)
+            else:
+                weights = weight.index_select(0, segments.order)
+                weights /= segments.counts.repeat_interleave(segments.counts)
+                self._fold_touched(state["table"], j, h, grad, segments, decay, weights, ema.step)
 
-    def clean(self, state: State, factor: float) -> None:
+    def clean(self, state: State, factor: float, step: int = 0) -> None:
         """Scales the rows, and with them every estimate."""
         state["row"].mul_(factor)
 
     def fill(self, state: State, value: float) -> None:
         """Every row's scale, over flat profiles."""
         state["row"].fill_(value)
-        state["table"].fill_(1.0)
+        state["table"].fill_(1.0)  # bfloat16 holds it
 
     def _row_means(self, grad: Gradient) -> Tensor:
         n = grad.shape[0] if grad.rows is None else len(grad.rows)
@@ -75,28 +82,6 @@ class RowCountMin(CountMin):
             else:
                 sums[at.position] += part  # type: ignore[attr-defined]
         return sums.squeeze(-1).div_(grad.shape[1])
-
-    def _write_profile(
-        self, table: Tensor, h: RowHash, grad: Gradient, index: Tensor, weight: Tensor, share: Tensor
-    ) -> None:
-        buckets, order = h.bucket(index).sort(stable=True)
-        touched, counts = buckets.unique_consecutive(return_counts=True)
-        for _, sums in _segments(buckets, share.index_select(0, order).unsqueeze(-1)):
-            _scale_rows(table, touched, 1.0 - sums.squeeze(-1) / counts, grad)
-        load = counts.repeat_interleave(counts)
-        by_position = torch.empty_like(weight).index_copy_(0, order, weight.index_select(0, order) / load).unsqueeze(-1)
-        if grad.rows is None:
-            for at in grad.batches(self.period(grad.shape[0])):
-                assert isinstance(at, Tile)
-                x = grad.get(at)
-                self._add(table, h, at, self._cell(x, _unsigned).mul_(at.get(by_position, 0, 1)), 1.0)
-            return
-        for part, at in grad.picked(order):
-            x = grad.get(at)
-            cells = self._cell(x, _unsigned).mul_(by_position.index_select(0, order[part]))
-            target = table[:, at.lo : at.hi]
-            for bucket, sums in _segments(buckets[part], cells):
-                target.index_copy_(0, bucket, target.index_select(0, bucket).add_(sums))
 
 
 def _unsigned() -> Tensor:

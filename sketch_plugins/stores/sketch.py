@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.hashing import RowHash, row_hashes
-from sketch_plugins.sharding.blocks import At, Tile, row_batches
-from sketch_plugins.stores.base import Ema, Gradient, State, Store
+from sketch_plugins.hashing import CLEANING, TABLE1, TABLE2, RowHash, row_hashes
+from sketch_plugins.kernels.tile import round_to_bf16
+from sketch_plugins.sharding.blocks import At, Rows, Tile, column_cuts, tiles
+from sketch_plugins.stores.base import Ema, Gradient, State, Store, Touched
 
 BUCKETS = ("mean", "sum")
+TABLE_DTYPES = ("fp32", "bf16")
+# Numbers of a bfloat16 table that are rewritten at a time where no gradient says how large a chunk is.
+_REWRITE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,18 @@ class Sketch(Store):
 
     ``width`` is given, or follows from ``compression``, the fraction of rows kept as buckets in each table:
     ``width = ceil(compression * R)``, at least 1 and at most R. ``compression = 1`` hashes injectively and reproduces
-    the dense method. Bytes: ``4 * depth * width / R`` a parameter.
+    the dense method. Bytes: ``4 * depth * width / R`` a parameter, with ``bf16`` 2 in place of 4.
 
     Dense gradients: every table decays once a step and each bucket takes the mean (or the sum) of its rows' x. Sparse
     gradients: only the buckets of touched rows change, by the order-free rule of `Ema.repeated`.
+
+    ``bf16`` tables are computed in the arithmetic dtype and rounded stochastically, away from zero with a probability
+    equal to the fraction that is cut off, so that the expected value of a cell is what float32 would hold. Rounding to
+    nearest is not offered: at ``decay = 0.999`` a step changes a cell by at most 1/1000 of its value, and half a unit
+    in the last place of bfloat16 is 1/512 to 1/256 of it: every step would be rounded away, and no cell could ever
+    fall. A write rounds each cell once, however many tiles its rows come from; the noise is a function of (seed,
+    step, cell), so that it repeats, resumes and does not depend on the chunk size. What the step reads is the rounded
+    table. Besides the step's own write only cleaning and the initial value round, with noise of their own.
     """
 
     shared = True
@@ -40,6 +54,7 @@ class Sketch(Store):
     hash: str = "strided"
     bucket: str = "mean"
     seed: int = 0
+    bf16: bool = False
 
     def buckets(self, rows: int) -> int:
         """Width of each table for a parameter with ``rows`` rows."""
@@ -50,9 +65,14 @@ class Sketch(Store):
         """The hash of each table."""
         return row_hashes(rows, self.buckets(rows), self.depth, self.hash, self.seed)
 
+    @property
+    def noise_seed(self) -> int:
+        """Seed of the noise that rounds bfloat16 tables: first and second moments have streams of their own."""
+        return self.seed ^ (TABLE1 if self.order == 1 else TABLE2)
+
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """One table for each hash, in the arithmetic dtype (bfloat16 could never decay at 0.999)."""
-        return {"table": ((self.depth, self.buckets(shape[0]), shape[1]), dtype)}
+        """One table for each hash, in the arithmetic dtype or in bfloat16."""
+        return {"table": ((self.depth, self.buckets(shape[0]), shape[1]), torch.bfloat16 if self.bf16 else dtype)}
 
     def period(self, rows: int) -> int:
         """Tiles follow the buckets of the strided hash where it is the only one."""
@@ -60,23 +80,27 @@ class Sketch(Store):
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """The combined estimate of the rows' buckets."""
-        return self._estimate(state["table"], at)
+        return self._estimate(state["table"], at, dtype)
 
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:
         """Decay and add; see the class."""
-        for table, h in zip(state["table"], self.hashes(grad.shape[0]), strict=True):
+        for j, h in enumerate(self.hashes(grad.shape[0])):
             if grad.rows is None:
-                self._write_dense(table, h, grad, ema)
+                self._write_dense(state["table"], j, h, grad, ema)
             else:
-                self._write_touched(table, h, grad, ema)
+                segments = Segments.of(h, grad.rows)
+                decay, gain = ema.repeated(segments.counts)
+                weights = (gain / segments.counts).to(grad.dtype).repeat_interleave(segments.counts)
+                self._fold_touched(state["table"], j, h, grad, segments, decay.to(grad.dtype), weights, ema.step)
 
     def slices(self, state: State, at: At, step: int) -> State:
         """`write` has been called: only the estimate is needed."""
-        return {"estimate": self.read(state, at, state["table"].dtype)}
+        table = state["table"]
+        return {"estimate": self.read(state, at, torch.float32 if self.bf16 else table.dtype)}
 
     def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
         """The estimate."""
-        return slices["estimate"]
+        return slices["estimate"].to(g.dtype)
 
     def keep(self, state: State, at: At, slices: State) -> None:
         """Nothing to write."""
@@ -92,96 +116,186 @@ class Sketch(Store):
     def _signed(self, estimate: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return estimate
 
-    def _write_dense(self, table: Tensor, h: RowHash, grad: Gradient, ema: Ema) -> None:
-        table.mul_(ema.decay)
-        for at in grad.batches(self.period(grad.shape[0])):
-            assert isinstance(at, Tile)
-            x = grad.get(at)
-            self._add(table, h, at, self._cell(x, partial(_sign, h, at, x)), self._share(h, ema.gain))
+    def _write_dense(self, tables: Tensor, j: int, h: RowHash, grad: Gradient, ema: Ema) -> None:
+        gain: Tensor | float = ema.gain
+        if self.bucket == "mean" and h.width < h.rows:
+            gain = mean_weight(h, grad.device) * ema.gain
+        self._fold(tables, j, h, grad, ema.decay, gain, ema.step)
 
-    def _share(self, h: RowHash, gain: float) -> Callable[[Tensor], Tensor] | float:
-        """Weight of a bucket's sum: ``gain``, or ``gain / rows of the bucket`` for the mean."""
-        if self.bucket == "sum" or h.width == h.rows:
-            return gain
-        if h.rows % h.width == 0:
-            return gain / (h.rows // h.width)
-        return lambda bucket: gain / h.load(bucket).double()
-
-    def _add(
-        self, table: Tensor, h: RowHash, at: Tile, cells: Tensor, weight: Callable[[Tensor], Tensor] | float
+    def _fold(
+        self,
+        tables: Tensor,
+        j: int,
+        h: RowHash,
+        grad: Gradient,
+        decay: Tensor | float,
+        gain: Tensor | float,
+        step: int,
+        weights: Tensor | None = None,
     ) -> None:
-        """``table[bucket] += weight(bucket) * sum of the bucket's cells`` for one tile, in a fixed order."""
-        if self.period(h.rows):
-            first = at.start % h.width
-            target = table[first : first + at.rows, at.lo : at.hi]
-            sums = cells[0]
-            if at.cycles > 1:
-                sums = torch.sum(cells, [0], **scratch.out("sums", sums))
-            bucket = torch.arange(first, first + at.rows, device=table.device) if callable(weight) else None
-            _add_weighted(target, sums, bucket, weight)
-            return
-        buckets, order = h.bucket(at.index(table.device)).sort(stable=True)
-        cells = cells.flatten(0, 1)
-        for bucket, sums in _segments(buckets, cells.index_select(0, order)):
-            target = table[:, at.lo : at.hi]
-            part = target.index_select(0, bucket)
-            _add_weighted(part, sums, bucket, weight)
-            target.index_copy_(0, bucket, part)
+        """``bucket <- decay * bucket + gain * sum of its rows' cells``: a slice of table j at a time, written once.
 
-    def _write_touched(self, table: Tensor, h: RowHash, grad: Gradient, ema: Ema) -> None:
+        ``decay`` and ``gain`` are numbers or ``(width, 1)``; ``weights (R, 1)`` multiplies the rows' cells. A bucket's
+        members are ``width`` places apart, in a fixed order: tiles of places are tiles of rows of a strided hash.
+        """
+        # The noise is made of int64.
+        chunk = grad.chunk // 2 if self.bf16 else grad.chunk
+        for (first, lo, hi), places in groupby(
+            tiles(*grad.shape, max(1, chunk), h.width), lambda at: (at.start % h.width, at.lo, at.hi)
+        ):
+            total: Tensor | None = None
+            for place in places:
+                at: At = place
+                if not h.strided:
+                    at = Rows(h.rows, h.row(place.index(grad.device)), lo, hi)
+                x = grad.get(at)
+                cells = self._cell(x, partial(_sign, h, at, x))
+                if weights is not None:
+                    cells.mul_(at.get(weights, 0, 1))
+                if not h.strided:
+                    cells = place.from_rows(cells)
+                # The slot of the factors: nothing else of a step is needed before its sketches are written.
+                slot = scratch.out("factor" if total is None else "sums", cells[0])
+                sums = torch.sum(cells, [0], **slot) if place.cycles > 1 or total is None else cells[0]
+                if total is None:
+                    total = sums  # the first of them is as large as any
+                else:
+                    total[: len(sums)].add_(sums)
+            assert total is not None
+            part = slice(first, first + len(total))
+            total.mul_(gain[part] if isinstance(gain, Tensor) else gain)
+            where = Tile(self.depth * h.width, j * h.width + first, 1, len(total), lo, hi)
+            self._blend(tables, where, decay[part] if isinstance(decay, Tensor) else decay, total, step)
+
+    def _fold_touched(
+        self,
+        tables: Tensor,
+        j: int,
+        h: RowHash,
+        grad: Gradient,
+        segments: Segments,
+        decay: Tensor,
+        weights: Tensor,
+        step: int,
+    ) -> None:
+        """The same for touched rows: ``decay`` for each touched bucket, ``weights`` for each row, sorted by bucket."""
         assert grad.rows is not None
-        buckets, order = h.bucket(grad.rows).sort(stable=True)
-        touched, counts = buckets.unique_consecutive(return_counts=True)
-        decay, gain = ema.repeated(counts)
-        # First the decay of every touched bucket, then the weighted values: a segment may then span two batches.
-        _scale_rows(table, touched, decay.to(table.dtype), grad)
-        weights = (gain / counts).to(table.dtype).repeat_interleave(counts).unsqueeze(-1)
-        for part, at in grad.picked(order):
-            x = grad.get(at)
-            cells = self._cell(x, partial(_sign, h, at, x)).mul_(weights[part])
-            target = table[:, at.lo : at.hi]
-            for bucket, sums in _segments(buckets[part], cells):
-                target.index_copy_(0, bucket, target.index_select(0, bucket).add_(sums))
+        ends = [0, *segments.counts.cumsum(0).tolist()]
+        number = torch.arange(len(segments.touched), device=grad.device).repeat_interleave(segments.counts)
+        chunk = grad.chunk // 2 if self.bf16 else grad.chunk
+        for lo, hi in column_cuts(grad.shape[1], max(1, chunk), 1):
+            n = max(1, chunk // (hi - lo))
+            for first in range(0, len(segments.touched), n):
+                last = min(first + n, len(segments.touched))
+                total: Tensor | None = None
+                for begin in range(ends[first], ends[last], n):  # a long segment may span several batches
+                    part = slice(begin, min(begin + n, ends[last]))
+                    position = segments.order[part]
+                    at = Touched(grad.shape[0], grad.rows[position], lo, hi, position)
+                    x = grad.get(at)
+                    cells = self._cell(x, partial(_sign, h, at, x)).mul_(weights[part].unsqueeze(-1))
+                    bucket, sums = _segments(number[part], cells)
+                    if ends[first] + n >= ends[last]:
+                        total = sums
+                        continue
+                    if total is None:
+                        total = torch.zeros(last - first, hi - lo, dtype=grad.dtype, device=grad.device)
+                    bucket = bucket - first
+                    total.index_copy_(0, bucket, total.index_select(0, bucket).add_(sums))
+                assert total is not None
+                where = Rows(self.depth * h.width, segments.touched[first:last] + j * h.width, lo, hi)
+                self._blend(tables, where, decay[first:last].unsqueeze(-1), total, step)
 
-    def _estimate(self, tables: Tensor, at: At) -> Tensor:
+    def _blend(self, tables: Tensor, where: At, decay: Tensor | float, total: Tensor, step: int) -> None:
+        """``decay * cell + total``, for cells of all tables seen as one behind the other."""
+        flat = tables.view(-1, tables.shape[-1])
+        cells = where.get(flat)
+        if not self.bf16:
+            cells.mul_(decay).add_(total)
+            if isinstance(where, Rows):
+                where.put(flat, cells)
+            return
+        new = scratch.cast("decoded", cells, total.dtype).mul_(decay).add_(total)
+        where.put(flat, self._rounded(new, where, flat.shape[1], self.noise_seed, step))
+
+    def _rewrite(self, table: Tensor, value: Callable[[Tensor], Tensor], seed: int, step: int) -> None:
+        """Every cell in place, outside of a step's own write."""
+        if not self.bf16:
+            value(table)
+            return
+        flat = table.view(1, -1)
+        for lo in range(0, flat.shape[1], _REWRITE):
+            where = Tile(1, 0, 1, 1, lo, min(lo + _REWRITE, flat.shape[1]))
+            new = value(where.get(flat).float())
+            where.put(flat, self._rounded(new, where, flat.shape[1], seed, step))
+
+    def _cleaned(self, table: Tensor, factor: float, step: int) -> None:
+        self._rewrite(table, lambda cells: cells.mul_(factor), self.noise_seed ^ CLEANING, step)
+
+    def _filled(self, table: Tensor, value: float) -> None:
+        self._rewrite(table, lambda cells: cells.fill_(value), self.noise_seed, 0)
+
+    @staticmethod
+    def _rounded(new: Tensor, where: At, columns: int, seed: int, step: int) -> Tensor:
+        return round_to_bf16(new.float(), where, columns, seed, step)
+
+    def _estimate(self, tables: Tensor, at: At, dtype: torch.dtype) -> Tensor:
         hashes = self.hashes(at.total)
         if isinstance(at, Tile) and self.period(at.total):
             first = at.start % hashes[0].width
             estimate = tables[0, first : first + at.rows, at.lo : at.hi]
+            if estimate.dtype != dtype:
+                estimate = scratch.cast(f"estimate {self.order}", estimate, dtype)
             return self._combine([self._signed(estimate, partial(_sign, hashes[0], at, estimate))])
         index = at.index(tables.device)
         return self._combine(
             [
                 self._signed(part, partial(_sign, h, at, part))
                 for h, table in zip(hashes, tables, strict=True)
-                for part in [at.from_rows(table[:, at.lo : at.hi].index_select(0, h.bucket(index)))]
+                for part in [at.from_rows(table[:, at.lo : at.hi].index_select(0, h.bucket(index)).to(dtype))]
             ]
         )
+
+
+class Segments(NamedTuple):
+    """Touched rows sorted by bucket.
+
+    Attributes:
+        order: positions among the touched rows, by bucket.
+        touched: the buckets, ascending.
+        counts: how many of the touched rows each of them has.
+    """
+
+    order: Tensor
+    touched: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, h: RowHash, rows: Tensor) -> Segments:
+        """Sort them."""
+        buckets, order = h.bucket(rows).sort(stable=True)
+        return cls(order, *buckets.unique_consecutive(return_counts=True))
+
+    def means(self, values: Tensor) -> Tensor:
+        """The mean over each bucket's touched rows of a number for each row."""
+        sums = torch.segment_reduce(values.index_select(0, self.order), "sum", lengths=self.counts)
+        return sums / self.counts
+
+
+def mean_weight(h: RowHash, device: torch.device) -> Tensor | float:
+    """One over the rows of each bucket: a number where they are equal, else ``(width, 1)`` in float64."""
+    if h.rows % h.width == 0:
+        return h.width / h.rows
+    return 1.0 / h.load(torch.arange(h.width, device=device)).double().unsqueeze(-1)
 
 
 def _sign(h: RowHash, at: At, like: Tensor) -> Tensor:
     return at.from_rows(h.sign(at.index(like.device)).unsqueeze(-1)).to(like.dtype)
 
 
-def _add_weighted(
-    target: Tensor, sums: Tensor, bucket: Tensor | None, weight: Callable[[Tensor], Tensor] | float
-) -> None:
-    if callable(weight):
-        assert bucket is not None
-        target.addcmul_(sums, weight(bucket).to(sums.dtype).unsqueeze(-1))
-    else:
-        target.add_(sums, alpha=weight)
-
-
-def _segments(buckets: Tensor, cells: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _segments(buckets: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of the rows of ``cells`` with equal (ascending) ``buckets``: no atomics, so the same on every run."""
     bucket, counts = buckets.unique_consecutive(return_counts=True)
     if len(bucket) == len(buckets):
-        yield bucket, cells
-    else:
-        yield bucket, torch.segment_reduce(cells, "sum", lengths=counts, axis=0)
-
-
-def _scale_rows(table: Tensor, rows: Tensor, factor: Tensor, grad: Gradient) -> None:
-    for part, at in row_batches(len(table), rows, table.shape[1], grad.chunk):
-        at.put(table, at.get(table).mul_(factor[part].unsqueeze(-1)))
+        return bucket, cells
+    return bucket, torch.segment_reduce(cells, "sum", lengths=counts, axis=0)

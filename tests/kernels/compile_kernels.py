@@ -55,6 +55,23 @@ CASES = {
     "sm3": (SM3, {}, torch.float32, MATRIX, False),
     "sm3_lean": (SM3, {"preset": "lean", "update_clip": 0.5}, torch.float32, MATRIX, False),
     "sm3_conv": (SM3, {"preset": "lean"}, torch.float32, (64, 32, 3, 3), False),
+    "sm3_one": (SM3, {"variant": "I"}, torch.float32, MATRIX, False),
+    "sm3_six_axes": (SM3, {"preset": "lean"}, torch.float32, (64, 8, 4, 2, 3, 3), False),
+    "bf16_tables": (CSAdam, {"table_dtype": "bf16"}, torch.bfloat16, MATRIX, False),
+    "bf16_tables_deep": (
+        CSAdam, {"table_dtype": "bf16", "depth": 3, "first_moment": "count_sketch", "allow_dense_count_sketch": True},
+        torch.float32, MATRIX, False,
+    ),
+    "bf16_tables_rows": (
+        CSAdam, {"table_dtype": "bf16", "second_moment": "row_count_min", "first_moment": "none"},
+        torch.float32, MATRIX, False,
+    ),
+    "bf16_tables_sparse": (CSAdam, {"preset": "paper_cs_mv", "table_dtype": "bf16"}, torch.bfloat16, MATRIX, True),
+    "lean_sparse": (CSAdam, {"preset": "lean"}, torch.float32, MATRIX, True),
+    "rows_sparse": (CSAdam, {"second_moment": "row_count_min", "update_clip": 1.0}, torch.bfloat16, MATRIX, True),
+    "sm3_sparse": (SM3, {"update_clip": 0.5}, torch.float32, MATRIX, True),
+    "sm3_one_sparse": (SM3, {"variant": "I", "preset": "lean"}, torch.float32, (1024, 48, 16), True),
+    "adagrad_cover_sparse": (CSAdagrad, {"second_moment": "cover", "weight_decay": 0.1}, torch.float32, MATRIX, True),
 }  # fmt: skip
 
 

@@ -118,6 +118,7 @@ OPTIONS = [
     {"row_sparse": "auto"},
     {"scale_parameter": True, "update_clip": 1.0},
     {"maximize": True},
+    {"table_dtype": "bf16", "compression": 1.0},
 ]
 
 

@@ -182,6 +182,77 @@ def test_grad_scaler_unscales_and_skips(name):
         assert int(scaled.state[q]["step"]) == int(plain.state[p]["step"])
 
 
+def test_unscaling_and_found_inf_are_left_to_the_scaler(name):
+    """Optimizers that announce `_step_supports_amp_scaling` get scaled gradients and have to skip steps themselves."""
+    p = torch.nn.Parameter(torch.ones(16, 16))
+    optimizer = make(name, [p])
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    seen, plain = [], optimizer.step
+    optimizer.step = lambda *args, **kwargs: (seen.append((args, kwargs, p.grad.clone())), plain())
+    (scaler.scale(p.sum())).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    ((_, kwargs, grad),) = seen
+    assert not kwargs and (grad == 1).all()  # neither grad_scaler nor found_inf; and unscaled
+    before = p.detach().clone()
+    optimizer.zero_grad()
+    scaler.scale((p * float("inf")).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert len(seen) == 1 and torch.equal(p, before) and scaler.get_scale() == 128.0
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+
+
+def test_float16_parameters_and_the_scaler(name):
+    """torch does not unscale float16 gradients: its error, before anything changes. Unscaled by hand they train."""
+    p, q = (torch.nn.Parameter(torch.ones(16, 16, dtype=torch.float16)) for _ in range(2))
+    scaled, plain = make(name, [p]), make(name, [q])
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler.scale(p.float().square().sum()).backward()
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="unscale FP16"):
+        scaler.step(scaled)
+    assert torch.equal(p, before) and not scaled.state
+    p.grad.div_(256.0)
+    scaled.step()
+    q.float().square().sum().backward()
+    plain.step()
+    assert torch.equal(p, q) and (p != before).all()
+
+
+@pytest.mark.filterwarnings("error:Dynamo detected a call to a:UserWarning")  # it would trace the step's own code
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_step_inside_a_compiled_function_has_the_bits_of_one_outside(name, fused):
+    """torch.compile leaves the step alone: a graph break before it, and nothing of it is compiled."""
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        p, embedding = (torch.nn.Parameter(t) for t in parameters([(260, 130), (40, 16)], torch.float32))
+        optimizer = make(name, [p, embedding], fused=fused, update_clip=0.5, weight_decay=0.1)
+        calls = []
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
+
+        def train_step(x, index, p=p, embedding=embedding, optimizer=optimizer):
+            loss = (x @ p).square().mean() + torch.nn.functional.embedding(index, embedding).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach() * 2
+
+        # The backend runs the pieces as they are: what is traced is the question, not what a compiler makes of it.
+        run = torch.compile(train_step, backend="eager") if compiled else train_step
+        g = torch.Generator().manual_seed(0)
+        losses = []
+        for _ in range(4):
+            losses.append(run(torch.randn(8, 260, generator=g), torch.randint(0, 40, (6,), generator=g)))
+        assert len(calls) == 4 and int(optimizer.state[p]["step"]) == 4
+        runs.append([*losses, p.detach(), embedding.detach()])
+        if compiled:
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert all(map(torch.equal, *runs))
+
+
 def test_add_param_group_while_training(name):
     params = parameters()
     optimizer = make(name, params[:2])

@@ -279,6 +279,19 @@ def test_row_count_min_keeps_the_scale_of_a_rare_row_beside_a_frequent_one():
     assert errors[RowCountMin] < 1e-12 and errors[CountMin] > 1000
 
 
+def test_the_first_gradient_of_a_row_does_not_turn_a_shared_profile_negative():
+    """The row's share of its scale is then 1, and was 1 + 1e-7 by rounding: minus a little of what others left."""
+    torch.manual_seed(9)
+    store = RowCountMin(width=1)
+    for _ in range(30):
+        state = store.allocate((2, 8), torch.device("cpu"), torch.float32)
+        store.write(state, gradient(torch.randn(2, 8), torch.tensor([0])), Ema(0.999, 0.001))
+        g = torch.randn(2, 8)
+        g[1, 3] = 0.0
+        store.write(state, gradient(g, torch.tensor([1])), Ema(0.999, 0.001))
+        assert (state["table"] >= 0).all()
+
+
 # -- hazards of algorithms.md ----------------------------------------------------------------------------------------
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sketch_plugins import hashing
 from sketch_plugins.kernels import work
 
 # A launch covers many tensors. Each is a row of int64 in a table: pointers, shapes, and the first program it owns.
+# AXES: how far behind the row the axes of a cover are, (pointer, length, numbers of one slice) for each but the first.
 (
-    P, G, FIRST_A, FIRST_B, SECOND_A, SECOND_B, SECOND_C, SECOND_D, NEW, INDEX, HASHES, WEIGHTS,
-    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, DIM2, DIM3, COUNT, SEED,
-) = (tl.constexpr(i) for i in range(23))  # fmt: skip
-FIELDS = tl.constexpr(23)
+    P, G, FIRST_A, FIRST_B, SECOND_A, SECOND_B, NEW, INDEX, HASHES, WEIGHTS,
+    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, COUNT, SEED, AXES,
+) = (tl.constexpr(i) for i in range(20))  # fmt: skip
+FIELDS = tl.constexpr(20)
 
 NUMBERS = tl.constexpr(work.NUMBERS)
 DECAY1, GAIN1, DECAY2, GAIN2 = (tl.constexpr(i) for i in (work.DECAY1, work.GAIN1, work.DECAY2, work.GAIN2))
@@ -27,6 +29,8 @@ FOLD, MEASURE, APPLY = (tl.constexpr(i) for i in (work.FOLD, work.MEASURE, work.
 
 # What a kernel is compiled for besides its stores: named once, handed through.
 RANGE, TOUCHED, PACKED = (tl.constexpr(i) for i in range(3))
+# Streams of noise.
+PLAIN, TABLE1, TABLE2 = tl.constexpr(0), tl.constexpr(hashing.TABLE1), tl.constexpr(hashing.TABLE2)
 
 
 @triton.jit
@@ -65,16 +69,16 @@ def extent(t, FIELD: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def rows_at(t, first, M: tl.constexpr, MODE: tl.constexpr):
-    """Row numbers in the parameter, in the gradient, and which of them exist, for ``M`` rows from ``first`` on."""
+    """Numbers of ``M`` rows from ``first`` on: in the parameter, the gradient, the touched rows; and which exist."""
     position = first + tl.arange(0, M).to(tl.int64)
-    if MODE == RANGE:
-        return position, position, position < tl.load(t + ROWS)
     exists = position < tl.load(t + COUNT)
+    if MODE == RANGE:
+        return position, position, position, exists
     index = tl.load(t + INDEX).to(tl.pointer_type(tl.int64))
     rows = tl.load(index + position, mask=exists, other=0)
     if MODE == PACKED:
-        return rows, position, exists
-    return rows, rows, exists
+        return rows, position, position, exists
+    return rows, rows, position, exists
 
 
 @triton.jit
@@ -119,10 +123,10 @@ def mix32(x, seed):
 
 
 @triton.jit
-def noise(t, s, index):
+def noise(t, s, index, STREAM: tl.constexpr):
     """32 random bits for each element: a pure function of (seed, step, index), as `hashing.uniform` uses them."""
     number = tl.load(s + NUMBER).to(tl.int64).to(tl.uint64, bitcast=True)
-    x = tl.load(t + SEED).to(tl.uint64, bitcast=True) ^ (number * 0x9E3779B97F4A7C15)
+    x = tl.load(t + SEED).to(tl.uint64, bitcast=True) ^ STREAM ^ (number * 0x9E3779B97F4A7C15)
     x = x + 0x9E3779B97F4A7C15
     z = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
@@ -137,3 +141,12 @@ def to_bf16(x, random):
     finite = (bits & 0x7F800000) != 0x7F800000
     rounded = tl.where(finite, bits + (random & 0xFFFF), bits | ((bits & 0xFFFF) != 0).to(tl.uint32) << 16)
     return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def held(x, t, s, cell, STREAM: tl.constexpr, TYPE: tl.constexpr):
+    """What a table of this type holds of ``x``: itself, or rounded to bfloat16 with the noise of its ``cell``."""
+    if TYPE == tl.bfloat16:
+        return to_bf16(x, noise(t, s, cell, STREAM))
+    else:  # a type of its own for each case
+        return x

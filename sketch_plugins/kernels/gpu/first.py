@@ -12,6 +12,7 @@ from sketch_plugins.kernels.gpu.common import (
     FIRST_B,
     GAIN1,
     HASHES,
+    PLAIN,
     ROWS,
     TILES,
     WIDTH,
@@ -99,7 +100,7 @@ def int8(
         inverse = tl.where(large, tl.div_rn(1.0 + tl.zeros_like(scale), tl.where(large, scale, 1.0)), 0.0)
         code = m * inverse[:, None]
         if NOISE:
-            random = noise(t, s, rows[:, None] * columns + cols[None, :])
+            random = noise(t, s, rows[:, None] * columns + cols[None, :], PLAIN)
             code = tl.floor(code + (random >> 8).to(tl.float32) * (1.0 / (1 << 24)))
             code = tl.minimum(tl.maximum(code, -127.0), 127.0)
         else:
@@ -110,7 +111,7 @@ def int8(
 
 
 @triton.jit
-def _signed(t, rows, exists, cols, mask, j, bucket_columns):
+def _signed(t, rows, exists, cols, mask, j, bucket_columns, F_TYPE: tl.constexpr):
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + j * 4
     total = tl.load(t + ROWS)
     bucket = ((rows * tl.load(hashes) + tl.load(hashes + 1)) % total) % tl.load(t + WIDTH)
@@ -118,10 +119,9 @@ def _signed(t, rows, exists, cols, mask, j, bucket_columns):
         mix32(rows.to(tl.uint64, bitcast=True), tl.load(hashes + 3).to(tl.uint64, bitcast=True)) & 1
     ).to(tl.float32)
     table = (
-        tl.load(t + FIRST_A).to(tl.pointer_type(tl.float32))
-        + (j * tl.load(t + WIDTH) + bucket)[:, None] * bucket_columns
+        tl.load(t + FIRST_A).to(tl.pointer_type(F_TYPE)) + (j * tl.load(t + WIDTH) + bucket)[:, None] * bucket_columns
     )
-    return tl.load(table + cols[None, :], mask=mask, other=0.0) * sign[:, None]
+    return tl.load(table + cols[None, :], mask=mask, other=0.0).to(tl.float32) * sign[:, None]
 
 
 @triton.jit
@@ -144,10 +144,10 @@ def count_sketch(
     columns = tl.load(t + COLUMNS)
     m = tl.zeros_like(x)
     for i in tl.static_range(DEPTH):
-        value = _signed(t, rows, exists, cols, mask, i, columns)
+        value = _signed(t, rows, exists, cols, mask, i, columns, F_TYPE)
         rank = tl.zeros_like(x)
         for j in tl.static_range(DEPTH):
-            other = _signed(t, rows, exists, cols, mask, j, columns)
+            other = _signed(t, rows, exists, cols, mask, j, columns, F_TYPE)
             before = (other < value) | ((other == value) & (j < i))
             rank += before.to(tl.float32)
         if DEPTH % 2 == 1:

@@ -8,17 +8,24 @@ import triton.language as tl
 from sketch_plugins.kernels.gpu.common import (
     BEGIN,
     COLUMNS,
+    COUNT,
     FIELDS,
     HASHES,
+    INDEX,
     MEAN,
     NUMBERS,
+    PACKED,
     ROWS,
+    TABLE1,
+    TABLE2,
     TILES,
     WEIGHTS,
     WIDTH,
     find,
     gradient,
+    held,
     mix32,
+    rows_at,
 )
 
 
@@ -32,10 +39,19 @@ def _cell(x, rows, hashes, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def _held(x, t, s, cell, SIGNED: tl.constexpr, TYPE: tl.constexpr):
+    if SIGNED:
+        return held(x, t, s, cell, TABLE1, TYPE)
+    else:
+        return held(x, t, s, cell, TABLE2, TYPE)
+
+
+@triton.jit
 def dense(
     table, numbers, count,
-    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, TARGET: tl.constexpr, DECAY: tl.constexpr, GAIN: tl.constexpr,
-    SIGNED: tl.constexpr, WEIGHTED: tl.constexpr, L2_ON: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, TYPE: tl.constexpr, TARGET: tl.constexpr, DECAY: tl.constexpr,
+    GAIN: tl.constexpr, SIGNED: tl.constexpr, WEIGHTED: tl.constexpr, L2_ON: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One bucket of one table (grid dimension 1) by ``N`` columns, all its members.
 
@@ -66,8 +82,9 @@ def dense(
             x = x * tl.load(weights + rows, mask=exists, other=0.0)[:, None]
             share += tl.sum(tl.load(weights + total + rows, mask=exists, other=0.0))
         sums += tl.sum(x, 0)
-    place = tl.load(t + TARGET).to(tl.pointer_type(tl.float32)) + (j * width + bucket) * columns + cols
-    old = tl.load(place, mask=inner, other=0.0)
+    cell = (j * width + bucket) * columns + cols
+    place = tl.load(t + TARGET).to(tl.pointer_type(TYPE)) + cell
+    old = tl.load(place, mask=inner, other=0.0).to(tl.float32)
     if WEIGHTED:
         new = (1.0 - share / load.to(tl.float32)) * old + sums / load.to(tl.float32)
     else:
@@ -75,69 +92,84 @@ def dense(
         if (tl.load(s + MEAN) != 0) & (not SIGNED):
             gain = gain / load.to(tl.float32)
         new = tl.load(s + DECAY) * old + gain * sums
-    tl.store(place, new, mask=inner)
+    tl.store(place, _held(new, t, s, cell, SIGNED, TYPE), mask=inner)
 
 
 @triton.jit
 def row_means(
     table, numbers, count,
-    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, L2_ON: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, MODE: tl.constexpr, L2_ON: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     """Means of the rows' squares, ``M`` rows a program, into the weights' buffer."""
     pid = tl.program_id(0)
     index = find(table, count, pid)
     t, s = table + index * FIELDS, numbers + index * NUMBERS
-    columns, total = tl.load(t + COLUMNS), tl.load(t + ROWS)
-    rows = (pid - tl.load(t + BEGIN)) * M + tl.arange(0, M).to(tl.int64)
-    exists = rows < total
+    columns = tl.load(t + COLUMNS)
+    rows, g_rows, place, exists = rows_at(t, (pid - tl.load(t + BEGIN)) * M, M, MODE)
     sums = tl.zeros([M], tl.float32)
     for lo in range(0, columns, N):
         cols = lo + tl.arange(0, N)
         mask = exists[:, None] & (cols < columns)[None, :]
-        x = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False)
+        x = gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False)
         sums += tl.sum(x * x, 1)
-    tl.store(tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32)) + rows, sums / columns.to(tl.float32), mask=exists)
+    tl.store(tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32)) + place, sums / columns.to(tl.float32), mask=exists)
 
 
 @triton.jit
 def touched(
-    g, g_stride, order, rows, bucket_of, n, table, columns, hashes, powers, sign,
-    p, p_stride, l2,
-    PACKED: tl.constexpr, SIGNED: tl.constexpr, L2_ON: tl.constexpr, N: tl.constexpr,
+    table, numbers, order, bucket_of, powers,
+    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, TYPE: tl.constexpr, TARGET: tl.constexpr, MODE: tl.constexpr,
+    SIGNED: tl.constexpr, WEIGHTED: tl.constexpr, L2_ON: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Touched rows, sorted by bucket: the program at the head of a segment adds up the whole segment.
+    """Touched rows, sorted by bucket for each table: the program at the head of a segment adds up the whole segment.
 
     The bucket takes as many steps as it has touched rows, each with their mean; ``powers`` holds, for c of them, the
-    decay and the gain of c steps. No atomics, and no number of segments that the host would have to wait for.
+    decay and the gain of c steps (``WEIGHTED``: as in `dense`). It is written once. No atomics, and no number of
+    segments that the host would have to wait for.
     """
+    t, s, j = table, numbers, tl.program_id(2)
+    n = tl.load(t + COUNT)
     position = tl.program_id(0).to(tl.int64)
+    order += j * n
+    bucket_of += j * n
     bucket = tl.load(bucket_of + position)
     before = tl.load(bucket_of + tl.maximum(position - 1, 0))
     if (position == 0) | (before != bucket):
+        columns = tl.load(t + COLUMNS)
+        hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + 4 * j
+        index = tl.load(t + INDEX).to(tl.pointer_type(tl.int64))
+        weights = tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32))
         cols = tl.program_id(1) * N + tl.arange(0, N)
         inner = cols < columns
         sums = tl.zeros([N], tl.float32)
+        share = 0.0
         end = position
         same = True
         while same:
-            at = tl.load(order + end)
-            row = tl.load(rows + at)
-            source = at
-            if not PACKED:
-                source = row
-            x = tl.load(g + source * g_stride + cols, mask=inner, other=0.0).to(tl.float32) * sign
-            if L2_ON:
-                x += l2 * tl.load(p + row * p_stride + cols, mask=inner, other=0.0).to(tl.float32)
-            if SIGNED:
-                odd = mix32(row.to(tl.uint64, bitcast=True), tl.load(hashes + 3).to(tl.uint64, bitcast=True)) & 1
-                sums += x * (1.0 - 2.0 * odd.to(tl.float32))
-            else:
-                sums += x * x
-            end += 1
-            same = (end < n) & (tl.load(bucket_of + tl.minimum(end, n - 1)) == bucket)
+            place = end + tl.arange(0, M).to(tl.int64)
+            exists = tl.load(bucket_of + place, mask=place < n, other=-1) == bucket
+            at = tl.load(order + place, mask=exists, other=0)
+            rows = tl.load(index + at, mask=exists, other=0)
+            g_rows = rows
+            if MODE == PACKED:
+                g_rows = at
+            mask = exists[:, None] & inner[None, :]
+            x = _cell(gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
+            if WEIGHTED:
+                x = x * tl.load(weights + at, mask=exists, other=0.0)[:, None]
+                share += tl.sum(tl.load(weights + n + at, mask=exists, other=0.0))
+            sums += tl.sum(x, 0)
+            found = tl.sum(exists.to(tl.int64))
+            end += found
+            same = found == M
         c = end - position
-        place = table + bucket * columns + cols
-        old = tl.load(place, mask=inner, other=0.0)
-        tl.store(
-            place, tl.load(powers + 2 * c) * old + tl.load(powers + 2 * c + 1) * (sums / c.to(tl.float32)), mask=inner
-        )
+        mean = sums / c.to(tl.float32)
+        cell = (j * tl.load(t + WIDTH) + bucket) * columns + cols
+        target = tl.load(t + TARGET).to(tl.pointer_type(TYPE)) + cell
+        old = tl.load(target, mask=inner, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            new = (1.0 - share / c.to(tl.float32)) * old + mean
+        else:
+            new = tl.load(powers + 2 * c) * old + tl.load(powers + 2 * c + 1) * mean
+        tl.store(target, _held(new, t, s, cell, SIGNED, TYPE), mask=inner)

@@ -7,10 +7,12 @@ the same, and the numbers of a step travel with it (or are on the device already
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,13 +42,6 @@ def unsupported(w: Work) -> str | None:
         return f"a parameter of {w.p.dtype} with a gradient of {w.g.dtype}: allowed are {', '.join(map(str, FLOATS))}"
     if not is_rows(w.p) or not is_rows(w.g):
         return "a layout whose rows are not contiguous"
-    store = w.second[0] if w.second else None
-    if isinstance(store, Cover) and (store.variant != "II" or len(store.dims) > 4):
-        return f"covers of variant {store.variant!r} with {len(store.dims)} axes: allowed is 'II' with up to 4"
-    if w.rows is not None and isinstance(store, (Cover, RowCountMin)):
-        return f"row-sparse gradients with {type(store).__name__}"
-    if w.rows is not None and w.measure:
-        return "row-sparse gradients with update_clip or scale_parameter"
     return None
 
 
@@ -77,6 +72,7 @@ class _Plan:
     p: torch.dtype
     g: torch.dtype
     f: torch.dtype
+    s: torch.dtype
     mode: int
     ahead: bool
     after: bool
@@ -123,11 +119,12 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
     plan = _Plan(
         kernel="buckets" if owned else "tiles",
         first=_FIRST[type(store1)],
-        second=None if store2 is None else _SECOND[type(store2)],
+        second=_second(store2),
         p=w.p.dtype,
         g=w.g.dtype,
-        f=state1["dense"].dtype if isinstance(store1, Dense) else torch.float32,
-        mode=0 if w.rows is None else 2 if w.packed else 1,
+        f=_dtype(state1),
+        s=_dtype(state2),
+        mode=_mode(w),
         ahead=_has(w, places.LOOKAHEAD),
         after=w.after,
         l2=_has(w, places.L2),
@@ -149,7 +146,17 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
 
 
 _FIRST = {type(None): first.none, Dense: first.dense, Int8: first.int8, CountSketch: first.count_sketch}
-_SECOND = {Dense: second.dense, CountMin: second.count_min, RowCountMin: second.row_count_min, Cover: second.cover}
+_SECOND = {Dense: second.dense, CountMin: second.count_min, RowCountMin: second.row_count_min}
+
+
+def _second(store: Any) -> Any:
+    if isinstance(store, Cover):
+        return second.cover if store.variant == "II" else second.cover_estimate
+    return store and _SECOND[type(store)]
+
+
+def _dtype(state: dict[str, Tensor]) -> torch.dtype:
+    return next((state[name].dtype for name in ("dense", "table") if name in state), torch.float32)
 
 
 def _has(w: Work, place: int) -> bool:
@@ -165,23 +172,23 @@ def _flat(w: Work) -> Work:
 
     return Work(
         w.p.view(n), w.g.view(n), None, False, view(w.first), view(w.second), w.numbers, w.after, w.measure,
-        w.stochastic, w.seed, w.flags,
+        w.stochastic, w.seed, w.flags, w.emas,
     )  # fmt: skip
 
 
 def _launch(plan: _Plan, works: list[Work], device: torch.device) -> None:
-    covers = _Covers(works, device) if plan.second is second.cover else None
+    covers = _Covers(works, device) if plan.second in (second.cover, second.cover_estimate) else None
     rows, begin = [], 0
     for i, w in enumerate(works):
         row, programs = _describe(w, plan, begin, covers.places[i] if covers else 0)
         rows.append(row)
         begin += programs
-    table = _table(device, rows)
+    table = _table(device, rows, [_axes(w) for w in works] if covers else ())
     numbers = _numbers(works, device)
     shared: dict[str, Any] = {
         "FIRST": plan.first, "P_TYPE": TYPES[plan.p], "G_TYPE": TYPES[plan.g], "F_TYPE": TYPES[plan.f],
-        "AHEAD": plan.ahead, "L2_ON": plan.l2, "NOISE": plan.noise, "ROUND": plan.round, "ALIGN": plan.align,
-        "M": plan.rows, "N": plan.columns, "BLOCK": plan.block,
+        "S_TYPE": TYPES[plan.s], "AHEAD": plan.ahead, "L2_ON": plan.l2, "NOISE": plan.noise, "ROUND": plan.round,
+        "ALIGN": plan.align, "M": plan.rows, "N": plan.columns, "BLOCK": plan.block,
         "num_warps": max(1, min(16, plan.rows * plan.columns // 256)),
     }  # fmt: skip
     if plan.kernel == "buckets":
@@ -196,13 +203,20 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> None:
         }  # fmt: skip
         before, after = MEASURE, FOLD | APPLY
     partial = table  # not written
+    if covers and plan.second is second.cover_estimate:
+        # Variant I reads the new covers: the maxima of g * g come first.
+        kernel[(begin,)](
+            table, numbers, partial, len(works), PHASE=FOLD, **shared, **extra | {"SECOND": second.cover_maxima}
+        )
+        covers.keep()
+        covers = None
     if plan.measure:
         partial = torch.empty(2 * begin, dtype=torch.float32, device=device)
         measured = numbers.clone()
         measured[:, places.STEP] = 1.0
         measured[:, places.INNER] = 1.0
         kernel[(begin,)](table, measured, partial, len(works), PHASE=before, **shared, **extra)
-        sizes = _upload([float(w.p.numel()) for w in works], torch.float32, device)
+        sizes = _upload([float(_count(w) * w.p.shape[1]) for w in works], torch.float32, device)
         norms.step_sizes[(len(works),)](
             table, numbers, measured, partial, sizes, len(works), begin, AFTER=plan.after, N=256
         )
@@ -215,25 +229,37 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> None:
 
 def _describe(w: Work, plan: _Plan, begin: int, new: int) -> tuple[list[int], int]:
     r, d = w.p.shape
-    store2 = w.second[0] if w.second else None
     state1, state2 = (w.first[1] if w.first else {}), (w.second[1] if w.second else {})
     a1, b1 = (*(t.data_ptr() for t in state1.values()), 0, 0)[:2]
-    a2, b2, c2, d2 = (*(t.data_ptr() for t in state2.values()), 0, 0, 0, 0)[:4]
+    a2, b2 = (*(t.data_ptr() for t in state2.values()), 0, 0)[:2]
     across = -(-d // plan.block)
-    count = r if w.rows is None else len(w.rows)
+    count = _count(w)
     sketch = next((s[0] for s in (w.second, w.first) if s and isinstance(s[0], Sketch)), None)
     width, hashes = 0, 0
     if sketch is not None:
         width, hashes = sketch.buckets(r), _hashes(sketch, r, w.p.device).data_ptr()
     along = width if plan.kernel == "buckets" else -(-count // plan.rows)
-    dims = store2.dims if isinstance(store2, Cover) else ()
     row = [
-        w.p.data_ptr(), w.g.data_ptr(), a1, b1, a2, b2, c2, d2, new,
+        w.p.data_ptr(), w.g.data_ptr(), a1, b1, a2, b2, new,
         0 if w.rows is None else w.rows.data_ptr(), hashes, 0,
-        r, d, w.p.stride(0), w.g.stride(0), width, begin, across,
-        dims[2] if len(dims) > 2 else 1, dims[3] if len(dims) > 3 else 1, count, _signed64(w.seed),
+        r, d, w.p.stride(0), w.g.stride(0), width, begin, across, count, _signed64(w.seed), 0,
     ]  # fmt: skip
     return row, along * across
+
+
+def _count(w: Work) -> int:
+    return w.p.shape[0] if w.rows is None else len(w.rows)
+
+
+def _axes(w: Work) -> list[int]:
+    """Pointer, length and numbers of one slice of a cover's axes but the first."""
+    assert w.second is not None and isinstance(w.second[0], Cover)
+    dims = w.second[0].dims
+    return [
+        value
+        for k in range(1, len(dims))
+        for value in (w.second[1][f"axis_{k}"].data_ptr(), dims[k], math.prod(dims[k + 1 :]))
+    ]
 
 
 def _signed64(value: int) -> int:
@@ -248,92 +274,128 @@ def _fold(w: Work) -> None:
     for pair, signed in ((w.first, True), (w.second, False)):
         if pair is None or not isinstance(pair[0], Sketch):
             continue
-        store: Sketch = pair[0]
-        state = pair[1]
+        store, state = pair[0], pair[1]
+        weights = _profile_weights(w, state) if isinstance(store, RowCountMin) else None
         if w.rows is not None:
-            _fold_touched(w, store, state["table"], signed)
-        elif isinstance(store, RowCountMin):
-            _fold_profiles(w, store, state)
-        elif store.depth > 1 or signed:
-            _fold_dense(w, store, signed, None)
+            _fold_touched(w, store, state["table"], signed, weights)
+        elif store.depth > 1 or signed or weights is not None:
+            _fold_dense(w, store, state["table"], signed, weights)
 
 
-def _fold_dense(w: Work, store: Sketch, signed: bool, weights: Tensor | None) -> None:
-    device, (r, d) = w.p.device, w.p.shape
-    n = min(COLUMNS, triton.next_power_of_2(d))
-    m = min(16, triton.next_power_of_2(-(-r // store.buckets(r))))
-    across = -(-d // n)
-    plan_row, _ = _describe(w, _FOLDING, 0, 0)
-    plan_row[common.TILES.value] = across
-    plan_row[common.WIDTH.value] = store.buckets(r)
-    plan_row[common.HASHES.value] = _hashes(store, r, device).data_ptr()
-    plan_row[common.WEIGHTS.value] = 0 if weights is None else weights.data_ptr()
-    fold.dense[(store.buckets(r) * across, store.depth)](
-        _table(device, [plan_row]), _numbers([w], device), 1,
-        P_TYPE=TYPES[w.p.dtype], G_TYPE=TYPES[w.g.dtype],
-        TARGET=common.FIRST_A.value if signed else common.SECOND_A.value,
+def _folding(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> tuple[Tensor, Any]:
+    """The one row that describes ``w``, and what both kernels are compiled for."""
+    row, _ = _describe(w, _FOLDING, 0, 0)
+    row[common.TILES.value] = -(-w.p.shape[1] // _fold_columns(w))  # read by `fold.dense`
+    row[common.WIDTH.value] = store.buckets(w.p.shape[0])
+    row[common.HASHES.value] = _hashes(store, w.p.shape[0], w.p.device).data_ptr()
+    row[common.WEIGHTS.value] = 0 if weights is None else weights.data_ptr()
+    return _table(w.p.device, [row]), {
+        "P_TYPE": TYPES[w.p.dtype], "G_TYPE": TYPES[w.g.dtype], "TYPE": TYPES[table.dtype],
+        "TARGET": common.FIRST_A.value if signed else common.SECOND_A.value,
+        "SIGNED": signed, "WEIGHTED": weights is not None, "L2_ON": _has(w, places.L2), "N": _fold_columns(w),
+    }  # fmt: skip
+
+
+def _fold_columns(w: Work) -> int:
+    return min(COLUMNS, triton.next_power_of_2(w.p.shape[1]))
+
+
+def _fold_dense(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> None:
+    width, (r, d) = store.buckets(w.p.shape[0]), w.p.shape
+    description, shared = _folding(w, store, table, signed, weights)
+    m, n = min(16, triton.next_power_of_2(-(-r // width))), shared["N"]
+    fold.dense[(width * -(-d // n), store.depth)](
+        description, _numbers([w], w.p.device), 1,
         DECAY=places.DECAY1 if signed else places.DECAY2, GAIN=places.GAIN1 if signed else places.GAIN2,
-        SIGNED=signed, WEIGHTED=weights is not None, L2_ON=_has(w, places.L2), M=m, N=n,
-        num_warps=max(1, min(8, m * n // 256)),
+        M=m, num_warps=max(1, min(8, m * n // 256)), **shared,
     )  # fmt: skip
 
 
-def _fold_profiles(w: Work, store: RowCountMin, state: dict[str, Tensor]) -> None:
-    device, (r, d) = w.p.device, w.p.shape
-    weights = torch.empty(2, r, dtype=torch.float32, device=device)
-    n, m = min(COLUMNS, triton.next_power_of_2(d)), 16
+def _profile_weights(w: Work, state: dict[str, Tensor]) -> Tensor:
+    """The rows' new scales, and ``(2, rows)``: the weight of a row's squares in its bucket, and its share of it."""
+    device, ema, count, m = w.p.device, w.emas[1], _count(w), 16
+    assert ema is not None
+    weights = torch.empty(2, count, dtype=torch.float32, device=device)
     row, _ = _describe(w, _FOLDING, 0, 0)
     row[common.WEIGHTS.value] = weights.data_ptr()
-    numbers = _numbers([w], device)
-    fold.row_means[(-(-r // m),)](
-        _table(device, [row]), numbers, 1, P_TYPE=TYPES[w.p.dtype], G_TYPE=TYPES[w.g.dtype], L2_ON=_has(w, places.L2),
-        M=m, N=n, num_warps=4,
+    fold.row_means[(-(-count // m),)](
+        _table(device, [row]), _numbers([w], device), 1, P_TYPE=TYPES[w.p.dtype], G_TYPE=TYPES[w.g.dtype],
+        MODE=_mode(w), L2_ON=_has(w, places.L2), M=m, N=_fold_columns(w), num_warps=4,
     )  # fmt: skip
-    decay, gain = numbers[0, places.DECAY2], numbers[0, places.GAIN2]
-    scale, means = state["row"].squeeze(-1), weights[0].clone()
-    scale.mul_(decay).add_(means * gain)
-    weights[0] = torch.where(scale > 1e-30, gain / scale, 0.0)
-    weights[1] = means * weights[0]
-    _fold_dense(w, store, False, weights)
+    means, kept = weights[0], state["row"].squeeze(-1)
+    old = kept if w.rows is None else kept.index_select(0, w.rows)
+    scale = old.mul_(ema.decay).add_(means, alpha=ema.gain)
+    if w.rows is not None:
+        kept.index_copy_(0, w.rows, scale)
+    weight = torch.where(scale > 1e-30, ema.gain / scale, 0.0)
+    torch.mul(means, weight, out=weights[1]).clamp_(max=1.0)
+    means.copy_(weight)
+    return weights
 
 
-def _fold_touched(w: Work, store: Sketch, table: Tensor, signed: bool) -> None:
-    assert w.rows is not None
-    (r, d), device = w.p.shape, w.p.device
-    places_ = (places.DECAY1, places.GAIN1) if signed else (places.DECAY2, places.GAIN2)
-    values = w.numbers.tolist() if isinstance(w.numbers, Tensor) else w.numbers
-    powers = _powers(values[places_[0]], values[places_[1]], -(-r // store.buckets(r)), device)
-    n = min(256, triton.next_power_of_2(d))
-    for j, h in enumerate(store.hashes(r)):
-        bucket, order = h.bucket(w.rows).sort(stable=True)
-        fold.touched[(len(w.rows), -(-d // n))](
-            w.g, w.g.stride(0), order, w.rows, bucket, len(w.rows), table[j], d,
-            _hashes(store, r, device)[j], powers, values[places.SIGN], w.p, w.p.stride(0), values[places.L2],
-            PACKED=w.packed, SIGNED=signed, L2_ON=_has(w, places.L2), N=n, num_warps=1 if n <= 64 else 4,
-        )  # fmt: skip
+def _fold_touched(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> None:
+    ema, (r, d) = w.emas[0 if signed else 1], w.p.shape
+    assert w.rows is not None and ema is not None
+    width, hashes = store.buckets(r), _hashes(store, r, w.p.device)
+    bucket, order = ((w.rows * hashes[:, :1] + hashes[:, 1:2]) % r % width).sort(dim=1, stable=True)
+    powers = _powers(ema.decay, ema.gain, -(-r // width), w.p.device)
+    description, shared = _folding(w, store, table, signed, weights)
+    n = shared["N"] = min(256, triton.next_power_of_2(d))  # few rows: longer pieces of them
+    fold.touched[(len(w.rows), -(-d // n), store.depth)](
+        description, _numbers([w], w.p.device), order, bucket, powers,
+        MODE=_mode(w), M=4, num_warps=max(1, min(4, n // 32)), **shared,
+    )  # fmt: skip
+
+
+def _mode(w: Work) -> int:
+    modes = (common.RANGE, common.PACKED if w.packed else common.TOUCHED)
+    return modes[w.rows is not None].value
 
 
 _FOLDING = _Plan(
-    "tiles", None, None, torch.float32, torch.float32, torch.float32, 0, False, False, False, False, False, 1, 1,
-    False, False, 16, COLUMNS, COLUMNS, False,
+    "tiles", None, None, torch.float32, torch.float32, torch.float32, torch.float32, 0,
+    False, False, False, False, False, 1, 1, False, False, 16, COLUMNS, COLUMNS, False,
 )  # fmt: skip
 
 
 class _Covers:
-    """Buffers for the new covers of one launch: the old ones are read until its end."""
+    """Buffers for the maxima of one launch (of one variant, dense or row-sparse): the old covers are still read.
+
+    What becomes of them is said in `stores.cover`.
+    """
 
     def __init__(self, works: Sequence[Work], device: torch.device) -> None:
-        self.old = [t for w in works for t in w.second[1].values()]  # type: ignore[index]
-        self.buffer = torch.zeros(sum(t.numel() for t in self.old), dtype=torch.float32, device=device)
-        self.new = list(self.buffer.split([t.numel() for t in self.old]))
-        firsts, at = [], 0
-        for w in works:
-            firsts.append(self.new[at])
-            at += len(w.second[1])  # type: ignore[index]
-        self.places = [t.data_ptr() for t in firsts]
+        self.works, self.old = works, [list(w.second[1].values()) for w in works]  # type: ignore[index]
+        # Of row-sparse gradients a maximum for each touched row.
+        sizes = [[_count(w), *map(len, covers[1:])] for w, covers in zip(works, self.old, strict=True)]
+        buffer = torch.zeros(sum(map(sum, sizes)), dtype=torch.float32, device=device)
+        parts = iter(buffer.split([n for lengths in sizes for n in lengths]))
+        self.new = [[next(parts) for _ in lengths] for lengths in sizes]
+        self.places = [covers[0].data_ptr() for covers in self.new]
 
     def keep(self) -> None:
-        torch._foreach_copy_(self.old, self.new)
+        """The covers take their new values."""
+        old, new = (list(chain.from_iterable(covers)) for covers in (self.old, self.new))
+        sparse, store = self.works[0].rows is not None, self.works[0].second[0]  # type: ignore[index]
+        if isinstance(store, Cover) and store.variant == "I":
+            present = list(old)
+            decays, gains, first = [], [], 0
+            for w, covers in zip(self.works, self.old, strict=True):
+                ema = w.emas[1]
+                assert ema is not None
+                decays += [ema.decay] * len(covers)
+                gains += [ema.gain] * len(covers)
+                if w.rows is not None:
+                    present[first] = covers[0].index_select(0, w.rows)
+                first += len(covers)
+            torch._foreach_mul_(new, gains)
+            torch._foreach_add_(new, torch._foreach_mul(present, decays))
+        if not sparse:
+            torch._foreach_copy_(old, new)
+            return
+        for w, before, after in zip(self.works, self.old, self.new, strict=True):
+            before[0].index_copy_(0, w.rows, after[0])  # type: ignore[arg-type]
+            torch._foreach_maximum_(before[1:], after[1:])
 
 
 # -- uploads ----------------------------------------------------------------------------------------------------------
@@ -341,11 +403,17 @@ class _Covers:
 _TABLES: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
 
-def _table(device: torch.device, rows: list[list[int]]) -> Tensor:
-    key = (device, tuple(map(tuple, rows)))
+def _table(device: torch.device, rows: list[list[int]], axes: Sequence[list[int]] = ()) -> Tensor:
+    """A row for each tensor; the axes of their covers, as long as they may be, come behind the last one."""
+    fields = common.FIELDS.value
+    behind = len(rows) * fields
+    for i, more in enumerate(axes):
+        rows[i][common.AXES.value] = behind - i * fields
+        behind += len(more)
+    key = (device, *map(tuple, rows), *map(tuple, axes))
     found = _TABLES.get(key)
     if found is None:
-        host = torch.tensor(rows, dtype=torch.int64)
+        host = torch.tensor([value for row in (*rows, *axes) for value in row], dtype=torch.int64)
         if device.type == "cuda":
             host = host.pin_memory()
         # The host's copy is kept: a captured graph reads it again at every replay.
@@ -358,7 +426,7 @@ def _table(device: torch.device, rows: list[list[int]]) -> Tensor:
 
 
 def _upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    host = torch.tensor(values, dtype=dtype)
+    host = torch.as_tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
@@ -384,4 +452,4 @@ def _powers(decay: float, gain: float, most: int, device: torch.device) -> Tenso
     """``(most + 1, 2)``: decay and gain of c steps with one value."""
     c = torch.arange(most + 1)
     decays, gains = Ema(decay, gain).repeated(c)
-    return torch.stack([decays, gains], 1).to(torch.float32).to(device)
+    return _upload(torch.stack([decays, gains], 1), torch.float32, device)

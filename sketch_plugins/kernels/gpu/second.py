@@ -6,18 +6,17 @@ import triton
 import triton.language as tl
 
 from sketch_plugins.kernels.gpu.common import (
+    AXES,
     COLUMNS,
+    COUNT,
     DECAY2,
-    DIM2,
-    DIM3,
     GAIN2,
     HASHES,
     NEW,
+    RANGE,
     ROWS,
     SECOND_A,
     SECOND_B,
-    SECOND_C,
-    SECOND_D,
     WIDTH,
     address,
     extent,
@@ -25,27 +24,34 @@ from sketch_plugins.kernels.gpu.common import (
 
 
 @triton.jit
-def dense(t, s, square, rows, exists, cols, mask, STORE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr):
+def dense(
+    t, s, square, rows, place, exists, cols, mask,
+    STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """One float32 for each element."""
     base = address(t, SECOND_A, tl.float32, ALIGN)
-    place = base + rows[:, None] * extent(t, COLUMNS, ALIGN) + cols[None, :]
-    v = tl.load(place, mask=mask, other=0.0)
+    at = base + rows[:, None] * extent(t, COLUMNS, ALIGN) + cols[None, :]
+    v = tl.load(at, mask=mask, other=0.0)
     v = tl.load(s + DECAY2) * v + tl.load(s + GAIN2) * square
     if STORE:
-        tl.store(place, v, mask=mask)
+        tl.store(at, v, mask=mask)
     return v
 
 
 @triton.jit
-def count_min(t, s, square, rows, exists, cols, mask, STORE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr):
+def count_min(
+    t, s, square, rows, place, exists, cols, mask,
+    STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """The minimum over the tables, which `fold` has written before."""
     columns, width, total = tl.load(t + COLUMNS), tl.load(t + WIDTH), tl.load(t + ROWS)
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64))
-    table = tl.load(t + SECOND_A).to(tl.pointer_type(tl.float32))
+    table = tl.load(t + SECOND_A).to(tl.pointer_type(S_TYPE))
     least = tl.zeros_like(square)
     for j in tl.static_range(DEPTH):
         bucket = ((rows * tl.load(hashes + 4 * j) + tl.load(hashes + 4 * j + 1)) % total) % width
-        v = tl.load(table + (j * width + bucket)[:, None] * columns + cols[None, :], mask=mask, other=0.0)
+        at = table + (j * width + bucket)[:, None] * columns + cols[None, :]
+        v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if j == 0:
             least = v
         else:
@@ -55,57 +61,80 @@ def count_min(t, s, square, rows, exists, cols, mask, STORE: tl.constexpr, DEPTH
 
 @triton.jit
 def row_count_min(
-    t, s, square, rows, exists, cols, mask, STORE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr
-):
+    t, s, square, rows, place, exists, cols, mask,
+    STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """The profile's minimum times the row's exact scale."""
     scale = tl.load(tl.load(t + SECOND_B).to(tl.pointer_type(tl.float32)) + rows, mask=exists, other=0.0)
-    return count_min(t, s, square, rows, exists, cols, mask, STORE, DEPTH, ALIGN) * scale[:, None]
+    v = count_min(t, s, square, rows, place, exists, cols, mask, STORE, S_TYPE, MODE, DEPTH, ALIGN)
+    return v * scale[:, None]
 
 
 @triton.jit
-def _collect(place, nu_bits, exists):
+def _slices(axis, cols, K: tl.constexpr, DEPTH: tl.constexpr):
+    """Which slice of axis ``K`` holds each column; of a matrix it is the column."""
+    index = cols
+    if DEPTH > 2:
+        index = cols // tl.load(axis + 2)
+        if K > 1:
+            index = index % tl.load(axis + 1)
+    return index
+
+
+@triton.jit
+def _collect(t, values, place, exists, cols, mask, DEPTH: tl.constexpr):
+    """Raise the maxima of this step. Rows count as they are touched: of all of them, by their number."""
     # Integer maxima of the bits of numbers >= 0: no order of the atomics changes them, and NaN is above all.
-    tl.atomic_max(place, nu_bits, mask=exists, sem="relaxed")
+    new = tl.load(t + NEW).to(tl.pointer_type(tl.int32))
+    inner = cols < tl.load(t + COLUMNS)
+    bits = tl.where(mask, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    by_column = tl.max(bits, 0)
+    tl.atomic_max(new + place, tl.max(bits, 1), mask=exists, sem="relaxed")
+    new += tl.load(t + COUNT)
+    axis = t + tl.load(t + AXES)
+    for k in tl.static_range(1, DEPTH):
+        tl.atomic_max(new + _slices(axis, cols, k, DEPTH), by_column, mask=inner, sem="relaxed")
+        new += tl.load(axis + 1)
+        axis += 3
 
 
 @triton.jit
-def cover(t, s, square, rows, exists, cols, mask, STORE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr):
-    """SM3's covers of ``DEPTH`` axes: rows are axis 0, columns the others flattened. New maxima go to buffers."""
-    axis0 = tl.load(t + SECOND_A).to(tl.pointer_type(tl.float32))
-    axis1 = tl.load(t + SECOND_B).to(tl.pointer_type(tl.float32))
-    inner = cols < tl.load(t + COLUMNS)
-    dim2, dim3 = tl.load(t + DIM2), tl.load(t + DIM3)
-    c1 = cols
-    if DEPTH > 2:
-        c1 = cols // (dim2 * dim3)
-    least = tl.minimum(
-        tl.load(axis0 + rows, mask=exists, other=0.0)[:, None], tl.load(axis1 + c1, mask=inner, other=0.0)[None, :],
-        propagate_nan=tl.PropagateNan.ALL,
-    )  # fmt: skip
-    c2 = (cols // dim3) % dim2
-    c3 = cols % dim3
-    if DEPTH > 2:
-        axis2 = tl.load(t + SECOND_C).to(tl.pointer_type(tl.float32))
-        least = tl.minimum(
-            least, tl.load(axis2 + c2, mask=inner, other=0.0)[None, :], propagate_nan=tl.PropagateNan.ALL
-        )
-    if DEPTH > 3:
-        axis3 = tl.load(t + SECOND_D).to(tl.pointer_type(tl.float32))
-        least = tl.minimum(
-            least, tl.load(axis3 + c3, mask=inner, other=0.0)[None, :], propagate_nan=tl.PropagateNan.ALL
-        )
+def cover_estimate(
+    t, s, square, rows, place, exists, cols, mask,
+    STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The minimum over ``DEPTH`` axes, rows the first; of touched rows the row's cover. All that SM3-I reads."""
+    rows_cover = tl.load(tl.load(t + SECOND_A).to(tl.pointer_type(tl.float32)) + rows, mask=exists, other=0.0)
+    least = tl.zeros_like(square) + rows_cover[:, None]
+    if MODE == RANGE:
+        inner = cols < tl.load(t + COLUMNS)
+        axis = t + tl.load(t + AXES)
+        for k in tl.static_range(1, DEPTH):
+            cover = tl.load(axis).to(tl.pointer_type(tl.float32)) + _slices(axis, cols, k, DEPTH)
+            other = tl.load(cover, mask=inner, other=0.0)
+            least = tl.minimum(least, other[None, :], propagate_nan=tl.PropagateNan.ALL)
+            axis += 3
+    return least
+
+
+@triton.jit
+def cover(
+    t, s, square, rows, place, exists, cols, mask,
+    STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """SM3-II: from the old covers and the gradient; the new maxima go to buffers."""
+    least = cover_estimate(t, s, square, rows, place, exists, cols, mask, STORE, S_TYPE, MODE, DEPTH, ALIGN)
     nu = tl.load(s + DECAY2) * least + tl.load(s + GAIN2) * square
     if STORE:
-        new = tl.load(t + NEW).to(tl.pointer_type(tl.int32))
-        bits = tl.where(mask, nu.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-        by_column = tl.max(bits, 0)
-        _collect(new + rows, tl.max(bits, 1), exists)
-        new += tl.load(t + ROWS)
-        _collect(new + c1, by_column, inner)
-        if DEPTH > 2:
-            new += tl.load(t + COLUMNS) // (dim2 * dim3)
-            _collect(new + c2, by_column, inner)
-        if DEPTH > 3:
-            new += dim2
-            _collect(new + c3, by_column, inner)
+        _collect(t, nu, place, exists, cols, mask, DEPTH)
     return nu
+
+
+@triton.jit
+def cover_maxima(
+    t, s, square, rows, place, exists, cols, mask,
+    STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """SM3-I, the sweep before: the maxima of g * g alone."""
+    _collect(t, square, place, exists, cols, mask, DEPTH)
+    return square

@@ -26,9 +26,11 @@ from sketch_plugins.kernels.gpu.common import (
     MEASURE,
     NUMBERS,
     P_STRIDE,
+    PLAIN,
     ROWS,
     SECOND_A,
     STEP,
+    TABLE2,
     TILES,
     WIDTH,
     P,
@@ -37,6 +39,7 @@ from sketch_plugins.kernels.gpu.common import (
     factor,
     find,
     gradient,
+    held,
     noise,
     parameter,
     rows_at,
@@ -71,7 +74,7 @@ def apply(
         new = tl.load(s + KEEP) * p - update
         if ROUND:
             index = rows[:, None] * tl.load(t + COLUMNS) + cols[None, :]
-            tl.store(place, to_bf16(new, noise(t, s, index)), mask=mask)
+            tl.store(place, to_bf16(new, noise(t, s, index, PLAIN)), mask=mask)
         else:
             tl.store(place, new.to(P_TYPE), mask=mask)
     return squares, norm
@@ -81,9 +84,9 @@ def apply(
 def tiles(
     table, numbers, partial, count,
     FIRST: tl.constexpr, SECOND: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
-    MODE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, AFTER: tl.constexpr, L2_ON: tl.constexpr,
-    NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH1: tl.constexpr, DEPTH2: tl.constexpr, ALIGN: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    S_TYPE: tl.constexpr, MODE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, AFTER: tl.constexpr,
+    L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH1: tl.constexpr, DEPTH2: tl.constexpr,
+    ALIGN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``M`` rows by ``BLOCK`` columns (``N`` is the power of two above it)."""
     pid = tl.program_id(0)
@@ -92,7 +95,7 @@ def tiles(
     local = pid - tl.load(t + BEGIN)
     across = tl.load(t + TILES)
     tile = local % across
-    rows, g_rows, exists = rows_at(t, local // across * M, M, MODE)
+    rows, g_rows, place, exists = rows_at(t, local // across * M, M, MODE)
     inside = tl.arange(0, N)
     cols = tile * BLOCK + inside
     mask = exists[:, None] & ((inside < BLOCK) & (cols < extent(t, COLUMNS, ALIGN)))[None, :]
@@ -100,7 +103,7 @@ def tiles(
     f = tl.load(s + STEP)
     if SECOND is not None:
         STORE: tl.constexpr = (FOLD & PHASE) != 0
-        v = SECOND(t, s, x * x, rows, exists, cols, mask, STORE, DEPTH2, ALIGN)
+        v = SECOND(t, s, x * x, rows, place, exists, cols, mask, STORE, S_TYPE, MODE, DEPTH2, ALIGN)
         if AFTER:
             x = x * factor(v, s, tl.load(s + INNER))
         else:
@@ -129,8 +132,9 @@ def _members(t, bucket, first, M: tl.constexpr):
 def buckets(
     table, numbers, partial, count,
     FIRST: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
-    PHASE: tl.constexpr, AHEAD: tl.constexpr, L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr,
-    ALIGN: tl.constexpr, SINGLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    S_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, L2_ON: tl.constexpr, NOISE: tl.constexpr,
+    ROUND: tl.constexpr, ALIGN: tl.constexpr, SINGLE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One bucket by ``BLOCK`` columns. ``SINGLE``: its members fit one tile of ``M`` rows, and g is read once."""
     pid = tl.program_id(0)
@@ -144,9 +148,9 @@ def buckets(
     columns = extent(t, COLUMNS, ALIGN)
     inner = (inside < BLOCK) & (cols < columns)
     load = (tl.load(t + ROWS) - bucket + tl.load(t + WIDTH) - 1) // tl.load(t + WIDTH)
-    place = address(t, SECOND_A, tl.float32, ALIGN) + bucket * columns + cols
+    place = address(t, SECOND_A, S_TYPE, ALIGN) + bucket * columns + cols
 
-    v = tl.load(place, mask=inner, other=0.0)
+    v = tl.load(place, mask=inner, other=0.0).to(tl.float32)
     rows, exists = _members(t, bucket, 0, M)
     mask = exists[:, None] & inner[None, :]
     if SINGLE:
@@ -164,8 +168,9 @@ def buckets(
         gain = tl.load(s + GAIN2)
         if tl.load(s + MEAN) != 0:
             gain = gain / load.to(tl.float32)
-        v = tl.load(s + DECAY2) * v + gain * total
-        tl.store(place, v, mask=inner)
+        kept = held(tl.load(s + DECAY2) * v + gain * total, t, s, bucket * columns + cols, TABLE2, S_TYPE)
+        tl.store(place, kept, mask=inner)
+        v = kept.to(tl.float32)
     f = factor(v, s, tl.load(s + STEP))[None, :]
     squares = 0.0
     norm = 0.0
