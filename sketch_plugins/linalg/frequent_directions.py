@@ -127,16 +127,18 @@ def accumulate(buffer: Tensor, vectors: Tensor, x: Tensor, decay: float) -> None
 
 
 def drain(buffer: Tensor, vectors: Tensor) -> Tensor:
-    r"""Columns B, ``(*, d, k)``, with :math:`B B^\top = Y (V^\top Y)^+ Y^\top`: Nystrom's approximation of the sum.
+    r"""Columns B, ``(*, d, k)``, with :math:`B B^\top = Y (V^\top Y + \nu)^{-1} Y^\top`: Nystrom's approximation.
 
-    It never exceeds the covariance that Y (``buffer``) was made of, is exact on the span of V, and of a covariance of
-    rank k or less whose directions V meets it is the whole. What it misses is known from the trace.
+    Of the covariance that Y (``buffer``) is the product of, :math:`Y = L V`: B B^T never exceeds L, is L on the span of
+    V, and where L has rank k or less and V meets all its directions it is the whole. What it misses is known from the
+    trace. :math:`\nu`, two units in the last place of the norm of Y, is the round-off of :math:`V^\top Y`: without it
+    directions that V meets by round-off alone come out with any size at all, many times the covariance.
     """
     core = vectors.mT @ buffer
     values, inner = _eigenpairs((core + core.mT) / 2)
-    # Below this the quotient is round-off: twice k units in the last place of the largest.
-    least = values[..., -1:] * (2 * values.shape[-1] * torch.finfo(values.dtype).eps)
-    inverse = torch.where(values > least, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
+    noise = 2 * torch.finfo(values.dtype).eps * torch.linalg.matrix_norm(buffer).unsqueeze(-1)
+    values = values + noise
+    inverse = torch.where(values > noise / 2, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
     return buffer @ (inner * inverse.unsqueeze(-2))
 
 
