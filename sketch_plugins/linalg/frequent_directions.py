@@ -106,7 +106,8 @@ def fold(
     values = squares[..., :k]
     trace = weight * old.trace + (columns.square().sum((-2, -1)) if mass is None else mass)
     if tail == "trace":
-        rest = (trace - values.sum(-1)).clamp_min(0) / max(1, d - k)
+        # With k = d the difference is round-off of many steps.
+        rest = (trace - values.sum(-1)).clamp_min(0) / (d - k) if k < d else torch.zeros_like(trace)
     else:
         escaped = squares[..., k] if squares.shape[-1] > k else torch.zeros_like(trace)
         values = (values - escaped.unsqueeze(-1)).clamp_min(0)
@@ -197,7 +198,7 @@ def _svd(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
 def _eigh(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     d, k = old.shape[-2:]
     m = a.shape[-1]
-    if m > d:
+    if m >= d:
         values, vectors = _eigenpairs(a @ a.mT)
         values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
         return vectors[..., :k], values[..., : k + 1]
