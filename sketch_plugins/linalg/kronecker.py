@@ -86,16 +86,17 @@ class Kronecker:
 
     def gather(self, state: State, x: Tensor, decay: float) -> None:
         """Add the covariances of ``x`` (any view of the tensor's shape) to what the buffers hold, in place."""
+        squares: dict[int, Tensor] = {}  # of a block: the same along every axis
         for side, unfolded in self._unfolded(x):
+            if side.block not in squares:
+                squares[side.block] = _square(unfolded)
             vectors, buffer = state[side.key("vectors")], state[side.key("buffer")]
             mass, weight = state[side.key("mass")], state[side.key("decay")]
-            flat = unfolded.reshape(-1) if unfolded.is_contiguous() else None
-            square = torch.dot(flat, flat) if flat is not None else unfolded.square().sum()
             # As many of the matrices at a time as keep the products below the size of x.
             count = max(1, len(unfolded) * unfolded.shape[2] // side.rank)
             for first in range(0, len(unfolded), count):
                 fd.accumulate(buffer, vectors, unfolded[first : first + count], 1.0 if first else decay)
-            mass.mul_(decay).add_(square)
+            mass.mul_(decay).add_(squares[side.block])
             weight.mul_(decay)
 
     def columns(self, x: Tensor) -> dict[Side, Tensor]:
@@ -224,3 +225,12 @@ def _along(x: Tensor, axis: int, vectors: Tensor, inside: Tensor, outside: Tenso
     else:
         x = x.view(-1, d, math.prod(x.shape[axis + 1 :]))
     fd.multiply(x, vectors, inside, outside)
+
+
+def _square(x: Tensor) -> Tensor:
+    """The sum of squares, where the layout allows it without memory for them."""
+    for view in (x, x.mT):
+        if view.is_contiguous():
+            flat = view.view(-1)
+            return torch.dot(flat, flat)
+    return x.square().sum()
