@@ -203,15 +203,13 @@ def _eigh(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
         return vectors[..., :k], values[..., : k + 1]
     values, inner = _eigenpairs(a.mT @ a)
-    values, inner = values.flip(-1).clamp_min(0)[..., : k + 1], inner.flip(-1)[..., :k]
-    first = values[..., :k]
+    values, inner = values.flip(-1)[..., : k + 1], inner.flip(-1)[..., :k]
     # What is smaller has lost all its digits in the product.
-    least = first[..., :1] * (m * torch.finfo(a.dtype).eps)
-    seen = first > least
-    u = (a @ inner) * torch.where(seen, first.clamp_min(torch.finfo(a.dtype).tiny).rsqrt(), 0.0).unsqueeze(-2)
-    u = _completed(u, seen)
-    cut = torch.where(values > least, values, 0.0)
-    return u, cut
+    seen = values > values[..., :1] * (m * torch.finfo(a.dtype).eps)
+    # Descending, so what is badly known leaves the others alone; QR does not mind the columns' lengths. Present
+    # directions fill up what was not seen, and if they were seen already, any others.
+    u = torch.linalg.qr(torch.where(seen[..., None, :k], a @ inner, old)).Q
+    return u, torch.where(seen, values, 0.0)
 
 
 def _power(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,12 +224,6 @@ def _power(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     values, w = _eigenpairs(inner.mT @ inner)
     values, w = values.flip(-1).clamp_min(0), w.flip(-1)
     return q @ w[..., :k], values[..., : k + 1]
-
-
-def _completed(u: Tensor, seen: Tensor) -> Tensor:
-    """Orthonormal columns: those of ``u`` that were seen (up to sign), and any others in place of the rest."""
-    d, k = u.shape[-2:]
-    return torch.linalg.qr(torch.where(seen.unsqueeze(-2), u, _noise(d, k, u))).Q
 
 
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
