@@ -26,6 +26,8 @@ SOLVERS = ("svd", "eigh", "power")
 # Columns beside the warm start of a block power step: where directions that are not in the sketch yet can enter, and
 # the next eigenvalue, which "paper" subtracts, is found.
 OVERSAMPLING = 8
+# Up to this many rows or columns "power" costs more than the exact "eigh", and is that.
+SMALL = 64
 _SEED = 0x5EED
 
 
@@ -87,7 +89,8 @@ def fold(
         solver: how U and s are found. ``"svd"``: the reference. ``"eigh"``: eigenvectors of the smaller of A A^T and
             A^T A: s is good to about the root of the dtype's precision, relative to the largest. ``"power"``: one step
             of block power iteration from the present V and a few columns more, QR, Rayleigh-Ritz: the cheapest where
-            k is far below d and n, and close as long as the directions turn slowly.
+            k is far below d and n, and close as long as the directions turn slowly. It may exceed L: the paper's
+            bound holds for the other two. Matrices of few rows or columns (`SMALL`) are left to ``"eigh"``.
         mass: ``(*)``, the trace that ``columns`` stand for, where they are themselves an approximation.
 
     Raises:
@@ -215,6 +218,8 @@ def _eigh(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
 def _power(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     d, k = old.shape[-2:]
     m = a.shape[-1]
+    if min(d, m) <= SMALL:
+        return _eigh(a, old)
     extra = min(OVERSAMPLING, d - k)
     guess = old
     if extra:

@@ -22,6 +22,12 @@ DECAYS = (1.0, 0.95, 0.99)
 examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
+@pytest.fixture(autouse=True)
+def power_of_small_matrices(monkeypatch):
+    """Those here are small, and would all be left to eigh."""
+    monkeypatch.setattr(fd, "SMALL", 0)
+
+
 def start(d, k, dtype=F64, batch=()):
     return fd.start(batch, d, k, dtype, CPU)
 
@@ -352,6 +358,14 @@ def test_vectors_stay_orthonormal_and_values_descend(solver, dtype):
             assert sketch.tail >= 0 and all(part.isfinite().all() for part in sketch)
 
     check()
+
+
+@pytest.mark.parametrize("d, n", [(9, 200), (200, 5)])
+def test_power_leaves_small_matrices_to_eigh(d, n, monkeypatch):
+    monkeypatch.undo()
+    x = normal(d, n)
+    runs = [fd.fold(start(d, 4), x, 0.9, solver=solver) for solver in ("power", "eigh")]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
