@@ -26,6 +26,8 @@ SOLVERS = ("svd", "eigh", "power")
 # Columns beside the warm start of a block power step: where directions that are not in the sketch yet can enter, and
 # the next eigenvalue, which "paper" subtracts, is found.
 OVERSAMPLING = 8
+# Up to this many rows or columns "power" costs more than the exact "eigh", and is that.
+SMALL = 64
 _SEED = 0x5EED
 
 
@@ -87,7 +89,8 @@ def fold(
         solver: how U and s are found. ``"svd"``: the reference. ``"eigh"``: eigenvectors of the smaller of A A^T and
             A^T A: s is good to about the root of the dtype's precision, relative to the largest. ``"power"``: one step
             of block power iteration from the present V and a few columns more, QR, Rayleigh-Ritz: the cheapest where
-            k is far below d and n, and close as long as the directions turn slowly.
+            k is far below d and n, and close as long as the directions turn slowly. It may exceed L: the paper's
+            bound holds for the other two. Matrices of few rows or columns (`SMALL`) are left to ``"eigh"``.
         mass: ``(*)``, the trace that ``columns`` stand for, where they are themselves an approximation.
 
     Raises:
@@ -106,7 +109,8 @@ def fold(
     values = squares[..., :k]
     trace = weight * old.trace + (columns.square().sum((-2, -1)) if mass is None else mass)
     if tail == "trace":
-        rest = (trace - values.sum(-1)).clamp_min(0) / max(1, d - k)
+        # With k = d the difference is round-off of many steps.
+        rest = (trace - values.sum(-1)).clamp_min(0) / (d - k) if k < d else torch.zeros_like(trace)
     else:
         escaped = squares[..., k] if squares.shape[-1] > k else torch.zeros_like(trace)
         values = (values - escaped.unsqueeze(-1)).clamp_min(0)
@@ -127,16 +131,18 @@ def accumulate(buffer: Tensor, vectors: Tensor, x: Tensor, decay: float) -> None
 
 
 def drain(buffer: Tensor, vectors: Tensor) -> Tensor:
-    r"""Columns B, ``(*, d, k)``, with :math:`B B^\top = Y (V^\top Y)^+ Y^\top`: Nystrom's approximation of the sum.
+    r"""Columns B, ``(*, d, k)``, with :math:`B B^\top = Y (V^\top Y + \nu)^{-1} Y^\top`: Nystrom's approximation.
 
-    It never exceeds the covariance that Y (``buffer``) was made of, is exact on the span of V, and of a covariance of
-    rank k or less whose directions V meets it is the whole. What it misses is known from the trace.
+    Of the covariance that Y (``buffer``) is the product of, :math:`Y = L V`: B B^T never exceeds L, is L on the span of
+    V, and where L has rank k or less and V meets all its directions it is the whole. What it misses is known from the
+    trace. :math:`\nu`, two units in the last place of the norm of Y, is the round-off of :math:`V^\top Y`: without it
+    directions that V meets by round-off alone come out with any size at all, many times the covariance.
     """
     core = vectors.mT @ buffer
     values, inner = _eigenpairs((core + core.mT) / 2)
-    # Below this the quotient is round-off: twice k units in the last place of the largest.
-    least = values[..., -1:] * (2 * values.shape[-1] * torch.finfo(values.dtype).eps)
-    inverse = torch.where(values > least, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
+    noise = 2 * torch.finfo(values.dtype).eps * torch.linalg.matrix_norm(buffer).unsqueeze(-1)
+    values = values + noise
+    inverse = torch.where(values > noise / 2, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
     return buffer @ (inner * inverse.unsqueeze(-2))
 
 
@@ -200,25 +206,25 @@ def _svd(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
 def _eigh(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     d, k = old.shape[-2:]
     m = a.shape[-1]
-    if m > d:
+    if m >= d:
         values, vectors = _eigenpairs(a @ a.mT)
         values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
         return vectors[..., :k], values[..., : k + 1]
     values, inner = _eigenpairs(a.mT @ a)
-    values, inner = values.flip(-1).clamp_min(0)[..., : k + 1], inner.flip(-1)[..., :k]
-    first = values[..., :k]
+    values, inner = values.flip(-1)[..., : k + 1], inner.flip(-1)[..., :k]
     # What is smaller has lost all its digits in the product.
-    least = first[..., :1] * (m * torch.finfo(a.dtype).eps)
-    seen = first > least
-    u = (a @ inner) * torch.where(seen, first.clamp_min(torch.finfo(a.dtype).tiny).rsqrt(), 0.0).unsqueeze(-2)
-    u = _completed(u, seen)
-    cut = torch.where(values > least, values, 0.0)
-    return u, cut
+    seen = values > values[..., :1] * (m * torch.finfo(a.dtype).eps)
+    # Descending, so what is badly known leaves the others alone; QR does not mind the columns' lengths. Present
+    # directions fill up what was not seen, and if they were seen already, any others.
+    u = torch.linalg.qr(torch.where(seen[..., None, :k], a @ inner, old)).Q
+    return u, torch.where(seen, values, 0.0)
 
 
 def _power(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     d, k = old.shape[-2:]
     m = a.shape[-1]
+    if min(d, m) <= SMALL:
+        return _eigh(a, old)
     extra = min(OVERSAMPLING, d - k)
     guess = old
     if extra:
@@ -228,12 +234,6 @@ def _power(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     values, w = _eigenpairs(inner.mT @ inner)
     values, w = values.flip(-1).clamp_min(0), w.flip(-1)
     return q @ w[..., :k], values[..., : k + 1]
-
-
-def _completed(u: Tensor, seen: Tensor) -> Tensor:
-    """Orthonormal columns: those of ``u`` that were seen (up to sign), and any others in place of the rest."""
-    d, k = u.shape[-2:]
-    return torch.linalg.qr(torch.where(seen.unsqueeze(-2), u, _noise(d, k, u))).Q
 
 
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,16 +86,16 @@ class Kronecker:
 
     def gather(self, state: State, x: Tensor, decay: float) -> None:
         """Add the covariances of ``x`` (any view of the tensor's shape) to what the buffers hold, in place."""
-        squares: dict[int, Tensor] = {}
+        squares: dict[int, Tensor] = {}  # of a block: the same along every axis
         for side, unfolded in self._unfolded(x):
+            if side.block not in squares:
+                squares[side.block] = _square(unfolded)
             vectors, buffer = state[side.key("vectors")], state[side.key("buffer")]
             mass, weight = state[side.key("mass")], state[side.key("decay")]
             # As many of the matrices at a time as keep the products below the size of x.
             count = max(1, len(unfolded) * unfolded.shape[2] // side.rank)
             for first in range(0, len(unfolded), count):
                 fd.accumulate(buffer, vectors, unfolded[first : first + count], 1.0 if first else decay)
-            if side.block not in squares:
-                squares[side.block] = torch.linalg.vector_norm(unfolded).square()
             mass.mul_(decay).add_(squares[side.block])
             weight.mul_(decay)
 
@@ -147,13 +147,8 @@ class Side:
         return Covariance(*(state[self.key(name)] for name in Covariance._fields))
 
     def put(self, state: dict[str, Tensor], new: Covariance) -> None:
-        """Into a state that has none yet."""
+        """Into a state without it; see `solve` for one that has it."""
         state |= {self.key(name): tensor for name, tensor in new._asdict().items()}
-
-    def keep(self, state: State, new: Covariance) -> None:
-        """In place of the present one."""
-        for name, tensor in new._asdict().items():
-            state[self.key(name)].copy_(tensor)
 
 
 def solve(due: Iterable[tuple[Side, State, Tensor | None]], decay: float, tail: str, solver: str) -> None:
@@ -190,7 +185,8 @@ def _solve(members: Sequence[tuple[Side, State, Tensor | None]], decay: float, t
         gathered = fd.drain(stacked("buffer"), old.vectors)
         new = fd.fold(old, gathered, stacked("decay"), tail=tail, solver=solver, mass=stacked("mass"))
     for i, (side, state, _) in enumerate(members):
-        side.keep(state, Covariance(*(tensor[i] for tensor in new)))
+        for name, tensor in new._asdict().items():
+            state[side.key(name)].copy_(tensor[i])
         if not columns:
             state[side.key("buffer")].zero_()
             state[side.key("mass")].zero_()
@@ -229,3 +225,12 @@ def _along(x: Tensor, axis: int, vectors: Tensor, inside: Tensor, outside: Tenso
     else:
         x = x.view(-1, d, math.prod(x.shape[axis + 1 :]))
     fd.multiply(x, vectors, inside, outside)
+
+
+def _square(x: Tensor) -> Tensor:
+    """The sum of squares, where the layout allows it without memory for them."""
+    for view in (x, x.mT):
+        if view.is_contiguous():
+            flat = view.view(-1)
+            return torch.dot(flat, flat)
+    return x.square().sum()
