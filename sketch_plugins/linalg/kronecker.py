@@ -147,8 +147,13 @@ class Side:
         return Covariance(*(state[self.key(name)] for name in Covariance._fields))
 
     def put(self, state: dict[str, Tensor], new: Covariance) -> None:
-        """Into a state without it; see `solve` for one that has it."""
+        """Into a state that has none yet."""
         state |= {self.key(name): tensor for name, tensor in new._asdict().items()}
+
+    def keep(self, state: State, new: Covariance) -> None:
+        """In place of the present one."""
+        for name, tensor in new._asdict().items():
+            state[self.key(name)].copy_(tensor)
 
 
 def solve(due: Iterable[tuple[Side, State, Tensor | None]], decay: float, tail: str, solver: str) -> None:
@@ -185,8 +190,7 @@ def _solve(members: Sequence[tuple[Side, State, Tensor | None]], decay: float, t
         gathered = fd.drain(stacked("buffer"), old.vectors)
         new = fd.fold(old, gathered, stacked("decay"), tail=tail, solver=solver, mass=stacked("mass"))
     for i, (side, state, _) in enumerate(members):
-        for name, tensor in new._asdict().items():
-            state[side.key(name)].copy_(tensor[i])
+        side.keep(state, Covariance(*(tensor[i] for tensor in new)))
         if not columns:
             state[side.key("buffer")].zero_()
             state[side.key("mass")].zero_()
