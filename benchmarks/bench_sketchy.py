@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1, help="tensors of equal shape, solved in one call")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--turns", type=int, default=9, help="most timed turns of a case")
+    parser.add_argument("--turns", type=int, default=99, help="most timed turns of a case")
     parser.add_argument("--seconds", type=float, default=1.5, help="a case ends after this, but not before 3 turns")
     parser.add_argument("--out", type=Path, help="CSV (default: benchmarks/results/sketchy_solvers_<device>.csv)")
     args = parser.parse_args()
