@@ -125,6 +125,7 @@ class Sketchy(SketchOptimizer):
         width: see `CSAdam`.
         depth: see `CSAdam`.
         hash: see `CSAdam`.
+        table_dtype: see `CSAdam`.
         bucket: see `CSAdam`.
         min_compress_size: see `CSAdam`; it concerns the graft's second moment only.
         row_sparse: see `CSAdam`.
@@ -343,6 +344,7 @@ class Sketchy(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        table_dtype: str | None = None,
         bucket: str | None = None,
         min_compress_size: int | None = None,
         row_sparse: bool | str | None = None,

@@ -183,9 +183,7 @@ def test_bytes_of_state(dtype):
     train(optimizer, params, 1)
     for p, n in zip(params, numbers, strict=True):
         assert sum(t.nbytes for t in optimizer.state[p].get("preconditioner", {}).values()) == size * n
-    # What exists is reported without tensors of one number: the escaped mass and the trace.
-    exist = [kept.state_bytes for kept in state_report(optimizer).parameters]
-    assert exist == [max(0, size * (n - 2)) for n in numbers]
+    assert [kept.state_bytes for kept in state_report(optimizer).parameters] == [size * n for n in numbers]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
