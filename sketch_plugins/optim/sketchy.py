@@ -376,7 +376,7 @@ class Sketchy(SketchOptimizer):
 
     def _check_budget(self, group: Mapping[str, Any]) -> None:
         eligible = [p for p in group["params"] if any(_axes(tuple(p.shape), *(group[name] for name in _AXES))[1])]
-        if eligible and all(self._plan(p, group) is None for p in eligible):
+        if eligible and all(self.preconditioner_of(p, group) is None for p in eligible):
             raise ValueError(
                 f"budget={group['budget']:g} bytes of state a parameter is too small for a covariance of any tensor of "
                 "the group; allowed is more, or rank= in place of budget="
@@ -393,14 +393,15 @@ class Sketchy(SketchOptimizer):
         return super()._stores(p, {**group, **kinds})
 
     def _further(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Further]:
-        plan = self._plan(p, group)
+        plan = self.preconditioner_of(p, group)
         return {} if plan is None else {"preconditioner": plan}
 
     def _whole(self, p: Tensor, group: Mapping[str, Any]) -> bool:
         axes = _axes(tuple(p.shape), *(group[name] for name in _AXES))
         return bool(axes[1]) and all(axes[1])
 
-    def _plan(self, p: Tensor, group: Mapping[str, Any]) -> Kronecker | None:
+    def preconditioner_of(self, p: Tensor, group: Mapping[str, Any]) -> Kronecker | None:
+        """Axes, blocks and ranks of a parameter's covariances; None where it has none."""
         shape = tuple(p.shape)
         dims, preconditioned = _axes(shape, *(group[name] for name in _AXES))
         if not any(preconditioned):
@@ -453,7 +454,7 @@ class Sketchy(SketchOptimizer):
         super()._update(work)
         due: dict[tuple[str, str], list[tuple[Side, Mapping[str, Tensor], Tensor | None]]] = {}
         for p, group, grad in work:
-            plan = self._plan(p, group)
+            plan = self.preconditioner_of(p, group)
             if plan is None or grad.rows is not None or group["statistics"] == "sample":
                 continue
             step = int(self.state[p]["step"].item())
@@ -473,7 +474,7 @@ class Sketchy(SketchOptimizer):
         named: Mapping[str, Store],
         group: Mapping[str, Any],
     ) -> None:
-        plan = self._plan(p, group)
+        plan = self.preconditioner_of(p, group)
         if plan is None or grad.rows is not None:
             super()._eager(p, grad, rule, state, named, group)
             return

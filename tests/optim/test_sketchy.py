@@ -223,10 +223,13 @@ def test_a_vocabulary_is_preconditioned_along_its_other_axis_alone():
     assert {k.split("_", 1)[1] for k in table["preconditioner"]} == {"0_1"}
     assert {k.split("_", 1)[1] for k in head["preconditioner"]} == {"0_0"}
     assert {k.split("_", 1)[1] for k in hidden["preconditioner"]} == {"0_0", "0_1"} and "first_moment" in hidden
-    plan = optimizer._plan(torch.empty(32_000, 4096, device="meta"), optimizer.param_groups[0])
+    plan = optimizer.preconditioner_of(torch.empty(32_000, 4096, device="meta"), optimizer.param_groups[0])
     assert [s.axis for s in plan.sides] == [1]  # longer than max_axis
     everything = Sketchy([torch.nn.Parameter(torch.zeros(2000, 16))], precondition="all")
-    assert len(everything._plan(everything.param_groups[0]["params"][0], everything.param_groups[0]).sides) == 2
+    assert (
+        len(everything.preconditioner_of(everything.param_groups[0]["params"][0], everything.param_groups[0]).sides)
+        == 2
+    )
 
 
 def test_blocks_are_preconditioned_by_themselves():
@@ -243,7 +246,7 @@ def test_blocks_are_preconditioned_by_themselves():
         a.step()
         b.step()
     # Rows (12) are cut into three blocks of 4, columns into two of 5.
-    assert len(a._plan(whole[0], a.param_groups[0]).sides) == 12
+    assert len(a.preconditioner_of(whole[0], a.param_groups[0]).sides) == 12
     torch.testing.assert_close(whole[0].detach(), torch.cat([p.detach() for p in pieces], 1), rtol=1e-9, atol=1e-12)
 
 
@@ -252,7 +255,7 @@ def test_ranks():
 
     def ranks(**options):
         optimizer = Sketchy([p], **options)
-        return [s.rank for s in optimizer._plan(p, optimizer.param_groups[0]).sides]
+        return [s.rank for s in optimizer.preconditioner_of(p, optimizer.param_groups[0]).sides]
 
     assert ranks(rank=8) == [8, 8]
     assert ranks(rank=64) == [64, 40]
@@ -273,7 +276,7 @@ def test_a_budget_is_kept_and_used(budget):
     optimizer.step()
     for p, kept in zip(params, state_report(optimizer).parameters, strict=True):
         assert kept.state_bytes <= budget * p.numel()
-        plan = optimizer._plan(p, optimizer.param_groups[0])
+        plan = optimizer.preconditioner_of(p, optimizer.param_groups[0])
         if plan is not None and any(0 < r < d for r, d in zip(plan.ranks, plan.dims, strict=True)):
             more = 8 * sum(d for d, r in zip(plan.dims, plan.ranks, strict=True) if r and r < d) + 8 * len(plan.dims)
             assert kept.state_bytes + more >= budget * p.numel()
