@@ -127,13 +127,14 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     train.add_argument(
         "--sm3-lr", type=positive_float, metavar="LR", help="for sm3's ema preset (default: %(default)s)"
     )
+    train.add_argument("--sketchy-lr", type=positive_float, metavar="LR", help="for sketchy (default: %(default)s)")
     train.add_argument("--weight-decay", type=float, default=0.01, metavar="W", help="default: %(default)s")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="weights and data order (default: %(default)s)")
     train.add_argument(
         "--optimizers",
         metavar="LIST",
         help="name[:key=value,...][@lr], separated by commas "
-        "(default: adamw_torch_fused,cs_adam,cs_adam:preset=lean@LEAN_LR,sm3:preset=ema@SM3_LR)",
+        "(default: adamw_torch_fused,cs_adam,cs_adam:preset=lean@LEAN_LR,sm3:preset=ema@SM3_LR,sketchy@SKETCHY_LR)",
     )
     train.add_argument("--cpu", action="store_true", help="leave an accelerator unused")
     parser.add_argument(
@@ -160,7 +161,7 @@ def parse(parser: argparse.ArgumentParser, quick: dict[str, Any], argv: Sequence
     for file in args.text or ():
         if not file.is_file():
             parser.error(f"--text {file}: no such file")
-    ours = f"cs_adam,cs_adam:preset=lean@{args.lean_lr},sm3:preset=ema@{args.sm3_lr}"
+    ours = f"cs_adam,cs_adam:preset=lean@{args.lean_lr},sm3:preset=ema@{args.sm3_lr},sketchy@{args.sketchy_lr}"
     listed = args.optimizers or f"adamw_torch_fused,{ours}"
     try:
         args.runs = parse_runs(listed, args.lr)

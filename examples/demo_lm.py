@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     common.add_options(parser, out="demo_out")
-    parser.set_defaults(**DEFAULTS, lean_lr=3e-2, sm3_lr=3e-2)
+    parser.set_defaults(**DEFAULTS, lean_lr=3e-2, sm3_lr=3e-2, sketchy_lr=8e-2)
     return common.main(common.parse(parser, QUICK, argv), prepare, build)
 
 

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--classes", type=common.positive_int, metavar="N", help="only the N largest (default: 6, all of a --dataset)"
     )
-    parser.set_defaults(**DEFAULTS, lean_lr=1e-2, sm3_lr=1e-2)
+    parser.set_defaults(**DEFAULTS, lean_lr=1e-2, sm3_lr=1e-2, sketchy_lr=2e-2)
     args = common.parse(parser, QUICK, argv)
     if args.classes is None and not args.dataset:
         args.classes = 6

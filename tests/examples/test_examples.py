@@ -54,7 +54,7 @@ def test_language_model(tmp_path):
     size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 6, "--seq-len", 32, "--batch-size", 2)
     out = tmp_path / "out"
     finished = start("demo_lm.py", "--quick", "--text", text, "--out", out, *size)
-    runs = check(finished, out, ["AdamW", "cs_adam", "cs_adam preset=lean", "sm3 preset=ema"])
+    runs = check(finished, out, ["AdamW", "cs_adam", "cs_adam preset=lean", "sm3 preset=ema", "sketchy"])
     check_bytes(runs)
     assert runs["cs_adam preset=lean"]["bytes_per_param"] < 0.5
     # int8 blocks and one number a row and column; biases and norms exact.
