@@ -15,12 +15,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sketch_plugins.kernels import sweeps
 from sketch_plugins.kernels.sweeps import SPAN
@@ -29,8 +29,10 @@ from sketch_plugins.stores import CountMin, Cover, Dense, Int8, Store
 from sketch_plugins.stores.base import State
 
 # Numbers of a band of buckets, all members together: gradient and parameter, 8 bytes a number, stay in the second-level
-# cache.
-BAND = 1 << 17
+# cache until they are looked at again.
+BAND = 1 << 15
+# Numbers of a band's table where each sweep looks at a number once: long runs of memory are faster.
+LONG = 1 << 16
 # Numbers of a unit of a parameter whose numbers depend on each other only within blocks.
 FLAT = 1 << 12
 # Pieces of a step for each thread: what is left when the first one finds no more is a fraction of its share.
@@ -99,7 +101,8 @@ def prepare(w: Work) -> Task:
     if isinstance(second, CountMin):
         sweep, table = sweeps.count_min, state2["table"].data_ptr()
         width = second.buckets(rows)
-        band = max(1, min(width, BAND // (-(-rows // width) * columns)))
+        once = w.measure and kind == sweeps.NONE
+        band = max(1, min(width, LONG // columns if once else BAND // (-(-rows // width) * columns)))
         units = -(-width // band)
     elif isinstance(second, Cover):
         sweep, table, column, units = sweeps.cover, state2["axis_0"].data_ptr(), state2["axis_1"].data_ptr(), rows
@@ -122,59 +125,56 @@ def prepare(w: Work) -> Task:
 
 
 class Program:
-    """The pieces of a step of certain tasks with a certain number of threads. Valid as long as the tasks are."""
+    """The pieces of a step of certain tasks with a certain number of threads. Valid as long as the tasks are.
+
+    What one thread measures it applies at once. Only a parameter that is a large part of the step is measured by all
+    threads, which then meet: ``pieces[0]`` comes before that, ``pieces[1]`` after it.
+    """
 
     def __init__(self, tasks: Sequence[Task], threads: int) -> None:
         self.tasks, self.threads = list(tasks), threads
-        table = np.array([task.row for task in tasks], np.uint64).reshape(len(tasks), sweeps.PLACES)
-        size, units = table[:, sweeps.SIZE].astype(np.int64), table[:, sweeps.UNITS].astype(np.int64)
-        covers = np.array([task.sweep is sweeps.cover for task in tasks], bool)
-        measured = np.array([task.measure for task in tasks], bool)
-        table[:, sweeps.BASE] = _starts(units * measured)
-        table[:, sweeps.NEW] = _starts(units * covers)
-        self.table = table
-        self.sizes = int((units * measured).sum()), int((units * covers).sum())
-        share = -(-int(size.sum()) // threads)
+        self.table = table = np.array([task.row for task in tasks], np.uint64).reshape(len(tasks), sweeps.PLACES)
+        units = table[:, sweeps.UNITS].astype(np.int64)
+        measured = units * np.array([task.measure for task in tasks], bool)
+        covers = units * np.array([task.sweep is sweeps.cover for task in tasks], bool)
+        table[:, sweeps.BASE], table[:, sweeps.NEW] = (np.cumsum(n) - n for n in (measured, covers))
+        self.units, self.rows, self.columns = int(measured.sum()), int(covers.sum()), 0
+        share = -(-int(table[:, sweeps.SIZE].sum()) // threads)
         limit = share if threads == 1 else max(1 << 16, -(-share // PIECES))
-        self.first, self.split = _Pieces(limit), []
-        self.second, self.covers = _Pieces(limit), []
-        room = 0
+        pieces = _Pieces(limit), _Pieces(limit)
+        divided, finish = [], []
         for t, task in enumerate(tasks):
-            # What is measured by one thread is applied by it at once; only a large part of the step is worth a meeting.
-            measure = FOLD | MEASURE if task.sweep is sweeps.count_min else MEASURE
-            apply = APPLY if task.measure and task.sweep is sweeps.count_min else FOLD | APPLY
-            whole = task.measure and 2 * size[t] <= share
-            if task.measure and not whole and threads > 1:
-                self.split.append(t)
-                for begin, end in _cuts(int(units[t]), int(size[t]), limit):
-                    self.first.add(task, t, begin, end, measure, 0, int(size[t]) * (end - begin) // int(units[t]))
-            elif task.measure:
-                apply |= measure
-            cuts = [(0, int(units[t]))] if whole or threads == 1 else _cuts(int(units[t]), int(size[t]), limit)
+            fold_first = task.measure and task.sweep is sweeps.count_min
+            measure = (FOLD | MEASURE if fold_first else MEASURE) if task.measure else 0
+            apply = APPLY if fold_first else FOLD | APPLY
+            size, count = task.row[sweeps.SIZE], task.row[sweeps.UNITS]
+            together = threads == 1 or (task.measure and 2 * size <= share)
+            cuts = [(0, count)] if together else _cuts(count, size, limit)
+            if task.measure and not together:
+                divided.append(t)
+                for begin, end in cuts:
+                    pieces[0].add(task, (t, begin, end, measure, 0))
+                measure = 0
             for begin, end in cuts:
-                self.second.add(task, t, begin, end, apply, room, int(size[t]) * (end - begin) // int(units[t]))
+                pieces[1].add(task, (t, begin, end, measure | apply, self.columns))
                 if task.sweep is sweeps.cover:
-                    self.covers.append((t, begin, end, apply, room))
-                    room += -(-task.row[sweeps.COLUMNS] // 16) * 16
-        self.room = room
-        self.calls = self.first.calls(), self.second.calls()
-        self.finish = np.array(self.covers, np.uint64).reshape(-1, 5)
-        self.chosen = np.array(self.split, np.uint64)
+                    finish.append((t, begin, end, apply, self.columns))
+                    self.columns += -(-task.row[sweeps.COLUMNS] // 16) * 16  # whole cache lines
+        self.calls = pieces[0].calls(), pieces[1].calls()
+        self.divided, self.finish = np.array(divided, np.uint64), np.array(finish, np.uint64).reshape(-1, 5)
 
     def run(self, numbers: np.ndarray, gradients: Sequence[int]) -> None:
         """Take the step: a row of numbers (which are changed) and the gradient's address for each task."""
         self.table[:, sweeps.G] = gradients
-        units, rows = self.sizes
-        squares, norms = np.empty(units), np.empty(units)
-        new, maxima = np.empty(rows, np.float32), np.empty(self.room, np.float32)
-        rest = squares, norms, new, maxima
-        before, after = ([(call, likes, (self.table, numbers, p, *rest)) for call, likes, p in c] for c in self.calls)
-        if before:
-            _parallel(before, self.threads)
-            sweeps.settle(self.table, numbers, self.chosen, squares, norms)
-        _parallel(after, self.threads)
+        squares, norms = np.empty(self.units), np.empty(self.units)
+        rows, maxima = np.empty(self.rows, np.float32), np.empty(self.columns, np.float32)
+        common = self.table, numbers, squares, norms, rows, maxima
+        if self.calls[0]:
+            _parallel(self.calls[0], common, self.threads)
+            sweeps.settle(self.table, numbers, self.divided, squares, norms)
+        _parallel(self.calls[1], common, self.threads)
         if len(self.finish):
-            sweeps.finish(self.table, self.finish, new, maxima)
+            sweeps.finish(self.table, self.finish, rows, maxima)
 
 
 def run(
@@ -203,60 +203,78 @@ def run(
     return last
 
 
-_Likes = tuple[np.ndarray, np.ndarray, np.ndarray]
+class _Call(NamedTuple):
+    """Pieces for one call of a sweep.
+
+    Attributes:
+        sweep: which of the loops.
+        likes: arrays that tell it the dtypes.
+        pieces: see the places in `sweeps`.
+        room: numbers that its buffers take.
+    """
+
+    sweep: Callable[..., Any]
+    likes: tuple[np.ndarray, ...]
+    pieces: np.ndarray
+    room: int
+
+
+_Piece = tuple[int, int, int, int, int]
 
 
 class _Pieces:
-    """Pieces of equal kernels together, until they are as large as ``limit``."""
+    """Collects pieces that one call can take, until they are as large as ``limit``."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.open: dict[Any, tuple[list[tuple[int, ...]], int]] = {}
-        self.full: list[tuple[int, Any, list[tuple[int, ...]]]] = []
+        self._open: dict[Any, tuple[int, list[_Piece], int]] = {}
+        self._full: list[tuple[int, _Call]] = []
 
-    def add(self, task: Task, *piece: int) -> None:
-        *piece_, cost = piece
-        kernel = task.sweep, task.dtypes
-        pieces, size = self.open.pop(kernel, ([], 0))
+    def add(self, task: Task, piece: _Piece) -> None:
+        """A piece of a task."""
+        row, kernel = task.row, (task.sweep, task.dtypes)
+        cost = row[sweeps.SIZE] * (piece[sweeps.END] - piece[sweeps.BEGIN]) // row[sweeps.UNITS]
+        need = row[sweeps.BAND] * row[sweeps.COLUMNS] or 3 * max(SPAN, row[sweeps.BLOCK])
+        size, pieces, room = self._open.pop(kernel, (0, [], 0))
         if pieces and size + cost > self.limit:
-            self.full.append((size, kernel, pieces))
-            pieces, size = [], 0
-        self.open[kernel] = [*pieces, tuple(piece_)], size + cost
+            self._close(kernel, size, pieces, room)
+            size, pieces, room = 0, [], 0
+        self._open[kernel] = size + cost, [*pieces, piece], max(room, need)
 
-    def calls(self) -> list[tuple[Callable[..., Any], _Likes, np.ndarray]]:
-        """(function, arrays that tell it the dtypes, pieces), the largest first."""
-        everything = [*self.full, *((size, kernel, pieces) for kernel, (pieces, size) in self.open.items())]
-        return [
-            (sweep, tuple(np.empty(0, dtype) for dtype in dtypes), np.array(pieces, np.uint64))
-            for _, (sweep, dtypes), pieces in sorted(everything, key=lambda one: -one[0])
-        ]  # type: ignore[misc]
+    def calls(self) -> list[_Call]:
+        """The largest first."""
+        for kernel, rest in self._open.items():
+            self._close(kernel, *rest)
+        self._open = {}
+        return [call for _, call in sorted(self._full, key=lambda one: -one[0])]
+
+    def _close(self, kernel: Any, size: int, pieces: list[_Piece], room: int) -> None:
+        sweep, dtypes = kernel
+        likes = tuple(np.empty(0, dtype) for dtype in dtypes)
+        self._full.append((size, _Call(sweep, likes, np.array(pieces, np.uint64), room)))
 
 
 def _cuts(units: int, size: int, limit: int) -> list[tuple[int, int]]:
     """Ranges of units of about ``limit`` numbers."""
     n = max(1, min(units, -(-size // limit)))
     edges = [units * i // n for i in range(n + 1)]
-    return list(zip(edges, edges[1:], strict=False))
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    return np.cumsum(lengths) - lengths
+    return list(pairwise(edges))
 
 
 _POOL: tuple[int, int, ThreadPoolExecutor] | None = None
 
 
-def _parallel(calls: Sequence[tuple[Callable[..., Any], _Likes, tuple[Any, ...]]], threads: int) -> None:
-    """Run the calls, each by the thread that is free first."""
+def _parallel(calls: Sequence[_Call], common: tuple[np.ndarray, ...], threads: int) -> None:
+    """Each call is made by the thread that is free first."""
     waiting = deque(calls)
 
     def drain() -> None:
         while True:
             try:
-                function, likes, rest = waiting.popleft()
+                call = waiting.popleft()
             except IndexError:
                 return
-            function(*likes, *rest)
+            call.sweep(*call.likes, call.pieces, *common, np.empty(call.room, np.float32))
 
     others = [_pool(threads).submit(drain) for _ in range(min(threads, len(calls)) - 1)]
     try:

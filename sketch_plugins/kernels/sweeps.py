@@ -93,7 +93,7 @@ _0, _1 = np.float32(0.0), np.float32(1.0)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled on first use, and kept on disk where there is a folder to write to."""
     # Numba looks for a change in this file only, and in what a function closes over.
-    sources = [Path(module.__file__).read_bytes() for module in (vector, work)]
+    sources = [Path(str(module.__file__)).read_bytes() for module in (vector, work)]
     stamp = CellType(hashlib.sha256(b"".join(sources)).hexdigest())
     code = function.__code__.replace(co_freevars=("_stamp",))
     stamped = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, (stamp,))
@@ -288,15 +288,10 @@ def _settled(row, task, squares, norms):
 
 
 @_body
-def _fold_body(g, o, f, j, n):
+def _fold_body(g, o, f, j, begins, n):
     y = load(g, o, n)
-    store(f, j, load(f, j, n) + y * y, n)
-
-
-@_body
-def _begin_body(g, o, f, j, n):
-    y = load(g, o, n)
-    store(f, j, y * y, n)
+    square = y * y
+    store(f, j, square if begins else load(f, j, n) + square, n)
 
 
 @_body
@@ -317,19 +312,21 @@ def _fold(g, first, height, rows, width, columns, table, f, p, norm, s):
     out = np.float64(0.0)
     for i in range(first, rows, width):
         o, n = i * columns, min(height, rows - i) * columns
-        whole = n - n % LANES
-        if i == first:
-            for j in range(_ZERO, whole, LANES):
-                _begin_body(g, o + j, f, j, LANES)
-            if whole < n:
-                _begin_body(g, o + whole, f, whole, n - whole)
-        else:
-            for j in range(_ZERO, whole, LANES):
-                _fold_body(g, o + j, f, j, LANES)
-            if whole < n:
-                _fold_body(g, o + whole, f, whole, n - whole)
-        if norm:
-            out += _square(p, o, n)
+        for lo in range(_ZERO, n, _SPAN):
+            length, part = min(_SPAN, n - lo), splat(_0)
+            whole = length - length % LANES
+            for j in range(lo, lo + whole, LANES):
+                _fold_body(g, o + j, f, j, i == first, LANES)
+                if norm:
+                    x = load(p, o + j, LANES)
+                    part = part + x * x
+            if whole < length:
+                j, left = lo + whole, length - whole
+                _fold_body(g, o + j, f, j, i == first, left)
+                if norm:
+                    x = load(p, o + j, left)
+                    part = part + x * x
+            out += np.float64(total(part))
     for b in range(height):
         load_ = (rows - first - b + width - _ONE) // width
         gain = s[GAIN2] if s[MEAN] == _0 else s[GAIN2] / np.float32(load_)
@@ -366,18 +363,14 @@ def _bucket_squares(table, o, f, n, s):
 
 
 @_compiled
-def count_min(like_p, like_g, like_m, tasks, numbers, pieces, squares, norms, rows_, maxima):
+def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
     """Count-min sketches of depth 1 with a strided hash; units are bands of adjacent buckets.
 
     Adjacent buckets have adjacent members: memory is read in long runs, and a band is small enough that its gradient is
     still in the cache when its squares are summed and the members take their step.
     """
-    room = _ZERO
-    for k in range(len(pieces)):
-        task = tasks[pieces[k, TASK]]
-        room = max(room, task[BAND] * task[COLUMNS])
-    f = np.empty(room, np.float32)
     like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
+    f = at_address(like_f, U(buffer.ctypes.data))
     for k in range(len(pieces)):
         t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
         task = tasks[t]
@@ -399,7 +392,7 @@ def count_min(like_p, like_g, like_m, tasks, numbers, pieces, squares, norms, ro
                 _settled(numbers[t], task, squares, norms)
                 s = _numbers(numbers[t])
             for one in range(begin, end):
-                # Back again, the last bands are still in the cache.
+                # Back again: what was looked at last is still in the cache.
                 unit = one if now & FOLD else begin + (end - _ONE - one)
                 first = unit * band
                 height = min(band, width - first)
@@ -413,15 +406,15 @@ def count_min(like_p, like_g, like_m, tasks, numbers, pieces, squares, norms, ro
                             squares[task[BASE] + unit] = _bucket_squares(table, o, f, n, s)
                             continue
                 _factors(table, o, f, n, s, _1 if now & MEASURE else s[STEP])
-                for i in range(first, rows, width):
+                members = (rows - first + width - _ONE) // width
+                for one_ in range(members):
+                    i = first + (members - _ONE - one_ if now == APPLY else one_) * width
                     high = min(height, rows - i)
                     runs, length = (_ONE, high * columns) if even else (high, columns)
                     for r in range(runs):
                         o, q, at = (i + r) * columns, r * columns, (i + r) * blocks
                         if now & MEASURE:
-                            square += _measure(
-                                o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s
-                            )
+                            square += _measure(o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s)
                         else:
                             _apply(p, o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s)
                 if now & MEASURE:
@@ -466,13 +459,12 @@ def _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now,
 
 
 @_compiled
-def exact(like_p, like_g, like_m, tasks, numbers, pieces, squares, norms, rows_, maxima):
+def exact(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
     """An exact second moment, or none; units are rows of ``COLUMNS`` numbers, the last one shorter."""
-    room = _SPAN
-    for k in range(len(pieces)):
-        room = max(room, tasks[pieces[k, TASK]][BLOCK])
-    f, x, ones = np.empty(room, np.float32), np.empty(room, np.float32), np.empty(room, np.float32)
     like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
+    room, start = U(len(buffer)) // U(3), U(buffer.ctypes.data)
+    f, x = at_address(like_f, start), at_address(like_f, start + U(4) * room)
+    ones = at_address(like_f, start + U(8) * room)
     for k in range(len(pieces)):
         t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
         task = tasks[t]
@@ -506,9 +498,7 @@ def exact(like_p, like_g, like_m, tasks, numbers, pieces, squares, norms, rows_,
                         for j in range(_ZERO, whole, LANES):
                             _second_body(g, o + j, second, fold, f, j, s[DECAY2], s[GAIN2], s, rate, LANES)
                         if whole < n:
-                            _second_body(
-                                g, o + whole, second, fold, f, whole, s[DECAY2], s[GAIN2], s, rate, n - whole
-                            )
+                            _second_body(g, o + whole, second, fold, f, whole, s[DECAY2], s[GAIN2], s, rate, n - whole)
                     square += _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after)
                 if now & MEASURE:
                     squares[task[BASE] + i] = square
@@ -537,6 +527,15 @@ def _cover_body(g, o, old, column, tops, c, f, j, most, s, rate, fold, n):
 
 
 @_body
+def _cover_ahead(g, o, old, column, tops, c, x, j, most, s, rate, n):
+    """The same, and in place of the factors the preconditioned gradient."""
+    y, nu = _estimate(g, o, old, column, c, s[DECAY2], s[GAIN2], n)
+    store(x, j, s[SIGN] * y * _factor(nu, s, rate), n)
+    store(tops, c, top(load(tops, c, n), nu), n)
+    return top(most, nu)
+
+
+@_body
 def _cover_step(p, g, o, old, column, tops, c, most, s, n):
     """The same, and the step itself, where there is no first moment."""
     y, nu = _estimate(g, o, old, column, c, s[DECAY2], s[GAIN2], n)
@@ -546,16 +545,15 @@ def _cover_step(p, g, o, old, column, tops, c, most, s, n):
 
 
 @_compiled
-def cover(like_p, like_g, like_m, tasks, numbers, pieces, squares, norms, rows_, maxima):
+def cover(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
     """Matrices with SM3-II's covers; units are rows. A piece collects the maxima of its columns in a row of its own.
 
     ``rows_`` takes the new covers of the rows, `finish` both over into the state: until then the old ones are read.
     """
-    room = _SPAN
-    for k in range(len(pieces)):
-        room = max(room, tasks[pieces[k, TASK]][BLOCK])
-    f, x, ones = np.empty(room, np.float32), np.empty(room, np.float32), np.empty(room, np.float32)
     like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
+    room, start = U(len(buffer)) // U(3), U(buffer.ctypes.data)
+    f, x = at_address(like_f, start), at_address(like_f, start + U(4) * room)
+    ones = at_address(like_f, start + U(8) * room)
     for k in range(len(pieces)):
         t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
         task = tasks[t]
@@ -592,6 +590,21 @@ def cover(like_p, like_g, like_m, tasks, numbers, pieces, squares, norms, rows_,
                     if whole < columns:
                         j, left = whole, columns - whole
                         most = _cover_step(p, g, i * columns + j, old, column, tops, j, most, s, left)
+                elif kind == INT8 and after and now & APPLY:
+                    at = i * blocks
+                    for lo in range(_ZERO, columns, block):
+                        o, n = i * columns + lo, min(block, columns - lo)
+                        whole = n - n % LANES
+                        for j in range(_ZERO, whole, LANES):
+                            most = _cover_ahead(g, o + j, old, column, tops, lo + j, x, j, most, s, rate, LANES)
+                        if whole < n:
+                            j, left = whole, n - whole
+                            most = _cover_ahead(g, o + j, old, column, tops, lo + j, x, j, most, s, rate, left)
+                        if n == U(128):
+                            _block(p, o, x, _ZERO, _1, ones, _ZERO, codes, scales, at, U(128), s)
+                        else:
+                            _block(p, o, x, _ZERO, _1, ones, _ZERO, codes, scales, at, n, s)
+                        at += _ONE
                 else:
                     fold = (now & FOLD) != _ZERO
                     for lo in range(_ZERO, columns, wide):

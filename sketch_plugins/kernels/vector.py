@@ -1,8 +1,8 @@
 """Vectors of 16 float32 for Numba's loops: a type of their own, with loads, stores and arithmetic.
 
-Numba leaves vectors to LLVM's automatic ones, which are half as wide as the registers of a CPU with AVX-512, begin every
-loop with a comparison of all its addresses, and give up on a short or a mixed one: measured, a step of SM3 took twice
-as long with them. A `Lanes` is what LLVM calls ``<16 x float>``: one register with AVX-512, two with AVX2, four on ARM.
+Numba leaves vectors to LLVM's automatic ones, which are half as wide as the registers of a CPU with AVX-512, compare
+all addresses before every loop, and give up on a short or a mixed one: measured, a step of SM3 took twice as long. A
+`Lanes` is what LLVM calls ``<16 x float>``: one register with AVX-512, two with AVX2, four on ARM.
 
 Every load and store is told how many lanes count, so that a loop's body also does the rest of a row: with the constant
 `LANES` it is one instruction; with less, the lanes beyond are 0 and their memory is not touched.
@@ -270,17 +270,3 @@ def total(typing, x):
         return _call(builder, name, _F32, ir.Constant(_F32, -0.0), args[0], fastmath=_FLAGS)
 
     return types.float32(lanes), generate
-
-
-@intrinsic
-def prefetch(typing, array, index):
-    """Ask for the cache line of ``array[index]``; no address is wrong."""
-
-    def generate(context, builder, sig, args):
-        place, _, _ = _place(context, builder, sig.args[0], args[0], args[1])
-        pointer = builder.bitcast(place, _I8.as_pointer())
-        read, near, data = (ir.Constant(_I32, v) for v in (0, 2, 1))
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, near, data)
-        return context.get_dummy_value()
-
-    return types.none(array, types.uint64), generate

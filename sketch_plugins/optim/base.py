@@ -307,6 +307,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             self._plan.learn(new.p, options, self.state[new.p], backend, tasks[-1])
         last = self._plan.programs.get(backend)
         self._plan.programs[backend] = backend.run_tasks(tasks, rows, which, gradients, last)
+        self._plan.trim(len(tasks))
 
     def _fill_numbers(self, pending: list[_Pending]) -> None:
         shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}
@@ -323,9 +324,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         for (_, sparse), members in on_device.items():
             group, steps = members[0].group, torch.stack([one.step for one in members])
             rule = self._rule(group, steps.double(), sparse)
-            rows, flags = vector(
-                numbers(rule, group, steps, _l2(members[0].grad)), steps.device, len(members)
-            )
+            rows, flags = vector(numbers(rule, group, steps, _l2(members[0].grad)), steps.device, len(members))
             for one, row in zip(members, rows, strict=True):
                 one.work.numbers, one.work.flags = row, flags
 

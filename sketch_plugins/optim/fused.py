@@ -146,9 +146,7 @@ def choose(
     return None, None
 
 
-def numbers(
-    rule: Rule, group: Mapping[str, Any], step: float | Tensor, l2: float | None = None
-) -> dict[int, Any]:
+def numbers(rule: Rule, group: Mapping[str, Any], step: float | Tensor, l2: float | None = None) -> dict[int, Any]:
     """Place -> number of a rule; tensors where the rule has them. ``l2``: coupled weight decay."""
     denominator = rule.denominator
     out: dict[int, Any] = {

@@ -8,7 +8,7 @@ of this is state: a copy of the optimizer starts without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -59,10 +59,10 @@ class Plan:
         if marks is not None:
             self._tasks[id(p)] = marks, backend, task
 
-    def keep_only(self, params: Iterable[Tensor]) -> None:
-        """Forget all other parameters."""
-        ids = set(map(id, params))
-        self._tasks = {key: value for key, value in self._tasks.items() if key in ids}
+    def trim(self, used: int) -> None:
+        """Forget everything where most of it was not used: parameters that are replaced all the time leave tasks."""
+        if len(self._tasks) > 2 * used + 1000:
+            self._tasks = {}
 
 
 def group_marks(options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Any, ...] | None:
