@@ -32,7 +32,7 @@ from sketch_plugins.stores.base import State
 # cache until they are looked at again.
 BAND = 1 << 15
 # Numbers of a band's table where each sweep looks at a number once: long runs of memory are faster.
-LONG = 1 << 16
+LONG = 1 << 15
 # Numbers of a unit of a parameter whose numbers depend on each other only within blocks.
 FLAT = 1 << 12
 # Pieces of a step for each thread: what is left when the first one finds no more is a fraction of its share.
