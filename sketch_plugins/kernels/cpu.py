@@ -1,8 +1,9 @@
 """The fused step on a CPU: one sweep over parameter and gradient, compiled by Numba. Optional (extra ``cpu``).
 
-The eager path (the definition) makes a dozen passes over each tile; here a thread owns a range of buckets (or rows),
-sums a bucket's members, and takes their step while they are in its cache: p and g are read and p is written once.
-Threads own what they write, and sums have a fixed order: the bits do not depend on the number of threads.
+The eager path (the definition) makes a dozen passes over each tile; `sweeps` sums a bucket's members and takes their
+step while they are in the cache: p and g are read and p is written once. This file describes each parameter to them
+(`Task`), cuts the step into pieces, and hands these to threads. A unit of a parameter is swept by one thread, and sums
+have a fixed order: the bits do not depend on the number of threads.
 
 Why Numba: measured on BERT-base shapes beside it, torch.compile of the same sweep took 1.7 times as long, at 80
 microseconds a call and 10 to 40 seconds of compilation; docs/architecture.md has the figures.
@@ -11,376 +12,49 @@ microseconds a call and 10 to 40 seconds of compilation; docs/architecture.md ha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from itertools import pairwise
+from operator import is_
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload, register_jitable
-from torch import Tensor
 
-from sketch_plugins.kernels.work import (
-    APPLY,
-    CLIP,
-    CORRECTION,
-    DECAY1,
-    DECAY2,
-    FLOOR,
-    FOLD,
-    GAIN1,
-    GAIN2,
-    INNER,
-    INSIDE,
-    KEEP,
-    L2,
-    LOOKAHEAD,
-    MEAN,
-    MEASURE,
-    RELATIVE,
-    SCALE,
-    SHIFT,
-    SIGN,
-    STEP,
-    Work,
-    is_rows,
-)
+from sketch_plugins.kernels import sweeps
+from sketch_plugins.kernels.sweeps import SPAN
+from sketch_plugins.kernels.work import APPLY, FOLD, L2, MEASURE, Work, is_rows
 from sketch_plugins.stores import CountMin, Cover, Dense, Int8, Store
 from sketch_plugins.stores.base import State
 
-# No "nnan" and no "ninf": a NaN or an infinity must come out as one.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract", "arcp"}}
+# Numbers of a band of buckets, all members together: gradient and parameter, 8 bytes a number, stay in the second-level
+# cache until they are looked at again.
+BAND = 1 << 15
+# Numbers of a band's table where each sweep looks at a number once: long runs of memory are faster.
+LONG = 1 << 15
+# Numbers of a unit of a parameter whose numbers depend on each other only within blocks.
+FLAT = 1 << 12
+# Pieces of a step for each thread: what is left when the first one finds no more is a fraction of its share.
+PIECES = 12
 
-NONE, DENSE, INT8 = 0, 1, 2
-
-# Columns worked on at a time where no block size asks for another number: the buffers stay in the first-level cache.
-COLUMNS = 1024
-
-# Offsets are unsigned: an index that may be negative is checked for it, and such a loop is not vectorised. Signed and
-# unsigned numbers must not meet (their sum would be a float).
-U = np.uint64
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled on first use, and kept on disk where there is a folder to write to."""
-    try:
-        return njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # "no locator available": neither the package's folder nor the user's can be written
-        return njit(**_OPTIONS)(function)
+_VIEWS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
-@intrinsic
-def _as_float(typing, bits):
-    """The float32 with these bits (a scalar view does not exist in Numba)."""
-    return types.float32(types.uint32), lambda context, builder, signature, args: builder.bitcast(
-        args[0], ir.FloatType()
-    )
+class Task(NamedTuple):
+    """One parameter's step as the loops are given it; addresses, no tensors: it keeps nothing alive.
 
-
-@intrinsic
-def _as_bits(typing, value):
-    """The bits of a float32."""
-    return types.uint32(types.float32), lambda context, builder, signature, args: builder.bitcast(
-        args[0], ir.IntType(32)
-    )
-
-
-def _wide(x):
-    raise NotImplementedError
-
-
-@overload(_wide)
-def _wide_of(x):
-    """float32 of a float32 or of the bits of a bfloat16 (uint16)."""
-    if isinstance(x, types.Integer):
-        return lambda x: _as_float(np.uint32(np.uint32(x) << np.uint32(16)))
-    return lambda x: x
-
-
-def _narrow(like, value):
-    raise NotImplementedError
-
-
-@overload(_narrow)
-def _narrow_of(like, value):
-    """``value`` as ``like`` is kept: itself, or the bits of the nearest bfloat16 (ties to even)."""
-    if isinstance(like, types.Integer):
-
-        def bits_of(like, value):
-            bits = _as_bits(value)
-            even = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-            nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-            return np.uint16(0x7FC0) if nan else np.uint16(even >> np.uint32(16))
-
-        return bits_of
-    return lambda like, value: value
-
-
-@register_jitable(**_OPTIONS)
-def _factor(v, s, rate):
-    """``rate`` over the denominator: ``rate / max(sqrt(v + inside) * scale + shift, floor)``."""
-    root = np.sqrt(v + s[INSIDE]) * s[SCALE] + s[SHIFT]
-    return rate / (s[FLOOR] if root < s[FLOOR] else root)  # a NaN stays one
-
-
-@register_jitable(**_OPTIONS)
-def _measure(o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s, after):
-    """Sum of squares of the update of ``n`` adjacent numbers, or (``after``) of what enters the first moment."""
-    decay, gain, ahead = s[DECAY1], s[GAIN1], s[LOOKAHEAD]
-    total = np.float64(0.0)
-    for lo in range(U(0), n, block):
-        old = scales[at] if kind == INT8 else np.float32(0.0)
-        part = np.float32(0.0)
-        for j in range(lo, min(lo + block, n)):
-            y = sign * _wide(x[xo + j])
-            u = y
-            if not after:
-                if kind == DENSE:
-                    u = decay * _wide(dense[o + j]) + gain * y
-                elif kind == INT8:
-                    u = decay * (np.float32(codes[o + j]) * old) + gain * y
-                if ahead != 0:
-                    u = y + ahead * u
-                u *= f[fo + j]
-            part += u * u
-        total += part
-        at += U(1)
-    return total
-
-
-@register_jitable(**_OPTIONS)
-def _apply(p, o, n, x, xo, sign, f, fo, m, kind, dense, codes, scales, at, block, s):
-    """First moment and update of ``n`` adjacent numbers, from offset ``o``, in as few passes as there are reductions.
-
-    ``x`` (from ``xo`` on, times ``sign``) is what the first moment averages, ``f`` what multiplies the numerator; ``m``
-    is a buffer of a block; ``at`` is the place of the first block's scale.
+    Attributes:
+        sweep: which of the loops.
+        dtypes: of the parameter, the gradient and a dense first moment.
+        row: see the places in `sweeps`; the address of the gradient is that of the step it was made for.
+        measure: the update (and the parameter) is measured before it is applied.
     """
-    decay, gain, keep, ahead = s[DECAY1], s[GAIN1], s[KEEP], s[LOOKAHEAD]
-    if kind == NONE:
-        for j in range(n):
-            p[o + j] = _narrow(p[o + j], keep * _wide(p[o + j]) - sign * _wide(x[xo + j]) * f[fo + j])
-    elif kind == DENSE:
-        for j in range(n):
-            y = sign * _wide(x[xo + j])
-            v = decay * _wide(dense[o + j]) + gain * y
-            dense[o + j] = _narrow(dense[o + j], v)
-            v = v if ahead == 0 else y + ahead * v
-            p[o + j] = _narrow(p[o + j], keep * _wide(p[o + j]) - v * f[fo + j])
-    else:
-        for lo in range(U(0), n, block):
-            length, q, r, h = min(block, n - lo), o + lo, xo + lo, fo + lo
-            old = decay * scales[at]
-            # The order of the bits of |m| is that of the numbers (NaN above all): integer maxima vectorise.
-            top = np.int32(0)
-            for j in range(length):
-                v = old * np.float32(codes[q + j]) + gain * (sign * _wide(x[r + j]))
-                m[j] = v
-                top = max(top, np.int32(_as_bits(v) & np.uint32(0x7FFFFFFF)))
-            scale = _as_float(np.uint32(top)) / np.float32(127.0)
-            scales[at] = scale
-            at += U(1)
-            inverse = np.float32(1.0) / scale if scale > np.float32(1e-37) else np.float32(0.0)
-            # Adding 1.5 * 2**23 leaves the nearest integer (ties to even) in the lowest bits.
-            if ahead == 0:
-                for j in range(length):
-                    p[q + j] = _narrow(p[q + j], keep * _wide(p[q + j]) - m[j] * f[h + j])
-                    codes[q + j] = np.int8(_as_bits(m[j] * inverse + np.float32(12582912.0)))
-            else:
-                for j in range(length):
-                    y = sign * _wide(x[r + j])
-                    p[q + j] = _narrow(p[q + j], keep * _wide(p[q + j]) - (y + ahead * m[j]) * f[h + j])
-                    codes[q + j] = np.int8(_as_bits(m[j] * inverse + np.float32(12582912.0)))
 
-
-@register_jitable(**_OPTIONS)
-def _span(p, o, n, g, x, f, m, kind, dense, codes, scales, at, block, s, phase, after):
-    """Measure and apply ``n`` numbers of a row whose factors are ``f``; ``after``: of the preconditioned gradient."""
-    sign, one, none = s[SIGN], np.float32(1.0), U(0)
-    total = np.float64(0.0)
-    if after:
-        for j in range(n):
-            x[j] = sign * _wide(g[o + j]) * f[j]
-            f[j] = s[STEP]
-        if phase & MEASURE:
-            total += _measure(o, n, x, none, one, f, none, kind, dense, codes, scales, at, block, s, True)
-        if phase & APPLY:
-            _apply(p, o, n, x, none, one, f, none, m, kind, dense, codes, scales, at, block, s)
-    else:
-        if phase & MEASURE:
-            total += _measure(o, n, g, o, sign, f, none, kind, dense, codes, scales, at, block, s, False)
-        if phase & APPLY:
-            _apply(p, o, n, g, o, sign, f, none, m, kind, dense, codes, scales, at, block, s)
-    return total
-
-
-@_compiled
-def count_min(p, g, columns, kind, dense, codes, scales, block, table, width, band, begin, end, phase, s, squares):
-    """Bands ``[begin, end)`` of ``band`` adjacent buckets of a count-min sketch of depth 1 with a strided hash.
-
-    Adjacent buckets have adjacent members: memory is read in long runs, and a band is small enough that g is still in
-    the cache when its squares are summed and the members take their step.
-    """
-    rows, blocks = U(len(p)) // columns, (columns + block - U(1)) // block
-    f, m = np.empty(band * columns, np.float32), np.empty(block, np.float32)
-    decay, sign = s[DECAY2], s[SIGN]
-    even = kind != INT8 or columns % block == 0
-    for unit in range(begin, end):
-        first = unit * band
-        height = min(band, width - first)
-        total = np.float64(0.0)
-        if phase & FOLD:
-            for j in range(height * columns):
-                f[j] = np.float32(0.0)
-            for i in range(first, rows, width):
-                o = i * columns
-                for j in range(min(height, rows - i) * columns):
-                    y = _wide(g[o + j])
-                    f[j] += y * y
-            for b in range(height):
-                load = (rows - first - b + width - U(1)) // width
-                gain = s[GAIN2] if s[MEAN] == 0 else s[GAIN2] / np.float32(load)
-                o, q = (first + b) * columns, b * columns
-                for j in range(columns):
-                    table[o + j] = decay * table[o + j] + gain * f[q + j]
-            if phase & MEASURE and kind == NONE:
-                # The squares of a bucket's updates are its squares over one denominator: no second look at g.
-                o = first * columns
-                for b in range(height):
-                    part = np.float32(0.0)
-                    for j in range(b * columns, (b + U(1)) * columns):
-                        u = _factor(table[o + j], s, s[STEP])
-                        part += f[j] * u * u
-                    total += part
-        if phase & FOLD and phase & MEASURE and kind == NONE:
-            squares[unit] = total
-            continue
-        o = first * columns
-        for j in range(height * columns):
-            f[j] = _factor(table[o + j], s, s[STEP])
-        for i in range(first, rows, width):
-            high = min(height, rows - i)
-            # Where blocks end with a row, one run for all rows; else row by row.
-            runs, n = (U(1), high * columns) if even else (high, columns)
-            for r in range(runs):
-                o, q = (i + r) * columns, r * columns
-                at = (i + r) * blocks
-                if phase & MEASURE:
-                    total += _measure(o, n, g, o, sign, f, q, kind, dense, codes, scales, at, block, s, False)
-                if phase & APPLY:
-                    _apply(p, o, n, g, o, sign, f, q, m, kind, dense, codes, scales, at, block, s)
-        squares[unit] = total
-    return 0
-
-
-@_compiled
-def exact(p, g, columns, kind, dense, codes, scales, block, second, begin, end, phase, s, squares, after):
-    """Rows ``[begin, end)`` with an exact second moment, or with none (an empty array)."""
-    blocks = (columns + block - U(1)) // block
-    wide = max(block, U(COLUMNS) // block * block)
-    f, x, m = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(block, np.float32)
-    decay, gain, rate = s[DECAY2], s[GAIN2], s[INNER] if after else s[STEP]
-    f[:] = s[STEP]
-    for i in range(begin, end):
-        total = np.float64(0.0)
-        for lo in range(U(0), columns, wide):
-            o, n = i * columns + lo, min(wide, columns - lo)
-            at = i * blocks + lo // block
-            if len(second):
-                for j in range(n):
-                    y = _wide(g[o + j])
-                    f[j] = decay * second[o + j] + gain * (y * y)
-                if phase & FOLD:
-                    for j in range(n):
-                        second[o + j] = f[j]
-                for j in range(n):
-                    f[j] = _factor(f[j], s, rate)
-            total += _span(p, o, n, g, x, f, m, kind, dense, codes, scales, at, block, s, phase, after)
-        squares[i] = total
-    return 0
-
-
-@_compiled
-def cover(
-    p,
-    g,
-    columns,
-    kind,
-    dense,
-    codes,
-    scales,
-    block,
-    row,
-    column,
-    new_row,
-    new_column,
-    begin,
-    end,
-    phase,
-    s,
-    squares,
-    after,
-):
-    """Rows ``[begin, end)`` of a matrix with SM3-II's covers; ``new_column`` takes the maxima of these rows alone."""
-    blocks = (columns + block - U(1)) // block
-    wide = max(block, U(COLUMNS) // block * block)
-    f, x, m = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(block, np.float32)
-    tops = new_column.view(np.int32)
-    decay, gain, rate = s[DECAY2], s[GAIN2], s[INNER] if after else s[STEP]
-    for i in range(begin, end):
-        total = np.float64(0.0)
-        old = row[i]
-        top = np.int32(0)
-        for lo in range(U(0), columns, wide):
-            o, n = i * columns + lo, min(wide, columns - lo)
-            at = i * blocks + lo // block
-            # Integer maxima: the order of the bits is that of the numbers, NaN above all.
-            if phase & FOLD:
-                for j in range(n):
-                    y = _wide(g[o + j])
-                    other = column[lo + j]
-                    nu = decay * (old if old < other else other) + gain * (y * y)
-                    bits = np.int32(_as_bits(nu))
-                    top = max(top, bits)
-                    tops[lo + j] = max(tops[lo + j], bits)
-                    f[j] = _factor(nu, s, rate)
-            else:
-                for j in range(n):
-                    y = _wide(g[o + j])
-                    other = column[lo + j]
-                    f[j] = _factor(decay * (old if old < other else other) + gain * (y * y), s, rate)
-            total += _span(p, o, n, g, x, f, m, kind, dense, codes, scales, at, block, s, phase, after)
-        if phase & FOLD:
-            new_row[i] = _as_float(np.uint32(top))
-        squares[i] = total
-    return 0
-
-
-@_compiled
-def sum_of_squares(p, columns, begin, end, squares):
-    """``squares[i]``: the sum of row i's squares."""
-    for i in range(begin, end):
-        total = np.float64(0.0)
-        for lo in range(U(0), columns, U(COLUMNS)):
-            part = np.float32(0.0)
-            o = i * columns + lo
-            for j in range(min(U(COLUMNS), columns - lo)):
-                y = _wide(p[o + j])
-                part += y * y
-            total += part
-        squares[i] = total
-    return 0
-
-
-# -- from works to sweeps ---------------------------------------------------------------------------------------------
-
-# Numbers swept between two meetings of the threads: with a measuring sweep before, the second one finds g in the cache.
-BATCH = 1 << 22
-# Numbers of a band of buckets, all members together.
-BAND = 1 << 17
-_NO_FLOATS, _NO_CODES = np.zeros(1, np.float32), np.zeros(1, np.int8)
+    sweep: Callable[..., Any]
+    dtypes: tuple[Any, Any, Any]
+    row: tuple[int, ...]
+    measure: bool
 
 
 def unsupported(w: Work) -> str | None:
@@ -396,6 +70,11 @@ def unsupported(w: Work) -> str | None:
         return "weight decay that is added to the gradient"
     if w.stochastic:
         return "stochastic rounding of the parameter"
+    if w.p.is_neg() or w.g.is_neg():
+        return "numbers whose sign is a flag of the tensor"
+    for tensor in (tensor for pair in (w.first, w.second) if pair for tensor in pair[1].values()):
+        if not tensor.is_contiguous() or tensor.device != w.p.device:
+            return "state that is not contiguous, or on another device"
     if not (first is None or isinstance(first, Dense) or (isinstance(first, Int8) and not first.stochastic)):
         return f"the first moment of {first}"
     if isinstance(second, Cover):
@@ -407,165 +86,202 @@ def unsupported(w: Work) -> str | None:
     return None
 
 
-def run(works: Iterable[Work]) -> None:
-    """Take the steps. Every work must be supported."""
-    sweeps = [_Sweeps(w) for w in works]
-    batch: list[_Sweeps] = []
-    size = 0
-    for i, sweep in enumerate(sweeps):
-        batch.append(sweep)
-        size += sweep.w.p.numel()
-        if size < BATCH and i + 1 < len(sweeps):
-            continue
-        _parallel([s.measure() for s in batch if s.w.measure])
-        for s in batch:
-            s.set_step()
-        _parallel([s.apply() for s in batch])
-        for s in batch:
-            s.finish()
-        batch, size = [], 0
+def prepare(w: Work) -> Task:
+    """The task of a work that is supported. It holds as long as addresses, shapes and dtypes of the tensors do."""
+    (rows, columns), size = w.p.shape, w.p.numel()
+    first: Store | None
+    second: Store | None
+    state1: State
+    state2: State
+    (first, state1), (second, state2) = w.first or (None, {}), w.second or (None, {})
+    kind = sweeps.INT8 if isinstance(first, Int8) else sweeps.DENSE if first else sweeps.NONE
+    block = min(first.block_size, columns) if isinstance(first, Int8) else SPAN
+    sweep, width, band, column = sweeps.exact, 0, 0, 0
+    table = state2["dense"].data_ptr() if isinstance(second, Dense) else 0
+    if isinstance(second, CountMin):
+        sweep, table = sweeps.count_min, state2["table"].data_ptr()
+        width = second.buckets(rows)
+        once = w.measure and kind == sweeps.NONE
+        band = max(1, min(width, LONG // columns if once else BAND // (-(-rows // width) * columns)))
+        units = -(-width // band)
+    elif isinstance(second, Cover):
+        sweep, table, column, units = sweeps.cover, state2["axis_0"].data_ptr(), state2["axis_1"].data_ptr(), rows
+    else:
+        if kind != sweeps.INT8 or columns % block == 0:  # no row ends within a block: the matrix is as good as a vector
+            columns = FLAT if kind != sweeps.INT8 else -(-FLAT // block) * block
+        units = -(-size // columns)
+    moment = state1.get("dense", state1.get("codes"))
+    dense = state1["dense"].dtype if "dense" in state1 else torch.float32
+    return Task(
+        sweep,
+        (_VIEWS[w.p.dtype], _VIEWS[w.g.dtype], _VIEWS[dense]),
+        (
+            w.p.data_ptr(), w.g.data_ptr(), size, columns, int(kind),
+            0 if moment is None else moment.data_ptr(), state1["scales"].data_ptr() if "scales" in state1 else 0, block,
+            table, column, width, band, units, 0, int(w.after), 0,
+        ),
+        w.measure,
+    )  # fmt: skip
 
 
-# (numbers a unit takes, units, a function of a range of units)
-_Job = tuple[int, int, Callable[[int, int], Any]]
+class Program:
+    """The pieces of a step of certain tasks with a certain number of threads. Valid as long as the tasks are.
+
+    What one thread measures it applies at once. Only a parameter that is a large part of the step is measured by all
+    threads, which then meet: ``pieces[0]`` comes before that, ``pieces[1]`` after it.
+    """
+
+    def __init__(self, tasks: Sequence[Task], threads: int) -> None:
+        self.tasks, self.threads = list(tasks), threads
+        self.table = table = np.array([task.row for task in tasks], np.uint64).reshape(len(tasks), sweeps.PLACES)
+        units = table[:, sweeps.UNITS].astype(np.int64)
+        measured = units * np.array([task.measure for task in tasks], bool)
+        covers = units * np.array([task.sweep is sweeps.cover for task in tasks], bool)
+        table[:, sweeps.BASE], table[:, sweeps.NEW] = (np.cumsum(n) - n for n in (measured, covers))
+        self.units, self.rows, self.columns = int(measured.sum()), int(covers.sum()), 0
+        share = -(-int(table[:, sweeps.SIZE].sum()) // threads)
+        limit = share if threads == 1 else max(1 << 16, -(-share // PIECES))
+        pieces = _Pieces(limit), _Pieces(limit)
+        divided, finish = [], []
+        for t, task in enumerate(tasks):
+            fold_first = task.measure and task.sweep is sweeps.count_min
+            measure = (FOLD | MEASURE if fold_first else MEASURE) if task.measure else 0
+            apply = APPLY if fold_first else FOLD | APPLY
+            size, count = task.row[sweeps.SIZE], task.row[sweeps.UNITS]
+            together = threads == 1 or (task.measure and 2 * size <= share)
+            cuts = [(0, count)] if together else _cuts(count, size, limit)
+            if task.measure and not together:
+                divided.append(t)
+                for begin, end in cuts:
+                    pieces[0].add(task, (t, begin, end, measure, 0))
+                measure = 0
+            for begin, end in cuts:
+                pieces[1].add(task, (t, begin, end, measure | apply, self.columns))
+                if task.sweep is sweeps.cover:
+                    finish.append((t, begin, end, apply, self.columns))
+                    self.columns += -(-task.row[sweeps.COLUMNS] // 16) * 16  # whole cache lines
+        self.calls = pieces[0].calls(), pieces[1].calls()
+        self.divided, self.finish = np.array(divided, np.uint64), np.array(finish, np.uint64).reshape(-1, 5)
+
+    def run(self, numbers: np.ndarray, gradients: Sequence[int]) -> None:
+        """Take the step: a row of numbers (which are changed) and the gradient's address for each task."""
+        self.table[:, sweeps.G] = gradients
+        squares, norms = np.empty(self.units), np.empty(self.units)
+        rows, maxima = np.empty(self.rows, np.float32), np.empty(self.columns, np.float32)
+        common = self.table, numbers, squares, norms, rows, maxima
+        if self.calls[0]:
+            _parallel(self.calls[0], common, self.threads)
+            sweeps.settle(self.table, numbers, self.divided, squares, norms)
+        _parallel(self.calls[1], common, self.threads)
+        if len(self.finish):
+            sweeps.finish(self.table, self.finish, rows, maxima)
 
 
-class _Sweeps:
-    """One parameter's sweeps: their arguments, and the arrays that live from one to the next."""
+def run(
+    tasks: Sequence[Task],
+    rows: Sequence[Sequence[float]],
+    which: Sequence[int],
+    gradients: Sequence[int],
+    last: Program | None = None,
+) -> Program:
+    """Take the steps.
 
-    def __init__(self, w: Work) -> None:
-        self.w = w
-        self.rows, self.columns = w.p.shape
-        if self.columns == 1 and not isinstance(w.second and w.second[0], CountMin | Cover):
-            self.rows, self.columns = 1, self.rows
-        self.p, self.g = _array(w.p), _array(w.g)
-        store: Store | None
-        state: State
-        store, state = w.first or (None, {})
-        self.block = min(store.block_size, self.columns) if isinstance(store, Int8) else min(COLUMNS, self.columns)
-        kind = INT8 if isinstance(store, Int8) else DENSE if store else NONE
-        dense, codes, scales = (
-            _array(state[name]) if name in state else none
-            for name, none in (("dense", _NO_FLOATS), ("codes", _NO_CODES), ("scales", _NO_FLOATS))
-        )
-        self.common = (self.p, self.g, U(self.columns), kind, dense, codes, scales, U(self.block))
-        self.store, self.state = w.second or (None, {})
-        self.numbers = list(w.numbers.tolist() if isinstance(w.numbers, Tensor) else w.numbers)
-        self.units = self.rows
-        self.width = self.band = 0
-        if isinstance(self.store, CountMin):
-            self.width = self.store.buckets(self.rows)
-            # Gradient and parameter of a band, 8 bytes a number, stay in the second-level cache.
-            members = -(-self.rows // self.width) * self.columns
-            self.band = max(1, min(self.width, BAND // members))
-            self.units = -(-self.width // self.band)
-        self.squares, self.norm = np.zeros(self.units), np.zeros(self.rows)
-        self.maxima: dict[int, np.ndarray] = {}
-        self.new_row = np.zeros(self.rows, np.float32) if isinstance(self.store, Cover) else _NO_FLOATS
+    Args:
+        tasks: one for each parameter.
+        rows: vectors of numbers.
+        which: the place of its numbers in ``rows``, for each task.
+        gradients: address of its gradient, for each task.
+        last: the program of another step, used again if it was made for the same tasks.
 
-    def measure(self) -> _Job:
-        measured = list(self.numbers)
-        measured[STEP] = measured[INNER] = 1.0
-        sweep = self._sweep(FOLD | MEASURE if isinstance(self.store, CountMin) else MEASURE, measured)
-        # Units are buckets or rows; the parameter's norm is that of as many of its rows.
-        share = self.rows / self.units
-
-        def both(begin: int, end: int) -> None:
-            sweep(begin, end)
-            sum_of_squares(self.p, U(self.columns), U(round(begin * share)), U(round(end * share)), self.norm)
-
-        return max(1, self.w.p.numel() // max(1, self.units)), self.units, both
-
-    def set_step(self) -> None:
-        if not self.w.measure:
-            return
-        n = self.rows * self.columns
-        if self.numbers[RELATIVE]:
-            rms = np.sqrt(self.norm.sum() / n)
-            self.numbers[STEP] *= 1e-3 if rms < 1e-3 else rms
-        if self.numbers[CLIP]:
-            excess = np.sqrt(self.squares.sum() / n) * self.numbers[CORRECTION] / self.numbers[CLIP]
-            excess = 1.0 if excess < 1.0 else excess
-            self.numbers[INNER if self.w.after else STEP] /= excess
-
-    def apply(self) -> _Job:
-        phase = APPLY if self.w.measure and isinstance(self.store, CountMin) else FOLD | APPLY
-        return max(1, self.w.p.numel() // max(1, self.units)), self.units, self._sweep(phase, self.numbers)
-
-    def finish(self) -> None:
-        if isinstance(self.store, Cover):
-            self.state["axis_0"].copy_(torch.from_numpy(self.new_row))
-            # Maxima of numbers >= 0 or NaN: as integers, so that a NaN wins.
-            top = np.maximum.reduce([m.view(np.int32) for m in self.maxima.values()])
-            self.state["axis_1"].copy_(torch.from_numpy(top.view(np.float32)))
-
-    def _sweep(self, phase: int, numbers: Sequence[float]) -> Callable[[int, int], Any]:
-        s = tuple(np.float32(v) for v in numbers)
-        if isinstance(self.store, CountMin):
-            table = _array(self.state["table"])
-            return lambda begin, end: count_min(
-                *self.common, table, U(self.width), U(self.band), U(begin), U(end), phase, s, self.squares
-            )
-        if isinstance(self.store, Cover):
-            row, column = _array(self.state["axis_0"]), _array(self.state["axis_1"])
-
-            def covers(begin: int, end: int) -> None:
-                new = self.maxima[begin] = np.zeros(self.columns, np.float32)
-                cover(
-                    *self.common, row, column, self.new_row, new, U(begin), U(end), phase, s, self.squares, self.w.after
-                )
-
-            return covers
-        second = _array(self.state["dense"]) if self.store else _NO_FLOATS[:0]
-        return lambda begin, end: exact(*self.common, second, U(begin), U(end), phase, s, self.squares, self.w.after)
+    Returns:
+        The program that was run.
+    """
+    threads = torch.get_num_threads()
+    if last is None or last.threads != threads or len(tasks) != len(last.tasks) or not all(map(is_, tasks, last.tasks)):
+        last = Program(tasks, threads)
+    last.run(np.array(rows, np.float32)[which], gradients)
+    return last
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    """The numbers, flat; those of bfloat16 as their bits."""
-    tensor = tensor.detach().reshape(-1)
-    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+class _Call(NamedTuple):
+    """Pieces for one call of a sweep.
+
+    Attributes:
+        sweep: which of the loops.
+        likes: arrays that tell it the dtypes.
+        pieces: see the places in `sweeps`.
+        room: numbers that its buffers take.
+    """
+
+    sweep: Callable[..., Any]
+    likes: tuple[np.ndarray, ...]
+    pieces: np.ndarray
+    room: int
 
 
-_VIEWS = (torch.float32, torch.bfloat16)
+_Piece = tuple[int, int, int, int, int]
+
+
+class _Pieces:
+    """Collects pieces that one call can take, until they are as large as ``limit``."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._open: dict[Any, tuple[int, list[_Piece], int]] = {}
+        self._full: list[tuple[int, _Call]] = []
+
+    def add(self, task: Task, piece: _Piece) -> None:
+        """A piece of a task."""
+        row, kernel = task.row, (task.sweep, task.dtypes)
+        cost = row[sweeps.SIZE] * (piece[sweeps.END] - piece[sweeps.BEGIN]) // row[sweeps.UNITS]
+        need = row[sweeps.BAND] * row[sweeps.COLUMNS] or 3 * max(SPAN, row[sweeps.BLOCK])
+        size, pieces, room = self._open.pop(kernel, (0, [], 0))
+        if pieces and size + cost > self.limit:
+            self._close(kernel, size, pieces, room)
+            size, pieces, room = 0, [], 0
+        self._open[kernel] = size + cost, [*pieces, piece], max(room, need)
+
+    def calls(self) -> list[_Call]:
+        """The largest first."""
+        for kernel, rest in self._open.items():
+            self._close(kernel, *rest)
+        self._open = {}
+        return [call for _, call in sorted(self._full, key=lambda one: -one[0])]
+
+    def _close(self, kernel: Any, size: int, pieces: list[_Piece], room: int) -> None:
+        sweep, dtypes = kernel
+        likes = tuple(np.empty(0, dtype) for dtype in dtypes)
+        self._full.append((size, _Call(sweep, likes, np.array(pieces, np.uint64), room)))
+
+
+def _cuts(units: int, size: int, limit: int) -> list[tuple[int, int]]:
+    """Ranges of units of about ``limit`` numbers."""
+    n = max(1, min(units, -(-size // limit)))
+    edges = [units * i // n for i in range(n + 1)]
+    return list(pairwise(edges))
+
 
 _POOL: tuple[int, int, ThreadPoolExecutor] | None = None
 
 
-def _parallel(jobs: Sequence[_Job]) -> None:
-    """Run the jobs' units in as many contiguous shares of equal size as torch has threads."""
-    threads = torch.get_num_threads()
-    shares = list(_shares(jobs, threads))
-    if len(shares) < 2:
-        for share in shares:
-            _run(share)
-        return
-    waiting = [_pool(threads).submit(_run, share) for share in shares[1:]]
-    _run(shares[0])
-    for w in waiting:
-        w.result()
+def _parallel(calls: Sequence[_Call], common: tuple[np.ndarray, ...], threads: int) -> None:
+    """Each call is made by the thread that is free first."""
+    waiting = deque(calls)
 
+    def drain() -> None:
+        while True:
+            try:
+                call = waiting.popleft()
+            except IndexError:
+                return
+            call.sweep(*call.likes, call.pieces, *common, np.empty(call.room, np.float32))
 
-def _run(calls: Sequence[Callable[[], Any]]) -> None:
-    for call in calls:
-        call()
-
-
-def _shares(jobs: Sequence[_Job], threads: int) -> Iterator[list[Callable[[], Any]]]:
-    total = sum(cost * units for cost, units, _ in jobs)
-    share: list[Callable[[], Any]] = []
-    size, limit = 0, max(1, -(-total // threads))
-    for cost, units, function in jobs:
-        begin = 0
-        while begin < units:
-            end = min(units, begin + max(1, -(-(limit - size) // max(1, cost))))
-            share.append(partial(function, begin, end))
-            size += (end - begin) * cost
-            begin = end
-            if size >= limit:
-                yield share
-                share, size = [], 0
-    if share:
-        yield share
+    others = [_pool(threads).submit(drain) for _ in range(min(threads, len(calls)) - 1)]
+    try:
+        drain()
+    finally:
+        for other in others:
+            other.result()
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

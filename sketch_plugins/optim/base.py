@@ -21,6 +21,7 @@ from sketch_plugins.kernels.work import Work
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, numbers, vector
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import Option, misspelt, unknown_option, validate
+from sketch_plugins.optim.plan import Known, Plan, group_marks
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, RowCountMin, Store
 
@@ -106,6 +107,7 @@ _outside_graphs: Callable[..., Any] = getattr(torch, "_disable_dynamo", None) or
 class _Pending:
     """A fused step that still needs its numbers; no rule: its step number is on the device."""
 
+    p: Tensor
     work: Work
     group: dict[str, Any]
     grad: Gradient
@@ -127,6 +129,8 @@ class SketchOptimizer(torch.optim.Optimizer):
     ADAM_SETTINGS: ClassVar[bool] = True
     #: Keys of a parameter group that are no options of this optimizer, but have a value that is read here.
     FIXED: ClassVar[dict[str, Any]] = {}
+    # Of the last step; copies and pickles go without.
+    _plan: Plan | None = None
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
@@ -186,13 +190,19 @@ class SketchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = []
+        work, known = [], []
+        plan = self._plan = self._plan or Plan()
         for group in self.param_groups:
+            options = group_marks(self.OPTIONS, group)
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.numel() > 0:
-                    work.append((p, group, self._gradient(p, group, index)))
+                    again = plan.recall(p, group, options, self.state.get(p))
+                    if again is not None:
+                        known.append(again)
+                    else:
+                        work.append((p, group, self._gradient(p, group, index)))
         with scratch.scratch():
-            self._update(work)
+            self._update(work, known)
         return loss
 
     def planned_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Store | Further, int]]:
@@ -253,8 +263,10 @@ class SketchOptimizer(torch.optim.Optimizer):
     # -- the step ------------------------------------------------------------------------------------------------
 
     @_outside_graphs
-    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> None:
-        fused: dict[Backend, list[_Pending]] = {}
+    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]], known: list[Known]) -> None:
+        fused: dict[Backend, list[_Pending]] = {one.backend: [] for one in known}
+        if known:
+            torch._foreach_add_([one.counter for one in known], 1.0)
         # Small tensors follow the large ones: compiling for their sake alone would not pay.
         large = any(p.numel() >= CPU_MIN_SIZE for group in self.param_groups for p in group["params"])
         rules: dict[tuple[int, int, bool], Rule] = {}
@@ -277,7 +289,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                 # The graph's replays take the number of the step from the device; nothing here may look at it.
                 backend, task = choose(p, group, grad, self._rule(group, 1, sparse), (first, second), state, large)
                 assert backend is not None and task is not None
-                fused.setdefault(backend, []).append(_Pending(task, group, grad, None, state["step"]))
+                fused.setdefault(backend, []).append(_Pending(p, task, group, grad, None, state["step"]))
                 continue
             step = int(state["step"].item())  # a CPU tensor: no synchronisation
             clean_every = group.get("clean_every", 0)
@@ -292,12 +304,41 @@ class SketchOptimizer(torch.optim.Optimizer):
             if not further:
                 backend, task = choose(p, group, grad, rules[key], (first, second), state, large)
             if backend is not None and task is not None:
-                fused.setdefault(backend, []).append(_Pending(task, group, grad, rules[key], step))
+                fused.setdefault(backend, []).append(_Pending(p, task, group, grad, rules[key], step))
             else:
                 self._eager(p, grad, rules[key], state, named, group)
         for backend, pending in fused.items():
             self._fill_numbers(pending)
-            backend.run([one.work for one in pending])
+            if backend.prepare is not None:
+                self._run_tasks(backend, pending, [one for one in known if one.backend is backend])
+            elif backend.run is not None:
+                backend.run([one.work for one in pending])
+
+    def _run_tasks(self, backend: Backend, pending: list[_Pending], known: list[Known]) -> None:
+        assert self._plan is not None and backend.prepare is not None and backend.run_tasks is not None
+        rows: list[list[float]] = []
+        shared: dict[tuple[int, int], int] = {}
+        tasks, which, gradients = [], [], []
+        for one in known:
+            key = (id(one.group), one.step)
+            if key not in shared:
+                rule = self._rule(one.group, one.step, False)
+                row, _ = vector(numbers(rule, one.group, one.step), torch.device("cpu"))
+                shared[key] = len(rows)
+                rows.append(row.tolist() if isinstance(row, Tensor) else row)
+            tasks.append(one.task)
+            which.append(shared[key])
+            gradients.append(one.gradient)
+        for new in pending:
+            tasks.append(backend.prepare(new.work))
+            which.append(len(rows))
+            rows.append(new.work.numbers.tolist() if isinstance(new.work.numbers, Tensor) else new.work.numbers)
+            gradients.append(new.work.g.data_ptr())
+            options = group_marks(self.OPTIONS, new.group)
+            self._plan.learn(new.p, options, self.state[new.p], backend, tasks[-1])
+        last = self._plan.programs.get(backend)
+        self._plan.programs[backend] = backend.run_tasks(tasks, rows, which, gradients, last)
+        self._plan.trim(len(tasks))
 
     def _fill_numbers(self, pending: list[_Pending]) -> None:
         shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}
@@ -309,12 +350,12 @@ class SketchOptimizer(torch.optim.Optimizer):
                 continue
             key = (id(one.group), one.step, sparse, one.work.p.device)
             if key not in shared:
-                shared[key] = vector(numbers(one.rule, one.group, one.grad, one.step), one.work.p.device)
+                shared[key] = vector(numbers(one.rule, one.group, one.step, _l2(one.grad)), one.work.p.device)
             one.work.numbers, one.work.flags = shared[key]
         for (_, sparse), members in on_device.items():
             group, steps = members[0].group, torch.stack([one.step for one in members])
             rule = self._rule(group, steps.double(), sparse)
-            rows, flags = vector(numbers(rule, group, members[0].grad, steps), steps.device, len(members))
+            rows, flags = vector(numbers(rule, group, steps, _l2(members[0].grad)), steps.device, len(members))
             for one, row in zip(members, rows, strict=True):
                 one.work.numbers, one.work.flags = row, flags
 
@@ -738,6 +779,10 @@ def _arithmetic(p: Tensor) -> torch.dtype:
 
 def _exact(p: Tensor, group: Mapping[str, Any]) -> bool:
     return p.ndim < 2 or p.numel() < group["min_compress_size"]
+
+
+def _l2(grad: Gradient) -> float | None:
+    return None if grad.l2 is None else grad.l2[1]
 
 
 def _touched_rows(grad: Gradient) -> Tensor:

@@ -26,11 +26,22 @@ CPU_MIN_SIZE = 1 << 15
 
 @dataclass(frozen=True)
 class Backend:
-    """One set of kernels."""
+    """One set of kernels.
+
+    Attributes:
+        name: of the compiler.
+        unsupported: why the kernels cannot take a step; None if they can.
+        run: take the steps.
+        prepare: a work as a task, which holds for the next steps, too; None: there is no such thing.
+        run_tasks: (tasks, a row of numbers for each, addresses of the gradients, what the last call returned): take the
+            steps.
+    """
 
     name: str
     unsupported: Callable[[Work], str | None]
-    run: Callable[[list[Work]], None]
+    run: Callable[[list[Work]], None] | None = None
+    prepare: Callable[[Work], Any] | None = None
+    run_tasks: Callable[..., Any] | None = None
 
 
 def backend(device: torch.device, fused: bool | None) -> Backend | None:
@@ -81,7 +92,7 @@ def _numba() -> Backend:
         raise ImportError(f"Numba cannot be imported ({error}): pip install 'sketch-plugins[cpu]'") from error
     from sketch_plugins.kernels import cpu
 
-    return Backend("numba", cpu.unsupported, cpu.run)
+    return Backend("numba", cpu.unsupported, prepare=cpu.prepare, run_tasks=cpu.run)
 
 
 def describe(
@@ -136,13 +147,13 @@ def choose(
     return None, None
 
 
-def numbers(rule: Rule, group: Mapping[str, Any], grad: Gradient, step: float | Tensor) -> dict[int, Any]:
-    """Place -> number of a rule; tensors where the rule has them."""
+def numbers(rule: Rule, group: Mapping[str, Any], step: float | Tensor, l2: float | None = None) -> dict[int, Any]:
+    """Place -> number of a rule; tensors where the rule has them. ``l2``: coupled weight decay."""
     denominator = rule.denominator
     out: dict[int, Any] = {
         places.STEP: rule.step_size * rule.correction,
         places.KEEP: 1.0 - rule.decay,
-        places.SIGN: -1.0 if grad.negate else 1.0,
+        places.SIGN: -1.0 if group["maximize"] else 1.0,
         places.CORRECTION: rule.correction,
         places.INNER: 1.0,
         places.CLIP: group.get("update_clip", 0.0),
@@ -163,8 +174,8 @@ def numbers(rule: Rule, group: Mapping[str, Any], grad: Gradient, step: float | 
         }
     if rule.lookahead and rule.first is not None:
         out[places.LOOKAHEAD] = rule.lookahead
-    if grad.l2 is not None:
-        out[places.L2] = grad.l2[1]
+    if l2 is not None:
+        out[places.L2] = l2
     return out
 
 

@@ -12,6 +12,7 @@ from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.optim.base import Further, Rule, SketchOptimizer
 from sketch_plugins.optim.options import COMMON, Option
+from sketch_plugins.optim.plan import Known
 from sketch_plugins.optim.sketchy import check_finite, take
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.stores import Gradient, Store
@@ -109,9 +110,9 @@ class SAdagrad(SketchOptimizer):
             denominator=None,
         )
 
-    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> None:
-        check_finite(self, work)
-        super()._update(work)
+    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]], known: list[Known]) -> None:
+        check_finite(self)
+        super()._update(work, known)
 
     def _eager(
         self,

@@ -16,6 +16,7 @@ from sketch_plugins.linalg.kronecker import Kronecker, Side, cut, merged, solve
 from sketch_plugins.optim.adam import _SHARED
 from sketch_plugins.optim.base import SCALE_FLOOR, Denominator, Factors, Further, Rule, SketchOptimizer, write_tile
 from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, FIRST_MOMENTS, Option
+from sketch_plugins.optim.plan import Known
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.stores import Ema, Gradient, Store
 from sketch_plugins.stores.sketch import BUCKETS
@@ -448,10 +449,10 @@ class Sketchy(SketchOptimizer):
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> None:
-        if not check_finite(self, work):
+    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]], known: list[Known]) -> None:
+        if not check_finite(self):
             return
-        super()._update(work)
+        super()._update(work, known)
         due: dict[tuple[str, str], list[tuple[Side, Mapping[str, Tensor], Tensor | None]]] = {}
         for p, group, grad in work:
             plan = self.preconditioner_of(p, group)
@@ -656,7 +657,7 @@ def _solver(step: int, group: Mapping[str, Any]) -> str:
 
 
 def _all_finite(grads: Iterable[Tensor]) -> bool:
-    values = [g.values() if g.layout == torch.sparse_coo else g for g in grads if g.numel()]
+    values = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in grads if g.numel()]
     if not values:
         return True
     # The norm is the quickest look at everything. It may overflow where no number is infinite: then they are looked at.
@@ -715,25 +716,27 @@ def take(
             write_tile(matrix, at, part, group, state)
 
 
-def check_finite(optimizer: SketchOptimizer, work: list[tuple[Tensor, dict[str, Any], Gradient]]) -> bool:
+def check_finite(optimizer: SketchOptimizer) -> bool:
     """Whether the step may be taken: decompositions of what is not finite do not end.
 
     Raises:
         ValueError: a gradient is not finite, and its group does not say ``nonfinite="skip"``.
     """
     by_device: dict[torch.device, list[Tensor]] = {}
-    for _, _, grad in work:
-        by_device.setdefault(grad.device, []).append(grad.matrix.tensor)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p.numel() > 0:
+                by_device.setdefault(p.device, []).append(p.grad)
     # One number for each device is waited for.
     if all(_all_finite(grads) for grads in by_device.values()):
         return True
-    for p, group, grad in work:
-        if _all_finite([grad.matrix.tensor]) or group.get("nonfinite") == "skip":
-            continue
-        index = next(i for i, other in enumerate(group["params"]) if other is p)
-        skip = ", or leave such steps out: nonfinite='skip'" if "nonfinite" in optimizer.OPTIONS else ""
-        raise ValueError(
-            f"{optimizer._label(group, index)} has a gradient that is not finite; nothing has been changed. Scale the "
-            f"loss or clip{skip}"
-        )
+    for group in optimizer.param_groups:
+        for index, p in enumerate(group["params"]):
+            if p.grad is None or _all_finite([p.grad]) or group.get("nonfinite") == "skip":
+                continue
+            skip = ", or leave such steps out: nonfinite='skip'" if "nonfinite" in optimizer.OPTIONS else ""
+            raise ValueError(
+                f"{optimizer._label(group, index)} has a gradient that is not finite; nothing has been changed. Scale "
+                f"the loss or clip{skip}"
+            )
     return False

@@ -1,0 +1,652 @@
+"""The loops of a fused step on a CPU, compiled by Numba: one for each store of the second moment.
+
+Each takes a list of pieces (a range of one parameter's units) and is called once for many of them: 199 parameters of
+BERT at 75 microseconds of Python each were a tenth of a step. A parameter is a row of `tasks`, addresses included.
+`cpu` makes these rows and cuts them into pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import CellType, FunctionType
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numba.extending import register_jitable
+
+from sketch_plugins.kernels import vector, work
+from sketch_plugins.kernels.vector import (
+    FAST_MATH,
+    LANES,
+    at_address,
+    at_least,
+    largest,
+    least,
+    load,
+    magnitude,
+    root,
+    splat,
+    store,
+    top,
+    total,
+)
+from sketch_plugins.kernels.work import (
+    CLIP,
+    CORRECTION,
+    DECAY1,
+    DECAY2,
+    FLOOR,
+    GAIN1,
+    GAIN2,
+    INNER,
+    INSIDE,
+    KEEP,
+    LOOKAHEAD,
+    MEAN,
+    RELATIVE,
+    SCALE,
+    SHIFT,
+    SIGN,
+    STEP,
+)
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH}
+
+# Stores of a first moment.
+NONE, DENSE, INT8 = np.uint64(0), np.uint64(1), np.uint64(2)
+
+# Places in a task: what a sweep knows of a parameter. All numbers are unsigned: signed and unsigned ones must not meet
+# (their sum would be a float).
+(
+    P,  # addresses of the parameter and of its gradient
+    G,
+    SIZE,  # elements
+    COLUMNS,
+    KIND,  # store of the first moment, and the addresses of its state
+    TABLE1,  # dense numbers or codes
+    SCALES,
+    BLOCK,  # columns that share a scale
+    TABLE2,  # of the second moment: table, dense numbers (0: there is none), covers of the rows
+    COLUMN,  # covers of the columns
+    WIDTH,  # buckets
+    BAND,  # buckets of a unit
+    UNITS,
+    BASE,  # where its units begin in `squares` and `norms`
+    AFTER,  # the first moment averages the preconditioned gradient
+    NEW,  # where its rows begin in `rows`
+) = range(16)
+PLACES = 16
+# Places in a piece.
+TASK, BEGIN, END, PHASE, MAXIMA = range(5)
+
+# Elements summed in float32 before the sum is one of float64's; and of a row's buffers, which stay in the first cache.
+SPAN = 1024
+U = np.uint64
+_SPAN, _ZERO, _ONE, _TWO = U(SPAN), U(0), U(1), U(2)
+FOLD, MEASURE, APPLY = U(work.FOLD), U(work.MEASURE), U(work.APPLY)
+_0, _1 = np.float32(0.0), np.float32(1.0)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled on first use, and kept on disk where there is a folder to write to."""
+    # Numba looks for a change in this file only, and in what a function closes over.
+    sources = [Path(str(module.__file__)).read_bytes() for module in (vector, work)]
+    stamp = CellType(hashlib.sha256(b"".join(sources)).hexdigest())
+    code = function.__code__.replace(co_freevars=("_stamp",))
+    stamped = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, (stamp,))
+    stamped.__doc__, stamped.__qualname__ = function.__doc__, function.__qualname__
+    try:
+        return njit(cache=True, **_OPTIONS)(stamped)
+    except RuntimeError:  # "no locator available": neither the package's folder nor the user's can be written
+        return njit(**_OPTIONS)(stamped)
+
+
+# A loop's body is written once, and called with the constant LANES and, for what is left of a row, with less.
+_body = register_jitable(forceinline=True, **_OPTIONS)
+_part = register_jitable(**_OPTIONS)
+
+
+@_body
+def _numbers(row):
+    """A task's numbers as values: nothing that is stored can change them, as it could change an array."""
+    return (
+        row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9], row[10], row[11], row[12],
+        row[13], row[14], row[15], row[16], row[17], row[18],
+    )  # fmt: skip
+
+
+@_body
+def _factor(v, s, rate):
+    """``rate`` over the denominator: ``rate / max(sqrt(v + inside) * scale + shift, floor)``."""
+    return rate / at_least(root(v + s[INSIDE]) * s[SCALE] + s[SHIFT], s[FLOOR])
+
+
+@_body
+def _update(p, o, u, keep, n):
+    store(p, o, keep * load(p, o, n) - u, n)
+
+
+@_body
+def _plain(p, o, x, xo, sign, f, fo, keep, n):
+    _update(p, o, sign * load(x, xo, n) * load(f, fo, n), keep, n)
+
+
+@_body
+def _averaged(p, o, x, xo, sign, f, fo, dense, decay, gain, ahead, keep, n):
+    y = sign * load(x, xo, n)
+    v = decay * load(dense, o, n) + gain * y
+    store(dense, o, v, n)
+    _update(p, o, (v if ahead == _0 else y + ahead * v) * load(f, fo, n), keep, n)
+
+
+@_body
+def _blended(o, x, xo, sign, codes, old, gain, n):
+    return old * load(codes, o, n) + gain * (sign * load(x, xo, n))
+
+
+@_body
+def _coded(p, o, x, xo, sign, f, fo, codes, old, gain, ahead, keep, inverse, n):
+    y = sign * load(x, xo, n)
+    v = old * load(codes, o, n) + gain * y
+    store(codes, o, v * inverse, n)
+    _update(p, o, (v if ahead == _0 else y + ahead * v) * load(f, fo, n), keep, n)
+
+
+@_body
+def _block(p, o, x, xo, sign, f, fo, codes, scales, at, n, s):
+    """First moment in int8 and update of one block of ``n`` numbers."""
+    gain, ahead, keep = s[GAIN1], s[LOOKAHEAD], s[KEEP]
+    old, most, whole = s[DECAY1] * scales[at], splat(_0), n - n % LANES
+    for j in range(_ZERO, whole, LANES):
+        most = top(most, magnitude(_blended(o + j, x, xo + j, sign, codes, old, gain, LANES)))
+    if whole < n:
+        most = top(most, magnitude(_blended(o + whole, x, xo + whole, sign, codes, old, gain, n - whole)))
+    scale = largest(most) / np.float32(127.0)
+    scales[at] = scale
+    inverse = _1 / scale if scale > np.float32(1e-37) else _0
+    for j in range(_ZERO, whole, LANES):
+        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, keep, inverse, LANES)
+    if whole < n:
+        j, left = whole, n - whole
+        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, keep, inverse, left)
+
+
+@_part
+def _apply(p, o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s):
+    """First moment and update of ``n`` adjacent numbers, from offset ``o``.
+
+    ``x`` (from ``xo`` on, times ``sign``) is what the first moment averages, ``f`` (from ``fo`` on) what multiplies the
+    numerator; ``at`` is the place of the first block's scale.
+    """
+    keep, whole = s[KEEP], n - n % LANES
+    if kind == NONE:
+        for j in range(_ZERO, whole, LANES):
+            _plain(p, o + j, x, xo + j, sign, f, fo + j, keep, LANES)
+        if whole < n:
+            _plain(p, o + whole, x, xo + whole, sign, f, fo + whole, keep, n - whole)
+    elif kind == DENSE:
+        decay, gain, ahead = s[DECAY1], s[GAIN1], s[LOOKAHEAD]
+        for j in range(_ZERO, whole, LANES):
+            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, keep, LANES)
+        if whole < n:
+            j, left = whole, n - whole
+            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, keep, left)
+    elif block == U(128) and n % block == 0:  # the loops over a block whose length is known are unrolled
+        for j in range(_ZERO, n, U(128)):
+            _block(p, o + j, x, xo + j, sign, f, fo + j, codes, scales, at, U(128), s)
+            at += _ONE
+    else:
+        for j in range(_ZERO, n, block):
+            _block(p, o + j, x, xo + j, sign, f, fo + j, codes, scales, at, min(block, n - j), s)
+            at += _ONE
+
+
+@_body
+def _updated(o, x, xo, sign, f, fo, kind, dense, codes, old, s, n):
+    """The update, as `_measure` wants it."""
+    y = sign * load(x, xo, n)
+    u = y
+    if kind == DENSE:
+        u = s[DECAY1] * load(dense, o, n) + s[GAIN1] * y
+    elif kind == INT8:
+        u = s[DECAY1] * old * load(codes, o, n) + s[GAIN1] * y
+    if s[LOOKAHEAD] != _0:
+        u = y + s[LOOKAHEAD] * u
+    return u * load(f, fo, n)
+
+
+@_part
+def _measure(o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s):
+    """Sum of squares of the update of ``n`` adjacent numbers."""
+    out = np.float64(0.0)
+    for lo in range(_ZERO, n, block):
+        old = scales[at] if kind == INT8 else _0
+        length, part = min(block, n - lo), splat(_0)
+        whole = length - length % LANES
+        for j in range(lo, lo + whole, LANES):
+            u = _updated(o + j, x, xo + j, sign, f, fo + j, kind, dense, codes, old, s, LANES)
+            part = part + u * u
+        if whole < length:
+            j, left = lo + whole, length - whole
+            u = _updated(o + j, x, xo + j, sign, f, fo + j, kind, dense, codes, old, s, left)
+            part = part + u * u
+        out += np.float64(total(part))
+        at += _ONE
+    return out
+
+
+@_part
+def _square(x, o, n):
+    """Sum of squares of ``n`` adjacent numbers."""
+    out = np.float64(0.0)
+    for lo in range(o, o + n, _SPAN):
+        length, part = min(_SPAN, o + n - lo), splat(_0)
+        whole = length - length % LANES
+        for j in range(lo, lo + whole, LANES):
+            y = load(x, j, LANES)
+            part = part + y * y
+        if whole < length:
+            y = load(x, lo + whole, length - whole)
+            part = part + y * y
+        out += np.float64(total(part))
+    return out
+
+
+@_part
+def _settle(row, squares, norms, n):
+    """Put what was measured into a task's numbers; the sums have one order, whoever measured."""
+    if row[RELATIVE] != _0:
+        norm = np.float64(0.0)
+        for i in range(len(norms)):
+            norm += norms[i]
+        rms = np.sqrt(norm / n)
+        row[STEP] *= np.float32(1e-3 if rms < 1e-3 else rms)  # a NaN stays one
+    if row[CLIP] != _0:
+        square = np.float64(0.0)
+        for i in range(len(squares)):
+            square += squares[i]
+        excess = np.sqrt(square / n) * row[CORRECTION] / row[CLIP]
+        return np.float32(1.0) if excess < 1.0 else np.float32(excess)
+    return np.float32(1.0)
+
+
+@_part
+def _settled(row, task, squares, norms):
+    """A task's numbers with what its units have measured."""
+    begin, end = task[BASE], task[BASE] + task[UNITS]
+    excess = _settle(row, squares[begin:end], norms[begin:end], np.float64(task[SIZE]))
+    if task[AFTER]:
+        row[INNER] /= excess
+    else:
+        row[STEP] /= excess
+
+
+# -- count-min sketches -----------------------------------------------------------------------------------------------
+
+
+@_body
+def _fold_body(g, o, f, j, begins, n):
+    y = load(g, o, n)
+    square = y * y
+    store(f, j, square if begins else load(f, j, n) + square, n)
+
+
+@_body
+def _table_body(table, o, f, j, decay, gain, n):
+    store(table, o, decay * load(table, o, n) + gain * load(f, j, n), n)
+
+
+@_body
+def _bucket_body(table, o, f, j, s, n):
+    """The squares of a bucket's updates are its squares over one denominator: no second look at the gradient."""
+    u = _factor(load(table, o, n), s, _1)
+    return load(f, j, n) * u * u
+
+
+@_part
+def _fold(g, first, height, rows, width, columns, table, f, p, norm, s):
+    """Squares of a band's members into the table, and in ``f``; the sum of the parameter's squares if ``norm``."""
+    out = np.float64(0.0)
+    for i in range(first, rows, width):
+        o, n = i * columns, min(height, rows - i) * columns
+        for lo in range(_ZERO, n, _SPAN):
+            length, part = min(_SPAN, n - lo), splat(_0)
+            whole = length - length % LANES
+            for j in range(lo, lo + whole, LANES):
+                _fold_body(g, o + j, f, j, i == first, LANES)
+                if norm:
+                    x = load(p, o + j, LANES)
+                    part = part + x * x
+            if whole < length:
+                j, left = lo + whole, length - whole
+                _fold_body(g, o + j, f, j, i == first, left)
+                if norm:
+                    x = load(p, o + j, left)
+                    part = part + x * x
+            out += np.float64(total(part))
+    for b in range(height):
+        load_ = (rows - first - b + width - _ONE) // width
+        gain = s[GAIN2] if s[MEAN] == _0 else s[GAIN2] / np.float32(load_)
+        o, q, whole = (first + b) * columns, b * columns, columns - columns % LANES
+        for j in range(_ZERO, whole, LANES):
+            _table_body(table, o + j, f, q + j, s[DECAY2], gain, LANES)
+        if whole < columns:
+            _table_body(table, o + whole, f, q + whole, s[DECAY2], gain, columns - whole)
+    return out
+
+
+@_part
+def _factors(table, o, f, n, s, rate):
+    whole = n - n % LANES
+    for j in range(_ZERO, whole, LANES):
+        store(f, j, _factor(load(table, o + j, LANES), s, rate), LANES)
+    if whole < n:
+        left = n - whole
+        store(f, whole, _factor(load(table, o + whole, left), s, rate), left)
+
+
+@_part
+def _bucket_squares(table, o, f, n, s):
+    out = np.float64(0.0)
+    for lo in range(_ZERO, n, _SPAN):
+        length, part = min(_SPAN, n - lo), splat(_0)
+        whole = length - length % LANES
+        for j in range(lo, lo + whole, LANES):
+            part = part + _bucket_body(table, o + j, f, j, s, LANES)
+        if whole < length:
+            part = part + _bucket_body(table, o + lo + whole, f, lo + whole, s, length - whole)
+        out += np.float64(total(part))
+    return out
+
+
+@_compiled
+def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
+    """Count-min sketches of depth 1 with a strided hash; units are bands of adjacent buckets.
+
+    Adjacent buckets have adjacent members: memory is read in long runs, and a band is small enough that its gradient is
+    still in the cache when its squares are summed and the members take their step.
+    """
+    like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
+    f = at_address(like_f, U(buffer.ctypes.data))
+    for k in range(len(pieces)):
+        t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
+        task = tasks[t]
+        p, g, dense = at_address(like_p, task[P]), at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
+        codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
+        table = at_address(like_f, task[TABLE2])
+        columns, kind, block, width, band = task[COLUMNS], task[KIND], task[BLOCK], task[WIDTH], task[BAND]
+        rows, blocks = task[SIZE] // columns, (columns + block - _ONE) // block
+        # Where blocks end with a row, one run for all rows; else row by row.
+        even = kind != INT8 or columns % block == 0
+        s = _numbers(numbers[t])
+        norm = s[RELATIVE] != _0
+        sweeps = _TWO if phase & MEASURE and phase & APPLY else _ONE
+        for sweep in range(sweeps):
+            now = phase
+            if sweeps == _TWO:
+                now = (FOLD | MEASURE) if sweep == _ZERO else APPLY
+            if sweep == _ONE:
+                _settled(numbers[t], task, squares, norms)
+                s = _numbers(numbers[t])
+            for one in range(begin, end):
+                # Back again: what was looked at last is still in the cache.
+                unit = one if now & FOLD else begin + (end - _ONE - one)
+                first = unit * band
+                height = min(band, width - first)
+                o, n = first * columns, height * columns
+                square = np.float64(0.0)
+                if now & FOLD:
+                    norms_ = _fold(g, first, height, rows, width, columns, table, f, p, norm, s)
+                    if now & MEASURE:
+                        norms[task[BASE] + unit] = norms_
+                        if kind == NONE:
+                            squares[task[BASE] + unit] = _bucket_squares(table, o, f, n, s)
+                            continue
+                _factors(table, o, f, n, s, _1 if now & MEASURE else s[STEP])
+                members = (rows - first + width - _ONE) // width
+                for one_ in range(members):
+                    i = first + (members - _ONE - one_ if now == APPLY else one_) * width
+                    high = min(height, rows - i)
+                    runs, length = (_ONE, high * columns) if even else (high, columns)
+                    for r in range(runs):
+                        o, q, at = (i + r) * columns, r * columns, (i + r) * blocks
+                        if now & MEASURE:
+                            square += _measure(o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s)
+                        else:
+                            _apply(p, o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s)
+                if now & MEASURE:
+                    squares[task[BASE] + unit] = square
+    return 0
+
+
+# -- exact second moments, and none -----------------------------------------------------------------------------------
+
+
+@_body
+def _second_body(g, o, second, keep, f, j, decay, gain, s, rate, n):
+    y = load(g, o, n)
+    v = decay * load(second, o, n) + gain * (y * y)
+    if keep:
+        store(second, o, v, n)
+    store(f, j, _factor(v, s, rate), n)
+
+
+@_body
+def _preconditioned_body(g, o, sign, x, f, j, n):
+    store(x, j, sign * load(g, o, n) * load(f, j, n), n)
+
+
+@_part
+def _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after):
+    """Measure or apply ``n`` numbers whose factors are ``f``; ``after``: their preconditioned gradient is averaged."""
+    if after:
+        whole = n - n % LANES
+        for j in range(_ZERO, whole, LANES):
+            _preconditioned_body(g, o + j, s[SIGN], x, f, j, LANES)
+        if whole < n:
+            _preconditioned_body(g, o + whole, s[SIGN], x, f, whole, n - whole)
+        if now & MEASURE:
+            return _square(x, _ZERO, n)
+        _apply(p, o, n, x, _ZERO, _1, ones, _ZERO, kind, dense, codes, scales, at, block, s)
+        return np.float64(0.0)
+    if now & MEASURE:
+        return _measure(o, n, g, o, s[SIGN], f, _ZERO, kind, dense, codes, scales, at, block, s)
+    _apply(p, o, n, g, o, s[SIGN], f, _ZERO, kind, dense, codes, scales, at, block, s)
+    return np.float64(0.0)
+
+
+@_compiled
+def exact(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
+    """An exact second moment, or none; units are rows of ``COLUMNS`` numbers, the last one shorter."""
+    like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
+    room, start = U(len(buffer)) // U(3), U(buffer.ctypes.data)
+    f, x = at_address(like_f, start), at_address(like_f, start + U(4) * room)
+    ones = at_address(like_f, start + U(8) * room)
+    for k in range(len(pieces)):
+        t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
+        task = tasks[t]
+        p, g, dense = at_address(like_p, task[P]), at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
+        codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
+        second = at_address(like_f, task[TABLE2])
+        columns, kind, block, after = task[COLUMNS], task[KIND], task[BLOCK], task[AFTER]
+        blocks = (columns + block - _ONE) // block
+        wide = max(block, _SPAN // block * block)
+        sweeps = _TWO if phase & MEASURE and phase & APPLY else _ONE
+        for sweep in range(sweeps):
+            now = phase
+            if sweeps == _TWO:
+                now = MEASURE if sweep == _ZERO else (FOLD | APPLY)
+            if sweep == _ONE:
+                _settled(numbers[t], task, squares, norms)
+            s = _numbers(numbers[t])
+            rate = s[INNER] if after else s[STEP]
+            if now & MEASURE:
+                rate = _1
+            for j in range(room):
+                f[j] = rate
+                ones[j] = s[STEP]
+            for i in range(begin, end):
+                square = np.float64(0.0)
+                stop = min(columns, task[SIZE] - i * columns)
+                for lo in range(_ZERO, stop, wide):
+                    o, n, at = i * columns + lo, min(wide, stop - lo), i * blocks + lo // block
+                    if task[TABLE2]:
+                        whole, fold = n - n % LANES, (now & FOLD) != _ZERO
+                        for j in range(_ZERO, whole, LANES):
+                            _second_body(g, o + j, second, fold, f, j, s[DECAY2], s[GAIN2], s, rate, LANES)
+                        if whole < n:
+                            _second_body(g, o + whole, second, fold, f, whole, s[DECAY2], s[GAIN2], s, rate, n - whole)
+                    square += _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after)
+                if now & MEASURE:
+                    squares[task[BASE] + i] = square
+                    norms[task[BASE] + i] = _square(p, i * columns, stop) if s[RELATIVE] != _0 else np.float64(0.0)
+    return 0
+
+
+# -- covers -----------------------------------------------------------------------------------------------------------
+
+
+@_body
+def _estimate(g, o, old, column, c, decay, gain, n):
+    y = load(g, o, n)
+    return y, decay * least(old, load(column, c, n)) + gain * (y * y)
+
+
+@_body
+def _cover_body(g, o, old, column, tops, c, f, j, most, s, rate, fold, n):
+    """Factors of a few columns; returns the maximum so far."""
+    _, nu = _estimate(g, o, old, column, c, s[DECAY2], s[GAIN2], n)
+    store(f, j, _factor(nu, s, rate), n)
+    if fold:
+        store(tops, c, top(load(tops, c, n), nu), n)
+        return top(most, nu)
+    return most
+
+
+@_body
+def _cover_ahead(g, o, old, column, tops, c, x, j, most, s, rate, n):
+    """The same, and in place of the factors the preconditioned gradient."""
+    y, nu = _estimate(g, o, old, column, c, s[DECAY2], s[GAIN2], n)
+    store(x, j, s[SIGN] * y * _factor(nu, s, rate), n)
+    store(tops, c, top(load(tops, c, n), nu), n)
+    return top(most, nu)
+
+
+@_body
+def _cover_step(p, g, o, old, column, tops, c, most, s, n):
+    """The same, and the step itself, where there is no first moment."""
+    y, nu = _estimate(g, o, old, column, c, s[DECAY2], s[GAIN2], n)
+    store(tops, c, top(load(tops, c, n), nu), n)
+    _update(p, o, s[SIGN] * y * _factor(nu, s, s[STEP]), s[KEEP], n)
+    return top(most, nu)
+
+
+@_compiled
+def cover(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
+    """Matrices with SM3-II's covers; units are rows. A piece collects the maxima of its columns in a row of its own.
+
+    ``rows_`` takes the new covers of the rows, `finish` both over into the state: until then the old ones are read.
+    """
+    like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
+    room, start = U(len(buffer)) // U(3), U(buffer.ctypes.data)
+    f, x = at_address(like_f, start), at_address(like_f, start + U(4) * room)
+    ones = at_address(like_f, start + U(8) * room)
+    for k in range(len(pieces)):
+        t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
+        task = tasks[t]
+        p, g, dense = at_address(like_p, task[P]), at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
+        codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
+        row, column = at_address(like_f, task[TABLE2]), at_address(like_f, task[COLUMN])
+        columns, kind, block, after = task[COLUMNS], task[KIND], task[BLOCK], task[AFTER]
+        blocks = (columns + block - _ONE) // block
+        wide = max(block, _SPAN // block * block)
+        tops = maxima[pieces[k, MAXIMA] : pieces[k, MAXIMA] + columns]
+        sweeps = _TWO if phase & MEASURE and phase & APPLY else _ONE
+        for sweep in range(sweeps):
+            now = phase
+            if sweeps == _TWO:
+                now = MEASURE if sweep == _ZERO else (FOLD | APPLY)
+            if sweep == _ONE:
+                _settled(numbers[t], task, squares, norms)
+            s = _numbers(numbers[t])
+            rate = s[INNER] if after else s[STEP]
+            if now & MEASURE:
+                rate = _1
+            if now & FOLD:
+                for j in range(columns):
+                    tops[j] = _0
+            for j in range(room):
+                ones[j] = s[STEP]
+            for i in range(begin, end):
+                square = np.float64(0.0)
+                old, most = splat(row[i]), splat(_0)
+                if kind == NONE and now & APPLY:
+                    whole = columns - columns % LANES
+                    for j in range(_ZERO, whole, LANES):
+                        most = _cover_step(p, g, i * columns + j, old, column, tops, j, most, s, LANES)
+                    if whole < columns:
+                        j, left = whole, columns - whole
+                        most = _cover_step(p, g, i * columns + j, old, column, tops, j, most, s, left)
+                elif kind == INT8 and after and now & APPLY:
+                    at = i * blocks
+                    for lo in range(_ZERO, columns, block):
+                        o, n = i * columns + lo, min(block, columns - lo)
+                        whole = n - n % LANES
+                        for j in range(_ZERO, whole, LANES):
+                            most = _cover_ahead(g, o + j, old, column, tops, lo + j, x, j, most, s, rate, LANES)
+                        if whole < n:
+                            j, left = whole, n - whole
+                            most = _cover_ahead(g, o + j, old, column, tops, lo + j, x, j, most, s, rate, left)
+                        if n == U(128):
+                            _block(p, o, x, _ZERO, _1, ones, _ZERO, codes, scales, at, U(128), s)
+                        else:
+                            _block(p, o, x, _ZERO, _1, ones, _ZERO, codes, scales, at, n, s)
+                        at += _ONE
+                else:
+                    fold = (now & FOLD) != _ZERO
+                    for lo in range(_ZERO, columns, wide):
+                        o, n, at = i * columns + lo, min(wide, columns - lo), i * blocks + lo // block
+                        whole = n - n % LANES
+                        for j in range(_ZERO, whole, LANES):
+                            most = _cover_body(g, o + j, old, column, tops, lo + j, f, j, most, s, rate, fold, LANES)
+                        if whole < n:
+                            j, left = whole, n - whole
+                            most = _cover_body(g, o + j, old, column, tops, lo + j, f, j, most, s, rate, fold, left)
+                        square += _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after)
+                if now & FOLD:
+                    rows_[task[NEW] + i] = largest(most)
+                if now & MEASURE:
+                    squares[task[BASE] + i] = square
+                    norms[task[BASE] + i] = _square(p, i * columns, columns) if s[RELATIVE] != _0 else np.float64(0.0)
+    return 0
+
+
+@_compiled
+def settle(tasks, numbers, chosen, squares, norms):
+    """Put what several pieces have measured into the numbers of the tasks ``chosen``."""
+    for k in range(len(chosen)):
+        _settled(numbers[chosen[k]], tasks[chosen[k]], squares, norms)
+    return 0
+
+
+@_compiled
+def finish(tasks, pieces, rows_, maxima):
+    """New covers take the place of the old ones; of the columns, the largest of all pieces (``pieces`` by task)."""
+    like_f = np.empty(0, np.float32)
+    for k in range(len(pieces)):
+        task = tasks[pieces[k, TASK]]
+        columns, row, column = task[COLUMNS], at_address(like_f, task[TABLE2]), at_address(like_f, task[COLUMN])
+        for i in range(pieces[k, BEGIN], pieces[k, END]):
+            row[i] = rows_[task[NEW] + i]
+        o, another = pieces[k, MAXIMA], k > 0 and pieces[k, TASK] == pieces[k - 1, TASK]
+        whole = columns - columns % LANES
+        for j in range(_ZERO, whole, LANES):
+            new = load(maxima, o + j, LANES)
+            store(column, j, top(load(column, j, LANES), new) if another else new, LANES)
+        if whole < columns:
+            new = load(maxima, o + whole, columns - whole)
+            store(column, whole, top(load(column, whole, columns - whole), new) if another else new, columns - whole)
+    return 0

@@ -1,0 +1,272 @@
+"""Vectors of 16 float32 for Numba's loops: a type of their own, with loads, stores and arithmetic.
+
+Numba leaves vectors to LLVM's automatic ones, which are half as wide as the registers of a CPU with AVX-512, compare
+all addresses before every loop, and give up on a short or a mixed one: measured, a step of SM3 took twice as long. A
+`Lanes` is what LLVM calls ``<16 x float>``: one register with AVX-512, two with AVX2, four on ARM.
+
+Every load and store is told how many lanes count, so that a loop's body also does the rest of a row: with the constant
+`LANES` it is one instruction; with less, the lanes beyond are 0 and their memory is not touched.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, models, register_model
+
+# Unsigned, as all offsets: one that may be negative is checked for it.
+LANES = np.uint64(16)
+_LANES = int(LANES)
+
+# No "nnan" and no "ninf": a NaN or an infinity must come out as one.
+FAST_MATH = {"reassoc", "nsz", "contract", "arcp"}
+_FLAGS = tuple(sorted(FAST_MATH))
+
+_F32, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
+
+
+def _vector(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, _LANES)
+
+
+def _all(element: ir.Type, value: float) -> ir.Constant:
+    return ir.Constant(_vector(element), [value] * _LANES)
+
+
+class Lanes(types.Type):
+    """Numba's type of a vector."""
+
+    def __init__(self) -> None:
+        super().__init__("Lanes")
+
+
+lanes = Lanes()
+
+
+@register_model(Lanes)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _vector(_F32))
+
+
+def _spread(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(_vector(value.type), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, _all(_I32, 0))
+
+
+def _arithmetic(symbol: Callable[..., Any], instruction: str) -> None:
+    """``symbol`` of two vectors, or of one and a float32 that stands for all lanes."""
+
+    @infer_global(symbol)
+    class _Typing(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            if lanes in args and all(a == lanes or a == types.float32 for a in args):
+                return signature(lanes, *args)
+            return None
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        a, b = (x if kind == lanes else _spread(builder, x) for kind, x in zip(sig.args, args, strict=True))
+        return getattr(builder, instruction)(a, b, flags=_FLAGS)
+
+    for pair in ((Lanes, Lanes), (Lanes, types.Float), (types.Float, Lanes)):
+        lower_builtin(symbol, *pair)(lower)
+
+
+_arithmetic(operator.add, "fadd")
+_arithmetic(operator.sub, "fsub")
+_arithmetic(operator.mul, "fmul")
+_arithmetic(operator.truediv, "fdiv")
+
+
+@intrinsic
+def splat(typing, value):
+    """A float32 in every lane."""
+    return lanes(types.float32), lambda context, builder, sig, args: _spread(builder, args[0])
+
+
+@intrinsic
+def at_address(typing, like, address):
+    """An address as an array whose dtype is that of ``like``; its length is not known."""
+
+    def generate(context, builder, sig, args):
+        array = context.make_array(sig.return_type)(context, builder)
+        size = context.get_abi_sizeof(context.get_data_type(sig.return_type.dtype))
+        none = ir.Constant(ir.IntType(64), 0)
+        context.populate_array(
+            array,
+            data=builder.inttoptr(args[1], array.data.type),
+            shape=[none],
+            strides=[ir.Constant(ir.IntType(64), size)],
+            itemsize=ir.Constant(ir.IntType(64), size),
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return types.Array(like.dtype, 1, "C")(like, types.uint64), generate
+
+
+_ELEMENTS = {types.float32: (_F32, 4), types.uint16: (_I16, 2), types.int8: (_I8, 1)}
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> tuple[Any, ir.Type, int]:
+    element, size = _ELEMENTS[kind.dtype]
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.gep(data, [index]), element, size
+
+
+@intrinsic
+def load(typing, array, index, n):
+    """``array[index : index + n]`` of float32, of int8, or of the bits of bfloat16 (uint16); 0 beyond."""
+
+    def generate(context, builder, sig, args):
+        place, element, size = _place(context, builder, sig.args[0], args[0], args[1])
+        few = cgutils.alloca_once(builder, _vector(element))
+        whole = builder.icmp_unsigned(">=", args[2], ir.Constant(ir.IntType(64), _LANES))
+        with builder.if_else(whole) as (then, otherwise):
+            with then:
+                full = builder.load(builder.bitcast(place, _vector(element).as_pointer()))
+                full.align = size
+                end_then = builder.block
+            with otherwise:
+                builder.store(_all(element, 0), few)
+                cgutils.raw_memcpy(builder, builder.bitcast(few, element.as_pointer()), place, args[2], size)
+                part = builder.load(few)
+                end_otherwise = builder.block
+        value = builder.phi(_vector(element))
+        value.add_incoming(full, end_then)
+        value.add_incoming(part, end_otherwise)
+        if element == _I8:
+            return builder.sitofp(value, _vector(_F32))
+        if element == _I16:
+            return builder.bitcast(builder.shl(builder.zext(value, _vector(_I32)), _all(_I32, 16)), _vector(_F32))
+        return value
+
+    return lanes(array, types.uint64, types.uint64), generate
+
+
+@intrinsic
+def store(typing, array, index, value, n):
+    """``array[index : index + n] = value``: as it is; as the nearest int8; as the bits of the nearest bfloat16."""
+
+    def generate(context, builder, sig, args):
+        place, element, size = _place(context, builder, sig.args[0], args[0], args[1])
+        value = args[2]
+        if element == _I8:
+            # Adding 1.5 * 2**23 leaves the nearest integer (ties to even) in the lowest bits.
+            value = builder.trunc(_bits(builder, builder.fadd(value, _all(_F32, 12582912.0))), _vector(_I8))
+        elif element == _I16:
+            value = _bfloat16(builder, _bits(builder, value))
+        whole = builder.icmp_unsigned(">=", args[3], ir.Constant(ir.IntType(64), _LANES))
+        few = cgutils.alloca_once(builder, _vector(element))
+        with builder.if_else(whole) as (then, otherwise):
+            with then:
+                builder.store(value, builder.bitcast(place, _vector(element).as_pointer())).align = size
+            with otherwise:
+                builder.store(value, few)
+                cgutils.raw_memcpy(builder, place, builder.bitcast(few, element.as_pointer()), args[3], size)
+        return context.get_dummy_value()
+
+    return types.none(array, types.uint64, lanes, types.uint64), generate
+
+
+def _bits(builder: Any, value: Any) -> Any:
+    return builder.bitcast(value, _vector(_I32))
+
+
+def _bfloat16(builder: Any, bits: Any) -> Any:
+    """Nearest, ties to even; a NaN stays one."""
+    high = builder.lshr(bits, _all(_I32, 16))
+    even = builder.add(builder.add(bits, _all(_I32, 0x7FFF)), builder.and_(high, _all(_I32, 1)))
+    nan = builder.icmp_unsigned(">", builder.and_(bits, _all(_I32, 0x7FFFFFFF)), _all(_I32, 0x7F800000))
+    out = builder.select(nan, _all(_I32, 0x7FC0), builder.lshr(even, _all(_I32, 16)))
+    return builder.trunc(out, _vector(_I16))
+
+
+def _call(builder: Any, name: str, result: ir.Type, *args: Any, **options: Any) -> Any:
+    function = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args, **options)
+
+
+@intrinsic
+def root(typing, x):
+    """Square roots."""
+
+    def generate(context, builder, sig, args):
+        return _call(builder, f"llvm.sqrt.v{_LANES}f32", _vector(_F32), args[0])
+
+    return lanes(lanes), generate
+
+
+@intrinsic
+def least(typing, x, y):
+    """``x if x < y else y``, lane by lane."""
+
+    def generate(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered("<", *args), *args)
+
+    return lanes(lanes, lanes), generate
+
+
+@intrinsic
+def at_least(typing, x, floor):
+    """``floor if x < floor else x``: a NaN stays one."""
+
+    def generate(context, builder, sig, args):
+        floor = _spread(builder, args[1])
+        return builder.select(builder.fcmp_ordered("<", args[0], floor), floor, args[0])
+
+    return lanes(lanes, types.float32), generate
+
+
+# Of numbers that are not negative the order of the bits is that of the numbers, NaN above all: an integer maximum is
+# one instruction, and none of a floating point one's rules for NaN.
+@intrinsic
+def magnitude(typing, x):
+    """Absolute values."""
+
+    def generate(context, builder, sig, args):
+        return builder.bitcast(builder.and_(_bits(builder, args[0]), _all(_I32, 0x7FFFFFFF)), _vector(_F32))
+
+    return lanes(lanes), generate
+
+
+@intrinsic
+def top(typing, x, y):
+    """The larger one of numbers >= 0 or NaN; NaN if either is."""
+
+    def generate(context, builder, sig, args):
+        a, b = (_bits(builder, x) for x in args)
+        return builder.bitcast(builder.select(builder.icmp_signed(">", a, b), a, b), _vector(_F32))
+
+    return lanes(lanes, lanes), generate
+
+
+@intrinsic
+def largest(typing, x):
+    """The largest lane of numbers >= 0 or NaN, as a float32."""
+
+    def generate(context, builder, sig, args):
+        name = f"llvm.vector.reduce.smax.v{_LANES}i32"
+        return builder.bitcast(_call(builder, name, _I32, _bits(builder, args[0])), _F32)
+
+    return types.float32(lanes), generate
+
+
+@intrinsic
+def total(typing, x):
+    """The sum of the lanes, as a float32; its order is always the same."""
+
+    def generate(context, builder, sig, args):
+        name = f"llvm.vector.reduce.fadd.v{_LANES}f32"
+        return _call(builder, name, _F32, ir.Constant(_F32, -0.0), args[0], fastmath=_FLAGS)
+
+    return types.float32(lanes), generate
