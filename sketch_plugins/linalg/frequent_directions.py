@@ -102,12 +102,12 @@ def fold(
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
     d, k = old.vectors.shape[-2:]
-    weight = torch.as_tensor(decay, dtype=old.values.dtype, device=old.values.device)
-    kept = (old.values * weight.unsqueeze(-1)).clamp_min(0).sqrt()
-    joined = torch.cat([old.vectors * kept.unsqueeze(-2), columns], -1)
-    vectors, squares = {"svd": _svd, "eigh": _eigh, "power": _power}[solver](joined, old.vectors)
+    # Filled in, not copied: a device would have to be waited for.
+    weight = decay.to(old.trace) if isinstance(decay, Tensor) else torch.full_like(old.trace, decay)
+    kept = old.vectors * (old.values * weight.unsqueeze(-1)).clamp_min(0).sqrt().unsqueeze(-2)
+    vectors, squares = {"svd": _svd, "eigh": _eigh, "power": _power}[solver](kept, columns, old.vectors)
     values = squares[..., :k]
-    trace = weight * old.trace + (columns.square().sum((-2, -1)) if mass is None else mass)
+    trace = weight * old.trace + (_squares(columns) if mass is None else mass)
     if tail == "trace":
         # With k = d the difference is round-off of many steps.
         rest = (trace - values.sum(-1)).clamp_min(0) / (d - k) if k < d else torch.zeros_like(trace)
@@ -138,12 +138,15 @@ def drain(buffer: Tensor, vectors: Tensor) -> Tensor:
     trace. :math:`\nu`, two units in the last place of the norm of Y, is the round-off of :math:`V^\top Y`: without it
     directions that V meets by round-off alone come out with any size at all, many times the covariance.
     """
+    # Relative to the largest number, or the norm's squares would overflow long before the buffer does.
+    top = torch.linalg.vector_norm(buffer, float("inf"), (-2, -1), keepdim=True)
+    buffer = buffer / torch.where(top > 0, top, 1.0)
     core = vectors.mT @ buffer
     values, inner = _eigenpairs((core + core.mT) / 2)
     noise = 2 * torch.finfo(values.dtype).eps * torch.linalg.matrix_norm(buffer).unsqueeze(-1)
     values = values + noise
     inverse = torch.where(values > noise / 2, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
-    return buffer @ (inner * inverse.unsqueeze(-2))
+    return buffer @ (inner * (inverse.unsqueeze(-2) * top.sqrt()))
 
 
 def spectrum(sketch: Covariance, tail: str) -> tuple[Tensor, Tensor]:
@@ -194,44 +197,52 @@ def multiply(x: Tensor, vectors: Tensor, inside: Tensor, outside: Tensor) -> Ten
     return x.baddbmm_(scaled.expand(len(x), *scaled.shape), projected)
 
 
-# -- solvers: (*, d, m) and the present V -> (*, d, k) orthonormal and the squares of the first k + 1 singular values --
+def _squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1)).square()  # no memory for the squares
 
 
-def _svd(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+# -- solvers: A = [kept, new], (*, d, k) and (*, d, n), and the present V -> (*, d, k) orthonormal and the squares of
+# the first k + 1 singular values. A itself would copy what may be a whole gradient: only the reference makes it.
+
+
+def _svd(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     k = old.shape[-1]
-    u, s, _ = _robust(lambda m: torch.linalg.svd(m, full_matrices=False), a)
+    u, s, _ = _robust(lambda m: torch.linalg.svd(m, full_matrices=False), torch.cat([kept, new], -1))
     return u[..., :k], s[..., : k + 1].square()
 
 
-def _eigh(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+def _eigh(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     d, k = old.shape[-2:]
-    m = a.shape[-1]
+    m = k + new.shape[-1]
     if m >= d:
-        values, vectors = _eigenpairs(a @ a.mT)
+        values, vectors = _eigenpairs(kept @ kept.mT + new @ new.mT)
         values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
         return vectors[..., :k], values[..., : k + 1]
-    values, inner = _eigenpairs(a.mT @ a)
+    cross = kept.mT @ new
+    upper, lower = torch.cat([kept.mT @ kept, cross], -1), torch.cat([cross.mT, new.mT @ new], -1)
+    values, inner = _eigenpairs(torch.cat([upper, lower], -2))
     values, inner = values.flip(-1)[..., : k + 1], inner.flip(-1)[..., :k]
     # What is smaller has lost all its digits in the product.
-    seen = values > values[..., :1] * (m * torch.finfo(a.dtype).eps)
+    seen = values > values[..., :1] * (m * torch.finfo(new.dtype).eps)
     # Descending, so what is badly known leaves the others alone; QR does not mind the columns' lengths. Present
     # directions fill up what was not seen, and if they were seen already, any others.
-    u = torch.linalg.qr(torch.where(seen[..., None, :k], a @ inner, old)).Q
-    return u, torch.where(seen, values, 0.0)
+    u = kept @ inner[..., :k, :] + new @ inner[..., k:, :]
+    return torch.linalg.qr(torch.where(seen[..., None, :k], u, old)).Q, torch.where(seen, values, 0.0)
 
 
-def _power(a: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    d, k = old.shape[-2:]
-    m = a.shape[-1]
-    if min(d, m) <= SMALL:
-        return _eigh(a, old)
-    extra = min(OVERSAMPLING, d - k)
+def _power(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    (d, k), n = old.shape[-2:], new.shape[-1]
+    if min(d, k + n) <= SMALL:
+        return _eigh(kept, new, old)
     guess = old
-    if extra:
-        guess = torch.cat([old, a @ _noise(m, min(extra, m), a)], -1)
-    q = torch.linalg.qr(a @ (a.mT @ guess)).Q
-    inner = a.mT @ q
-    values, w = _eigenpairs(inner.mT @ inner)
+    if extra := min(OVERSAMPLING, d - k, n):
+        fresh = new @ _noise(n, extra, new)
+        # As long as the others: squares of squares are taken.
+        top = torch.linalg.vector_norm(fresh, float("inf"), (-2, -1), keepdim=True)
+        guess = torch.cat([old, fresh / torch.where(top > 0, top, 1.0)], -1)
+    q = torch.linalg.qr(kept @ (kept.mT @ guess) + new @ (new.mT @ guess)).Q
+    a, b = kept.mT @ q, new.mT @ q
+    values, w = _eigenpairs(a.mT @ a + b.mT @ b)
     values, w = values.flip(-1).clamp_min(0), w.flip(-1)
     return q @ w[..., :k], values[..., : k + 1]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise, product
 
 import torch
@@ -60,14 +60,7 @@ class Kronecker:
 
     def layout(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of every state tensor."""
-        out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for side in self.sides:
-            d, k = side.size, side.rank
-            shapes: dict[str, tuple[int, ...]] = {"vectors": (d, k), "values": (k,), "tail": (), "trace": ()}
-            if self.buffered:
-                shapes |= {"buffer": (d, k), "mass": (), "decay": ()}
-            out |= {side.key(name): (shape, dtype) for name, shape in shapes.items()}
-        return out
+        return dict(_layout(self, dtype))
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of state, without allocating it."""
@@ -129,6 +122,18 @@ class Kronecker:
                 yield side, part.reshape(-1, d, math.prod(part.shape[side.axis + 1 :]))
 
 
+@lru_cache(maxsize=4096)
+def _layout(plan: Kronecker, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for side in plan.sides:
+        d, k = side.size, side.rank
+        shapes: dict[str, tuple[int, ...]] = {"vectors": (d, k), "values": (k,), "tail": (), "trace": ()}
+        if plan.buffered:
+            shapes |= {"buffer": (d, k), "mass": (), "decay": ()}
+        out |= {side.key(name): (shape, dtype) for name, shape in shapes.items()}
+    return out
+
+
 @dataclass(frozen=True)
 class Side:
     """One axis of one block."""
@@ -185,7 +190,8 @@ def _solve(members: Sequence[tuple[Side, State, Tensor | None]], decay: float, t
     old = Covariance(*map(stacked, Covariance._fields))
     columns = [c for _, _, c in members if c is not None]
     if columns:
-        new = fd.fold(old, torch.stack(columns), decay, tail=tail, solver=solver)
+        stack = torch.stack(columns) if len(columns) > 1 else columns[0].unsqueeze(0)
+        new = fd.fold(old, stack, decay, tail=tail, solver=solver)
     else:
         gathered = fd.drain(stacked("buffer"), old.vectors)
         new = fd.fold(old, gathered, stacked("decay"), tail=tail, solver=solver, mass=stacked("mass"))
@@ -200,13 +206,12 @@ def _solve(members: Sequence[tuple[Side, State, Tensor | None]], decay: float, t
 def merged(shape: Sequence[int], most: int) -> tuple[int, ...]:
     """``shape`` with trailing axes merged while their product is at most ``most``; the first axis stays alone.
 
-    Axes of length 1 vanish. A convolution ``(64, 32, 3, 3)`` is ``(64, 288)`` at ``most=1024``.
+    Axes of length 1 vanish, but for the second of a vector. A convolution ``(64, 32, 3, 3)`` is ``(64, 288)`` at
+    ``most=1024``.
     """
-    first, *rest = shape
+    first, *rest = [n for n in shape if n != 1] or [1]
     out: list[int] = []
     for n in reversed(rest):
-        if n == 1:
-            continue
         if out and out[0] * n <= most:
             out[0] *= n
         else:

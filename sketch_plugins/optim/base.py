@@ -414,13 +414,13 @@ class SketchOptimizer(torch.optim.Optimizer):
                 step_size = step_size / clip
         keep = None
         if isinstance(rule.decay, Tensor) or rule.decay != 0:
-            keep = torch.as_tensor(1.0 - rule.decay, dtype=grad.dtype, device=p.device)
+            keep = number(1.0 - rule.decay, grad)
         ema = rule.first and rule.first._replace(step=0)  # a step number would be compiled anew every step
         working = dict(state)
         if second and not second.write_first:
             working["second_moment"] = second.begin(state["second_moment"], grad)
         factors = Factors(second, rule, working, period, step_size=inner_scale if before else step_size)
-        factor = torch.as_tensor(step_size, dtype=grad.dtype, device=p.device)
+        factor = number(step_size, grad)
         run = grad.run(update)
         for at in grad.batches(period, align):
             g = grad.get(at)
@@ -632,6 +632,16 @@ class SketchOptimizer(torch.optim.Optimizer):
                 )
         for name, part in further.items():
             _check_tensors(saved.get(name), part.layout(dtype), f"the {which} {name}", label)
+
+
+def number(value: float | Tensor, grad: Gradient) -> Tensor:
+    """0-d, in the arithmetic dtype and on the device of a gradient.
+
+    A Python number is filled in, not copied: a device would have to be waited for.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device=grad.device, dtype=grad.dtype)
+    return torch.full((), float(value), dtype=grad.dtype, device=grad.device)
 
 
 def write_tile(p: Matrix, at: At, part: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -14,7 +14,16 @@ from sketch_plugins.kernels.tile import numerator_of, update
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
 from sketch_plugins.linalg.kronecker import Kronecker, Side, cut, merged, solve
 from sketch_plugins.optim.adam import _SHARED
-from sketch_plugins.optim.base import SCALE_FLOOR, Denominator, Factors, Further, Rule, SketchOptimizer, write_tile
+from sketch_plugins.optim.base import (
+    SCALE_FLOOR,
+    Denominator,
+    Factors,
+    Further,
+    Rule,
+    SketchOptimizer,
+    number,
+    write_tile,
+)
 from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, FIRST_MOMENTS, Option
 from sketch_plugins.optim.plan import Known
 from sketch_plugins.sharding.blocks import Matrix
@@ -48,14 +57,15 @@ class Sketchy(SketchOptimizer):
 
     The graft decides the size of the step, the covariances its direction. By default the graft is the lean count-sketch
     update (`CSAdam`, ``preset="lean"``): clipped and relative to the size of the weights, so **lr is relative**: try
-    4e-2 to 2e-1 where AdamW takes 1e-3.
+    2e-2 to 2e-1 where AdamW takes 1e-3.
 
     *What is preconditioned.* Tensors of 2 or more dimensions. Small trailing axes are merged (``merge_dims``), an axis
     longer than ``max_block_dim`` is cut into equal blocks with covariances of their own. An axis longer than
     ``max_axis``, or than ``max_aspect_ratio`` times the rest of the tensor, has none: the vocabulary of an embedding or
     a language model's head is left to the graft's diagonal, and the tensor is preconditioned along its other axis
     alone. Vectors and scalars take the graft's update as it is, and so do row-sparse gradients
-    (``nn.Embedding(sparse=True)``, ``row_sparse``), whose rows are no sample of the covariance.
+    (``nn.Embedding(sparse=True)``), whose rows are no sample of the covariance. ``row_sparse`` concerns only tensors
+    that are not preconditioned along every axis, and leaves those rows unpreconditioned.
 
     *When.* ``statistics="accumulate"``: every ``statistics_freq``-th step adds to a buffer as large as the sketch, and
     every ``update_freq``-th step (before the first one at steps 1, 2, 4, 8, ...) ends with a solve, for equal shapes in
@@ -82,7 +92,7 @@ class Sketchy(SketchOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
-        lr: learning rate, float or tensor (default 5e-2; see above).
+        lr: learning rate, float or tensor (default 5e-2, for the preset "paper" 1e-3; see above).
         betas: decay rates of momentum and of the graft's second moment (default (0.9, 0.999)); the second has no effect
             with the grafts "adagrad" and "sm3", which sum.
         eps: added to the graft's denominator (default 1e-8).
@@ -95,20 +105,24 @@ class Sketchy(SketchOptimizer):
         shampoo_beta: :math:`\beta_s`, decay of the covariances for each of their statistics (default 0.99). 1 is
             refused: deflation then drives the sketch to 0.
         update_freq: steps between solves.
-        statistics_freq: steps between statistics, with ``statistics="accumulate"``; divides update_freq.
+        statistics_freq: steps between statistics, with ``statistics="accumulate"``; divides update_freq. A step in
+            which a solve is due before the first whole period, and no statistic, has none.
         start_preconditioning_step: the first step that is preconditioned (default 1: from the first solve on).
         tail: ``"trace"``, ``"paper"`` or ``"sqrt"``: what stands for the covariance outside of the sketch, see
             `sketch_plugins.linalg.frequent_directions.fold`. ``"paper"`` and ``"sqrt"`` go with ``"sample"``.
         solver: ``"eigh"``, ``"svd"`` or ``"power"``, ibid.
         refresh_every: with ``solver="power"`` every so many solves are done by ``"eigh"`` (default 10; 0: never).
         statistics: see above.
-        input: what is preconditioned and whose covariance it is: ``"update"``, the graft's update, or ``"gradient"``.
-        graft: ``"cs"``, ``"rmsprop"``, ``"adagrad"``, ``"sm3"`` or ``"none"`` (x itself is the step: lr absolute).
+        input: what is preconditioned and whose covariance it is: ``"update"``, the graft's update, or ``"gradient"``
+            (the step then has the size of :math:`u_t`). With ``graft="none"`` they are the same.
+        graft: ``"cs"``, ``"rmsprop"``, ``"adagrad"``, ``"sm3"`` or ``"none"``: x itself is the step, whatever its
+            size; update_clip and scale_parameter then concern x, and are on unless they are set to 0 and False.
         matrix_eps: :math:`\epsilon`, relative to the largest eigenvalue (default 1e-6).
         exponent: a of :math:`(L_i + \epsilon)^{-a}`; 0 (default): :math:`1 / (2 r)`.
         momentum_placement: ``"before"``: of u (or g), preconditioned; ``"after"``: of the grafted x, as in the
             paper's code.
-        nesterov: the step uses :math:`\beta_1 m_t + (1 - \beta_1) u_t`.
+        nesterov: the step uses :math:`\beta_1 m_t + (1 - \beta_1) u_t`. No effect where there is no first moment, as
+            for momentum_placement.
         momentum_of: ``"preconditioned"`` (default): tensors with a covariance for every axis keep a first moment;
             ``"all"``: embeddings, heads and vectors, too.
         merge_dims: trailing axes are merged while their product is at most this (default 1024).
@@ -117,8 +131,9 @@ class Sketchy(SketchOptimizer):
         max_aspect_ratio: see above (default 16).
         precondition: ``"auto"``: as above; ``"all"``: every axis, however long; ``"none"``: the graft alone (for a
             parameter group).
-        nonfinite: a NaN or an infinity in a gradient: ``"error"`` (default) or ``"skip"``, the whole step. Either way
-            nothing has changed. The price is one number that the host waits for in each step.
+        nonfinite: a NaN or an infinity in a gradient, or a norm from 1e18 on, of which float32 cannot keep a
+            covariance: ``"error"`` (default) or ``"skip"``, the whole step. Either way nothing has changed. The
+            price is one number that the host waits for in each step.
         first_moment: ``"int8"``, ``"fp32"``, ``"bf16"`` or ``"none"``; see `CSAdam`.
         block_size: of int8 codes; see `CSAdam`.
         first_moment_rounding: see `CSAdam`.
@@ -132,7 +147,8 @@ class Sketchy(SketchOptimizer):
         row_sparse: see `CSAdam`.
         update_clip: see `CSAdam`; of u, with ``graft="none"`` of x.
         scale_parameter: see `CSAdam`.
-        chunk_size: see `CSAdam`. Beside tiles, a step takes memory for one preconditioned tensor at a time.
+        chunk_size: see `CSAdam`. Beside tiles, a step takes memory for one preconditioned tensor at a time
+            (``solver="svd"`` with ``statistics="sample"``: a few).
         fused: see `CSAdam`; of tensors that are not preconditioned.
         stochastic_rounding: see `CSAdam`.
         seed: of hashes and of stochastic rounding.
@@ -140,11 +156,14 @@ class Sketchy(SketchOptimizer):
 
     Raises:
         ValueError: as `CSAdam`; options that contradict each other; in `step`, a gradient that is not finite.
+        torch.linalg.LinAlgError: a covariance could not be decomposed in float64 either (not seen). The step has been
+            taken then; the preconditioner is the last one.
 
     Source: https://arxiv.org/abs/2302.03764. Deviations of the default from it, each measured (docs/benchmarks.md): the
     trace-matched tail; covariances of the graft's update rather than of the gradient, gathered in every step; momentum
-    before preconditioning; a graft that costs 0.2 bytes a parameter; one-sided treatment of vocabularies. The preset
-    "paper" has none of these; momentum and grafting there follow the authors' code.
+    before preconditioning; a graft that costs 0.2 bytes a parameter. The preset "paper" has none of these; momentum and
+    grafting there follow the authors' code. One-sided treatment of vocabularies, and solves at steps 1, 2, 4, 8, ...
+    before the first whole period, are additions to both.
     """
 
     # Decompositions are neither compiled nor captured.
@@ -309,7 +328,7 @@ class Sketchy(SketchOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 5e-2,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -357,6 +376,8 @@ class Sketchy(SketchOptimizer):
         seed: int | None = None,
         maximize: bool | None = None,
     ) -> None:
+        if lr is None:
+            lr = 1e-3 if preset == "paper" else 5e-2  # no option of the presets, or a group's preset would reset it
         super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -386,20 +407,20 @@ class Sketchy(SketchOptimizer):
     # -- for the base ---------------------------------------------------------------------------------------------
 
     def _stores(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
-        whole = group["momentum_of"] == "all" or self._whole(p, group)
-        kinds = {
-            "second_moment": GRAFTS[group["graft"]],
-            "first_moment": group["first_moment"] if whole else "none",
-        }
+        return self._moments(p, group, group["momentum_of"] == "all" or self._whole(p, group))
+
+    def _moments(self, p: Tensor, group: Mapping[str, Any], first: bool) -> tuple[Store | None, Store | None]:
+        kinds = {"second_moment": GRAFTS[group["graft"]], "first_moment": group["first_moment"] if first else "none"}
         return super()._stores(p, {**group, **kinds})
+
+    def _whole(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether every axis has a covariance."""
+        plan = self.preconditioner_of(p, group)
+        return plan is not None and all(plan.ranks)
 
     def _further(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Further]:
         plan = self.preconditioner_of(p, group)
         return {} if plan is None else {"preconditioner": plan}
-
-    def _whole(self, p: Tensor, group: Mapping[str, Any]) -> bool:
-        axes = _axes(tuple(p.shape), *(group[name] for name in _AXES))
-        return bool(axes[1]) and all(axes[1])
 
     def preconditioner_of(self, p: Tensor, group: Mapping[str, Any]) -> Kronecker | None:
         """Axes, blocks and ranks of a parameter's covariances; None where it has none."""
@@ -407,15 +428,21 @@ class Sketchy(SketchOptimizer):
         dims, preconditioned = _axes(shape, *(group[name] for name in _AXES))
         if not any(preconditioned):
             return None
-        others = 0
+        dtype, others = torch.float64 if p.dtype == torch.float64 else torch.float32, 0
         if group["budget"]:
-            kept = [store for store in self._stores(p, group) if store is not None]
-            columns = p.numel() // shape[0]
-            others = sum(store.nbytes((shape[0], columns)) for store in kept)
+            stores = self._moments(p, group, group["momentum_of"] == "all" or all(preconditioned))
+            matrix = shape[0], p.numel() // shape[0]
+            others = sum(store.nbytes(matrix, dtype) for store in stores if store is not None)
         return _kronecker(
             dims, preconditioned, group["rank"], group["budget"], others, group["max_block_dim"],
-            group["statistics"] == "accumulate",
+            group["statistics"] == "accumulate", dtype,
         )  # fmt: skip
+
+    def _gradient(self, p: Tensor, group: Mapping[str, Any], index: int) -> Gradient:
+        # Rows of what is preconditioned along them are no rows of an embedding.
+        if group["row_sparse"] is not False and self._whole(p, group):
+            group = {**group, "row_sparse": False}
+        return super()._gradient(p, group, index)
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         (beta1, beta2), graft, lr = group["betas"], group["graft"], group["lr"]
@@ -426,30 +453,28 @@ class Sketchy(SketchOptimizer):
             denominator = Denominator(root2, group["eps"] / root2 if sparse else group["eps"])
         elif graft == "sm3":
             denominator, floor = Denominator(1.0, 0.0), 1e-30
-        momentum = group["first_moment"] != "none"
-        size, lookahead = 1.0, None
-        if momentum and group["nesterov"]:
-            # beta1 * m + (1 - beta1) * x, of which the weights of all x so far add up to 1 - beta1 ** (step + 1).
-            size, lookahead = (1.0 - beta1) / (1.0 - beta1 ** (step + 1)), beta1 / (1.0 - beta1)
-        elif momentum:
-            size = 1.0 / (1.0 - beta1**step)
         # What is not preconditioned has a momentum only where everything has.
-        plain = momentum and group["momentum_of"] == "all"
+        momentum = group["first_moment"] != "none" and group["momentum_of"] == "all"
+        size, lookahead = _momentum(beta1, step, group["nesterov"]) if momentum else (1.0, None)
+        # With a denominator the momentum comes after it, and `update_clip` looks at what enters there.
+        after = graft != "none"
         return Rule(
             first=Ema(beta1, 1.0 - beta1, step) if momentum else None,
-            second=None if graft == "none" else second,
-            step_size=lr * size if plain else lr,
-            correction=1.0,
+            second=second if after else None,
+            step_size=lr * size if after else lr,
+            correction=1.0 if after else size,
             decay=lr * group["weight_decay"],
-            lookahead=lookahead if plain else None,
-            denominator=None if graft == "none" else denominator,
+            lookahead=lookahead,
+            denominator=denominator if after else None,
             floor=floor,
-            precondition_first=graft != "none",
+            precondition_first=after,
         )
 
     # -- the step -------------------------------------------------------------------------------------------------
 
     def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]], known: list[Known]) -> None:
+        for group in self.param_groups:
+            _check(group)
         if not check_finite(self):
             return
         super()._update(work, known)
@@ -459,7 +484,7 @@ class Sketchy(SketchOptimizer):
             if plan is None or grad.rows is not None or group["statistics"] == "sample":
                 continue
             step = int(self.state[p]["step"].item())
-            if _due(step, group["update_freq"]):
+            if _due(step, group["update_freq"]) and _sampled(step, group["statistics_freq"]):
                 state = self.state[p]["preconditioner"]
                 key = group["tail"], _solver(step, group)
                 due.setdefault(key, []).extend((side, state, None) for side in plan.sides)
@@ -477,53 +502,53 @@ class Sketchy(SketchOptimizer):
     ) -> None:
         plan = self.preconditioner_of(p, group)
         if plan is None or grad.rows is not None:
+            if rule.first is None:  # of touched rows: a momentum that is there belongs to preconditioned steps
+                named = {name: store for name, store in named.items() if name != "first_moment"}
             super()._eager(p, grad, rule, state, named, group)
             return
-        step, (beta1, _), first = int(state["step"].item()), group["betas"], named.get("first_moment")
-        covariances, tail = state["preconditioner"], group["tail"]
-        started = step >= group["start_preconditioning_step"]
-        of_update = group["input"] == "update" or not started
+        step, beta1, first = int(state["step"].item()), group["betas"][0], named.get("first_moment")
+        covariances, grafted, of_gradient = state["preconditioner"], group["graft"] != "none", _of_gradient(group)
+        before, started = group["momentum_placement"] == "before", step >= group["start_preconditioning_step"]
+        if of_gradient and before and not started:
+            first = None  # which averages gradients, and no step is made of those yet
+        size, lookahead = _momentum(beta1, step, group["nesterov"]) if first is not None else (1.0, None)
+        ema = Ema(beta1, 1.0 - beta1, step)
         x = scratch.empty("preconditioned", grad.shape, grad.dtype, grad.device)
         whole = Matrix(x)
 
-        if group["input"] == "gradient":
+        if of_gradient:
             self._gather(plan, covariances, _full(grad, whole).view(p.shape), step, group)
-        squares = self._graft(grad, rule, state, named, whole, of_update)
-        size = self._size(p, grad, squares, group)
-        if group["graft"] != "none" and of_update:
-            x.mul_(size)
-        if group["input"] == "update":
+        squares = self._graft(grad, rule, state, named, whole, not of_gradient or not started)
+        if grafted:
+            scale = self._scale(p, grad, squares, group)
+            norm = squares.sqrt() * scale
+            if not of_gradient or not started:
+                x.mul_(scale)
+        if not of_gradient:
             self._gather(plan, covariances, x.view(p.shape), step, group)
-
-        lookahead, correction = None, 1.0
-        if first is not None and beta1 > 0:
-            if group["nesterov"]:
-                lookahead, correction = beta1 / (1.0 - beta1), (1.0 - beta1) / (1.0 - beta1 ** (step + 1))
-            else:
-                correction = 1.0 / (1.0 - beta1**step)
-        before = group["momentum_placement"] == "before"
         if first is not None and before:
-            _average(whole, grad, first, state["first_moment"], Ema(beta1, 1.0 - beta1, step), lookahead)
-        norm = _norm(x) if of_update else (squares.sqrt() * size)
-        if not of_update and before:
-            correction = 1.0  # the size is the graft's own
+            _average(whole, grad, first, state["first_moment"], ema, lookahead)
+            if not of_gradient and grafted:
+                norm = _norm(x) * size  # that of the averaged update
         if started:
             exponent = -(group["exponent"] or 0.5 / len(plan.dims))
-            plan.precondition(covariances, x, exponent, group["matrix_eps"], tail)
-            if group["graft"] != "none":
-                now = _norm(x)
-                x.mul_(torch.where(now > 0, norm / now, 0.0))
-        if group["graft"] == "none":
-            x.mul_(self._size(p, grad, (_norm(x) * (correction if before else 1.0)).square(), group))
+            plan.precondition(covariances, x, exponent, group["matrix_eps"], group["tail"])
+        now = _norm(x)
+        if grafted:
+            x.mul_(torch.where(now > 0, norm / now, 0.0))
+        else:
+            x.mul_(size if before else 1.0)
+            x.mul_(self._scale(p, grad, (now * (size if before else 1.0)).square(), group))
         if first is not None and not before:
-            _average(whole, grad, first, state["first_moment"], Ema(beta1, 1.0 - beta1, step), lookahead)
-        take(p, grad, whole, group["lr"] * correction, rule, state, group)
+            _average(whole, grad, first, state["first_moment"], ema, lookahead)
+            x.mul_(size)
+        take(p, grad, whole, group["lr"], rule, state, group)
 
     def _gather(
         self, plan: Kronecker, state: dict[str, Tensor], x: Tensor, step: int, group: Mapping[str, Any]
     ) -> None:
         if group["statistics"] == "accumulate":
-            if step % group["statistics_freq"] == 0 or step == 1:
+            if _sampled(step, group["statistics_freq"]):
                 plan.gather(state, x, group["shampoo_beta"])
         elif _due(step, group["update_freq"]):
             sides = [(side, state, columns) for side, columns in plan.columns(x).items()]
@@ -544,7 +569,7 @@ class Sketchy(SketchOptimizer):
         if second is None or rule.second is None:
             for at in grad.batches():
                 whole.put(at, grad.get(at))
-            return squares
+            return squares  # of no use without a graft
         if second.write_first:
             second.write(state["second_moment"], grad, rule.second)
         working = dict(state)
@@ -562,7 +587,7 @@ class Sketchy(SketchOptimizer):
             second.finish(state["second_moment"], working["second_moment"], grad)
         return squares
 
-    def _size(self, p: Tensor, grad: Gradient, squares: Tensor, group: Mapping[str, Any]) -> Tensor:
+    def _scale(self, p: Tensor, grad: Gradient, squares: Tensor, group: Mapping[str, Any]) -> Tensor:
         """What `update_clip` and `scale_parameter` multiply the update by, 0-d."""
         size = torch.ones_like(squares)
         if group["update_clip"]:
@@ -606,6 +631,7 @@ def _kronecker(
     others: int,
     longest: int,
     buffered: bool,
+    dtype: torch.dtype,
 ) -> Kronecker | None:
     cuts = tuple(cut(d, longest) if on else (0, d) for d, on in zip(dims, preconditioned, strict=True))
 
@@ -624,7 +650,7 @@ def _kronecker(
     low, high = 0, max(dims)
     while low < high:  # the largest rank that fits
         middle = (low + high + 1) // 2
-        fits = plan(middle).nbytes(torch.float32) + others <= budget * size
+        fits = plan(middle).nbytes(dtype) + others <= budget * size
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
         return None
@@ -637,15 +663,37 @@ def _check(group: Mapping[str, Any]) -> None:
             f"tail={group['tail']!r} needs statistics='sample': what escapes a sketch of gathered statistics is known "
             "from the trace only; allowed with 'accumulate' is tail='trace'"
         )
+    if group["statistics"] == "sample" and group["statistics_freq"] != 1:
+        raise ValueError(
+            f"statistics_freq={group['statistics_freq']} goes with statistics='accumulate'; with 'sample' every "
+            "update_freq-th gradient is the statistic, and allowed is 1"
+        )
     if group["update_freq"] % group["statistics_freq"]:
         raise ValueError(
             f"statistics_freq={group['statistics_freq']} does not divide update_freq={group['update_freq']}"
         )
 
 
+def _of_gradient(group: Mapping[str, Any]) -> bool:
+    """Whether the gradient is preconditioned, and not an update made of it. Without a graft the two are the same."""
+    return group["input"] == "gradient" and group["graft"] != "none"
+
+
+def _momentum(beta1: float, step: float | Tensor, nesterov: bool) -> tuple[float | Tensor, float | None]:
+    """``(size, lookahead)``: ``size * m``, or ``size * (x + lookahead * m)``, is an average of all x so far."""
+    if nesterov and beta1 > 0:
+        # beta1 * m + (1 - beta1) * x: its weights add up to 1 - beta1 ** (step + 1).
+        return (1.0 - beta1) / (1.0 - beta1 ** (step + 1)), beta1 / (1.0 - beta1)
+    return 1.0 / (1.0 - beta1**step), None
+
+
 def _due(step: int, every: int) -> bool:
     """At 1, 2, 4, 8, ... before the first whole period, so that a short run is not left without a preconditioner."""
     return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
+def _sampled(step: int, every: int) -> bool:
+    return step % every == 0 or step == 1
 
 
 def _solver(step: int, group: Mapping[str, Any]) -> str:
@@ -656,14 +704,25 @@ def _solver(step: int, group: Mapping[str, Any]) -> str:
     return "eigh" if step < every or (refresh and step // every % refresh == 0) else "power"
 
 
-def _all_finite(grads: Iterable[Tensor]) -> bool:
-    values = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in grads if g.numel()]
-    if not values:
+# Norms from here on, covariances would overflow: sums of a hundred squares, in float32.
+LARGEST = 1e18
+
+
+def _small(grads: Iterable[Tensor]) -> bool:
+    """One look at everything: the norm, which in float16 may overflow where nothing is wrong."""
+    values = [_values(g) for g in grads]
+    return not values or bool(torch.nn.utils.get_total_norm(values) < LARGEST)
+
+
+def _all_finite(grad: Tensor) -> bool:
+    if grad.numel() == 0:
         return True
-    # The norm is the quickest look at everything. It may overflow where no number is infinite: then they are looked at.
-    if bool(torch.isfinite(torch.nn.utils.get_total_norm(values))):
-        return True
-    return all(bool(torch.isfinite(g).all()) for g in values)
+    norm = torch.linalg.vector_norm(_values(grad), dtype=torch.float64)
+    return bool(norm < LARGEST if grad.dtype != torch.float64 else torch.isfinite(norm))
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -704,8 +763,8 @@ def take(
     """``p <- (1 - decay) * p - size * whole``."""
     keep = None
     if isinstance(rule.decay, Tensor) or rule.decay != 0:
-        keep = torch.as_tensor(1.0 - rule.decay, dtype=grad.dtype, device=p.device)
-    factor = torch.as_tensor(size, dtype=grad.dtype, device=p.device)
+        keep = number(1.0 - rule.decay, grad)
+    factor = number(size, grad)
     matrix = Matrix(p)
     for at in grad.batches():
         part, in_place = matrix.get(at), matrix.views(at) and p.dtype == grad.dtype
@@ -728,15 +787,15 @@ def check_finite(optimizer: SketchOptimizer) -> bool:
             if p.grad is not None and p.numel() > 0:
                 by_device.setdefault(p.device, []).append(p.grad)
     # One number for each device is waited for.
-    if all(_all_finite(grads) for grads in by_device.values()):
+    if all(_small(grads) for grads in by_device.values()):
         return True
+    skip = "nonfinite" in optimizer.OPTIONS
     for group in optimizer.param_groups:
         for index, p in enumerate(group["params"]):
-            if p.grad is None or _all_finite([p.grad]) or group.get("nonfinite") == "skip":
+            if p.grad is None or _all_finite(p.grad) or (skip and group["nonfinite"] == "skip"):
                 continue
-            skip = ", or leave such steps out: nonfinite='skip'" if "nonfinite" in optimizer.OPTIONS else ""
             raise ValueError(
-                f"{optimizer._label(group, index)} has a gradient that is not finite; nothing has been changed. Scale "
-                f"the loss or clip{skip}"
+                f"{optimizer._label(group, index)} has a gradient that is not finite, or whose squares are not; "
+                "nothing has been changed. Scale the loss or clip" + (", or use nonfinite='skip'" if skip else "")
             )
-    return False
+    return all(_all_finite(grad) for grads in by_device.values() for grad in grads)

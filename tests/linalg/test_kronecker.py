@@ -120,7 +120,9 @@ def filled(plan, steps=3, decay=0.9, tail="trace", scale=1.0):
         ((8, 16, 16, 1024), 1024, (8, 256, 1024)),
         ((3, 1, 5, 1), 1, (3, 5)),
         ((3, 1, 1), 10, (3, 1)),
-        ((1, 5), 10, (1, 5)),
+        ((1, 5), 10, (5, 1)),
+        ((1, 12, 9), 10, (12, 9)),
+        ((1, 1), 10, (1, 1)),
         ((7,), 10, (7, 1)),
     ],
 )
@@ -132,7 +134,7 @@ def test_merged(shape, most, expected):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 2000))
 def test_merged_keeps_the_order_and_the_number_of_elements(shape, most):
     dims = merged(shape, most)
-    assert dims[0] == shape[0] and math.prod(dims) == math.prod(shape) and len(dims) >= 2
+    assert dims[0] == next((n for n in shape if n > 1), 1) and math.prod(dims) == math.prod(shape) and len(dims) >= 2
     # each is a product of neighbours, within the limit unless it is one axis; no two neighbours could still be merged
     assert all(n <= most or n in shape for n in dims[1:])
     assert all(a * b > most for a, b in pairwise(dims[1:]))

@@ -258,7 +258,7 @@ def test_zero_gradients():
         torch.testing.assert_close(new["values_0_0"], old["values_0_0"], rtol=0, atol=1e-5 * old["trace_0_0"].item())
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e18])
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e17])
 def test_steps_do_not_depend_on_the_scale_of_the_gradients(scale):
     """(c^2 G)^(-1/2) c g = G^(-1/2) g; float32 squares end at 1e-38, below which a gradient counts for nothing."""
     runs = []

@@ -2,6 +2,7 @@
 
 import io
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -266,9 +267,10 @@ def test_ranks():
             Sketchy([p], rank=bad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("budget", [6.0, 7.0, 20.0])
-def test_a_budget_is_kept_and_used(budget):
-    params = [torch.nn.Parameter(torch.randn(s)) for s in [(100, 40), (64, 64), (3, 200)]]
+def test_a_budget_is_kept_and_used(budget, dtype):
+    params = [torch.nn.Parameter(torch.randn(s, dtype=dtype)) for s in [(100, 40), (64, 64), (3, 200)]]
     options = {"compression": 0.05, "min_compress_size": 0, "momentum_of": "all"}
     optimizer = Sketchy(params, budget=budget, **options)
     for p in params:
@@ -278,7 +280,8 @@ def test_a_budget_is_kept_and_used(budget):
         assert kept.state_bytes <= budget * p.numel()
         plan = optimizer.preconditioner_of(p, optimizer.param_groups[0])
         if plan is not None and any(0 < r < d for r, d in zip(plan.ranks, plan.dims, strict=True)):
-            more = 8 * sum(d for d, r in zip(plan.dims, plan.ranks, strict=True) if r and r < d) + 8 * len(plan.dims)
+            size = dtype.itemsize
+            more = 2 * size * (sum(d for d, r in zip(plan.dims, plan.ranks, strict=True) if 0 < r < d) + len(plan.dims))
             assert kept.state_bytes + more >= budget * p.numel()
 
 
@@ -293,6 +296,7 @@ def test_an_impossible_budget_is_an_error_that_names_it():
     [
         ({"tail": "paper"}, "tail='paper' needs statistics='sample'"),
         ({"tail": "sqrt"}, "tail='sqrt' needs statistics='sample'"),
+        ({"statistics_freq": 2, "statistics": "sample"}, "statistics_freq=2 goes with statistics='accumulate'"),
         ({"statistics_freq": 3}, "statistics_freq=3 does not divide update_freq=10"),
         ({"shampoo_beta": 1.0}, r"shampoo_beta=1\.0 is not allowed.*in \(0, 1\)"),
         ({"solver": "qr"}, "solver='qr' is not one of 'svd', 'eigh', 'power'"),
@@ -370,6 +374,76 @@ def test_low_rank_and_vanishing_gradients():
         assert all(torch.isfinite(t).all() for t in snapshot(optimizer))
         # RMS(u) is clipped at 1, and relative to the weights.
         assert (params[0] - before).norm() <= 0.0101 * before.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum_placement": "after"}, {"nesterov": False}], ids=str)
+def test_without_a_graft_the_update_is_the_gradient(options):
+    runs = []
+    for input in sketchy.INPUTS:
+        params = parameters([(20, 12), (300, 6)])
+        train(Sketchy(params, 0.01, graft="none", input=input, rank=4, update_freq=3, **options), params, 7)
+        runs.append(params)
+    assert all(map(torch.equal, *runs))
+
+
+def test_momentum_of_gradients_begins_with_the_preconditioner():
+    """Before, steps are made of the graft's updates, which are of another size: they may not enter one average."""
+    p = torch.nn.Parameter(torch.randn(40, 24, generator=torch.Generator().manual_seed(0)))
+    optimizer = Sketchy([p], 0.01, input="gradient", start_preconditioning_step=6, rank=4, update_freq=2)
+    steps = []
+    for step in range(16):
+        before = p.detach().clone()
+        p.grad = 1e-4 * torch.randn(40, 24, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        steps.append((p.detach() - before).flatten())
+    cosines = [torch.cosine_similarity(a, b, 0).item() for a, b in pairwise(steps[7:])]
+    assert max(cosines) < 0.95
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e9, 1e15])
+@pytest.mark.parametrize("options", [{}, {"statistics": "sample", "solver": "power", "rank": 70}], ids=str)
+def test_gradients_of_any_size_have_the_same_directions(scale, options):
+    runs = []
+    for size in (1.0, scale):
+        params = parameters([(200, 120)], torch.float32)
+        optimizer = Sketchy(params, 0.01, **{"input": "gradient", "rank": 8, "update_freq": 2, "eps": 0.0, **options})
+        for step in range(5):
+            params[0].grad = gradients(params, step)[0] * size
+            optimizer.step()
+        state = optimizer.state[params[0]]["preconditioner"]
+        runs.append((params[0].detach(), state["values_0_0"] / state["trace_0_0"]))
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"input": "gradient"}, {"graft": "none"}, {"preset": "paper"}], ids=str)
+def test_gradients_whose_squares_are_infinite_are_errors_too(options):
+    params = parameters([(20, 12)], torch.float32)
+    optimizer = Sketchy(params, 0.01, **options)
+    train(optimizer, params, 2)
+    before = snapshot(optimizer)
+    params[0].grad.fill_(1e20)
+    with pytest.raises(ValueError, match="not finite, or whose squares are not"):
+        optimizer.step()
+    assert all(map(torch.equal, snapshot(optimizer), before))
+
+
+def test_options_changed_in_a_group_are_checked_before_a_step():
+    params = parameters([(20, 12)], torch.float32)
+    optimizer = Sketchy(params, 0.01)
+    train(optimizer, params, 2)
+    before = snapshot(optimizer)
+    optimizer.param_groups[0]["tail"] = "paper"
+    with pytest.raises(ValueError, match="tail='paper' needs"):
+        optimizer.step()
+    assert all(map(torch.equal, snapshot(optimizer), before))
+
+
+def test_row_sparse_is_about_vocabularies():
+    params = parameters([(40, 24), (700, 8)], torch.float32)
+    optimizer = Sketchy(params, 0.01, row_sparse=True, rank=2)
+    train(optimizer, params, 2)
+    hidden, table = (optimizer.state[p]["preconditioner"] for p in params)
+    assert hidden["trace_0_0"] > 0 and table["trace_0_1"] == 0
 
 
 def test_first_steps_of_zeros_change_nothing_but_the_counter():
@@ -451,18 +525,19 @@ def test_solves_happen_when_they_are_due(monkeypatch):
     ]  # fmt: skip
 
 
-def test_row_sparse_gradients_take_the_graft_s_step():
-    p, q = (torch.nn.Parameter(torch.ones(300, 8)) for _ in range(2))
+@pytest.mark.parametrize("columns", [8, 100])  # preconditioned on one side, and on both with a momentum
+def test_row_sparse_gradients_take_the_graft_s_step(columns):
+    p, q = (torch.nn.Parameter(torch.ones(300, columns)) for _ in range(2))
     a, b = Sketchy([p], 0.1, rank=2, compression=0.1), CSAdam([q], 0.1, preset="lean", weight_decay=0, compression=0.1)
     for step in range(4):
         index = torch.tensor([[1, 5, 7 + step]])
         for x in (p, q):
-            values = torch.randn(3, 8, generator=torch.Generator().manual_seed(step))
+            values = torch.randn(3, columns, generator=torch.Generator().manual_seed(step))
             x.grad = torch.sparse_coo_tensor(index, values, x.shape, check_invariants=True)
         a.step()
         b.step()
-    assert torch.equal(p, q) and torch.equal(p[20:], torch.ones(280, 8))
-    p.grad = torch.randn(300, 8)  # and dense ones may follow
+    assert torch.equal(p, q) and torch.equal(p[20:], torch.ones(280, columns))
+    p.grad = torch.randn(300, columns)  # and dense ones may follow
     a.step()
     assert torch.isfinite(p).all()
 
