@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _common import best_rate, sweep
 from bench_step import hardware
+from rates import best_rate, sweep
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table

@@ -161,27 +161,36 @@ def spectrum(sketch: Covariance, tail: str) -> tuple[Tensor, Tensor]:
 
 
 def inverse_root(
-    sketch: Covariance, exponent: float, eps: float, tail: str, relative: bool = True, units: float | None = None
+    sketch: Covariance,
+    exponent: float,
+    eps: float,
+    tail: str,
+    relative: bool = True,
+    units: float | None = None,
+    absolute: bool = True,
 ) -> tuple[Tensor, Tensor]:
     r"""``(*, k)`` and ``(*)``: :math:`(\lambda + \epsilon \lambda_{max})^{exponent}` inside and outside of V.
 
-    Not ``relative``: :math:`(\lambda + \epsilon)^{exponent}`.
+    Not ``relative``: :math:`(\lambda + \epsilon)^{exponent}`. Not ``absolute``: over :math:`\lambda_{max}^{exponent}`,
+    for directions whose size comes from elsewhere: numbers of moderate size, whatever that of the covariance.
 
     The tail is floored at round-off, :math:`d \, u \, \lambda_{max}` with u half a unit in the last place: a covariance
     of rank k or less leaves nothing but that in the tail, and its inverse root would amplify directions never seen.
     Where x itself is in the sketch before it is multiplied a lower floor does, ``units`` in place of d. Of a covariance
-    that is 0 both are 1.
+    that is 0 (below the smallest normal number) both are 1.
     """
     inside, outside = spectrum(sketch, tail)
     top = inside.amax(-1)
-    d = sketch.vectors.shape[-2]
-    floor = ((d if units is None else units) * torch.finfo(inside.dtype).eps / 2) * top
-    outside, shift = torch.maximum(outside, floor), eps * top if relative else torch.full_like(top, eps)
-    inside = torch.maximum(inside, floor.unsqueeze(-1))
-    nothing = top <= 0
-    outer = torch.where(nothing, 1.0, torch.where(nothing, 1.0, outside + shift).pow(exponent))
-    inner = (inside + shift.unsqueeze(-1)).clamp_min(torch.finfo(inside.dtype).tiny).pow(exponent)
-    return torch.where(nothing.unsqueeze(-1), 1.0, inner), outer
+    nothing = top < torch.finfo(top.dtype).tiny
+    top = torch.where(nothing, 1.0, top)
+    floor = (sketch.vectors.shape[-2] if units is None else units) * torch.finfo(inside.dtype).eps / 2
+    shift = eps if relative else eps / top.unsqueeze(-1)
+    inner = ((inside / top.unsqueeze(-1)).clamp_min(floor) + shift).pow(exponent)
+    outer = ((outside / top).clamp_min(floor) + (eps if relative else eps / top)).pow(exponent)
+    if absolute:
+        size = top.pow(exponent)
+        inner, outer = inner * size.unsqueeze(-1), outer * size
+    return torch.where(nothing.unsqueeze(-1), 1.0, inner), torch.where(nothing, 1.0, outer)
 
 
 def multiply(x: Tensor, vectors: Tensor, inside: Tensor, outside: Tensor) -> Tensor:

@@ -96,8 +96,13 @@ class Kronecker:
         """The unfoldings ``(d, n)`` themselves; views where the layout allows it."""
         return {side: part.transpose(0, 1).reshape(side.size, -1) for side, part in self._unfolded(x)}
 
-    def precondition(self, state: State, x: Tensor, exponent: float, eps: float, tail: str) -> None:
-        """``x``, contiguous and of the tensor's shape, times the inverse roots along every axis, in place."""
+    def precondition(
+        self, state: State, x: Tensor, exponent: float, eps: float, tail: str, absolute: bool = True
+    ) -> None:
+        """``x``, contiguous and of the tensor's shape, times the inverse roots along every axis, in place.
+
+        Not ``absolute``: each over that of its largest eigenvalue, where only the direction matters.
+        """
         x = x.view(self.dims)
         for number, block in enumerate(self.blocks):
             part = x[block]
@@ -105,7 +110,7 @@ class Kronecker:
             for side in self.sides:
                 if side.block == number:
                     covariance = side.get(state)
-                    inside, outside = fd.inverse_root(covariance, exponent, eps, tail)
+                    inside, outside = fd.inverse_root(covariance, exponent, eps, tail, absolute=absolute)
                     _along(whole, side.axis, covariance.vectors, inside, outside)
             if whole is not part:
                 part.copy_(whole)

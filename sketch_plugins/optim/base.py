@@ -136,6 +136,9 @@ class SketchOptimizer(torch.optim.Optimizer):
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
         given = {name: value for name, value in explicit.items() if value is not None}
         defaults = {**self._preset(next(iter(self.PRESETS))), **self._preset(preset), **given}
+        for name in explicit:
+            if name not in defaults:  # None, and no preset knows better
+                raise ValueError(f"{name}=None is not allowed: {name} must be {self.OPTIONS[name].describe()}")
         _one_of_width_and_compression(given)
         # "optimizer" tells load_state_dict who wrote a state.
         fixed = {**self.FIXED, "preset": preset, "optimizer": type(self).__name__}
@@ -192,7 +195,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                 loss = closure()
         work, known = [], []
         plan = self._plan = self._plan or Plan()
-        for group in self.param_groups:
+        for place, group in enumerate(self.param_groups):
+            self._check_options(plan.options, place, group)
             options = group_marks(self.OPTIONS, group)
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.numel() > 0:
@@ -313,6 +317,28 @@ class SketchOptimizer(torch.optim.Optimizer):
                 self._run_tasks(backend, pending, [one for one in known if one.backend is backend])
             elif backend.run is not None:
                 backend.run([one.work for one in pending])
+
+    def _check_options(self, seen: dict[int, dict[str, Any]], number: int, group: Mapping[str, Any]) -> None:
+        """Whoever changes a group between steps is told at once; only what is new is looked at."""
+        last = seen.get(number, {})
+        now = {}
+        for name, option in self.OPTIONS.items():
+            if name not in group:
+                continue
+            value = now[name] = group[name]
+            if name in last:
+                before = last[name]
+                if value is before or (
+                    type(value) is type(before) and not isinstance(value, Tensor) and value == before
+                ):
+                    continue
+                if option.structural and any(self.state.get(p) for p in group["params"]):
+                    raise ValueError(
+                        f"{name} of group {number} was {before!r} and is {value!r}: its parameters have state, and the "
+                        "group's options describe another state"
+                    )
+            option.validate(value)
+        seen[number] = now
 
     def _run_tasks(self, backend: Backend, pending: list[_Pending], known: list[Known]) -> None:
         assert self._plan is not None and backend.prepare is not None and backend.run_tasks is not None
@@ -590,6 +616,8 @@ class SketchOptimizer(torch.optim.Optimizer):
             writer = saved.get("optimizer", "another optimizer")
             if writer != kind:
                 raise ValueError(f"the state dict was not written by {kind}, but by {writer} (group {number})")
+            for name, value in self.FIXED.items():
+                saved.setdefault(name, value)
             for name, option in self.OPTIONS.items():
                 if name not in group:
                     continue

@@ -318,4 +318,9 @@ DECOUPLED = _table(
 )
 
 # What only a sketched optimizer calls an option: no framework means something else by it.
-_FAMILY = frozenset({**COMMON, **FIRST_MOMENT, **SECOND_MOMENT}) - {"betas", "eps"}
+_SKETCHY = {
+    "budget", "shampoo_beta", "update_freq", "statistics_freq", "start_preconditioning_step", "solver", "refresh_every",
+    "graft", "matrix_eps", "momentum_placement", "momentum_of", "merge_dims", "max_block_dim", "max_axis",
+    "max_aspect_ratio", "nonfinite",
+}  # fmt: skip
+_FAMILY = (frozenset({**COMMON, **FIRST_MOMENT, **SECOND_MOMENT}) | _SKETCHY) - {"betas", "eps"}

@@ -36,6 +36,8 @@ class Plan:
 
     def __init__(self) -> None:
         self.programs: dict[Backend, Any] = {}
+        #: Group number -> its options in the last step.
+        self.options: dict[int, dict[str, Any]] = {}
         self._tasks: dict[int, tuple[tuple[Any, ...], Backend, Any]] = {}
 
     def recall(self, p: Tensor, group: dict[str, Any], options: tuple[Any, ...] | None, state: Any) -> Known | None:

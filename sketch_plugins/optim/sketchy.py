@@ -438,6 +438,19 @@ class Sketchy(SketchOptimizer):
             group["statistics"] == "accumulate", dtype,
         )  # fmt: skip
 
+    def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
+        super()._check_incoming(incoming)
+        for group, saved in zip(self.param_groups, incoming["param_groups"], strict=True):
+            _check(saved)
+            for index, key in enumerate(saved["params"]):
+                covariances = incoming["state"].get(key, {}).get("preconditioner", {})
+                for name, tensor in covariances.items():
+                    if not torch.isfinite(tensor).all():
+                        raise ValueError(
+                            f"the saved preconditioner of {self._label(group, index)} has {name!r} with numbers that "
+                            "are not finite"
+                        )
+
     def _gradient(self, p: Tensor, group: Mapping[str, Any], index: int) -> Gradient:
         # Rows of what is preconditioned along them are no rows of an embedding.
         if group["row_sparse"] is not False and self._whole(p, group):
@@ -532,7 +545,9 @@ class Sketchy(SketchOptimizer):
                 norm = _norm(x) * size  # that of the averaged update
         if started:
             exponent = -(group["exponent"] or 0.5 / len(plan.dims))
-            plan.precondition(covariances, x, exponent, group["matrix_eps"], group["tail"])
+            # Blocks of one tensor have to be comparable; then the size of all is the graft's.
+            absolute = not grafted or len(plan.blocks) > 1
+            plan.precondition(covariances, x, exponent, group["matrix_eps"], group["tail"], absolute)
         now = _norm(x)
         if grafted:
             x.mul_(torch.where(now > 0, norm / now, 0.0))

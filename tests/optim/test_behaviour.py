@@ -486,10 +486,53 @@ def test_an_option_of_the_state_changed_in_a_group_is_an_error_and_nothing_happe
     change, words = {"compression": 0.5}, r"'table' of shape \(1, 13, 64\)"
     if name == "sm3":
         change, words = {"second_moment": "dense"}, "holds axis_0, axis_1; expected dense"
-    optimizer.param_groups[1].update(change)
-    with pytest.raises(ValueError, match=f"parameter 0 of group 1.*{words}"):
+    (key, value), was = next(iter(change.items())), optimizer.param_groups[1][next(iter(change))]
+    fresh = copy.deepcopy(optimizer)  # which has not seen the groups as they were
+    for changed, message in (
+        (optimizer, f"{key} of group 1 was {was!r} and is {value!r}.*describe another state"),
+        (fresh, f"parameter 0 of group 1.*{words}"),
+    ):
+        changed.param_groups[1].update(change)
+        for group in changed.param_groups:
+            group["params"][0].grad = torch.randn(64, 64)
+        with pytest.raises(ValueError, match=message):
+            changed.step()
+        assert int(changed.state[changed.param_groups[0]["params"][0]]["step"]) == 1
+    assert torch.equal(a, before)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("lr", float("nan"), "lr=nan is not allowed: lr must be a number >= 0"),
+        ("lr", -1.0, r"lr=-1\.0 is not allowed"),
+        ("eps", None, "eps=None is not allowed"),
+        ("weight_decay", "much", "weight_decay='much' is not allowed"),
+        ("seed", 5, "seed of group 0 was 0 and is 5"),
+        ("row_sparse", "sometimes", "row_sparse='sometimes' is not one of"),
+        ("chunk_size", -1, "chunk_size=-1 is not allowed"),
+    ],
+)
+def test_a_group_changed_between_steps_is_checked_before_the_step(name, option, value, words):
+    p = torch.nn.Parameter(torch.randn(64, 64))
+    optimizer = make(name, [p])
+    train(optimizer, [p], 2)
+    before, was = p.detach().clone(), optimizer.param_groups[0][option]
+    optimizer.param_groups[0][option] = value
+    with pytest.raises(ValueError, match=words):
         optimizer.step()
-    assert torch.equal(a, before) and int(optimizer.state[a]["step"]) == 1
+    assert torch.equal(p, before) and int(optimizer.state[p]["step"]) == 2
+    optimizer.param_groups[0][option] = was
+    optimizer.step()
+    assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("option", ["lr", "eps", "weight_decay"])
+def test_none_for_an_option_without_another_default_is_an_error(name, option):
+    if name == "sketchy" and option == "lr":
+        return  # its presets have rates of their own
+    with pytest.raises(ValueError, match=f"{option}=None is not allowed: {option} must be"):
+        registry.get(name).cls([torch.nn.Parameter(torch.zeros(4, 4))], **{option: None})
 
 
 def test_cleaning_does_not_wait_for_touched_rows():

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import _common
+import rates
 import regret
 
 SAMPLES, BATCH = 4000, 8
@@ -22,8 +22,8 @@ def averages():
     least = regret.best_fixed(data, AT)
     out = {}
     for name, contender in regret.CONTENDERS.items():
-        found = _common.sweep(lambda lr, of=contender: regret.play(of, lr, data), regret.final, contender.centre)
-        total = found[_common.best_rate(found, regret.final)][0].double().cumsum(0)
+        found = rates.sweep(lambda lr, of=contender: regret.play(of, lr, data), regret.final, contender.centre)
+        total = found[rates.best_rate(found, regret.final)][0].double().cumsum(0)
         out[name] = [(total[rounds - 1].item() - best) / rounds for rounds, best in zip(AT, least, strict=True)]
     return out
 

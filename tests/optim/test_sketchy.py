@@ -1,5 +1,6 @@
 """Sketchy against dense Shampoo, and what its sketches, grafts and schedules promise."""
 
+import copy
 import io
 import math
 from itertools import pairwise
@@ -400,6 +401,34 @@ def test_momentum_of_gradients_begins_with_the_preconditioner():
     assert max(cosines) < 0.95
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-23, 1e-30])
+@pytest.mark.parametrize(
+    "options",
+    [{"preset": "paper"}, {"input": "gradient"}, {"graft": "none"}, {"exponent": 1.0}, {"scale_parameter": False}],
+    ids=str,
+)
+def test_vanishing_gradients_move_nothing_to_nowhere(scale, options):
+    """Their squares underflow; what follows them is of ordinary size."""
+    params = parameters([(20, 12), (2, 2), (100, 3)], torch.float32)
+    optimizer = Sketchy(params, 0.01, update_freq=2, **options)
+    for size in (scale, scale, 1.0, 1.0, scale):
+        for p in params:
+            p.grad = size * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        assert all(torch.isfinite(t).all() for t in snapshot(optimizer))
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_an_exponent_of_one_trains_at_any_scale(scale):
+    params = parameters([(20, 12)], torch.float32)
+    optimizer = Sketchy(params, 0.01, input="gradient", exponent=1.0, rank=4)
+    for step in range(4):
+        before = params[0].detach().clone()
+        params[0].grad = gradients(params, step)[0] * scale
+        optimizer.step()
+        assert 0 < (params[0] - before).norm() < before.norm()
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e9, 1e15])
 @pytest.mark.parametrize("options", [{}, {"statistics": "sample", "solver": "power", "rank": 70}], ids=str)
 def test_gradients_of_any_size_have_the_same_directions(scale, options):
@@ -488,6 +517,20 @@ def test_state_of_another_rank_or_kind_is_refused():
     for options in ({"rank": 5}, {"statistics": "sample"}, {"max_block_dim": 5}, {"graft": "sm3"}, {"budget": 20.0}):
         with pytest.raises(ValueError, match=f"written with {next(iter(options))}="):
             Sketchy(params, **{"rank": 4, **options}).load_state_dict(saved)
+    broken = copy.deepcopy(saved)
+    broken["state"][0]["preconditioner"]["vectors_0_0"][0, 0] = math.nan
+    with pytest.raises(
+        ValueError, match=r"saved preconditioner of parameter 0.*'vectors_0_0' with numbers that are not"
+    ):
+        Sketchy(params, rank=4).load_state_dict(broken)
+    contradictory = copy.deepcopy(saved)
+    contradictory["param_groups"][0]["tail"] = "paper"
+    with pytest.raises(ValueError, match="tail='paper' needs"):
+        Sketchy(params, rank=4).load_state_dict(contradictory)
+    older = copy.deepcopy(saved)
+    for key in sketchy.FIXED:
+        del older["param_groups"][0][key]
+    Sketchy(params, rank=4).load_state_dict(older)
     damaged = optimizer.state_dict()
     damaged["state"][0] = {**damaged["state"][0], "preconditioner": {}}
     with pytest.raises(ValueError, match="saved preconditioner of parameter 0"):
@@ -549,6 +592,15 @@ def test_the_lm_head_and_every_hidden_matrix_of_a_model_share_a_budget_below_two
     with torch.device("meta"):
         report = state_report(Sketchy([torch.nn.Parameter(torch.empty(s)) for s in bert_base_shapes()]))
     assert report.bytes_per_param < 2.0
+
+
+def test_its_options_are_known_to_the_whole_family():
+    """In another optimizer's parameter group they are errors, not keys that nobody reads."""
+    p = torch.nn.Parameter(torch.zeros(8, 8))
+    common = {"rank", "tail", "statistics", "input", "exponent", "precondition", "nesterov"}  # frameworks' words, too
+    for option in set(Sketchy.OPTIONS) - set(CSAdam.OPTIONS) - common:
+        with pytest.raises(ValueError, match=f"no option '{option}'"):
+            CSAdam([{"params": [p], option: 1}])
 
 
 def test_registry_and_text():
