@@ -41,6 +41,7 @@ gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one
 	$(BIN)/python benchmarks/bench_step.py --device cuda --shapes bert-base,bert-large,gpt2-medium,llama-1b $(BENCH_ARGS)
 	$(BIN)/python benchmarks/bench_step.py --device cuda --shapes bert-base,bert-large,gpt2-medium,llama-1b \
 	  --dtype bfloat16 $(BENCH_ARGS)
+	$(BIN)/python benchmarks/bench_training.py --device cuda --layers 12 --dtype bfloat16
 
 lint: $(VENV)/.dev ## ruff, ruff format and mypy, nothing changed
 	$(BIN)/ruff check $(LINT_PATHS)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_step import build, hardware, temporary_memory, timed
+from bench_step import build, hardware, timed
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,8 +28,7 @@ from sketch_plugins import state_report
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
     "optimizer", "layers", "batch", "length", "dtype", "device", "hardware", "threads", "torch", "steps", "training_ms",
-    "adamw_training_ms", "x_adamw_training", "step_ms", "adamw_step_ms", "share", "bytes_per_param", "temporary_mb",
-    "largest_tensor_mb",
+    "adamw_training_ms", "x_adamw_training", "step_ms", "adamw_step_ms", "share", "bytes_per_param",
 )  # fmt: skip
 
 
@@ -91,7 +90,6 @@ def measure(name: str, args: argparse.Namespace, tick) -> dict[str, object]:
     passes, step, adamw_passes, adamw_step = (statistics.fmean(t[i] for t in times) for i in range(4))
     # Forward and backward are the same work for both: their mean stands for both, or its noise would be the result.
     passes = adamw_passes = (passes + adamw_passes) / 2
-    largest = max(p.numel() for p in models[0].parameters())
     return {
         "optimizer": name,
         "layers": args.layers,
@@ -110,8 +108,6 @@ def measure(name: str, args: argparse.Namespace, tick) -> dict[str, object]:
         "adamw_step_ms": round(adamw_step, 2),
         "share": round(step / (passes + step), 3),
         "bytes_per_param": round(state_report(optimizers[0]).bytes_per_param, 3),
-        "temporary_mb": temporary_memory(optimizers[0].step, device),
-        "largest_tensor_mb": round(4 * largest / 1e6, 1),
     }
 
 
@@ -130,15 +126,11 @@ def table(rows: list[dict[str, object]]) -> Table:
         "optimizer.step ms",
         "AdamW's",
         "state B/param",
-        "temporary MB",
-        "largest tensor MB",
     ):
         out.add_column(heading, justify="right")
     for row in rows:
         keys = ("training_ms", "adamw_training_ms", "x_adamw_training", "step_ms", "adamw_step_ms", "bytes_per_param")
-        out.add_row(
-            *map(str, (row["optimizer"], *(row[k] for k in keys), row["temporary_mb"], row["largest_tensor_mb"]))
-        )
+        out.add_row(*map(str, (row["optimizer"], *(row[k] for k in keys))))
     return out
 
 

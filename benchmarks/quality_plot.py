@@ -71,7 +71,8 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     lengths = [steps for steps in ("160", "500") if any(row["steps"] == steps for row in rows)]
     figure, panels = pyplot.subplots(1, len(lengths), figsize=(6.5 * len(lengths), 5), squeeze=False)
     for axes, steps in zip(panels[0], lengths, strict=True):
-        for row in (row for row in rows if row["steps"] == steps):
+        # The ways to gather statistics lie on top of each other: the table has them.
+        for row in (row for row in rows if row["steps"] == steps and "statistics" not in row["optimizer"]):
             x, y = float(row["bytes_per_param"]), float(row["eval_mean"])
             ours = row["optimizer"][0].isupper()
             color = "tab:blue" if ours else "tab:gray"
