@@ -101,7 +101,7 @@ class Sketchy(SketchOptimizer):
         rank: k: an integer, or a fraction (0, 1) of the axis. More than the axis is the axis: exact Shampoo.
         budget: bytes of state a parameter, instead of ``rank``: each preconditioned tensor takes the largest rank, the
             same for its axes, with which its whole state stays within it; none at all where rank 1 does not. An error
-            where that goes for every tensor of the group.
+            where that goes for every tensor of the group that would have one for every axis.
         shampoo_beta: :math:`\beta_s`, decay of the covariances for each of their statistics (default 0.99). 1 is
             refused: deflation then drives the sketch to 0.
         update_freq: steps between solves.
@@ -397,11 +397,14 @@ class Sketchy(SketchOptimizer):
             raise
 
     def _check_budget(self, group: Mapping[str, Any]) -> None:
-        eligible = [p for p in group["params"] if any(_axes(tuple(p.shape), *(group[name] for name in _AXES))[1])]
+        axes = {p: _axes(tuple(p.shape), *(group[name] for name in _AXES))[1] for p in group["params"]}
+        # Tables of a vocabulary are easily kept; what matters are the others, where there are any.
+        eligible = [p for p in axes if axes[p] and all(axes[p])] or [p for p in axes if any(axes[p])]
         if eligible and all(self.preconditioner_of(p, group) is None for p in eligible):
             raise ValueError(
-                f"budget={group['budget']:g} bytes of state a parameter is too small for a covariance of any tensor of "
-                "the group; allowed is more, or rank= in place of budget="
+                f"budget={group['budget']:g} bytes of state a parameter is too small for a covariance of any tensor "
+                f"that has one for every axis, beside first_moment={group['first_moment']!r} and graft={group['graft']!r}; "
+                "allowed is more, or a smaller store, or rank= in place of budget="
             )
 
     # -- for the base ---------------------------------------------------------------------------------------------
