@@ -403,8 +403,8 @@ class Sketchy(SketchOptimizer):
         if eligible and all(self.preconditioner_of(p, group) is None for p in eligible):
             raise ValueError(
                 f"budget={group['budget']:g} bytes of state a parameter is too small for a covariance of any tensor "
-                f"that has one for every axis, beside first_moment={group['first_moment']!r} and graft={group['graft']!r}; "
-                "allowed is more, or a smaller store, or rank= in place of budget="
+                f"that has one for every axis, beside first_moment={group['first_moment']!r} and "
+                f"graft={group['graft']!r}; allowed is more, or a smaller store, or rank= in place of budget="
             )
 
     # -- for the base ---------------------------------------------------------------------------------------------
