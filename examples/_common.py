@@ -756,10 +756,11 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     # By position: two runs of one optimizer at two learning rates have the same label.
     right.bar(range(len(results)), state, color=colors)
     right.bar(range(len(results)), rest, bottom=state, color=colors, alpha=0.25)
-    right.set_xticks(range(len(results)), labels)
+    small = 10 if len(results) < 4 else 7  # or the labels of neighbours run into each other
+    right.set_xticks(range(len(results)), labels, fontsize=small)
     for i, r in enumerate(results):
         text = f"{state[i]:.1f} MiB state\n{r['bytes_per_param']:.2f} B/param"
-        right.text(i, state[i] + rest[i], text, ha="center", va="bottom")
+        right.text(i, state[i] + rest[i], text, ha="center", va="bottom", fontsize=small)
     right.margins(y=0.2)
     right.set(ylabel="MiB", title="Peak memory (solid: optimizer state)")
     figure.suptitle(f"{summary['about']['model']} on {summary['about']['source']}", fontsize=10)
