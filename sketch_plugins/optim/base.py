@@ -338,6 +338,9 @@ class SketchOptimizer(torch.optim.Optimizer):
                         "group's options describe another state"
                     )
             option.validate(value)
+        if last and any(last.get(name) is not now.get(name) for name in ("fused", "compile", "capturable")):
+            for index, p in enumerate(group["params"]):
+                self._check_kernels(p, group, partial(self._label, group, index))
         seen[number] = now
 
     def _run_tasks(self, backend: Backend, pending: list[_Pending], known: list[Known]) -> None:
@@ -630,6 +633,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                         f"{name}={group[name]!r}: the state cannot be used. Build the optimizer with the saved value"
                     )
             for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                if saved["capturable"] and not group["capturable"]:  # a checkpoint from a machine with kernels
+                    self._check_kernels(p, saved, partial(self._label, group, index))
                 if key in incoming["state"]:
                     self._check_state(p, group, incoming["state"][key], self._label(group, index))
 

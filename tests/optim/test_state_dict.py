@@ -217,3 +217,20 @@ def test_damaged_state_is_refused_whole(damage):
         for (path, a), (_, b) in zip(tensors(before["state"][key]), tensors(after["state"][key]), strict=True):
             assert torch.equal(a, b), path
     train(optimizer, params, 1, first=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with kernels takes it")
+def test_a_captured_run_is_not_resumed_where_nothing_can_be_captured():
+    p = torch.nn.Parameter(torch.randn(8, 8))
+    optimizer = registry.get("cs_adam").cls([p])
+    train(optimizer, [p], 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["capturable"] = True
+    with pytest.raises(ValueError, match="capturable=True needs the Triton kernels, which parameter 0 of group 0"):
+        optimizer.load_state_dict(saved)
+    optimizer.param_groups[0]["capturable"] = True
+    with pytest.raises(ValueError, match="capturable=True needs the Triton kernels"):
+        optimizer.step()
+    optimizer.param_groups[0]["capturable"] = False
+    train(optimizer, [p], 1)
+    assert int(optimizer.state[p]["step"]) == 2
