@@ -264,6 +264,10 @@ class SketchOptimizer(torch.optim.Optimizer):
         """State beside the two moments. A parameter that has any takes its step in `_eager`, not in a fused kernel."""
         return {}
 
+    def _row_sparse(self, p: Tensor, group: Mapping[str, Any]) -> Any:
+        """The option ``row_sparse``, as far as it goes for this parameter: False, True or ``"auto"``."""
+        return group["row_sparse"]
+
     # -- the step ------------------------------------------------------------------------------------------------
 
     @_outside_graphs
@@ -500,9 +504,10 @@ class SketchOptimizer(torch.optim.Optimizer):
         if compile and not group["chunk_size"]:
             chunk = COMPILED_CHUNK
         grad = Gradient(Matrix(values), rows, dtype, chunk, shape, packed, group["maximize"], l2, compile)
-        if rows is None and group["row_sparse"] is not False and p.ndim > 1:
+        row_sparse = False if rows is not None or p.ndim < 2 else self._row_sparse(p, group)
+        if row_sparse is not False:
             touched = _touched_rows(grad)
-            if group["row_sparse"] is True or len(touched) <= AUTO_DENSITY * shape[0]:
+            if row_sparse is True or len(touched) <= AUTO_DENSITY * shape[0]:
                 grad.rows, grad.compile = touched, False
         first = self._stores(p, group)[0]
         if group["fused"] and not group["compile"]:

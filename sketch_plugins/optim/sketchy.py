@@ -454,11 +454,9 @@ class Sketchy(SketchOptimizer):
                             "are not finite"
                         )
 
-    def _gradient(self, p: Tensor, group: Mapping[str, Any], index: int) -> Gradient:
+    def _row_sparse(self, p: Tensor, group: Mapping[str, Any]) -> Any:
         # Rows of what is preconditioned along them are no rows of an embedding.
-        if group["row_sparse"] is not False and self._whole(p, group):
-            group = {**group, "row_sparse": False}
-        return super()._gradient(p, group, index)
+        return False if self._whole(p, group) else super()._row_sparse(p, group)
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         (beta1, beta2), graft, lr = group["betas"], group["graft"], group["lr"]
