@@ -26,8 +26,9 @@ from numba.extending import intrinsic, models, register_model
 LANES = np.uint64(16)
 _LANES = int(LANES)
 
-# No "nnan" and no "ninf": a NaN or an infinity must come out as one.
-FAST_MATH = {"reassoc", "nsz", "contract", "arcp"}
+# Nothing that lets the compiler choose between roundings ("contract", "reassoc", "arcp"): code that was compiled in a
+# process and code from Numba's cache on disk would differ in the last bit. A NaN or an infinity comes out as one.
+FAST_MATH = {"nsz"}
 _FLAGS = tuple(sorted(FAST_MATH))
 
 _F32, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)

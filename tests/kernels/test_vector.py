@@ -1,7 +1,10 @@
 """Vectors in Numba: lanes that count, rounding, NaN, and whether they are vectors."""
 
 import math
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,3 +95,30 @@ def test_they_are_the_registers_of_the_machine():
 
     register = "zmm" if get_host_cpu_features().get("avx512f") else "xmm"
     assert assembly.count(register) > 10 and "sqrtps" in assembly and vector.Lanes is not None
+
+
+SCRIPT = """
+import hashlib, torch
+from sketch_plugins import CSAdam
+generator = torch.Generator().manual_seed(0)
+params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in [(512, 128), (384,), (200, 100)]]
+optimizer = CSAdam(params, 1e-3, fused=True)
+for _ in range(4):
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in params)).hexdigest())
+"""
+
+
+def test_code_from_the_cache_has_the_bits_of_code_just_compiled(tmp_path):
+    """The first run on a machine, which compiles, and every later one are the same run."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert any(tmp_path.rglob("*.nbc"))
+    assert runs[0] == runs[1]
