@@ -1,7 +1,7 @@
 """What a rank holds of a parameter: pieces of its matrix, each a matrix of its own.
 
 A parameter of shape ``(R, ...)`` is an R x D matrix (`sketch_plugins.sharding.blocks.matrix_shape`). A rank that holds
-a part of it, holds a few rectangles of that matrix: the local shard of a DTensor is one; the consecutive elements that a
+a part of it holds a few rectangles of that matrix: the local shard of a DTensor is one; the consecutive elements that a
 flat partition of DeepSpeed's ZeRO keeps are a part of a first row, a body of whole rows, a part of a last row. Each
 piece is handled as a tensor of its own shape, so that covers, sketches and preconditioners keep their structure.
 """
