@@ -31,8 +31,8 @@ def name(request):
 
 
 @pytest.fixture(scope="session")
-def launch():
-    """`launch(script, *arguments)` runs a script in two processes, the ranks of a gloo group on this machine."""
+def launch_ranks():
+    """`launch_ranks(script, *arguments)` runs a script in two processes that find each other as under torchrun."""
 
     def run(script, *arguments, world=2, timeout=400, env=None):
         with socket.socket() as free:
