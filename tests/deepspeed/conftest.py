@@ -18,12 +18,13 @@ def results_of(launch_ranks, tmp_path_factory):
 
     def run(script):
         if script not in known:
+            known[script] = [{"error": f"{script} did not finish"}] * 2
             folder = tmp_path_factory.mktemp(script.removesuffix(".py"))
             launch_ranks(Path(__file__).with_name(script), folder / "out", folder / "work")
             known[script] = [json.loads((folder / f"out.{rank}").read_text()) for rank in (0, 1)]
-            for rank in known[script]:
-                if "error" in rank:
-                    pytest.fail(rank["error"], pytrace=False)
+        for rank in known[script]:
+            if "error" in rank:
+                pytest.fail(rank["error"], pytrace=False)
         return known[script]
 
     return run

@@ -35,7 +35,7 @@ def test_where_each_element_is_by_itself_it_is_the_run_of_one_process(name, rank
         return
     for rank in ranks:
         assert rank["moved"] > 1e-3
-        # Vector instructions may round otherwise at the end of a piece than in the middle of a tensor; they do not here.
+        # Not 0: at the end of a piece instructions may round otherwise than in the middle of a tensor.
         assert rank["differs"] <= 1e-6, rank["where"]
 
 
