@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from sketch_plugins import registry
@@ -151,13 +152,36 @@ def check(name: str, way: str, folder: Path) -> str:
     return "ok"
 
 
+def check_fsdp1(name: str) -> str:
+    """FSDP1 takes the shapes away: refused wherever the optimizer can see it, before anything has changed."""
+    for early in (True, False):
+        for original in (True, False):
+            if early and not original:
+                continue  # the optimizer's parameters are then no longer the model's, as torch's manual says
+            model = torch.nn.Linear(64, 65)
+            if early:
+                optimizer = registry.get(name).cls(model.parameters())
+            wrapped = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+            wrapped(torch.ones(2, 64)).sum().backward()
+            try:
+                if not early:
+                    optimizer = registry.get(name).cls(wrapped.parameters())
+                optimizer.step()
+            except ValueError as error:
+                assert "FSDP1" in str(error) and "fully_shard" in str(error), error
+            else:
+                raise AssertionError(f"early={early}, use_orig_params={original}: a step was taken")
+            assert not early or not optimizer.state
+    return "ok"
+
+
 def main(out: str, folder: str) -> None:
     dist.init_process_group("gloo")
     results: dict[str, dict[str, str]] = {}
     for name in registry.names():
-        for way in WAYS:
+        for way in (*WAYS, "fsdp1"):
             try:
-                said = check(name, way, Path(folder))
+                said = check_fsdp1(name) if way == "fsdp1" else check(name, way, Path(folder))
             except Exception:
                 said = traceback.format_exc()
             results.setdefault(name, {})[way] = said

@@ -20,6 +20,11 @@ def results(launch_ranks, tmp_path_factory):
     return [json.loads(Path(folder / f"results.{rank}").read_text()) for rank in (0, 1)]
 
 
+def test_fsdp1_is_refused(name, results):
+    for rank in results:
+        assert rank[name]["fsdp1"] == "ok", rank[name]["fsdp1"]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_on_all_ranks_to_one_process_and_after_a_resume(way, name, results):
     for rank in results:
