@@ -1,5 +1,9 @@
 import importlib
 import os
+import socket
+import subprocess
+import sys
+import tempfile
 import warnings
 
 import pytest
@@ -24,3 +28,43 @@ from sketch_plugins import registry
 def name(request):
     """Every optimizer of the registry: a new one inherits these tests."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """`launch(script, *arguments)` runs a script in two processes, the ranks of a gloo group on this machine."""
+
+    def run(script, *arguments, world=2, timeout=400, env=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, str(script), *map(str, arguments)]
+        # Files, not pipes: a rank that fills its pipe would wait while the other one is read.
+        files = [tempfile.TemporaryFile("w+") for _ in range(world)]
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **quiet, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for rank, file in enumerate(files)
+        ]
+        try:
+            for rank in ranks:
+                rank.wait(timeout)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        outputs = []
+        for file in files:
+            with file:
+                file.seek(0)
+                outputs.append(file.read())
+        for rank, output in zip(ranks, outputs, strict=True):
+            assert rank.returncode == 0, output[-5000:]
+        return outputs
+
+    return run

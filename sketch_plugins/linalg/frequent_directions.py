@@ -50,7 +50,8 @@ class Covariance(NamedTuple):
 def start(batch: tuple[int, ...], d: int, k: int, dtype: torch.dtype, device: torch.device) -> Covariance:
     """The sketch of a covariance that is 0: directions of no weight, the same ones on every machine."""
     none = torch.zeros(batch, dtype=dtype, device=device)
-    vectors = torch.linalg.qr(_noise(d, k, none)).Q.expand(*batch, d, k).clone()
+    # Contiguous: a checkpoint keeps no strides, and products of another layout have other bits.
+    vectors = torch.linalg.qr(_noise(d, k, none)).Q.expand(*batch, d, k).clone(memory_format=torch.contiguous_format)
     return Covariance(vectors, torch.zeros(*batch, k, dtype=dtype, device=device), none, none.clone())
 
 

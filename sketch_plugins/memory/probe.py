@@ -97,7 +97,9 @@ class SecondMomentProbe:
         for number, group in enumerate(self.optimizer.param_groups):
             for i, p in enumerate(group["params"]):
                 store = self.optimizer._stores(p, group)[1]
-                if store is not None and store.shared and p.numel():
+                parts = self.optimizer._parts.of(i, p)
+                # A probe looks at whole parameters: what is spread over ranks has no rows of its own here.
+                if store is not None and store.shared and p.numel() and len(parts) == 1 and parts[0].piece is None:
                     found.append((p.numel(), f"{number}.{i}", p, group))
         found.sort(key=lambda f: -f[0])
         out = []

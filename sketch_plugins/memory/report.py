@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from sketch_plugins.sharding.parts import PLACE, local_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class ParameterState:
         name: the parameter's name, or ``group.index`` where the optimizer was given none.
         group: number of its parameter group.
         shape: of the parameter.
-        params: number of elements.
+        params: number of elements; of a parameter that is spread over ranks, those of this rank.
         stores: bytes by store, e.g. ``{"first_moment": 608256, "second_moment": 119808}``.
         adamw_bytes: what `torch.optim.AdamW` keeps: two tensors of the parameter's shape and dtype.
         planned: the state does not exist yet (no step so far); the bytes are what it will take.
@@ -34,6 +36,17 @@ class ParameterState:
     stores: dict[str, int]
     adamw_bytes: int
     planned: bool
+
+    def plus(self, other: ParameterState) -> ParameterState:
+        """Together with another part of the same parameter."""
+        stores = {key: self.stores.get(key, 0) + other.stores.get(key, 0) for key in {**self.stores, **other.stores}}
+        return replace(
+            self,
+            params=self.params + other.params,
+            stores=stores,
+            adamw_bytes=self.adamw_bytes + other.adamw_bytes,
+            planned=self.planned or other.planned,
+        )
 
     @property
     def state_bytes(self) -> int:
@@ -155,6 +168,8 @@ class StateReport:
 def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     """Bytes of an optimizer's state, for each store, parameter and group, compared with AdamW.
 
+    Where parameters are spread over ranks (FSDP2, DeepSpeed's ZeRO) everything is counted for this rank.
+
     Works for any torch optimizer (each key of its state is a store); wrappers with an ``optimizer`` attribute
     (accelerate, LR schedulers) are looked through. Before the first step a sketched optimizer reports what it will
     allocate; frozen parameters (``requires_grad=False``) without state are left out. Tensors are counted by their size;
@@ -171,32 +186,58 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
         if inner is None:
             raise TypeError(f"state_report takes a torch optimizer, not {type(optimizer).__name__}")
         optimizer = inner
-    plan = getattr(optimizer, "planned_state", None)
-    found = []
+    held = _parts(optimizer) if hasattr(optimizer, "held") else _parameters(optimizer)
+    found: dict[tuple[int, int], ParameterState] = {}
+    for number, index, name, owner, shape, params, stores, planned in held:
+        one = ParameterState(
+            name=name or f"{number}.{index}",
+            group=number,
+            shape=shape,
+            params=params,
+            stores=stores,
+            adamw_bytes=2 * params * owner.element_size(),
+            planned=planned,
+        )
+        other = found.get((number, index))
+        found[number, index] = one if other is None else other.plus(one)
+    return StateReport(type(optimizer).__name__, list(found.values()))
+
+
+_Row = tuple[int, int, str | None, Tensor, tuple[int, ...], int, dict[str, int], bool]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[_Row]:
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names")
         for index, p in enumerate(group["params"]):
             state = optimizer.state.get(p, {})
-            if not state and not p.requires_grad:
-                continue  # frozen: no optimizer will keep anything for it
-            # A scalar of its own is a step counter.
-            kept = {key: value for key, value in state.items() if not (isinstance(value, Tensor) and value.ndim == 0)}
-            stores = {key: n for key, value in kept.items() if (n := sum(_sizes(value)))}
-            planned = not state and plan is not None and p.numel() > 0
-            if planned and plan is not None:
-                stores = {name: n for name, (_, n) in plan(p, group).items()}
-            found.append(
-                ParameterState(
-                    name=names[index] if names else f"{number}.{index}",
-                    group=number,
-                    shape=tuple(p.shape),
-                    params=p.numel(),
-                    stores=stores,
-                    adamw_bytes=2 * p.numel() * p.element_size(),
-                    planned=planned,
-                )
-            )
-    return StateReport(type(optimizer).__name__, found)
+            if state or p.requires_grad:  # frozen: no optimizer will keep anything for it
+                name = names[index] if names else None
+                yield number, index, name, p, tuple(p.shape), local_of(p).numel(), _kept(state), False
+
+
+def _parts(optimizer: Any) -> Iterator[_Row]:
+    for number, group, part, state in optimizer.held():
+        names = group.get("param_names")
+        if not state and not part.owner.requires_grad and part.key is None:
+            continue
+        planned = not state and part.numel() > 0
+        stores = _kept(state or {})
+        if planned:
+            stores = {name: n for name, (_, n) in optimizer.planned_state(part, group).items()}
+        name, index = names[part.index] if names and part.key is None else None, part.index
+        if part.key is not None:  # a flat partition holds pieces of several parameters
+            name, index = part.name, part.piece.index
+        yield number, index, name, part.data, part.whole, part.numel(), stores, planned
+
+
+def _kept(state: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes by store. A scalar of its own is a step counter, and a place says of which part of a parameter it is."""
+    return {
+        key: n
+        for key, value in state.items()
+        if key != PLACE and not (isinstance(value, Tensor) and value.ndim == 0) and (n := sum(_sizes(value)))
+    }
 
 
 def format_bytes(n: float) -> str:

@@ -5,9 +5,10 @@ A concrete optimizer names its options, its stores' averages and its update rule
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -23,6 +24,19 @@ from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import Option, misspelt, unknown_option, validate
 from sketch_plugins.optim.plan import Known, Plan, group_marks
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
+from sketch_plugins.sharding.parts import (
+    PLACE,
+    Part,
+    Parts,
+    Shaped,
+    is_dtensor,
+    largest,
+    leading,
+    trim,
+    unwrap,
+    whole_shape,
+    wrap,
+)
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, RowCountMin, Store
 
 # Adafactor's floor of the parameter's root mean square (arXiv 1804.04235): a bias that starts at 0 still moves.
@@ -107,7 +121,7 @@ _outside_graphs: Callable[..., Any] = getattr(torch, "_disable_dynamo", None) or
 class _Pending:
     """A fused step that still needs its numbers; no rule: its step number is on the device."""
 
-    p: Tensor
+    p: Part
     work: Work
     group: dict[str, Any]
     grad: Gradient
@@ -131,6 +145,7 @@ class SketchOptimizer(torch.optim.Optimizer):
     FIXED: ClassVar[dict[str, Any]] = {}
     # Of the last step; copies and pickles go without.
     _plan: Plan | None = None
+    _parts_of: Parts | None = None
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
@@ -174,6 +189,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._parts.add(self.param_groups[-1], len(self.param_groups) - 1)
 
     @_outside_graphs
     @torch.no_grad()
@@ -193,24 +209,39 @@ class SketchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work, known = [], []
+        work: list[tuple[Part, dict[str, Any], Gradient]] = []
+        known = []
         plan = self._plan = self._plan or Plan()
         for place, group in enumerate(self.param_groups):
             self._check_options(plan.options, place, group)
             options = group_marks(self.OPTIONS, group)
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None and p.numel() > 0:
-                    again = plan.recall(p, group, options, self.state.get(p))
+            for index, owner in enumerate(group["params"]):
+                if owner.grad is None or owner.numel() == 0:
+                    continue
+                for p in self._parts.of(index, owner):
+                    grad = p.grad
+                    again = plan.recall(p.data, grad, group, options, self._state_of(p))
                     if again is not None:
                         known.append(again)
                     else:
-                        work.append((p, group, self._gradient(p, group, index)))
+                        work.append((p, group, self._gradient(p, grad, group)))
         with scratch.scratch():
             self._update(work, known)
         return loss
 
-    def planned_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Store | Further, int]]:
-        """Name -> (store, bytes) of a parameter's state, whether or not it exists yet."""
+    def held(self) -> Iterator[tuple[int, dict[str, Any], Part, dict[str, Any] | None]]:
+        """``(group's number, group, part, state)`` of everything that takes a step of its own on this rank.
+
+        A parameter is one part, and so is the local shard of a DTensor; a flat partition (DeepSpeed's ZeRO) has a few
+        for each of its parameters. State is None before the first step.
+        """
+        for number, group in enumerate(self.param_groups):
+            for index, owner in enumerate(group["params"]):
+                for part in self._parts.of(index, owner):
+                    yield number, group, part, self._state_of(part)
+
+    def planned_state(self, p: Shaped, group: Mapping[str, Any]) -> dict[str, tuple[Store | Further, int]]:
+        """Name -> (store, bytes) of the state of a parameter (or part), whether or not it exists yet."""
         first, second = self._stores(p, group)
         shape, dtype = matrix_shape(p.shape), _arithmetic(p)
         named = {"first_moment": first, "second_moment": second}
@@ -236,10 +267,11 @@ class SketchOptimizer(torch.optim.Optimizer):
                     found = ", ".join(map(str, incoming)) or "nothing"
                     raise ValueError(f"the state dict has no {key!r}; it has {found}")
             # The caller's groups stay as they are; the copies get the values of options younger than they.
-            incoming = {**incoming, "param_groups": [dict(group) for group in incoming["param_groups"]]}
+            groups = [dict(group) for group in incoming["param_groups"]]
+            incoming = {**incoming, "param_groups": groups, "state": self._local_state(incoming["state"], groups)}
             self._check_incoming(incoming)
             seen.update(incoming)
-            return incoming
+            return {**incoming, "state": {}}  # torch would copy and cast what is restored below
 
         handle = self.register_load_state_dict_pre_hook(look)
         try:
@@ -249,7 +281,53 @@ class SketchOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, seen["param_groups"], strict=True):
             for p, index in zip(group["params"], saved["params"], strict=True):
                 if index in seen["state"]:
-                    self.state[p] = _restored(seen["state"][index], p.device, group["capturable"])
+                    device = p.to_local().device if is_dtensor(p) else p.device
+                    self.state[p] = _restored(seen["state"][index], device, group["capturable"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Whatever is remembered of the last step was about other groups."""
+        super().__setstate__(state)
+        self._plan = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; what belongs to the shard of a DTensor is a DTensor, too.
+
+        A state tensor of size s is saved as one of size (W, *s) over the W shards: `sharding.parts.wrap`.
+        """
+        out = super().state_dict()
+        for group, saved in zip(self.param_groups, out["param_groups"], strict=True):
+            for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                if is_dtensor(p) and leading(p) and out["state"].get(key):
+                    (part,) = self._parts.of(index, p)
+                    state, layout = out["state"][key], self._layout(largest(p), group, part)
+                    out["state"][key] = {"step": state["step"], **wrap(p, state, layout)}
+        return out
+
+    def _layout(self, p: Shaped, group: Mapping[str, Any], part: Part) -> dict[str, Any]:
+        """Name -> layout of the state of a tensor of this shape, as a shard of the part's parameter."""
+        if not isinstance(p, Part):
+            p = Part(p, p, part.index, part.whole, part.piece)
+        dtype = _arithmetic(p)
+        stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
+        layout: dict[str, Any] = {
+            name: store.layout(matrix_shape(p.shape), dtype) for name, store in stores.items() if store is not None
+        }
+        layout |= {name: further.layout(dtype) for name, further in self._further(p, group).items()}
+        if part.piece is not None:
+            layout[PLACE] = ((2 + len(part.whole),), torch.int64)
+        return layout
+
+    def _local_state(self, saved: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
+        """The state of a state dict as this rank keeps it: of DTensors the local part, cut to the shard's size."""
+        state = dict(saved)
+        for group, saved_group in zip(self.param_groups, groups, strict=False):
+            for index, (p, key) in enumerate(zip(group["params"], saved_group.get("params", ()), strict=False)):
+                if is_dtensor(p) and leading(p) and isinstance(state.get(key), Mapping) and state[key]:
+                    (part,) = self._parts.of(index, p)
+                    local = unwrap(state[key], leading(p))
+                    step = {"step": local["step"]} if "step" in local else {}
+                    state[key] = {**step, **trim(local, self._layout(part, group, part))}
+        return state
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
@@ -260,18 +338,18 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
         """Called once for freshly allocated state."""
 
-    def _further(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Further]:
+    def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
         """State beside the two moments. A parameter that has any takes its step in `_eager`, not in a fused kernel."""
         return {}
 
-    def _row_sparse(self, p: Tensor, group: Mapping[str, Any]) -> Any:
+    def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
         """The option ``row_sparse``, as far as it goes for this parameter: False, True or ``"auto"``."""
         return group["row_sparse"]
 
     # -- the step ------------------------------------------------------------------------------------------------
 
     @_outside_graphs
-    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]], known: list[Known]) -> None:
+    def _update(self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known]) -> None:
         fused: dict[Backend, list[_Pending]] = {one.backend: [] for one in known}
         if known:
             torch._foreach_add_([one.counter for one in known], 1.0)
@@ -282,20 +360,25 @@ class SketchOptimizer(torch.optim.Optimizer):
             first, second = self._stores(p, group)
             named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
             further = self._further(p, group)
-            state = self.state[p]
+            state = self._state_of(p)
             if not state:
+                state = self.state[p.owner] if p.key is None else self.state[p.owner].setdefault(p.key, {})
                 place = p.device if group["capturable"] else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=place)
                 for name, store in named.items():
                     state[name] = store.allocate(grad.shape, p.device, grad.dtype)
                 for name, part in further.items():
                     state[name] = part.allocate(p.device, grad.dtype)
+                if p.piece is not None:
+                    state[PLACE] = p.piece.place
                 self._new_state(group, named, state)
             state["step"] += 1
+            if p.numel() == 0:  # the shard of another rank is not: all have the same state
+                continue
             sparse = grad.rows is not None
             if group["capturable"]:
                 # The graph's replays take the number of the step from the device; nothing here may look at it.
-                backend, task = choose(p, group, grad, self._rule(group, 1, sparse), (first, second), state, large)
+                backend, task = choose(p.data, group, grad, self._rule(group, 1, sparse), (first, second), state, large)
                 assert backend is not None and task is not None
                 fused.setdefault(backend, []).append(_Pending(p, task, group, grad, None, state["step"]))
                 continue
@@ -310,7 +393,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                 rules[key] = self._rule(group, step, sparse)
             backend, task = None, None
             if not further:
-                backend, task = choose(p, group, grad, rules[key], (first, second), state, large)
+                backend, task = choose(p.data, group, grad, rules[key], (first, second), state, large)
             if backend is not None and task is not None:
                 fused.setdefault(backend, []).append(_Pending(p, task, group, grad, rules[key], step))
             else:
@@ -322,9 +405,13 @@ class SketchOptimizer(torch.optim.Optimizer):
             elif backend.run is not None:
                 backend.run([one.work for one in pending])
 
-    def _check_options(self, seen: dict[int, dict[str, Any]], number: int, group: Mapping[str, Any]) -> None:
+    def _check_options(
+        self, seen: dict[int, tuple[Any, dict[str, Any]]], number: int, group: Mapping[str, Any]
+    ) -> None:
         """Whoever changes a group between steps is told at once; only what is new is looked at."""
-        last = seen.get(number, {})
+        # Not by number: DeepSpeed takes the steps of its groups one by one, each as the optimizer's only group.
+        known, last = seen.get(id(group), (None, {}))
+        last = last if known is group else {}
         now = {}
         for name, option in self.OPTIONS.items():
             if name not in group:
@@ -345,7 +432,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         if last and any(last.get(name) is not now.get(name) for name in ("fused", "compile", "capturable")):
             for index, p in enumerate(group["params"]):
                 self._check_kernels(p, group, partial(self._label, group, index))
-        seen[number] = now
+        seen[id(group)] = group, now
 
     def _run_tasks(self, backend: Backend, pending: list[_Pending], known: list[Known]) -> None:
         assert self._plan is not None and backend.prepare is not None and backend.run_tasks is not None
@@ -368,7 +455,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             rows.append(new.work.numbers.tolist() if isinstance(new.work.numbers, Tensor) else new.work.numbers)
             gradients.append(new.work.g.data_ptr())
             options = group_marks(self.OPTIONS, new.group)
-            self._plan.learn(new.p, options, self.state[new.p], backend, tasks[-1])
+            self._plan.learn(new.p.data, new.p.grad, options, self._state_of(new.p), backend, tasks[-1])
         last = self._plan.programs.get(backend)
         self._plan.programs[backend] = backend.run_tasks(tasks, rows, which, gradients, last)
         self._plan.trim(len(tasks))
@@ -394,7 +481,7 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     def _eager(
         self,
-        p: Tensor,
+        p: Part,
         grad: Gradient,
         rule: Rule,
         state: Mapping[str, Any],
@@ -406,7 +493,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             ema = rule.first if name == "first_moment" else rule.second
             if store.write_first and ema is not None:
                 store.write(state[name], grad, ema)
-        self._apply(Matrix(p), grad, rule, state, first, second, group)
+        self._apply(Matrix(p.data), grad, rule, state, first, second, group)
 
     def _apply(
         self,
@@ -475,12 +562,9 @@ class SketchOptimizer(torch.optim.Optimizer):
         if second and not second.write_first:
             second.finish(state["second_moment"], working["second_moment"], grad)
 
-    def _gradient(self, p: Tensor, group: Mapping[str, Any], index: int) -> Gradient:
-        g = p.grad
+    def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
         assert g is not None
-        label = self._label(group, index)
-        if _is_dtensor(p) or _is_dtensor(g):
-            raise ValueError(_DTENSOR.format(label, type(self).__name__))
+        label = self._label(group, p)
         rows, packed, values = None, False, g
         if g.layout == torch.sparse_coo:
             if g.sparse_dim() != 1 or p.ndim < 1:
@@ -493,10 +577,11 @@ class SketchOptimizer(torch.optim.Optimizer):
         elif g.layout != torch.strided:
             raise ValueError(f"{label} has a gradient of layout {g.layout}; allowed are strided and sparse_coo")
         shape, dtype = matrix_shape(p.shape), _arithmetic(p)
-        if self.state.get(p):
-            self._check_state(p, group, self.state[p], label, "present")
+        state = self._state_of(p)
+        if state:
+            self._check_state(p, group, state, label, "present")
         chunk = group["chunk_size"] or (CPU_CHUNK if p.device.type == "cpu" else ACCELERATOR_CHUNK)
-        l2 = (Matrix(p), group["weight_decay"]) if self._couples(group) else None
+        l2 = (Matrix(p.data), group["weight_decay"]) if self._couples(group) else None
         # Vectors and small tensors cost calls, not arithmetic: compiled, they would only cost more. Ragged blocks fuse
         # badly.
         ragged = shape[1] > group.get("block_size", 1) and shape[1] % group.get("block_size", 1) != 0
@@ -541,14 +626,14 @@ class SketchOptimizer(torch.optim.Optimizer):
                     "clean_every must be 0"
                 )
 
-    def _check_capturable(self, p: Tensor, group: Mapping[str, Any], grad: Gradient, label: str) -> None:
+    def _check_capturable(self, p: Part, group: Mapping[str, Any], grad: Gradient, label: str) -> None:
         if grad.rows is not None:
             raise ValueError(f"{label} has a row-sparse gradient, whose rows a captured step cannot know")
         stores = self._stores(p, group)
         named: dict[str, Any] = {
             n: {} for n, s in zip(("first_moment", "second_moment"), stores, strict=True) if s is not None
         }
-        task = describe(p, group, grad, self._rule(group, 1, False), stores, self.state.get(p) or named)
+        task = describe(p.data, group, grad, self._rule(group, 1, False), stores, self._state_of(p) or named)
         backend = fused_backend(p.device, group["fused"])
         why = backend.unsupported(task) if backend and task else "a layout or a dtype that no kernel takes"
         if why is not None:
@@ -557,8 +642,19 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _couples(self, group: Mapping[str, Any]) -> bool:
         return group.get("decoupled_weight_decay", True) is False and group["weight_decay"] != 0
 
-    def _stores(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
-        """(first, second) moment stores of a parameter."""
+    @property
+    def _parts(self) -> Parts:
+        if self._parts_of is None:
+            self._parts_of = Parts()
+        return self._parts_of
+
+    def _state_of(self, part: Part) -> dict[str, Any] | None:
+        """The state of a part, where it has one."""
+        state = self.state.get(part.owner)
+        return state if part.key is None or state is None else state.get(part.key)
+
+    def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
+        """(first, second) moment stores of a parameter, or of a part of one."""
         exact = _exact(p, group)
         # An optimizer that offers no sketch has no options for one.
         sketch = (
@@ -600,13 +696,20 @@ class SketchOptimizer(torch.optim.Optimizer):
             key: value for key, value in cls._preset(name).items() if name != next(iter(cls.PRESETS))
         }
 
-    def _label(self, group: Mapping[str, Any], index: int) -> str:
+    def _label(self, group: Mapping[str, Any], p: int | Part) -> str:
+        """How messages name a parameter, by its number in the group, or a part of one."""
         names = group.get("param_names")
-        shape = tuple(group["params"][index].shape)
-        if names:
-            return f"parameter {names[index]!r} of shape {shape}"
+        part, index = (p, p.index) if isinstance(p, Part) else (None, p)
+        if part is not None and part.key is not None:
+            return f"parameter {part.name!r} of shape {part.whole} (its part {tuple(part.shape)} on this rank)"
+        shape = tuple(group["params"][index].shape) if part is None else part.whole
         at = next((i for i, other in enumerate(self.param_groups) if other is group), len(self.param_groups))
-        return f"parameter {index} of group {at}, of shape {shape},"
+        name = names[index] if names is not None and index < len(names) else None
+        label = f"parameter {index} of group {at}," if name is None else f"parameter {name!r}"
+        label += f" of shape {shape}"
+        if part is not None and part.piece is not None and not part.piece.complete:
+            label += f" (its part {tuple(part.shape)} on this rank)"
+        return label if name is not None else label + ","
 
     def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
         kind = type(self).__name__
@@ -640,16 +743,32 @@ class SketchOptimizer(torch.optim.Optimizer):
             for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
                 if saved["capturable"] and not group["capturable"]:  # a checkpoint from a machine with kernels
                     self._check_kernels(p, saved, partial(self._label, group, index))
-                if key in incoming["state"]:
-                    self._check_state(p, group, incoming["state"][key], self._label(group, index))
+                state = incoming["state"].get(key)
+                if key not in incoming["state"] or (isinstance(state, Mapping) and not state):
+                    continue
+                parts = self._parts.of(index, p)
+                if parts and parts[0].key is None:
+                    self._check_state(parts[0], group, state, self._label(group, parts[0]))
+                    continue
+                if not isinstance(state, Mapping) or set(state) != {part.key for part in parts}:
+                    raise ValueError(
+                        f"the saved state of group {number} does not hold what its flat partition on this rank holds "
+                        f"({len(parts)} pieces of parameters): it was written with another number of processes, "
+                        "another ZeRO stage or other settings of it. Load it as it was saved, or convert the "
+                        "checkpoint: sketch-plugins reshard CHECKPOINT --world-size N"
+                    )
+                for part in parts:
+                    self._check_state(part, group, state[part.key], self._label(group, part))
 
-    def _check_state(self, p: Tensor, group: Mapping[str, Any], saved: Any, label: str, which: str = "saved") -> None:
+    def _check_state(self, p: Part, group: Mapping[str, Any], saved: Any, label: str, which: str = "saved") -> None:
         """Raise ValueError unless ``saved`` is the state that the group's options describe."""
         if isinstance(saved, Mapping) and not saved:
             return
         stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
         further = self._further(p, group)
         expected = {"step", *(name for name, store in stores.items() if store is not None), *further}
+        if p.piece is not None:
+            expected.add(PLACE)
         if not isinstance(saved, Mapping) or set(saved) != expected:
             found = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else repr(saved)
             raise ValueError(f"the {which} state of {label} holds {found}; expected {', '.join(sorted(expected))}")
@@ -662,6 +781,14 @@ class SketchOptimizer(torch.optim.Optimizer):
             and ((which == "present" and step.device.type != "cpu") or 0 <= float(step) < 1e18)
         ):
             raise ValueError(f"the {which} step of {label} is {step!r}; expected a tensor of one number >= 0")
+        if p.piece is not None and (
+            not isinstance(saved[PLACE], Tensor) or saved[PLACE].tolist() != p.piece.place.tolist()
+        ):
+            raise ValueError(
+                f"the {which} state of {label} belongs to another part of it (place {saved[PLACE]}; expected "
+                f"{p.piece.place}): it was written with another number of processes or another layout. Convert it: "
+                "sketch-plugins reshard CHECKPOINT --world-size N"
+            )
         dtype = _arithmetic(p)
         for name, store in stores.items():
             if store is not None:
@@ -787,15 +914,18 @@ def _one_of_width_and_compression(given: Mapping[str, Any]) -> None:
         )
 
 
-_DTENSOR = (
-    "{} is a DTensor (FSDP2 or tensor parallel); {} cannot shard its state yet: use DDP, or torch.optim.AdamW for the "
-    "models that need it"
-)
-
-
 def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
-    if _is_dtensor(p):
-        raise ValueError(_DTENSOR.format(label(), kind))
+    if is_dtensor(p):
+        odd = [str(one) for one in p.placements if not one.is_replicate() and not one.is_shard()]  # type: ignore
+        if odd:
+            raise ValueError(
+                f"{label()} is a DTensor placed {', '.join(odd)}; {kind} takes Shard and Replicate: redistribute it"
+            )
+    if any(cls.__name__ == "FlatParameter" for cls in type(p).__mro__) or hasattr(p, "_is_flat_param"):
+        raise ValueError(
+            f"{label()} is a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the shapes in "
+            "it. Use FSDP2, torch.distributed.fsdp.fully_shard"
+        )
     if p.is_complex():
         raise ValueError(
             f"{label()} is complex ({p.dtype}); {kind} takes real parameters: pass torch.view_as_real of it"
@@ -804,11 +934,6 @@ def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
         raise ValueError(f"{label()} has dtype {p.dtype}; {kind} takes floating point parameters")
     if p.layout != torch.strided:
         raise ValueError(f"{label()} has layout {p.layout}; {kind} takes strided parameters")
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    # By name: importing torch.distributed.tensor costs a second, and builds without distributed have none.
-    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
 def _check_compiler() -> None:
@@ -821,12 +946,13 @@ def _check_compiler() -> None:
         )
 
 
-def _arithmetic(p: Tensor) -> torch.dtype:
+def _arithmetic(p: Shaped) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def _exact(p: Tensor, group: Mapping[str, Any]) -> bool:
-    return p.ndim < 2 or p.numel() < group["min_compress_size"]
+def _exact(p: Shaped, group: Mapping[str, Any]) -> bool:
+    whole = whole_shape(p)  # or all but a few ranks' parts would be small
+    return len(whole) < 2 or math.prod(whole) < group["min_compress_size"]
 
 
 def _l2(grad: Gradient) -> float | None:
@@ -851,12 +977,13 @@ def _root_mean(squares: Any, grad: Gradient) -> Tensor:
 
 def _restored(value: Any, device: torch.device, capturable: bool) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)  # or one state dict would tie two optimizers together
+        # A copy, or one state dict would tie two optimizers together; its strides may be those of a cut from a larger one.
+        return value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, Mapping):
         # The step counter lives on the CPU, or reading it would wait for a device; with capturable nobody reads it.
         cpu = torch.device("cpu")
         return {
-            key: _restored(v, cpu if key == "step" and not capturable else device, capturable)
+            key: _restored(v, cpu if key == PLACE or (key == "step" and not capturable) else device, capturable)
             for key, v in value.items()
         }
     return value

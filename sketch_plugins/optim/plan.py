@@ -36,28 +36,37 @@ class Plan:
 
     def __init__(self) -> None:
         self.programs: dict[Backend, Any] = {}
-        #: Group number -> its options in the last step.
-        self.options: dict[int, dict[str, Any]] = {}
+        #: Identity of a group -> the group, and its options in the last step.
+        self.options: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._tasks: dict[int, tuple[tuple[Any, ...], Backend, Any]] = {}
 
-    def recall(self, p: Tensor, group: dict[str, Any], options: tuple[Any, ...] | None, state: Any) -> Known | None:
+    def recall(
+        self, p: Tensor, grad: Tensor | None, group: dict[str, Any], options: tuple[Any, ...] | None, state: Any
+    ) -> Known | None:
         """The step of a parameter that looks as it did; None if it does not."""
         found = self._tasks.get(id(p))
         if found is None or options is None:
             return None
-        marks = _marks(p, options, state)
-        if marks is None or marks != found[0]:
+        marks = _marks(p, grad, options, state)
+        if grad is None or marks is None or marks != found[0]:
             return None
         counter = state["step"]
         if not isinstance(counter, Tensor) or counter.numel() != 1 or not counter.is_cpu:
             return None
         step = counter.item()
-        assert p.grad is not None
-        return Known(found[1], found[2], group, counter, int(step) + 1, p.grad.data_ptr()) if 0 <= step < 1e18 else None
+        return Known(found[1], found[2], group, counter, int(step) + 1, grad.data_ptr()) if 0 <= step < 1e18 else None
 
-    def learn(self, p: Tensor, options: tuple[Any, ...] | None, state: Any, backend: Backend, task: Any) -> None:
+    def learn(
+        self,
+        p: Tensor,
+        grad: Tensor | None,
+        options: tuple[Any, ...] | None,
+        state: Any,
+        backend: Backend,
+        task: Any,
+    ) -> None:
         """Keep a task for the next step."""
-        marks = None if options is None else _marks(p, options, state)
+        marks = None if options is None else _marks(p, grad, options, state)
         if marks is not None:
             self._tasks[id(p)] = marks, backend, task
 
@@ -77,8 +86,7 @@ def group_marks(options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[A
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _marks(p: Tensor, options: tuple[Any, ...], state: Any) -> tuple[Any, ...] | None:
-    g = p.grad
+def _marks(p: Tensor, g: Tensor | None, options: tuple[Any, ...], state: Any) -> tuple[Any, ...] | None:
     if type(p) not in _PLAIN or type(g) is not Tensor or type(state) is not dict or g.layout is not torch.strided:
         return None
     marks = [

@@ -15,6 +15,7 @@ from sketch_plugins.optim.options import COMMON, Option
 from sketch_plugins.optim.plan import Known
 from sketch_plugins.optim.sketchy import check_finite, take
 from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.sharding.parts import Part, Shaped
 from sketch_plugins.stores import Gradient, Store
 
 _COMMON = ("lr", "eps", "weight_decay", "maximize", "chunk_size")
@@ -96,7 +97,7 @@ class SAdagrad(SketchOptimizer):
     ) -> None:
         super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
 
-    def _further(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Further]:
+    def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
         return {"preconditioner": _vector(p.numel(), group["rank"])} if p.numel() else {}
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
@@ -110,13 +111,13 @@ class SAdagrad(SketchOptimizer):
             denominator=None,
         )
 
-    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]], known: list[Known]) -> None:
+    def _update(self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known]) -> None:
         check_finite(self)
         super()._update(work, known)
 
     def _eager(
         self,
-        p: Tensor,
+        p: Part,
         grad: Gradient,
         rule: Rule,
         state: Mapping[str, Any],
@@ -140,7 +141,7 @@ class SAdagrad(SketchOptimizer):
         units = 2.0 * (side.rank + 1)
         inside, outside = fd.inverse_root(covariance, -0.5, group["eps"], "paper", relative=False, units=units)
         fd.multiply(vector, covariance.vectors, inside, outside)
-        take(p, grad, whole, group["lr"], rule, state, group)
+        take(p.data, grad, whole, group["lr"], rule, state, group)
 
 
 def _vector(size: int, rank: int) -> Kronecker:

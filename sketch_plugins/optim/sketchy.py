@@ -27,6 +27,7 @@ from sketch_plugins.optim.base import (
 from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, FIRST_MOMENTS, Option
 from sketch_plugins.optim.plan import Known
 from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
 from sketch_plugins.stores import Ema, Gradient, Store
 from sketch_plugins.stores.sketch import BUCKETS
 
@@ -409,26 +410,26 @@ class Sketchy(SketchOptimizer):
 
     # -- for the base ---------------------------------------------------------------------------------------------
 
-    def _stores(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
+    def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         return self._moments(p, group, group["momentum_of"] == "all" or self._whole(p, group))
 
-    def _moments(self, p: Tensor, group: Mapping[str, Any], first: bool) -> tuple[Store | None, Store | None]:
+    def _moments(self, p: Shaped, group: Mapping[str, Any], first: bool) -> tuple[Store | None, Store | None]:
         kinds = {"second_moment": GRAFTS[group["graft"]], "first_moment": group["first_moment"] if first else "none"}
         return super()._stores(p, {**group, **kinds})
 
-    def _whole(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+    def _whole(self, p: Shaped, group: Mapping[str, Any]) -> bool:
         """Whether every axis has a covariance."""
         plan = self.preconditioner_of(p, group)
         return plan is not None and all(plan.ranks)
 
-    def _further(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Further]:
+    def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
         plan = self.preconditioner_of(p, group)
         return {} if plan is None else {"preconditioner": plan}
 
-    def preconditioner_of(self, p: Tensor, group: Mapping[str, Any]) -> Kronecker | None:
+    def preconditioner_of(self, p: Shaped, group: Mapping[str, Any]) -> Kronecker | None:
         """Axes, blocks and ranks of a parameter's covariances; None where it has none."""
         shape = tuple(p.shape)
-        dims, preconditioned = _axes(shape, *(group[name] for name in _AXES))
+        dims, preconditioned = _axes_of(shape, whole_shape(p), *(group[name] for name in _AXES))
         if not any(preconditioned):
             return None
         dtype, others = torch.float64 if p.dtype == torch.float64 else torch.float32, 0
@@ -454,7 +455,7 @@ class Sketchy(SketchOptimizer):
                             "are not finite"
                         )
 
-    def _row_sparse(self, p: Tensor, group: Mapping[str, Any]) -> Any:
+    def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
         # Rows of what is preconditioned along them are no rows of an embedding.
         return False if self._whole(p, group) else super()._row_sparse(p, group)
 
@@ -486,7 +487,7 @@ class Sketchy(SketchOptimizer):
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def _update(self, work: list[tuple[Tensor, dict[str, Any], Gradient]], known: list[Known]) -> None:
+    def _update(self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known]) -> None:
         for group in self.param_groups:
             _check(group)
         if not check_finite(self):
@@ -497,9 +498,11 @@ class Sketchy(SketchOptimizer):
             plan = self.preconditioner_of(p, group)
             if plan is None or grad.rows is not None or group["statistics"] == "sample":
                 continue
-            step = int(self.state[p]["step"].item())
+            held = self._state_of(p)
+            assert held is not None
+            step = int(held["step"].item())
             if _due(step, group["update_freq"]) and _sampled(step, group["statistics_freq"]):
-                state = self.state[p]["preconditioner"]
+                state = held["preconditioner"]
                 key = group["tail"], _solver(step, group)
                 due.setdefault(key, []).extend((side, state, None) for side in plan.sides)
         for (tail, solver), sides in due.items():
@@ -507,7 +510,7 @@ class Sketchy(SketchOptimizer):
 
     def _eager(
         self,
-        p: Tensor,
+        p: Part,
         grad: Gradient,
         rule: Rule,
         state: Mapping[str, Any],
@@ -558,7 +561,7 @@ class Sketchy(SketchOptimizer):
         if first is not None and not before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             x.mul_(size)
-        take(p, grad, whole, group["lr"], rule, state, group)
+        take(p.data, grad, whole, group["lr"], rule, state, group)
 
     def _gather(
         self, plan: Kronecker, state: dict[str, Tensor], x: Tensor, step: int, group: Mapping[str, Any]
@@ -603,13 +606,13 @@ class Sketchy(SketchOptimizer):
             second.finish(state["second_moment"], working["second_moment"], grad)
         return squares
 
-    def _scale(self, p: Tensor, grad: Gradient, squares: Tensor, group: Mapping[str, Any]) -> Tensor:
+    def _scale(self, p: Part, grad: Gradient, squares: Tensor, group: Mapping[str, Any]) -> Tensor:
         """What `update_clip` and `scale_parameter` multiply the update by, 0-d."""
         size = torch.ones_like(squares)
         if group["update_clip"]:
             size /= ((squares / p.numel()).sqrt() / group["update_clip"]).clamp_(min=1.0)
         if group["scale_parameter"]:
-            matrix = Matrix(p)
+            matrix = Matrix(p.data)
             norm = torch.zeros_like(squares)
             for at in grad.batches():
                 # Contiguous: the same bits for any layout.
@@ -636,6 +639,19 @@ def _axes(
     if min(dims) == 1:
         return dims, ()
     return dims, tuple(precondition == "all" or (d <= longest and d <= ratio * (size // d)) for d in dims)
+
+
+@lru_cache(maxsize=1024)
+def _axes_of(shape: tuple[int, ...], whole: tuple[int, ...], *options: Any) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """`_axes` of a part of a parameter: those axes have a covariance that have one in the whole.
+
+    But a part of a single row, or column, has none.
+    """
+    dims, own = _axes(shape, *options)
+    if shape == whole or not dims or min(dims) <= 1:
+        return dims, own
+    others, preconditioned = _axes(whole, *options)
+    return (dims, preconditioned) if len(others) == len(dims) and preconditioned else (dims, own)
 
 
 @lru_cache(maxsize=1024)
@@ -794,24 +810,34 @@ def take(
 def check_finite(optimizer: SketchOptimizer) -> bool:
     """Whether the step may be taken: decompositions of what is not finite do not end.
 
+    Where parameters are spread over ranks, all of them come to the same answer: each asks the others.
+
     Raises:
-        ValueError: a gradient is not finite, and its group does not say ``nonfinite="skip"``.
+        ValueError: a gradient is not finite, on this rank or on another that has a part of the same parameters, and its
+            group does not say ``nonfinite="skip"``.
     """
+    parts = optimizer._parts
+    grads = [
+        (group, index, local_grad(p))
+        for group in optimizer.param_groups
+        for index, p in enumerate(group["params"])
+        if p.grad is not None and p.numel() > 0
+    ]
     by_device: dict[torch.device, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None and p.numel() > 0:
-                by_device.setdefault(p.device, []).append(p.grad)
+    for _, _, grad in grads:
+        if grad.numel() > 0:
+            by_device.setdefault(grad.device, []).append(grad)
+    others = parts.process_groups(optimizer.param_groups)
     # One number for each device is waited for.
-    if all(_small(grads) for grads in by_device.values()):
+    if agree(all([_small(of) for of in by_device.values()]), others):
         return True
     skip = "nonfinite" in optimizer.OPTIONS
-    for group in optimizer.param_groups:
-        for index, p in enumerate(group["params"]):
-            if p.grad is None or _all_finite(p.grad) or (skip and group["nonfinite"] == "skip"):
-                continue
-            raise ValueError(
-                f"{optimizer._label(group, index)} has a gradient that is not finite, or whose squares are not; "
-                "nothing has been changed. Scale the loss or clip" + (", or use nonfinite='skip'" if skip else "")
-            )
-    return all(_all_finite(grad) for grads in by_device.values() for grad in grads)
+    wrong = [(group, index) for group, index, grad in grads if not _all_finite(grad)]
+    refused = [(group, index) for group, index in wrong if not (skip and group["nonfinite"] == "skip")]
+    if not agree(not refused, others):
+        whose = optimizer._label(*refused[0]) if refused else "a parameter, on another rank,"
+        raise ValueError(
+            f"{whose} has a gradient that is not finite, or whose squares are not; "
+            "nothing has been changed. Scale the loss or clip" + (", or use nonfinite='skip'" if skip else "")
+        )
+    return agree(not wrong, others)

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +19,21 @@ from torch import Tensor
 from sketch_plugins.sharding.blocks import matrix_shape
 
 
-class Original(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Original:
     """A parameter as its optimizer was given it, before a framework put other tensors in its place.
 
     Attributes:
         ref: weak reference to it.
         shape: of the whole parameter.
-        index: its number in the parameter group.
+        index: its number among all the parameters of the optimizer.
+        name: what to call it.
     """
 
     ref: weakref.ref[Tensor]
     shape: tuple[int, ...]
     index: int
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Fragment:
     """Consecutive elements of a parameter that lie in a flat tensor.
 
     Attributes:
-        index: number of the parameter in its group.
+        index: number of the parameter among all those of its optimizer.
         whole: shape of the whole parameter.
         start: its first element, in the parameter's own (row-major) order.
         numel: how many.
@@ -58,7 +60,7 @@ class Piece:
     """A rectangle of a parameter's matrix, seen as a tensor.
 
     Attributes:
-        index: number of the parameter in its group.
+        index: number of the parameter among all those of its optimizer.
         whole: shape of the whole parameter.
         shape: of the piece: ``(rows, *whole[1:])`` for whole rows, else ``(rows, columns)``; vectors: ``(n,)``.
         row: first row in the parameter's matrix.

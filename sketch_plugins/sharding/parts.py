@@ -1,0 +1,291 @@
+"""What takes a step of its own: a parameter, the local shard of a DTensor, a piece of a flat partition."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.sharding import deepspeed
+from sketch_plugins.sharding.pieces import Original, Piece, pieces
+
+# State of a piece that says which one it is.
+PLACE = "place"
+
+
+@dataclass(eq=False)
+class Part:
+    """A tensor of this rank that an optimizer handles by itself.
+
+    Attributes:
+        data: the numbers, in the parameter's own memory.
+        owner: the tensor in the parameter group.
+        index: number of the owner in its group.
+        whole: shape of the parameter that this is a part of.
+        piece: where it lies in that parameter; None: it is the whole.
+        key: where its state is in that of the owner; None: it is the owner's.
+        name: of the parameter, where the owner is not the one that was given; else empty.
+    """
+
+    data: Tensor
+    owner: Tensor
+    index: int
+    whole: tuple[int, ...]
+    piece: Piece | None = None
+    key: str | None = None
+    name: str = ""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the part."""
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the part."""
+        return self.data.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameter."""
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the numbers."""
+        return self.data.device
+
+    def numel(self) -> int:
+        """Elements of the part."""
+        return self.data.numel()
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The part of the gradient."""
+        grad = self.owner.grad
+        if grad is None or self.data is self.owner:
+            return grad
+        if self.key is not None:
+            assert self.piece is not None
+            return self.piece.of(grad)
+        return local_grad(self.owner)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the owner is a DTensor: other ranks have the rest."""
+        return self.key is None and self.data is not self.owner
+
+
+Shaped = Tensor | Part
+
+
+def whole_shape(p: Shaped) -> tuple[int, ...]:
+    """Shape of the parameter that this is, or is a part of."""
+    return p.whole if isinstance(p, Part) else tuple(p.shape)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor.
+
+    By name: importing `torch.distributed.tensor` costs a second, and builds without distributed have none.
+    """
+    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
+
+
+class Parts:
+    """The parts of every parameter of an optimizer.
+
+    It is no state: it is made anew for a copy. What it remembers of a flat partition is looked at again as soon as the
+    partition lies elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.originals: list[Original] = []
+        self._given: dict[int, Original] = {}
+        self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Part]]] = {}
+
+    def add(self, group: Mapping[str, Any], number: int) -> None:
+        """Remember the parameters of a new group: a framework may put other tensors in their place."""
+        names = group.get("param_names")
+        for i, p in enumerate(group["params"]):
+            name = names[i] if names else f"{number}.{i}"
+            self.originals.append(Original(weakref.ref(p), deepspeed.whole_shape(p), len(self.originals), name))
+            self._given[id(p)] = self.originals[-1]
+
+    def of(self, index: int, p: Tensor) -> list[Part]:
+        """The parts of a tensor in a parameter group; none where a flat partition holds nothing but padding.
+
+        Args:
+            index: of the tensor in the group.
+            p: the tensor.
+
+        Raises:
+            ValueError: it is a flat partition, and what lies where in it cannot be found.
+        """
+        given = self._given.get(id(p))
+        if p.ndim != 1 or is_dtensor(p) or not self.originals or (given is not None and given.ref() is p):
+            return [Part(local_of(p), p, index, tuple(p.shape), _shard(p, index))]
+        found = self._flat.get(id(p))
+        if found is None or found[0]() is not p or found[1] != p.data_ptr():
+            found = self._flat[id(p)] = weakref.ref(p), p.data_ptr(), self._cut(index, p)
+        return found[2]
+
+    def process_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The process groups over which parameters are spread, each once; none where each rank has all of them."""
+        spread = [deepspeed.process_group(self.originals)]
+        for group in groups:
+            for p in group["params"]:
+                if is_dtensor(p):
+                    spread += [
+                        p.device_mesh.get_group(k)
+                        for k, placement in enumerate(p.placements)
+                        if not placement.is_replicate()
+                    ]
+        return [one for i, one in enumerate(spread) if one is not None and one not in spread[:i]]
+
+    def _cut(self, index: int, flat: Tensor) -> list[Part]:
+        fragments = deepspeed.fragments(flat, self.originals)
+        if not fragments:
+            return [Part(flat, flat, index, tuple(flat.shape))]
+        out = []
+        numbers = flat.detach()
+        for piece in pieces(fragments):
+            size = "x".join(map(str, piece.shape))
+            key = f"{piece.index}[{piece.row},{piece.column}:{size}]"
+            name = self.originals[piece.index].name
+            out.append(Part(piece.of(numbers), flat, index, piece.whole, piece, key, name))
+        return out
+
+
+def local_of(p: Tensor) -> Tensor:
+    """What this rank has of a DTensor; any other tensor as it is."""
+    return _local(p) if is_dtensor(p) else p
+
+
+def local_grad(p: Any) -> Tensor:
+    """What this rank has of a gradient that is there."""
+    grad = p.grad
+    if not is_dtensor(grad):
+        return grad
+    if grad.placements != p.placements:  # tensor parallelism may leave sums to be made
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return _local(grad)
+
+
+def _local(tensor: Any) -> Tensor:
+    with torch.no_grad():
+        local = tensor.to_local()
+    # Of a reduction that is still under way.
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def _shard(p: Any, index: int) -> Piece | None:
+    if not is_dtensor(p):
+        return None
+    whole, local = tuple(p.shape), tuple(p.to_local().shape)
+    start = offsets(p)
+    row, column = (start[0] if start else 0), 0
+    if len(whole) > 1:
+        if any(start[2:]) or local[2:] != whole[2:]:
+            row = column = -1  # columns of the matrix that do not adjoin
+        else:
+            column = start[1] * prod(whole[2:])
+    return Piece(index, whole, local, row, column)
+
+
+def offsets(p: Any) -> tuple[int, ...]:
+    """Where the local shard of a DTensor starts, along each dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1])
+
+
+def wrap(p: Any, tensors: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a DTensor's local shard as DTensors, which a distributed checkpoint keeps apart for each rank.
+
+    A tensor of size s becomes one of size (W, *s), sharded along the first dimension (one for each mesh dimension that
+    shards the parameter): plain tensors would count as the same on every rank, and all but one would be lost.
+
+    Args:
+        p: the parameter.
+        tensors: its state; nested.
+        layout: name -> size, nested likewise, of the largest shard's state: all ranks have to agree on a size, so
+            smaller ones are filled up with zeros.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements: list[Any] = []
+    for placement in p.placements:
+        shards = sum(1 for one in placements if not one.is_replicate())
+        placements.append(Replicate() if placement.is_replicate() else Shard(shards))
+    lead = sum(1 for one in placements if not one.is_replicate())
+
+    def one(name: str, tensor: Any, size: Any) -> Any:
+        if isinstance(size, Mapping):
+            return {key: one(key, (tensor or {}).get(key), value) for key, value in size.items()}
+        shape, dtype = size
+        if tensor is None or tuple(tensor.shape) != tuple(shape):
+            full = torch.zeros(shape, dtype=dtype, device=p.device)
+            if tensor is not None:
+                full[tuple(map(slice, tensor.shape))] = tensor
+            tensor = full
+        tensor = tensor.to(p.device)
+        return DTensor.from_local(
+            tensor.reshape((1,) * lead + tuple(tensor.shape)), p.device_mesh, placements, run_check=False
+        )
+
+    return {name: one(name, tensors.get(name), size) for name, size in layout.items()}
+
+
+def unwrap(value: Any, lead: int) -> Any:
+    """This rank's part of what `wrap` made; nested. ``lead``: dimensions that it put in front."""
+    if isinstance(value, Mapping):
+        return {key: unwrap(v, lead) for key, v in value.items()}
+    if isinstance(value, Tensor) and is_dtensor(value):
+        local = _local(value)
+        return local.reshape(local.shape[lead:]) if all(n == 1 for n in local.shape[:lead]) else local
+    return value
+
+
+def trim(value: Any, layout: Any) -> Any:
+    """What was filled up, cut to the sizes of ``layout``; what does not fit is left for those who check it."""
+    if isinstance(layout, Mapping):
+        if not isinstance(value, Mapping):
+            return value
+        return {key: trim(value[key], size) for key, size in layout.items() if key in value}
+    shape = layout[0]
+    if not isinstance(value, Tensor) or value.ndim != len(shape) or any(map(int.__lt__, value.shape, shape)):
+        return value
+    return value[tuple(map(slice, shape))]
+
+
+def leading(p: Any) -> int:
+    """Dimensions that `wrap` puts in front of state."""
+    return sum(1 for placement in p.placements if not placement.is_replicate())
+
+
+def largest(p: Any) -> Tensor:
+    """A tensor without memory, of the shape that the largest local shard of a DTensor has at most."""
+    shape = list(p.shape)
+    for k, placement in enumerate(p.placements):
+        if not placement.is_replicate():
+            shape[placement.dim] = -(-shape[placement.dim] // p.device_mesh.size(k))
+    return torch.empty(shape, dtype=p.dtype, device="meta")
+
+
+def agree(flag: bool, groups: Sequence[Any]) -> bool:
+    """Whether the flag is set on every rank of the process groups."""
+    if not groups:
+        return flag
+    import torch.distributed as dist
+
+    on_gpu = any("nccl" in dist.get_backend(group) for group in groups)
+    tensor = torch.tensor(int(flag), device="cuda" if on_gpu else "cpu")
+    for group in groups:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group)
+    return bool(tensor.item())

@@ -1,0 +1,295 @@
+"""One rank of the FSDP2 tests: ``fsdp2_worker.py RANK WORLD STORE CHECK [FOLDER]``."""
+
+import copy
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from sketch_plugins import registry, state_report
+
+RANK, WORLD = int(sys.argv[1]), int(sys.argv[2])
+SMALL = {"min_compress_size": 64}
+# What is left of a method where its numbers do not depend on how a parameter is cut.
+EXACT = {
+    "cs_adam": {"preset": "exact"},
+    "cs_rmsprop": {"preset": "exact"},
+    "cs_adagrad": {"preset": "exact"},
+    "cs_momentum": {"momentum_dtype": None},
+    "sm3": None,
+    "sketchy": {"preset": "exact", "update_clip": 0.0, "scale_parameter": False, "momentum_of": "all"},
+}
+
+
+class Net(torch.nn.Module):
+    """An embedding, a convolution, matrices with rows that no number of ranks divides, one of fewer rows than ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(37, 24)
+        self.conv = torch.nn.Conv1d(24, 10, 3, padding=1)
+        self.inner = torch.nn.Linear(10, 33)
+        self.few = torch.nn.Linear(33, 3, bias=False)
+        self.head = torch.nn.Linear(3, 37)
+
+    def forward(self, x):
+        h = self.conv(self.embed(x).mT).mT
+        return self.head(self.few(torch.tanh(self.inner(h))))
+
+
+def build(name, options, mesh=None, seed=0, shard=True):
+    torch.manual_seed(seed)
+    model = Net()
+    if shard:
+        for layer in (model.embed, model.conv, model.inner):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    own = {k: v for k, v in {**SMALL, **options}.items() if k in registry.get(name).options}
+    return model, registry.get(name).cls(model.named_parameters(), lr=0.02, **own)
+
+
+def batch(step, rank=0):
+    g = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randint(0, 37, (4, 9), generator=g)
+
+
+def train(model, optimizer, steps, first=0, ranks=(0,)):
+    """The mean over the ranks' batches; under FSDP each rank has one of them."""
+    for step in range(first, first + steps):
+        for rank in ranks:
+            x = batch(step, rank)
+            loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten())
+            (loss / len(ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def full(model):
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+def tensors(value, prefix=""):
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from tensors(v, f"{prefix}.{k}")
+    elif isinstance(value, torch.Tensor):
+        yield prefix, value.to_local() if isinstance(value, DTensor) else value
+
+
+def state_of(optimizer):
+    return [dict(tensors(optimizer.state[p])) for g in optimizer.param_groups for p in g["params"]]
+
+
+def same_state(a, b):
+    ours, theirs = state_of(a), state_of(b)
+    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+        wrong = sorted(x.keys() ^ y.keys()) or [k for k in x if not torch.equal(x[k], y[k])]
+        assert not wrong, f"state of parameter {i}: {wrong}"
+    return True
+
+
+def check_equal(name):
+    """The same gradients: the same weights, bit for bit, where the method does not depend on the cut."""
+    if EXACT[name] is None:
+        return
+    options = {k: v for k, v in EXACT[name].items() if v is not None}
+    if name == "cs_momentum":
+        options = {"preset": "exact"} if "exact" in registry.get(name).cls.PRESETS else {"first_moment": "fp32"}
+    alone, single = build(name, options, shard=False)
+    model, optimizer = build(name, options)
+    for step in range(4):
+        g = torch.Generator().manual_seed(step)
+        for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=g)
+            q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements)
+        single.step()
+        optimizer.step()
+    a, b = full(alone), full(model)
+    assert same(a, b), [n for n in a if not torch.equal(a[n], b[n])]
+
+
+def check_trains(name):
+    """The ranks' mean gradient: close to one process that sees all batches; how close is the method's own."""
+    single, alone = build(name, {}, shard=False)
+    model, optimizer = build(name, {})
+    before = full(model)
+    train(single, alone, 8, ranks=range(WORLD))
+    for step in range(8):
+        train(model, optimizer, 1, first=step, ranks=(RANK,))
+    a, b = full(single), full(model)
+    moved = sum(float((a[n] - before[n]).square().sum()) for n in a) ** 0.5
+    apart = sum(float((a[n] - b[n]).square().sum()) for n in a) ** 0.5
+    assert apart < 0.6 * moved, (apart, moved)
+    report = state_report(optimizer)
+    total = torch.tensor(report.state_bytes)
+    dist.all_reduce(total)
+    whole = state_report(alone).state_bytes
+    # Every shard of a cover has all columns; tables of few rows round up.
+    print(f"{name}: bytes {int(total)} sharded, {whole} whole, apart {apart / moved:.3f}")
+
+
+def check_bytes(name):
+    """BERT's shapes: the state of a rank is its share of the whole."""
+    shapes = [(3072, 256), (256, 256), (1024, 256), (256, 1024), (256,), (1024,)]
+    mesh = init_device_mesh("cpu", (WORLD,))
+    cls = registry.get(name).cls
+    whole = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+    shards = [torch.nn.Parameter(distribute_tensor(torch.zeros(s), mesh, [Shard(0)])) for s in shapes]
+    a, b = cls(whole), cls(shards)
+    for p, q in zip(whole, shards, strict=True):
+        p.grad = torch.ones_like(p)
+        q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+    a.step()
+    b.step()
+    mine, share = state_report(b).state_bytes, state_report(a).state_bytes / WORLD
+    extra = 0
+    if name == "sm3":  # a shard's cover of the columns is whole
+        extra = sum(4 * s[1] * (1 - 1 / WORLD) for s in shapes if len(s) == 2)
+    if name == "sketchy":  # and so is its covariance of the columns, and there is a buffer
+        extra = sum(2 * 4 * 32 * s[1] * (1 - 1 / WORLD) for s in shapes if len(s) == 2)
+    assert share * 0.9 <= mine <= share * 1.1 + extra * 1.1, (mine, share, extra)
+
+
+def check_sharded_checkpoint(name, folder):
+    """Saved as shards and loaded into another model: the run goes on as if nothing had been."""
+    model, optimizer = build(name, {})
+    train(model, optimizer, 3, ranks=(RANK,))
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+    if name == "sm3":  # once the asynchronous way
+        # Over a group of its own, or its messages and the training's would meet.
+        group = dist.new_group(backend="gloo")
+        future = dcp.async_save(state, checkpoint_id=f"{folder}/{name}", process_group=group)
+        train(model, optimizer, 1, first=3, ranks=(RANK,))
+        future.result()
+    else:
+        dcp.save(state, checkpoint_id=f"{folder}/{name}")
+        train(model, optimizer, 1, first=3, ranks=(RANK,))
+    other, fresh = build(name, {}, seed=1)
+    state = {"model": get_model_state_dict(other), "optim": get_optimizer_state_dict(other, fresh)}
+    dcp.load(state, checkpoint_id=f"{folder}/{name}")
+    set_model_state_dict(other, state["model"])
+    set_optimizer_state_dict(other, fresh, state["optim"])
+    train(other, fresh, 1, first=3, ranks=(RANK,))
+    assert same(full(model), full(other)) and same_state(optimizer, fresh)
+
+
+def check_full_checkpoint(name):
+    """The full state dict on rank 0, broadcast to a new model; and the flattened one."""
+    model, optimizer = build(name, {})
+    train(model, optimizer, 3, ranks=(RANK,))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+    flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    flat = copy.deepcopy(flat)
+    train(model, optimizer, 1, first=3, ranks=(RANK,))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    other, fresh = build(name, {}, seed=1)
+    set_model_state_dict(other, copy.deepcopy(weights) if RANK == 0 else {}, options=options)
+    set_optimizer_state_dict(other, fresh, copy.deepcopy(state) if RANK == 0 else {}, options=options)
+    train(other, fresh, 1, first=3, ranks=(RANK,))
+    assert same(full(model), full(other)) and same_state(optimizer, fresh)
+    other, fresh = build(name, {}, seed=1)
+    set_model_state_dict(other, weights, options=StateDictOptions(full_state_dict=True))
+    get_optimizer_state_dict(other, fresh)  # makes the state
+    set_optimizer_state_dict(other, fresh, flat, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    train(other, fresh, 1, first=3, ranks=(RANK,))
+    assert same(full(model), full(other)) and same_state(optimizer, fresh)
+
+
+def check_meshes(name):
+    """HSDP (2 x 2), and tensor parallelism along columns."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model, optimizer = build(name, {}, mesh=mesh)
+    train(model, optimizer, 2, ranks=(RANK,))
+    state = optimizer.state_dict()
+    train(model, optimizer, 1, first=2, ranks=(RANK,))
+    other, fresh = build(name, {}, mesh=mesh)
+    train(other, fresh, 2, ranks=(RANK,))
+    fresh.load_state_dict(state)  # of two steps ago in memory: what it holds has moved on
+    flat = init_device_mesh("cpu", (WORLD,))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(12, 40), flat, [Shard(1)]))
+    own = {k: v for k, v in SMALL.items() if k in registry.get(name).options}
+    columns = registry.get(name).cls([p], **own)
+    p.grad = distribute_tensor(torch.randn(12, 40, generator=torch.Generator().manual_seed(0)), flat, [Shard(1)])
+    columns.step()
+    assert columns.state[p]["place"].tolist() == [0, 10 * RANK, 12, 40]
+    columns.load_state_dict(columns.state_dict())
+    columns.step()
+
+
+def check_nan(name):
+    """A NaN on one rank: every rank raises, or none does; and where they raise nothing has changed."""
+    model, optimizer = build(name, {})
+    train(model, optimizer, 1, ranks=(RANK,))
+    before = full(model)
+    for p in model.parameters():
+        p.grad = distribute_tensor(torch.ones(p.shape), p.device_mesh, p.placements)
+    if RANK == WORLD - 1:
+        next(model.parameters()).grad.to_local()[0] = float("nan")
+    try:
+        optimizer.step()
+        raised = 0
+    except ValueError as error:
+        raised = 1
+        assert "not finite" in str(error)
+    total = torch.tensor(raised)
+    dist.all_reduce(total)
+    assert int(total) in (0, WORLD), int(total)
+    if raised:
+        assert same(before, full(model))
+
+
+def check_errors(name):
+    model, optimizer = build(name, {})
+    train(model, optimizer, 1, ranks=(RANK,))
+    state = optimizer.state_dict()
+    single, alone = build(name, {}, shard=False)
+    train(single, alone, 1)
+    for into, what in ((alone, state), (optimizer, alone.state_dict())):
+        before = {k: v.clone() for s in state_of(into) for k, v in s.items()}
+        try:
+            into.load_state_dict(what)
+        except ValueError as error:
+            assert "parameter" in str(error), error
+        else:
+            raise AssertionError("the state of another partition was loaded")
+        assert all(torch.equal(v, before[k]) for s in state_of(into)[-1:] for k, v in s.items())
+
+
+def main():
+    check, folder = sys.argv[4], sys.argv[5] if len(sys.argv) > 5 else ""
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], WORLD), rank=RANK, world_size=WORLD)
+    if folder:
+        Path(folder).mkdir(exist_ok=True, parents=True)
+    for one in check.split(","):
+        for name in sys.argv[6].split(",") if len(sys.argv) > 6 else registry.names():
+            begin = time.perf_counter()
+            try:
+                globals()[f"check_{one}"](name, *([folder] if one == "sharded_checkpoint" else []))
+            except BaseException:
+                print(f"FAILED: check_{one} of {name} on rank {RANK}", flush=True)
+                raise
+            dist.barrier()
+            print(f"{one} {name}: {time.perf_counter() - begin:.2f} s", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
