@@ -11,58 +11,35 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from sketch_deepspeed.layout import Buffer, Joint, Parameter, joint, single, undealt
-from sketch_plugins import optim
-from sketch_plugins.optim import SketchOptimizer
-from sketch_plugins.sharding.parts import PLACE, Part
-from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
-from sketch_plugins.sharding.recut import Held, recut
-from sketch_plugins.stores import Dense
+from sketch_plugins.checkpoints.kept import (
+    CannotReshard,
+    Kept,
+    Progress,
+    Report,
+    nbytes,
+    output_of,
+    whole_or_not_at_all,
+)
+from sketch_plugins.sharding.pieces import Fragment, index_of, pieces
+from sketch_plugins.sharding.recut import Held
 
 _MODEL = "mp_rank_00_model_states.pt"
 _RANK = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _SUB_GROUP_SIZE = 10**9  # DeepSpeed's default
-
-
-class CannotReshard(ValueError):
-    """What is wrong with the request or the checkpoint; nothing was written."""
-
-
-@dataclass
-class Report:
-    """What was done.
-
-    Attributes:
-        output: directory that was written.
-        stage: of ZeRO, ``"1"`` to ``"3"``.
-        optimizer: name of its class.
-        before: ranks that had written the checkpoint.
-        after: ranks that it is for now.
-        parameters: elements of the trainable parameters.
-        copied: kind of state -> pieces that were copied as they were.
-        cut: kind of state -> pieces that were cut anew.
-        nbytes: of all state, before and after.
-    """
-
-    output: Path
-    stage: str
-    optimizer: str
-    before: int
-    after: int
-    parameters: int = 0
-    copied: Counter[str] = field(default_factory=Counter)
-    cut: Counter[str] = field(default_factory=Counter)
-    nbytes: tuple[int, int] = (0, 0)
 
 
 def reshard(
@@ -71,7 +48,7 @@ def reshard(
     output: str | os.PathLike[str] | None = None,
     *,
     trust: bool = False,
-    progress: Callable[[int, int, str], None] = lambda done, of, what: None,
+    progress: Progress = lambda done, of, what: None,
 ) -> Report:
     """Write ``checkpoint`` anew for ``world_size`` ranks.
 
@@ -89,30 +66,18 @@ def reshard(
             parallelism, ``world_size`` is less than 1 or the present one, the output is there already. Nothing is left
             behind.
     """
-    if world_size < 1:
-        raise CannotReshard(f"world size {world_size}: allowed are integers from 1 on")
     root, tag = _find(Path(checkpoint))
-    target = Path(output) if output is not None else root.with_name(f"{root.resolve().name}-world{world_size}")
-    if target.exists():
-        raise CannotReshard(f"{target} exists already, and is not written over: give another --output")
+    target = output_of(root, world_size, output)
     old = _read(root / tag, trust)
     if old.world == world_size:
         raise CannotReshard(f"{root / tag} is for {world_size} ranks already")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with whole_or_not_at_all(target) as partial:
         (partial / tag).mkdir(parents=True)
         report = _write(old, world_size, partial / tag, target, progress)
         for entry in root.iterdir():
             if entry.is_file():
                 shutil.copy2(entry, partial / entry.name)
         (partial / "latest").write_text(tag)
-        if target.exists():  # since then
-            raise CannotReshard(f"{target} exists already, and is not written over: give another --output")
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return report
 
 
@@ -130,7 +95,7 @@ class _Checkpoint:
         ranks: what the files of optimizer state hold.
         buffers: how parameters lie in them.
         groups: parameters of each group, in the order of the group.
-        names: pattern of the state files' names.
+        prefix: of the state files' names.
     """
 
     stage: int
@@ -192,10 +157,6 @@ def _find(path: Path) -> tuple[Path, str]:
 
 
 def _load(file: Path, trust: bool) -> dict[str, Any]:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     try:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
             loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
@@ -310,25 +271,10 @@ def _layout(old: _Checkpoint, world: int) -> list[Buffer]:
 
 
 class _State:
-    """State of the optimizer, by parameter; what the optimizer itself would keep for any piece."""
+    """State of the optimizer, by parameter."""
 
     def __init__(self, old: _Checkpoint) -> None:
-        self.groups = [dict(group) for group in old.base(0)["param_groups"]]
-        kinds = {group.get("optimizer") for group in self.groups}
-        classes = {cls.__name__: cls for cls in vars(optim).values() if isinstance(cls, type)}
-        kind = next(iter(kinds)) if len(kinds) == 1 else None
-        cls = classes.get(kind) if isinstance(kind, str) else None
-        if cls is None or not issubclass(cls, SketchOptimizer) or cls is SketchOptimizer:
-            raise CannotReshard(
-                f"the state was written by {kind or 'another optimizer'}, which is none of sketch-plugins': only those "
-                "are cut anew"
-            )
-        # It says how state is kept; its own parameter has no part in it.
-        self.optimizer = cls([torch.zeros(1)])
-        for group in self.groups:
-            for name, value in self.optimizer.defaults.items():
-                group.setdefault(name, value)  # an option that is younger than the checkpoint
-        self.kind = cls.__name__
+        self.kept = Kept(old.base(0)["param_groups"])
         self.held: dict[str, list[Held]] = {}
         self.numbers: dict[str, int] = {}
         self.nbytes = 0
@@ -345,76 +291,30 @@ class _State:
             )
         for piece, (name, state) in zip(expected, states.items() or [("", {})] * len(expected), strict=True):
             parameter = buffer.parameters[piece.index].name
-            held = self.of(piece, buffer.group, dtype, state)
+            held = self.kept.held(piece, buffer.group, dtype, state, f"{parameter!r} on rank {rank}")
             if state:
-                label = f"{parameter!r} on rank {rank}"
-                try:
-                    self.optimizer._check_state(part_of(piece, dtype), self.groups[buffer.group], state, label)
-                    self.numbers[parameter] = int(name.partition("[")[0])
-                except ValueError as error:
-                    raise CannotReshard(str(error)) from error
+                self.numbers[parameter] = index_of(name)
             self.held.setdefault(parameter, []).append(held)
-            self.nbytes += _nbytes(state)
-
-    def of(self, piece: Piece, group: int, dtype: torch.dtype, state: dict[str, Any]) -> Held:
-        """The piece, with the stores that its group's options give it."""
-        options, part = self.groups[group], part_of(piece, dtype)
-        stores = dict(zip(("first_moment", "second_moment"), self.optimizer._stores(part, options), strict=True))
-        plan: Any = self.optimizer._further(part, options).get("preconditioner")
-        # S-AdaGrad has no such option, and the paper's tail.
-        tail = options.get("tail", "paper")
-        return Held(piece, {name: store for name, store in stores.items() if store is not None}, plan, state, tail)
+            self.nbytes += nbytes(state)
 
     def cut(self, buffer: Buffer, fragments: Sequence[Fragment], dtype: torch.dtype, report: Report) -> dict[str, Any]:
         """Key -> state of the pieces in a new flat tensor; nothing where no step was taken."""
         out: dict[str, Any] = {}
         for piece in pieces(fragments):
             parameter = buffer.parameters[piece.index].name
-            new = self.of(piece, buffer.group, dtype, {})
-            old = [h for h in self.held[parameter] if _meet(h, new)]
-            recut(old, [new], torch.float64 if dtype == torch.float64 else torch.float32)
-            if not new.state:
-                continue
-            out[key_of(replace(piece, index=self.numbers[parameter]))] = new.state
-            same = any(h.rectangle == new.rectangle and h.piece.shape == piece.shape for h in old)
-            for name, store in new.stores.items():
-                kind = f"{name.replace('_', ' ')} ({type(store).__name__})"
-                (report.copied if same or isinstance(store, Dense) else report.cut)[kind] += 1
-            if new.plan is not None:
-                (report.copied if same else report.cut)["covariances"] += 1
+            state = self.kept.recut(self.held[parameter], piece, buffer.group, dtype, report)
+            if state:
+                out[replace(piece, index=self.numbers[parameter]).key] = state
         return out
-
-
-def part_of(piece: Piece, dtype: torch.dtype) -> Part:
-    """The piece, without memory."""
-    data = torch.empty(piece.shape, dtype=dtype, device="meta")
-    return Part(data, data, 0, piece.whole, piece, key_of(piece))
-
-
-def key_of(piece: Piece) -> str:
-    """Where `sketch_plugins.sharding.parts` keeps a piece's state in that of its flat tensor."""
-    return f"{piece.index}[{piece.row},{piece.column}:{'x'.join(map(str, piece.shape))}]"
-
-
-def _meet(one: Held, other: Held) -> bool:
-    return all(a.meet(b).size for a, b in zip(one.rectangle, other.rectangle, strict=True))
-
-
-def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size() if value.ndim else 0
-    return sum(_nbytes(v) for key, v in value.items() if key != PLACE) if isinstance(value, Mapping) else 0
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    old: _Checkpoint, world: int, directory: Path, target: Path, progress: Callable[[int, int, str], None]
-) -> Report:
+def _write(old: _Checkpoint, world: int, directory: Path, target: Path, progress: Progress) -> Report:
     state = _State(old)
     buffers = _layout(old, world)
-    report = Report(target, str(old.stage), state.kind, old.world, world)
+    report = Report(target, f"DeepSpeed, ZeRO stage {old.stage}", state.kept.kind, old.world, world)
     report.parameters = sum(p.numel for group in old.groups for p in group)
     weights = _Weights(old)
     after, steps = 0, world * len(buffers)
@@ -425,7 +325,7 @@ def _write(
             fragments = buffer.fragments(rank)
             flats.append(weights.flat(buffer, fragments))
             states[key] = state.cut(buffer, fragments, weights.dtype, report)
-            after += _nbytes(states[key])
+            after += nbytes(states[key])
         _save(_rank_file(old, buffers, world, rank, flats, states), directory, f"{old.prefix}zero_pp_rank_{rank}_")
     for name, file in _model_files(old, buffers, world):
         torch.save(file, directory / name)
@@ -492,8 +392,6 @@ def _rank_file(
 
 
 def _addresses(buffer: Buffer, rank: int) -> OrderedDict[str, Any]:
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     return OrderedDict(
         (buffer.parameters[f.index].name, fragment_address(numel=f.numel, start=f.offset))
         for f in buffer.fragments(rank)

@@ -195,7 +195,10 @@ def check_full_checkpoint(name):
     model, optimizer = build(name, {})
     train(model, optimizer, 3, ranks=(RANK,))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, state = get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+    weights, state = (
+        get_model_state_dict(model, options=options),
+        get_optimizer_state_dict(model, optimizer, options=options),
+    )
     flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     flat = copy.deepcopy(flat)
     train(model, optimizer, 1, first=3, ranks=(RANK,))

@@ -14,7 +14,7 @@ def launch(script, world, *args, timeout=300, env=None):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         processes = []
         for rank in range(world):
-            log = open(Path(folder) / f"log{rank}", "w+")  # noqa: SIM115
+            log = open(Path(folder) / f"log{rank}", "w+")
             command = [sys.executable, str(script), str(rank), str(world), str(store), *map(str, args)]
             processes.append((subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment), log))
         failed = []
