@@ -56,8 +56,8 @@ class Buffer:
         raise NotImplementedError
 
     def padding(self, rank: int) -> int:
-        """Elements at the end of the rank's tensor that belong to no parameter."""
-        return self.size - max((f.offset + f.numel for f in self.fragments(rank)), default=0)
+        """Elements at the end of the rank's tensor that lie behind all parameters."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class Joint(Buffer):
                 out.append(Fragment(index, p.shape, first - at, last - first, first - low))
         return out
 
+    def padding(self, rank: int) -> int:
+        """Behind the last parameter of all; what lies between two of them does not count."""
+        end = sum(p.numel for p in self.parameters) + sum(self.paddings)
+        return min(self.size, max(0, (rank + 1) * self.size - end))
+
 
 @dataclass(frozen=True)
 class Single(Buffer):
@@ -97,6 +102,10 @@ class Single(Buffer):
                 out.append(Fragment(index, p.shape, first, last - first, offset))
             offset += part
         return out
+
+    def padding(self, rank: int) -> int:
+        """None is at the end: each part has its own."""
+        return 0
 
 
 def joint(groups: Sequence[Sequence[Parameter]], world: int, round_robin: bool, aligned: bool) -> list[Buffer]:

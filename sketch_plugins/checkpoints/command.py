@@ -31,14 +31,19 @@ def main(checkpoint: str, world_size: int, output: str | None, trust: bool, prog
     except CannotReshard as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
-    Console().print(table(report))
+    before, after = map(format_bytes, report.nbytes)
+    out = Console()
+    # Not the title and caption of the table, which is no wider than its columns.
+    out.print(f"{report.output}: {report.before} -> {report.after} processes", soft_wrap=True, highlight=False)
+    out.print(f"{report.framework}, {report.optimizer}, {report.parameters:,} parameters", highlight=False)
+    out.print(table(report))
+    out.print(f"state {before} -> {after} in all; weights bit for bit", highlight=False)
     return 0
 
 
 def table(report: Report) -> Table:
     """What was done, kind of state by kind of state."""
-    title = f"{report.output}: {report.framework}, {report.optimizer}, {report.before} -> {report.after} processes"
-    out = Table(title=title, title_justify="left")
+    out = Table()
     out.add_column("state")
     out.add_column("pieces", justify="right")
     out.add_column("bit for bit", justify="right")
@@ -48,8 +53,6 @@ def table(report: Report) -> Table:
         out.add_row(kind, str(exact + cut), str(exact), str(cut))
     if not report.exact and not report.cut:
         out.add_row("none: no step was taken", "", "", "")
-    before, after = map(format_bytes, report.nbytes)
-    out.caption = f"{report.parameters:,} parameters; state {before} -> {after} in all; weights bit for bit"
     return out
 
 
