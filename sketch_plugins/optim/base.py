@@ -921,7 +921,7 @@ def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
             raise ValueError(
                 f"{label()} is a DTensor placed {', '.join(odd)}; {kind} takes Shard and Replicate: redistribute it"
             )
-    if any(cls.__name__ == "FlatParameter" for cls in type(p).__mro__) or hasattr(p, "_is_flat_param"):
+    if getattr(p, "_fsdp_flattened", False):
         raise ValueError(
             f"{label()} is a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the shapes in "
             "it. Use FSDP2, torch.distributed.fsdp.fully_shard"
@@ -977,7 +977,7 @@ def _root_mean(squares: Any, grad: Gradient) -> Tensor:
 
 def _restored(value: Any, device: torch.device, capturable: bool) -> Any:
     if isinstance(value, Tensor):
-        # A copy, or one state dict would tie two optimizers together; its strides may be those of a cut from a larger one.
+        # A copy, or one state dict would tie two optimizers together. Contiguous: it may be cut from a larger one.
         return value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, Mapping):
         # The step counter lives on the CPU, or reading it would wait for a device; with capturable nobody reads it.

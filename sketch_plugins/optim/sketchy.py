@@ -645,13 +645,16 @@ def _axes(
 def _axes_of(shape: tuple[int, ...], whole: tuple[int, ...], *options: Any) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """`_axes` of a part of a parameter: those axes have a covariance that have one in the whole.
 
-    But a part of a single row, or column, has none.
+    But a part that is a single row, or column, of what was more has none.
     """
     dims, own = _axes(shape, *options)
-    if shape == whole or not dims or min(dims) <= 1:
+    if shape == whole or not own:
         return dims, own
     others, preconditioned = _axes(whole, *options)
-    return (dims, preconditioned) if len(others) == len(dims) and preconditioned else (dims, own)
+    narrow = any(n == 1 != m for n, m in zip(shape, whole, strict=False))
+    if narrow or len(shape) != len(whole) or len(others) != len(dims):
+        return dims, ()
+    return dims, preconditioned
 
 
 @lru_cache(maxsize=1024)
