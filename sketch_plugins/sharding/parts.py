@@ -155,10 +155,8 @@ class Parts:
         out = []
         numbers = flat.detach()
         for piece in pieces(fragments):
-            size = "x".join(map(str, piece.shape))
-            key = f"{piece.index}[{piece.row},{piece.column}:{size}]"
             name = self.originals[piece.index].name
-            out.append(Part(piece.of(numbers), flat, index, piece.whole, piece, key, name))
+            out.append(Part(piece.of(numbers), flat, index, piece.whole, piece, piece.key, name))
         return out
 
 
