@@ -53,7 +53,8 @@ class Plan:
             return None
         step = counter.item()
         assert p.grad is not None
-        return Known(found[1], found[2], group, counter, int(step) + 1, p.grad.data_ptr()) if 0 <= step < 1e18 else None
+        # A first step is no repetition: with lagged_rms it has to measure.
+        return Known(found[1], found[2], group, counter, int(step) + 1, p.grad.data_ptr()) if 1 <= step < 1e18 else None
 
     def learn(self, p: Tensor, options: tuple[Any, ...] | None, state: Any, backend: Backend, task: Any) -> None:
         """Keep a task for the next step."""
