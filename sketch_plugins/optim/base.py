@@ -465,7 +465,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         norm: Any = 0
         rms: Any
         size: Any
-        rms, size = state["rms"]["last"].clone().unbind() if once else (None, None)
+        rms, size = state["rms"]["last"].unbind() if once else (None, None)
         if not once and (lagged or group.get("scale_parameter")):
             norm = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in grad.batches())
             size = _root_mean(norm, grad)
