@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=PROG, description="Memory-compressed optimizers for PyTorch.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_reshard(commands)
     arguments = parser.parse_args(argv)
     status: int = arguments.execute(arguments)
     return status
@@ -57,6 +58,33 @@ def _run(arguments: argparse.Namespace) -> int:
     sys.argv = [program.argv0, *arguments.arguments]
     _execute_as_main(program)
     return 0
+
+
+def _add_reshard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "reshard",
+        help="write a checkpoint of a sharded run anew, for another number of processes",
+        description="Write CHECKPOINT, saved by DeepSpeed's ZeRO (stages 1 to 3) or by torch.distributed.checkpoint "
+        "(FSDP2), anew for N processes. Weights stay as they are, bit for bit; the state of the optimizers of "
+        "sketch-plugins is cut anew, exactly where that is possible (docs/distributed.md). CHECKPOINT itself is not "
+        "changed.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory of the checkpoint")
+    parser.add_argument("--world-size", metavar="N", type=int, required=True, help="processes that are to load it")
+    parser.add_argument("--output", metavar="DIR", help="directory to write (default: CHECKPOINT-worldN)")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="unpickle objects that are neither tensors nor plain values: only for checkpoints of your own",
+    )
+    parser.set_defaults(execute=_reshard)
+
+
+def _reshard(arguments: argparse.Namespace) -> int:
+    # The library of tables and bars, and torch behind it, for this command alone.
+    from sketch_plugins.checkpoints.command import main as reshard
+
+    return reshard(arguments.checkpoint, arguments.world_size, arguments.output, arguments.trust, f"{PROG} reshard")
 
 
 class _Program(NamedTuple):

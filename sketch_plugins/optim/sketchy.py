@@ -36,7 +36,7 @@ GRAFTS = {"cs": "count_min", "rmsprop": "dense", "adagrad": "dense", "sm3": "cov
 INPUTS = ("update", "gradient")
 STATISTICS = ("accumulate", "sample")
 PLACES = ("before", "after")
-FIXED = {"compile": False, "capturable": False}
+FIXED = {"compile": False, "capturable": False, "lagged_rms": False}
 
 
 def _count(name: str, doc: str, least: int, structural: bool = False) -> Option:
@@ -167,7 +167,7 @@ class Sketchy(SketchOptimizer):
     before the first whole period, are additions to both.
     """
 
-    # Decompositions are neither compiled nor captured.
+    # Decompositions are neither compiled nor captured; what preconditions a tensor is a sweep of its own anyway.
     FIXED: ClassVar[dict[str, Any]] = FIXED
     OPTIONS: ClassVar[dict[str, Option]] = {
         **{name: option for name, option in COMMON.items() if name not in FIXED},
@@ -645,13 +645,16 @@ def _axes(
 def _axes_of(shape: tuple[int, ...], whole: tuple[int, ...], *options: Any) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """`_axes` of a part of a parameter: those axes have a covariance that have one in the whole.
 
-    But a part of a single row, or column, has none.
+    But a part that is a single row, or column, of what was more has none.
     """
     dims, own = _axes(shape, *options)
-    if shape == whole or not dims or min(dims) <= 1:
+    if shape == whole or not own:
         return dims, own
     others, preconditioned = _axes(whole, *options)
-    return (dims, preconditioned) if len(others) == len(dims) and preconditioned else (dims, own)
+    narrow = any(n == 1 != m for n, m in zip(shape, whole, strict=False))
+    if narrow or len(shape) != len(whole) or len(others) != len(dims):
+        return dims, ()
+    return dims, preconditioned
 
 
 @lru_cache(maxsize=1024)

@@ -155,10 +155,8 @@ class Parts:
         out = []
         numbers = flat.detach()
         for piece in pieces(fragments):
-            size = "x".join(map(str, piece.shape))
-            key = f"{piece.index}[{piece.row},{piece.column}:{size}]"
             name = self.originals[piece.index].name
-            out.append(Part(piece.of(numbers), flat, index, piece.whole, piece, key, name))
+            out.append(Part(piece.of(numbers), flat, index, piece.whole, piece, piece.key, name))
         return out
 
 
@@ -185,7 +183,7 @@ def _local(tensor: Any) -> Tensor:
 
 
 def _shard(p: Any, index: int) -> Piece | None:
-    if not is_dtensor(p):
+    if not is_dtensor(p) or not leading(p):
         return None
     whole, local = tuple(p.shape), tuple(p.to_local().shape)
     start = offsets(p)
@@ -226,6 +224,12 @@ def wrap(p: Any, tensors: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[
     lead = sum(1 for one in placements if not one.is_replicate())
 
     def one(name: str, tensor: Any, size: Any) -> Any:
+        extra = set(tensor or ()) - set(size) if isinstance(size, Mapping) else ()
+        if extra:
+            raise ValueError(
+                f"{', '.join(sorted(extra))} of {name} has no place in a checkpoint of {tuple(p.shape)}, placed "
+                f"{p.placements}: the largest shard has none. Use whole rows: Shard(0)"
+            )
         if isinstance(size, Mapping):
             return {key: one(key, (tensor or {}).get(key), value) for key, value in size.items()}
         shape, dtype = size
@@ -239,7 +243,8 @@ def wrap(p: Any, tensors: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[
             tensor.reshape((1,) * lead + tuple(tensor.shape)), p.device_mesh, placements, run_check=False
         )
 
-    return {name: one(name, tensors.get(name), size) for name, size in layout.items()}
+    own = {name: tensor for name, tensor in tensors.items() if name != "step"}
+    return one("the state", own, layout)
 
 
 def unwrap(value: Any, lead: int) -> Any:

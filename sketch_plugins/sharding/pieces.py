@@ -86,6 +86,11 @@ class Piece:
         return self.shape == self.whole
 
     @property
+    def key(self) -> str:
+        """Names it among the pieces in a flat tensor; `index_of` reads it."""
+        return f"{self.index}[{self.row},{self.column}:{'x'.join(map(str, self.shape))}]"
+
+    @property
     def place(self) -> Tensor:
         """``(row, column, *whole)``, int64: what a checkpoint says of it."""
         return torch.tensor([self.row, self.column, *self.whole], dtype=torch.int64)
@@ -93,6 +98,11 @@ class Piece:
     def of(self, flat: Tensor) -> Tensor:
         """The piece as a view of the flat tensor."""
         return flat[self.offset : self.offset + self.numel].view(self.shape)
+
+
+def index_of(key: str) -> int:
+    """The number of the parameter in the key of a piece."""
+    return int(key.partition("[")[0])
 
 
 def pieces(fragments: Sequence[Fragment]) -> Iterator[Piece]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import compiled
-from sketch_plugins.sharding.blocks import At, Matrix, Rows, Tile, row_batches, tiles
+from sketch_plugins.sharding.blocks import At, Matrix, Rows, Tile, matrix_shape, row_batches, tiles
 
 State = dict[str, Tensor]
 
@@ -102,6 +102,42 @@ class Gradient:
         if self.l2 is not None:
             g.add_(self.l2[0].get(at), alpha=self.l2[1])
         return g
+
+
+class Estimates(Matrix):
+    """What a store reads, as a matrix: for `Store.assign` of another one."""
+
+    def __init__(self, store: Store, state: State, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self.store, self.state, self.shape, self.dtype = store, state, shape, dtype
+        self.device = next(iter(state.values())).device
+
+    def views(self, at: At) -> bool:
+        """Nothing is written into it."""
+        return False
+
+    def get(self, at: At) -> Tensor:
+        """The estimate there. Read-only: it may be a view of the state."""
+        return self.store.read(self.state, at, self.dtype).expand(at.shape)
+
+
+# Elements of a tile where no step says how large: what is assigned fits a CPU's cache.
+CHUNK = 1 << 18
+
+
+def given(values: Tensor | Gradient, order: int) -> Gradient:
+    """What `Store.assign` is given, in the form of a gradient: something that is looked at a tile at a time.
+
+    Raises:
+        ValueError: a tensor of second moments (``order`` 2) with a negative number; touched rows only.
+    """
+    if isinstance(values, Gradient):
+        if values.rows is not None:
+            raise ValueError(f"values for {len(values.rows)} touched rows; allowed are values for every row")
+        return values
+    if order == 2 and values.numel() and (least := float(values.min())) < 0:
+        raise ValueError(f"a second moment of {least:g}; allowed are numbers >= 0")
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return Gradient(Matrix(values), None, dtype, CHUNK, matrix_shape(values.shape))
 
 
 class Touched(Rows):
@@ -218,6 +254,40 @@ class Store:
     def fill(self, state: State, value: float) -> None:
         """Set every estimate of freshly allocated state to ``value`` (Adagrad's initial accumulator)."""
         raise NotImplementedError
+
+    def assign(self, state: State, values: Tensor | Gradient) -> None:
+        r"""Set freshly allocated state so that it holds ``values`` as well as the store can.
+
+        ``values`` are the accumulator itself (m, or v >= 0), not what enters it. The state becomes what the store's
+        linear map makes of them: where `write` is linear in the accumulator (dense, count-min and count-sketch), what
+        the store would hold had it been written with the gradients that the values averaged. So
+
+        ============= =======================================================================================
+        dense         the values; bfloat16: to nearest
+        int8          their codes, to nearest. Values that are codes of the same blocks keep their codes, and
+                      scales to a unit in the last place
+        count-min     each bucket the mean of its rows' values; ``bucket="sum"``: their sum, and `read` gives
+                      an upper bound, as ever. A bucket of one row is exact. bfloat16: rounded by chance
+        count-sketch  the signed sum (or mean)
+        row count-min the row's mean exactly; of the profile the mean over the bucket's rows
+        cover         the maximum over each slice: `read` is an upper bound, the least that covers have
+        ============= =======================================================================================
+
+        Estimates that were read from a sketch with ``bucket="sum"`` are sums already: see `estimate_scale`.
+
+        Args:
+            state: of `allocate`, for the shape of the values.
+            values: a tensor (of any shape whose matrix is ``(R, D)``), or, where they are not to be had at once, a
+                `Gradient` without ``rows``, which is asked for tiles. Beside them no more than tiles is allocated.
+
+        Raises:
+            ValueError: a tensor of second moments with a negative number; a gradient with touched rows.
+        """
+        raise NotImplementedError
+
+    def estimate_scale(self, state: State, shape: tuple[int, int]) -> float:
+        """What `read` is to be multiplied by before it is assigned to another store: 1 but for sketches that sum."""
+        return 1.0
 
     def clean(self, state: State, factor: float, step: int = 0) -> None:
         """Multiply every estimate by ``factor`` (the sketches' cleaning); other stores have nothing to clean.

@@ -33,6 +33,9 @@ class CountMin(Sketch):
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return torch.mul(x, x, **scratch.out("cells", x))
 
+    def _value_cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
+        return scratch.cast("cells", x, x.dtype)
+
     def _write_dense(self, tables: Tensor, j: int, h: RowHash, grad: Gradient, ema: Ema) -> None:
         if self.bf16 or not self.period(h.rows):
             super()._write_dense(tables, j, h, grad, ema)

@@ -31,6 +31,9 @@ class CountSketch(Sketch):
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return torch.mul(x, sign(), **scratch.out("cells", x))
 
+    def _value_cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
+        return self._cell(x, sign)
+
     def _signed(self, estimate: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return estimate * sign()
 

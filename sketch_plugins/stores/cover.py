@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.sharding.blocks import At, Tile
-from sketch_plugins.stores.base import Ema, Gradient, State, Store, Touched
+from sketch_plugins.stores.base import Ema, Gradient, State, Store, Touched, given
 
 VARIANTS = ("II", "I")
 
@@ -118,6 +118,14 @@ class Cover(Store):
     def peek(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
         """What `advance` would return, without collecting anything."""
         return self._least(state, at) if self.variant == "I" else self._estimate(state, at, g, ema)
+
+    def assign(self, state: State, values: Tensor | Gradient) -> None:
+        """The maximum over each slice."""
+        values = given(values, self.order)
+        working = self.begin(state, values)
+        for at in values.batches():
+            self._collect(working, at, values.get(at))
+        self.finish(state, working, values)
 
     def fill(self, state: State, value: float) -> None:
         """Every cover."""

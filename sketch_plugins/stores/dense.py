@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.sharding.blocks import At
-from sketch_plugins.stores.base import Ema, State, Store, blend
+from sketch_plugins.stores.base import Ema, Gradient, State, Store, blend, given
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Dense(Store):
         est = blend(scratch.cast("decoded", stored, g.dtype), g, ema, self.order)
         stored.copy_(est)
         return est
+
+    def assign(self, state: State, values: Tensor | Gradient) -> None:
+        """The values themselves; bfloat16: to nearest."""
+        values = given(values, self.order)
+        for at in values.batches():
+            at.put(state["dense"], values.get(at))
 
     def fill(self, state: State, value: float) -> None:
         """Every number."""

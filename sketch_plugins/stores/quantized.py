@@ -10,7 +10,7 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.hashing import uniform
 from sketch_plugins.sharding.blocks import At, Rows
-from sketch_plugins.stores.base import Ema, State, Store, blend
+from sketch_plugins.stores.base import Ema, Gradient, State, Store, blend, given
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class Int8(Store):
         if isinstance(at, Rows):
             at.put(state["codes"], slices["codes"].flatten(-2))
             at.put(state["scales"], slices["scales"], *self._blocks(at))
+
+    def assign(self, state: State, values: Tensor | Gradient) -> None:
+        """Encode, to nearest: a step that forgets all before it."""
+        self.write(state, given(values, self.order), Ema(0.0, 1.0))
 
     def _decode(self, slices: State, dtype: torch.dtype) -> Tensor:
         return scratch.cast("decoded", slices["codes"], dtype).mul_(slices["scales"].to(dtype).unsqueeze(-1))

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.sharding.blocks import At, Tile
-from sketch_plugins.stores.base import Ema, Gradient, State
+from sketch_plugins.stores.base import Ema, Gradient, State, given
 from sketch_plugins.stores.count_min import CountMin
-from sketch_plugins.stores.sketch import Segments, mean_weight
+from sketch_plugins.stores.sketch import Cell, Segments, mean_weight
+
+# Scales below have no profile: the quotient would overflow.
+LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,10 @@ class RowCountMin(CountMin):
         r_i' = decay * r_i + gain * mean(g_i * g_i)
         P_j[b]' = mean over the bucket's (touched) rows of (decay * r_i * P_j[b] + gain * g_i * g_i) / r_i'
 
-    is, for a bucket of one row, exactly ``decay * v + gain * g * g``; rows with ``r_i' < 1e-30`` leave the profile
-    alone. State: ``table (depth, width, D)`` and ``row (R, 1)``, ``4 / D`` bytes a parameter more than count-min.
-    ``bucket`` has no meaning here (profiles are always means). Not in the papers; docs/algorithms.md has the figures.
+    is, for a bucket of one row, exactly ``decay * v + gain * g * g``; rows with ``r_i' < 1e-30`` (`LEAST`) leave the
+    profile alone. State: ``table (depth, width, D)`` and ``row (R, 1)``, ``4 / D`` bytes a parameter more than
+    count-min. ``bucket`` has no meaning here (profiles are always means). Not in the papers; docs/algorithms.md has the
+    figures.
     """
 
     by_bucket = False
@@ -48,7 +52,7 @@ class RowCountMin(CountMin):
             scale = row.index_select(0, grad.rows).mul_(ema.decay).add_(means, alpha=ema.gain)
             row.index_copy_(0, grad.rows, scale)
         # x_i enters the profile with weight gain / r_i', and takes the share gain * mean_i / r_i' of it.
-        weight = torch.where(scale > 1e-30, ema.gain / scale, 0.0)  # below, the quotient overflows
+        weight = torch.where(scale > LEAST, ema.gain / scale, 0.0)
         share = means.mul_(weight).clamp_(max=1.0)  # a row's first gradient is all of it, but for a rounding
         index = torch.arange(grad.shape[0], device=grad.device) if grad.rows is None else grad.rows
         for j, h in enumerate(self.hashes(grad.shape[0])):
@@ -62,6 +66,22 @@ class RowCountMin(CountMin):
                 weights /= segments.counts.repeat_interleave(segments.counts)
                 self._fold_touched(state["table"], j, h, grad, segments, decay, weights, ema.step)
 
+    def assign(self, state: State, values: Tensor | Gradient) -> None:
+        """The rows' means, and of the profiles the mean over those of a bucket's rows that have one."""
+        values = given(values, self.order)
+        scale = state["row"].squeeze(-1).copy_(self._row_means(values, self._value_cell))
+        weights = torch.where(scale > LEAST, 1.0 / scale, 0.0)
+        index = torch.arange(values.shape[0], device=values.device)
+        for j, h in enumerate(self.hashes(values.shape[0])):
+            alive = Segments.of(h, index).means((weights > 0).double()).unsqueeze(-1)
+            share = torch.where(alive > 0, mean_weight(h, values.device) / alive, 0.0).to(scale.dtype)
+            weight = weights.unsqueeze(-1)
+            self._fold(state["table"], j, h, values, 0.0, share, 0, weight, self._value_cell)
+
+    def estimate_scale(self, state: State, shape: tuple[int, int]) -> float:
+        """Profiles are means."""
+        return 1.0
+
     def clean(self, state: State, factor: float, step: int = 0) -> None:
         """Scales the rows, and with them every estimate."""
         state["row"].mul_(factor)
@@ -71,12 +91,13 @@ class RowCountMin(CountMin):
         state["row"].fill_(value)
         state["table"].fill_(1.0)  # bfloat16 holds it
 
-    def _row_means(self, grad: Gradient) -> Tensor:
+    def _row_means(self, grad: Gradient, cell: Cell | None = None) -> Tensor:
+        cell = cell or self._cell
         n = grad.shape[0] if grad.rows is None else len(grad.rows)
         sums = torch.zeros(n, 1, dtype=grad.dtype, device=grad.device)
         for at in grad.batches():
             x = grad.get(at)
-            part = self._cell(x, _unsigned).sum(-1, keepdim=True)
+            part = cell(x, _unsigned).sum(-1, keepdim=True)
             if isinstance(at, Tile):
                 at.get(sums, 0, 1).add_(part)
             else:

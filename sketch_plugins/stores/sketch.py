@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -16,7 +16,10 @@ from sketch_plugins import scratch
 from sketch_plugins.hashing import CLEANING, TABLE1, TABLE2, RowHash, row_hashes
 from sketch_plugins.kernels.tile import round_to_bf16
 from sketch_plugins.sharding.blocks import At, Rows, Tile, column_cuts, tiles
-from sketch_plugins.stores.base import Ema, Gradient, State, Store, Touched
+from sketch_plugins.stores.base import CHUNK, Ema, Estimates, Gradient, State, Store, Touched, given
+
+# A row's number and its sign -> what enters a bucket.
+Cell = Callable[[Tensor, Callable[[], Tensor]], Tensor]
 
 BUCKETS = ("mean", "sum")
 TABLE_DTYPES = ("fp32", "bf16")
@@ -105,8 +108,39 @@ class Sketch(Store):
     def keep(self, state: State, at: At, slices: State) -> None:
         """Nothing to write."""
 
+    def assign(self, state: State, values: Tensor | Gradient) -> None:
+        """Each bucket the (signed) mean or sum of its rows' values."""
+        values = given(values, self.order)
+        for j, h in enumerate(self.hashes(values.shape[0])):
+            share = self._share(h, values.device)
+            self._fold(state["table"], j, h, values, 0.0, share, 0, cell=self._value_cell)
+
+    def estimate_scale(self, state: State, shape: tuple[int, int]) -> float:
+        r"""Of tables that sum, the c for which the sketch of ``c * read`` is nearest to the present table.
+
+        Every row of a bucket reads the whole sum, and their sum would be the bucket's load times it. With A the linear
+        map of `assign` and S the table, :math:`c = \langle S, A\,read \rangle / \|A\,read\|^2`: one over the load
+        for one table, whose sketch is then S again. Bytes beside the state: as many again.
+        """
+        if self.bucket == "mean":
+            return 1.0
+        table = state["table"]
+        dtype = torch.float32 if self.bf16 else table.dtype
+        exact = replace(self, bf16=False)
+        again = exact.allocate(shape, table.device, dtype)
+        exact.assign(again, Gradient(Estimates(self, state, shape, dtype), None, dtype, CHUNK, shape))
+        dot = norm = 0.0
+        for new, old in zip(again["table"].view(-1).split(CHUNK), table.reshape(-1).split(CHUNK), strict=True):
+            dot += float(torch.dot(new, old.to(dtype)))
+            norm += float(torch.dot(new, new))
+        return dot / norm if norm > 0 else 1.0
+
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         """What a row adds to its bucket, as a new tensor; ``sign()`` is broadcastable to ``x``."""
+        raise NotImplementedError
+
+    def _value_cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
+        """What a row whose accumulator is ``x`` adds to its bucket, as a new tensor."""
         raise NotImplementedError
 
     def _combine(self, estimates: list[Tensor]) -> Tensor:
@@ -117,10 +151,11 @@ class Sketch(Store):
         return estimate
 
     def _write_dense(self, tables: Tensor, j: int, h: RowHash, grad: Gradient, ema: Ema) -> None:
-        gain: Tensor | float = ema.gain
-        if self.bucket == "mean" and h.width < h.rows:
-            gain = mean_weight(h, grad.device) * ema.gain
-        self._fold(tables, j, h, grad, ema.decay, gain, ema.step)
+        self._fold(tables, j, h, grad, ema.decay, self._share(h, grad.device) * ema.gain, ema.step)
+
+    def _share(self, h: RowHash, device: torch.device) -> Tensor | float:
+        """What a row's number is multiplied by as it enters its bucket."""
+        return mean_weight(h, device) if self.bucket == "mean" and h.width < h.rows else 1.0
 
     def _fold(
         self,
@@ -132,12 +167,15 @@ class Sketch(Store):
         gain: Tensor | float,
         step: int,
         weights: Tensor | None = None,
+        cell: Cell | None = None,
     ) -> None:
         """``bucket <- decay * bucket + gain * sum of its rows' cells``: a slice of table j at a time, written once.
 
-        ``decay`` and ``gain`` are numbers or ``(width, 1)``; ``weights (R, 1)`` multiplies the rows' cells. A bucket's
-        members are ``width`` places apart, in a fixed order: tiles of places are tiles of rows of a strided hash.
+        ``decay`` and ``gain`` are numbers or ``(width, 1)``; ``weights (R, 1)`` multiplies the rows' cells; ``cell`` is
+        `_cell` where it is not given. A bucket's members are ``width`` places apart, in a fixed order: tiles of places
+        are tiles of rows of a strided hash.
         """
+        cell = cell or self._cell
         # The noise is made of int64.
         chunk = grad.chunk // 2 if self.bf16 else grad.chunk
         for (first, lo, hi), places in groupby(
@@ -149,7 +187,7 @@ class Sketch(Store):
                 if not h.strided:
                     at = Rows(h.rows, h.row(place.index(grad.device)), lo, hi)
                 x = grad.get(at)
-                cells = self._cell(x, partial(_sign, h, at, x))
+                cells = cell(x, partial(_sign, h, at, x))
                 if weights is not None:
                     cells.mul_(at.get(weights, 0, 1))
                 if not h.strided:

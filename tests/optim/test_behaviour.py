@@ -453,30 +453,6 @@ def test_row_count_min_survives_rows_of_vanishing_gradients(name):
         assert p.isfinite().all()
 
 
-def test_a_distributed_tensor_is_refused_before_anything_changes(name):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        plain = torch.nn.Parameter(torch.ones(8, 8))
-        sharded = torch.nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]))
-        with pytest.raises(ValueError, match=r"'w'.*DTensor"):
-            make(name, [("w", sharded)])
-        optimizer = make(name, [plain])
-        # fully_shard swaps parameters after the optimizer was built
-        optimizer.param_groups[0]["params"].append(sharded)
-        plain.grad = torch.ones(8, 8)
-        sharded.grad = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)])
-        with pytest.raises(ValueError, match="DTensor"):
-            optimizer.step()
-        assert (plain == 1).all() and not optimizer.state
-    finally:
-        dist.destroy_process_group()
-
-
 def test_an_option_of_the_state_changed_in_a_group_is_an_error_and_nothing_happens(name):
     a, b = (torch.nn.Parameter(torch.randn(64, 64)) for _ in range(2))
     options = {"first_moment": "count_sketch", "allow_dense_count_sketch": True} if name == "cs_momentum" else {}

@@ -1,0 +1,190 @@
+"""What a checkpoint says of an optimizer: enough to know how it keeps any piece of a parameter, without a model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import optim
+from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.sharding.parts import PLACE, Part
+from sketch_plugins.sharding.pieces import Piece
+from sketch_plugins.sharding.recut import Held, recut
+from sketch_plugins.stores import Dense
+
+#: Called with the steps done, their number, and what is at hand.
+Progress = Callable[[int, int, str], None]
+
+
+class CannotReshard(ValueError):
+    """What is wrong with the request or the checkpoint; nothing was written."""
+
+
+@dataclass
+class Report:
+    """What was done.
+
+    Attributes:
+        output: directory that was written.
+        framework: whose checkpoint it is.
+        optimizer: name of its class.
+        before: ranks that had written the checkpoint.
+        after: ranks that it is for now.
+        parameters: elements of the trainable parameters.
+        exact: kind of state -> pieces that hold what they held, bit for bit.
+        cut: kind of state -> pieces that were made anew.
+        nbytes: of all state, before and after.
+    """
+
+    output: Path
+    framework: str
+    optimizer: str
+    before: int
+    after: int
+    parameters: int = 0
+    exact: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
+    nbytes: tuple[int, int] = (0, 0)
+
+
+class Kept:
+    """How the optimizer that wrote a checkpoint keeps the state of a piece.
+
+    Args:
+        groups: its parameter groups, as its state dict has them.
+
+    Raises:
+        CannotReshard: it is none of sketch-plugins', or an option has a value that is not allowed.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self.groups = [dict(group) for group in groups]
+        kinds: set[Any] = {group.get("optimizer") for group in self.groups}
+        kind = next(iter(kinds)) if len(kinds) == 1 else None
+        classes: dict[Any, Any] = {cls.__name__: cls for cls in vars(optim).values() if isinstance(cls, type)}
+        cls = classes.get(kind)
+        if cls is None or not issubclass(cls, SketchOptimizer) or cls is SketchOptimizer:
+            raise CannotReshard(
+                f"the state was written by {kind or 'another optimizer'}, which is none of sketch-plugins': only those "
+                "are cut anew"
+            )
+        self.kind: str = cls.__name__
+        # It only says how state is kept; its own parameter has no part in it.
+        self.optimizer: SketchOptimizer = cls([torch.zeros(1)])
+        for group in self.groups:
+            for name, value in self.optimizer.defaults.items():
+                group.setdefault(name, value)  # an option that is younger than the checkpoint
+            for name, option in self.optimizer.OPTIONS.items():
+                try:
+                    group[name] = option.validate(group[name])
+                except ValueError as error:
+                    raise CannotReshard(f"the checkpoint's parameter groups: {error}") from error
+
+    def held(
+        self, piece: Piece, group: int, dtype: torch.dtype, state: dict[str, Any] | None = None, label: str = ""
+    ) -> Held:
+        """The piece, with the stores that its group's options give it.
+
+        Args:
+            piece: the rectangle.
+            group: number of its parameter group.
+            dtype: of the parameter that the optimizer steps.
+            state: what it has; None or nothing before its first step.
+            label: what to call it.
+
+        Raises:
+            CannotReshard: the state is another than the options describe.
+        """
+        options, part = self.groups[group], _part(piece, dtype)
+        if state:
+            try:
+                self.optimizer._check_state(part, options, state, label)
+            except ValueError as error:
+                raise CannotReshard(str(error)) from error
+        stores = dict(zip(("first_moment", "second_moment"), self.optimizer._stores(part, options), strict=True))
+        plan: Any = self.optimizer._further(part, options).get("preconditioner")
+        # S-AdaGrad has no such option, and the paper's tail.
+        tail = options.get("tail", "paper")
+        present = {name: store for name, store in stores.items() if store is not None}
+        return Held(piece, present, plan, state or {}, tail)
+
+    def recut(
+        self, old: Sequence[Held], piece: Piece, group: int, dtype: torch.dtype, report: Report
+    ) -> dict[str, Any]:
+        """The state of a new piece; nothing where no step was taken.
+
+        Raises:
+            CannotReshard: see `sketch_plugins.sharding.recut.recut`.
+        """
+        new = self.held(piece, group, dtype)
+        near = [h for h in old if all(a.meet(b).size for a, b in zip(h.rectangle, new.rectangle, strict=True))]
+        try:
+            recut(near, [new], torch.float64 if dtype == torch.float64 else torch.float32)
+        except ValueError as error:
+            raise CannotReshard(str(error)) from error
+        if new.state:
+            same = any(h.rectangle == new.rectangle and h.piece.shape == piece.shape for h in near)
+            for name, store in new.stores.items():
+                kind = f"{name.replace('_', ' ')} ({type(store).__name__})"
+                (report.exact if same or isinstance(store, Dense) else report.cut)[kind] += 1
+            if new.plan is not None:
+                (report.exact if same else report.cut)["covariances"] += 1
+        return new.state
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of the tensors of a state; step numbers and places do not count."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size() if value.ndim else 0
+    return sum(nbytes(v) for key, v in value.items() if key != PLACE) if isinstance(value, Mapping) else 0
+
+
+def output_of(root: Path, world_size: int, output: str | os.PathLike[str] | None) -> Path:
+    """Where to write: ``output``, or beside the checkpoint.
+
+    Raises:
+        CannotReshard: it is there already; or the number of ranks is none.
+    """
+    if world_size < 1:
+        raise CannotReshard(f"world size {world_size}: allowed are integers from 1 on")
+    target = Path(output) if output is not None else root.with_name(f"{root.resolve().name}-world{world_size}")
+    if target.exists():
+        raise CannotReshard(f"{target} exists already, and is not written over: give another --output")
+    return target
+
+
+@contextmanager
+def whole_or_not_at_all(target: Path) -> Iterator[Path]:
+    """A new directory beside ``target``, which takes its name at the end, or is removed.
+
+    Raises:
+        CannotReshard: it cannot be written; or somebody else has made the target in the meantime.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        if target.exists():  # a rename would take the place of an empty directory
+            raise CannotReshard(f"{target} exists already, and is not written over: give another --output")
+        partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CannotReshard(f"{target} cannot be written: {error}") from error
+        raise
+
+
+def _part(piece: Piece, dtype: torch.dtype) -> Part:
+    """The piece, without memory."""
+    data = torch.empty(piece.shape, dtype=dtype, device="meta")
+    return Part(data, data, 0, piece.whole, piece, piece.key)

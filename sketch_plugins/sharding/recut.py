@@ -1,0 +1,422 @@
+r"""State of a parameter's pieces, cut anew: what a run that was sharded over W ranks hands to one over W'.
+
+Every piece (`sketch_plugins.sharding.pieces`) has stores of its own, made for its own rows. Where a piece of the new
+partition is one of the old, its state is copied. Everywhere else the new state is made of what the old one *says*:
+
+=================== ================================================================================================
+state               of a piece that was cut anew
+=================== ================================================================================================
+dense               exact, bit for bit
+int8                bit for bit in blocks that are blocks of the old pieces, too: of whole rows all of them. Blocks
+                    that were cut are encoded anew, an error of half a step of the new block at most
+count-min, row      exact where every row has a bucket of its own. Else the old estimates, averaged over the rows of
+count-min           each new bucket: within the least and the greatest of them, and with one table the sum over
+                    the rows stays what it was. The rows' own scales of row count-min stay. ``bucket="sum"``, and
+count-sketch        tables of signed sums: the same with estimates scaled to values of which the old table is the
+                    sketch (`Store.estimate_scale`), so that nothing is counted once for each row of a bucket
+cover               the maxima of the old estimates: never below them, so that upper bounds stay upper bounds
+covariances         see below
+steps               have to agree
+=================== ================================================================================================
+
+**Covariances.** That of axis a of a block is the sum over its other axes of products of slices, so it is a sum over any
+cut of these axes, and a cut of axis a itself leaves its diagonal blocks. With :math:`E_o` what places the coordinates
+of an overlap with an old block o among those of the new one, :math:`S_o` what picks them from the old ones, and
+:math:`\rho_o` the share of o's other axes that lies in the overlap
+
+.. math:: L = \sum_o \rho_o \, E_o S_o L_o S_o^\top E_o^\top
+
+Merging is exact up to rank k: :math:`\rho = 1`. What rows of a piece contribute to its columns' covariance is not
+known, and taken to be equal: :math:`\rho` is an assumption where a piece is split (and exact for its rows). Products
+between rows of two old pieces were never gathered: the covariance of merged rows is block diagonal. The factors are
+folded in float64, the largest k directions stay, and the trace is that of the whole: it adds up over every cut, tails
+included. With ``tail="trace"`` what escaped an old sketch is taken to be spread evenly over the directions outside of
+it, as its preconditioner takes it: :math:`L_o = V (values - tail) V^\top + tail \, I`. With ``"paper"`` and ``"sqrt"``
+the bound carries over: the largest sum of the old tails that any coordinate has, and what is cut off now.
+
+What had gathered since the last solve is folded in first, as that solve would do. An old piece without a covariance for
+this axis (a part of a row) has no share in it; the others then stand for it, their trace grown in proportion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import scratch
+from sketch_plugins.linalg import frequent_directions as fd
+from sketch_plugins.linalg.frequent_directions import Covariance
+from sketch_plugins.linalg.kronecker import Kronecker, Side, solve
+from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
+from sketch_plugins.sharding.pieces import Piece
+from sketch_plugins.stores import Gradient, Int8, Store
+from sketch_plugins.stores.base import CHUNK
+
+MOMENTS = ("first_moment", "second_moment")
+PRECONDITIONER = "preconditioner"
+_KNOWN = {"step", "place", "shape", *MOMENTS, PRECONDITIONER}
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A piece of a parameter together with how its state is kept.
+
+    Attributes:
+        piece: the rectangle.
+        stores: ``"first_moment"``, ``"second_moment"`` -> store, those that there are.
+        plan: of its preconditioner; None where it has none.
+        state: of an old piece: ``{"step": ..., "first_moment": {...}, ...}`` or nothing; of a new one it is filled.
+        tail: what the covariances' tails mean, see `frequent_directions.fold`.
+    """
+
+    piece: Piece
+    stores: Mapping[str, Store]
+    plan: Kronecker | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    tail: str = "trace"
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """``(rows, columns)`` of the piece."""
+        return matrix_shape(self.piece.shape)
+
+    @property
+    def rectangle(self) -> tuple[Span, Span]:
+        """Its rows and its columns in the parameter's matrix."""
+        (rows, columns), row, column = self.matrix, self.piece.row, self.piece.column
+        return Span(row, row + rows), Span(column, column + columns)
+
+
+class Span(NamedTuple):
+    """``[lo, hi)``."""
+
+    lo: int
+    hi: int
+
+    @property
+    def size(self) -> int:
+        """How many; of a span that ends before it starts 0."""
+        return max(0, self.hi - self.lo)
+
+    def meet(self, other: Span) -> Span:
+        """What both have."""
+        return Span(max(self.lo, other.lo), min(self.hi, other.hi))
+
+    def within(self, other: Span) -> slice:
+        """As a slice of the other one."""
+        return slice(self.lo - other.lo, self.hi - other.lo)
+
+
+def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.float32) -> None:
+    """Fill the state of ``new``, pieces of one parameter, with that of ``old``: see the module.
+
+    Beside old and new state no more than tiles, one table (``bucket="sum"``) and one covariance's factors are
+    allocated. Where no old piece has state (no step was taken), the new ones get none.
+
+    Args:
+        old: pieces that do not overlap and together hold all of ``new``.
+        new: pieces without state; not necessarily all of the parameter.
+        dtype: arithmetic dtype: float64 for float64 parameters.
+
+    Raises:
+        ValueError: pieces of different parameters; a new piece is not covered, or covered twice; some old pieces have
+            state and others none; step numbers differ; a state does not know what its stores say; a new piece has state
+            or asks for a moment that the old ones did not keep.
+    """
+    old, new = ([h for h in pieces if h.piece.numel] for pieces in (old, new))  # what is empty has no state
+    _check(old, new)
+    started = [h for h in old if h.state]
+    if not started:
+        return
+    drained: dict[int, Mapping[str, Tensor]] = {}
+    with scratch.scratch():
+        for h in new:
+            device = _device(started[0].state)
+            state: dict[str, Any] = {"step": started[0].state["step"].clone()}
+            if "place" in started[0].state:
+                state["place"] = h.piece.place
+            if "shape" in started[0].state:
+                state["shape"] = torch.tensor(h.piece.shape, dtype=torch.int64)
+            for name, store in h.stores.items():
+                twin = next((o for o in old if _same(o, h) and o.stores.get(name) == store), None)
+                state[name] = _copied(twin.state[name]) if twin else _moment(old, h, name, store, device, dtype)
+            if h.plan is not None:
+                twin = next((o for o in old if _same(o, h) and o.plan == h.plan), None)
+                state[PRECONDITIONER] = (
+                    _copied(twin.state[PRECONDITIONER]) if twin else _preconditioner(old, h, drained, device, dtype)
+                )
+            h.state.update(state)
+
+
+def _check(old: Sequence[Held], new: Sequence[Held]) -> None:
+    wholes = {h.piece.whole for h in (*old, *new)}
+    if len(wholes) > 1:
+        raise ValueError(f"pieces of parameters of shapes {', '.join(map(str, sorted(wholes)))}; allowed is one")
+    for h in new:
+        if h.state:
+            raise ValueError(f"the new piece at {_at(h)} has state already: {', '.join(h.state)}")
+        covered = sum(prod(s.size for s in _overlap(o, h)) for o in old)
+        if covered != h.piece.numel:
+            raise ValueError(
+                f"the new piece at {_at(h)} has {h.piece.numel} elements, and the old pieces hold {covered} of them"
+                + (": they overlap" if covered > h.piece.numel else "")
+            )
+    started = [h for h in old if h.state]
+    if started and len(started) < len(old):
+        without = next(h for h in old if not h.state)
+        raise ValueError(f"the old piece at {_at(without)} has no state, others have")
+    steps = sorted({float(h.state["step"]) for h in started})
+    if len(steps) > 1:
+        raise ValueError(f"old pieces of one parameter are at steps {', '.join(f'{s:g}' for s in steps)}: they differ")
+    for h in started:
+        expected = {"step", *h.stores, *([PRECONDITIONER] if h.plan else [])}
+        if not expected <= set(h.state) <= expected | {"place", "shape"}:
+            raise ValueError(
+                f"the state of the old piece at {_at(h)} holds {', '.join(h.state)}; expected "
+                f"{', '.join(sorted(expected))}"
+            )
+        if "place" in h.state and not torch.equal(h.state["place"].cpu(), h.piece.place):
+            raise ValueError(
+                f"the state of the old piece at {_at(h)} says that it is at {h.state['place'].tolist()}, not at "
+                f"{h.piece.place.tolist()} (row, column, shape of the parameter)"
+            )
+
+
+def _at(h: Held) -> str:
+    rows, columns = h.rectangle
+    return f"rows {rows.lo}:{rows.hi}, columns {columns.lo}:{columns.hi} of a parameter of shape {h.piece.whole}"
+
+
+def _same(one: Held, other: Held) -> bool:
+    return one.piece.shape == other.piece.shape and one.rectangle == other.rectangle
+
+
+def _overlap(one: Held, other: Held) -> tuple[Span, Span]:
+    a, b = one.rectangle, other.rectangle
+    return a[0].meet(b[0]), a[1].meet(b[1])
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _device(state: Mapping[str, Any]) -> torch.device:
+    for value in state.values():
+        if isinstance(value, Mapping):
+            for tensor in value.values():
+                return tensor.device
+    return torch.device("cpu")
+
+
+# -- moments -----------------------------------------------------------------------------------------------------------
+
+
+class _Source(NamedTuple):
+    held: Held
+    store: Store
+    state: dict[str, Tensor]
+    scale: float
+
+
+class _Old(Matrix):
+    """What the old pieces say of a new one, as a matrix."""
+
+    def __init__(self, sources: Sequence[_Source], of: Held, dtype: torch.dtype, device: torch.device) -> None:
+        self.sources, self.of, self.shape, self.dtype, self.device = sources, of, of.matrix, dtype, device
+
+    def views(self, at: At) -> bool:
+        """Nothing is written into it."""
+        return False
+
+    def get(self, at: At) -> Tensor:
+        """Their estimates, until the next call; 0 where none of them has any."""
+        out = scratch.empty("recut", at.shape, self.dtype, self.device).zero_()
+        matrix, rows = out.flatten(0, -2), at.index(self.device) + self.of.piece.row
+        first = self.of.piece.column
+        wanted = Span(first + at.lo, first + at.hi)
+        for source in self.sources:
+            (lo, hi), columns = source.held.rectangle
+            meet = wanted.meet(columns)
+            here = ((rows >= lo) & (rows < hi)).nonzero().squeeze(-1)
+            if meet.size and len(here):
+                values = _read(source, rows[here] - lo, meet.within(columns), self.dtype)
+                matrix[:, meet.within(wanted)].index_copy_(0, here, values)
+        return out
+
+
+def _read(source: _Source, rows: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
+    """Rows and columns of the piece's own matrix; read in whole blocks of its store."""
+    align, end = source.store.align, source.held.matrix[1]
+    lo, hi = columns.start // align * align, min(end, -(-columns.stop // align) * align)
+    values = source.store.read(source.state, Rows(source.held.matrix[0], rows, lo, hi), dtype)
+    values = values.expand(len(rows), hi - lo)[:, columns.start - lo : columns.stop - lo]
+    return values if source.scale == 1.0 else values * source.scale
+
+
+def _moment(
+    old: Sequence[Held], h: Held, name: str, store: Store, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    sources = []
+    for o in old:
+        if not prod(s.size for s in _overlap(o, h)):
+            continue
+        if name in o.stores:
+            state = o.state[name]
+            sources.append(_Source(o, o.stores[name], state, o.stores[name].estimate_scale(state, o.matrix)))
+        elif name != "first_moment":  # a momentum may start at 0 at any time, an average of squares may not
+            raise ValueError(f"the old piece at {_at(o)} keeps no {name}, and the new one at {_at(h)} asks for it")
+    state = store.allocate(h.matrix, device, dtype)
+    store.assign(state, Gradient(_Old(sources, h, dtype, device), None, dtype, CHUNK, h.matrix))
+    if isinstance(store, Int8):
+        for source in sources:
+            if isinstance(source.store, Int8) and source.store.block_size == store.block_size:
+                _copy_blocks(source, h, state, store.block_size)
+    return state
+
+
+def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) -> None:
+    """Codes and scales of the blocks that an old and a new piece have in common, where encoding might differ."""
+    (rows, columns), (old_rows, old_columns) = h.rectangle, source.held.rectangle
+    both = rows.meet(old_rows)
+    shift = columns.lo - old_columns.lo
+    if not both.size or shift % size:
+        return
+    blocks = []
+    for number in range(-(-columns.size // size)):
+        there = number + shift // size
+        end = min(columns.lo + (number + 1) * size, columns.hi)
+        if there >= 0 and old_columns.lo + there * size < old_columns.hi:
+            if end == min(old_columns.lo + (there + 1) * size, old_columns.hi):
+                blocks.append(number)
+    if not blocks:
+        return
+    # They follow each other: only at the ends can blocks differ.
+    mine = Span(blocks[0], blocks[-1] + 1)
+    theirs = Span(mine.lo + shift // size, mine.hi + shift // size)
+    to, origin = both.within(rows), both.within(old_rows)
+    ends = min(mine.hi * size, columns.size), min(theirs.hi * size, old_columns.size)
+    state["scales"][to, mine.lo : mine.hi] = source.state["scales"][origin, theirs.lo : theirs.hi]
+    state["codes"][to, mine.lo * size : ends[0]] = source.state["codes"][origin, theirs.lo * size : ends[1]]
+
+
+# -- covariances -------------------------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """What one old block has to say of a new one."""
+
+    held: Held
+    side: Side
+    box: tuple[Span, ...]
+    meet: tuple[Span, ...]
+
+
+def _preconditioner(
+    old: Sequence[Held], h: Held, drained: dict[int, Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    assert h.plan is not None
+    state = h.plan.allocate(device, dtype)
+    for side in h.plan.sides:
+        box = _box(h, side)
+        parts = list(_parts(old, h, side, box))
+        if len(parts) == 1 and parts[0].box == box and parts[0].side.rank == side.rank:
+            (o, theirs, _, _), buffered = parts[0], h.plan.buffered and parts[0].held.plan.buffered  # type: ignore[union-attr]
+            if buffered or not o.plan.buffered:  # type: ignore[union-attr]
+                for name in (*Covariance._fields, *(("buffer", "mass", "decay") if buffered else ())):
+                    state[side.key(name)].copy_(o.state[PRECONDITIONER][theirs.key(name)])
+                continue
+        if parts:
+            side.keep(state, _covariance(parts, side, box, h.tail, drained))
+    return state
+
+
+def _box(h: Held, side: Side) -> tuple[Span, ...]:
+    """The block in coordinates of the parameter; of a plan that takes the piece as one vector, its elements."""
+    assert h.plan is not None
+    rows, columns = h.rectangle
+    dims = h.plan.dims
+    if dims == (h.piece.numel, 1):
+        width = matrix_shape(h.piece.whole)[1]
+        if rows.size > 1 and columns.size < width:
+            raise ValueError(f"the piece at {_at(h)} is no run of elements, and its preconditioner takes it as one")
+        starts = [rows.lo * width + columns.lo, 0]
+    else:
+        starts = [rows.lo, columns.lo if len(dims) == 2 else 0, *(0 for _ in dims[2:])]
+    block = h.plan.blocks[side.block]
+    return tuple(Span(start + s.start, start + s.stop) for start, s in zip(starts, block, strict=True))
+
+
+def _parts(old: Sequence[Held], h: Held, side: Side, box: tuple[Span, ...]) -> Iterator[_Part]:
+    assert h.plan is not None
+    flat = h.plan.dims == (h.piece.numel, 1)
+    for o in old:
+        # Trailing axes are merged alike whatever the rows, or these are no axes of the same tensor.
+        if o.plan is None or len(o.plan.dims) != len(box) or (o.plan.dims == (o.piece.numel, 1)) != flat:
+            continue
+        if len(box) > 2 and o.plan.dims[1:] != h.plan.dims[1:]:
+            continue
+        for theirs in o.plan.sides:
+            if theirs.axis == side.axis:
+                there = _box(o, theirs)
+                meet = tuple(a.meet(b) for a, b in zip(there, box, strict=True))
+                if all(s.size for s in meet):
+                    yield _Part(o, theirs, there, meet)
+
+
+def _covariance(
+    parts: Sequence[_Part], side: Side, box: tuple[Span, ...], tail: str, drained: dict[int, Mapping[str, Tensor]]
+) -> Covariance:
+    axis, d = side.axis, side.size
+    factors, mass, volume = [], torch.zeros((), dtype=torch.float64), 0
+    tails, covered = torch.zeros(d, dtype=torch.float64), torch.zeros(d, dtype=torch.bool)
+    for o, theirs, there, meet in parts:
+        old = Covariance(*(t.double().cpu() for t in theirs.get(_drained(o, drained))))
+        share = prod(s.size / b.size for k, (s, b) in enumerate(zip(meet, there, strict=True)) if k != axis)
+        cut, into = old.vectors[meet[axis].within(there[axis])], meet[axis].within(box[axis])
+        columns = torch.zeros(d, theirs.rank, dtype=torch.float64)
+        # Beyond the tail, if that stands for every direction and not for those outside of V alone.
+        above = old.values - old.tail if tail == "trace" else old.values
+        columns[into] = cut * (above * share).clamp_min(0).sqrt()
+        factors.append(columns)
+        if meet[axis] == there[axis]:
+            mass += share * old.trace
+        else:
+            kept = cut.square().sum(0)
+            escaped = (old.trace - old.values.sum()).clamp_min(0) / max(1, theirs.size - theirs.rank)
+            mass += share * ((old.values * kept).sum() + escaped * (meet[axis].size - kept.sum()).clamp_min(0))
+        tails[into] += share * old.tail
+        covered[into] = True
+        volume += prod(s.size for s in meet)
+    # Of the coordinates that are there, how much of the other axes; and how many coordinates there are.
+    others = prod(s.size for k, s in enumerate(box) if k != axis)
+    count = int(covered.sum())
+    density = volume / (count * others)
+    stack = torch.cat(factors, -1) / density**0.5
+    nothing = fd.start((), d, side.rank, torch.float64, torch.device("cpu"))
+    new = fd.fold(nothing, stack, 1.0, tail=tail, solver="eigh", mass=mass / density * (d / count))
+    if tail != "trace":
+        return new._replace(tail=new.tail + tails.max() / density)
+    values, order = (new.values + tails / density @ new.vectors.square()).sort(descending=True)
+    rest = (new.trace - values.sum()).clamp_min(0) / (d - side.rank) if side.rank < d else torch.zeros_like(new.trace)
+    return Covariance(new.vectors[:, order], values, rest, new.trace)
+
+
+def _drained(o: Held, drained: dict[int, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The piece's covariances with what had gathered beside them; its state stays as it is."""
+    assert o.plan is not None
+    if not o.plan.buffered:
+        return o.state[PRECONDITIONER]
+    if id(o) not in drained:
+        state = _copied(o.state[PRECONDITIONER])
+        due: list[tuple[Side, Mapping[str, Tensor], Tensor | None]] = []
+        for side in o.plan.sides:
+            if float(state[side.key("mass")]) != 0 or float(state[side.key("decay")]) != 1:
+                due.append((side, state, None))
+        solve(due, 1.0, o.tail, "eigh")
+        drained[id(o)] = state
+    return drained[id(o)]
