@@ -12,10 +12,11 @@ from typing import Any
 
 from sketch_plugins.optim import SketchOptimizer
 
-#: Where in accelerate the names are that this package touches: module, then dotted name in it.
+#: Where in accelerate the names are that this package touches: module, then dotted name in it. Not in the package
+#: itself, which is half imported when `sketch-plugins run` registers this one.
 TOUCHED = (
-    ("accelerate", "Accelerator.prepare"),
-    ("accelerate", "Accelerator.distributed_type"),
+    ("accelerate.accelerator", "Accelerator.prepare"),
+    ("accelerate.accelerator", "Accelerator.distributed_type"),
     ("accelerate.utils", "DistributedType.DEEPSPEED"),
     ("accelerate.utils", "DistributedType.FSDP"),
 )
@@ -32,7 +33,7 @@ def register() -> None:
         MovedSymbolError: see :func:`check`.
     """
     check()
-    accelerator = _find("accelerate", "Accelerator")
+    accelerator = _find("accelerate.accelerator", "Accelerator")
     prepare = accelerator.prepare
     if getattr(prepare, _MARK, False):
         return
