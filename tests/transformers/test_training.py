@@ -194,18 +194,15 @@ def test_other_optimizers_are_left_alone(make_trainer):
     assert type(make_trainer("sgd", optim_args=None).create_optimizer()) is torch.optim.SGD
 
 
-def test_stays_itself_under_deepspeed_offload(make_args, caplog):
+def test_stays_itself_under_deepspeed_offload(make_args):
     # accelerate would put DeepSpeedCPUAdam in its place. Needs no DeepSpeed: only the configuration is looked at.
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     args = make_args()
     args.hf_deepspeed_config = HfDeepSpeedConfig(offload)
-    with caplog.at_level("WARNING", logger="sketch_transformers.arguments"):
-        optimizer_cls_and_kwargs(args)
+    optimizer_cls_and_kwargs(args)
     assert args.hf_deepspeed_config.config["zero_force_ds_cpu_optimizer"] is False
-    assert "cs_adam keeps exact, uncompressed state" in caplog.text
-
     args.hf_deepspeed_config = HfDeepSpeedConfig({**offload, "zero_force_ds_cpu_optimizer": True})
     with pytest.raises(ValueError, match="DeepSpeedCPUAdam"):
         optimizer_cls_and_kwargs(args)
