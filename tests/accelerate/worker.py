@@ -44,7 +44,11 @@ def accelerator_of(runner: str) -> Accelerator:
     """An accelerator in the state that the launcher and a machine with GPUs would have brought it into."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    state = PartialState(cpu=True)
     if runner.startswith("zero"):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo will do: its own way is compiled first
         config = {
             "zero_optimization": {"stage": int(runner[4])},
             "train_micro_batch_size_per_gpu": 4,
@@ -55,14 +59,15 @@ def accelerator_of(runner: str) -> Accelerator:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         if "named" in runner:
             config["optimizer"] = {"type": "cs_adam", "params": {"lr": "auto", "min_compress_size": 64}}
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # what `accelerate launch --use_deepspeed` sets
+        # What `accelerate launch --use_deepspeed` sets; heeded where the accelerator is not asked for a CPU.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         try:
             return Accelerator(
                 deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), gradient_accumulation_steps=MICROS
             )
         finally:
             del os.environ["ACCELERATE_USE_DEEPSPEED"]
-    state, plugin = PartialState(cpu=True), None
+    plugin = None
     if runner.startswith("fsdp"):
         # accelerate heeds FSDP where there are several GPUs only, and trains with DDP elsewhere. FSDP2 itself runs on a
         # CPU; the accelerator is told so before it decides.
@@ -156,6 +161,7 @@ def check(runner: str, name: str, folder: Path) -> str:
     """Trains; and what is saved in the middle and loaded into other weights ends in the same ones."""
     accelerator, *prepared = build(runner, name, seed=0)
     ours = inner(prepared[1])
+    assert accelerator.num_processes == 2 and accelerator.process_index == int(os.environ["RANK"])
     assert type(ours) is registry.get(name).cls
     if runner.startswith("fsdp"):
         assert accelerator.is_fsdp2 and all(hasattr(p, "to_local") for g in ours.param_groups for p in g["params"])
