@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 SCRIPT = Path(__file__).with_name("worker.py")
-TORCH = ("ddp", "fsdp 2 sharded", "fsdp 2 full", "fsdp 1", "exact")
+TORCH = ("ddp", "fsdp 2 sharded", "fsdp 2 full bf16", "fsdp 1", "exact")
 DEEPSPEED = ("zero2", "zero2 offload", "zero3", "zero2 named")
 
 
@@ -36,7 +36,7 @@ def look(results, runner, name):
             pytest.fail(said, pytrace=False)
 
 
-@pytest.mark.parametrize("runner", ["ddp", "fsdp 2 sharded", "fsdp 2 full"])
+@pytest.mark.parametrize("runner", ["ddp", "fsdp 2 sharded", "fsdp 2 full bf16"])
 def test_trains_and_resumes_bit_for_bit(runner, name, of_torch):
     look(of_torch, runner, name)
 

@@ -72,7 +72,7 @@ def accelerator_of(runner: str) -> Accelerator:
         # accelerate heeds FSDP where there are several GPUs only, and trains with DDP elsewhere. FSDP2 itself runs on a
         # CPU; the accelerator is told so before it decides.
         state.distributed_type = DistributedType.MULTI_GPU
-        _, kind, saved = (*runner.split(" "), "sharded")[:3]
+        _, kind, saved, *_ = (*runner.split(" "), "sharded")
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=1 if kind == "1" else 2,
             state_dict_type=f"{saved.upper()}_STATE_DICT",
@@ -80,7 +80,8 @@ def accelerator_of(runner: str) -> Accelerator:
             min_num_params=1000,
             cpu_ram_efficient_loading=saved == "full",
         )
-    return Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=MICROS)
+    precision = "bf16" if "bf16" in runner else "no"
+    return Accelerator(cpu=True, mixed_precision=precision, fsdp_plugin=plugin, gradient_accumulation_steps=MICROS)
 
 
 def build(runner: str, name: str, seed: int, **options: Any) -> tuple[Any, ...]:
