@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
@@ -82,7 +84,8 @@ def reshard(
             report.nbytes = report.nbytes[0] + done.nbytes[0], report.nbytes[1] + done.nbytes[1]
         progress(number + 1, len(found), "writing")
     assert report is not None
-    with whole_or_not_at_all(target) as partial:
+    with whole_or_not_at_all(target) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # by one process, yes
         dcp.save(loaded, checkpoint_id=partial, no_dist=True)
     return report
 
@@ -105,7 +108,7 @@ def _load(path: Path, trust: bool) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
     try:
         _load_state_dict(loaded, storage_reader=dcp.FileSystemReader(path), planner=_Planner(trust), no_dist=True)
-    except Exception as error:  # of torch's own: CheckpointException, and whatever a torn file makes
+    except (Exception, CheckpointException) as error:  # which is no Exception; a torn file may cause anything
         inner = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
         if isinstance(inner, UnpicklingError) and not trust:
             raise CannotReshard(
