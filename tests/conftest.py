@@ -1,9 +1,12 @@
+import contextlib
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 
 import pytest
@@ -31,18 +34,57 @@ def name(request):
 
 
 @pytest.fixture(scope="session")
-def launch():
-    """`launch(script, *arguments)` runs a script in two processes, the ranks of a gloo group on this machine."""
+def launch_ranks():
+    """`launch_ranks(script, *arguments)` runs a script in two processes that find each other as under torchrun."""
 
     def run(script, *arguments, world=2, timeout=400, env=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(script), *map(str, arguments)]
+        with ranks_of(script, arguments, world, env) as ranks:
+            for rank, _ in ranks:
+                rank.wait(timeout)
+            outputs = [said(file) for _, file in ranks]
+            for (rank, _), output in zip(ranks, outputs, strict=True):
+                assert rank.returncode == 0, output[-5000:]
+        return outputs
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def kill_ranks():
+    """`kill_ranks(which, sign, script, *arguments)` kills (SIGKILL) some of the ranks once the file `sign` is there.
+
+    The others have to end by themselves, with an error.
+    """
+
+    def run(which, sign, script, *arguments, world=2, timeout=200, env=None):
+        with ranks_of(script, arguments, world, env) as ranks:
+            end = time.monotonic() + timeout
+            while not sign.exists():
+                ended = [said(file)[-5000:] for rank, file in ranks if rank.poll() is not None]
+                assert not ended and time.monotonic() < end, ended or f"{sign} is missing after {timeout} s"
+                time.sleep(0.02)
+            sign.unlink()
+            for rank in which:
+                ranks[rank][0].kill()
+            for number, (rank, file) in enumerate(ranks):
+                code = rank.wait(timeout)
+                assert code == -signal.SIGKILL if number in which else code != 0, said(file)[-5000:]
+
+    return run
+
+
+@contextlib.contextmanager
+def ranks_of(script, arguments, world, env):
+    """(process, file with its output) of each rank; whatever still runs in the end is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    with contextlib.ExitStack() as stack:
         # Files, not pipes: a rank that fills its pipe would wait while the other one is read.
-        files = [tempfile.TemporaryFile("w+") for _ in range(world)]
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)]
         ranks = [
             subprocess.Popen(
                 command,
@@ -53,18 +95,13 @@ def launch():
             for rank, file in enumerate(files)
         ]
         try:
-            for rank in ranks:
-                rank.wait(timeout)
+            yield list(zip(ranks, files, strict=True))
         finally:
             for rank in ranks:
                 rank.kill()
-        outputs = []
-        for file in files:
-            with file:
-                file.seek(0)
-                outputs.append(file.read())
-        for rank, output in zip(ranks, outputs, strict=True):
-            assert rank.returncode == 0, output[-5000:]
-        return outputs
+                rank.wait()
 
-    return run
+
+def said(file):
+    file.seek(0)
+    return file.read()

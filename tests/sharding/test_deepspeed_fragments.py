@@ -17,10 +17,10 @@ CONFIGS = [
 
 
 @pytest.fixture(scope="module")
-def results(launch, tmp_path_factory):
+def results(launch_ranks, tmp_path_factory):
     """One launch of two processes for everything here: starting takes longer than the rest."""
     out = tmp_path_factory.mktemp("zero") / "results"
-    launch(SCRIPT, out)
+    launch_ranks(SCRIPT, out)
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in (0, 1)]
 
 

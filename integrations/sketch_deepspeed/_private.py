@@ -1,0 +1,302 @@
+"""Everything of DeepSpeed that is changed, or used without being documented: nothing of it is named elsewhere here.
+
+What does not concern our optimizers behaves as before. Changed are:
+
+* ``ZERO_SUPPORTED_OPTIMIZERS`` gets every class of the registry.
+* ``DeepSpeedEngine`` takes every name of the registry for the type of an optimizer and builds it
+  (``_is_supported_optimizer``, ``_configure_basic_optimizer``). Otherwise it would look the name up in ``torch.optim``
+  and hand the constructor whatever the configuration holds.
+* ``DeepSpeedEngine._configure_optimizer`` takes ours where the optimizer's state is offloaded, without
+  ``"zero_force_ds_cpu_optimizer": false``.
+* ``DeepSpeedEngine._load_zero_checkpoint`` says what to do where the number of processes is another one.
+* ``FP16_UnfusedOptimizer.initialize_optimizer_states`` (stage 0 in bf16 or fp16) takes a step without gradients, at
+  the full learning rate, to have state allocated: weights would decay once too often, and steps count from 2.
+* ``offload_states`` and ``reload_states`` of ZeRO move our state: those of stage 3 refuse all optimizers but FusedAdam,
+  those of stages 1 and 2 leave behind what is nested.
+* accelerate's replacement of an optimizer by ``DeepSpeedCPUAdam`` under offloading leaves ours alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import torch
+
+from sketch_deepspeed.configuration import RESHARD, optimizer_from, refuse_impossible
+from sketch_plugins import registry
+from sketch_plugins.import_hooks import is_initializing, when_imported
+from sketch_plugins.optim import SketchOptimizer
+
+_ENGINE = "deepspeed.runtime.engine"
+_STAGES = (
+    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"),
+    ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"),
+)
+
+#: Where in DeepSpeed the names are that this package touches: module, then dotted name in it.
+TOUCHED = (
+    ("deepspeed.runtime.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS"),
+    ("deepspeed.runtime.config", "DEEPSPEED_OPTIMIZERS"),
+    (_ENGINE, "DeepSpeedEngine._is_supported_optimizer"),
+    (_ENGINE, "DeepSpeedEngine._configure_basic_optimizer"),
+    (_ENGINE, "DeepSpeedEngine._configure_optimizer"),
+    (_ENGINE, "DeepSpeedEngine._load_zero_checkpoint"),
+    (_ENGINE, "DeepSpeedEngine.zero_offload_optimizer"),
+    (_ENGINE, "DeepSpeedEngine.zero_elastic_checkpoint"),
+    (_ENGINE, "DeepSpeedEngine.load_universal_checkpoint"),
+    (_ENGINE, "DeepSpeedEngine.optimizer_name"),
+    (_ENGINE, "DeepSpeedEngine.optimizer_params"),
+    ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer.initialize_optimizer_states"),
+    ("deepspeed.runtime.zero.offload_config", "OffloadStateTypeEnum.optim_states"),
+    ("deepspeed.runtime.zero.offload_config", "OffloadStateTypeEnum.hp_params"),
+    ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3.offload_states"),
+    ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3.reload_states"),
+)
+#: Where accelerate replaces optimizers.
+ACCELERATE = ("accelerate.accelerator", "map_pytorch_optim_to_deepspeed")
+
+
+class MovedSymbolError(RuntimeError):
+    """A name of DeepSpeed that this package relies on is not where it was."""
+
+
+def register() -> None:
+    """Make every optimizer of the registry known to DeepSpeed. Calling it again does no harm.
+
+    While DeepSpeed's engine is half imported nothing is done yet.
+
+    Raises:
+        MovedSymbolError: see :func:`check`.
+        ValueError: DeepSpeed has an optimizer of its own under one of our names.
+    """
+    package = sys.modules.get("deepspeed")
+    if package and is_initializing(package) and not hasattr(sys.modules.get(_ENGINE), "DeepSpeedEngine"):
+        when_imported(_ENGINE, register)  # to import more now would be to run into what is half imported
+        return
+    check()
+    engine = _find(_ENGINE, "DeepSpeedEngine")
+    _refuse_taken_names()
+    supported = _find(*TOUCHED[0])
+    for name in registry.names():
+        cls = registry.get(name).cls
+        if cls not in supported:
+            supported.append(cls)
+    _wrap(engine, "_is_supported_optimizer", _knowing)
+    _wrap(engine, "_configure_basic_optimizer", _building)
+    _wrap(engine, "_configure_optimizer", _accepting)
+    _wrap(engine, "_load_zero_checkpoint", _comparing)
+    unfused = _find("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer")
+    _wrap(unfused, "initialize_optimizer_states", _leaving)
+    for module, name in _STAGES:
+        stage = _find(module, name)
+        if hasattr(stage, "offload_states"):  # stages 1 and 2 have it in recent versions only
+            _wrap(stage, "offload_states", _offloading)
+            _wrap(stage, "reload_states", _reloading)
+    when_imported(ACCELERATE[0], _patch_accelerate)
+
+
+def check() -> None:
+    """Look up every name this package touches.
+
+    Raises:
+        MovedSymbolError: names the first one that is missing and the version of DeepSpeed.
+    """
+    for module, name in TOUCHED:
+        found = _find(module, name)
+        if name == "ZERO_SUPPORTED_OPTIMIZERS" and not isinstance(found, list):
+            raise _moved(f"{module}.{name}", "is no longer a list")
+
+
+def _find(module_name: str, qualname: str) -> Any:
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name) or error.name == "deepspeed":
+            raise
+        raise _moved(module_name) from error
+    for part in qualname.split("."):
+        if not hasattr(found, part):
+            raise _moved(f"{module_name}.{qualname}")
+        found = getattr(found, part)
+    return found
+
+
+def _moved(symbol: str, what: str = "is missing") -> MovedSymbolError:
+    return MovedSymbolError(
+        f"{symbol} {what} in deepspeed {_version()}: this version of sketch-plugins cannot register its "
+        'optimizers there. deepspeed.initialize(optimizer=CSAdam(...)) with "zero_allow_untested_optimizer": true and '
+        '"zero_force_ds_cpu_optimizer": false works without registration.'
+    )
+
+
+def _refuse_taken_names() -> None:
+    for name in registry.names():
+        if name in _find("deepspeed.runtime.config", "DEEPSPEED_OPTIMIZERS"):
+            raise ValueError(f"deepspeed {_version()} has an optimizer {name!r} of its own")
+
+
+def _version() -> str:
+    import deepspeed
+
+    return str(getattr(deepspeed, "__version__", "?"))  # not there yet while it is half imported
+
+
+def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the method ``name`` of ``cls`` by ``wrapper(method)``, once."""
+    method = getattr(cls, name)
+    if getattr(method, _MARK, False):
+        return
+    replacement = functools.wraps(method)(wrapper(method))
+    setattr(replacement, _MARK, True)
+    setattr(cls, name, replacement)
+
+
+# -- the engine ------------------------------------------------------------------------------------------------------
+
+
+def _knowing(is_supported: Callable[..., bool]) -> Callable[..., bool]:
+    def wrapped(self: Any, optimizer_name: str) -> bool:
+        return optimizer_name in registry.names() or is_supported(self, optimizer_name)
+
+    return wrapped
+
+
+def _building(configure: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, model_parameters: Any) -> Any:
+        name = self.optimizer_name()
+        if name not in registry.names():
+            return configure(self, model_parameters)
+        optimizer = optimizer_from(name, self.optimizer_params() or {}, model_parameters)
+        _accept(self, optimizer)
+        return optimizer
+
+    return wrapped
+
+
+def _accepting(configure: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        given = client_optimizer
+        if isinstance(given, SketchOptimizer):
+            _accept(self, given)
+        elif callable(given) and not isinstance(given, torch.optim.Optimizer):
+
+            def client_optimizer(parameters: Any) -> Any:
+                made = given(parameters)
+                if isinstance(made, SketchOptimizer):
+                    _accept(self, made)
+                return made
+
+        configure(self, client_optimizer, model_parameters)
+
+    return wrapped
+
+
+def _accept(engine: Any, optimizer: SketchOptimizer) -> None:
+    """Refuse what cannot work with one of ours; let it be where DeepSpeed would want its own."""
+    config = engine._config
+    refuse_impossible(
+        optimizer,
+        engine.zero_offload_optimizer(),
+        elastic=bool(engine.zero_elastic_checkpoint()),
+        universal=bool(engine.load_universal_checkpoint()),
+        zenflow=getattr(config.zero_config, "zenflow", None) is not None,
+    )
+    # True is DeepSpeed's default; who writes it wants the error.
+    if config._param_dict.get("zero_force_ds_cpu_optimizer") is not True:
+        config.zero_force_ds_cpu_optimizer = False
+
+
+def _comparing(load: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, load_dir: str, tag: Any, load_optimizer_states: bool = True) -> Any:
+        # Of this process's; None where DeepSpeed has not read it, which it reports itself.
+        saved, present = self.loaded_checkpoint_dp_world_size, self.seq_dp_world_size
+        if load_optimizer_states and saved not in (None, present) and isinstance(self.basic_optimizer, SketchOptimizer):
+            raise ValueError(
+                f"the checkpoint {load_dir}/{tag} was written by {saved} processes and is to be loaded by {present}: "
+                f"DeepSpeed cannot cut optimizer state anew. Convert it: "
+                f"{RESHARD.replace('CHECKPOINT', f'{load_dir}/{tag}').replace(' N', f' {present}')}"
+            )
+        return load(self, load_dir, tag, load_optimizer_states)
+
+    return wrapped
+
+
+def _leaving(initialize: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(self: Any) -> None:
+        if not isinstance(self.optimizer, SketchOptimizer):
+            initialize(self)
+
+    return wrapped
+
+
+# -- offload_states --------------------------------------------------------------------------------------------------
+
+
+def _offloading(offload: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(self: Any, include: Container[Any] | None = None, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.optimizer, SketchOptimizer):
+            kinds = _find("deepspeed.runtime.zero.offload_config", "OffloadStateTypeEnum")
+            if (include is None or kinds.optim_states in include) and kinds.optim_states not in self.offloaded_states:
+                _move_state(self.optimizer, torch.device("cpu"))
+                self.offloaded_states.add(kinds.optim_states)  # DeepSpeed then leaves it alone
+            if (
+                hasattr(self, "fp32_partitioned_groups_flat")  # stage 3; stages 1 and 2 move theirs for any optimizer
+                and (include is None or kinds.hp_params in include)
+                and kinds.hp_params not in self.offloaded_states
+            ):
+                for flat in self.fp32_partitioned_groups_flat:
+                    flat.data = flat.data.to("cpu")
+                self.offloaded_states.add(kinds.hp_params)
+        offload(self, include, *args, **kwargs)
+
+    return wrapped
+
+
+def _reloading(reload: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        kinds = _find("deepspeed.runtime.zero.offload_config", "OffloadStateTypeEnum")
+        ours = isinstance(self.optimizer, SketchOptimizer) and kinds.optim_states in self.offloaded_states
+        if ours:
+            self.offloaded_states.discard(kinds.optim_states)
+        reload(self, *args, **kwargs)
+        if ours:
+            _move_state(self.optimizer, None)
+
+    return wrapped
+
+
+def _move_state(optimizer: SketchOptimizer, device: torch.device | None) -> None:
+    """To a device; None: to that of the parameters."""
+    for p, state in optimizer.state.items():
+        optimizer.state[p] = _moved_to(p.device if device is None else device, state)
+
+
+def _moved_to(device: torch.device, state: Any, key: str = "") -> Any:
+    if isinstance(state, Mapping):
+        return {name: _moved_to(device, value, name) for name, value in state.items()}
+    # Counters and places are at home on the CPU.
+    return state.to(device) if isinstance(state, torch.Tensor) and key not in ("step", "place") else state
+
+
+# -- accelerate ------------------------------------------------------------------------------------------------------
+
+
+def _patch_accelerate() -> None:
+    module = sys.modules[ACCELERATE[0]]
+    replace = getattr(module, ACCELERATE[1], None)
+    if replace is None or getattr(replace, _MARK, False):
+        return
+
+    @functools.wraps(replace)
+    def wrapped(optimizer: Any) -> Any:
+        return optimizer if isinstance(optimizer, SketchOptimizer) else replace(optimizer)
+
+    setattr(wrapped, _MARK, True)
+    setattr(module, ACCELERATE[1], wrapped)
+
+
+_MARK = "_sketch_plugins"

@@ -1,0 +1,87 @@
+"""From DeepSpeed's configuration to an optimizer, with every mistake reported before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sketch_plugins import registry
+from sketch_plugins.optim import SketchOptimizer
+
+#: How to change what a checkpoint of DeepSpeed is spread over; DeepSpeed's own ways know Adam's state only.
+RESHARD = "sketch-plugins reshard CHECKPOINT --world-size N"
+
+
+def optimizer_from(name: str, params: Mapping[str, Any], model_parameters: Any) -> SketchOptimizer:
+    """The optimizer of the block ``{"type": name, "params": params}``.
+
+    Args:
+        name: a name of the registry.
+        params: options of that optimizer; betas are a list of two numbers.
+        model_parameters: parameters or parameter groups.
+
+    Raises:
+        ValueError: an unknown option (lists those that exist), a value of the wrong type or an impossible one, options
+            that contradict each other, or ``"auto"`` that nobody has filled in.
+    """
+    where = f'the optimizer {{"type": "{name}"}} of the DeepSpeed configuration'
+    for key, value in params.items():
+        if isinstance(value, str) and value.lower() == "auto" and key in registry.get(name).options:
+            choices = registry.get(name).options[key].choices
+            if None not in choices and "auto" not in choices:
+                raise ValueError(f'{where}: "{key}": "auto" is filled in by Hugging Face\'s Trainer only; give a value')
+    try:
+        options = registry.parse_options(name, params)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    try:
+        return registry.get(name).cls(model_parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def refuse_impossible(
+    optimizer: SketchOptimizer, offload: Any, *, elastic: bool, universal: bool, zenflow: bool
+) -> None:
+    """Check what the rest of the configuration asks of the optimizer.
+
+    Args:
+        optimizer: the one that is about to be used.
+        offload: ``zero_optimization.offload_optimizer``, or None.
+        elastic: ``zero_optimization.elastic_checkpoint``.
+        universal: ``checkpoint.load_universal``.
+        zenflow: whether ``zero_optimization.zenflow`` is there.
+
+    Raises:
+        ValueError: names the setting and what works in its place.
+    """
+    name = type(optimizer).__name__
+    if elastic:
+        raise ValueError(
+            f'"elastic_checkpoint": true merges state as if it were one number for each element, which that of {name} '
+            f"is not. Leave it out; for another number of processes convert a checkpoint: {RESHARD}"
+        )
+    if universal:
+        raise ValueError(
+            f"\"load_universal\": true: DeepSpeed's universal checkpoints hold Adam's exp_avg and exp_avg_sq, which "
+            f"{name} does not have. For another number of processes convert the ordinary checkpoint: {RESHARD}"
+        )
+    if zenflow:
+        raise ValueError(f'"zenflow" brings optimizers of its own in place of {name}: leave it out')
+    if offload is None:
+        return
+    device = getattr(offload.device, "value", offload.device)
+    if device == "nvme":
+        raise ValueError(
+            f'"offload_optimizer": {{"device": "nvme"}} moves tensors of one number for each element only, which the '
+            f'state of {name} is not: use "cpu"'
+        )
+    if getattr(offload, "ratio", 1.0) != 1.0:
+        raise ValueError(
+            f'"offload_optimizer": {{"ratio": {offload.ratio}}} steps the rest with an AdamW of DeepSpeed in place of '
+            f"{name}: leave ratio out"
+        )
+    if getattr(offload, "super_offload", False):
+        raise ValueError(
+            f'"offload_optimizer": {{"super_offload": true}} brings DeepSpeedCPUAdam in place of {name}: leave it out'
+        )
