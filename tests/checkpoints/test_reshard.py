@@ -19,12 +19,12 @@ CONFIGS = [
 
 
 @pytest.fixture(scope="module")
-def folder(launch, tmp_path_factory):
+def folder(launch_ranks, tmp_path_factory):
     """All engines, in one launch for each number of processes: starting takes longer than the rest."""
 
     path = tmp_path_factory.mktemp("engines")
     for world in (2, 1, 3):
-        launch(SCRIPT, path, world=world)
+        launch_ranks(SCRIPT, path, world=world)
     return path
 
 

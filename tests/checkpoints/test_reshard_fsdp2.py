@@ -14,10 +14,10 @@ CONFIGS = ["exact", "sketch", "sketch sm3", "sketch sketchy"]
 
 
 @pytest.fixture(scope="module")
-def folder(launch, tmp_path_factory):
+def folder(launch_ranks, tmp_path_factory):
     path = tmp_path_factory.mktemp("shards")
     for world in (2, 1, 3):
-        launch(SCRIPT, path, world=world)
+        launch_ranks(SCRIPT, path, world=world)
     return path
 
 
