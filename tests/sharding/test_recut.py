@@ -82,8 +82,15 @@ def whole_of(held_, name):
 def run(name, whole, old_world, new_world):
     old = [steps(held(p, [name]), gradients(whole)) for p in flat(whole, old_world)]
     new = [held(p, [name]) for p in flat(whole, new_world)]
-    recut(old, new)
-    for h in new:
+    exact = recut(old, new)
+    for h, same in zip(new, exact, strict=True):
+        for moment, store in h.stores.items():
+            if moment in same:
+                rows, columns = h.rectangle
+                before = whole_of(old, moment)[rows.lo : rows.hi, columns.lo : columns.hi]
+                assert torch.equal(whole_of(new, moment)[rows.lo : rows.hi, columns.lo : columns.hi], before)
+            else:
+                assert not isinstance(store, Dense) and old_world != new_world
         assert h.state["step"] == 3 and torch.equal(h.state["place"], h.piece.place)
         for moment, store in h.stores.items():
             layout = store.layout(h.matrix, torch.float32)
