@@ -251,10 +251,18 @@ class SketchOptimizer(torch.optim.Optimizer):
         A parameter is one part, and so is the local shard of a DTensor; a flat partition (DeepSpeed's ZeRO) has a few
         for each of its parameters. State is None before the first step.
         """
+        seen = set()
         for number, group in enumerate(self.param_groups):
             for index, owner in enumerate(group["params"]):
+                seen.add(id(owner))
                 for part in self._parts.of(index, owner):
                     yield number, group, part, self._state_of(part)
+        # ZeRO-3 leaves groups empty between steps, and puts one flat partition after the other in for a step.
+        for owner in [p for p in self.state if id(p) not in seen]:
+            for part in self._parts.of(0, owner):
+                if part.piece is not None and part.key is not None:
+                    number = min(self._parts.group_of(part.piece), len(self.param_groups) - 1)
+                    yield number, self.param_groups[number], part, self._state_of(part)
 
     def planned_state(self, p: Shaped, group: Mapping[str, Any]) -> dict[str, tuple[Store | Further, int]]:
         """Name -> (store, bytes) of the state of a parameter (or part), whether or not it exists yet."""

@@ -16,6 +16,7 @@ count-sketch        tables of signed sums: the same with estimates scaled to val
                     sketch (`Store.estimate_scale`), so that nothing is counted once for each row of a bucket
 cover               the maxima of the old estimates: never below them, so that upper bounds stay upper bounds
 covariances         see below
+rms                 of ``lagged_rms``: over the old pieces that hold a part of the new one, weighed by their size
 steps               have to agree
 =================== ================================================================================================
 
@@ -59,7 +60,7 @@ from sketch_plugins.stores.base import CHUNK
 
 MOMENTS = ("first_moment", "second_moment")
 PRECONDITIONER = "preconditioner"
-_KNOWN = {"step", "place", "shape", *MOMENTS, PRECONDITIONER}
+RMS = "rms"  # of `lagged_rms`
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,8 +162,17 @@ def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.f
                     _copied(twin.state[PRECONDITIONER]) if twin else _preconditioner(old, h, drained, device, dtype)
                 )
                 same |= {PRECONDITIONER} if twin else set()
+            if RMS in started[0].state:
+                twin = next((o for o in old if _same(o, h)), None)
+                state[RMS] = _copied(twin.state[RMS]) if twin else {"last": _root_mean(started)}
+                same |= {RMS} if twin else set()
             h.state.update(state)
     return exact
+
+
+def _root_mean(old: Sequence[Held]) -> Tensor:
+    squares = sum(o.piece.numel * o.state[RMS]["last"].square() for o in old)
+    return (squares / sum(o.piece.numel for o in old)).sqrt()
 
 
 def _check(old: Sequence[Held], new: Sequence[Held]) -> None:
@@ -187,7 +197,7 @@ def _check(old: Sequence[Held], new: Sequence[Held]) -> None:
         raise ValueError(f"old pieces of one parameter are at steps {', '.join(f'{s:g}' for s in steps)}: they differ")
     for h in started:
         expected = {"step", *h.stores, *([PRECONDITIONER] if h.plan else [])}
-        if not expected <= set(h.state) <= expected | {"place", "shape"}:
+        if not expected <= set(h.state) <= expected | {"place", "shape", RMS}:
             raise ValueError(
                 f"the state of the old piece at {_at(h)} holds {', '.join(h.state)}; expected "
                 f"{', '.join(sorted(expected))}"
