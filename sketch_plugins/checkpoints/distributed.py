@@ -86,7 +86,10 @@ def reshard(
     assert report is not None
     with whole_or_not_at_all(target) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # by one process, yes
-        dcp.save(loaded, checkpoint_id=partial, no_dist=True)
+        try:
+            dcp.save(loaded, checkpoint_id=partial, no_dist=True)
+        except CheckpointException as error:
+            raise CannotReshard(f"{target} cannot be written: {_inner(error)}") from error
     return report
 
 
@@ -109,7 +112,7 @@ def _load(path: Path, trust: bool) -> dict[str, Any]:
     try:
         _load_state_dict(loaded, storage_reader=dcp.FileSystemReader(path), planner=_Planner(trust), no_dist=True)
     except (Exception, CheckpointException) as error:  # which is no Exception; a torn file may cause anything
-        inner = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+        inner = _inner(error)
         if isinstance(inner, UnpicklingError) and not trust:
             raise CannotReshard(
                 f"{path} holds objects other than tensors and plain values, and unpickling them runs code: if you "
@@ -117,6 +120,12 @@ def _load(path: Path, trust: bool) -> dict[str, Any]:
             ) from error
         raise CannotReshard(f"{path} cannot be read: {inner}") from error
     return loaded
+
+
+def _inner(error: BaseException) -> BaseException:
+    """The error of a process, of those that torch makes one of."""
+    inner: BaseException = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+    return inner
 
 
 def _optimizers(value: Any) -> Iterator[dict[str, Any]]:

@@ -182,6 +182,18 @@ def whole_or_not_at_all(target: Path) -> Iterator[Path]:
         raise
 
 
+def save(value: Mapping[str, Any], file: Path) -> None:
+    """``torch.save``, whose errors of a full disk have no common kind.
+
+    Raises:
+        CannotReshard: it cannot be written.
+    """
+    try:
+        torch.save(dict(value), file)
+    except (OSError, RuntimeError) as error:
+        raise CannotReshard(f"{file.name} cannot be written: {error}") from error
+
+
 def _part(piece: Piece, dtype: torch.dtype) -> Part:
     """The piece, without memory."""
     data = torch.empty(piece.shape, dtype=dtype, device="meta")

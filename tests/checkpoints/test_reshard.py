@@ -152,6 +152,17 @@ def test_an_output_that_is_there_is_not_written_over(checkpoint, tmp_path, capsy
     )
 
 
+def test_a_disk_that_is_full(checkpoint, tmp_path, capsys):
+    resource = pytest.importorskip("resource", reason="limits of processes are POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # bytes of a file
+    try:
+        message = refused(capsys, tmp_path, checkpoint, "--world-size", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written" in message
+
+
 def file_of(checkpoint, rank):
     return checkpoint / "global_step3" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
