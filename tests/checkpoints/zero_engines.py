@@ -210,6 +210,8 @@ def work(name: str, folder: Path, world: int) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     logging.disable(logging.WARNING)
+    # Or DeepSpeed would compile a C++ extension for all-reduces of inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     world, results = dist.get_world_size(), {}
     for name in CONFIGS:
