@@ -57,7 +57,7 @@ def check_arguments(args: TrainingArguments) -> None:
     Raises:
         ValueError: ``optim_args`` is malformed, has an unknown key, a value of the wrong type or an impossible one (the
             message lists what is allowed); ``adam_*`` are set for an optimizer that does not read them; the parameters
-            are to be sharded by FSDP; the DeepSpeed configuration has an optimizer of its own or asks for DeepSpeed's
+            are to be sharded by FSDP1; the DeepSpeed configuration has an optimizer of its own or asks for DeepSpeed's
             CPU Adam.
     """
     cls, kwargs = _cls_and_kwargs(args)
@@ -143,11 +143,27 @@ def _split(name: str, optim_args: Any, where: str) -> dict[str, str]:
 
 
 def _check_sharding(args: TrainingArguments) -> None:
-    # `accelerate launch` asks for FSDP in the environment, not in the arguments.
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        # Tables that differ per rank count as replicated in a sharded checkpoint: wrong after a resume, without a word.
-        raise ValueError(f"optim={_name(args)!r} does not support FSDP yet; DDP works")
+    if getattr(args, "fsdp_config", None) and args.fsdp_config.get("xla", False):
+        raise ValueError(f"optim={_name(args)!r} does not know the flat parameters of FSDP on XLA: use FSDP2")
+    if _fsdp_version(args) == 1:
+        raise ValueError(
+            f"optim={_name(args)!r} and FSDP1: it cuts parameters into pieces without a shape, of which nothing can be "
+            'compressed. Use FSDP2: fsdp_config={"version": 2}, or fsdp_version: 2 in the configuration of accelerate'
+        )
     _check_deepspeed(args)
+
+
+def _fsdp_version(args: TrainingArguments) -> int | None:
+    """Of FSDP as it will run; None without FSDP."""
+    if args.fsdp:
+        # Who does not say which gets 2 in recent versions of transformers, which have worked it out already.
+        known = getattr(args, "fsdp_plugin_args", None) or {}
+        given = (args.fsdp_config or {}).get("version", os.environ.get("FSDP_VERSION", 1))
+        return int(known.get("fsdp_version", given))
+    # `accelerate launch` asks for FSDP in the environment, not in the arguments.
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return int(os.environ.get("FSDP_VERSION", 1))
+    return None
 
 
 def _check_deepspeed(args: TrainingArguments) -> None:

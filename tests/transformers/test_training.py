@@ -211,11 +211,14 @@ def test_stays_itself_under_deepspeed_offload(make_args):
         optimizer_cls_and_kwargs(args)
 
 
-def test_fsdp_is_refused(make_args, monkeypatch):
-    args = make_args()
-    args.fsdp = True
-    with pytest.raises(ValueError, match="does not support FSDP yet"):
-        optimizer_cls_and_kwargs(args)
+def test_fsdp1_is_refused(make_args, monkeypatch):
+    # FSDP2 is trained with in test_distributed.py.
+    with pytest.raises(ValueError, match=r"FSDP1.*fsdp_config=.*\"version\": 2"):
+        make_args(fsdp=True, fsdp_config={"version": 1})
+    assert make_args(fsdp=True, fsdp_config={"version": 2}).fsdp
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what `accelerate launch --use_fsdp` sets
-    with pytest.raises(ValueError, match="does not support FSDP yet"):
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="FSDP1"):
         make_args()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    make_args()
