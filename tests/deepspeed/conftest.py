@@ -12,19 +12,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(scope="session")
-def results_of(launch_ranks, tmp_path_factory):
+def results_of(launch_ranks, once):
     """``results_of("script.py")``: what its ranks wrote; the script is run once."""
-    known = {}
 
     def run(script):
-        if script not in known:
-            known[script] = [{"error": f"{script} did not finish"}] * 2
-            folder = tmp_path_factory.mktemp(script.removesuffix(".py"))
-            launch_ranks(Path(__file__).with_name(script), folder / "out", folder / "work")
-            known[script] = [json.loads((folder / f"out.{rank}").read_text()) for rank in (0, 1)]
-        for rank in known[script]:
+        path = Path(__file__).with_name(script)
+        folder = once(script, lambda folder: launch_ranks(path, folder / "out", folder / "work"))
+        ranks = [json.loads((folder / f"out.{rank}").read_text()) for rank in (0, 1)]
+        for rank in ranks:
             if "error" in rank:
                 pytest.fail(rank["error"], pytrace=False)
-        return known[script]
+        return ranks
 
     return run

@@ -8,19 +8,9 @@ import pytest
 from sketch_plugins import registry
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture(scope="module")
-def ranks(launch_ranks, folder):
-    launch_ranks(Path(__file__).with_name("features.py"), folder / "out", folder / "saved")
-    found = [json.loads((folder / f"out.{rank}").read_text()) for rank in (0, 1)]
-    for rank in found:
-        if "error" in rank:
-            pytest.fail(rank["error"], pytrace=False)
-    return found
+@pytest.fixture
+def ranks(results_of):
+    return results_of("features.py")
 
 
 @pytest.mark.parametrize("stage", ["1", "3"])
@@ -91,8 +81,9 @@ def test_mistakes_are_named_before_training_starts(case, message, ranks):
         assert message in rank["said"][case]
 
 
-def test_another_number_of_processes_is_refused_with_the_command_that_helps(ranks, folder, launch_ranks):
-    launch_ranks(Path(__file__).with_name("features.py"), folder / "one", folder / "saved", world=1)
-    said = json.loads((folder / "one.0").read_text())["said"]
+def test_another_number_of_processes_is_refused_with_the_command_that_helps(ranks, once, launch_ranks, tmp_path):
+    saved = once("features.py", lambda folder: None) / "work"
+    launch_ranks(Path(__file__).with_name("features.py"), tmp_path / "one", saved, world=1)
+    said = json.loads((tmp_path / "one.0").read_text())["said"]
     assert "was written by 2 processes and is to be loaded by 1" in said
-    assert f"sketch-plugins reshard {folder / 'saved'}/two --world-size 1" in said
+    assert f"sketch-plugins reshard {saved}/two --world-size 1" in said

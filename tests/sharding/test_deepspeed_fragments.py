@@ -16,12 +16,11 @@ CONFIGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def results(launch_ranks, tmp_path_factory):
+@pytest.fixture
+def results(launch_ranks, once):
     """One launch of two processes for everything here: starting takes longer than the rest."""
-    out = tmp_path_factory.mktemp("zero") / "results"
-    launch_ranks(SCRIPT, out)
-    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in (0, 1)]
+    folder = once("zero_fragments", lambda folder: launch_ranks(SCRIPT, folder / "results"))
+    return [json.loads((folder / f"results.{rank}").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
