@@ -991,7 +991,7 @@ def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
 
 
 def _refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
-    # Also with use_orig_params=True: the tensors are the model's then, with a piece of one dimension, or nothing, in each.
+    # Also with use_orig_params=True: the tensors are then the model's own, with a piece of one dimension in each.
     if getattr(p, "_fsdp_flattened", False):
         raise ValueError(
             f"{label()} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the "
