@@ -616,7 +616,7 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
         assert g is not None
         label = self._label(group, p)
-        _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # the model may have been wrapped since
+        _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
         rows, packed, values = None, False, g
         if g.layout == torch.sparse_coo:
             if g.sparse_dim() != 1 or p.ndim < 1:
@@ -991,10 +991,11 @@ def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
 
 
 def _refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
+    # Also with use_orig_params=True: the tensors are then the model's own, with a piece of one dimension in each.
     if getattr(p, "_fsdp_flattened", False):
         raise ValueError(
-            f"{label()} is a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the shapes in "
-            "it. Use FSDP2, torch.distributed.fsdp.fully_shard"
+            f"{label()} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the "
+            "shapes in it. Use FSDP2, torch.distributed.fsdp.fully_shard"
         )
 
 

@@ -292,8 +292,6 @@ def main(out: str) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Or DeepSpeed would compile a C++ extension for all-reduces of inference.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Or DeepSpeed would compile a C++ extension for all-reduces of inference.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     results: dict[str, Any] = {}
     for name, options in CONFIGS.items():
