@@ -616,6 +616,7 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
         assert g is not None
         label = self._label(group, p)
+        _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
         rows, packed, values = None, False, g
         if g.layout == torch.sparse_coo:
             if g.sparse_dim() != 1 or p.ndim < 1:
@@ -978,11 +979,7 @@ def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
             raise ValueError(
                 f"{label()} is a DTensor placed {', '.join(odd)}; {kind} takes Shard and Replicate: redistribute it"
             )
-    if getattr(p, "_fsdp_flattened", False):
-        raise ValueError(
-            f"{label()} is a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the shapes in "
-            "it. Use FSDP2, torch.distributed.fsdp.fully_shard"
-        )
+    _refuse_fsdp1(p, label, kind)
     if p.is_complex():
         raise ValueError(
             f"{label()} is complex ({p.dtype}); {kind} takes real parameters: pass torch.view_as_real of it"
@@ -991,6 +988,15 @@ def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
         raise ValueError(f"{label()} has dtype {p.dtype}; {kind} takes floating point parameters")
     if p.layout != torch.strided:
         raise ValueError(f"{label()} has layout {p.layout}; {kind} takes strided parameters")
+
+
+def _refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
+    # Also with use_orig_params=True: the tensors are then the model's own, with a piece of one dimension in each.
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{label()} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the "
+            "shapes in it. Use FSDP2, torch.distributed.fsdp.fully_shard"
+        )
 
 
 def _check_compiler() -> None:
