@@ -31,6 +31,13 @@ def test_fragments_are_the_original_weights_each_element_once(config, results):
             pytest.fail(said, pytrace=False)
 
 
+def test_four_ranks(launch_ranks, tmp_path):
+    launch_ranks(SCRIPT, tmp_path / "results", world=4)
+    for rank in range(4):
+        said = json.loads((tmp_path / f"results.{rank}").read_text())
+        assert len(said) == 6 and set(said.values()) == {"ok"}, said
+
+
 @pytest.mark.parametrize(
     ("stage", "attribute"),
     [
