@@ -141,9 +141,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 def nbytes(optimizer: Any) -> int:
     return sum(
-        t.numel() * t.element_size()
-        for state in optimizer.state.values()
-        for t in tensors(without_places(state))
+        t.numel() * t.element_size() for state in optimizer.state.values() for t in tensors(without_places(state))
     )
 
 
