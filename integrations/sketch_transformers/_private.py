@@ -1,6 +1,6 @@
 """Everything of transformers that is changed, or used without being documented: nothing of it is named elsewhere.
 
-Four things are changed, each once; what does not concern our optimizers behaves as before:
+Five things are changed, each once; what does not concern our optimizers behaves as before:
 
 * ``OptimizerNames`` gets one member per optimizer of the registry.
 * ``TrainingArguments.__post_init__`` checks the arguments of our optimizers, so that a mistake is reported before a
@@ -10,6 +10,8 @@ Four things are changed, each once; what does not concern our optimizers behaves
   reached after ``optim_args`` was split by code that fails on "compression" with "not enough values to unpack".
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
   cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback.
+* ``Trainer.train`` enables the gradient compression that ``optim_args`` asks for, and remembers the checkpoint that it
+  is told to resume: no callback is told.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ TOUCHED = (
     ("transformers.training_args", "TrainingArguments.__post_init__"),
     ("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs"),
     ("transformers.trainer", "Trainer.log"),
+    ("transformers.trainer", "Trainer.train"),
     ("transformers.trainer_utils", "check_target_module_exists"),
     ("transformers.pytorch_utils", "Conv1D"),
 )
@@ -60,6 +63,7 @@ def register() -> None:
     if trainer is not None:
         _wrap(trainer, "get_optimizer_cls_and_kwargs", _answering)
         _wrap(trainer, "log", _reporting)
+        _wrap(trainer, "train", _communicating)
 
 
 def check() -> None:
@@ -183,11 +187,24 @@ def _answering(get_optimizer_cls_and_kwargs: Callable[..., tuple[Any, Any]]) -> 
 def _reporting(log: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         from sketch_transformers.callback import SketchCallback
+        from sketch_transformers.comm import communication
 
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SketchCallback):
-                callback.add_to(logs, self.callback_handler.optimizer)
+                sending = communication(self.callback_handler.callbacks)
+                state = None if sending is None else sending.state
+                callback.add_to(logs, self.callback_handler.optimizer, state)
         log(self, logs, *args, **kwargs)
+
+    return wrapped
+
+
+def _communicating(train: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        from sketch_transformers.comm import before_training
+
+        before_training(self, resume_from_checkpoint)
+        return train(self, resume_from_checkpoint, *args, **kwargs)
 
     return wrapped
 
