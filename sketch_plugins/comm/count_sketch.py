@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from sketch_plugins.comm.base import Compressor, Payload, Reduce, entries, largest
 from sketch_plugins.hashing import derive
+
+# Shorter runs are rotated by an index, many at once: a call for each would take longer than its work.
+MANY = 1 << 13
+BATCH = 1 << 20
 
 
 class CountSketchTopK(Compressor):
@@ -60,6 +65,11 @@ class CountSketchTopK(Compressor):
         """``(depth, cells)``: the tables of a vector."""
         tables = x.new_zeros(self.depth, cells)
         for j, shifts, signs in self._hashes(len(x), cells, key):
+            if cells < MANY:
+                for rows, index, flips in _batches(len(x), cells, shifts, signs, x.device, -1):
+                    part = torch.nn.functional.pad(x[rows], (0, index.numel() - len(x[rows]))).view(index.shape)
+                    tables[j] += part.gather(1, index).mul_(flips.to(x.dtype)).sum(0)
+                continue
             for run, shift, sign in zip(x.split(cells), shifts, signs, strict=True):
                 # Rotated by `shift`: the first part of the run goes behind it, the rest to the front.
                 head = min(len(run), cells - shift)
@@ -72,6 +82,15 @@ class CountSketchTopK(Compressor):
         cells = tables.shape[1]
         hashes = [(shifts, signs) for _, shifts, signs in self._hashes(size, cells, key)]
         out = tables.new_empty(size)
+        if cells < MANY:
+            ways = [_batches(size, cells, shifts, signs, tables.device, 1) for shifts, signs in hashes]
+            for batch in zip(*ways, strict=True):
+                seen = torch.stack([
+                    tables[j][index].mul_(sign.to(tables.dtype)) for j, (_, index, sign) in enumerate(batch)
+                ])  # fmt: skip
+                run = out[batch[0][0]]
+                run.copy_(_median(seen).flatten()[: len(run)])
+            return out
         for b, run in enumerate(out.split(cells)):
             seen = torch.stack([
                 tables[j].roll(-shifts[b])[: len(run)] * signs[b] for j, (shifts, signs) in enumerate(hashes)
@@ -102,6 +121,18 @@ class CountSketchTopK(Compressor):
             signs = (torch.randint(2, (runs,), generator=g) * 2.0 - 1.0).tolist() if runs else []
             found.append((j, shifts, signs))
         return found
+
+
+def _batches(
+    size: int, cells: int, shifts: list[int], signs: list[float], device: torch.device, way: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For some runs at a time: where they are in the vector, their rotations ``(runs, cells)``, their signs."""
+    step, inside = max(1, BATCH // cells), torch.arange(cells, device=device)
+    for first in range(0, len(shifts), step):
+        shift = torch.tensor(shifts[first : first + step], device=device).unsqueeze(1)
+        sign = torch.tensor(signs[first : first + step], device=device).unsqueeze(1)
+        begin, end = first * cells, min(size, (first + step) * cells)
+        yield slice(begin, end), (inside + way * shift) % cells, sign
 
 
 def _median(x: Tensor) -> Tensor:

@@ -89,6 +89,19 @@ def test_sketches_are_linear_and_unbiased():
     assert (mean - x).abs().max() < 5 * x.norm() / 8 / math.sqrt(3000)
 
 
+def test_rotations_at_once_are_those_one_by_one(monkeypatch):
+    c, x = CountSketchTopK(depth=3), vector(1000, 1, torch.float64)
+    for cells in (7, 64, 1000):
+        monkeypatch.setattr("sketch_plugins.comm.count_sketch.MANY", 0)
+        tables = c.sketch(x, cells, 5)
+        estimate = c.estimate(tables, 1000, 5)
+        monkeypatch.undo()
+        for batch in (1 << 20, 130):
+            monkeypatch.setattr("sketch_plugins.comm.count_sketch.BATCH", batch)
+            assert torch.allclose(c.sketch(x, cells, 5), tables, rtol=0, atol=1e-12)
+            assert torch.equal(c.estimate(tables, 1000, 5), estimate)
+
+
 def test_sketches_find_the_heavy_hitters_of_the_sum():
     """Nothing that a rank holds is large, what they hold together is."""
     noise = [vector(4000, i) for i in range(4)]
