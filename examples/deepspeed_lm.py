@@ -155,12 +155,24 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.dim % 32:
         parser.error(f"--dim {args.dim} is not a multiple of 32")
-    config = json.loads(args.deepspeed_config.read_text())
+    try:
+        config = json.loads(args.deepspeed_config.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.deepspeed_config}: {error}")
     block = config.get("optimizer", {})
     if block.get("type") not in registry.names():
         parser.error(f"{args.deepspeed_config}: the optimizer is none of {', '.join(registry.names())}")
+    if "train_micro_batch_size_per_gpu" not in config:
+        parser.error(f"{args.deepspeed_config} has no train_micro_batch_size_per_gpu")
+    try:
+        registry.parse_options(block["type"], block.setdefault("params", {}))  # before AdamW has run
+    except ValueError as error:
+        parser.error(f"{args.deepspeed_config}: {error}")
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # Or DeepSpeed would compile a C++ extension for all-reduces of inference, for a minute and without a word.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     first = dist.get_rank() == 0
     args.model = args.dataset = None

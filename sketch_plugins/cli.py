@@ -27,7 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_reshard(commands)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # DeepSpeed's launcher, unless told --no_local_rank, puts this before everything; it is for the script.
+    local_rank = [argv.pop(0)] if argv and argv[0].startswith("--local_rank=") else []
     arguments = parser.parse_args(argv)
+    if local_rank:
+        if not hasattr(arguments, "arguments"):
+            parser.error(f"unrecognized arguments: {local_rank[0]}")
+        arguments.arguments = local_rank + arguments.arguments
     status: int = arguments.execute(arguments)
     return status
 

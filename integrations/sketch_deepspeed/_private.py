@@ -18,6 +18,7 @@ What does not concern our optimizers behaves as before. Changed are:
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import sys
@@ -161,7 +162,16 @@ def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable
 
 def _knowing(is_supported: Callable[..., bool]) -> Callable[..., bool]:
     def wrapped(self: Any, optimizer_name: str) -> bool:
-        return optimizer_name in registry.names() or is_supported(self, optimizer_name)
+        if optimizer_name in registry.names() or is_supported(self, optimizer_name):
+            return True
+        plain = str(optimizer_name).lower().replace("_", "")
+        near = difflib.get_close_matches(plain, [name.replace("_", "") for name in registry.names()], 1, 0.8)
+        if near:
+            raise ValueError(
+                f'the optimizer {{"type": "{optimizer_name}"}} of the DeepSpeed configuration does not exist; those of '
+                f"sketch-plugins are {', '.join(registry.names())}"
+            )
+        return False
 
     return wrapped
 
@@ -291,8 +301,8 @@ def _patch_accelerate() -> None:
     replace = getattr(module, ACCELERATE[1], None)
     if replace is None:
         warnings.warn(
-            f"{'.'.join(ACCELERATE)} is missing: with offload_optimizer, this accelerate may put DeepSpeedCPUAdam in the "
-            'place of our optimizers. Write "zero_force_ds_cpu_optimizer": false and look at the optimizer\'s type',
+            f"{'.'.join(ACCELERATE)} is missing: with offload_optimizer, this accelerate may put DeepSpeedCPUAdam in "
+            'the place of our optimizers. Write "zero_force_ds_cpu_optimizer": false and look at the optimizer\'s type',
             stacklevel=2,
         )
         return

@@ -147,6 +147,8 @@ def _find(path: Path) -> tuple[Path, str]:
     latest = path / "latest"
     if latest.is_file():
         tag = latest.read_text().strip()
+        if not tag or Path(tag).is_absolute() or ".." in Path(tag).parts:
+            raise CannotReshard(f"{latest} names {tag!r}; expected a directory beside it")
         if not (path / tag).is_dir():
             raise CannotReshard(f"{latest} names {tag!r}, and there is no such directory")
         return path, tag
@@ -158,6 +160,8 @@ def _find(path: Path) -> tuple[Path, str]:
 
 
 def _load(file: Path, trust: bool) -> dict[str, Any]:
+    if file.stat().st_size == 0:
+        raise CannotReshard(f"{file} cannot be read: it is empty")
     try:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
             loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
@@ -202,7 +206,9 @@ def _read(directory: Path, trust: bool) -> _Checkpoint:
         raise CannotReshard(f"groups are cut over {counts} ranks (experts?): not supported")
     missing = [rank for rank in range(world) if rank not in found]
     if missing or len(found) > world:
-        what = f"those of ranks {', '.join(map(str, missing))} are missing" if missing else f"{len(found)} are there"
+        absent = ", ".join(map(str, missing))
+        what = f"that of rank {absent} is missing" if len(missing) == 1 else f"those of ranks {absent} are missing"
+        what = what if missing else f"{len(found)} are there"
         raise CannotReshard(f"{directory} was written by {world} ranks, and of their files '*_optim_states.pt' {what}")
     ranks = [first if rank == min(found) else _load(found[rank], trust) for rank in range(world)]
     bf16 = "zero_stage" not in zero

@@ -201,12 +201,6 @@ def _check_deepspeed(args: TrainingArguments) -> None:
             f"optim={name!r} would be ignored: the DeepSpeed configuration has its own optimizer, "
             f"{block.get('type')!r}; remove that block"
         )
-    for given in ("optim_args", "optim_target_modules"):
-        if block is not None and getattr(args, given):
-            raise ValueError(
-                f"{given}={getattr(args, given)!r} would be ignored: the DeepSpeed configuration has an optimizer "
-                "block; remove the block, or write the options into its params"
-            )
     if _offloads(config) and config.get("zero_force_ds_cpu_optimizer") is True:
         raise ValueError(
             f"zero_force_ds_cpu_optimizer=true would replace optim={name!r} by DeepSpeedCPUAdam; "
@@ -219,7 +213,7 @@ def check_deepspeed_block(args: TrainingArguments) -> None:
 
     Raises:
         ValueError: DeepSpeed does not know the name, for sketch_deepspeed was not imported; ``"auto"`` would give
-            Adam's betas or eps to an optimizer that has its own.
+            Adam's betas or eps to an optimizer that has its own; ``optim_args`` or ``optim_target_modules`` beside it.
     """
     block = _deepspeed_config(args).get("optimizer") or {}
     name = block.get("type")
@@ -230,6 +224,12 @@ def check_deepspeed_block(args: TrainingArguments) -> None:
             f'the DeepSpeed configuration has {{"type": "{name}"}}, which DeepSpeed knows after '
             "`import sketch_deepspeed`"
         )
+    for given in ("optim_args", "optim_target_modules"):
+        if getattr(args, given, None):
+            raise ValueError(
+                f"{given}={getattr(args, given)!r} would be ignored: the DeepSpeed configuration has an optimizer "
+                "block; remove the block, or write the options into its params"
+            )
     if registry.get(name).cls.ADAM_SETTINGS:
         return
     for key in ("betas", "eps"):

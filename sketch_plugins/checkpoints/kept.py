@@ -160,8 +160,10 @@ def output_of(root: Path, world_size: int, output: str | os.PathLike[str] | None
     if world_size < 1:
         raise CannotReshard(f"world size {world_size}: allowed are integers from 1 on")
     target = Path(output) if output is not None else root.with_name(f"{root.resolve().name}-world{world_size}")
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise CannotReshard(f"{target} exists already, and is not written over: give another --output")
+    if root.resolve() in target.resolve().parents:
+        raise CannotReshard(f"{target} lies in the checkpoint itself, which is not changed: give another --output")
     return target
 
 

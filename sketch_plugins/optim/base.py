@@ -854,9 +854,10 @@ class SketchOptimizer(torch.optim.Optimizer):
             not isinstance(saved[PLACE], Tensor) or saved[PLACE].tolist() != p.piece.place.tolist()
         ):
             raise ValueError(
-                f"the {which} state of {label} belongs to another part of it (place {saved[PLACE]}; expected "
-                f"{p.piece.place}): it was written with another number of processes or another layout. Convert it: "
-                "sketch-plugins reshard CHECKPOINT --world-size N"
+                f"the {which} state of {label} belongs to another part of it (row, column and the whole shape are "
+                f"{_listed(saved[PLACE])}; expected {p.piece.place.tolist()}): it was written with another number of "
+                "processes or another layout. Convert a sharded checkpoint: sketch-plugins reshard CHECKPOINT "
+                "--world-size N"
             )
         dtype = _arithmetic(p)
         for name, store in stores.items():
@@ -1019,6 +1020,10 @@ def _check_compiler() -> None:
             f"compile=True needs a C++ compiler on a CPU, and {wanted} is not to be found: install one, set CXX, "
             "or use compile=False"
         )
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _arithmetic(p: Shaped) -> torch.dtype:

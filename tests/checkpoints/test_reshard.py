@@ -125,6 +125,10 @@ def test_what_is_no_checkpoint(tmp_path, capsys):
     assert "is no checkpoint" in refused(capsys, tmp_path, tmp_path / "empty", "--world-size", 2)
     (tmp_path / "empty" / "latest").write_text("global_step1")
     assert "no such directory" in refused(capsys, tmp_path, tmp_path / "empty", "--world-size", 2)
+    for tag in ("../empty/global_step1", str(tmp_path / "empty"), ""):  # would be written outside of the output
+        (tmp_path / "empty" / "latest").write_text(tag)
+        assert "expected a directory beside it" in refused(capsys, tmp_path, tmp_path / "empty", "--world-size", 2)
+    (tmp_path / "empty" / "latest").write_text("global_step1")
     (tmp_path / "empty" / "global_step1").mkdir()
     assert "has no files" in refused(capsys, tmp_path, tmp_path / "empty", "--world-size", 2)
     torch.save({}, tmp_path / "empty" / "global_step1" / "mp_rank_00_model_states.pt")
@@ -146,6 +150,9 @@ def test_an_output_that_is_there_is_not_written_over(checkpoint, tmp_path, capsy
     message = refused(capsys, tmp_path, checkpoint, "--world-size", 3, "--output", tmp_path / "out")
     assert "exists already" in message
     assert "exists already" in refused(capsys, tmp_path, checkpoint, "--world-size", 3, "--output", checkpoint)
+    assert "lies in the checkpoint" in refused(
+        capsys, tmp_path, checkpoint, "--world-size", 3, "--output", checkpoint / "inner"
+    )
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(
         capsys, tmp_path, checkpoint, "--world-size", 3, "--output", tmp_path / "file" / "out"
@@ -178,7 +185,7 @@ def test_files_that_are_missing_or_torn(checkpoint, tmp_path, capsys):
     whole = file.read_bytes()
     file.unlink()
     message = refused(capsys, tmp_path, checkpoint, "--world-size", 3)
-    assert "written by 2 ranks" in message and "ranks 1 are missing" in message
+    assert "written by 2 ranks" in message and "that of rank 1 is missing" in message
     file.write_bytes(whole[: len(whole) // 2])
     assert f"{file.name} cannot be read" in refused(capsys, tmp_path, checkpoint, "--world-size", 3)
     file.write_bytes(whole)

@@ -140,6 +140,12 @@ def main(out: str, folder: str) -> None:
         sm3 = {"type": "sm3", "params": {"lr": "auto", "betas": "auto"}}
         results["said"] = {
             "sm3 auto": said(lambda: arguments(folder, config(2, sm3))),
+            "args beside block, optim left alone": said(
+                lambda: arguments(folder, config(2, block), optim_args="compresion=banana")
+            ),
+            "targets beside block": said(
+                lambda: arguments(folder, config(2, block), optim_target_modules=["nothing_like_this"])
+            ),
             "args beside block": said(lambda: arguments(folder, config(2, block), **ours)),
             "another block": said(lambda: arguments(folder, config(2, {"type": "Adam"}), **ours)),
             "force": said(lambda: arguments(folder, {**offload, "zero_force_ds_cpu_optimizer": True}, **ours)),

@@ -205,7 +205,17 @@ def test_what_cannot_be_run(command, status, message, here, capsys):
     sys.modules.pop("empty", None)
 
 
-@pytest.mark.parametrize("command", [[], ["fly"], ["run"], ["run", "-x", "script.py"]], ids=str)
+def test_what_the_deepspeed_launcher_puts_first_is_for_the_script(here):
+    (here / "script.py").write_text("import sys\nprint(sys.argv)")
+    said = run("-m", "sketch_plugins", "--local_rank=1", "run", "script.py", "--steps", "2", cwd=here)
+    assert said.stdout.strip() == "['script.py', '--local_rank=1', '--steps', '2']"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["fly"], ["run"], ["run", "-x", "script.py"], ["--local_rank=0", "reshard", "x", "--world-size", "2"]],
+    ids=str,
+)
 def test_usage_errors(command, here, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(command)
