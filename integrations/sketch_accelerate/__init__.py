@@ -8,7 +8,7 @@
 there as soon as an ``Accelerator`` runs DeepSpeed, so that the optimizer is not replaced by ``DeepSpeedCPUAdam`` under
 offloading and can be named in DeepSpeed's configuration (``DummyOptim``); and FSDP1 is refused before training starts.
 
-Gradient compression: ``accelerator.ddp_handler = sketch_accelerate.MemSGDKwargs(memsgd={"density": 0.01})``.
+``accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.01})`` sparsifies gradients between processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ register()
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: this package may be imported while accelerate is half imported (`python -m sketch_plugins run`).
+    # Lazily: this package may be imported while accelerate is half imported, when its base class does not exist yet.
     if name == "MemSGDKwargs":
         from sketch_accelerate.comm import MemSGDKwargs
 

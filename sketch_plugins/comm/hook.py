@@ -117,7 +117,9 @@ def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tenso
         )  # fmt: skip
         fine = fine & torch.isfinite(payload.values).all()
         where = compressor.positions(payload.at, part.size, density)
-        sent = torch.where(peak > 0, payload.values * state.scale, 0.0).to(buffer.dtype)
+        # An entry that has waited may be too large for half precision: the rest goes next time.
+        limit = torch.finfo(buffer.dtype).max
+        sent = torch.where(peak > 0, payload.values * state.scale, 0.0).clamp(-limit, limit).to(buffer.dtype)
         # What was picked but not sent: all of it where there was no gradient, else what the dtype cannot say.
         rest = payload.values - sent.to(payload.values.dtype) / state.scale
         slot["error"].index_add_(0, where, rest.to(slot["error"].dtype))

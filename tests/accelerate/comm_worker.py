@@ -112,6 +112,10 @@ def check_trainer(folder):
     other = communication(resumed.callback_handler.callbacks).state
     assert other.iteration == callback.state.iteration == 10
     assert other.memory_norm() == callback.state.memory_norm()
+    resumed.args.max_steps = 4
+    resumed.train()  # again from the beginning: with the memory that there is
+    assert communication(resumed.callback_handler.callbacks).state is other and other.iteration == 14
+    same_everywhere(resumed.model)
 
 
 def main():

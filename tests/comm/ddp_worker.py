@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,15 @@ class Net(torch.nn.Module):
         h = h + self.conv(h.unsqueeze(1)).mean(1)
         h = torch.tanh(self.inner(h))
         return self.head(self.gone(h) if branch else h)
+
+
+class Sum(torch.nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self):
+        return self.p.sum()
 
 
 def build(dtype=torch.float32, bucket_cap_mb=0.003, seed=0, hook=True, find_unused_parameters=False, **options):
@@ -310,6 +320,17 @@ def check_half():
     same_everywhere(weights(ddp))
     assert all(slot["error"].dtype == torch.float32 for slot in state.memory.values())
     assert all(p.grad.dtype == torch.bfloat16 for p in ddp.parameters())
+    # An entry that float16 cannot hold goes in parts.
+    p = torch.nn.Parameter(torch.zeros(64, dtype=torch.float16))
+    one = DDP(Sum(p))
+    state = MemSGDState([("p", p)], compressor="topk", density=1 / 64, min_size=2)
+    one.register_comm_hook(state, memsgd_hook)
+    state.iteration = 2
+    state.slot(p)["error"][7] = 1e5
+    for expected in (torch.finfo(torch.float16).max, 1e5 + 1.0 - torch.finfo(torch.float16).max):
+        p.grad = None
+        one().backward()
+        assert p.grad[7] == torch.tensor(expected, dtype=torch.float16) and p.grad.count_nonzero() == 1
 
 
 def check_sparse():
@@ -360,6 +381,31 @@ def check_join():
                 optimizer.step()
         same_everywhere(weights(ddp))
         assert state.iteration == 6 + 3 * (WORLD - 1)
+
+
+def check_wire():
+    """The bytes that the state reports are those that arrive at the process group, and add up by hand."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from _wire import CountingGroup
+
+    for compressor in COMPRESSORS.values():
+        group = CountingGroup()
+        model = Net()
+        ddp = DDP(model, bucket_cap_mb=0.003, process_group=group)
+        state = attach(ddp, compressor=compressor, density=0.05, **SMALL)
+        dense = 4 * sum(p.numel() for p in model.parameters())
+        for step in range(2):  # DistributedDataParallel tells all ranks of its new buckets
+            loss_of(ddp, step, RANK).backward()
+        before = group.sent - state.wire_bytes
+        for step in range(2, 6):
+            sent = group.sent
+            loss_of(ddp, step, RANK).backward()
+            assert group.sent - sent == state.last_wire_bytes and state.last_dense_bytes == dense
+            sizes = [p.numel() for p in model.parameters()]
+            ways = [compressor.wire_bytes(d, 0.05) if d >= 20 else 4 * d for d in sizes]
+            flags = state.last_wire_bytes - sum(min(way, 4 * d) for way, d in zip(ways, sizes, strict=True))
+            assert 0 < flags <= 4 * len(sizes) and flags % 4 == 0, flags  # one of each bucket
+        assert state.wire_bytes == group.sent - before and state.dense_bytes == 6 * dense
 
 
 def check_errors():

@@ -10,7 +10,7 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 def test_two_ranks(launch_ranks):
     launch_ranks(
         WORKER,
-        "reference,telescopes,dense,no_sync,nonfinite,scaler,half,sparse,unused,join,pickle,registry,replicas,errors",
+        "reference,telescopes,dense,no_sync,nonfinite,scaler,half,sparse,unused,join,pickle,wire,registry,replicas,errors",
     )
 
 

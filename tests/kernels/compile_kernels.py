@@ -101,19 +101,22 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
 
 
+def record_message(case):
+    """The launches of one message: whole blocks, and what is left."""
+    block, dtype, momentum = BLOCKS[case]
+    calls, kernel = [], block_topk.select
+    m = torch.zeros(8200, dtype=dtype)
+    try:
+        block_topk.select = Recorder(kernel, calls)
+        u = torch.zeros_like(m) if momentum else None
+        block_topk.take(m, torch.zeros(8200), 1.0, block, (8192 // block, block // 64, 1), 1, 2, u, 0.9, True)
+    finally:
+        block_topk.select = kernel
+    return calls
+
+
 def record(case):
-    """The launches of one step, with lagged_rms of the second one, which is like all that follow; or of one message."""
-    if case in BLOCKS:
-        block, dtype, momentum = BLOCKS[case]
-        calls, kernel = [], block_topk.select
-        m = torch.zeros(8200, dtype=dtype)
-        try:
-            block_topk.select = Recorder(kernel, calls)
-            u = torch.zeros_like(m) if momentum else None
-            block_topk.take(m, torch.zeros(8200), 1.0, block, (8192 // block, block // 64, 1), 1, 2, u, 0.9, True)
-        finally:
-            block_topk.select = kernel
-        return calls
+    """The launches of one step; with lagged_rms of the second one, which is like all that follow."""
     cls, options, dtype, shape, sparse = CASES[case]
     calls = []
     kernels = [(m, n) for m in (launch.step, launch.fold, launch.norms) for n in vars(m) if not n.startswith("_")]
@@ -203,7 +206,7 @@ def facts(compiled):
 def main():
     target = TARGETS[sys.argv[1]]
     for case in sys.argv[2:] or [*CASES, *BLOCKS]:
-        for kernel, args, kwargs in record(case):
+        for kernel, args, kwargs in record_message(case) if case in BLOCKS else record(case):
             compiled = compile_call(kernel, args, dict(kwargs), target)
             print(json.dumps({"case": case, "kernel": kernel.fn.__name__, **facts(compiled)}), flush=True)
 
