@@ -2,6 +2,7 @@
 
 from sketch_plugins.memory.report import StateReport, state_report
 from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SAdagrad, Sketchy, quadratic_warmup
+from sketch_plugins.optim.convert import convert_state
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "SAdagrad",
     "Sketchy",
     "StateReport",
+    "convert_state",
     "quadratic_warmup",
     "state_report",
 ]
