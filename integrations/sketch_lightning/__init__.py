@@ -28,7 +28,7 @@ _CALLBACKS = ("OptimizerStateMonitor", "SketchCleaning", "ReclaimBatchSize")
 #: Namespace of Lightning -> module with its classes.
 _MODULES = {"lightning.pytorch": "lightning_pytorch", "pytorch_lightning": "pytorch_lightning"}
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "OptimizerStateMonitor",
     "ReclaimBatchSize",
     "SketchCleaning",

@@ -1,8 +1,8 @@
 """Everything of Lightning that is used without being documented: nothing of it is named elsewhere.
 
-Lightning exists under two names, ``lightning.pytorch`` and ``pytorch_lightning``, with a class tree and a registry each:
-whatever is looked up here is looked up in one of them. Nothing of Lightning is changed; strategies are added to its
-registries, and subclasses override
+Lightning exists under two names, ``lightning.pytorch`` and ``pytorch_lightning``, with a class tree and a registry
+each: whatever is looked up here is looked up in one of them. Nothing of Lightning is changed; strategies are added to
+its registries, and subclasses override
 
 * ``Strategy.setup_optimizers``, where optimizers and schedulers have been made and nothing has used them yet,
 * ``DDPStrategy._register_ddp_hooks``: the original registers a communication hook on CUDA devices only,
@@ -104,6 +104,11 @@ def batches_that_stepped(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def should_log(trainer: Any) -> bool:
+    """Whether Lightning itself logs after this batch."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
 def loader_of(trainer: Any) -> Any:
     """The loader, or collection of loaders, that was given to ``fit``; None where a module or datamodule makes it."""
     source = trainer.fit_loop._data_source
@@ -174,3 +179,8 @@ def run_loop(trainer: Any, progress: Any) -> None:
     loop.load_state_dict(progress)
     loop.restarting = False
     loop.run()
+
+
+def without_sync(strategy: Any) -> Any:
+    """No gradients are averaged: a rank that runs out of memory would leave the others waiting."""
+    return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else contextlib.nullcontext()

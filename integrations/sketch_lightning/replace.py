@@ -45,8 +45,8 @@ def counterpart(optimizer: torch.optim.Optimizer, name: str, options: Mapping[st
 
     What both have in common is carried over group by group: ``lr``, ``maximize``, ``weight_decay``; of Adam and AdamW
     ``betas`` and ``eps`` (not to ``sm3``, where they mean something else); of SGD ``momentum`` and ``nesterov``; of
-    Adagrad everything, to ``cs_adagrad``. Keys that schedulers keep in the groups stay. Nothing that was set is dropped:
-    what the new optimizer cannot do is an error, unless ``options`` say what to do instead.
+    Adagrad everything, to ``cs_adagrad``. Keys that schedulers keep in the groups stay. Nothing that was set is
+    dropped: what the new optimizer cannot do is an error, unless ``options`` say what to do instead.
 
     Args:
         optimizer: of type Adam, AdamW, SGD or Adagrad, without state.

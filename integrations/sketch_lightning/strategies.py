@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from sketch_lightning import _private
+from sketch_lightning.replace import check_options, counterpart, describe, rewire
 from sketch_plugins import registry
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
-from sketch_lightning import _private
-from sketch_lightning.replace import check_options, counterpart, describe, rewire
 
 #: How DDP may start its processes; "" is Lightning's "ddp".
 _STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
@@ -22,6 +22,12 @@ _STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 class Replacing:
     """Mixed into a strategy: the module's optimizers are replaced as soon as they have been made."""
+
+    optimizers: list[Any]
+    lr_scheduler_configs: list[Any]
+    lightning_module: Any
+    # Set by `build`: where the base class comes from.
+    _namespace = ""
 
     def __init__(
         self,
@@ -40,8 +46,7 @@ class Replacing:
     def setup_optimizers(self, trainer: Any) -> None:
         """As Lightning's; then every optimizer is one of ours, or it is an error."""
         super().setup_optimizers(trainer)  # type: ignore[misc]
-        optimizers = self._replaced(self.optimizers, [c.scheduler for c in self.lr_scheduler_configs])  # type: ignore[has-type]
-        self.optimizers = optimizers
+        self.optimizers = self._replaced(self.optimizers, [config.scheduler for config in self.lr_scheduler_configs])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """As Lightning's; the state of one of torch's optimizers is refused, or converted with ``warm_start``.
@@ -85,7 +90,7 @@ class Replacing:
             said.append("replaced " + describe(old, made, self._sketch_options))
             new.append(made)
         rewire(schedulers, replaced)
-        module: Any = self.lightning_module  # type: ignore[attr-defined]
+        module = self.lightning_module
         for key, value in list(vars(module).items()):
             if id(value) in replaced:  # or a module with an attribute for it would train with the old one
                 setattr(module, key, replaced[id(value)][1])
@@ -94,10 +99,7 @@ class Replacing:
         return new
 
     def _info(self, message: str) -> None:
-        _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")(message)  # type: ignore[attr-defined]
-
-    # Set by `build`: where the base class comes from.
-    _namespace = ""
+        _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")(message)
 
 
 def build(namespace: str, module: str) -> dict[str, Any]:
@@ -138,7 +140,9 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             device: Any = None,
             **kwargs: Any,
         ) -> None:
-            super().__init__(optimizer, optimizer_kwargs, warm_start, device="cpu" if device is None else device, **kwargs)
+            super().__init__(
+                optimizer, optimizer_kwargs, warm_start, device="cpu" if device is None else device, **kwargs
+            )
             self._given_device = device
             self._devices: list[torch.device] | None = None
 
@@ -213,12 +217,14 @@ def build(namespace: str, module: str) -> dict[str, Any]:
         Args:
             optimizer: see `SketchStrategy`.
             optimizer_kwargs: see `SketchStrategy`.
-            warm_start: False; checkpoints of FSDP2 are read into the optimizer's own state, so nothing can be converted.
+            warm_start: False; checkpoints of FSDP2 are read into the optimizer's own state, so nothing can be
+                converted.
             shard_modules: classes of modules to shard by themselves, instead of entries of lists.
             kwargs: of Lightning's ``ModelParallelStrategy``; ``data_parallel_size`` defaults to all processes.
 
         Raises:
-            ValueError: as `SketchStrategy`; ``warm_start=True``; a module that cannot be sharded without being told how.
+            ValueError: as `SketchStrategy`; ``warm_start=True``; a module that cannot be sharded without being told
+                how.
         """
 
         def __init__(
@@ -257,7 +263,8 @@ def build(namespace: str, module: str) -> dict[str, Any]:
 
         def teardown(self) -> None:
             """As Lightning's; the module is left as it came."""
-            vars(self.lightning_module).pop("configure_model", None)
+            module: Any = self.lightning_module
+            module.__dict__.pop("configure_model", None)
             super().teardown()
 
         def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -272,8 +279,8 @@ def build(namespace: str, module: str) -> dict[str, Any]:
     class SketchDeepSpeedStrategy(Replacing, strategies.DeepSpeedStrategy):  # type: ignore[misc, name-defined]
         """DeepSpeed's ZeRO with a sketched optimizer: each rank sketches the pieces of matrices in its partition.
 
-        The optimizer is handed to DeepSpeed as a client's; with ``offload_optimizer`` it stays (DeepSpeed would insist on
-        its own CPU Adam otherwise). Unlike Lightning's, this strategy also runs on a CPU where DeepSpeed itself does
+        The optimizer is handed to DeepSpeed as a client's; with ``offload_optimizer`` it stays (DeepSpeed would insist
+        on its own CPU Adam otherwise). Unlike Lightning's, this strategy also runs on a CPU where DeepSpeed itself does
         (``DS_ACCELERATOR=cpu``), for tests.
 
         Args:
@@ -442,7 +449,9 @@ def _refuse_foreign(path: Any) -> None:
     if not (Path(path) / ".metadata").is_file():
         return
     names = FileSystemReader(path).read_metadata().state_dict_metadata
-    if any(name.startswith("optimizer_") and name.endswith((".exp_avg_sq", ".momentum_buffer", ".sum")) for name in names):
+    if any(
+        name.startswith("optimizer_") and name.endswith((".exp_avg_sq", ".momentum_buffer", ".sum")) for name in names
+    ):
         raise ValueError(
             f"the checkpoint {path} holds the state of one of torch's optimizers, and that of a sharded run cannot be "
             "converted: load the weights alone and start the optimizer anew"
