@@ -171,6 +171,7 @@ def only_training(trainer: Any, steps: int, callback: Any) -> Iterator[None]:
         trainer.lightning_module.train(mode)
         trainer._logger_connector.reset_results()
         trainer._logger_connector.reset_metrics()
+        loop.epoch_loop._results.clear()  # which remembers how a value was averaged
 
 
 def run_loop(trainer: Any, progress: Any) -> None:
@@ -181,6 +182,16 @@ def run_loop(trainer: Any, progress: Any) -> None:
     loop.run()
 
 
-def without_sync(strategy: Any) -> Any:
-    """No gradients are averaged: a rank that runs out of memory would leave the others waiting."""
-    return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else contextlib.nullcontext()
+@contextlib.contextmanager
+def without_sync(strategy: Any) -> Iterator[None]:
+    """Each rank by itself: neither gradients nor logged values are averaged.
+
+    A rank that runs out of memory would leave the others waiting, or answering another question than was asked.
+    """
+    blocked = strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else contextlib.nullcontext()
+    strategy.reduce = lambda tensor, *_, **__: tensor
+    try:
+        with blocked:
+            yield
+    finally:
+        del strategy.reduce

@@ -312,6 +312,12 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
             self.config.setdefault("zero_allow_untested_optimizer", True)
 
+        @property
+        def root_device(self) -> torch.device:
+            """As Lightning's; CPUs are numbered, too, because DeepSpeed asks for a number."""
+            device: torch.device = super().root_device
+            return torch.device("cpu", 0) if device.type == "cpu" else device
+
         def setup_environment(self) -> None:
             """As Lightning's, and on a CPU if that is what DeepSpeed runs on."""
             if self._on_cpu():
