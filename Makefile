@@ -16,7 +16,8 @@ else
 BIN := $(VENV)/bin
 endif
 
-# The tests' tensors are small: a process for each core serves them better than threads.
+# The tests' tensors are small: a process for each core serves them better than threads. A file's tests stay together:
+# what its fixtures start (ranks of a process group, engines) is started once.
 TEST_THREADS := $(or $(OMP_NUM_THREADS),1)
 TEST_PROCESSES ?= 2
 
@@ -32,7 +33,7 @@ demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare
 	$(BIN)/python examples/demo_lm.py $(DEMO_ARGS)
 
 test: $(VENV)/.dev ## run the test suite
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(TEST_ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
 
 gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one, and the benchmark on both precisions
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
@@ -53,7 +54,7 @@ format: $(VENV)/.dev ## let ruff fix and format the sources
 	$(BIN)/ruff format $(LINT_PATHS)
 
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) build dist demo_out bert_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist demo_out bert_out accelerate_out .pytest_cache .mypy_cache .ruff_cache
 	find sketch_plugins integrations examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: it is pinned here, while the package itself accepts a range.

@@ -38,8 +38,9 @@ from sketch_plugins import registry, state_report
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = (
-    "cs_adam,cs_adam:preset=lean,sm3,sm3:preset=lean,cs_adam:first_moment=bf16,cs_adam:preset=exact,cs_rmsprop,"
-    "cs_adagrad,cs_momentum,cs_adam:fused=false,sm3:fused=false,torch:AdamW,torch:AdamW-foreach,torch:Adafactor,"
+    "cs_adam,cs_adam:preset=lean,cs_adam:preset=lean;lagged_rms=true,sm3,sm3:preset=lean,"
+    "cs_adam:first_moment=bf16,cs_adam:preset=exact,cs_rmsprop,cs_adagrad,cs_momentum,"
+    "cs_adam:fused=false,sm3:fused=false,torch:AdamW,torch:AdamW-foreach,torch:Adafactor,"
     "hf:Adafactor,bnb:AdamW8bit,ao:AdamW8bit,ao:AdamW4bit"
 )
 # (layers, width, width of the feed-forward, vocabulary, positions)

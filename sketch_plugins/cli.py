@@ -66,7 +66,7 @@ def _add_reshard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="write a checkpoint of a sharded run anew, for another number of processes",
         description="Write CHECKPOINT, saved by DeepSpeed's ZeRO (stages 1 to 3) or by torch.distributed.checkpoint "
         "(FSDP2), anew for N processes. Weights stay as they are, bit for bit; the state of the optimizers of "
-        "sketch-plugins is cut anew, exactly where that is possible (docs/distributed.md). CHECKPOINT itself is not "
+        "sketch-plugins is cut anew, exactly where that is possible (docs/resharding.md). CHECKPOINT itself is not "
         "changed.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory of the checkpoint")

@@ -105,3 +105,31 @@ def ranks_of(script, arguments, world, env):
 def said(file):
     file.seek(0)
     return file.read()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """``once(name, action)``: the folder in which ``action(folder)`` was run, by one of xdist's workers for all."""
+
+    def run(name, action, timeout=600):
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another test has, or another worker is about to
+            end = time.monotonic() + timeout
+            while not (folder / "ended").exists() and time.monotonic() < end:
+                time.sleep(0.1)
+        else:
+            try:
+                action(folder)
+            except BaseException as error:
+                (folder / "ended").write_text(str(error) or repr(error))
+                raise
+            (folder / "ended").write_text("")
+        said = (folder / "ended").read_text() if (folder / "ended").exists() else f"{name} did not end"
+        if said:
+            pytest.fail(said, pytrace=False)
+        return folder
+
+    return run

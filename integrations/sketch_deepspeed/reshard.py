@@ -32,6 +32,7 @@ from sketch_plugins.checkpoints.kept import (
     Report,
     nbytes,
     output_of,
+    save,
     whole_or_not_at_all,
 )
 from sketch_plugins.sharding.pieces import Fragment, index_of, pieces
@@ -326,16 +327,13 @@ def _write(old: _Checkpoint, world: int, directory: Path, target: Path, progress
             flats.append(weights.flat(buffer, fragments))
             states[key] = state.cut(buffer, fragments, weights.dtype, report)
             after += nbytes(states[key])
-        _save(_rank_file(old, buffers, world, rank, flats, states), directory, f"{old.prefix}zero_pp_rank_{rank}_")
+        name = f"{old.prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        save(_rank_file(old, buffers, world, rank, flats, states), directory / name)
     for name, file in _model_files(old, buffers, world):
-        torch.save(file, directory / name)
+        save(file, directory / name)
     progress(steps, steps, "done")
     report.nbytes = state.nbytes, after
     return report
-
-
-def _save(file: Mapping[str, Any], directory: Path, prefix: str) -> None:
-    torch.save(dict(file), directory / f"{prefix}mp_rank_00_optim_states.pt")
 
 
 class _Weights:

@@ -1,6 +1,6 @@
 """Everything of transformers that is changed, or used without being documented: nothing of it is named elsewhere.
 
-Four things are changed, each once; what does not concern our optimizers behaves as before:
+Five things are changed, each once; what does not concern our optimizers behaves as before:
 
 * ``OptimizerNames`` gets one member per optimizer of the registry.
 * ``TrainingArguments.__post_init__`` checks the arguments of our optimizers, so that a mistake is reported before a
@@ -8,6 +8,8 @@ Four things are changed, each once; what does not concern our optimizers behaves
 * ``Trainer.get_optimizer_cls_and_kwargs`` answers for our names. It exists, with this signature, in all versions
   supported. The dispatch table behind it (``_OPTIMIZER_HANDLERS``) is private, exists in recent ones only, and is
   reached after ``optim_args`` was split by code that fails on "compression" with "not enough values to unpack".
+* ``Trainer.create_optimizer`` keeps accelerate and DeepSpeed from putting DeepSpeedCPUAdam in the place of an optimizer
+  of ours, however it was asked for, where its state is offloaded.
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
   cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback.
 """
@@ -23,12 +25,14 @@ from typing import Any
 
 from sketch_plugins import registry
 from sketch_plugins.import_hooks import is_initializing
+from sketch_plugins.optim import SketchOptimizer
 
 #: Where in transformers the names are that this package touches: module, then dotted name in it.
 TOUCHED = (
     ("transformers.training_args", "OptimizerNames"),
     ("transformers.training_args", "TrainingArguments.__post_init__"),
     ("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs"),
+    ("transformers.trainer", "Trainer.create_optimizer"),
     ("transformers.trainer", "Trainer.log"),
     ("transformers.trainer_utils", "check_target_module_exists"),
     ("transformers.pytorch_utils", "Conv1D"),
@@ -59,6 +63,7 @@ def register() -> None:
     trainer = _find("transformers.trainer", "Trainer")
     if trainer is not None:
         _wrap(trainer, "get_optimizer_cls_and_kwargs", _answering)
+        _wrap(trainer, "create_optimizer", _keeping)
         _wrap(trainer, "log", _reporting)
 
 
@@ -161,9 +166,10 @@ def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable
 def _checking(post_init: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
         post_init(self, *args, **kwargs)
-        if _is_ours(self.optim):
-            from sketch_transformers.arguments import check_arguments
+        from sketch_transformers.arguments import check_arguments, check_deepspeed_block
 
+        check_deepspeed_block(self)
+        if _is_ours(self.optim):
             check_arguments(self)
 
     return wrapped
@@ -176,6 +182,18 @@ def _answering(get_optimizer_cls_and_kwargs: Callable[..., tuple[Any, Any]]) -> 
         from sketch_transformers.arguments import optimizer_cls_and_kwargs
 
         return optimizer_cls_and_kwargs(args, model)
+
+    return wrapped
+
+
+def _keeping(create_optimizer: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = create_optimizer(self, *args, **kwargs)
+        if isinstance(self.optimizer, SketchOptimizer):
+            from sketch_transformers.arguments import prepare_deepspeed
+
+            prepare_deepspeed(self.args)
+        return optimizer
 
     return wrapped
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import json
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,6 @@ from sketch_transformers.targets import only_on, select_parameters
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-logger = logging.getLogger(__name__)
 
 #: Options of the optimizer that have a place of their own; in ``optim_args`` they would contradict it or be ignored.
 ELSEWHERE = {
@@ -48,7 +47,7 @@ def optimizer_cls_and_kwargs(
         if model is None:
             raise ValueError(f"optim_target_modules={args.optim_target_modules!r} needs the model, which is None")
         cls = only_on(cls, select_parameters(model, args.optim_target_modules))
-    _prepare_deepspeed(args)
+    prepare_deepspeed(args)
     return cls, kwargs
 
 
@@ -58,7 +57,7 @@ def check_arguments(args: TrainingArguments) -> None:
     Raises:
         ValueError: ``optim_args`` is malformed, has an unknown key, a value of the wrong type or an impossible one (the
             message lists what is allowed); ``adam_*`` are set for an optimizer that does not read them; the parameters
-            are to be sharded by FSDP; the DeepSpeed configuration has an optimizer of its own or asks for DeepSpeed's
+            are to be sharded by FSDP1; the DeepSpeed configuration has an optimizer of its own or asks for DeepSpeed's
             CPU Adam.
     """
     cls, kwargs = _cls_and_kwargs(args)
@@ -144,35 +143,91 @@ def _split(name: str, optim_args: Any, where: str) -> dict[str, str]:
 
 
 def _check_sharding(args: TrainingArguments) -> None:
-    # `accelerate launch` asks for FSDP in the environment, not in the arguments.
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        # Tables that differ per rank count as replicated in a sharded checkpoint: wrong after a resume, without a word.
-        raise ValueError(f"optim={_name(args)!r} does not support FSDP yet; DDP works")
-    config = _deepspeed_config(args)
-    block = config.get("optimizer")
-    if block is not None and block.get("type") != _name(args):
+    if getattr(args, "fsdp_config", None) and args.fsdp_config.get("xla", False):
+        raise ValueError(f"optim={_name(args)!r} does not know the flat parameters of FSDP on XLA: use FSDP2")
+    if _fsdp_version(args) == 1:
         raise ValueError(
-            f"optim={_name(args)!r} would be ignored: the DeepSpeed configuration has its own optimizer, "
+            f"optim={_name(args)!r} and FSDP1: it cuts parameters into pieces without a shape, of which nothing can be "
+            'compressed. Use FSDP2: fsdp_config={"version": 2}, or fsdp_version: 2 in the configuration of accelerate'
+        )
+    _check_deepspeed(args)
+
+
+def _fsdp_version(args: TrainingArguments) -> int | None:
+    """Of FSDP as it will run; None without FSDP."""
+    if args.fsdp:
+        # Who does not say which gets 2 in recent versions of transformers, which have worked it out already.
+        known = getattr(args, "fsdp_plugin_args", None) or {}
+        given = (args.fsdp_config or {}).get("version", os.environ.get("FSDP_VERSION", 1))
+        return int(known.get("fsdp_version", given))
+    # `accelerate launch` asks for FSDP in the environment, not in the arguments.
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return int(os.environ.get("FSDP_VERSION", 1))
+    return None
+
+
+def _check_deepspeed(args: TrainingArguments) -> None:
+    config, name = _deepspeed_config(args), _name(args)
+    block = config.get("optimizer")
+    if block is not None and block.get("type") != name:
+        raise ValueError(
+            f"optim={name!r} would be ignored: the DeepSpeed configuration has its own optimizer, "
             f"{block.get('type')!r}; remove that block"
         )
+    for given in ("optim_args", "optim_target_modules"):
+        if block is not None and getattr(args, given):
+            raise ValueError(
+                f"{given}={getattr(args, given)!r} would be ignored: the DeepSpeed configuration has an optimizer "
+                "block; remove the block, or write the options into its params"
+            )
     if _offloads(config) and config.get("zero_force_ds_cpu_optimizer") is True:
         raise ValueError(
-            f"zero_force_ds_cpu_optimizer=true would replace optim={_name(args)!r} by DeepSpeedCPUAdam; "
+            f"zero_force_ds_cpu_optimizer=true would replace optim={name!r} by DeepSpeedCPUAdam; "
             "remove it or set it to false"
         )
 
 
-def _prepare_deepspeed(args: TrainingArguments) -> None:
+def check_deepspeed_block(args: TrainingArguments) -> None:
+    """Check an optimizer block of the DeepSpeed configuration that names one of ours, whatever ``optim`` is.
+
+    Raises:
+        ValueError: DeepSpeed does not know the name, for sketch_deepspeed was not imported; ``"auto"`` would give
+            Adam's betas or eps to an optimizer that has its own.
+    """
+    block = _deepspeed_config(args).get("optimizer") or {}
+    name = block.get("type")
+    if name not in registry.names():
+        return
+    if "sketch_deepspeed" not in sys.modules:
+        raise ValueError(
+            f'the DeepSpeed configuration has {{"type": "{name}"}}, which DeepSpeed knows after '
+            "`import sketch_deepspeed`"
+        )
+    if registry.get(name).cls.ADAM_SETTINGS:
+        return
+    for key in ("betas", "eps"):
+        if _as_written(args).get("optimizer", {}).get("params", {}).get(key) == "auto":
+            raise ValueError(
+                f'"{key}": "auto" of the DeepSpeed configuration is Adam\'s, and {name} has {key} of its own: leave it '
+                "out, or give a value"
+            )
+
+
+def prepare_deepspeed(args: TrainingArguments) -> None:
+    """Keep DeepSpeed from replacing an optimizer of ours."""
     config = _deepspeed_config(args)
     if _offloads(config):
         # Or accelerate replaces the optimizer by DeepSpeedCPUAdam, with full state and without a word.
         config["zero_force_ds_cpu_optimizer"] = False
-    if config.get("zero_optimization", {}).get("stage", 0) != 0:
-        logger.warning(
-            "ZeRO hands optimizers one flat vector in place of the matrices: until a later release %s keeps exact, "
-            "uncompressed state for it",
-            _name(args),
-        )
+
+
+def _as_written(args: TrainingArguments) -> dict[str, Any]:
+    """The DeepSpeed configuration before Trainer filled it in."""
+    given = getattr(args, "deepspeed", None)
+    if isinstance(given, str) and os.path.exists(given):
+        with open(given, encoding="utf-8") as file:
+            given = json.load(file)
+    return given if isinstance(given, dict) else {}
 
 
 def _deepspeed_config(args: TrainingArguments) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.sharding.parts import PLACE, Part
 from sketch_plugins.sharding.pieces import Piece
 from sketch_plugins.sharding.recut import Held, recut
-from sketch_plugins.stores import Dense
 
 #: Called with the steps done, their number, and what is at hand.
 Progress = Callable[[int, int, str], None]
@@ -128,16 +127,15 @@ class Kept:
         new = self.held(piece, group, dtype)
         near = [h for h in old if all(a.meet(b).size for a, b in zip(h.rectangle, new.rectangle, strict=True))]
         try:
-            recut(near, [new], torch.float64 if dtype == torch.float64 else torch.float32)
+            (same,) = recut(near, [new], torch.float64 if dtype == torch.float64 else torch.float32)
         except ValueError as error:
             raise CannotReshard(str(error)) from error
         if new.state:
-            same = any(h.rectangle == new.rectangle and h.piece.shape == piece.shape for h in near)
-            for name, store in new.stores.items():
-                kind = f"{name.replace('_', ' ')} ({type(store).__name__})"
-                (report.exact if same or isinstance(store, Dense) else report.cut)[kind] += 1
+            kinds = {name: f"{name.replace('_', ' ')} ({type(store).__name__})" for name, store in new.stores.items()}
             if new.plan is not None:
-                (report.exact if same else report.cut)["covariances"] += 1
+                kinds["preconditioner"] = "preconditioner"
+            for name, kind in kinds.items():
+                (report.exact if name in same else report.cut)[kind] += 1
         return new.state
 
 
@@ -182,6 +180,18 @@ def whole_or_not_at_all(target: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise CannotReshard(f"{target} cannot be written: {error}") from error
         raise
+
+
+def save(value: Mapping[str, Any], file: Path) -> None:
+    """``torch.save``, whose errors of a full disk have no common kind.
+
+    Raises:
+        CannotReshard: it cannot be written.
+    """
+    try:
+        torch.save(dict(value), file)
+    except (OSError, RuntimeError) as error:
+        raise CannotReshard(f"{file.name} cannot be written: {error}") from error
 
 
 def _part(piece: Piece, dtype: torch.dtype) -> Part:

@@ -51,6 +51,11 @@ class Task(NamedTuple):
         measure: the update (and the parameter) is measured before it is applied.
     """
 
+    @property
+    def once(self) -> bool:
+        """See `Work.once`."""
+        return self.row[sweeps.LAST] != 0 and not self.measure
+
     sweep: Callable[..., Any]
     dtypes: tuple[Any, Any, Any]
     row: tuple[int, ...]
@@ -72,7 +77,8 @@ def unsupported(w: Work) -> str | None:
         return "stochastic rounding of the parameter"
     if w.p.is_neg() or w.g.is_neg():
         return "numbers whose sign is a flag of the tensor"
-    for tensor in (tensor for pair in (w.first, w.second) if pair for tensor in pair[1].values()):
+    kept = [tensor for pair in (w.first, w.second) if pair for tensor in pair[1].values()]
+    for tensor in kept if w.last is None else [*kept, w.last]:
         if not tensor.is_contiguous() or tensor.device != w.p.device:
             return "state that is not contiguous, or on another device"
     if not (first is None or isinstance(first, Dense) or (isinstance(first, Int8) and not first.stochastic)):
@@ -101,8 +107,8 @@ def prepare(w: Work) -> Task:
     if isinstance(second, CountMin):
         sweep, table = sweeps.count_min, state2["table"].data_ptr()
         width = second.buckets(rows)
-        once = w.measure and kind == sweeps.NONE
-        band = max(1, min(width, LONG // columns if once else BAND // (-(-rows // width) * columns)))
+        apart = w.measure and kind == sweeps.NONE
+        band = max(1, min(width, LONG // columns if apart else BAND // (-(-rows // width) * columns)))
         units = -(-width // band)
     elif isinstance(second, Cover):
         sweep, table, column, units = sweeps.cover, state2["axis_0"].data_ptr(), state2["axis_1"].data_ptr(), rows
@@ -118,7 +124,7 @@ def prepare(w: Work) -> Task:
         (
             w.p.data_ptr(), w.g.data_ptr(), size, columns, int(kind),
             0 if moment is None else moment.data_ptr(), state1["scales"].data_ptr() if "scales" in state1 else 0, block,
-            table, column, width, band, units, 0, int(w.after), 0,
+            table, column, width, band, units, 0, int(w.after), 0, 0 if w.last is None else w.last.data_ptr(),
         ),
         w.measure,
     )  # fmt: skip
@@ -135,7 +141,7 @@ class Program:
         self.tasks, self.threads = list(tasks), threads
         self.table = table = np.array([task.row for task in tasks], np.uint64).reshape(len(tasks), sweeps.PLACES)
         units = table[:, sweeps.UNITS].astype(np.int64)
-        measured = units * np.array([task.measure for task in tasks], bool)
+        measured = units * np.array([task.measure or task.once for task in tasks], bool)
         covers = units * np.array([task.sweep is sweeps.cover for task in tasks], bool)
         table[:, sweeps.BASE], table[:, sweeps.NEW] = (np.cumsum(n) - n for n in (measured, covers))
         self.units, self.rows, self.columns = int(measured.sum()), int(covers.sum()), 0
@@ -147,6 +153,8 @@ class Program:
             fold_first = task.measure and task.sweep is sweeps.count_min
             measure = (FOLD | MEASURE if fold_first else MEASURE) if task.measure else 0
             apply = APPLY if fold_first else FOLD | APPLY
+            if task.once:
+                apply |= MEASURE | int(sweeps.ONCE)
             size, count = task.row[sweeps.SIZE], task.row[sweeps.UNITS]
             together = threads == 1 or (task.measure and 2 * size <= share)
             cuts = [(0, count)] if together else _cuts(count, size, limit)
@@ -162,6 +170,8 @@ class Program:
                     self.columns += -(-task.row[sweeps.COLUMNS] // 16) * 16  # whole cache lines
         self.calls = pieces[0].calls(), pieces[1].calls()
         self.divided, self.finish = np.array(divided, np.uint64), np.array(finish, np.uint64).reshape(-1, 5)
+        self.recalled = np.array([t for t, task in enumerate(tasks) if task.once], np.uint64)
+        self.kept = np.array([t for t, task in enumerate(tasks) if task.row[sweeps.LAST]], np.uint64)
 
     def run(self, numbers: np.ndarray, gradients: Sequence[int]) -> None:
         """Take the step: a row of numbers (which are changed) and the gradient's address for each task."""
@@ -169,12 +179,16 @@ class Program:
         squares, norms = np.empty(self.units), np.empty(self.units)
         rows, maxima = np.empty(self.rows, np.float32), np.empty(self.columns, np.float32)
         common = self.table, numbers, squares, norms, rows, maxima
+        if len(self.recalled):
+            sweeps.recall(self.table, numbers, self.recalled)
         if self.calls[0]:
             _parallel(self.calls[0], common, self.threads)
             sweeps.settle(self.table, numbers, self.divided, squares, norms)
         _parallel(self.calls[1], common, self.threads)
         if len(self.finish):
             sweeps.finish(self.table, self.finish, rows, maxima)
+        if len(self.kept):
+            sweeps.keep(self.table, numbers, self.kept, squares, norms)
 
 
 def run(

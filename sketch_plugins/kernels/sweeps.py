@@ -77,8 +77,9 @@ NONE, DENSE, INT8 = np.uint64(0), np.uint64(1), np.uint64(2)
     BASE,  # where its units begin in `squares` and `norms`
     AFTER,  # the first moment averages the preconditioned gradient
     NEW,  # where its rows begin in `rows`
-) = range(16)
-PLACES = 16
+    LAST,  # address of the RMS that the last step measured (0: nobody keeps them)
+) = range(17)
+PLACES = 17
 # Places in a piece.
 TASK, BEGIN, END, PHASE, MAXIMA = range(5)
 
@@ -87,6 +88,8 @@ SPAN = 1024
 U = np.uint64
 _SPAN, _ZERO, _ONE, _TWO = U(SPAN), U(0), U(1), U(2)
 FOLD, MEASURE, APPLY = U(work.FOLD), U(work.MEASURE), U(work.APPLY)
+# A phase of this and of the others: one sweep measures, for the next step, what it applies.
+ONCE = U(8)
 _0, _1 = np.float32(0.0), np.float32(1.0)
 
 
@@ -256,32 +259,50 @@ def _square(x, o, n):
 
 
 @_part
-def _settle(row, squares, norms, n):
-    """Put what was measured into a task's numbers; the sums have one order, whoever measured."""
+def _turns(phase):
+    """(Sweeps, looks at each unit in one): what is measured and applied takes two of either."""
+    both = phase & MEASURE and phase & APPLY
+    once = phase & ONCE
+    return (_TWO if both and not once else _ONE), (_TWO if both and once else _ONE)
+
+
+@_part
+def _now(phase, turn):
+    """What is done at a turn."""
+    if phase & MEASURE and phase & APPLY:
+        return MEASURE if turn == _ZERO else FOLD | APPLY
+    return phase
+
+
+@_part
+def _measured(row, task, squares, norms):
+    """RMS of the update and of the parameter; the sums have one order, whoever measured."""
+    square, norm, n = np.float64(0.0), np.float64(0.0), np.float64(task[SIZE])
+    for i in range(task[BASE], task[BASE] + task[UNITS]):
+        square += squares[i]
+        norm += norms[i]
+    return np.sqrt(square / n) * row[CORRECTION], np.sqrt(norm / n)
+
+
+@_part
+def _settle(row, task, rms, size):
+    """Put both RMS into a task's numbers."""
     if row[RELATIVE] != _0:
-        norm = np.float64(0.0)
-        for i in range(len(norms)):
-            norm += norms[i]
-        rms = np.sqrt(norm / n)
-        row[STEP] *= np.float32(1e-3 if rms < 1e-3 else rms)  # a NaN stays one
+        row[STEP] *= np.float32(1e-3 if size < 1e-3 else size)  # a NaN stays one
     if row[CLIP] != _0:
-        square = np.float64(0.0)
-        for i in range(len(squares)):
-            square += squares[i]
-        excess = np.sqrt(square / n) * row[CORRECTION] / row[CLIP]
-        return np.float32(1.0) if excess < 1.0 else np.float32(excess)
-    return np.float32(1.0)
+        excess = rms / row[CLIP]
+        divisor = np.float32(1.0) if excess < 1.0 else np.float32(excess)
+        if task[AFTER]:
+            row[INNER] /= divisor
+        else:
+            row[STEP] /= divisor
 
 
 @_part
 def _settled(row, task, squares, norms):
     """A task's numbers with what its units have measured."""
-    begin, end = task[BASE], task[BASE] + task[UNITS]
-    excess = _settle(row, squares[begin:end], norms[begin:end], np.float64(task[SIZE]))
-    if task[AFTER]:
-        row[INNER] /= excess
-    else:
-        row[STEP] /= excess
+    rms, size = _measured(row, task, squares, norms)
+    _settle(row, task, rms, size)
 
 
 # -- count-min sketches -----------------------------------------------------------------------------------------------
@@ -382,8 +403,8 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
         # Where blocks end with a row, one run for all rows; else row by row.
         even = kind != INT8 or columns % block == 0
         s = _numbers(numbers[t])
-        norm = s[RELATIVE] != _0
-        sweeps = _TWO if phase & MEASURE and phase & APPLY else _ONE
+        norm = s[RELATIVE] != _0 or task[LAST] != _ZERO
+        sweeps, _ = _turns(phase)
         for sweep in range(sweeps):
             now = phase
             if sweeps == _TWO:
@@ -403,20 +424,26 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
                     if now & MEASURE:
                         norms[task[BASE] + unit] = norms_
                         if kind == NONE:
-                            squares[task[BASE] + unit] = _bucket_squares(table, o, f, n, s)
-                            continue
-                _factors(table, o, f, n, s, _1 if now & MEASURE else s[STEP])
+                            square = _bucket_squares(table, o, f, n, s)
                 members = (rows - first + width - _ONE) // width
-                for one_ in range(members):
-                    i = first + (members - _ONE - one_ if now == APPLY else one_) * width
-                    high = min(height, rows - i)
-                    runs, length = (_ONE, high * columns) if even else (high, columns)
-                    for r in range(runs):
-                        o, q, at = (i + r) * columns, r * columns, (i + r) * blocks
-                        if now & MEASURE:
-                            square += _measure(o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s)
-                        else:
-                            _apply(p, o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s)
+                for look in (MEASURE, APPLY):  # both in one sweep: while the band is in the cache
+                    if not now & look or (look == MEASURE and kind == NONE):
+                        continue
+                    _factors(table, first * columns, f, n, s, _1 if look == MEASURE else s[STEP])
+                    # Back again here, too, but where the fold has just gone forth in the same band.
+                    back = now == APPLY
+                    for one_ in range(members):
+                        i = first + (members - _ONE - one_ if back else one_) * width
+                        high = min(height, rows - i)
+                        runs, length = (_ONE, high * columns) if even else (high, columns)
+                        for r in range(runs):
+                            o, q, at = (i + r) * columns, r * columns, (i + r) * blocks
+                            if look == MEASURE:
+                                square += _measure(
+                                    o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s
+                                )
+                            else:
+                                _apply(p, o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s)
                 if now & MEASURE:
                     squares[task[BASE] + unit] = square
     return 0
@@ -474,35 +501,35 @@ def exact(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_,
         columns, kind, block, after = task[COLUMNS], task[KIND], task[BLOCK], task[AFTER]
         blocks = (columns + block - _ONE) // block
         wide = max(block, _SPAN // block * block)
-        sweeps = _TWO if phase & MEASURE and phase & APPLY else _ONE
+        sweeps, looks = _turns(phase)
         for sweep in range(sweeps):
-            now = phase
-            if sweeps == _TWO:
-                now = MEASURE if sweep == _ZERO else (FOLD | APPLY)
             if sweep == _ONE:
                 _settled(numbers[t], task, squares, norms)
             s = _numbers(numbers[t])
-            rate = s[INNER] if after else s[STEP]
-            if now & MEASURE:
-                rate = _1
+            norm = s[RELATIVE] != _0 or task[LAST] != _ZERO
             for j in range(room):
-                f[j] = rate
                 ones[j] = s[STEP]
             for i in range(begin, end):
-                square = np.float64(0.0)
                 stop = min(columns, task[SIZE] - i * columns)
-                for lo in range(_ZERO, stop, wide):
-                    o, n, at = i * columns + lo, min(wide, stop - lo), i * blocks + lo // block
-                    if task[TABLE2]:
-                        whole, fold = n - n % LANES, (now & FOLD) != _ZERO
-                        for j in range(_ZERO, whole, LANES):
-                            _second_body(g, o + j, second, fold, f, j, s[DECAY2], s[GAIN2], s, rate, LANES)
-                        if whole < n:
-                            _second_body(g, o + whole, second, fold, f, whole, s[DECAY2], s[GAIN2], s, rate, n - whole)
-                    square += _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after)
-                if now & MEASURE:
-                    squares[task[BASE] + i] = square
-                    norms[task[BASE] + i] = _square(p, i * columns, stop) if s[RELATIVE] != _0 else np.float64(0.0)
+                for look in range(looks):
+                    now, square = _now(phase, sweep + look), np.float64(0.0)
+                    rate = _1 if now & MEASURE else s[INNER] if after else s[STEP]
+                    if i == begin or (looks == _TWO and not task[TABLE2]):
+                        for j in range(wide):
+                            f[j] = rate
+                    for lo in range(_ZERO, stop, wide):
+                        o, n, at = i * columns + lo, min(wide, stop - lo), i * blocks + lo // block
+                        if task[TABLE2]:
+                            whole, fold = n - n % LANES, (now & FOLD) != _ZERO
+                            for j in range(_ZERO, whole, LANES):
+                                _second_body(g, o + j, second, fold, f, j, s[DECAY2], s[GAIN2], s, rate, LANES)
+                            if whole < n:
+                                j, left = whole, n - whole
+                                _second_body(g, o + j, second, fold, f, j, s[DECAY2], s[GAIN2], s, rate, left)
+                        square += _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after)
+                    if now & MEASURE:
+                        squares[task[BASE] + i] = square
+                        norms[task[BASE] + i] = _square(p, i * columns, stop) if norm else np.float64(0.0)
     return 0
 
 
@@ -564,63 +591,64 @@ def cover(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_,
         blocks = (columns + block - _ONE) // block
         wide = max(block, _SPAN // block * block)
         tops = maxima[pieces[k, MAXIMA] : pieces[k, MAXIMA] + columns]
-        sweeps = _TWO if phase & MEASURE and phase & APPLY else _ONE
+        sweeps, looks = _turns(phase)
         for sweep in range(sweeps):
-            now = phase
-            if sweeps == _TWO:
-                now = MEASURE if sweep == _ZERO else (FOLD | APPLY)
             if sweep == _ONE:
                 _settled(numbers[t], task, squares, norms)
             s = _numbers(numbers[t])
-            rate = s[INNER] if after else s[STEP]
-            if now & MEASURE:
-                rate = _1
-            if now & FOLD:
+            norm = s[RELATIVE] != _0 or task[LAST] != _ZERO
+            if _now(phase, sweep + looks - _ONE) & FOLD:
                 for j in range(columns):
                     tops[j] = _0
             for j in range(room):
                 ones[j] = s[STEP]
             for i in range(begin, end):
-                square = np.float64(0.0)
-                old, most = splat(row[i]), splat(_0)
-                if kind == NONE and now & APPLY:
-                    whole = columns - columns % LANES
-                    for j in range(_ZERO, whole, LANES):
-                        most = _cover_step(p, g, i * columns + j, old, column, tops, j, most, s, LANES)
-                    if whole < columns:
-                        j, left = whole, columns - whole
-                        most = _cover_step(p, g, i * columns + j, old, column, tops, j, most, s, left)
-                elif kind == INT8 and after and now & APPLY:
-                    at = i * blocks
-                    for lo in range(_ZERO, columns, block):
-                        o, n = i * columns + lo, min(block, columns - lo)
-                        whole = n - n % LANES
+                for look in range(looks):
+                    now, square = _now(phase, sweep + look), np.float64(0.0)
+                    rate = _1 if now & MEASURE else s[INNER] if after else s[STEP]
+                    old, most = splat(row[i]), splat(_0)
+                    if kind == NONE and now & APPLY:
+                        whole = columns - columns % LANES
                         for j in range(_ZERO, whole, LANES):
-                            most = _cover_ahead(g, o + j, old, column, tops, lo + j, x, j, most, s, rate, LANES)
-                        if whole < n:
-                            j, left = whole, n - whole
-                            most = _cover_ahead(g, o + j, old, column, tops, lo + j, x, j, most, s, rate, left)
-                        if n == U(128):
-                            _block(p, o, x, _ZERO, _1, ones, _ZERO, codes, scales, at, U(128), s)
-                        else:
-                            _block(p, o, x, _ZERO, _1, ones, _ZERO, codes, scales, at, n, s)
-                        at += _ONE
-                else:
-                    fold = (now & FOLD) != _ZERO
-                    for lo in range(_ZERO, columns, wide):
-                        o, n, at = i * columns + lo, min(wide, columns - lo), i * blocks + lo // block
-                        whole = n - n % LANES
-                        for j in range(_ZERO, whole, LANES):
-                            most = _cover_body(g, o + j, old, column, tops, lo + j, f, j, most, s, rate, fold, LANES)
-                        if whole < n:
-                            j, left = whole, n - whole
-                            most = _cover_body(g, o + j, old, column, tops, lo + j, f, j, most, s, rate, fold, left)
-                        square += _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after)
-                if now & FOLD:
-                    rows_[task[NEW] + i] = largest(most)
-                if now & MEASURE:
-                    squares[task[BASE] + i] = square
-                    norms[task[BASE] + i] = _square(p, i * columns, columns) if s[RELATIVE] != _0 else np.float64(0.0)
+                            most = _cover_step(p, g, i * columns + j, old, column, tops, j, most, s, LANES)
+                        if whole < columns:
+                            j, left = whole, columns - whole
+                            most = _cover_step(p, g, i * columns + j, old, column, tops, j, most, s, left)
+                    elif kind == INT8 and after and now & APPLY:
+                        at = i * blocks
+                        for lo in range(_ZERO, columns, block):
+                            o, n = i * columns + lo, min(block, columns - lo)
+                            whole = n - n % LANES
+                            for j in range(_ZERO, whole, LANES):
+                                most = _cover_ahead(g, o + j, old, column, tops, lo + j, x, j, most, s, rate, LANES)
+                            if whole < n:
+                                j, left = whole, n - whole
+                                most = _cover_ahead(g, o + j, old, column, tops, lo + j, x, j, most, s, rate, left)
+                            if n == U(128):
+                                _block(p, o, x, _ZERO, _1, ones, _ZERO, codes, scales, at, U(128), s)
+                            else:
+                                _block(p, o, x, _ZERO, _1, ones, _ZERO, codes, scales, at, n, s)
+                            at += _ONE
+                    else:
+                        fold = (now & FOLD) != _ZERO
+                        for lo in range(_ZERO, columns, wide):
+                            o, n, at = i * columns + lo, min(wide, columns - lo), i * blocks + lo // block
+                            whole = n - n % LANES
+                            for j in range(_ZERO, whole, LANES):
+                                most = _cover_body(
+                                    g, o + j, old, column, tops, lo + j, f, j, most, s, rate, fold, LANES
+                                )
+                            if whole < n:
+                                j, left = whole, n - whole
+                                most = _cover_body(g, o + j, old, column, tops, lo + j, f, j, most, s, rate, fold, left)
+                            square += _span(
+                                p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after
+                            )
+                    if now & FOLD:
+                        rows_[task[NEW] + i] = largest(most)
+                    if now & MEASURE:
+                        squares[task[BASE] + i] = square
+                        norms[task[BASE] + i] = _square(p, i * columns, columns) if norm else np.float64(0.0)
     return 0
 
 
@@ -629,6 +657,30 @@ def settle(tasks, numbers, chosen, squares, norms):
     """Put what several pieces have measured into the numbers of the tasks ``chosen``."""
     for k in range(len(chosen)):
         _settled(numbers[chosen[k]], tasks[chosen[k]], squares, norms)
+    return 0
+
+
+@_compiled
+def recall(tasks, numbers, chosen):
+    """Put what the last step has measured into the numbers of the tasks ``chosen``."""
+    like_f = np.empty(0, np.float32)
+    for k in range(len(chosen)):
+        task = tasks[chosen[k]]
+        last = at_address(like_f, task[LAST])
+        _settle(numbers[chosen[k]], task, np.float64(last[0]), np.float64(last[1]))
+    return 0
+
+
+@_compiled
+def keep(tasks, numbers, chosen, squares, norms):
+    """What this step has measured of the tasks ``chosen``, for the next one."""
+    like_f = np.empty(0, np.float32)
+    for k in range(len(chosen)):
+        task = tasks[chosen[k]]
+        last = at_address(like_f, task[LAST])
+        rms, size = _measured(numbers[chosen[k]], task, squares, norms)
+        last[0] = np.float32(rms)
+        last[1] = np.float32(size)
     return 0
 
 

@@ -56,6 +56,8 @@ class Work:
         stochastic: round a bfloat16 parameter stochastically.
         seed: of the rounding.
         flags: a bit for each of ``numbers`` that is not 0, for numbers that live on a device.
+        last: RMS of the update before it was clipped, and of the parameter before it moved, as the last step measured
+            them; this step goes by them (unless it has to ``measure``) and leaves its own. None: nobody keeps them.
         emas: averages of the first and the second moment: what the host has to know of the numbers, wherever they live.
     """
 
@@ -72,6 +74,12 @@ class Work:
     seed: int = 0
     flags: int = 0
     emas: tuple[Ema | None, Ema | None] = (None, None)
+    last: Tensor | None = None
+
+    @property
+    def once(self) -> bool:
+        """The sweep that takes the step also measures it, for the next one."""
+        return self.last is not None and not self.measure
 
     def __post_init__(self) -> None:
         if not isinstance(self.numbers, Tensor) and any(self.numbers):

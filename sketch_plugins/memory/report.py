@@ -181,11 +181,11 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
     Returns:
         A `StateReport`.
     """
-    while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            raise TypeError(f"state_report takes a torch optimizer, not {type(optimizer).__name__}")
+    # Wrappers may be torch optimizers themselves (accelerate's), and several deep (accelerate around DeepSpeed).
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"state_report takes a torch optimizer, not {type(optimizer).__name__}")
     held = _parts(optimizer) if hasattr(optimizer, "held") else _parameters(optimizer)
     found: dict[tuple[int, int], ParameterState] = {}
     for number, index, name, owner, shape, params, stores, planned in held:

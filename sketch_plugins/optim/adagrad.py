@@ -51,6 +51,7 @@ class CSAdagrad(SketchOptimizer):
         row_sparse: see `CSAdam`.
         update_clip: see `CSAdam`.
         scale_parameter: see `CSAdam`.
+        lagged_rms: see `CSAdam`.
         chunk_size: see `CSAdam`.
         compile: see `CSAdam`.
         fused: see `CSAdam`.
@@ -110,6 +111,7 @@ class CSAdagrad(SketchOptimizer):
         row_sparse: bool | str | None = None,
         update_clip: float | None = None,
         scale_parameter: bool | None = None,
+        lagged_rms: bool | None = None,
         chunk_size: int | None = None,
         compile: bool | None = None,
         fused: bool | None = None,

@@ -23,7 +23,7 @@ from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, 
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import Option, misspelt, unknown_option, validate
 from sketch_plugins.optim.plan import Known, Plan, group_marks
-from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
+from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape, tiles
 from sketch_plugins.sharding.parts import (
     PLACE,
     Part,
@@ -61,6 +61,22 @@ class Further(Protocol):
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of a parameter's first step."""
+
+
+class LastRms:
+    """``lagged_rms``: RMS of the last step's update before it was clipped, and of the parameter before it moved."""
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        """Two numbers."""
+        return {"last": ((2,), dtype)}
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of both."""
+        return 2 * dtype.itemsize
+
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Zeros: the first step measures before anybody reads them."""
+        return {"last": torch.zeros(2, dtype=dtype, device=device)}
 
 
 class Denominator(NamedTuple):
@@ -235,10 +251,18 @@ class SketchOptimizer(torch.optim.Optimizer):
         A parameter is one part, and so is the local shard of a DTensor; a flat partition (DeepSpeed's ZeRO) has a few
         for each of its parameters. State is None before the first step.
         """
+        seen = set()
         for number, group in enumerate(self.param_groups):
             for index, owner in enumerate(group["params"]):
+                seen.add(id(owner))
                 for part in self._parts.of(index, owner):
                     yield number, group, part, self._state_of(part)
+        # ZeRO-3 leaves groups empty between steps, and puts one flat partition after the other in for a step.
+        for owner in [p for p in self.state if id(p) not in seen]:
+            for part in self._parts.of(0, owner):
+                if part.piece is not None and part.key is not None:
+                    number = min(self._parts.group_of(part.piece), len(self.param_groups) - 1)
+                    yield number, self.param_groups[number], part, self._state_of(part)
 
     def planned_state(self, p: Shaped, group: Mapping[str, Any]) -> dict[str, tuple[Store | Further, int]]:
         """Name -> (store, bytes) of the state of a parameter (or part), whether or not it exists yet."""
@@ -247,7 +271,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         named = {"first_moment": first, "second_moment": second}
         return {
             **{name: (store, store.nbytes(shape, dtype)) for name, store in named.items() if store is not None},
-            **{name: (part, part.nbytes(dtype)) for name, part in self._further(p, group).items()},
+            **{name: (part, part.nbytes(dtype)) for name, part in self._beside(p, group).items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -287,7 +311,7 @@ class SketchOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Whatever is remembered of the last step was about other groups."""
         super().__setstate__(state)
-        self._plan = None
+        self.__dict__.pop("_plan", None)
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; what belongs to the shard of a DTensor is a DTensor, too.
@@ -312,7 +336,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         layout: dict[str, Any] = {
             name: store.layout(matrix_shape(p.shape), dtype) for name, store in stores.items() if store is not None
         }
-        layout |= {name: further.layout(dtype) for name, further in self._further(p, group).items()}
+        layout |= {name: further.layout(dtype) for name, further in self._beside(p, group).items()}
         if part.piece is not None:
             layout[PLACE] = ((2 + len(part.whole),), torch.int64)
         return layout
@@ -342,6 +366,10 @@ class SketchOptimizer(torch.optim.Optimizer):
         """State beside the two moments. A parameter that has any takes its step in `_eager`, not in a fused kernel."""
         return {}
 
+    def _beside(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
+        """All state beside the two moments: the further one, and what kernels keep, too."""
+        return {**self._further(p, group), **({"rms": LastRms()} if group.get("lagged_rms") else {})}
+
     def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
         """The option ``row_sparse``, as far as it goes for this parameter: False, True or ``"auto"``."""
         return group["row_sparse"]
@@ -361,13 +389,14 @@ class SketchOptimizer(torch.optim.Optimizer):
             named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
             further = self._further(p, group)
             state = self._state_of(p)
+            new = not state
             if not state:
                 state = self.state[p.owner] if p.key is None else self.state[p.owner].setdefault(p.key, {})
                 place = p.device if group["capturable"] else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=place)
                 for name, store in named.items():
                     state[name] = store.allocate(grad.shape, p.device, grad.dtype)
-                for name, part in further.items():
+                for name, part in self._beside(p, group).items():
                     state[name] = part.allocate(p.device, grad.dtype)
                 if p.piece is not None:
                     state[PLACE] = p.piece.place
@@ -378,7 +407,9 @@ class SketchOptimizer(torch.optim.Optimizer):
             sparse = grad.rows is not None
             if group["capturable"]:
                 # The graph's replays take the number of the step from the device; nothing here may look at it.
-                backend, task = choose(p.data, group, grad, self._rule(group, 1, sparse), (first, second), state, large)
+                backend, task = choose(
+                    p.data, group, grad, self._rule(group, 1, sparse), (first, second), state, large, new
+                )
                 assert backend is not None and task is not None
                 fused.setdefault(backend, []).append(_Pending(p, task, group, grad, None, state["step"]))
                 continue
@@ -387,13 +418,15 @@ class SketchOptimizer(torch.optim.Optimizer):
             if clean_every and step % clean_every == 0 and second is not None:
                 second.clean(state["second_moment"], group["clean_factor"], step)
             if grad.rows is not None and len(grad.rows) == 0:
+                if group.get("lagged_rms") and step == 1:  # no row to measure, and the next step is not the first
+                    state["rms"]["last"][1] = _rms(Matrix(p.data), grad)
                 continue
             key = (id(group), step, sparse)
             if key not in rules:
                 rules[key] = self._rule(group, step, sparse)
             backend, task = None, None
             if not further:
-                backend, task = choose(p.data, group, grad, rules[key], (first, second), state, large)
+                backend, task = choose(p.data, group, grad, rules[key], (first, second), state, large, step == 1)
             if backend is not None and task is not None:
                 fused.setdefault(backend, []).append(_Pending(p, task, group, grad, rules[key], step))
             else:
@@ -455,7 +488,8 @@ class SketchOptimizer(torch.optim.Optimizer):
             rows.append(new.work.numbers.tolist() if isinstance(new.work.numbers, Tensor) else new.work.numbers)
             gradients.append(new.work.g.data_ptr())
             options = group_marks(self.OPTIONS, new.group)
-            self._plan.learn(new.p.data, new.p.grad, options, self._state_of(new.p), backend, tasks[-1])
+            if new.work.last is None or new.work.once:  # a first step with lagged_rms is unlike those that follow
+                self._plan.learn(new.p.data, new.p.grad, options, self._state_of(new.p), backend, tasks[-1])
         last = self._plan.programs.get(backend)
         self._plan.programs[backend] = backend.run_tasks(tasks, rows, which, gradients, last)
         self._plan.trim(len(tasks))
@@ -511,22 +545,33 @@ class SketchOptimizer(torch.optim.Optimizer):
         # What the tiles' factors hold: without a first moment the order of the two makes no difference.
         before = rule.precondition_first and first is not None
         inner_scale: float | Tensor = 1.0
-        if group.get("scale_parameter"):
-            squares = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in grad.batches())
-            step_size = _root_mean(squares, grad).clamp_(min=SCALE_FLOOR) * step_size
-        if group.get("update_clip"):
-            squares = 0
-            factors = Factors(second, rule, state, period, peek=True)
-            for at in grad.batches(period, align):
-                g = grad.get(at)
-                m = None
-                if first and rule.first and not before:
-                    m = first.peek(state["first_moment"], at, g, rule.first)
-                numerator = numerator_of(g, m, rule.lookahead)
-                squares = squares + grad.run(sum_of_squares)(
-                    numerator, factors.get(at, g) if rule.denominator else None
-                )
+        lagged = group.get("lagged_rms", False)
+        # A first step has nothing to go by, and touched rows are others in every step.
+        once = lagged and grad.rows is None and int(state["step"]) > 1
+        looks = Factors(second, rule, state, period, peek=True, slot="peeked factor" if once else "factor")
+
+        def squares_of_update(at: At, g: Tensor) -> Tensor:
+            m = None
+            if first and rule.first and not before:
+                m = first.peek(state["first_moment"], at, g, rule.first)
+            return grad.run(sum_of_squares)(
+                numerator_of(g, m, rule.lookahead), looks.get(at, g) if rule.denominator else None
+            )
+
+        squares: Any = 0
+        norm: Any = 0
+        rms: Any
+        size: Any
+        rms, size = state["rms"]["last"].unbind() if once else (None, None)
+        if not once and (lagged or group.get("scale_parameter")):
+            norm = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in grad.batches())
+            size = _root_mean(norm, grad)
+        if not once and (lagged or group.get("update_clip")):
+            squares = sum(squares_of_update(at, grad.get(at)) for at in grad.batches(period, align))
             rms = _root_mean(squares, grad) * rule.correction
+        if group.get("scale_parameter"):
+            step_size = size.clamp(min=SCALE_FLOOR) * step_size
+        if group.get("update_clip"):
             clip = (rms / group["update_clip"]).clamp_(min=1.0)
             if before:
                 inner_scale = clip.reciprocal_()
@@ -548,6 +593,9 @@ class SketchOptimizer(torch.optim.Optimizer):
             part, in_place = p.get(at), p.views(at) and p.dtype == grad.dtype
             if not in_place:
                 part = scratch.cast("parameter", part, grad.dtype)
+            if once:
+                squares = squares + squares_of_update(at, g)
+                norm = norm + sum_of_squares(part, None)
             scaled = factors.get(at, g) if rule.denominator else factor
             if first:
                 scaled = first.view(scaled) if scaled.ndim else scaled
@@ -561,10 +609,14 @@ class SketchOptimizer(torch.optim.Optimizer):
                 write_tile(p, at, part, group, state)
         if second and not second.write_first:
             second.finish(state["second_moment"], working["second_moment"], grad)
+        if lagged:
+            measured = [_root_mean(squares, grad) * rule.correction, _root_mean(norm, grad)]
+            torch.stack(measured, out=state["rms"]["last"])
 
     def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
         assert g is not None
         label = self._label(group, p)
+        _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
         rows, packed, values = None, False, g
         if g.layout == torch.sparse_coo:
             if g.sparse_dim() != 1 or p.ndim < 1:
@@ -629,6 +681,11 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _check_capturable(self, p: Part, group: Mapping[str, Any], grad: Gradient, label: str) -> None:
         if grad.rows is not None:
             raise ValueError(f"{label} has a row-sparse gradient, whose rows a captured step cannot know")
+        if group.get("lagged_rms") and not self._state_of(p) and _capturing(p.device):
+            raise ValueError(
+                f"{label} has no state yet, and its first step with lagged_rms=True is unlike those that a graph would "
+                "replay: it measures before it steps. Take one step (or load a state) before the capture"
+            )
         stores = self._stores(p, group)
         named: dict[str, Any] = {
             n: {} for n, s in zip(("first_moment", "second_moment"), stores, strict=True) if s is not None
@@ -765,7 +822,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         if isinstance(saved, Mapping) and not saved:
             return
         stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
-        further = self._further(p, group)
+        further = self._beside(p, group)
         expected = {"step", *(name for name, store in stores.items() if store is not None), *further}
         if p.piece is not None:
             expected.add(PLACE)
@@ -842,8 +899,9 @@ class Factors:
         period: int,
         step_size: float | Tensor = 1.0,
         peek: bool = False,
+        slot: str = "factor",
     ) -> None:
-        self.second, self.rule, self.state, self.period = second, rule, state, period
+        self.second, self.rule, self.state, self.period, self.slot = second, rule, state, period, slot
         self.step_size, self.peek = step_size, peek
         self._factor: Tensor | None = None
         self._place: tuple[int, int, int] | None = None
@@ -858,9 +916,9 @@ class Factors:
             look = self.second.peek if self.peek else self.second.advance
             v = look(self.state["second_moment"], at, g, self.rule.second)
             if self.rule.floor:
-                root = torch.add(v, self.rule.floor, **scratch.out("factor", v)).sqrt_()
+                root = torch.add(v, self.rule.floor, **scratch.out(self.slot, v)).sqrt_()
             else:
-                root = torch.sqrt(v, **scratch.out("factor", v))
+                root = torch.sqrt(v, **scratch.out(self.slot, v))
             self._factor, self._place = self.rule.denominator.of(root).reciprocal_(), place
             if isinstance(self.step_size, Tensor) or self.step_size != 1.0:
                 self._factor.mul_(self.step_size)
@@ -921,11 +979,7 @@ def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
             raise ValueError(
                 f"{label()} is a DTensor placed {', '.join(odd)}; {kind} takes Shard and Replicate: redistribute it"
             )
-    if getattr(p, "_fsdp_flattened", False):
-        raise ValueError(
-            f"{label()} is a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the shapes in "
-            "it. Use FSDP2, torch.distributed.fsdp.fully_shard"
-        )
+    _refuse_fsdp1(p, label, kind)
     if p.is_complex():
         raise ValueError(
             f"{label()} is complex ({p.dtype}); {kind} takes real parameters: pass torch.view_as_real of it"
@@ -934,6 +988,15 @@ def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
         raise ValueError(f"{label()} has dtype {p.dtype}; {kind} takes floating point parameters")
     if p.layout != torch.strided:
         raise ValueError(f"{label()} has layout {p.layout}; {kind} takes strided parameters")
+
+
+def _refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
+    # Also with use_orig_params=True: the tensors are then the model's own, with a piece of one dimension in each.
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{label()} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the "
+            "shapes in it. Use FSDP2, torch.distributed.fsdp.fully_shard"
+        )
 
 
 def _check_compiler() -> None:
@@ -973,6 +1036,16 @@ def _touched_rows(grad: Gradient) -> Tensor:
 def _root_mean(squares: Any, grad: Gradient) -> Tensor:
     rows = grad.shape[0] if grad.rows is None else len(grad.rows)
     return (torch.as_tensor(squares) / (rows * grad.shape[1])).sqrt()
+
+
+def _rms(p: Matrix, grad: Gradient) -> Tensor:
+    """Of a whole parameter, whichever rows have a gradient."""
+    squares = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in tiles(*grad.shape, grad.chunk))
+    return (torch.as_tensor(squares) / (grad.shape[0] * grad.shape[1])).sqrt()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _restored(value: Any, device: torch.device, capturable: bool) -> Any:

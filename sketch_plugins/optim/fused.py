@@ -102,23 +102,30 @@ def describe(
     rule: Rule,
     stores: tuple[Store | None, Store | None],
     state: Mapping[str, Any],
+    new: bool = False,
 ) -> Work | None:
-    """One parameter's step as a fused kernel is given it; None where its layout is not a matrix of rows."""
+    """One parameter's step as a fused kernel is given it; None where its layout is not a matrix of rows.
+
+    ``new``: no step has measured anything yet (`lagged_rms`).
+    """
     parameter, gradient = Matrix(p)._flat, grad.matrix._flat
     if parameter is None or gradient is None or grad.dtype != torch.float32:
         return None
     first, second = stores
+    last = state["rms"]["last"] if "rms" in state else None
+    fresh = new or grad.rows is not None
     return Work(
         parameter, gradient, grad.rows, grad.packed,
         (first, state["first_moment"]) if first else None,
         (second, state["second_moment"]) if second else None,
         after=rule.precondition_first and first is not None,
-        measure=bool(group.get("scale_parameter") or group.get("update_clip")),
+        measure=fresh if last is not None else bool(group.get("scale_parameter") or group.get("update_clip")),
         stochastic=group["stochastic_rounding"] and p.dtype == torch.bfloat16,
         seed=group["seed"],
         # What decides which kernels can take the step; the other flags come with the numbers.
         flags=0 if grad.l2 is None else 1 << places.L2,
         emas=(rule.first, rule.second),
+        last=last,
     )  # fmt: skip
 
 
@@ -130,15 +137,16 @@ def choose(
     stores: tuple[Store | None, Store | None],
     state: Mapping[str, Any],
     large: bool,
+    new: bool = False,
 ) -> tuple[Backend | None, Work | None]:
     """The kernels that take this step, and the step as they are given it; (None, None): the eager path does.
 
-    ``large``: the optimizer has a tensor of `CPU_MIN_SIZE` or more.
+    ``large``: the optimizer has a tensor of `CPU_MIN_SIZE` or more; ``new``: see `describe`.
     """
     kernels = None if group["compile"] else backend(p.device, group["fused"])
     if kernels is None or (p.device.type == "cpu" and not group["fused"] and not large):
         return None, None
-    work = describe(p, group, grad, rule, stores, state)
+    work = describe(p, group, grad, rule, stores, state, new)
     why = kernels.unsupported(work) if work else "a layout or a dtype that no kernel takes"
     if why is None:
         return kernels, work

@@ -48,6 +48,7 @@ class CSMomentum(SketchOptimizer):
         row_sparse: see `CSAdam`.
         update_clip: see `CSAdam`.
         scale_parameter: see `CSAdam`.
+        lagged_rms: see `CSAdam`.
         allow_dense_count_sketch: see `CSAdam`.
         chunk_size: see `CSAdam`.
         compile: see `CSAdam`.
@@ -111,6 +112,7 @@ class CSMomentum(SketchOptimizer):
         row_sparse: bool | str | None = None,
         update_clip: float | None = None,
         scale_parameter: bool | None = None,
+        lagged_rms: bool | None = None,
         allow_dense_count_sketch: bool | None = None,
         chunk_size: int | None = None,
         compile: bool | None = None,

@@ -222,6 +222,12 @@ COMMON = _table(
     ),
     Option("scale_parameter", bool, "multiply the step by max(1e-3, RMS(p)), as Adafactor does (default False)"),
     Option(
+        "lagged_rms",
+        bool,
+        "update_clip and scale_parameter take what the last step measured: one sweep less (default False)",
+        structural=True,
+    ),
+    Option(
         "chunk_size",
         int,
         "elements worked on at a time (default 0: 2**20 on a CPU, 2**22 compiled, 2**24 on an accelerator)",

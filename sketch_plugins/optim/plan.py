@@ -54,7 +54,8 @@ class Plan:
         if not isinstance(counter, Tensor) or counter.numel() != 1 or not counter.is_cpu:
             return None
         step = counter.item()
-        return Known(found[1], found[2], group, counter, int(step) + 1, grad.data_ptr()) if 0 <= step < 1e18 else None
+        # A first step is no repetition: with lagged_rms it has to measure.
+        return Known(found[1], found[2], group, counter, int(step) + 1, grad.data_ptr()) if 1 <= step < 1e18 else None
 
     def learn(
         self,

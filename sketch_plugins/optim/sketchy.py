@@ -36,7 +36,7 @@ GRAFTS = {"cs": "count_min", "rmsprop": "dense", "adagrad": "dense", "sm3": "cov
 INPUTS = ("update", "gradient")
 STATISTICS = ("accumulate", "sample")
 PLACES = ("before", "after")
-FIXED = {"compile": False, "capturable": False}
+FIXED = {"compile": False, "capturable": False, "lagged_rms": False}
 
 
 def _count(name: str, doc: str, least: int, structural: bool = False) -> Option:
@@ -167,7 +167,7 @@ class Sketchy(SketchOptimizer):
     before the first whole period, are additions to both.
     """
 
-    # Decompositions are neither compiled nor captured.
+    # Decompositions are neither compiled nor captured; what preconditions a tensor is a sweep of its own anyway.
     FIXED: ClassVar[dict[str, Any]] = FIXED
     OPTIONS: ClassVar[dict[str, Option]] = {
         **{name: option for name, option in COMMON.items() if name not in FIXED},

@@ -75,6 +75,7 @@ class SM3(SketchOptimizer):
         update_clip: divide u by ``max(1, RMS(u) / update_clip)`` *before* it enters the momentum (0: off). With
             ``betas[1] = 1`` no element of u exceeds 1, so only values below 1 do anything.
         scale_parameter: see `CSAdam`.
+        lagged_rms: see `CSAdam`.
         chunk_size: see `CSAdam`; the result does not depend on it.
         compile: see `CSAdam`.
         fused: see `CSAdam`.
@@ -164,6 +165,7 @@ class SM3(SketchOptimizer):
         row_sparse: bool | str | None = None,
         update_clip: float | None = None,
         scale_parameter: bool | None = None,
+        lagged_rms: bool | None = None,
         chunk_size: int | None = None,
         compile: bool | None = None,
         fused: bool | None = None,

@@ -106,6 +106,7 @@ class Parts:
 
     def __init__(self) -> None:
         self.originals: list[Original] = []
+        self._groups: list[int] = []
         self._given: dict[int, Original] = {}
         self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Part]]] = {}
 
@@ -115,6 +116,7 @@ class Parts:
         for i, p in enumerate(group["params"]):
             name = names[i] if names else f"{number}.{i}"
             self.originals.append(Original(weakref.ref(p), deepspeed.whole_shape(p), len(self.originals), name))
+            self._groups.append(number)
             self._given[id(p)] = self.originals[-1]
 
     def of(self, index: int, p: Tensor) -> list[Part]:
@@ -134,6 +136,10 @@ class Parts:
         if found is None or found[0]() is not p or found[1] != p.data_ptr():
             found = self._flat[id(p)] = weakref.ref(p), p.data_ptr(), self._cut(index, p)
         return found[2]
+
+    def group_of(self, piece: Piece) -> int:
+        """Number of the group that the piece's parameter was given in."""
+        return self._groups[piece.index]
 
     def process_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
         """The process groups over which parameters are spread, each once; none where each rank has all of them."""

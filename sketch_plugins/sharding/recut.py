@@ -16,6 +16,7 @@ count-sketch        tables of signed sums: the same with estimates scaled to val
                     sketch (`Store.estimate_scale`), so that nothing is counted once for each row of a bucket
 cover               the maxima of the old estimates: never below them, so that upper bounds stay upper bounds
 covariances         see below
+rms                 of ``lagged_rms``: over the old pieces that hold a part of the new one, weighed by their size
 steps               have to agree
 =================== ================================================================================================
 
@@ -54,12 +55,12 @@ from sketch_plugins.linalg.frequent_directions import Covariance
 from sketch_plugins.linalg.kronecker import Kronecker, Side, solve
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
 from sketch_plugins.sharding.pieces import Piece
-from sketch_plugins.stores import Gradient, Int8, Store
+from sketch_plugins.stores import Dense, Gradient, Int8, Store
 from sketch_plugins.stores.base import CHUNK
 
 MOMENTS = ("first_moment", "second_moment")
 PRECONDITIONER = "preconditioner"
-_KNOWN = {"step", "place", "shape", *MOMENTS, PRECONDITIONER}
+RMS = "rms"  # of `lagged_rms`
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,7 @@ class Span(NamedTuple):
         return slice(self.lo - other.lo, self.hi - other.lo)
 
 
-def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.float32) -> None:
+def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.float32) -> list[set[str]]:
     """Fill the state of ``new``, pieces of one parameter, with that of ``old``: see the module.
 
     Beside old and new state no more than tiles, one table (``bucket="sum"``) and one covariance's factors are
@@ -123,20 +124,26 @@ def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.f
         new: pieces without state; not necessarily all of the parameter.
         dtype: arithmetic dtype: float64 for float64 parameters.
 
+    Returns:
+        For each new piece the names of the state that is bit for bit what it was.
+
     Raises:
         ValueError: pieces of different parameters; a new piece is not covered, or covered twice; some old pieces have
             state and others none; step numbers differ; a state does not know what its stores say; a new piece has state
             or asks for a moment that the old ones did not keep.
     """
-    old, new = ([h for h in pieces if h.piece.numel] for pieces in (old, new))  # what is empty has no state
+    old = [h for h in old if h.piece.numel]  # what is empty has no state
     _check(old, new)
+    exact: list[set[str]] = [set() for _ in new]
     started = [h for h in old if h.state]
     if not started:
-        return
+        return exact
     drained: dict[int, Mapping[str, Tensor]] = {}
     with scratch.scratch():
-        for h in new:
-            device = _device(started[0].state)
+        device = _device(started[0].state)
+        for h, same in zip(new, exact, strict=True):
+            if not h.piece.numel:
+                continue
             state: dict[str, Any] = {"step": started[0].state["step"].clone()}
             if "place" in started[0].state:
                 state["place"] = h.piece.place
@@ -144,13 +151,28 @@ def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.f
                 state["shape"] = torch.tensor(h.piece.shape, dtype=torch.int64)
             for name, store in h.stores.items():
                 twin = next((o for o in old if _same(o, h) and o.stores.get(name) == store), None)
-                state[name] = _copied(twin.state[name]) if twin else _moment(old, h, name, store, device, dtype)
+                if twin:
+                    state[name], whole = _copied(twin.state[name]), True
+                else:
+                    state[name], whole = _moment(old, h, name, store, device, dtype)
+                same |= {name} if whole else set()
             if h.plan is not None:
                 twin = next((o for o in old if _same(o, h) and o.plan == h.plan), None)
                 state[PRECONDITIONER] = (
                     _copied(twin.state[PRECONDITIONER]) if twin else _preconditioner(old, h, drained, device, dtype)
                 )
+                same |= {PRECONDITIONER} if twin else set()
+            if RMS in started[0].state:
+                twin = next((o for o in old if _same(o, h)), None)
+                state[RMS] = _copied(twin.state[RMS]) if twin else {"last": _root_mean(started)}
+                same |= {RMS} if twin else set()
             h.state.update(state)
+    return exact
+
+
+def _root_mean(old: Sequence[Held]) -> Tensor:
+    squares = sum(o.piece.numel * o.state[RMS]["last"].square() for o in old)
+    return (squares / sum(o.piece.numel for o in old)).sqrt()
 
 
 def _check(old: Sequence[Held], new: Sequence[Held]) -> None:
@@ -175,7 +197,7 @@ def _check(old: Sequence[Held], new: Sequence[Held]) -> None:
         raise ValueError(f"old pieces of one parameter are at steps {', '.join(f'{s:g}' for s in steps)}: they differ")
     for h in started:
         expected = {"step", *h.stores, *([PRECONDITIONER] if h.plan else [])}
-        if not expected <= set(h.state) <= expected | {"place", "shape"}:
+        if not expected <= set(h.state) <= expected | {"place", "shape", RMS}:
             raise ValueError(
                 f"the state of the old piece at {_at(h)} holds {', '.join(h.state)}; expected "
                 f"{', '.join(sorted(expected))}"
@@ -260,7 +282,8 @@ def _read(source: _Source, rows: Tensor, columns: slice, dtype: torch.dtype) -> 
 
 def _moment(
     old: Sequence[Held], h: Held, name: str, store: Store, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], bool]:
+    """The state of one moment, and whether it is bit for bit that of the old pieces."""
     sources = []
     for o in old:
         if not prod(s.size for s in _overlap(o, h)):
@@ -272,20 +295,26 @@ def _moment(
             raise ValueError(f"the old piece at {_at(o)} keeps no {name}, and the new one at {_at(h)} asks for it")
     state = store.allocate(h.matrix, device, dtype)
     store.assign(state, Gradient(_Old(sources, h, dtype, device), None, dtype, CHUNK, h.matrix))
+    copied = 0
     if isinstance(store, Int8):
         for source in sources:
             if isinstance(source.store, Int8) and source.store.block_size == store.block_size:
-                _copy_blocks(source, h, state, store.block_size)
-    return state
+                copied += _copy_blocks(source, h, state, store.block_size)
+    dense = isinstance(store, Dense) and all(source.store == store for source in sources)
+    return state, dense or copied == h.piece.numel
 
 
-def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) -> None:
-    """Codes and scales of the blocks that an old and a new piece have in common, where encoding might differ."""
+def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) -> int:
+    """Codes and scales of the blocks that an old and a new piece have in common, where encoding might differ.
+
+    Returns:
+        How many codes.
+    """
     (rows, columns), (old_rows, old_columns) = h.rectangle, source.held.rectangle
     both = rows.meet(old_rows)
     shift = columns.lo - old_columns.lo
     if not both.size or shift % size:
-        return
+        return 0
     blocks = []
     for number in range(-(-columns.size // size)):
         there = number + shift // size
@@ -294,7 +323,7 @@ def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) 
             if end == min(old_columns.lo + (there + 1) * size, old_columns.hi):
                 blocks.append(number)
     if not blocks:
-        return
+        return 0
     # They follow each other: only at the ends can blocks differ.
     mine = Span(blocks[0], blocks[-1] + 1)
     theirs = Span(mine.lo + shift // size, mine.hi + shift // size)
@@ -302,6 +331,7 @@ def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) 
     ends = min(mine.hi * size, columns.size), min(theirs.hi * size, old_columns.size)
     state["scales"][to, mine.lo : mine.hi] = source.state["scales"][origin, theirs.lo : theirs.hi]
     state["codes"][to, mine.lo * size : ends[0]] = source.state["codes"][origin, theirs.lo * size : ends[1]]
+    return both.size * (ends[0] - mine.lo * size)
 
 
 # -- covariances -------------------------------------------------------------------------------------------------------

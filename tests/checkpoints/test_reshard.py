@@ -19,12 +19,12 @@ CONFIGS = [
 
 
 @pytest.fixture(scope="module")
-def folder(launch, tmp_path_factory):
+def folder(launch_ranks, tmp_path_factory):
     """All engines, in one launch for each number of processes: starting takes longer than the rest."""
 
     path = tmp_path_factory.mktemp("engines")
     for world in (2, 1, 3):
-        launch(SCRIPT, path, world=world)
+        launch_ranks(SCRIPT, path, world=world)
     return path
 
 
@@ -44,14 +44,14 @@ def test_weights_and_dense_moments_are_the_same_and_training_goes_on(name, world
     known, got = result(folder, 2, name), result(folder, world, name)
     assert got["note"] == "mine" and got["steps"] == 3
     assert got["weights"] == 0 and got["moments"] == 0  # largest difference of all numbers
-    # The mean over other numbers of ranks has other round-off; bfloat16's is that of its gradients.
-    precision = 2**-8 if "bf16" in name else 2**-20
+    # Of the way that the steps go, 1e-2 or so: weights near 1 have round-off of 2**-24, bfloat16's gradients 2**-9.
+    precision = 2**-7 if "bf16" in name else 2**-18
     if "exact" in name:
         assert got["relative"] <= precision  # of the distance that the steps have gone
         assert got["losses"] == pytest.approx(known["losses"], rel=precision)
     elif "sketch" in name:
-        # Estimates of other buckets: the steps differ by less than a quarter of their length.
-        assert got["relative"] <= 0.25
+        # Estimates of other buckets (measured: 0.03 to 0.17) lead elsewhere by less than a third of the way.
+        assert got["relative"] <= 1 / 3
         assert got["losses"] == pytest.approx(known["losses"], rel=0.02)
     else:
         # S-AdaGrad's piece is one vector, and a preconditioner of another vector is another: the method itself
@@ -150,6 +150,17 @@ def test_an_output_that_is_there_is_not_written_over(checkpoint, tmp_path, capsy
     assert "cannot be written" in refused(
         capsys, tmp_path, checkpoint, "--world-size", 3, "--output", tmp_path / "file" / "out"
     )
+
+
+def test_a_disk_that_is_full(checkpoint, tmp_path, capsys):
+    resource = pytest.importorskip("resource", reason="limits of processes are POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # bytes of a file
+    try:
+        message = refused(capsys, tmp_path, checkpoint, "--world-size", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written" in message
 
 
 def file_of(checkpoint, rank):

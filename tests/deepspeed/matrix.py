@@ -141,9 +141,17 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 def nbytes(optimizer: Any) -> int:
     return sum(
+        t.numel() * t.element_size() for state in optimizer.state.values() for t in tensors(without_places(state))
+    )
+
+
+def of_columns(optimizer: Any) -> int:
+    """Bytes of sketches of columns, of which each process that holds rows of a matrix has one of its own."""
+    return sum(
         t.numel() * t.element_size()
         for state in optimizer.state.values()
-        for t in tensors(without_places(state))
+        for key, t in state.get("preconditioner", {}).items()
+        if key.endswith("_1")
     )
 
 
@@ -166,7 +174,7 @@ def single_process(name: str, params: dict[str, Any], steps: int, bf16: bool = F
     if bf16:
         model.bfloat16()
     masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
-    optimizer = registry.get(name).cls(masters, **{k: v for k, v in params.items()})
+    optimizer = registry.get(name).cls(masters, **params)
     for step in range(steps):
         halves = [torch.autograd.grad(model(tokens_of(step, rank)), list(model.parameters())) for rank in (0, 1)]
         for master, a, b in zip(masters, *halves, strict=True):
@@ -178,7 +186,7 @@ def single_process(name: str, params: dict[str, Any], steps: int, bf16: bool = F
     return optimizer, {n: p.detach().float() for n, p in model.named_parameters()}
 
 
-def check(name: str, config: dict[str, Any], folder: str, unsharded: int) -> dict[str, Any]:
+def check(name: str, config: dict[str, Any], folder: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     params = params_of(name)
     engine = engine_of(name, config, params)
@@ -187,7 +195,7 @@ def check(name: str, config: dict[str, Any], folder: str, unsharded: int) -> dic
     train(engine, range(3, 5))
     expected, mine = numbers(engine), nbytes(base(engine))
     out["class"] = type(base(engine)).__name__
-    out["bytes"], out["unsharded"] = mine, unsharded
+    out["bytes"] = mine
     engine.destroy()
     again = engine_of(name, config, {**params, "lr": 0.5})  # the checkpoint's rate has to win
     again.load_checkpoint(folder, tag="t")
@@ -238,11 +246,12 @@ def main(out: str, folder: str) -> None:
     results: dict[str, Any] = {}
     try:
         for name in registry.names():
-            unsharded = nbytes(single_process(name, params_of(name), 1)[0])
+            whole = single_process(name, params_of(name), 1)[0]
+            results[name] = {"bytes": nbytes(whole), "columns": of_columns(whole)}
             for label, config in CONFIGS.items():
                 key = f"{name} {label}"
-                results[key] = check(name, config, f"{folder}/{key.replace(' ', '-')}", unsharded)
-                if "offload" not in label:  # the same code
+                results[key] = check(name, config, f"{folder}/{key.replace(' ', '-')}")
+                if "offload" not in label:
                     results[key]["overflow"] = overflow(name, config)
     except Exception:
         results["error"] = traceback.format_exc()

@@ -42,6 +42,10 @@ CASES = {
     "adam_unaligned": (CSAdam, {}, torch.float32, (1024, 767), False),
     "adam_many_members": (CSAdam, {"compression": 0.005}, torch.float32, MATRIX, False),
     "lean": (CSAdam, {"preset": "lean"}, torch.float32, MATRIX, False),
+    "lean_lagged": (CSAdam, {"preset": "lean", "lagged_rms": True}, torch.float32, MATRIX, False),
+    "lean_lagged_bf16": (CSAdam, {"preset": "lean", "lagged_rms": True}, torch.bfloat16, MATRIX, False),
+    "adam_lagged": (CSAdam, {"update_clip": 1.0, "lagged_rms": True}, torch.float32, MATRIX, False),
+    "sm3_lagged": (SM3, {"update_clip": 0.5, "lagged_rms": True}, torch.float32, MATRIX, False),
     "rmsprop_fp16": (CSAdam, {"first_moment": "none"}, torch.float16, MATRIX, False),
     "adam_dense_moment": (CSAdam, {"first_moment": "bf16"}, torch.float32, MATRIX, False),
     "exact": (CSAdam, {"preset": "exact"}, torch.float32, (768,), False),
@@ -86,7 +90,7 @@ class Recorder:
 
 
 def record(case):
-    """The launches of one step."""
+    """The launches of one step; with lagged_rms of the second one, which is like all that follow."""
     cls, options, dtype, shape, sparse = CASES[case]
     calls = []
     kernels = [(m, n) for m in (launch.step, launch.fold, launch.norms) for n in vars(m) if not n.startswith("_")]
@@ -109,6 +113,9 @@ def record(case):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             optimizer.step()
+            if options.get("lagged_rms"):
+                calls.clear()
+                optimizer.step()
     finally:
         del os.environ["TRITON_INTERPRET"]
         for (module, name), kernel in saved.items():

@@ -17,6 +17,12 @@ ADAM = [
     {"preset": "lean"},
     {"update_clip": 0.3},
     {"scale_parameter": True},
+    {"preset": "lean", "lagged_rms": True},
+    {"preset": "lean", "lagged_rms": True, "width": 1},
+    {"preset": "lean", "lagged_rms": True, "depth": 2, "table_dtype": "bf16"},
+    {"update_clip": 0.3, "lagged_rms": True},
+    {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.3, "lagged_rms": True},
+    {"second_moment": "row_count_min", "compression": 0.2, "update_clip": 0.3, "lagged_rms": True},
     {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.3},
     {"first_moment": "bf16"},
     {"first_moment": "none"},
@@ -56,6 +62,19 @@ CASES = [
     (SM3, {"variant": "I"}),
     (SM3, {"variant": "I", "preset": "ema", "update_clip": 0.3}),
     (CSMomentum, {"first_moment": "count_sketch", "allow_dense_count_sketch": True, "table_dtype": "bf16"}),
+    (CSAdagrad, {"preset": "lean", "weight_decay": 0.1, "lagged_rms": True}),
+    (CSMomentum, {"nesterov": True, "update_clip": 0.3, "lagged_rms": True}),
+    (SM3, {"preset": "ema", "lagged_rms": True}),
+    (SM3, {"update_clip": 0.3, "scale_parameter": True, "lagged_rms": True}),
+    (SM3, {"preset": "exact", "update_clip": 0.3, "lagged_rms": True}),
+    (SM3, {"variant": "I", "preset": "ema", "lagged_rms": True}),
+]
+LAGGED = [
+    (CSAdam, {"preset": "lean"}),
+    (CSAdam, {"update_clip": 0.3}),
+    (CSMomentum, {"update_clip": 0.3}),
+    (SM3, {"preset": "ema"}),
+    (SM3, {"update_clip": 0.3}),
 ]
 
 
@@ -117,8 +136,11 @@ def test_is_the_eager_definition(kernels, cls, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("cls", "options"),
-    [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {}), (CSMomentum, {}), (CSAdam, {"depth": 2})],
-)
+    [
+        (CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {}), (CSMomentum, {}), (CSAdam, {"depth": 2}),
+        (CSAdam, {"preset": "lean", "lagged_rms": True}),
+    ],
+)  # fmt: skip
 def test_half_precision(kernels, cls, options, dtype):
     shapes = [(24, 48), (37, 33), (5,)]
     ours, eager = (train(cls, kernels, f, shapes, dtype, steps=2, **options) for f in (True, False))
@@ -127,7 +149,51 @@ def test_half_precision(kernels, cls, options, dtype):
         torch.testing.assert_close(p, q, rtol=2**-6 if dtype == torch.bfloat16 else 2**-9, atol=2e-3)
 
 
-@pytest.mark.parametrize(("cls", "options"), [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {})])
+@pytest.mark.parametrize(("cls", "options"), LAGGED, ids=str)
+def test_lagged_rms_lags_from_the_second_step_on(kernels, cls, options):
+    """The first step is that without; three more are the eager ones, whose gradients come and go."""
+    options = {"shapes": [(24, 48), (37, 33), (5,), ()], **options}
+    once = [train(cls, kernels, True, steps=1, **options, lagged_rms=lagged)[0] for lagged in (False, True)]
+    assert all(map(torch.equal, *once))
+
+    def uneven(grad, step):
+        return grad * (1.0, 20.0, 0.0, 0.1)[step]
+
+    options = {"steps": 4, "gradients": uneven, **options}
+    ours, eager = (train(cls, kernels, f, **options, lagged_rms=True) for f in (True, False))
+    compare(ours, eager, torch.float32, kernels)
+    for p in ours[0]:
+        # As it was in the last step: before it.
+        assert ours[1].state[p]["rms"]["last"].isfinite().all() and (ours[1].state[p]["rms"]["last"] > 0).all()
+    other, _ = train(cls, kernels, True, **options)
+    assert not torch.allclose(ours[0][0], other[0], rtol=1e-5, atol=1e-6)
+
+
+def test_lagged_rms_takes_one_sweep(kernels, request, monkeypatch):
+    """A launch for each step but the first, which measures before it steps."""
+    if "numba" in request.node.name:
+        pytest.skip("launches are Triton's")
+    from sketch_plugins.kernels.gpu import launch
+
+    phases = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: phases.append(kwargs["PHASE"]) or self.kernel[grid](*args, **kwargs)
+
+    monkeypatch.setattr(launch.step, "buckets", Counted(launch.step.buckets))
+    train(CSAdam, kernels, True, [(64, 32)], steps=3, preset="lean", lagged_rms=True)
+    fold, measure, apply = places.FOLD, places.MEASURE, places.APPLY
+    assert phases == [fold | measure, apply, *[fold | measure | apply] * 2]
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (CSAdam, {"preset": "lean", "lagged_rms": True}), (SM3, {})],
+)
 def test_bits_repeat_and_resume(kernels, cls, options):
     options = {"shapes": [(24, 48), (37, 33), (5,)], **options}
     whole, _ = train(cls, kernels, True, steps=4, **options)
@@ -193,6 +259,7 @@ SPARSE = [
     (CSAdagrad, {"second_moment": "row_count_min", "weight_decay": 0.1, "compression": 0.1}),
     (SM3, {"update_clip": 0.3, "scale_parameter": True}),
     (SM3, {"variant": "I", "preset": "ema"}),
+    (CSAdam, {"preset": "lean", "lagged_rms": True}),
 ]
 
 
@@ -295,8 +362,11 @@ def test_threads_do_not_change_bits():
             shapes = [(300, 128), (700, 33), (5,), (1, 5000)]
             results.append([
                 p.detach().clone()
-                for cls, options in [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {"update_clip": 0.3})]
-                for p in train(cls, torch.device("cpu"), True, shapes, **options)[0]
+                for cls, options in [
+                    (CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {"update_clip": 0.3}),
+                    (CSAdam, {"preset": "lean", "lagged_rms": True}), (SM3, {"preset": "ema", "lagged_rms": True}),
+                ]
+                for p in train(cls, torch.device("cpu"), True, shapes, steps=3, **options)[0]
             ])  # fmt: skip
     finally:
         torch.set_num_threads(threads)
@@ -363,6 +433,7 @@ def test_capturable_keeps_the_step_on_the_device(kernels, request):
         return
     for cls, options in [
         (CSAdam, {}), (CSAdam, {"table_dtype": "bf16"}), (CSAdam, {"second_moment": "row_count_min"}),
+        (CSAdam, {"preset": "lean", "lagged_rms": True}), (SM3, {"preset": "ema", "lagged_rms": True}),
         (CSAdagrad, {"lr_decay": 0.1, "update_clip": 0.1}), (SM3, {"variant": "I"}), (SM3, {}),
     ]:  # fmt: skip
         options["shapes"] = [(24, 48), (37, 33), (5,), ()]
@@ -487,6 +558,7 @@ class Unread(torch.Tensor):
 
 ON_DEVICE = [
     (CSAdam, {"update_clip": 0.3, "scale_parameter": True}),
+    (CSAdam, {"update_clip": 0.3, "scale_parameter": True, "lagged_rms": True}),
     (CSAdam, {"preset": "paper_cs_mv", "clean_every": 0, "allow_dense_count_sketch": True}),
     (CSAdam, {"second_moment": "row_count_min", "table_dtype": "bf16"}),
     (CSAdam, {"second_moment": "cover", "maximize": True}),
@@ -527,7 +599,7 @@ def test_numbers_that_live_on_a_device_are_not_looked_at(kernels, cls, options, 
     launched = []
     for module, name in [
         (launch.step, "tiles"), (launch.step, "buckets"), (launch.fold, "dense"), (launch.fold, "touched"),
-        (launch.fold, "row_means"), (launch.norms, "step_sizes"),
+        (launch.fold, "row_means"), (launch.norms, "step_sizes"), (launch.norms, "recall"), (launch.norms, "keep"),
     ]:  # fmt: skip
         monkeypatch.setattr(module, name, Nothing())
     monkeypatch.setattr(base, "vector", placed(Unread))

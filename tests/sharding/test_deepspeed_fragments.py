@@ -16,12 +16,11 @@ CONFIGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def results(launch_ranks, tmp_path_factory):
+@pytest.fixture
+def results(launch_ranks, once):
     """One launch of two processes for everything here: starting takes longer than the rest."""
-    out = tmp_path_factory.mktemp("zero") / "results"
-    launch_ranks(SCRIPT, out)
-    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in (0, 1)]
+    folder = once("zero_fragments", lambda folder: launch_ranks(SCRIPT, folder / "results"))
+    return [json.loads((folder / f"results.{rank}").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -30,6 +29,13 @@ def test_fragments_are_the_original_weights_each_element_once(config, results):
         said = rank.get(config, "did not run, for another one failed before")
         if said != "ok":
             pytest.fail(said, pytrace=False)
+
+
+def test_four_ranks(launch_ranks, tmp_path):
+    launch_ranks(SCRIPT, tmp_path / "results", world=4)
+    for rank in range(4):
+        said = json.loads((tmp_path / f"results.{rank}").read_text())
+        assert len(said) == 6 and set(said.values()) == {"ok"}, said
 
 
 @pytest.mark.parametrize(

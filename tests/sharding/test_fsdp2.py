@@ -7,13 +7,13 @@ WORKER = Path(__file__).with_name("fsdp2_worker.py")
 # A launch takes seconds before the first check: all that need the same number of processes share one.
 
 
-def test_two_ranks(launch, tmp_path):
-    launch(WORKER, "equal,trains,bytes,nan,errors,fsdp1", world=2)
+def test_two_ranks(launch_ranks, tmp_path):
+    launch_ranks(WORKER, "equal,trains,bytes,nan,errors,fsdp1", world=2)
 
 
-def test_checkpoints(launch, tmp_path):
-    launch(WORKER, "sharded_checkpoint,full_checkpoint", tmp_path / "checkpoints", world=2)
+def test_checkpoints(launch_ranks, tmp_path):
+    launch_ranks(WORKER, "sharded_checkpoint,full_checkpoint", tmp_path / "checkpoints", world=2)
 
 
-def test_four_ranks(launch, tmp_path):
-    launch(WORKER, "equal,sharded_checkpoint,meshes", tmp_path / "checkpoints", world=4)
+def test_four_ranks(launch_ranks, tmp_path):
+    launch_ranks(WORKER, "equal,sharded_checkpoint,meshes", tmp_path / "checkpoints", world=4)

@@ -82,8 +82,15 @@ def whole_of(held_, name):
 def run(name, whole, old_world, new_world):
     old = [steps(held(p, [name]), gradients(whole)) for p in flat(whole, old_world)]
     new = [held(p, [name]) for p in flat(whole, new_world)]
-    recut(old, new)
-    for h in new:
+    exact = recut(old, new)
+    for h, same in zip(new, exact, strict=True):
+        for moment, store in h.stores.items():
+            if moment in same:
+                rows, columns = h.rectangle
+                before = whole_of(old, moment)[rows.lo : rows.hi, columns.lo : columns.hi]
+                assert torch.equal(whole_of(new, moment)[rows.lo : rows.hi, columns.lo : columns.hi], before)
+            else:
+                assert not isinstance(store, Dense) and old_world != new_world
         assert h.state["step"] == 3 and torch.equal(h.state["place"], h.piece.place)
         for moment, store in h.stores.items():
             layout = store.layout(h.matrix, torch.float32)
@@ -217,6 +224,20 @@ def test_a_rank_alone_is_enough_and_nothing_comes_of_nothing():
     fresh = [held(p) for p in flat(whole, 3)]
     recut([held(p) for p in flat(whole, 2)], fresh)
     assert all(not h.state for h in fresh)
+
+
+def test_the_last_rms_is_over_all_that_a_piece_is_made_of():
+    old = [held(p, ("dense",)) for p in flat((6, 4), 2)]
+    assert [h.piece.shape for h in old] == [(3, 4), (3, 4)]
+    for h, rms in zip(old, (3.0, 4.0), strict=True):
+        steps(h, [torch.ones(6, 4)])
+        h.state["rms"] = {"last": torch.tensor([rms, 1.0])}
+    (new,) = [held(p, ("dense",)) for p in flat((6, 4), 1)]
+    (same,) = recut(old, [new])
+    assert torch.equal(new.state["rms"]["last"], torch.tensor([12.5**0.5, 1.0])) and "rms" not in same
+    again = [held(p, ("dense",)) for p in flat((6, 4), 2)]
+    assert all("rms" in same for same in recut(old, again))
+    assert all(torch.equal(a.state["rms"]["last"], b.state["rms"]["last"]) for a, b in zip(old, again, strict=True))
 
 
 def test_what_does_not_fit_is_named():

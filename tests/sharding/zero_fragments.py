@@ -180,7 +180,7 @@ def check(options: dict[str, Any]) -> str:
             assert found == [] and zero.process_group(originals) is None
             ordinary += 1
             return
-        assert found and dist.get_world_size(zero.process_group(originals)) == 2
+        assert found and dist.get_world_size(zero.process_group(originals)) == dist.get_world_size()
         assert [f.offset for f in found] == sorted(f.offset for f in found)
         for f in found:
             if f.numel == 0:
@@ -202,13 +202,13 @@ def check(options: dict[str, Any]) -> str:
             assert torch.equal(expected.reshape(-1), piece.of(tensor.detach()).reshape(-1).cpu()), piece
 
     optimizer.look = look
-    loss = engine(torch.arange(6).view(2, 3) + dist.get_rank())
+    loss = engine(torch.arange(6).view(2, 3) + dist.get_rank() % 2)
     engine.backward(loss)
     engine.step()
     optimizer.look = None
     assert steps, "the optimizer was not called"
     if flat:
-        everywhere: list[Any] = [None, None]
+        everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, seen)
         for index, whole in weights.items():
             parts = sorted((s, n) for rank in everywhere for i, s, n in rank if i == index)
@@ -288,20 +288,27 @@ def contract(number: int) -> dict[str, str]:
     return said
 
 
+#: What four ranks run: they take turns on two cores.
+FOUR = ("1 BF16_Optimizer", "2 bf16 groups", "2 round robin", "2 tiny", "3 sub-groups", "3 tiny")
+
+
 def main(out: str) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Or DeepSpeed would compile a C++ extension for all-reduces of inference.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     results: dict[str, Any] = {}
+    many = dist.get_world_size() > 2
     for name, options in CONFIGS.items():
+        if many and name not in FOUR:
+            continue
         try:
             results[name] = check(options)
         except Exception:
             results[name] = traceback.format_exc()
             break  # the other rank may be waiting for this one
     else:
-        for number in (2, 3):
+        for number in () if many else (2, 3):
             results[f"contract {number}"] = contract(number)
     with open(f"{out}.{dist.get_rank()}", "w") as file:
         json.dump(results, file)

@@ -9,12 +9,13 @@ from sketch_plugins import hashing
 from sketch_plugins.kernels import work
 
 # A launch covers many tensors. Each is a row of int64 in a table: pointers, shapes, and the first program it owns.
+# LAST: where what the last step measured is kept, 0: nowhere.
 # AXES: how far behind the row the axes of a cover are, (pointer, length, numbers of one slice) for each but the first.
 (
     P, G, FIRST_A, FIRST_B, SECOND_A, SECOND_B, NEW, INDEX, HASHES, WEIGHTS,
-    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, COUNT, SEED, AXES,
-) = (tl.constexpr(i) for i in range(20))  # fmt: skip
-FIELDS = tl.constexpr(20)
+    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, COUNT, SEED, AXES, LAST,
+) = (tl.constexpr(i) for i in range(21))  # fmt: skip
+FIELDS = tl.constexpr(21)
 
 NUMBERS = tl.constexpr(work.NUMBERS)
 DECAY1, GAIN1, DECAY2, GAIN2 = (tl.constexpr(i) for i in (work.DECAY1, work.GAIN1, work.DECAY2, work.GAIN2))

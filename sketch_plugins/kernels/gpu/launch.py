@@ -87,6 +87,7 @@ class _Plan:
     columns: int
     block: int
     measure: bool
+    kept: bool
 
 
 def _plan(w: Work) -> tuple[_Plan, Work]:
@@ -141,6 +142,7 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
         columns=n,
         block=block,
         measure=w.measure,
+        kept=w.last is not None,
     )
     return plan, w
 
@@ -172,7 +174,7 @@ def _flat(w: Work) -> Work:
 
     return Work(
         w.p.view(n), w.g.view(n), None, False, view(w.first), view(w.second), w.numbers, w.after, w.measure,
-        w.stochastic, w.seed, w.flags, w.emas,
+        w.stochastic, w.seed, w.flags, w.emas, w.last,
     )  # fmt: skip
 
 
@@ -202,7 +204,8 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> None:
             "DEPTH2": plan.depth2,
         }  # fmt: skip
         before, after = MEASURE, FOLD | APPLY
-    partial = table  # not written
+    once = plan.kept and not plan.measure
+    partial = torch.empty(2 * begin, dtype=torch.float32, device=device) if plan.measure or once else table
     if covers and plan.second is second.cover_estimate:
         # Variant I reads the new covers: the maxima of g * g come first.
         kernel[(begin,)](
@@ -211,18 +214,21 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> None:
         covers.keep()
         covers = None
     if plan.measure:
-        partial = torch.empty(2 * begin, dtype=torch.float32, device=device)
         measured = numbers.clone()
         measured[:, places.STEP] = 1.0
         measured[:, places.INNER] = 1.0
         kernel[(begin,)](table, measured, partial, len(works), PHASE=before, **shared, **extra)
-        sizes = _upload([float(_count(w) * w.p.shape[1]) for w in works], torch.float32, device)
         norms.step_sizes[(len(works),)](
-            table, numbers, measured, partial, sizes, len(works), begin, AFTER=plan.after, N=256
+            table, numbers, measured, partial, len(works), begin, AFTER=plan.after, KEPT=plan.kept, N=256
         )
+    elif once:
+        norms.recall[(len(works),)](table, numbers, AFTER=plan.after)
+        after = FOLD | MEASURE | APPLY
     else:
         after = FOLD | APPLY
     kernel[(begin,)](table, numbers, partial, len(works), PHASE=after, **shared, **extra)
+    if once:
+        norms.keep[(len(works),)](table, numbers, partial, len(works), begin, N=256)
     if covers:
         covers.keep()
 
@@ -243,6 +249,7 @@ def _describe(w: Work, plan: _Plan, begin: int, new: int) -> tuple[list[int], in
         w.p.data_ptr(), w.g.data_ptr(), a1, b1, a2, b2, new,
         0 if w.rows is None else w.rows.data_ptr(), hashes, 0,
         r, d, w.p.stride(0), w.g.stride(0), width, begin, across, count, _signed64(w.seed), 0,
+        0 if w.last is None else w.last.data_ptr(),
     ]  # fmt: skip
     return row, along * across
 
@@ -354,7 +361,7 @@ def _mode(w: Work) -> int:
 
 _FOLDING = _Plan(
     "tiles", None, None, torch.float32, torch.float32, torch.float32, torch.float32, 0,
-    False, False, False, False, False, 1, 1, False, False, 16, COLUMNS, COLUMNS, False,
+    False, False, False, False, False, 1, 1, False, False, 16, COLUMNS, COLUMNS, False, False,
 )  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""Adafactor's two devices: the step size of each tensor from the sums that a measuring sweep left behind."""
+"""Adafactor's two devices: the step size of each tensor from the sums that a measuring sweep left behind.
+
+Or, with ``lagged_rms``, from the two numbers that the last step kept: `recall` before the sweep, `keep` after it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,15 @@ import triton
 import triton.language as tl
 
 from sketch_plugins.kernels import work
-from sketch_plugins.kernels.gpu.common import BEGIN, FIELDS, INNER, NUMBERS, STEP
+from sketch_plugins.kernels.gpu.common import BEGIN, COLUMNS, COUNT, FIELDS, INNER, LAST, NUMBERS, STEP
 
 CLIP, RELATIVE, CORRECTION = (tl.constexpr(i) for i in (work.CLIP, work.RELATIVE, work.CORRECTION))
 
 
 @triton.jit
-def step_sizes(table, numbers, measured, partial, sizes, count, programs, AFTER: tl.constexpr, N: tl.constexpr):
-    """One program for each tensor; its partial sums are added in a fixed order."""
-    index = tl.program_id(0)
-    t, s = table + index * FIELDS, measured + index * NUMBERS
+def _measured(table, partial, index, count, programs, s, N: tl.constexpr):
+    """RMS of a tensor's update and of the tensor; its partial sums are added in a fixed order."""
+    t = table + index * FIELDS
     begin = tl.load(t + BEGIN)
     end = programs.to(tl.int64)
     if index + 1 < count:
@@ -26,17 +28,57 @@ def step_sizes(table, numbers, measured, partial, sizes, count, programs, AFTER:
         place = first + tl.arange(0, N)
         squares += tl.load(partial + 2 * place, mask=place < end, other=0.0)
         norm += tl.load(partial + 2 * place + 1, mask=place < end, other=0.0)
-    size = tl.load(sizes + index)
-    step = tl.load(numbers + index * NUMBERS + STEP)
+    size = (tl.load(t + COUNT) * tl.load(t + COLUMNS)).to(tl.float32)
+    return tl.sqrt_rn(tl.sum(squares) / size) * tl.load(s + CORRECTION), tl.sqrt_rn(tl.sum(norm) / size)
+
+
+@triton.jit
+def _settle(s, update, parameter, AFTER: tl.constexpr):
+    """Put both RMS into a tensor's numbers."""
+    step = tl.load(s + STEP)
     if tl.load(s + RELATIVE) != 0:
-        rms = tl.sqrt_rn(tl.sum(norm) / size)
-        step = step * tl.where(rms < 1e-3, 1e-3, rms)
+        step = step * tl.where(parameter < 1e-3, 1e-3, parameter)
     clip = tl.load(s + CLIP)
     if clip != 0:
-        excess = tl.sqrt_rn(tl.sum(squares) / size) * tl.load(s + CORRECTION) / clip
+        excess = update / clip
         excess = tl.where(excess < 1.0, 1.0, excess)
         if AFTER:
-            tl.store(numbers + index * NUMBERS + INNER, 1.0 / excess)
+            tl.store(s + INNER, 1.0 / excess)
         else:
             step = step / excess
-    tl.store(numbers + index * NUMBERS + STEP, step)
+    tl.store(s + STEP, step)
+
+
+@triton.jit
+def _keep(table, index, update, parameter):
+    last = tl.load(table + index * FIELDS + LAST).to(tl.pointer_type(tl.float32))
+    tl.store(last, update)
+    tl.store(last + 1, parameter)
+
+
+@triton.jit
+def step_sizes(
+    table, numbers, measured, partial, count, programs, AFTER: tl.constexpr, KEPT: tl.constexpr, N: tl.constexpr
+):
+    """One program for each tensor. ``KEPT``: the next step will want to know, too."""
+    index = tl.program_id(0)
+    update, parameter = _measured(table, partial, index, count, programs, measured + index * NUMBERS, N)
+    _settle(numbers + index * NUMBERS, update, parameter, AFTER)
+    if KEPT:
+        _keep(table, index, update, parameter)
+
+
+@triton.jit
+def recall(table, numbers, AFTER: tl.constexpr):
+    """The same from what the last step has kept."""
+    index = tl.program_id(0)
+    last = tl.load(table + index * FIELDS + LAST).to(tl.pointer_type(tl.float32))
+    _settle(numbers + index * NUMBERS, tl.load(last), tl.load(last + 1), AFTER)
+
+
+@triton.jit
+def keep(table, numbers, partial, count, programs, N: tl.constexpr):
+    """What this step has measured, for the next one."""
+    index = tl.program_id(0)
+    update, parameter = _measured(table, partial, index, count, programs, numbers + index * NUMBERS, N)
+    _keep(table, index, update, parameter)

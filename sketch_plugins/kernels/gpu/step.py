@@ -53,21 +53,30 @@ def apply(
     FIRST: tl.constexpr, P_TYPE: tl.constexpr, F_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr,
     AFTER: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """First moment of ``x``, and ``p <- keep * p - f * numerator``; returns the sums of squares of update and p."""
+    """First moment of ``x``, and ``p <- keep * p - f * numerator``; returns the sums of squares of update and p.
+
+    In a phase that measures and applies, the step's size is in neither ``f`` nor ``x``: it comes after the measuring.
+    """
+    ONCE: tl.constexpr = (MEASURE & PHASE) != 0 and (APPLY & PHASE) != 0
+    squares = 0.0
+    norm = 0.0
+    if AFTER and (MEASURE & PHASE):
+        # What is clipped: the update, or where a first moment averages it, what enters there.
+        part = tl.where(mask, x, 0.0)
+        squares = tl.sum(part * part)
+    if AFTER and ONCE:
+        x = x * tl.load(s + INNER)
     m = FIRST(t, s, x, rows, exists, cols, mask, tile, (APPLY & PHASE) != 0, F_TYPE, NOISE, DEPTH, ALIGN)
     if AHEAD:
         m = x + tl.load(s + LOOKAHEAD) * m
     p = parameter(t, rows, cols, mask, P_TYPE, ALIGN)
     update = tl.where(mask, m * f, 0.0)
-    squares = 0.0
-    norm = 0.0
     if MEASURE & PHASE:
-        # What is clipped: the update, or where a first moment averages it, what enters there.
-        part = update
-        if AFTER:
-            part = tl.where(mask, x, 0.0)
-        squares = tl.sum(part * part)
+        if not AFTER:
+            squares = tl.sum(update * update)
         norm = tl.sum(p * p)
+    if ONCE:
+        update = update * tl.load(s + STEP)
     if APPLY & PHASE:
         base = address(t, P, P_TYPE, ALIGN)
         place = base + rows[:, None] * extent(t, P_STRIDE, ALIGN) + cols[None, :]
@@ -78,6 +87,15 @@ def apply(
         else:
             tl.store(place, new.to(P_TYPE), mask=mask)
     return squares, norm
+
+
+@triton.jit
+def _rate(s, PLACE: tl.constexpr, PHASE: tl.constexpr):
+    """One of the numbers; 1 where `apply` will come to it (what is measured has no learning rate, which may be 0)."""
+    if (MEASURE & PHASE) != 0 and (APPLY & PHASE) != 0:
+        return tl.full([], 1.0, tl.float32)
+    else:  # a type of its own for each case
+        return tl.load(s + PLACE)
 
 
 @triton.jit
@@ -100,12 +118,12 @@ def tiles(
     cols = tile * BLOCK + inside
     mask = exists[:, None] & ((inside < BLOCK) & (cols < extent(t, COLUMNS, ALIGN)))[None, :]
     x = gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
-    f = tl.load(s + STEP)
+    f = _rate(s, STEP, PHASE)
     if SECOND is not None:
         STORE: tl.constexpr = (FOLD & PHASE) != 0
         v = SECOND(t, s, x * x, rows, place, exists, cols, mask, STORE, S_TYPE, MODE, DEPTH2, ALIGN)
         if AFTER:
-            x = x * factor(v, s, tl.load(s + INNER))
+            x = x * factor(v, s, _rate(s, INNER, PHASE))
         else:
             f = factor(v, s, f)
     if (MEASURE | APPLY) & PHASE:
@@ -171,7 +189,7 @@ def buckets(
         kept = held(tl.load(s + DECAY2) * v + gain * total, t, s, bucket * columns + cols, TABLE2, S_TYPE)
         tl.store(place, kept, mask=inner)
         v = kept.to(tl.float32)
-    f = factor(v, s, tl.load(s + STEP))[None, :]
+    f = factor(v, s, _rate(s, STEP, PHASE))[None, :]
     squares = 0.0
     norm = 0.0
     if (MEASURE | APPLY) & PHASE:

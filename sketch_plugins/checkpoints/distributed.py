@@ -1,0 +1,266 @@
+"""A directory of torch.distributed.checkpoint (FSDP2), written anew for another number of shards.
+
+Weights are DTensors there, which torch itself loads on any mesh. State of our optimizers belongs to a shard: a tensor
+of size s is kept as one of size ``(W, *s)`` for W shards (`sketch_plugins.sharding.parts.wrap`), and torch refuses it
+for another W, for sizes differ. Here each shard's state is cut anew (`sketch_plugins.sharding.recut`) and put into
+tensors for N shards. The shards are those of ``Shard(0)``, FSDP2's default: ``ceil(R / W)`` rows each.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from sketch_plugins.checkpoints.kept import (
+    CannotReshard,
+    Kept,
+    Progress,
+    Report,
+    nbytes,
+    output_of,
+    whole_or_not_at_all,
+)
+from sketch_plugins.sharding.blocks import matrix_shape
+from sketch_plugins.sharding.parts import PLACE, trim
+from sketch_plugins.sharding.pieces import Piece
+from sketch_plugins.sharding.recut import Held
+
+
+def reshard(
+    checkpoint: str | os.PathLike[str],
+    world_size: int,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    trust: bool = False,
+    progress: Progress = lambda done, of, what: None,
+) -> Report:
+    """Write ``checkpoint`` anew for ``world_size`` shards (of HSDP: the size of the mesh dimension that shards).
+
+    All of it is read into memory at once, and written by this one process.
+
+    Args:
+        checkpoint: directory that ``torch.distributed.checkpoint.save`` was given. It holds, at any depth, a state dict
+            of an optimizer with ``"state"`` and ``"param_groups"``, as `get_optimizer_state_dict` returns it.
+        world_size: shards that are to load it.
+        output: directory to write, ``CHECKPOINT-worldN`` by default. It appears when it is whole.
+        trust: unpickle objects other than plain values (torch unpickles the file ``.metadata`` in any case).
+        progress: called with the steps done, their number, and what is at hand.
+
+    Raises:
+        CannotReshard: it cannot be read; no state of an optimizer of sketch-plugins, or none that is sharded along
+            dimension 0 alone; ``world_size`` is less than 1 or the present one; the output is there already.
+    """
+    path = Path(checkpoint)
+    target = output_of(path, world_size, output)
+    loaded = _load(path, trust)
+    found = list(_optimizers(loaded))
+    if not found:
+        raise CannotReshard(
+            f"{path} holds no state dict of an optimizer ('state' and 'param_groups'; flattened ones cannot be cut)"
+        )
+    report = None
+    for number, saved in enumerate(found):
+        done = _optimizer(saved, path, world_size, target, progress)
+        if report is None:
+            report = done
+        else:
+            report.exact += done.exact
+            report.cut += done.cut
+            report.parameters += done.parameters
+            report.nbytes = report.nbytes[0] + done.nbytes[0], report.nbytes[1] + done.nbytes[1]
+        progress(number + 1, len(found), "writing")
+    assert report is not None
+    with whole_or_not_at_all(target) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # by one process, yes
+        try:
+            dcp.save(loaded, checkpoint_id=partial, no_dist=True)
+        except CheckpointException as error:
+            raise CannotReshard(f"{target} cannot be written: {_inner(error)}") from error
+    return report
+
+
+class _Planner(_EmptyStateDictLoadPlanner):
+    """Builds what is there, and unpickles nothing but plain values."""
+
+    def __init__(self, trust: bool) -> None:
+        super().__init__()
+        self.trust = trust
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        if not self.trust:
+            torch.load(value, weights_only=True)
+            value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def _load(path: Path, trust: bool) -> dict[str, Any]:
+    loaded: dict[str, Any] = {}
+    try:
+        _load_state_dict(loaded, storage_reader=dcp.FileSystemReader(path), planner=_Planner(trust), no_dist=True)
+    except (Exception, CheckpointException) as error:  # which is no Exception; a torn file may cause anything
+        inner = _inner(error)
+        if isinstance(inner, UnpicklingError) and not trust:
+            raise CannotReshard(
+                f"{path} holds objects other than tensors and plain values, and unpickling them runs code: if you "
+                f"trust the checkpoint, give --trust ({inner})"
+            ) from error
+        raise CannotReshard(f"{path} cannot be read: {inner}") from error
+    return loaded
+
+
+def _inner(error: BaseException) -> BaseException:
+    """The error of a process, of those that torch makes one of."""
+    inner: BaseException = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+    return inner
+
+
+def _optimizers(value: Any) -> Iterator[dict[str, Any]]:
+    if not isinstance(value, dict):
+        return
+    groups = value.get("param_groups")
+    if isinstance(value.get("state"), dict) and isinstance(groups, list) and groups and isinstance(groups[0], dict):
+        yield value
+        return
+    for inner in value.values():
+        yield from _optimizers(inner)
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """``Shard(0)`` of a parameter over W shards, as torch cuts it."""
+
+    whole: tuple[int, ...]
+    world: int
+
+    def piece(self, rank: int) -> Piece:
+        """One of them; the last ones may be empty."""
+        part = -(-self.whole[0] // self.world)
+        first = min(rank * part, self.whole[0])
+        rows = min(part, self.whole[0] - first)
+        return Piece(0, self.whole, (rows, *self.whole[1:]), first, 0)
+
+    @property
+    def largest(self) -> Piece:
+        """All ranks' tensors have the sizes of the first one's."""
+        return self.piece(0)
+
+
+def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, progress: Progress) -> Report:
+    kept = Kept(saved["param_groups"])
+    report = Report(target, "torch.distributed.checkpoint (FSDP2)", kept.kind, 0, world)
+    states = {
+        key: (number, saved["state"][key])
+        for number, group in enumerate(saved["param_groups"])
+        for key in group["params"]
+        # What is whole on every rank is so on any number of them.
+        if PLACE in saved["state"].get(key, {})
+    }
+    before = {_shards(key, state, path).world for key, (_, state) in states.items()}
+    if len(before) != 1:
+        raise CannotReshard(
+            f"{path} has parameters cut into {', '.join(map(str, sorted(before)))} shards: not supported"
+            if before
+            else f"{path} has no state that is cut into shards: it loads with any number of processes"
+        )
+    (report.before,) = before
+    if report.before == world:
+        raise CannotReshard(f"{path} is for {world} shards already")
+    for done, (key, (number, state)) in enumerate(states.items()):
+        progress(done, len(states), str(key))
+        shards = _shards(key, state, path)
+        new = _Shards(shards.whole, world)
+        dtype = torch.float64 if torch.float64 in set(_dtypes(state)) else torch.float32
+        old = [
+            _held(kept, shards, rank, number, dtype, state, f"{key!r}, shard {rank},") for rank in range(shards.world)
+        ]
+        layout = _layout(kept.held(new.largest, number, dtype), dtype)
+        parts: list[Any] = []
+        for rank in range(world):
+            piece = new.piece(rank)
+            parts.append(kept.recut(old, piece, number, dtype, report) if piece.numel else {PLACE: piece.place})
+        saved["state"][key] = {"step": state["step"], **_stacked(parts, layout)}
+        report.parameters += prod(shards.whole)
+        report.nbytes = (
+            report.nbytes[0] + sum(nbytes(h.state) for h in old),
+            report.nbytes[1] + sum(nbytes(part) for part in parts),
+        )
+    return report
+
+
+def _shards(key: Any, state: Mapping[str, Any], path: Path) -> _Shards:
+    places = state[PLACE]
+    if not isinstance(places, Tensor) or places.ndim != 2 or places.shape[1] < 3:
+        raise CannotReshard(f"{path}: {key!r} is sharded along more than one mesh dimension: not supported")
+    shards = _Shards(tuple(places[0, 2:].tolist()), len(places))
+    for rank, place in enumerate(places):
+        piece = shards.piece(rank)
+        if piece.numel and not torch.equal(place, piece.place):
+            raise CannotReshard(
+                f"{path}: shard {rank} of {key!r} is at {place.tolist()[:2]} (row, column), where Shard(0) has "
+                f"{[piece.row, 0]}: other placements are not supported"
+            )
+    return shards
+
+
+def _held(
+    kept: Kept, shards: _Shards, rank: int, group: int, dtype: torch.dtype, state: Mapping[str, Any], label: str
+) -> Held:
+    """One shard's state, cut to its own sizes."""
+    piece = shards.piece(rank)
+    if not piece.numel:
+        return Held(piece, {})
+    layout = _layout(kept.held(piece, group, dtype), dtype)
+    local = trim({name: _of(value, rank) for name, value in state.items() if name != "step"}, layout)
+    return kept.held(piece, group, dtype, {"step": state["step"], **local}, label)
+
+
+def _of(value: Any, rank: int) -> Any:
+    return {k: _of(v, rank) for k, v in value.items()} if isinstance(value, Mapping) else value[rank]
+
+
+def _layout(held: Held, dtype: torch.dtype) -> dict[str, Any]:
+    """Name -> (size, dtype) of all that a shard keeps, but for the number of steps."""
+    layout: dict[str, Any] = {
+        name: store.layout(matrix_shape(held.piece.shape), dtype) for name, store in held.stores.items()
+    }
+    if held.plan is not None:
+        layout["preconditioner"] = held.plan.layout(dtype)
+    return {**layout, PLACE: ((2 + len(held.piece.whole),), torch.int64)}
+
+
+def _stacked(parts: Sequence[Any], layout: Mapping[str, Any]) -> dict[str, Any]:
+    """The shards' states as tensors of size ``(N, *s)``; smaller ones are filled up with zeros."""
+    out: dict[str, Any] = {}
+    for name, size in layout.items():
+        inner = [part.get(name) for part in parts]
+        if isinstance(size, Mapping):
+            out[name] = _stacked([one or {} for one in inner], size)
+            continue
+        shape, dtype = size
+        out[name] = torch.zeros((len(parts), *shape), dtype=dtype)
+        for row, tensor in zip(out[name], inner, strict=True):
+            if tensor is not None:
+                row[tuple(map(slice, tensor.shape))] = tensor
+    return out
+
+
+def _dtypes(value: Any) -> Iterator[torch.dtype]:
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _dtypes(inner)
+    elif isinstance(value, Tensor):
+        yield value.dtype

@@ -1,0 +1,81 @@
+"""`sketch-plugins run` as a module under DeepSpeed's launcher and under torchrun, with a script that is not changed."""
+
+import importlib.metadata
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from sketch_plugins import import_hooks
+
+# As its author wrote it, but for the two lines that save minutes; nothing of this project in it.
+TRAIN = """
+import argparse
+
+import deepspeed
+import torch
+
+# Or DeepSpeed would compile a C++ extension for all-reduces of inference.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int)
+    steps = parser.parse_args().steps
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 16))
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "cs_adam", "params": {"lr": 1e-2, "compression": 0.25, "min_compress_size": 64}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    for step in range(steps):
+        engine.backward(engine(torch.arange(step, step + 6).view(2, 3)).square().mean())
+        engine.step()
+    name = type(engine.basic_optimizer).__name__
+    with open(f"result{torch.distributed.get_rank()}", "w") as file:
+        print(__name__, torch.distributed.get_world_size(), name, file=file)
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def launchers():
+    scripts = Path(sysconfig.get_path("scripts"))
+    port = ["--master_port", free_port()]
+    return {
+        # Without the local rank: it would be put in front of what comes after the module, which reads `run` there.
+        "deepspeed": [str(scripts / "deepspeed"), "--num_gpus", "2", *port, "--no_local_rank", "--module"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *port, "-m"],
+    }
+
+
+def test_the_installed_distribution_names_the_trigger():
+    entries = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=import_hooks.GROUP)}
+    assert entries["deepspeed.runtime.engine"] == "sketch_deepspeed:register"
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_an_unmodified_script_finds_our_names_in_its_configuration(launcher, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    command = [*launchers()[launcher], "sketch_plugins", "run", "train.py", "--steps", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for rank in (0, 1):
+        assert (tmp_path / f"result{rank}").read_text().split() == ["__main__", "2", "CSAdam"]
