@@ -53,7 +53,10 @@ def register() -> None:
         raise ModuleNotFoundError("sketch_lightning needs Lightning: pip install 'sketch-plugins[lightning]'")
     for namespace in installed:
         # The strategies are enough, and there long before the rest of Lightning is.
-        when_imported(f"{namespace}.strategies", functools.partial(_add, namespace))
+        if hasattr(sys.modules.get(f"{namespace}.strategies"), "__all__"):  # the last line of that module
+            _add(namespace)  # its import may not have ended, for a hook of `sketch-plugins run` may be calling
+        else:
+            when_imported(f"{namespace}.strategies", functools.partial(_add, namespace))
 
 
 def _add(namespace: str) -> None:

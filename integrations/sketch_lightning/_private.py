@@ -183,15 +183,17 @@ def run_loop(trainer: Any, progress: Any) -> None:
 
 
 @contextlib.contextmanager
-def without_sync(strategy: Any) -> Iterator[None]:
-    """Each rank by itself: neither gradients nor logged values are averaged.
+def without_sync(trainer: Any) -> Iterator[None]:
+    """Each rank by itself: neither gradients nor logged values are averaged, and nobody is asked about signals.
 
     A rank that runs out of memory would leave the others waiting, or answering another question than was asked.
     """
+    strategy, loop = trainer.strategy, trainer.fit_loop.epoch_loop
     blocked = strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else contextlib.nullcontext()
     strategy.reduce = lambda tensor, *_, **__: tensor
+    loop._broadcast_sigterm_tensor = lambda *_: None  # of recent versions, before each batch
     try:
         with blocked:
             yield
     finally:
-        del strategy.reduce
+        del strategy.reduce, loop._broadcast_sigterm_tensor

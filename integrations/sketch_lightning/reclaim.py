@@ -169,7 +169,7 @@ class Reclaiming:
         stop = type("Stop", (_Stop, self._find("callbacks", "Callback")), {})(self.steps_per_trial)
         with _private.only_training(trainer, self.steps_per_trial, stop):
             try:
-                with _private.without_sync(trainer.strategy):
+                with _private.without_sync(trainer):
                     _private.run_loop(trainer, copy.deepcopy(progress))
             except TrialOver:
                 pass

@@ -325,9 +325,12 @@ def test_two_namespaces_do_not_mix():
         _ = sketch_lightning.SketchXStrategy
 
 
-def test_imports_are_lazy(tmp_path):
-    # The names are there for whoever imports Lightning later, under either name, and for an unmodified script.
-    (tmp_path / "script.py").write_text(
+@pytest.mark.parametrize("way", ["import", "hook"])
+def test_imports_are_lazy(way, tmp_path):
+    """The names are there for whoever imports Lightning later, also where `sketch-plugins run` calls from within."""
+    imported = {"import": "import sketch_lightning", "hook": HOOK}[way]
+    program = (
+        f"{imported}\n"
         "import sys\n"
         "assert not {'lightning.pytorch', 'pytorch_lightning'} & set(sys.modules), 'imported at once'\n"
         "from pytorch_lightning import Trainer\n"
@@ -336,9 +339,14 @@ def test_imports_are_lazy(tmp_path):
         "assert type(trainer.strategy) is sketch_lightning.SketchDDPStrategy\n"
         "assert 'lightning.pytorch' not in sys.modules\n"
     )
-    program = "import sys, runpy, sketch_lightning\nsketch_lightning.register()\nrunpy.run_path('script.py')\n"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+HOOK = (
+    "from sketch_plugins.import_hooks import when_imported\n"
+    "when_imported('pytorch_lightning.strategies', lambda: __import__('sketch_lightning').register())"
+)
 
 
 def test_momentum_is_a_counterpart_of_sgd(fit):
