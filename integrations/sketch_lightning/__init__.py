@@ -60,10 +60,8 @@ def register() -> None:
 
 
 def _add(namespace: str) -> None:
-    from sketch_lightning.strategies import add_to_registry
-
-    classes = importlib.import_module(f"sketch_lightning.{_MODULES[namespace]}")
-    add_to_registry(namespace, {name: getattr(classes, name) for name in _STRATEGIES})
+    # It adds its strategies itself: its own import may be what imports Lightning.
+    importlib.import_module(f"sketch_lightning.{_MODULES[namespace]}")
 
 
 def _present() -> str:

@@ -13,6 +13,8 @@ SketchDDPStrategy = _made["SketchDDPStrategy"]
 SketchFSDPStrategy = _made["SketchFSDPStrategy"]
 SketchDeepSpeedStrategy = _made["SketchDeepSpeedStrategy"]
 
+strategies.add_to_registry("pytorch_lightning", _made)
+
 
 def __getattr__(name: str) -> Any:
     # The callbacks need all of Lightning, which is half imported when the strategies are wanted.

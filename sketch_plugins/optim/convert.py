@@ -222,7 +222,7 @@ def _part_state(
     for name, store in stores.items():
         if store is not None:
             state[name] = store.allocate(matrix, part.device, dtype)
-    for name, further in optimizer._further(part, group).items():
+    for name, further in optimizer._beside(part, group).items():
         state[name] = further.allocate(part.device, dtype)
     if part.piece is not None:
         state[PLACE] = part.piece.place
@@ -243,6 +243,8 @@ def _part_state(
         first = _first(optimizer, group, part, source, second)
         if first is not None:
             first_store.assign(state["first_moment"], first)
+    if "rms" in state:  # lagged_rms
+        state["rms"]["last"].copy_(_measured(optimizer, group, part, source, second))
     return state
 
 
@@ -270,6 +272,25 @@ def _first(
         size = part.data.detach().to(update.dtype).square().mean().sqrt()
         update = update * size.clamp_(min=SCALE_FLOOR)
     return update
+
+
+def _measured(
+    optimizer: SketchOptimizer, group: Mapping[str, Any], part: Part, source: _Source, second: Tensor | None
+) -> Tensor:
+    """RMS of the last update and of the parameter, for ``lagged_rms``.
+
+    Of a gradient itself nothing is known but its mean square, whose root stands for it.
+    """
+    rule = optimizer._rule(group, source.step, False)
+    p = part.data.detach()
+    if source.first is not None and rule.first is not None and not rule.precondition_first:
+        numerator = source.first.under(rule.first, source.step)
+    elif source.second is not None:
+        numerator = source.second.under(Ema(1.0, 1.0 / source.step), source.step).sqrt()
+    else:
+        numerator = torch.zeros_like(p)
+    update = _over_root(optimizer, group, numerator, second, source.step) * rule.correction
+    return torch.stack([x.to(update.dtype).square().mean().sqrt() for x in (update, p)])
 
 
 def _over_root(

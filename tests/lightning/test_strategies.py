@@ -325,9 +325,18 @@ def test_two_namespaces_do_not_mix():
         _ = sketch_lightning.SketchXStrategy
 
 
-@pytest.mark.parametrize("way", ["import", "hook"])
+@pytest.mark.parametrize("way", ["import", "hook", "class"])
 def test_imports_are_lazy(way, tmp_path):
     """The names are there for whoever imports Lightning later, also where `sketch-plugins run` calls from within."""
+    if way == "class":  # whose module imports Lightning itself
+        program = (
+            "from sketch_lightning.pytorch_lightning import SketchStrategy, SketchCleaning\n"
+            "from pytorch_lightning.strategies import StrategyRegistry\n"
+            "assert StrategyRegistry['sm3']['strategy'] is SketchStrategy\n"
+        )
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
     imported = {"import": "import sketch_lightning", "hook": HOOK}[way]
     program = (
         f"{imported}\n"

@@ -170,6 +170,27 @@ def test_sketchy_starts_without_covariances(options):
     assert torch.isfinite(p).all() and not torch.equal(p, before)
 
 
+LAGGED = [{}, {"preset": "lean"}, {"first_moment": "fp32", "second_moment": "dense"}]
+
+
+@pytest.mark.parametrize("options", LAGGED, ids=str)
+def test_what_lagged_rms_goes_by(options):
+    params, adamw = trained("AdamW")
+    options = {"update_clip": 1.0, "scale_parameter": True, "betas": (0.8, 0.99), "lagged_rms": True, **options}
+    ours = CSAdam(params, **options)
+    before = [p.detach().clone() for p in params]
+    ours.load_state_dict(convert_state(adamw.state_dict(), ours))
+    for p in params:
+        m, v, t = adamw.state[p]["exp_avg"], adamw.state[p]["exp_avg_sq"], float(adamw.state[p]["step"])
+        update = m / (1 - 0.8**t) if options.get("preset") != "lean" else (v / (1 - 0.99**t)).sqrt()
+        update = update / ((v / (1 - 0.99**t)).sqrt() + 1e-8)
+        wanted = torch.stack([update.square().mean().sqrt(), p.detach().square().mean().sqrt()])
+        torch.testing.assert_close(ours.state[p]["rms"]["last"], wanted, rtol=1e-9, atol=0)
+    train(ours, params, 7, 9)
+    for p, old in zip(params, before, strict=True):
+        assert torch.isfinite(p).all() and not torch.equal(p, old)
+
+
 def test_schedules_come_along():
     params, adamw = trained("AdamW")
     torch.optim.lr_scheduler.OneCycleLR(adamw, max_lr=0.1, total_steps=10)
