@@ -1,7 +1,17 @@
 """Memory-compressed optimizers that drop into the training framework people already use."""
 
 from sketch_plugins.memory.report import StateReport, state_report
-from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SAdagrad, Sketchy, quadratic_warmup
+from sketch_plugins.optim import (
+    SM3,
+    CSAdagrad,
+    CSAdam,
+    CSMomentum,
+    CSRMSprop,
+    MemSGD,
+    SAdagrad,
+    Sketchy,
+    quadratic_warmup,
+)
 from sketch_plugins.optim.convert import convert_state
 
 __version__ = "0.1.0"
@@ -12,6 +22,7 @@ __all__ = [
     "CSAdam",
     "CSMomentum",
     "CSRMSprop",
+    "MemSGD",
     "SAdagrad",
     "Sketchy",
     "StateReport",

@@ -112,8 +112,21 @@ def uniform(index: Tensor, seed: int, step: int, dtype: torch.dtype) -> Tensor:
 
 def random32(index: Tensor, seed: int, step: int) -> Tensor:
     """32 random bits for each element of ``index`` (int64 in [0, 2**32)): a counter-based generator, without state."""
-    key = next(_splitmix64((seed & _MASK64) ^ (step * 0x9E37_79B9_7F4A_7C15 & _MASK64)))
+    key = key_of(seed, step)
     return mix32(mix32(index, key & _MASK32), key >> 32)
+
+
+def key_of(seed: int, step: int) -> int:
+    """The 64 bits that `random32` mixes into its elements."""
+    return next(_splitmix64((seed & _MASK64) ^ (step * 0x9E37_79B9_7F4A_7C15 & _MASK64)))
+
+
+def derive(*numbers: int) -> int:
+    """One seed of 64 bits from several integers: equal on every machine, another one if any of them changes."""
+    seed = 0
+    for n in numbers:
+        seed = next(_splitmix64(seed ^ (n & _MASK64)))
+    return seed
 
 
 def _splitmix64(seed: int) -> Iterator[int]:

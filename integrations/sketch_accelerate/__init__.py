@@ -7,12 +7,28 @@
 ``Accelerator.prepare`` takes them without this package, too. What it adds: DeepSpeed's side (``sketch_deepspeed``) is
 there as soon as an ``Accelerator`` runs DeepSpeed, so that the optimizer is not replaced by ``DeepSpeedCPUAdam`` under
 offloading and can be named in DeepSpeed's configuration (``DummyOptim``); and FSDP1 is refused before training starts.
+
+Gradient compression: ``accelerator.ddp_handler = sketch_accelerate.MemSGDKwargs(memsgd={"density": 0.01})``.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from sketch_accelerate._private import MovedSymbolError, register
 
-__all__ = ["MovedSymbolError", "register"]
+if TYPE_CHECKING:
+    from sketch_accelerate.comm import MemSGDKwargs
+
+__all__ = ["MemSGDKwargs", "MovedSymbolError", "register"]
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: this package may be imported while accelerate is half imported (`python -m sketch_plugins run`).
+    if name == "MemSGDKwargs":
+        from sketch_accelerate.comm import MemSGDKwargs
+
+        return MemSGDKwargs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -288,7 +289,14 @@ def _moved_to(device: torch.device, state: Any, key: str = "") -> Any:
 def _patch_accelerate() -> None:
     module = sys.modules[ACCELERATE[0]]
     replace = getattr(module, ACCELERATE[1], None)
-    if replace is None or getattr(replace, _MARK, False):
+    if replace is None:
+        warnings.warn(
+            f"{'.'.join(ACCELERATE)} is missing: with offload_optimizer, this accelerate may put DeepSpeedCPUAdam in the "
+            'place of our optimizers. Write "zero_force_ds_cpu_optimizer": false and look at the optimizer\'s type',
+            stacklevel=2,
+        )
+        return
+    if getattr(replace, _MARK, False):
         return
 
     @functools.wraps(replace)

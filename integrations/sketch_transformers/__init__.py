@@ -16,8 +16,9 @@ from sketch_transformers._private import register
 
 if TYPE_CHECKING:
     from sketch_transformers.callback import SketchCallback
+    from sketch_transformers.comm import enable_memsgd
 
-__all__ = ["SketchCallback", "register"]
+__all__ = ["SketchCallback", "enable_memsgd", "register"]
 
 register()
 
@@ -29,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from sketch_transformers.callback import SketchCallback
 
         return SketchCallback
+    if name == "enable_memsgd":
+        from sketch_transformers.comm import enable_memsgd
+
+        return enable_memsgd
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,8 @@ Five things are changed, each once; what does not concern our optimizers behaves
   of ours, however it was asked for, where its state is offloaded.
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
   cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback.
+* ``Trainer.train`` enables the gradient compression that ``optim_args`` asks for, and remembers the checkpoint that it
+  is told to resume: no callback is told.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ TOUCHED = (
     ("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs"),
     ("transformers.trainer", "Trainer.create_optimizer"),
     ("transformers.trainer", "Trainer.log"),
+    ("transformers.trainer", "Trainer.train"),
     ("transformers.trainer_utils", "check_target_module_exists"),
     ("transformers.pytorch_utils", "Conv1D"),
 )
@@ -65,6 +68,7 @@ def register() -> None:
         _wrap(trainer, "get_optimizer_cls_and_kwargs", _answering)
         _wrap(trainer, "create_optimizer", _keeping)
         _wrap(trainer, "log", _reporting)
+        _wrap(trainer, "train", _communicating)
 
 
 def check() -> None:
@@ -201,11 +205,24 @@ def _keeping(create_optimizer: Callable[..., Any]) -> Callable[..., Any]:
 def _reporting(log: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         from sketch_transformers.callback import SketchCallback
+        from sketch_transformers.comm import communication
 
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SketchCallback):
-                callback.add_to(logs, self.callback_handler.optimizer)
+                sending = communication(self.callback_handler.callbacks)
+                state = None if sending is None else sending.state
+                callback.add_to(logs, self.callback_handler.optimizer, state)
         log(self, logs, *args, **kwargs)
+
+    return wrapped
+
+
+def _communicating(train: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        from sketch_transformers.comm import before_training
+
+        before_training(self, resume_from_checkpoint)
+        return train(self, resume_from_checkpoint, *args, **kwargs)
 
     return wrapped
 

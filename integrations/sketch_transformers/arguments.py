@@ -68,6 +68,15 @@ def check_arguments(args: TrainingArguments) -> None:
     _check_sharding(args)
 
 
+def parse_communication(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """See `sketch_transformers.comm.parse`, which needs Trainer: that may be half imported here."""
+    if not given:
+        return None
+    from sketch_transformers.comm import parse
+
+    return parse(given)
+
+
 def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """Typed keyword arguments from ``optim_args``: "key=value,key=value", or a mapping from a JSON or YAML file.
 
@@ -84,7 +93,25 @@ def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> d
         if key in ELSEWHERE:
             raise ValueError(f"{where}: {key!r} is set by {ELSEWHERE[key]}")
     try:
+        parse_communication({key: given.pop(key) for key in list(given) if key.startswith("comm")})
         return registry.parse_options(name, given)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def communication_options(args: TrainingArguments) -> dict[str, Any] | None:
+    """Options of `enable_memsgd` that ``optim_args`` has (``comm=block_topk,comm_density=0.01``), None if it has none.
+
+    Raises:
+        ValueError: names the offending part and what is allowed.
+    """
+    name = _name(args)
+    if name not in registry.names():
+        return None
+    where = f"optim_args={args.optim_args!r} of optim={name!r}"
+    given = args.optim_args if isinstance(args.optim_args, Mapping) else _split(name, args.optim_args, where)
+    try:
+        return parse_communication({key: value for key, value in given.items() if key.startswith("comm")})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

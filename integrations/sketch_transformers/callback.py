@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.training_args import TrainingArguments
 
 from sketch_plugins import state_report
+from sketch_plugins.comm import MemSGDState
 from sketch_plugins.memory.probe import SecondMomentProbe
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,13 @@ class SketchCallback(TrainerCallback, ExportableState):
     * ``optimizer/saved_vs_adamw_bytes``: what ``torch.optim.AdamW`` would keep, less that;
     * ``optimizer/second_moment_relative_error``, if ``sampled``: how far the second moment in use is from an exact one
       of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``.
+
+    and with `enable_memsgd` (of this process, in the last step)
+
+    * ``comm/wire_bytes``, ``comm/dense_bytes``, ``comm/wire_over_dense``: bytes handed to collectives, what averaging
+      everything would be, their ratio;
+    * ``comm/density``: fraction of the entries that the next step sends;
+    * ``comm/memory_norm``, ``comm/memory_bytes``: of what has not been sent yet.
 
     A table of the memory goes to the logger ``sketch_transformers.callback`` (level INFO) once, after the first step.
     The memory of any torch optimizer is logged, so that a run with AdamW can be put beside; ``sampled`` is for sketched
@@ -50,7 +58,7 @@ class SketchCallback(TrainerCallback, ExportableState):
         self._probe: SecondMomentProbe | None = None
         self._restored: Any = None  # samples of a checkpoint, until there is a probe
 
-    def add_to(self, logs: dict[str, float], optimizer: Any) -> None:
+    def add_to(self, logs: dict[str, float], optimizer: Any, communication: MemSGDState | None = None) -> None:
         """Add the figures to a training log; evaluation logs are left alone. ``Trainer.log`` calls this."""
         if optimizer is None or not ("loss" in logs or "train_loss" in logs):
             return
@@ -61,6 +69,8 @@ class SketchCallback(TrainerCallback, ExportableState):
         error = math.nan if self._probe is None else self._probe.relative_error()
         if not math.isnan(error):  # an optimizer without a second moment has nothing to sample
             logs["optimizer/second_moment_relative_error"] = error
+        if communication is not None:
+            logs.update({f"comm/{name}": value for name, value in communication.figures().items()})
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -34,7 +34,6 @@ from sketch_plugins.checkpoints.kept import (
     output_of,
     whole_or_not_at_all,
 )
-from sketch_plugins.sharding.blocks import matrix_shape
 from sketch_plugins.sharding.parts import PLACE, trim
 from sketch_plugins.sharding.pieces import Piece
 from sketch_plugins.sharding.recut import Held
@@ -187,7 +186,7 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         old = [
             _held(kept, shards, rank, number, dtype, state, f"{key!r}, shard {rank},") for rank in range(shards.world)
         ]
-        layout = _layout(kept.held(new.largest, number, dtype), dtype)
+        layout = kept.layout(new.largest, number, dtype)
         parts: list[Any] = []
         for rank in range(world):
             piece = new.piece(rank)
@@ -223,23 +222,13 @@ def _held(
     piece = shards.piece(rank)
     if not piece.numel:
         return Held(piece, {})
-    layout = _layout(kept.held(piece, group, dtype), dtype)
+    layout = kept.layout(piece, group, dtype)
     local = trim({name: _of(value, rank) for name, value in state.items() if name != "step"}, layout)
     return kept.held(piece, group, dtype, {"step": state["step"], **local}, label)
 
 
 def _of(value: Any, rank: int) -> Any:
     return {k: _of(v, rank) for k, v in value.items()} if isinstance(value, Mapping) else value[rank]
-
-
-def _layout(held: Held, dtype: torch.dtype) -> dict[str, Any]:
-    """Name -> (size, dtype) of all that a shard keeps, but for the number of steps."""
-    layout: dict[str, Any] = {
-        name: store.layout(matrix_shape(held.piece.shape), dtype) for name, store in held.stores.items()
-    }
-    if held.plan is not None:
-        layout["preconditioner"] = held.plan.layout(dtype)
-    return {**layout, PLACE: ((2 + len(held.piece.whole),), torch.int64)}
 
 
 def _stacked(parts: Sequence[Any], layout: Mapping[str, Any]) -> dict[str, Any]:

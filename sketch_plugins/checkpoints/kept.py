@@ -116,6 +116,11 @@ class Kept:
         present = {name: store for name, store in stores.items() if store is not None}
         return Held(piece, present, plan, state or {}, tail)
 
+    def layout(self, piece: Piece, group: int, dtype: torch.dtype) -> dict[str, Any]:
+        """Name -> (size, dtype), nested, of all that a piece keeps, but for the number of steps."""
+        part = _part(piece, dtype)
+        return self.optimizer._layout(part, self.groups[group], part)
+
     def recut(
         self, old: Sequence[Held], piece: Piece, group: int, dtype: torch.dtype, report: Report
     ) -> dict[str, Any]:

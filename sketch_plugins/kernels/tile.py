@@ -87,7 +87,11 @@ def round_to_bf16(part: Tensor, at: At, columns: int, seed: int, step: int) -> T
     number; the noise is a function of (seed, step, element). Infinities and NaN stay what they are.
     """
     index = at.from_rows(at.index(part.device).unsqueeze(-1) * columns)
-    index = index + torch.arange(at.lo, at.hi, device=part.device)
+    return round_stochastically(part, index + torch.arange(at.lo, at.hi, device=part.device), seed, step)
+
+
+def round_stochastically(part: Tensor, index: Tensor, seed: int, step: int) -> Tensor:
+    """`round_to_bf16` of elements whose numbers (int64, in the shape of ``part``) are ``index``."""
     bits = part.view(torch.int32)
     noise = (random32(index, seed, step) & 0xFFFF).to(torch.int32)
     noise.masked_fill_((bits & 0x7F800000) == 0x7F800000, 0)

@@ -3,6 +3,7 @@
 from sketch_plugins.optim.adagrad import CSAdagrad
 from sketch_plugins.optim.adam import CSAdam, CSRMSprop
 from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.optim.mem_sgd import MemSGD
 from sketch_plugins.optim.momentum import CSMomentum
 from sketch_plugins.optim.sadagrad import SAdagrad
 from sketch_plugins.optim.schedule import quadratic_warmup
@@ -15,6 +16,7 @@ __all__ = [
     "CSAdam",
     "CSMomentum",
     "CSRMSprop",
+    "MemSGD",
     "SAdagrad",
     "SketchOptimizer",
     "Sketchy",

@@ -227,6 +227,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                 loss = closure()
         work: list[tuple[Part, dict[str, Any], Gradient]] = []
         known = []
+        kept = []  # kernels know addresses only: gradients that were made for this step have to outlive it
         plan = self._plan = self._plan or Plan()
         for place, group in enumerate(self.param_groups):
             self._check_options(plan.options, place, group)
@@ -236,7 +237,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                     continue
                 for p in self._parts.of(index, owner):
                     grad = p.grad
-                    again = plan.recall(p.data, grad, group, options, self._state_of(p))
+                    kept.append(grad)
+                    again = plan.recall(p.identity, p.data, grad, group, options, self._state_of(p))
                     if again is not None:
                         known.append(again)
                     else:
@@ -297,21 +299,29 @@ class SketchOptimizer(torch.optim.Optimizer):
             seen.update(incoming)
             return {**incoming, "state": {}}  # torch would copy and cast what is restored below
 
-        handle = self.register_load_state_dict_pre_hook(look)
+        def restore(_: Any) -> None:
+            for group, saved in zip(self.param_groups, seen["param_groups"], strict=True):
+                for p, index in zip(group["params"], saved["params"], strict=True):
+                    if index in seen["state"]:
+                        device = p.to_local().device if is_dtensor(p) else p.device
+                        self.state[p] = _restored(seen["state"][index], device, group["capturable"])
+
+        # The last to look before, the first to act after: hooks of others see the whole state on both sides.
+        before = self.register_load_state_dict_pre_hook(look)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        for group, saved in zip(self.param_groups, seen["param_groups"], strict=True):
-            for p, index in zip(group["params"], saved["params"], strict=True):
-                if index in seen["state"]:
-                    device = p.to_local().device if is_dtensor(p) else p.device
-                    self.state[p] = _restored(seen["state"][index], device, group["capturable"])
+            before.remove()
+            after.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Whatever is remembered of the last step was about other groups."""
         super().__setstate__(state)
         self.__dict__.pop("_plan", None)
+        if self._parts_of is None:  # a copy: its parameters are those that it was given
+            for number, group in enumerate(self.param_groups):
+                self._parts.add(group, number)
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; what belongs to the shard of a DTensor is a DTensor, too.
@@ -489,7 +499,9 @@ class SketchOptimizer(torch.optim.Optimizer):
             gradients.append(new.work.g.data_ptr())
             options = group_marks(self.OPTIONS, new.group)
             if new.work.last is None or new.work.once:  # a first step with lagged_rms is unlike those that follow
-                self._plan.learn(new.p.data, new.p.grad, options, self._state_of(new.p), backend, tasks[-1])
+                # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
+                grad = new.grad.matrix.tensor
+                self._plan.learn(new.p.identity, new.p.data, grad, options, self._state_of(new.p), backend, tasks[-1])
         last = self._plan.programs.get(backend)
         self._plan.programs[backend] = backend.run_tasks(tasks, rows, which, gradients, last)
         self._plan.trim(len(tasks))
@@ -972,9 +984,9 @@ def _one_of_width_and_compression(given: Mapping[str, Any]) -> None:
         )
 
 
-def _check_parameter(p: Tensor, label: Callable[[], str], kind: str) -> None:
+def _check_parameter(p: Any, label: Callable[[], str], kind: str) -> None:
     if is_dtensor(p):
-        odd = [str(one) for one in p.placements if not one.is_replicate() and not one.is_shard()]  # type: ignore
+        odd = [str(one) for one in p.placements if one.is_partial()]
         if odd:
             raise ValueError(
                 f"{label()} is a DTensor placed {', '.join(odd)}; {kind} takes Shard and Replicate: redistribute it"

@@ -38,13 +38,19 @@ class Plan:
         self.programs: dict[Backend, Any] = {}
         #: Identity of a group -> the group, and its options in the last step.
         self.options: dict[int, tuple[Any, dict[str, Any]]] = {}
-        self._tasks: dict[int, tuple[tuple[Any, ...], Backend, Any]] = {}
+        self._tasks: dict[Any, tuple[tuple[Any, ...], Backend, Any]] = {}
 
     def recall(
-        self, p: Tensor, grad: Tensor | None, group: dict[str, Any], options: tuple[Any, ...] | None, state: Any
+        self,
+        key: Any,
+        p: Tensor,
+        grad: Tensor | None,
+        group: dict[str, Any],
+        options: tuple[Any, ...] | None,
+        state: Any,
     ) -> Known | None:
-        """The step of a parameter that looks as it did; None if it does not."""
-        found = self._tasks.get(id(p))
+        """The step of a parameter that looks as it did; None if it does not. ``key``: which one it is."""
+        found = self._tasks.get(key)
         if found is None or options is None:
             return None
         marks = _marks(p, grad, options, state)
@@ -59,6 +65,7 @@ class Plan:
 
     def learn(
         self,
+        key: Any,
         p: Tensor,
         grad: Tensor | None,
         options: tuple[Any, ...] | None,
@@ -69,7 +76,7 @@ class Plan:
         """Keep a task for the next step."""
         marks = None if options is None else _marks(p, grad, options, state)
         if marks is not None:
-            self._tasks[id(p)] = marks, backend, task
+            self._tasks[key] = marks, backend, task
 
     def trim(self, used: int) -> None:
         """Forget everything where most of it was not used: parameters that are replaced all the time leave tasks."""

@@ -446,14 +446,16 @@ class Sketchy(SketchOptimizer):
         super()._check_incoming(incoming)
         for group, saved in zip(self.param_groups, incoming["param_groups"], strict=True):
             _check(saved)
-            for index, key in enumerate(saved["params"]):
-                covariances = incoming["state"].get(key, {}).get("preconditioner", {})
-                for name, tensor in covariances.items():
-                    if not torch.isfinite(tensor).all():
-                        raise ValueError(
-                            f"the saved preconditioner of {self._label(group, index)} has {name!r} with numbers that "
-                            "are not finite"
-                        )
+            for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                for part in self._parts.of(index, p):
+                    state = incoming["state"].get(key, {})
+                    state = state if part.key is None else state.get(part.key, {})
+                    for name, tensor in state.get("preconditioner", {}).items():
+                        if not torch.isfinite(tensor).all():
+                            raise ValueError(
+                                f"the saved preconditioner of {self._label(group, part)} has {name!r} with numbers "
+                                "that are not finite"
+                            )
 
     def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
         # Rows of what is preconditioned along them are no rows of an embedding.
@@ -838,9 +840,16 @@ def check_finite(optimizer: SketchOptimizer) -> bool:
     wrong = [(group, index) for group, index, grad in grads if not _all_finite(grad)]
     refused = [(group, index) for group, index in wrong if not (skip and group["nonfinite"] == "skip")]
     if not agree(not refused, others):
-        whose = optimizer._label(*refused[0]) if refused else "a parameter, on another rank,"
+        whose, what = "a parameter, on another rank,", "nothing has been changed"
+        if refused:
+            group, index = refused[0]
+            of = parts.of(index, group["params"][index])
+            part = next((part for part in of if part.grad is not None and not _all_finite(part.grad)), of[0])
+            whose = optimizer._label(group, part)
+            if part.key is not None:  # ZeRO steps its groups (stage 3: sub-groups) one by one
+                what = "nothing of its group has been changed"
         raise ValueError(
-            f"{whose} has a gradient that is not finite, or whose squares are not; "
-            "nothing has been changed. Scale the loss or clip" + (", or use nonfinite='skip'" if skip else "")
+            f"{whose} has a gradient that is not finite, or whose squares are not; {what}. Scale the loss or clip"
+            + (", or use nonfinite='skip'" if skip else "")
         )
     return agree(not wrong, others)

@@ -99,10 +99,12 @@ def _in_partition(flat: Tensor, live: Sequence[tuple[Original, Tensor]]) -> list
     if not own and flat.dim() != 1:  # stage 0 in place of an engine that was destroyed
         return []
     # Parameters have no link to a partition that holds padding only, or while offload_states() keeps it elsewhere.
-    for members in own or unlinked:
-        found = _cut(flat.numel(), members)
-        if found is not None:
-            return found
+    candidates = [_cut(flat.numel(), members) for members in own or unlinked]
+    found = [fragments for fragments in candidates if fragments is not None]
+    if len(found) == 1 or (found and all(f.numel == 0 for fragments in found for f in fragments)):
+        return found[0]
+    if found:
+        raise _lost(flat, "no parameter is linked to it (offload_states?), and more than one group's would fit")
     if own:
         raise _lost(flat, "the parameters of its group are more than its partitions hold")
     raise _lost(flat, "_hp_mapping.hp_fragment of no parameter lies in it")

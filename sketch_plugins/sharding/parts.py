@@ -76,9 +76,9 @@ class Part:
         return local_grad(self.owner)
 
     @property
-    def sharded(self) -> bool:
-        """Whether the owner is a DTensor: other ranks have the rest."""
-        return self.key is None and self.data is not self.owner
+    def identity(self) -> tuple[int, str | None]:
+        """The same from step to step; the tensors may be others."""
+        return id(self.owner), self.key
 
 
 Shaped = Tensor | Part
@@ -100,15 +100,15 @@ def is_dtensor(tensor: Tensor) -> bool:
 class Parts:
     """The parts of every parameter of an optimizer.
 
-    It is no state: it is made anew for a copy. What it remembers of a flat partition is looked at again as soon as the
-    partition lies elsewhere.
+    It is no state: it is made anew for a copy. What lies where in a flat partition is found out once: it stays so as
+    long as there is the partition, while its numbers may move (``offload_states``).
     """
 
     def __init__(self) -> None:
         self.originals: list[Original] = []
         self._groups: list[int] = []
         self._given: dict[int, Original] = {}
-        self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Part]]] = {}
+        self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Piece] | None]] = {}
 
     def add(self, group: Mapping[str, Any], number: int) -> None:
         """Remember the parameters of a new group: a framework may put other tensors in their place."""
@@ -129,13 +129,29 @@ class Parts:
         Raises:
             ValueError: it is a flat partition, and what lies where in it cannot be found.
         """
-        given = self._given.get(id(p))
-        if p.ndim != 1 or is_dtensor(p) or not self.originals or (given is not None and given.ref() is p):
+        if p.ndim != 1 or is_dtensor(p) or not self.originals or self._was_given(p):
             return [Part(local_of(p), p, index, tuple(p.shape), _shard(p, index))]
         found = self._flat.get(id(p))
-        if found is None or found[0]() is not p or found[1] != p.data_ptr():
-            found = self._flat[id(p)] = weakref.ref(p), p.data_ptr(), self._cut(index, p)
-        return found[2]
+        if found is None or found[0]() is not p or found[1] != p.numel():
+            found = self._flat[id(p)] = weakref.ref(p), p.numel(), self._pieces(p)
+            for key in [key for key, (ref, *_) in self._flat.items() if ref() is None]:
+                del self._flat[key]
+        if found[2] is None:
+            return [Part(p, p, index, tuple(p.shape))]
+        numbers = p.detach()
+        return [
+            Part(piece.of(numbers), p, index, piece.whole, piece, piece.key, self.originals[piece.index].name)
+            for piece in found[2]
+        ]
+
+    def _was_given(self, p: Tensor) -> bool:
+        given = self._given.get(id(p))
+        return given is not None and given.ref() is p
+
+    def _pieces(self, flat: Tensor) -> list[Piece] | None:
+        """What lies in a flat partition; None: it is an ordinary parameter."""
+        fragments = deepspeed.fragments(flat, self.originals)
+        return list(pieces(fragments)) if fragments else None
 
     def group_of(self, piece: Piece) -> int:
         """Number of the group that the piece's parameter was given in."""
@@ -143,7 +159,9 @@ class Parts:
 
     def process_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
         """The process groups over which parameters are spread, each once; none where each rank has all of them."""
-        spread = [deepspeed.process_group(self.originals)]
+        # Marks of ZeRO outlive its engine: only who is given other tensors than his own is run by it.
+        flat = any(not self._was_given(p) and not is_dtensor(p) for group in groups for p in group["params"])
+        spread = [deepspeed.process_group(self.originals)] if flat else []
         for group in groups:
             for p in group["params"]:
                 if is_dtensor(p):
@@ -153,17 +171,6 @@ class Parts:
                         if not placement.is_replicate()
                     ]
         return [one for i, one in enumerate(spread) if one is not None and one not in spread[:i]]
-
-    def _cut(self, index: int, flat: Tensor) -> list[Part]:
-        fragments = deepspeed.fragments(flat, self.originals)
-        if not fragments:
-            return [Part(flat, flat, index, tuple(flat.shape))]
-        out = []
-        numbers = flat.detach()
-        for piece in pieces(fragments):
-            name = self.originals[piece.index].name
-            out.append(Part(piece.of(numbers), flat, index, piece.whole, piece, piece.key, name))
-        return out
 
 
 def local_of(p: Tensor) -> Tensor:
@@ -295,8 +302,10 @@ def agree(flag: bool, groups: Sequence[Any]) -> bool:
         return flag
     import torch.distributed as dist
 
-    on_gpu = any("nccl" in dist.get_backend(group) for group in groups)
-    tensor = torch.tensor(int(flag), device="cuda" if on_gpu else "cpu")
+    # Of a device that the groups can reduce on.
+    on_cpu = all("gloo" in dist.get_backend(group) for group in groups)
+    device = None if on_cpu else torch.accelerator.current_accelerator()
+    tensor = torch.tensor(int(flag), device=device or "cpu")
     for group in groups:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group)
     return bool(tensor.item())

@@ -30,6 +30,7 @@ SKETCH = {"lr": 1e-2, "min_compress_size": 1}
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "exact": (CSAdam, {"preset": "exact", "lr": 1e-2}),
     "sketch": (CSAdam, {**SKETCH, "compression": 0.25, "block_size": 8}),
+    "sketch lagged": (CSAdam, {**SKETCH, "preset": "lean", "lagged_rms": True}),
     "sketch sm3": (SM3, SKETCH),
     "sketch sketchy": (Sketchy, {**SKETCH, "rank": 4, "update_freq": 2}),
 }

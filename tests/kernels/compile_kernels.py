@@ -23,7 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum
-from sketch_plugins.kernels.gpu import launch  # with all its kernels, before anything asks for the interpreter
+from sketch_plugins.kernels.gpu import (
+    block_topk,
+    launch,
+)  # with all its kernels, before anything asks for the interpreter
 from sketch_plugins.optim import fused
 
 TARGETS = {
@@ -78,6 +81,15 @@ CASES = {
     "adagrad_cover_sparse": (CSAdagrad, {"second_moment": "cover", "weight_decay": 0.1}, torch.float32, MATRIX, True),
 }  # fmt: skip
 
+# Error feedback in blocks: (block, dtype of the memory, with momentum).
+BLOCKS = {
+    "block_topk": (1024, torch.float32, False),
+    "block_topk_bf16": (1024, torch.bfloat16, False),
+    "block_topk_momentum": (1024, torch.float32, True),
+    "block_topk_momentum_bf16": (256, torch.bfloat16, True),
+    "block_topk_largest": (4096, torch.bfloat16, True),
+}
+
 
 class Recorder:
     """Stands where a kernel stands in the launcher, and notes what it would have been launched with."""
@@ -90,7 +102,18 @@ class Recorder:
 
 
 def record(case):
-    """The launches of one step; with lagged_rms of the second one, which is like all that follow."""
+    """The launches of one step, with lagged_rms of the second one, which is like all that follow; or of one message."""
+    if case in BLOCKS:
+        block, dtype, momentum = BLOCKS[case]
+        calls, kernel = [], block_topk.select
+        m = torch.zeros(8200, dtype=dtype)
+        try:
+            block_topk.select = Recorder(kernel, calls)
+            u = torch.zeros_like(m) if momentum else None
+            block_topk.take(m, torch.zeros(8200), 1.0, block, (8192 // block, block // 64, 1), 1, 2, u, 0.9, True)
+        finally:
+            block_topk.select = kernel
+        return calls
     cls, options, dtype, shape, sparse = CASES[case]
     calls = []
     kernels = [(m, n) for m in (launch.step, launch.fold, launch.norms) for n in vars(m) if not n.startswith("_")]
@@ -139,9 +162,10 @@ def compile_call(kernel, args, kwargs, target):
 
 def type_of(value):
     if isinstance(value, torch.Tensor):
-        return {torch.float32: "*fp32", torch.int64: "*i64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[
-            value.dtype
-        ]
+        return {
+            torch.float32: "*fp32", torch.int64: "*i64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+            torch.int16: "*i16",
+        }[value.dtype]  # fmt: skip
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -178,7 +202,7 @@ def facts(compiled):
 
 def main():
     target = TARGETS[sys.argv[1]]
-    for case in sys.argv[2:] or CASES:
+    for case in sys.argv[2:] or [*CASES, *BLOCKS]:
         for kernel, args, kwargs in record(case):
             compiled = compile_call(kernel, args, dict(kwargs), target)
             print(json.dumps({"case": case, "kernel": kernel.fn.__name__, **facts(compiled)}), flush=True)

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from sketch_plugins import registry, state_report
 
@@ -231,6 +232,67 @@ def check_meshes(name):
     assert columns.state[p]["place"].tolist() == [0, 10 * RANK, 12, 40]
     columns.load_state_dict(columns.state_dict())
     columns.step()
+
+
+def check_tensor_parallel(name):
+    """FSDP2 over tensor parallelism: linear layers cut along both dimensions."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    def both(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(24, 36), torch.nn.Tanh(), torch.nn.Linear(36, 24))
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        own = {k: v for k, v in SMALL.items() if k in registry.get(name).options}
+        return model, registry.get(name).cls(model.named_parameters(), lr=0.01, **own)
+
+    def steps(model, optimizer, numbers):
+        for step in numbers:
+            seed = 10 * step + mesh.get_local_rank("dp")
+            model(torch.randn(4, 24, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = both(0)
+    steps(model, optimizer, range(2))
+    first = next(model.parameters())
+    # Tensor parallelism cuts first, and each half is cut again.
+    assert optimizer.state[first]["place"].tolist() == [(0, 18, 9, 27)[RANK], 0, 36, 24]
+    weights, state = copy.deepcopy(get_model_state_dict(model)), copy.deepcopy(optimizer.state_dict())
+    steps(model, optimizer, range(2, 4))
+    other, fresh = both(1)
+    set_model_state_dict(other, weights)
+    fresh.load_state_dict(state)
+    steps(other, fresh, range(2, 4))
+    assert all(
+        torch.equal(p.to_local(), q.to_local()) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    )
+    assert same_state(optimizer, fresh)
+
+
+def check_placements(name):
+    """Gradients that are sums to be made, or whole, give the steps of those that are sharded."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    own = {k: v for k, v in SMALL.items() if k in registry.get(name).options}
+    found = []
+    for kind in ("shard", "partial", "replicate"):
+        torch.manual_seed(0)
+        # Large enough for kernels; of unequal shards; one that a rank has nothing of.
+        whole = [torch.randn(64, 1024), torch.randn(64, 1024), torch.randn(33, 24), torch.randn(1, 70)]
+        params = [torch.nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in whole]
+        optimizer = registry.get(name).cls(params, **own)
+        for step in range(4):
+            for i, p in enumerate(params):
+                g = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+                if kind == "partial":
+                    p.grad = DTensor.from_local(g / WORLD, mesh, [Partial()], run_check=False)
+                elif kind == "replicate":
+                    p.grad = DTensor.from_local(g, mesh, [Replicate()], run_check=False)
+                else:
+                    p.grad = distribute_tensor(g, mesh, [Shard(0)])
+            optimizer.step()
+        found.append([p.full_tensor() for p in params])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def check_nan(name):

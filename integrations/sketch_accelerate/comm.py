@@ -1,0 +1,49 @@
+"""``accelerator.ddp_handler`` that registers the communication hook with error memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+
+from sketch_plugins.comm import MemSGDState, attach
+
+
+@dataclass
+class MemSGDKwargs(DistributedDataParallelKwargs):
+    """``DistributedDataParallelKwargs`` with sparsified gradients: see `sketch_plugins.comm.MemSGDState`.
+
+    Assign it, before ``prepare``: ``accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.01})``. The argument
+    ``kwargs_handlers`` of ``Accelerator`` takes accelerate's own classes only, and its ``comm_hook`` a closed set of
+    names. Without DistributedDataParallel (one process, FSDP, DeepSpeed) accelerate does not ask it for anything:
+    `state` stays None.
+
+    With fp16 set ``accelerator.ddp_handler.state.scaler = accelerator.scaler`` after ``prepare``, so that memories are
+    kept unscaled. ``accelerator.save_state`` saves on one process; the memory belongs to each:
+    ``accelerator.ddp_handler.state.save(folder)`` and ``.load(folder)``, called on all of them.
+
+    Attributes:
+        memsgd: options of `MemSGDState`; all other fields are those of ``DistributedDataParallelKwargs``.
+        state: the `MemSGDState`, after ``prepare``.
+
+    Raises:
+        ValueError: in ``prepare``: see `MemSGDState`; ``comm_hook`` is set as well.
+    """
+
+    memsgd: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state: MemSGDState | None = None
+
+    def to_dict(self, ignore_keys: Any = ("comm_hook", "comm_wrapper", "comm_state_option", "memsgd", "state")) -> Any:
+        """What DistributedDataParallel's constructor gets."""
+        return {name: value for name, value in self.__dict__.items() if name not in ignore_keys}
+
+    def register_comm_hook(self, model: torch.nn.Module) -> None:
+        """Called by ``Accelerator.prepare`` with the wrapped model."""
+        chosen = getattr(self.comm_hook, "value", self.comm_hook)
+        if chosen != "no":
+            raise ValueError(f"comm_hook={chosen!r} and memsgd: DistributedDataParallel takes one hook")
+        self.state = attach(model, **self.memsgd)  # type: ignore[arg-type]

@@ -1,0 +1,162 @@
+"""What every compressor of gradients can do: pick entries of a vector, say what travels, put it back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.hashing import TABLE1, TABLE2
+from sketch_plugins.kernels.tile import round_stochastically
+
+# Adds a tensor over all ranks, in place.
+Reduce = Callable[[Tensor], None]
+
+
+class Payload(NamedTuple):
+    """What is sent of a vector.
+
+    Attributes:
+        values: ``(count,)``, in the dtype of the vector.
+        at: where they belong, ``(count,)``. Of a compressor that is not ``shared`` in the form that travels (see
+            `Compressor.positions`); else positions (int64), which every rank knows and nobody sends.
+    """
+
+    values: Tensor
+    at: Tensor
+
+
+class Compressor(ABC):
+    r"""C: of the d entries of a vector some are sent as they are, the others not at all.
+
+    .. math:: \|x - C(x)\|^2 \le (1 - k/d)\, \|x\|^2
+
+    for the k largest, in expectation for k random ones. Entries are not scaled by d/k: what is not sent is to be added
+    to the next vector (error feedback), and then nothing is lost.
+
+    Compressors have no state; ``(step, key)`` choose what is random. Attributes of a class:
+
+    * ``name``: how options call it.
+    * ``shared``: all ranks pick the same entries. Their values can be added on the way (all-reduce), and no index
+      travels. Otherwise each rank picks its own, and payloads are gathered.
+    """
+
+    name: ClassVar[str]
+    shared: ClassVar[bool]
+
+    @abstractmethod
+    def count(self, size: int, density: float) -> int:
+        """Entries sent of ``size``: about ``density * size``, at least 1 (0 of 0)."""
+
+    @abstractmethod
+    def compress(
+        self, x: Tensor, density: float, *, step: int = 0, key: int = 0, reduce: Reduce | None = None
+    ) -> Payload:
+        """Pick entries of ``x``, which is left as it is.
+
+        Args:
+            x: ``(d,)``, floating point.
+            density: k / d, in (0, 1].
+            step: number of the iteration; equal on all ranks.
+            key: number of the parameter; equal on all ranks.
+            reduce: adds a tensor over the ranks in place, for compressors that agree before they pick. None: alone.
+        """
+
+    def decompress(self, payload: Payload, size: int, density: float) -> Tensor:
+        """``C(x)``: ``(size,)``, zeros but for what was sent."""
+        x = payload.values.new_zeros(size)
+        return x.index_add_(0, self.positions(payload.at, size, density), payload.values)
+
+    def positions(self, index: Tensor, size: int, density: float) -> Tensor:
+        """Positions (int64) in the vector from an index as it travels, ``(..., count)``."""
+        return index.long()
+
+    @abstractmethod
+    def wire_bytes(self, size: int, density: float, itemsize: int = 4) -> int:
+        """Bytes that one rank hands to collectives for a vector of ``size`` entries of ``itemsize`` bytes."""
+
+    def take(
+        self,
+        memory: Tensor,
+        grad: Tensor,
+        gain: Tensor | float,
+        density: float,
+        *,
+        step: int = 0,
+        key: int = 0,
+        reduce: Reduce | None = None,
+        momentum: Tensor | None = None,
+        beta: float = 0.0,
+        masking: bool = True,
+    ) -> Payload:
+        r"""Add a gradient to its memory, pick, and clear what was picked: the definition of a fused kernel.
+
+        .. math::
+            u \leftarrow \beta u + \text{gain} \cdot g, \quad m \leftarrow m + u, \quad
+            \text{send } m_I, \quad m_I \leftarrow 0, \quad u_I \leftarrow 0
+
+        Without ``momentum`` u is ``gain * g``. Setting ``u_I`` to 0 is DGC's factor masking (``masking``).
+
+        Args:
+            memory: m, ``(d,)`` float32, float64, or bfloat16, then rounded stochastically; changed.
+            grad: g, ``(d,)``.
+            gain: factor of g; a number or a 0-d tensor.
+            density: see `compress`.
+            step: see `compress`; of the rounding, too.
+            key: see `compress`; of the rounding, too.
+            reduce: see `compress`.
+            momentum: u, like ``memory``; changed.
+            beta: of the momentum.
+            masking: clear the momentum of what was sent.
+        """
+        low = memory.dtype == torch.bfloat16
+        m, u = memory.float(), momentum if momentum is None else momentum.float()
+        if memory.dtype == torch.float64:
+            m, u = memory, momentum
+        add(m, grad, gain, u, beta)
+        payload = self.compress(m, density, step=step, key=key, reduce=reduce)
+        positions = self.positions(payload.at, len(m), density)
+        m.index_fill_(0, positions, 0.0)
+        if u is not None and masking:
+            u.index_fill_(0, positions, 0.0)
+        if low:
+            index = torch.arange(len(m), device=m.device)
+            memory.copy_(round_stochastically(m, index, key ^ TABLE1, step))
+            if momentum is not None:
+                assert u is not None
+                momentum.copy_(round_stochastically(u, index, key ^ TABLE2, step))
+        return payload
+
+
+def add(memory: Tensor, grad: Tensor, gain: Tensor | float, momentum: Tensor | None, beta: float) -> None:
+    """``u <- beta * u + gain * g; m <- m + u``; without momentum ``m <- m + gain * g``."""
+    g = grad.to(memory.dtype)
+    if isinstance(gain, Tensor) or gain != 1.0:
+        g = g * gain
+    if momentum is not None:
+        g = momentum.mul_(beta).add_(g)
+    memory.add_(g)
+
+
+def check_density(density: float) -> float:
+    """The density itself.
+
+    Raises:
+        ValueError: it is not a number in (0, 1].
+    """
+    if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 < density <= 1:
+        raise ValueError(f"density={density!r} is not allowed: density must be a number in (0, 1]")
+    return float(density)
+
+
+def entries(size: int, density: float) -> int:
+    """``density * size`` to the nearest integer, but at least 1 and at most ``size``."""
+    return min(size, max(1, round(density * size)))
+
+
+def largest(x: Tensor, k: int) -> Tensor:
+    """Positions (int64) of the k numbers of largest magnitude along the last dimension, in no order."""
+    return torch.topk(x.abs(), k, dim=-1, sorted=False).indices

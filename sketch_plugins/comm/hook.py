@@ -1,0 +1,254 @@
+"""The communication hook of DistributedDataParallel."""
+
+# No `from __future__ import annotations`: DistributedDataParallel compares the annotations of its hooks with the types.
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from sketch_plugins.comm.state import MemSGDState
+
+# By its newer name where there is one: the older one warns there.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def attach(model: DistributedDataParallel, **options: Any) -> MemSGDState:
+    """Register `memsgd_hook` on a DistributedDataParallel and return its state.
+
+    Args:
+        model: before its first backward pass; it takes one hook.
+        options: those of `MemSGDState`, whose parameters and process group are the model's.
+
+    Raises:
+        ValueError: ``model`` is something else; see `MemSGDState`.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise ValueError(f"model is a {type(model).__name__}; gradients are compressed in DistributedDataParallel")
+    state = MemSGDState(model.module.named_parameters(), process_group=model.process_group, **options)
+    model.register_comm_hook(state, memsgd_hook)
+    return state
+
+
+@torch.no_grad()
+def memsgd_hook(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
+    r"""Average a bucket of gradients, sending only some of their entries: see `MemSGDState`.
+
+    ``ddp.register_comm_hook(state, memsgd_hook)``. What it does about
+
+    * the first ``state.start`` iterations, density 1, sparse gradients: averages everything;
+    * a gradient that is not finite on some rank: every rank's bucket becomes NaN, so that a GradScaler or a check of
+      the norm skips the step on all ranks alike, and every rank's memory of that bucket is reset. The flag travels with
+      the values: no further message, and nobody waits for a device;
+    * a parameter whose gradient is 0 on this rank (not used there, or this rank has left the `Join`): sends zeros and
+      keeps its memory, which DistributedDataParallel would not apply to a parameter that no rank has used;
+    * ``no_sync``: is not called then; gradients accumulate as ever;
+    * values that do not fit the gradient's dtype: what rounding cuts off stays in the memory;
+    * the order of sums: that of the ranks, on every rank. Replicas stay equal bit by bit.
+
+    Raises:
+        ValueError: a bucket has a parameter that the state does not know.
+    """
+    if bucket.index() == 0:
+        state.begin()
+    if bucket.buffer().is_sparse:
+        future = _average(state, bucket.buffer())
+    elif state.density == 1.0:
+        buffer, parts = _open(state, bucket)
+        for part in parts:
+            part.grad.copy_(_with_memory(state, part))
+        future = _average(state, buffer)
+    elif state.compressor.shared:
+        future = _reduce(state, bucket)
+    else:
+        future = _gather(state, bucket)
+    if bucket.is_last():
+        state.end()
+    return future
+
+
+def _average(state: MemSGDState, buffer: Tensor) -> Future[Tensor]:
+    # As DistributedDataParallel does without a hook, so that density 1 is that bit for bit.
+    size = buffer.coalesce().values().nbytes if buffer.is_sparse else buffer.nbytes
+    state.sent(size, size)
+    buffer.div_(state.world_size)
+    work = dist.all_reduce(buffer, group=state.process_group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+class _Part:
+    """A parameter in a bucket: where its gradient is, and what of it is sent."""
+
+    def __init__(self, state: MemSGDState, buffer: Tensor, grad: Tensor, p: Tensor) -> None:
+        self.begin: int = grad.storage_offset() - buffer.storage_offset()  # type: ignore[assignment]
+        self.size: int = grad.numel()
+        self.grad: Tensor = buffer[self.begin : self.begin + self.size]
+        # Some would be more than all: of a vector of 1000 entries the index of the largest ones, and so on.
+        density, compressor = state.density, state.compressor
+        wire = compressor.wire_bytes(self.size, density, grad.element_size()) if self.size >= state.min_size else 0
+        self.whole = self.size < state.min_size or wire >= self.grad.nbytes
+        self.p = p
+
+
+def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """What every rank's message begins with (a flag, the values of all parts), indices, positions in the bucket."""
+    values: list[Tensor] = []
+    index: list[Tensor] = []
+    positions: list[Tensor] = []
+    peaks = [torch.linalg.vector_norm(part.grad, math.inf) if part.size else buffer.new_zeros(()) for part in parts]
+    fine = torch.isfinite(torch.stack(peaks)).all()
+    density, compressor = state.density, state.compressor
+    for part, peak in zip(parts, peaks, strict=True):
+        if part.whole:
+            values.append(_with_memory(state, part))
+            continue
+        slot, gain = state.slot(part.p), 1.0 / state.scale
+        if state.clip:
+            norm = torch.linalg.vector_norm(part.grad, dtype=slot["error"].dtype) * gain
+            gain = gain * (state.clip / math.sqrt(state.world_size) / norm).clamp(max=1.0)
+        payload = compressor.take(
+            slot["error"], part.grad, gain, density,
+            step=state.iteration, key=state.number(part.p), reduce=lambda t: _sum(state, t),
+            momentum=slot.get("momentum"), beta=state.momentum, masking=state.factor_masking,
+        )  # fmt: skip
+        fine = fine & torch.isfinite(payload.values).all()
+        where = compressor.positions(payload.at, part.size, density)
+        sent = torch.where(peak > 0, payload.values * state.scale, 0.0).to(buffer.dtype)
+        # What was picked but not sent: all of it where there was no gradient, else what the dtype cannot say.
+        rest = payload.values - sent.to(payload.values.dtype) / state.scale
+        slot["error"].index_add_(0, where, rest.to(slot["error"].dtype))
+        values.append(sent)
+        index.append(payload.at)
+        positions.append(where + part.begin)
+    flag = torch.where(fine, 0.0, 1.0).to(buffer.dtype).reshape(1)
+    return torch.cat([flag, *values]), index, positions
+
+
+def _with_memory(state: MemSGDState, part: _Part) -> Tensor:
+    """The whole gradient, and what is left of a time when it was sent in parts."""
+    slot = state.kept(part.p)
+    if slot is None:
+        return part.grad
+    whole = (part.grad + slot["error"] * state.scale).to(part.grad.dtype)
+    slot["error"].zero_()
+    return whole
+
+
+def _gather(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
+    """Each rank picks for itself: all ranks' values and indices, as bytes, in one message."""
+    buffer, parts = _open(state, bucket)
+    values, index, _ = _take(state, buffer, parts)
+    message = torch.cat([values.view(torch.uint8), *(i.view(torch.uint8) for i in index)])
+    state.sent(message.nbytes, buffer.nbytes)
+    received = message.new_empty(state.world_size * len(message))
+    work = _all_gather(received, message, group=state.process_group, async_op=True)
+    world, density = state.world_size, state.density
+
+    @torch.no_grad()
+    def unpack(done: Future[Any]) -> Tensor:
+        done.value()
+        table = received.view(world, -1)
+        theirs = _column(table, 0, values.nbytes, buffer.dtype)
+        cut = values.nbytes
+        bad = (theirs[:, 0] != 0).any()
+        out = _blank(buffer)
+        shares = theirs.to(out.dtype).div_(world)
+        at, i, where, what = 1, 0, [], []
+        for part in parts:
+            if part.whole:
+                torch.sum(shares[:, at : at + part.size], 0, out=out[part.begin : part.begin + part.size])
+                at += part.size
+                continue
+            width = index[i].nbytes
+            picked = _column(table, cut, width, index[i].dtype)
+            where.append(_positions(state, picked, part.size, density) + part.begin)
+            what.append(shares[:, at : at + picked.shape[1]])
+            at, cut, i = at + picked.shape[1], cut + width, i + 1
+        if where:
+            _add(out, torch.cat(where, 1).flatten(), torch.cat(what, 1).flatten())
+        return _close(state, buffer, out, parts, bad)
+
+    return work.get_future().then(unpack)
+
+
+def _reduce(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
+    """All ranks have picked the same: values are added on the way."""
+    buffer, parts = _open(state, bucket)
+    message, _, positions = _take(state, buffer, parts)
+    tables = sum(
+        state.compressor.wire_bytes(part.size, state.density, 4) - 4 * state.compressor.count(part.size, state.density)
+        for part in parts
+        if not part.whole
+    )
+    state.sent(message.nbytes + tables, buffer.nbytes)
+    work = dist.all_reduce(message.div_(state.world_size), group=state.process_group, async_op=True)
+
+    @torch.no_grad()
+    def unpack(done: Future[Any]) -> Tensor:
+        total = done.value()[0]
+        out, at, i = _blank(buffer), 1, 0
+        for part in parts:
+            count = part.size if part.whole else len(positions[i])
+            if part.whole:
+                out[part.begin : part.begin + part.size] = total[at : at + count]
+            else:
+                out[positions[i]] = total[at : at + count].to(out.dtype)
+                i += 1
+            at += count
+        return _close(state, buffer, out, parts, total[0] != 0)
+
+    return work.get_future().then(unpack)
+
+
+def _open(state: MemSGDState, bucket: dist.GradBucket) -> tuple[Tensor, list[_Part]]:
+    buffer = bucket.buffer()
+    return buffer, [
+        _Part(state, buffer, grad, p) for grad, p in zip(bucket.gradients(), bucket.parameters(), strict=True)
+    ]
+
+
+def _blank(buffer: Tensor) -> Tensor:
+    """Where the sum is made: in the bucket, of which everything has been copied, or in float32 for half precision."""
+    if buffer.dtype in (torch.float32, torch.float64):
+        return buffer.zero_()
+    return torch.zeros_like(buffer, dtype=torch.float32)
+
+
+def _close(state: MemSGDState, buffer: Tensor, out: Tensor, parts: list[_Part], bad: Tensor) -> Tensor:
+    if out is not buffer:
+        buffer.copy_(out)
+    if bad.is_cuda or bool(bad):  # on a GPU nobody looks: it would have to be waited for
+        buffer.masked_fill_(bad, math.nan)
+        for part in parts:
+            if not part.whole:
+                for tensor in state.slot(part.p).values():
+                    tensor.masked_fill_(bad, 0.0)
+    return buffer
+
+
+def _column(table: Tensor, begin: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Every rank's numbers at one place of the message; a copy, as a row need not begin where a number may."""
+    out = torch.empty(len(table), width // dtype.itemsize, dtype=dtype, device=table.device)
+    out.view(torch.uint8).copy_(table[:, begin : begin + width])
+    return out
+
+
+def _positions(state: MemSGDState, picked: Tensor, size: int, density: float) -> Tensor:
+    return torch.stack([state.compressor.positions(row, size, density) for row in picked])
+
+
+def _add(out: Tensor, where: Tensor, what: Tensor) -> None:
+    # Positions of several ranks may be equal: on a GPU index_add_ would add them in any order, index_put_ sorts them.
+    if out.is_cuda:
+        out.index_put_((where,), what, accumulate=True)
+    else:
+        out.index_add_(0, where, what)
+
+
+def _sum(state: MemSGDState, tensor: Tensor) -> None:
+    # One after the other on every rank: started from callbacks, collectives of several buckets could cross.
+    dist.all_reduce(tensor, group=state.process_group)

@@ -1,0 +1,428 @@
+"""What the communication hook remembers: options, the error memory of each parameter, and what it has sent."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sketch_plugins.comm.base import Compressor
+from sketch_plugins.comm.block_topk import BlockTopK
+from sketch_plugins.comm.count_sketch import CountSketchTopK
+from sketch_plugins.comm.randk import RandK
+from sketch_plugins.comm.schedule import DensitySchedule
+from sketch_plugins.comm.topk import TopK
+
+#: Name -> class, as options call them.
+COMPRESSORS: dict[str, type[Compressor]] = {cls.name: cls for cls in (TopK, BlockTopK, RandK, CountSketchTopK)}
+MEMORY_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VERSION = 1
+FILE = "memsgd-{rank:05d}-of-{world:05d}.pt"
+
+
+class MemSGDState:
+    r"""State of `memsgd_hook`: sparsified gradients with memory for DistributedDataParallel.
+
+    Rank i of n keeps, for each parameter, the memory :math:`m_i` of what it has not sent yet. In every iteration
+
+    .. math::
+        m_i \leftarrow m_i + g_i, \qquad \bar g = \frac{1}{n} \sum_i C(m_i), \qquad m_i \leftarrow m_i - C(m_i)
+
+    and :math:`\bar g` takes the place of the averaged gradient: whatever optimizer comes after sees k of d entries, the
+    others later. State: 4 bytes a parameter (``memory_dtype="bf16"``: 2; twice that with ``momentum``) on each rank.
+
+        ddp = DistributedDataParallel(model)
+        state = MemSGDState(model.named_parameters(), density=0.01)
+        ddp.register_comm_hook(state, memsgd_hook)
+
+    Args:
+        params: ``model.named_parameters()``, or (name, parameter) pairs; names are what memory is saved under. Their
+            order has to be the same on every rank.
+        process_group: the group of the DistributedDataParallel; None: the default group.
+        compressor: ``"block_topk"`` (default), ``"topk"``, ``"randk"``, ``"count_sketch"``, or a `Compressor`.
+        density: fraction of the entries that is sent, in (0, 1]; 1 averages everything, as without a hook.
+        start: iterations that average everything before, >= 2 (default 2). DistributedDataParallel sorts its buckets
+            anew after the first one, and the first gradients of a training are rarely sparse: PowerSGD's advice is the
+            length of the learning rate's warm-up.
+        warmup: iterations after that in which the density falls from ``initial_density`` to ``density``, see
+            `DensitySchedule` (default 0).
+        initial_density: see there (default 0.25).
+        momentum: beta of DGC's momentum correction, in [0, 1) (default 0: off): velocities are accumulated here, before
+            sparsification, ``u <- beta * u + g, m <- m + u``; the optimizer then has to be plain SGD.
+        factor_masking: clear the velocity of entries that were sent (default True; with ``momentum``).
+        clip: bound of each parameter's local gradient norm, times ``n ** -0.5`` (default 0: off).
+        memory_dtype: ``"fp32"`` (default; float64 for float64 gradients) or ``"bf16"``, rounded stochastically.
+        min_size: parameters of fewer entries are sent whole, without memory (default 1024).
+        seed: of ``randk`` and ``count_sketch``, and of rounding; equal on all ranks.
+        scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one: memories are kept unscaled. May be
+            set later (``state.scaler = scaler``).
+
+    Attributes:
+        iteration: finished iterations.
+        wire_bytes, dense_bytes: handed to collectives by this rank, and what averaging everything would have been; of
+            all iterations so far. ``last_wire_bytes`` and ``last_dense_bytes``: of the last one.
+
+    Raises:
+        ValueError: an option that is not allowed; parameters without names or twice.
+
+    Source: https://arxiv.org/abs/1809.07599 (error feedback), https://arxiv.org/abs/1712.01887 (DGC: momentum
+    correction, factor masking, clipping, warm-up). Deviations: the memory holds gradients, not steps scaled by the
+    learning rate, as a hook knows no learning rate (`MemSGD` is the paper's form); each parameter is sparsified by
+    itself; clipping is by parameter, as no bucket has the norm of all.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]],
+        *,
+        process_group: Any = None,
+        compressor: str | Compressor = "block_topk",
+        density: float = 0.01,
+        start: int = 2,
+        warmup: int = 0,
+        initial_density: float = 0.25,
+        momentum: float = 0.0,
+        factor_masking: bool = True,
+        clip: float = 0.0,
+        memory_dtype: str = "fp32",
+        min_size: int = 1024,
+        seed: int = 0,
+        scaler: Any = None,
+    ) -> None:
+        for name, value, low in (("start", start, 2), ("min_size", min_size, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer >= {low}")
+        if not _number(momentum) or not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum!r} is not allowed: momentum must be a number in [0, 1)")
+        if not _number(clip) or not 0 <= clip < math.inf:
+            raise ValueError(f"clip={clip!r} is not allowed: clip must be a number >= 0")
+        if memory_dtype not in MEMORY_DTYPES:
+            raise ValueError(f"memory_dtype={memory_dtype!r} is not one of {', '.join(map(repr, MEMORY_DTYPES))}")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed={seed!r} is not allowed: seed must be an integer")
+        if not isinstance(factor_masking, bool):
+            raise ValueError(f"factor_masking={factor_masking!r} is not allowed: it must be True or False")
+        self.process_group = process_group
+        self.compressor = make_compressor(compressor, seed)
+        self.schedule = DensitySchedule(density, initial_density, warmup)
+        self.start, self.min_size, self.seed = start, min_size, seed
+        self.momentum, self.factor_masking, self.clip = float(momentum), factor_masking, float(clip)
+        self.memory_dtype = memory_dtype
+        self.scaler = scaler
+        self.memory: dict[str, dict[str, Tensor]] = {}
+        self.iteration = 0
+        self.wire_bytes = self.dense_bytes = 0
+        self.last_wire_bytes = self.last_dense_bytes = 0
+        self._wire = self._dense = 0  # of the iteration that is going on
+        self.scale: Tensor | float = 1.0
+        self.bind(params)
+
+    def bind(self, params: Iterable[tuple[str, Tensor]]) -> None:
+        """Say (again) which parameter has which name: after unpickling, or when a framework has replaced parameters.
+
+        Raises:
+            ValueError: something else than (name, parameter) pairs; a name or a parameter that appears twice.
+        """
+        self._names: dict[int, tuple[int, str]] = {}
+        self._bound: list[Tensor] = []  # kept alive, or another tensor could get the id of one of them
+        for number, pair in enumerate(params):
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise ValueError(
+                    f"params must be (name, parameter) pairs, as of model.named_parameters(), not {pair!r}"
+                )
+            name, p = pair
+            if id(p) in self._names or any(name == other for _, other in self._names.values()):
+                raise ValueError(f"parameter {name!r} is there twice")
+            self._names[id(p)] = number, name
+            self._bound.append(p)
+        if not self._bound:
+            raise ValueError("params is empty: pass model.named_parameters()")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the group; 1 without one."""
+        return dist.get_world_size(self.process_group) if dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """This rank in the group; 0 without one."""
+        return dist.get_rank(self.process_group) if dist.is_initialized() else 0
+
+    @property
+    def density(self) -> float:
+        """Of the coming iteration: 1 until ``start``."""
+        return 1.0 if self.iteration < self.start else self.schedule.at(self.iteration - self.start)
+
+    @property
+    def compression(self) -> float:
+        """``wire_bytes / dense_bytes`` so far."""
+        return self.wire_bytes / self.dense_bytes if self.dense_bytes else 1.0
+
+    def memory_norm(self) -> float:
+        """The L2 norm of what this rank has not sent yet. Waits for the device."""
+        norms = [torch.linalg.vector_norm(slot["error"].float()) for slot in self.memory.values()]
+        return float(torch.linalg.vector_norm(torch.stack([n.cpu() for n in norms]))) if norms else 0.0
+
+    def memory_bytes(self) -> int:
+        """Bytes of memory on this rank."""
+        return sum(t.nbytes for slot in self.memory.values() for t in slot.values())
+
+    def figures(self) -> dict[str, float]:
+        """What monitors log, of the last iteration; ``memory_norm`` waits for the device."""
+        return {
+            "wire_bytes": self.last_wire_bytes,
+            "dense_bytes": self.last_dense_bytes,
+            "wire_over_dense": self.last_wire_bytes / self.last_dense_bytes if self.last_dense_bytes else 1.0,
+            "density": self.density,
+            "memory_norm": self.memory_norm(),
+            "memory_bytes": self.memory_bytes(),
+        }
+
+    # -- what the hook uses ---------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The first bucket of an iteration: what is the scale of its gradients?"""
+        scaler = self.scaler
+        if scaler is None or not scaler.is_enabled():
+            self.scale = 1.0
+            return
+        # The tensor itself: get_scale() would wait for the device. It does not exist before the first scale(loss).
+        scale = getattr(scaler, "_scale", None)
+        self.scale = scaler.get_scale() if scale is None else scale.detach().clone()
+
+    def sent(self, wire: int, dense: int) -> None:
+        """Count the bytes of a bucket."""
+        self._wire += wire
+        self._dense += dense
+
+    def end(self) -> None:
+        """The last bucket of an iteration."""
+        self.iteration += 1
+        self.last_wire_bytes, self.last_dense_bytes = self._wire, self._dense
+        self.wire_bytes += self._wire
+        self.dense_bytes += self._dense
+        self._wire = self._dense = 0
+
+    def number(self, p: Tensor) -> int:
+        """Of a parameter: the same on all ranks.
+
+        Raises:
+            ValueError: it is none of ``params``.
+        """
+        return self._find(p)[0]
+
+    def slot(self, p: Tensor) -> dict[str, Tensor]:
+        """The memory of a parameter, flat: ``error`` and, with momentum, ``momentum``; zeros at first.
+
+        Raises:
+            ValueError: it is none of ``params``.
+        """
+        name = self._find(p)[1]
+        if name not in self.memory:
+            dtype = torch.float64 if p.dtype == torch.float64 else MEMORY_DTYPES[self.memory_dtype]
+            kinds = ("error", "momentum") if self.momentum else ("error",)
+            self.memory[name] = {kind: torch.zeros(p.numel(), dtype=dtype, device=p.device) for kind in kinds}
+        return self.memory[name]
+
+    def kept(self, p: Tensor) -> dict[str, Tensor] | None:
+        """The memory of a parameter that has some."""
+        return self.memory.get(self._find(p)[1])
+
+    def _find(self, p: Tensor) -> tuple[int, str]:
+        if id(p) not in self._names:
+            raise ValueError(
+                f"a bucket has a parameter of shape {tuple(p.shape)} that is none of the {len(self._names)} that this "
+                "MemSGDState was made with: give it the named_parameters() of the model in DistributedDataParallel, or "
+                "call state.bind(model.named_parameters())"
+            )
+        return self._names[id(p)]
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory and the number of iterations: tensors, numbers and strings. Tensors are not copied."""
+        return {
+            "version": VERSION,
+            "world_size": self.world_size,
+            "rank": self.rank,
+            "iteration": self.iteration,
+            "memory": {name: dict(slot) for name, slot in self.memory.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave on this rank of as many, or what `redistribute` made of all ranks'.
+
+        The compressor, the density and the other options may differ from those of the run that saved.
+
+        Raises:
+            ValueError: written by another rank, by another number of ranks, for other parameters, or not finite.
+                Nothing has changed then.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != VERSION:
+            raise ValueError(f"this is no state of a MemSGDState of version {VERSION}: {_shorten(state)}")
+        world, rank = state["world_size"], state["rank"]
+        if world is not None and (world, rank) != (self.world_size, self.rank):
+            raise ValueError(
+                f"the memory was saved by rank {rank} of {world} and this is rank {self.rank} of {self.world_size}: "
+                "memories belong to ranks. Load every rank's own, or redistribute([...]) of all of them"
+            )
+        sizes = {name: p for (_, name), p in zip(self._names.values(), self._bound, strict=True)}
+        memory: dict[str, dict[str, Tensor]] = {}
+        for name, saved in state["memory"].items():
+            if name not in sizes:
+                raise ValueError(f"the saved memory has a parameter {name!r} that the model has not")
+            p = sizes[name]
+            if "momentum" in saved and not self.momentum:
+                raise ValueError(
+                    f"the saved memory of {name!r} has a momentum and momentum={self.momentum}: set the one it had"
+                )
+            for kind, tensor in saved.items():
+                if tensor.numel() != p.numel():
+                    raise ValueError(f"the saved {kind} of {name!r} has {tensor.numel()} entries, expected {p.numel()}")
+                if not bool(torch.isfinite(tensor).all()):
+                    raise ValueError(f"the saved {kind} of {name!r} is not finite")
+            dtype = torch.float64 if p.dtype == torch.float64 else MEMORY_DTYPES[self.memory_dtype]
+            memory[name] = {k: t.detach().to(p.device, dtype, copy=True).contiguous() for k, t in saved.items()}
+            if self.momentum and "momentum" not in saved:
+                memory[name]["momentum"] = torch.zeros_like(memory[name]["error"])
+        self.memory = memory
+        self.iteration = int(state["iteration"])
+
+    def save(self, folder: str | Path) -> None:
+        """Write this rank's file ``memsgd-RANK-of-WORLD.pt`` in ``folder``: to be called on every rank."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE.format(rank=self.rank, world=self.world_size)
+        part = path.with_suffix(".part")
+        torch.save(self.state_dict(), part)
+        part.replace(path)  # whole or not there: who is killed while saving leaves no half of a file
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote: this rank's file, or all of them if the number of ranks has changed.
+
+        Raises:
+            ValueError: no files, files of several numbers of ranks, not all ranks' files; see `load_state_dict`.
+        """
+        found: dict[int, dict[int, Path]] = {}
+        for path in sorted(Path(folder).glob("memsgd-*.pt")):
+            match = re.fullmatch(r"memsgd-(\d+)-of-(\d+)\.pt", path.name)
+            if match:
+                found.setdefault(int(match[2]), {})[int(match[1])] = path
+        if len(found) != 1:
+            what = "files of " + " and ".join(map(str, found)) + " ranks" if found else "no memsgd-*-of-*.pt"
+            raise ValueError(f"{folder} has {what}: expected the files that the ranks of one run have saved")
+        ((world, files),) = found.items()
+        ranks = [self.rank] if world == self.world_size else list(range(world))
+        missing = [rank for rank in ranks if rank not in files]
+        if missing:
+            raise ValueError(
+                f"{folder} lacks the memory of rank {missing[0]} of {world}. With {self.world_size} ranks every one "
+                "needs the files of all that saved: put them into one folder"
+            )
+        states = [torch.load(files[rank], map_location="cpu", weights_only=True) for rank in ranks]
+        self.load_state_dict(states[0] if world == self.world_size else redistribute(states))
+
+    def gather(self, dst: int = 0) -> list[dict[str, Any]] | None:
+        """All ranks' `state_dict` on rank ``dst`` of the group, None elsewhere: for frameworks where one rank saves.
+
+        To be called on every rank. What it returns goes to `load_gathered`.
+        """
+        mine = self.state_dict()
+        mine["memory"] = {name: {k: t.cpu() for k, t in slot.items()} for name, slot in mine["memory"].items()}
+        if not dist.is_initialized():
+            return [mine]
+        states: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        group = self.process_group
+        dist.gather_object(mine, states, dst if group is None else dist.get_global_rank(group, dst), group)
+        return states
+
+    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take up what `gather` gave, on as many ranks or on another number of them.
+
+        Raises:
+            ValueError: see `load_state_dict`.
+        """
+        if len(states) == self.world_size:
+            self.load_state_dict(states[self.rank])
+        else:
+            self.load_state_dict(redistribute(states))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the process group, the parameters and the scaler, which cannot be written."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("process_group", "scaler", "_names", "_bound")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The default group; `bind` has to be called before the next iteration."""
+        self.__dict__.update(state, process_group=None, scaler=None, _names={}, _bound=[])
+
+
+def redistribute(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    r"""One memory for every rank of any number, from those of all ranks of another number.
+
+    Each rank gets the mean :math:`\frac{1}{n} \sum_i m_i` of the old memories (and velocities). What counts is the mean
+    over the ranks, which is what the parameters still lack: it stays what it was, to rounding, and no rank's share
+    depends on its number.
+
+    Args:
+        states: `MemSGDState.state_dict` of all ranks, in any order.
+
+    Raises:
+        ValueError: they are not those of all ranks of one run.
+    """
+    if not states:
+        raise ValueError("no states: expected those of all ranks")
+    world = states[0]["world_size"]
+    ranks = sorted(s["rank"] for s in states if s["rank"] is not None)
+    if world is None or ranks != list(range(world)) or len({s["iteration"] for s in states}) != 1:
+        raise ValueError(
+            f"expected the states of all {world} ranks after one iteration, not of ranks {ranks} after "
+            f"{sorted({s['iteration'] for s in states})}"
+        )
+    memory: dict[str, dict[str, Tensor]] = {}
+    for name in dict.fromkeys(name for s in states for name in s["memory"]):
+        slots = [s["memory"][name] for s in states if name in s["memory"]]
+        memory[name] = {
+            kind: torch.stack([slot[kind].double().cpu() for slot in slots]).sum(0).div_(world).to(slots[0][kind].dtype)
+            for kind in slots[0]
+        }
+    return {
+        "version": VERSION,
+        "world_size": None,
+        "rank": None,
+        "iteration": states[0]["iteration"],
+        "memory": memory,
+    }
+
+
+def make_compressor(compressor: str | Compressor, seed: int = 0) -> Compressor:
+    """A compressor by name.
+
+    Raises:
+        ValueError: there is none of that name; lists the names.
+    """
+    if isinstance(compressor, Compressor):
+        return compressor
+    if compressor not in COMPRESSORS:
+        raise ValueError(f"compressor={compressor!r} is not one of {', '.join(map(repr, COMPRESSORS))}")
+    cls = COMPRESSORS[compressor]
+    return cls(seed=seed) if cls.shared else cls()  # type: ignore[call-arg]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shorten(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+    return text if len(text) < 80 else text[:77] + "..."

@@ -1,0 +1,201 @@
+"""Sparsified SGD with memory, as an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.comm.base import Compressor
+from sketch_plugins.comm.randk import RandK
+from sketch_plugins.comm.topk import TopK
+from sketch_plugins.optim.options import COMMON, Option, validate
+
+_OPTIONS = {
+    "lr": COMMON["lr"],
+    "k": Option("k", int, "entries", allowed="None or an integer >= 1", check=lambda v: v >= 1),
+    "density": Option("density", float, "k / d", allowed="a number in (0, 1]", check=lambda v: 0 < v <= 1),
+    "compressor": Option("compressor", str, "which entries", choices=("topk", "randk")),
+    "shift": Option("shift", float, "a", allowed="None or a number > 0", check=lambda v: v > 0),
+    "weight_decay": COMMON["weight_decay"],
+    "averaging": Option("averaging", bool, "keep the weighted average"),
+    "memory": Option("memory", bool, "keep what is not applied"),
+    "seed": COMMON["seed"],
+}
+_OPTIONAL = ("k", "shift")
+
+
+class MemSGD(torch.optim.Optimizer):
+    r"""SGD that applies k of the d entries of each step and keeps the others in a memory.
+
+    .. math::
+        m \leftarrow m + \eta_t g_t, \quad I = \text{the } k \text{ largest of } |m| \text{, or } k \text{ random ones},
+        \quad x_I \leftarrow x_I - m_I, \quad m_I \leftarrow 0
+
+    For each parameter by itself. :math:`x_t - m_t` is the iterate of plain SGD on the same gradients; with
+    :math:`k = d` there is no memory and every step is ``torch.optim.SGD``'s. For strongly convex problems the paper has
+
+    .. math:: \eta_t = \frac{c}{a + t}, \qquad \bar x_T = \frac{1}{S_T} \sum_{t < T} (a + t)^2\, x_t
+
+    with a shift a of the order of d / k: here ``shift=a`` and ``lr`` :math:`= c / a`, the rate of the first step.
+
+    State of a parameter: the memory, 4 bytes an entry (8 for float64), as much again with ``averaging``, a step
+    counter. This is the method on one process; `sketch_plugins.comm.memsgd_hook` sends less between several.
+
+    Args:
+        params: parameters or parameter groups; every option may be set for a group.
+        lr: learning rate, float or tensor (default 0.1).
+        k: entries of each parameter, at most all of them; None (default): ``density``.
+        density: k / d, to the nearest integer and at least 1 entry (default 0.01).
+        compressor: ``"topk"`` (default) or ``"randk"``, drawn from ``seed``, the parameter's number and its step.
+        shift: a > 0: the rate of step t (from 0) is ``lr * a / (a + t)``; None (default): ``lr``.
+        weight_decay: lambda, :math:`g \leftarrow g + \lambda x` (default 0).
+        averaging: keep the weighted average of the iterates for `averaged_parameters` (default False).
+        memory: False drops what is not applied, for comparisons: that does not converge (default True).
+        seed: of random entries (default 0).
+
+    Raises:
+        ValueError: an option that is not allowed; in `step`, a DTensor, a complex parameter, or a sparse gradient with
+            weight decay.
+
+    Source: https://arxiv.org/abs/1809.07599, Alg. 1. Deviations: parameters are sparsified one by one; without
+    ``shift`` the weights of the average have a = 1; a bfloat16 or float16 parameter's rounding stays in the memory.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.1,
+        *,
+        k: int | None = None,
+        density: float = 0.01,
+        compressor: str = "topk",
+        shift: float | None = None,
+        weight_decay: float = 0.0,
+        averaging: bool = False,
+        memory: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, _checked({name: value for name, value in locals().items() if name in _OPTIONS}))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are checked."""
+        _checked({name: param_group[name] for name in _OPTIONS if name in param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step; returns what the closure, if there is one, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        number = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._one(p, group, number)
+                number += 1
+        return loss
+
+    def averaged_parameters(self) -> list[Tensor]:
+        r"""The weighted average :math:`\bar x_T` of the iterates before each step, in the order of the parameters.
+
+        Parameters that have not moved yet are there as they are. Copies, in float32 for half precision.
+
+        Raises:
+            ValueError: a group has ``averaging=False``.
+        """
+        out = []
+        for index, group in enumerate(self.param_groups):
+            if not group["averaging"]:
+                raise ValueError(f"averaging=False in group {index}: there is no average; use averaging=True")
+            for p in group["params"]:
+                kept = self.state.get(p, {}).get("average")
+                out.append(p.detach().to(_arithmetic(p), copy=True) if kept is None else kept.clone())
+        return out
+
+    def _one(self, p: Tensor, group: Mapping[str, Any], number: int) -> None:
+        _check(p, group)
+        state, size, kind = self.state[p], p.numel(), _arithmetic(p)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        t = int(state["step"])
+        state["step"] += 1
+        if group["averaging"]:
+            self._average(p, state, t, group["shift"] or 1.0)
+        if not size:
+            return
+        lr = group["lr"] if group["shift"] is None else group["lr"] * (group["shift"] / (group["shift"] + t))
+        assert p.grad is not None
+        g: Tensor = p.grad if p.grad.is_sparse else p.grad.to(kind)
+        if group["weight_decay"]:
+            g = g.add(p, alpha=group["weight_decay"])
+        density = group["density"] if group["k"] is None else min(1.0, group["k"] / size)
+        compressor: Compressor = TopK() if group["compressor"] == "topk" else RandK(group["seed"])
+        if compressor.count(size, density) == size and "error" not in state and p.dtype == kind:
+            # There is nothing to remember: torch's own step, to the last bit.
+            p.add_(g, alpha=-lr)
+            return
+        if "error" not in state:
+            state["error"] = torch.zeros(size, dtype=kind, device=p.device)
+        m = state["error"]
+        step = g * lr if isinstance(lr, Tensor) else g
+        m.view(p.shape).add_(step, alpha=1 if isinstance(lr, Tensor) else lr)
+        payload = compressor.compress(m, density, step=t, key=number)
+        where = payload.at.long()
+        flat = p.detach().view(-1) if p.is_contiguous() else p.detach().flatten()
+        old = flat[where]
+        new = (old.to(kind) - payload.values).to(p.dtype)
+        flat[where] = new
+        if not p.is_contiguous():
+            p.copy_(flat.view(p.shape))
+        if not group["memory"]:
+            m.zero_()
+        elif p.dtype == kind:
+            m.index_fill_(0, where, 0.0)
+        else:  # what rounding has kept from the parameter
+            m.index_copy_(0, where, payload.values - (old.to(kind) - new.to(kind)))
+
+    def _average(self, p: Tensor, state: dict[str, Any], t: int, a: float) -> None:
+        if "average" not in state:
+            state["average"] = p.detach().to(_arithmetic(p), copy=True)
+            return
+        total = (t + 1) * a * a + a * t * (t + 1) + t * (t + 1) * (2 * t + 1) / 6  # the sum of (a + i)^2 up to t
+        state["average"].lerp_(p.detach().to(state["average"].dtype), (a + t) ** 2 / total)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every tensor keeps its dtype.
+
+        Raises:
+            ValueError: as torch's, and options that are not allowed.
+        """
+        for group in state_dict["param_groups"]:
+            _checked({name: group[name] for name in _OPTIONS if name in group})
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                # torch has cast it to the dtype of the parameter.
+                device = value.device if name == "step" else p.device
+                self.state[p][name] = value.detach().to(device, copy=True)
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value is not None or name not in _OPTIONAL}
+    return {**options, **validate(_OPTIONS, given, "MemSGD")}
+
+
+def _check(p: Tensor, group: Mapping[str, Any]) -> None:
+    if hasattr(p, "placements"):
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is a DTensor; MemSGD takes plain tensors")
+    if p.is_complex():
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is complex ({p.dtype}); pass torch.view_as_real of it")
+    if p.grad is not None and p.grad.is_sparse and group["weight_decay"]:
+        raise ValueError(f"weight_decay={group['weight_decay']!r} and a sparse gradient: only 0 is allowed then")
+
+
+def _arithmetic(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32

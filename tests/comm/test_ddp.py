@@ -1,0 +1,25 @@
+"""The communication hook in DistributedDataParallel on gloo. The checks are in ddp_worker.py."""
+
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+
+# A launch takes seconds before the first check: all that need the same number of processes share one.
+
+
+def test_two_ranks(launch_ranks):
+    launch_ranks(
+        WORKER,
+        "reference,telescopes,dense,no_sync,nonfinite,scaler,half,sparse,unused,join,pickle,registry,replicas,errors",
+    )
+
+
+def test_four_ranks(launch_ranks):
+    launch_ranks(WORKER, "reference,telescopes,nonfinite,join", world=4)
+
+
+def test_checkpoints(launch_ranks, tmp_path):
+    """Saved by two ranks, resumed by two, four and one."""
+    launch_ranks(WORKER, "save", tmp_path)
+    launch_ranks(WORKER, "resume", tmp_path, world=4)
+    launch_ranks(WORKER, "resume", tmp_path, world=1)

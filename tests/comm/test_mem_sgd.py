@@ -1,0 +1,196 @@
+"""MemSGD: its limits, its invariants, and what is kept of it."""
+
+import io
+import math
+
+import pytest
+import torch
+
+from sketch_plugins import MemSGD
+
+
+def problem(shapes=((40, 5), (31,), ()), dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def feed(params, step):
+    g = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("lr", (0.1, torch.tensor(0.1)))
+@pytest.mark.parametrize("compressor", ("topk", "randk"))
+def test_all_entries_are_sgd_bit_for_bit(dtype, lr, compressor):
+    ours, theirs = problem(dtype=dtype), problem(dtype=dtype)
+    mem = MemSGD(ours, lr=lr, density=1.0, weight_decay=0.01, compressor=compressor)
+    sgd = torch.optim.SGD(theirs, lr=0.1 if not isinstance(lr, torch.Tensor) else lr, weight_decay=0.01)
+    for step in range(50):
+        for params in (ours, theirs):
+            feed(params, step)
+        mem.step()
+        sgd.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all("error" not in state for state in mem.state.values())
+
+
+@pytest.mark.parametrize("compressor", ("topk", "randk"))
+@pytest.mark.parametrize("options", ({"k": 1}, {"density": 0.1}, {"density": 0.3, "shift": 20.0}))
+def test_less_its_memory_it_is_sgd(compressor, options):
+    """x_t - m_t is plain SGD's iterate on the same gradients, in float64 to 1e-12."""
+    ours, theirs = problem(), problem()
+    mem = MemSGD(ours, lr=0.1, compressor=compressor, **options)
+    for step in range(200):
+        feed(ours, step)
+        mem.step()
+        rate = 0.1 if "shift" not in options else 0.1 * 20 / (20 + step)
+        for p, q in zip(ours, theirs, strict=True):
+            q.data -= rate * p.grad
+    for p, q in zip(ours, theirs, strict=True):
+        m = mem.state[p].get("error", torch.zeros(p.numel(), dtype=p.dtype)).view(p.shape)
+        assert (p - m - q).abs().max() < 1e-12
+
+
+def test_one_step_by_hand():
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    optimizer = MemSGD([p], lr=0.5, k=1)
+    for grad, expected, memory in (
+        ([1.0, -4.0, 2.0, 0.0], [1.0, 4.0, 3.0, 4.0], [0.5, 0.0, 1.0, 0.0]),
+        ([0.0, 1.0, 2.0, 0.0], [1.0, 4.0, 1.0, 4.0], [0.5, 0.5, 0.0, 0.0]),
+        ([0.0, 0.0, 0.0, 0.0], None, None),
+    ):
+        p.grad = torch.tensor(grad)
+        optimizer.step()
+        if expected:
+            assert p.tolist() == expected and optimizer.state[p]["error"].tolist() == memory
+    assert sorted(p.tolist()) in ([0.5, 1.0, 4.0, 4.0], [1.0, 1.0, 3.5, 4.0])
+
+
+def test_average():
+    """The weights (a + t)^2 over the iterates at which gradients were taken."""
+    params = problem()
+    optimizer = MemSGD(params, lr=0.1, k=3, shift=7.0, averaging=True)
+    total, weights = [0.0 for _ in params], 0.0
+    for step in range(30):
+        weight = (7.0 + step) ** 2
+        total = [t + weight * p.detach() for t, p in zip(total, params, strict=True)]
+        weights += weight
+        feed(params, step)
+        optimizer.step()
+    for t, average in zip(total, optimizer.averaged_parameters(), strict=True):
+        assert torch.allclose(t / weights, average, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="averaging=False"):
+        MemSGD(params).averaged_parameters()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_low_precision_loses_nothing(dtype):
+    """What rounding keeps from a parameter stays in the memory: x - m follows SGD in float32."""
+    ours = problem(((300,),), dtype=dtype)
+    exact = ours[0].detach().double()
+    optimizer = MemSGD(ours, lr=1e-3, density=0.2)
+    for step in range(100):
+        feed(ours, step)
+        optimizer.step()
+        exact -= 1e-3 * ours[0].grad.double()
+    found = ours[0].double() - optimizer.state[ours[0]]["error"].double()
+    assert (found - exact).abs().max() < 1e-5  # 100 additions in float32
+
+
+def test_sparse_gradients_and_layouts():
+    table = torch.nn.Parameter(torch.ones(6, 2))
+    table.grad = torch.sparse_coo_tensor([[1, 4, 1]], torch.tensor([[1.0, 1.0], [3.0, 4.0], [1.0, 1.0]]), (6, 2))
+    optimizer = MemSGD([table], lr=1.0, k=2)
+    optimizer.step()
+    expected = torch.ones(6, 2)
+    expected[4] = torch.tensor([-2.0, -3.0])
+    assert torch.equal(table, expected)
+    conv = torch.nn.Parameter(torch.ones(2, 3, 2, 2).contiguous(memory_format=torch.channels_last))
+    conv.grad = torch.arange(24.0).view(2, 3, 2, 2)
+    MemSGD([conv], lr=1.0, k=1).step()
+    assert conv.flatten().tolist() == [1.0] * 23 + [-22.0] and conv.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_state_dict_continues_bit_for_bit(dtype):
+    a, b = problem(dtype=dtype), problem(dtype=dtype)
+    options = {"lr": 0.1, "density": 0.1, "compressor": "randk", "averaging": True, "shift": 10.0}
+    first, second = MemSGD(a, **options), MemSGD(b, **{**options, "lr": 9.0})
+    for step in range(5):
+        feed(a, step)
+        first.step()
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for p, q in zip(a, b, strict=True):
+        q.data.copy_(p.data)
+        kinds = {torch.float64 if dtype == torch.float64 else torch.float32}
+        assert {t.dtype for t in second.state[q].values()} == kinds
+    for step in range(5, 10):
+        for params, optimizer in ((a, first), (b, second)):
+            feed(params, step)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_memory_is_what_makes_it_converge():
+    """A quadratic in one dimension of two whose gradients point elsewhere: top-1 without memory never moves in it."""
+    for memory, reached in ((True, True), (False, False)):
+        p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        optimizer = MemSGD([p], lr=0.05, k=1, memory=memory)
+        for step in range(400):
+            sign = 1.0 if step % 2 else -1.0
+            p.grad = torch.tensor([2.0 * float(p[0].detach()), sign * 5.0]) + torch.tensor([0.0, 0.0])
+            optimizer.step()
+        assert (abs(float(p[0].detach())) < 0.2) == reached
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"k": 0}, "k=0"),
+        ({"density": 0.0}, r"density=0\.0"),
+        ({"density": 1.5}, r"density=1\.5"),
+        ({"compressor": "best"}, "compressor='best'"),
+        ({"shift": 0.0}, "shift"),
+        ({"lr": -1.0}, "lr"),
+        ({"averaging": "yes"}, "averaging='yes'"),
+    ],
+)
+def test_errors(options, said):
+    with pytest.raises(ValueError, match=said):
+        MemSGD(problem(), **options)
+    if "k" in options:
+        with pytest.raises(ValueError, match=said):
+            MemSGD([{"params": problem(), **options}])
+
+
+def test_refused_parameters():
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="complex"):
+        MemSGD([p]).step()
+    table = torch.nn.Parameter(torch.ones(6, 2))
+    table.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (6, 2))
+    with pytest.raises(ValueError, match="sparse"):
+        MemSGD([table], weight_decay=0.1).step()
+
+
+def test_closure_and_steps_of_nothing():
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = MemSGD([p, torch.nn.Parameter(torch.ones(0))], lr=0.0, k=1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure)) == 4.0
+    for q in optimizer.param_groups[0]["params"]:
+        q.grad = torch.zeros_like(q)
+    optimizer.step()
+    assert p.tolist() == [1.0] * 4 and math.isfinite(float(optimizer.state[p]["error"].sum()))

@@ -1,0 +1,46 @@
+"""Options of the communication in optim_args; with two processes: tests/accelerate."""
+
+import logging
+
+import pytest
+
+import sketch_transformers
+from sketch_transformers.arguments import communication_options
+from sketch_transformers.comm import communication
+
+
+def test_optim_args(make_args):
+    args = make_args(optim_args="compression=0.1,comm=topk,comm_density=0.02,comm_start=5,comm_memory_dtype=bf16")
+    expected = {"compressor": "topk", "density": 0.02, "start": 5, "memory_dtype": "bf16"}
+    assert communication_options(args) == expected
+    assert communication_options(make_args()) is None
+    assert communication_options(make_args("adamw_torch", optim_args=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("comm=best", "'best' is not one of 'topk'"),
+        ("comm=topk,comm_density=2", "density=2"),
+        ("comm=topk,comm_size=2", "no 'comm_size'; of communication there are comm, comm_density"),
+        ("comm_density=0.1", "without 'comm'"),
+        ("comm=topk,comm_start=1", "start=1"),
+    ],
+)
+def test_errors(given, said, make_args):
+    with pytest.raises(ValueError, match=said):
+        make_args(optim_args=given)
+
+
+def test_one_process_has_nothing_to_send(make_trainer, caplog):
+    trainer = make_trainer(optim_args="min_compress_size=256,comm=block_topk", max_steps=2)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "this is one process" in caplog.text
+    assert communication(trainer.callback_handler.callbacks).state is None
+
+
+def test_options_are_checked_at_once(make_trainer):
+    for options, said in (({"density": 0}, "density=0"), ({"denisty": 0.1}, "denisty")):
+        with pytest.raises(ValueError, match=said):
+            sketch_transformers.enable_memsgd(make_trainer(), **options)
