@@ -202,9 +202,11 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             if self._comm is None:
                 super()._register_ddp_hooks()
             else:  # Lightning's would do nothing on a CPU
+                from sketch_plugins.comm import attach
+
                 scaler = {"scaler": self.precision_plugin.scaler} if hasattr(self.precision_plugin, "scaler") else {}
                 options = {"compressor": self._comm, **scaler, **self._comm_kwargs}
-                self.comm_state = _comm().attach(self.model, **options)
+                self.comm_state = attach(self.model, **options)
 
     class SketchFSDPStrategy(Replacing, strategies.ModelParallelStrategy):  # type: ignore[misc, name-defined]
         """FSDP2 (``torch.distributed.fsdp.fully_shard``) with a sketched optimizer: each rank sketches its own rows.
@@ -387,21 +389,11 @@ def _entries(classes: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, A
             yield f"deepspeed_{name}_stage_{stage}_offload", deepspeed, {**own, "stage": stage, **offload}
 
 
-def _comm() -> Any:
-    try:
-        return importlib.import_module("sketch_plugins.comm")
-    except ModuleNotFoundError as error:
-        if error.name != "sketch_plugins.comm":
-            raise
-        raise ValueError(
-            "comm needs sketch_plugins.comm, which this version of sketch-plugins does not have: allowed is comm=None"
-        ) from error
-
-
 def _check_comm(comm: Any) -> None:
-    known = _comm().COMPRESSORS
-    if comm not in known:
-        raise ValueError(f"comm={comm!r} is not one of None, {', '.join(map(repr, known))}")
+    from sketch_plugins.comm import COMPRESSORS
+
+    if comm not in COMPRESSORS:
+        raise ValueError(f"comm={comm!r} is not one of None, {', '.join(map(repr, COMPRESSORS))}")
 
 
 # -- FSDP2 -----------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def _converted(
     parts = optimizer._parts.of(index, p)
     made: dict[str, Any] = {}
     for part in parts:
-        if part.numel() == 0 and not part.sharded:
+        if part.numel() == 0 and not is_dtensor(p):
             continue  # which takes no steps
         label = optimizer._label(group, part)
         new = _part_state(optimizer, group, part, _source(part, state, saved, label), label)

@@ -251,7 +251,7 @@ def fsdp():
 
 
 def compressed():
-    """Where `sketch_plugins.comm` is there: the hook is registered, and replicas stay equal."""
+    """The hook is registered on a CPU, too, and replicas stay equal."""
     module = Module()
     options = {"comm": "topk", "comm_kwargs": {"density": 0.1, "min_size": 16}}
     made = train(module, SketchDDPStrategy(optimizer_kwargs=SMALL, **options))
