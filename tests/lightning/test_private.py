@@ -61,3 +61,21 @@ def test_only_one_module_touches_private_names():
         if file.name != "_private.py":
             for name in ("fit_loop._", "trainer._", "epoch_loop"):
                 assert name not in text, (file, name)
+
+
+def test_attributes_of_a_trainer(trainer, namespace):
+    made = trainer(namespace)
+    for name in (
+        "fit_loop._data_source.instance",
+        "fit_loop._combined_loader",
+        "fit_loop._data_fetcher",
+        "fit_loop.epoch_loop._results.clear",
+        "fit_loop.epoch_loop._batches_that_stepped",
+        "_logger_connector.should_update_logs",
+        "_logger_connector.reset_results",
+        "_logger_connector.reset_metrics",
+    ):
+        found = made
+        for part in name.split("."):
+            assert hasattr(found, part), f"Trainer.{name} has moved"
+            found = getattr(found, part)
