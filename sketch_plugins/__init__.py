@@ -12,6 +12,7 @@ from sketch_plugins.optim import (
     Sketchy,
     quadratic_warmup,
 )
+from sketch_plugins.optim.convert import convert_state
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "SAdagrad",
     "Sketchy",
     "StateReport",
+    "convert_state",
     "quadratic_warmup",
     "state_report",
 ]

@@ -99,3 +99,30 @@ def test_bad_options_are_named(tmp_path, monkeypatch, capsys, options, message):
         demo_lm.main(["--out", str(tmp_path), *options])
     # argparse prints and ends with 2; our own message is the exit value, which the interpreter prints.
     assert message in f"{ended.value} {capsys.readouterr().err}"
+
+
+def test_lightning_language_model(tmp_path):
+    pytest.importorskip("lightning", reason="needs the extra `lightning`")
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("".join(f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(60)))
+    size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 10, "--seq-len", 32, "--batch-size", 2, "--cpu")
+    finished = start("lightning_lm.py", "--quick", "--text", text, "--out", out, "--strategy", "sm3", *size)
+    # SM3's betas are no Adam's; those of the module are torch's defaults, so there is nothing to complain of.
+    assert finished.returncode == 0, finished.stderr
+    assert (out / "comparison.png").read_bytes().startswith(PNG)
+    adamw, sm3 = json.loads((out / "results.json").read_text())["runs"]
+    assert (adamw["label"], sm3["label"], sm3["optimizer"]) == ("AdamW", "sm3", "SM3")
+    assert adamw["bytes_per_param"] == 8 and sm3["bytes_per_param"] < 1.5
+    assert adamw["train_curve"][0] == sm3["train_curve"][0] and len(sm3["train_curve"]) == 10
+    assert [step for step, _ in sm3["eval_curve"]] == [2, 4, 6, 8, 10]
+    assert "sketch_lightning: replaced AdamW by SM3" in finished.stderr + finished.stdout
+
+
+def test_lightning_cli(tmp_path):
+    pytest.importorskip("lightning", reason="needs the extra `lightning`")
+    pytest.importorskip("jsonargparse", reason="LightningCLI needs the package `jsonargparse`")
+    options = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 4, "--trainer.default_root_dir", tmp_path)
+    finished = start("lightning_cli.py", "fit", "--config", EXAMPLES / "lightning_cli.yaml", *options)
+    assert finished.returncode == 0, finished.stderr
+    said = finished.stderr + finished.stdout
+    assert "replaced AdamW by CSAdam(lr=0.003, compression=0.05)" in said and "beside AdamW" in said

@@ -1,0 +1,349 @@
+"""The callbacks, made once for each of Lightning's two namespaces."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from sketch_lightning import _private
+from sketch_lightning.reclaim import Reclaiming
+from sketch_plugins import scratch, state_report
+from sketch_plugins.memory.probe import SecondMomentProbe
+from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.stores import Store
+
+
+def build(namespace: str, module: str) -> dict[str, Any]:
+    """The callbacks on top of Lightning's own class in ``namespace``.
+
+    Args:
+        namespace: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
+        module: where the classes are to be found (pickles look there).
+
+    Raises:
+        _private.MovedSymbolError: Lightning lacks a name that is needed.
+    """
+    _private.check(namespace, _private.CALLBACKS)
+    base = _private.find(namespace, "callbacks", "Callback")
+    made = {}
+    for cls in (OptimizerStateMonitor, SketchCleaning, ReclaimBatchSize):
+        new = type(cls.__name__, (cls, base), {"__doc__": cls.__doc__, "__module__": module, "_namespace": namespace})
+        made[new.__name__] = new
+    return made
+
+
+class OptimizerStateMonitor:
+    """Logs what the optimizers keep to every logger of the trainer, and prints a table at the start of ``fit``.
+
+    Every ``log_every_n_steps`` batches of the trainer:
+
+    * ``optimizer/state_bytes``: bytes of state on this rank;
+    * ``optimizer/state_bytes_per_param``: the same for each parameter;
+    * ``optimizer/saved_vs_adamw_bytes``: what ``torch.optim.AdamW`` would keep, less that;
+    * ``optimizer/second_moment_relative_error``, if ``sampled``: how far the second moment in use is from an exact one
+      of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``.
+
+    Of several optimizers they are ``optimizer_0/...`` and so on. Any torch optimizer is accounted for, so that a run
+    with AdamW can be put beside. The samples are saved in checkpoints and go on when one is resumed.
+
+    Args:
+        sampled: keep the exact second moment of a few rows (of sketched optimizers, on the first rank) and log the
+            error.
+        rows: sampled rows of each sampled parameter, in fp32.
+        params: how many parameters are sampled.
+        seed: chooses the rows.
+        prog_bar: show the state's size in the progress bar, too.
+
+    Raises:
+        ValueError: ``rows`` or ``params`` is not a positive integer.
+    """
+
+    _namespace = ""
+
+    def __init__(
+        self, sampled: bool = False, rows: int = 8, params: int = 4, seed: int = 0, prog_bar: bool = False
+    ) -> None:
+        for name, value in (("rows", rows), ("params", params)):
+            _check_count(name, value)
+        self.sampled, self.rows, self.params, self.seed, self.prog_bar = sampled, rows, params, seed, prog_bar
+        self._probes: dict[int, SecondMomentProbe] = {}
+        self._handles: list[Any] = []
+        self._restored: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The table, and the samples."""
+        if not trainer.is_global_zero:
+            return
+        info = _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")
+        for _, _, optimizer in _named(trainer):
+            info(str(state_report(optimizer)))
+        if self.sampled:
+            self._remove()
+            for number, _, optimizer in _named(trainer):
+                if isinstance(optimizer, SketchOptimizer):
+                    probe = SecondMomentProbe(optimizer, rows=self.rows, params=self.params, seed=self.seed)
+                    if number in self._restored:
+                        probe.load_state_dict(self._restored.pop(number))
+                    self._probes[number] = probe
+                    self._handles.append(before_update(optimizer, probe.update))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Log."""
+        if not trainer.is_global_zero or not _private.should_log(trainer):
+            return
+        figures: dict[str, float] = {}
+        total = 0
+        for number, prefix, optimizer in _named(trainer):
+            report = state_report(optimizer)
+            total += report.state_bytes
+            figures[f"{prefix}/state_bytes"] = report.state_bytes
+            figures[f"{prefix}/state_bytes_per_param"] = report.bytes_per_param
+            figures[f"{prefix}/saved_vs_adamw_bytes"] = report.saved_bytes
+            error = self._probes[number].relative_error() if number in self._probes else math.nan
+            if not math.isnan(error):  # an optimizer without a second moment has nothing to sample
+                figures[f"{prefix}/second_moment_relative_error"] = error
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=_private.batches_that_stepped(trainer))
+        # float64: bytes are not to be rounded.
+        trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items()})
+        if self.prog_bar:
+            pl_module.log("state_MiB", total / 2**20, prog_bar=True, logger=False, rank_zero_only=True)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """No more samples."""
+        self._remove(keep=True)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """No more samples."""
+        self._remove(keep=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The samples, and what they are samples of."""
+        samples = {number: probe.state_dict() for number, probe in self._probes.items()}
+        return {"settings": self._settings(), "samples": samples or self._restored}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the samples of a checkpoint, if they are of the same rows."""
+        self._restored = dict(state_dict["samples"]) if state_dict["settings"] == self._settings() else {}
+
+    def _settings(self) -> dict[str, int]:
+        return {"rows": self.rows, "params": self.params, "seed": self.seed}
+
+    def _remove(self, keep: bool = False) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if not keep:
+            self._probes = {}
+
+
+class SketchCleaning:
+    """Cleans the sketches: multiplies the sketched second moments by a factor, every so many steps or epochs.
+
+    By steps it is what the option ``clean_every`` of the optimizers does, bit for bit: before every
+    ``every_n_steps``-th update. A step that a gradient scaler skips does not count. By epochs the cleaning is at the
+    start of an epoch. Exact second moments are left alone, as there.
+
+    Args:
+        every_n_steps: steps of the optimizer between two cleanings.
+        every_n_epochs: epochs between two cleanings; give one of the two.
+        factor: what the estimates are multiplied by, in [0, 1].
+
+    Raises:
+        ValueError: none of the two is given, or both, or one that is no positive integer; ``factor`` is not in [0, 1];
+            at the start of training: no optimizer keeps a second moment, or one has ``clean_every`` set itself.
+
+    Source: https://arxiv.org/abs/1902.00179, section 4: factor 0.2 every 125 steps for Adam, 0.5 for Adagrad.
+    """
+
+    _namespace = ""
+
+    def __init__(
+        self, every_n_steps: int | None = None, every_n_epochs: int | None = None, factor: float = 0.2
+    ) -> None:
+        if (every_n_steps is None) == (every_n_epochs is None):
+            raise ValueError(
+                f"every_n_steps={every_n_steps!r} and every_n_epochs={every_n_epochs!r}: give one of the two"
+            )
+        name, value = ("every_n_steps", every_n_steps) if every_n_epochs is None else ("every_n_epochs", every_n_epochs)
+        _check_count(name, value)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor <= 1:
+            raise ValueError(f"factor={factor!r} is not allowed: factor must be a number in [0, 1]")
+        self.every_n_steps, self.every_n_epochs, self.factor = every_n_steps, every_n_epochs, float(factor)
+        #: Cleanings so far; each step or epoch with one counts once.
+        self.cleanings = 0
+        self._epoch = -1
+        self._handles: list[Any] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the optimizers, and stand by before their updates."""
+        self._remove()
+        found = []
+        for _, _, optimizer in _named(trainer):
+            if not isinstance(optimizer, SketchOptimizer) or not any(True for _ in _second_moments(optimizer)):
+                continue
+            for number, group in enumerate(optimizer.param_groups):
+                if group.get("clean_every"):
+                    raise ValueError(
+                        f"group {number} of {type(optimizer).__name__} has clean_every={group['clean_every']}: it "
+                        "would "
+                        "be cleaned by itself and by SketchCleaning; allowed with SketchCleaning is clean_every=0"
+                    )
+            found.append(optimizer)
+        if not found:
+            kinds = ", ".join(type(optimizer).__name__ for _, _, optimizer in _named(trainer))
+            raise ValueError(f"SketchCleaning has nothing to clean: {kinds} keeps no second moment in a sketch")
+        if self.every_n_steps is not None:
+            for optimizer in found:
+                self._handles.append(before_update(optimizer, functools.partial(self._step, optimizer)))
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """By epochs: clean."""
+        epoch = trainer.current_epoch
+        # An epoch that is resumed in the middle starts again.
+        if self.every_n_epochs is None or epoch == 0 or epoch % self.every_n_epochs or epoch <= self._epoch:
+            return
+        self._epoch = epoch
+        cleaned = [
+            clean(optimizer, self.factor)
+            for _, _, optimizer in _named(trainer)
+            if isinstance(optimizer, SketchOptimizer)
+        ]
+        self.cleanings += any(cleaned)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stand by no more."""
+        self._remove()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Stand by no more."""
+        self._remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often, and in which epoch last."""
+        return {"cleanings": self.cleanings, "epoch": self._epoch}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.cleanings, self._epoch = state_dict["cleanings"], state_dict["epoch"]
+
+    def _step(self, optimizer: SketchOptimizer) -> None:
+        assert self.every_n_steps is not None
+        self.cleanings += clean(optimizer, self.factor, self.every_n_steps)
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class ReclaimBatchSize(Reclaiming):
+    """Spends what the sketched optimizer saves: finds the largest batch that fits, and trains with it.
+
+    Before training, batches of growing size are trained on for a few steps each, optimizer step included, until the
+    memory exceeds the budget or runs out. Then everything is as before: parameters, buffers, states of optimizers,
+    schedulers and random number generators (what a module does to its own Python attributes, is not undone). The size
+    is set where it came from: the attribute ``batch_arg_name`` of module, datamodule or their hyperparameters, or the
+    loaders that were given to ``fit``. Unlike Lightning's ``BatchSizeFinder`` it works with DDP, where all ranks agree
+    on what fits on each of them: in a trial each rank steps by itself.
+
+    A checkpoint that is resumed brings its batch size, and nothing is searched.
+
+    Args:
+        budget: bytes (``2 * 2**30`` or ``"2GiB"``) or a fraction of the device's memory (0.9) that the peak may take;
+            of a CPU's process all that is resident. None: until CUDA runs out of memory.
+        keep_effective: False: the largest batch is used. True: samples per update stay as they are: accumulation is
+            lowered as far as the memory allows, and the batch raised accordingly.
+        mode: ``"binsearch"``: to the sample; ``"power"``: by factors of two.
+        steps_per_trial: optimizer steps on each size (the first one allocates the state).
+        init_val: where to start; None: the present batch size.
+        max_val: no larger batches.
+        max_trials: at most so many sizes are tried.
+        batch_arg_name: see above.
+        meter: measures memory in place of CUDA's statistics or the resident memory of a process on Linux: an object
+            with ``start()`` and ``read()``, bytes at the peak since.
+
+    Attributes:
+        batch_size: what was found; None before.
+        accumulate_grad_batches: what it goes with; None before.
+
+    Raises:
+        ValueError: an argument that is not allowed; at the start of ``fit``: no budget and no CUDA, a loader whose size
+            cannot be changed, a strategy whose parameters cannot be put back (DeepSpeed), ``keep_effective`` with
+            manual optimization or a ``GradientAccumulationScheduler``, or a budget in which not even one sample fits.
+    """
+
+
+def clean(optimizer: SketchOptimizer, factor: float, every: int | None = None) -> bool:
+    """Clean second moments; whether there were any.
+
+    Args:
+        optimizer: whose.
+        factor: what the estimates are multiplied by.
+        every: only of parameters that are about to take an ``every``-th step; None: of all.
+    """
+    found = False
+    with scratch.scratch():
+        for part, store, state in _second_moments(optimizer):
+            step = 1 if state is None else int(state["step"]) + 1
+            if state is not None and (every is None or (part.grad is not None and step % every == 0)):
+                store.clean(state["second_moment"], factor, step)
+                found = True
+    return found
+
+
+def before_update(optimizer: torch.optim.Optimizer, function: Callable[[], Any]) -> Any:
+    """Call the function before each update, when gradients are what the optimizer is about to see: clipped, unscaled.
+
+    Lightning's ``on_before_optimizer_step`` comes before clipping, and also in steps that a gradient scaler skips.
+
+    Returns:
+        A handle to remove it.
+    """
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # Lightning computes and clips the gradients in the closure.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            function()
+            return None
+
+        def then() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                function()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], then, *args[2:]), kwargs
+        return args, {**kwargs, "closure": then}
+
+    return optimizer.register_step_pre_hook(hook)
+
+
+def _second_moments(optimizer: SketchOptimizer) -> Iterator[tuple[Any, Any, Any]]:
+    """(part, store, state) of everything with a second moment in a sketch."""
+    for _, group, part, state in optimizer.held():
+        store, _ = optimizer.planned_state(part, group).get("second_moment", (None, 0))
+        if isinstance(store, Store) and type(store).clean is not Store.clean:
+            yield part, store, state
+
+
+def _named(trainer: Any) -> Iterator[tuple[int, str, torch.optim.Optimizer]]:
+    """Number, name in the logs, and the optimizer inside any wrapper."""
+    for number, optimizer in enumerate(trainer.optimizers):
+        prefix = "optimizer" if len(trainer.optimizers) == 1 else f"optimizer_{number}"
+        inner = optimizer
+        while not isinstance(inner, SketchOptimizer) and hasattr(inner, "optimizer"):
+            inner = inner.optimizer  # DeepSpeed's wrappers
+        if not _private.is_mock(inner):
+            yield number, prefix, inner
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer >= 1")

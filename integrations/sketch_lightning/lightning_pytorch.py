@@ -1,0 +1,27 @@
+"""The strategies and callbacks for ``lightning.pytorch``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sketch_lightning import strategies
+
+_made = strategies.build("lightning.pytorch", __name__)
+
+SketchStrategy = _made["SketchStrategy"]
+SketchDDPStrategy = _made["SketchDDPStrategy"]
+SketchFSDPStrategy = _made["SketchFSDPStrategy"]
+SketchDeepSpeedStrategy = _made["SketchDeepSpeedStrategy"]
+
+strategies.add_to_registry("lightning.pytorch", _made)
+
+
+def __getattr__(name: str) -> Any:
+    # The callbacks need all of Lightning, which is half imported when the strategies are wanted.
+    if name in ("OptimizerStateMonitor", "SketchCleaning", "ReclaimBatchSize"):
+        from sketch_lightning import callbacks
+
+        made = callbacks.build("lightning.pytorch", __name__)
+        globals().update(made)
+        return made[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,439 @@
+"""The search for the largest batch: what `ReclaimBatchSize` does, without Lightning's base class."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+
+from sketch_lightning import _private
+from sketch_plugins import state_report
+from sketch_plugins.memory.report import format_bytes
+
+MODES = ("binsearch", "power")
+_UNITS = {"": 1, "B": 1, **{f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}}
+_UNITS |= {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}
+
+
+class Meter(Protocol):
+    """Measures memory."""
+
+    def start(self) -> None:
+        """Forget the peak."""
+
+    def read(self) -> int:
+        """Bytes at the peak since `start`."""
+
+
+class TrialOver(Exception):
+    """Ends a trial: enough steps were taken."""
+
+
+class Reclaiming:
+    """See `sketch_lightning.callbacks.ReclaimBatchSize`."""
+
+    _namespace = ""
+
+    def __init__(
+        self,
+        budget: int | float | str | None = None,
+        keep_effective: bool = False,
+        mode: str = "binsearch",
+        steps_per_trial: int = 2,
+        init_val: int | None = None,
+        max_val: int = 8192,
+        max_trials: int = 25,
+        batch_arg_name: str = "batch_size",
+        meter: Meter | None = None,
+    ) -> None:
+        counts = {"steps_per_trial": steps_per_trial, "max_val": max_val, "max_trials": max_trials}
+        for name, value in (counts if init_val is None else {**counts, "init_val": init_val}).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer >= 1")
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
+        if budget is not None:
+            parse_budget(budget, 1)
+        self.budget, self.keep_effective, self.mode = budget, keep_effective, mode
+        self.steps_per_trial, self.init_val, self.max_val, self.max_trials = (
+            steps_per_trial,
+            init_val,
+            max_val,
+            max_trials,
+        )
+        self.batch_arg_name, self.meter = batch_arg_name, meter
+        self.batch_size: int | None = None
+        self.accumulate_grad_batches: int | None = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Search, or take what a checkpoint brought."""
+        info = self._find("utilities.rank_zero", "rank_zero_info")
+        if trainer.fast_dev_run:
+            info("ReclaimBatchSize: nothing is searched in a fast_dev_run")
+            return
+        self._check(trainer, pl_module)
+        had_loader = _private.has_loader(trainer)
+        given = _private.loader_of(trainer)
+        if self.batch_size is None:
+            start = self.init_val or self._present(pl_module, given)
+            with self._find("utilities.seed", "isolate_rng")():
+                self._search(trainer, pl_module, given, start, info)
+            if had_loader and not self.keep_effective:
+                info(
+                    "ReclaimBatchSize: the training loader had been asked for its length before (by a schedule?), "
+                    "which "
+                    "is another one now"
+                )
+        assert self.batch_size is not None
+        self._set(trainer, pl_module, given, self.batch_size)
+        if self.keep_effective:
+            trainer.accumulate_grad_batches = self.accumulate_grad_batches
+        if had_loader:
+            with self._find("utilities.seed", "isolate_rng")():
+                _private.set_up_loader(trainer, again=True)
+        else:
+            _private.set_up_loader(trainer, again=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found."""
+        return {"batch_size": self.batch_size, "accumulate_grad_batches": self.accumulate_grad_batches}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Search no more."""
+        self.batch_size = state_dict["batch_size"]
+        self.accumulate_grad_batches = state_dict["accumulate_grad_batches"]
+
+    # -- the search --------------------------------------------------------------------------------------------------
+
+    def _search(self, trainer: Any, module: Any, given: Any, start: int, info: Callable[[str], None]) -> None:
+        device = trainer.strategy.root_device
+        meter = self.meter or meter_for(device)
+        budget = None if self.budget is None else parse_budget(self.budget, total_memory(device))
+        before, peaks = Snapshot(trainer, module, given), {}
+        limit = self.max_val
+        self._set(trainer, module, given, start)
+        _private.set_up_loader(trainer, again=True)
+        length = _private.dataset_length(trainer)
+        if length is not None:  # a larger batch would not be larger
+            limit = max(1, min(limit, length // trainer.world_size))
+        accumulate = trainer.accumulate_grad_batches
+        effective = self._present(module, given) * accumulate
+        if self.keep_effective:
+            limit = min(limit, effective)
+
+        def fits(size: int) -> bool:
+            self._set(trainer, module, given, size)
+            _private.set_up_loader(trainer, again=True)
+            meter.start()
+            ended = self._trial(trainer, before.progress)
+            # What the snapshot adds itself is not the training's.
+            peaks[size] = max(0, meter.read() - (before.nbytes if isinstance(meter, _Resident) else 0))
+            before.restore()
+            if device.type == "cuda" or not ended:
+                self._find("utilities.memory", "garbage_collection_cuda")()
+            fits = ended and (budget is None or peaks[size] <= budget)
+            fits = bool(trainer.strategy.reduce_boolean_decision(fits, all=True))
+            said = "out of memory" if not ended else format_bytes(peaks[size])
+            info(f"ReclaimBatchSize: a batch of {size} {'fits' if fits else 'does not fit'} ({said} on this rank)")
+            return fits
+
+        found = largest(fits, start, limit, self.mode, self.max_trials)
+        allowed = "the memory" if budget is None else f"budget={self.budget!r} ({format_bytes(budget)})"
+        if not found:
+            least = min(peaks)
+            raise ValueError(
+                f"ReclaimBatchSize: {allowed} is too small: a batch of {least} took {format_bytes(peaks[least])}. "
+                "Allowed "
+                "is a larger budget, or a smaller init_val with more max_trials"
+            )
+        self.batch_size, self.accumulate_grad_batches = found, accumulate
+        if self.keep_effective:
+            self.batch_size, self.accumulate_grad_batches = split(effective, found)
+        reports = [state_report(optimizer) for optimizer in trainer.optimizers]
+        state, adamw = sum(r.state_bytes for r in reports), sum(r.adamw_bytes for r in reports)
+        info(
+            f"ReclaimBatchSize: {self.batch_arg_name}={self.batch_size}, "
+            f"accumulate_grad_batches={self.accumulate_grad_batches}; the optimizer keeps {format_bytes(state)}, AdamW "
+            f"would keep {format_bytes(adamw)}"
+        )
+
+    def _trial(self, trainer: Any, progress: Any) -> bool:
+        """Whether the steps could be taken."""
+        is_oom_error = self._find("utilities.memory", "is_oom_error")
+        stop = type("Stop", (_Stop, self._find("callbacks", "Callback")), {})(self.steps_per_trial)
+        with _private.only_training(trainer, self.steps_per_trial, stop):
+            try:
+                with _private.without_sync(trainer):
+                    _private.run_loop(trainer, copy.deepcopy(progress))
+            except TrialOver:
+                pass
+            except (RuntimeError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and not is_oom_error(error):
+                    raise
+                return False
+        return True
+
+    # -- where the size is -------------------------------------------------------------------------------------------
+
+    def _present(self, module: Any, given: Any) -> int:
+        if given is not None:
+            sizes = {loader.batch_size for loader in leaves(given)}
+            if len(sizes) != 1:
+                raise ValueError(f"ReclaimBatchSize: the loaders have batches of {sorted(sizes)}: give init_val")
+            return int(sizes.pop())
+        return int(self._find("utilities.parsing", "lightning_getattr")(module, self.batch_arg_name))
+
+    def _set(self, trainer: Any, module: Any, given: Any, size: int) -> None:
+        if given is not None:
+            _private.give_loader(trainer, with_batch_size(given, size))
+        else:
+            self._find("utilities.parsing", "lightning_setattr")(module, self.batch_arg_name, size)
+
+    def _check(self, trainer: Any, module: Any) -> None:
+        strategy = trainer.strategy
+        if isinstance(strategy, self._find("strategies", "DeepSpeedStrategy")):
+            raise ValueError(
+                "ReclaimBatchSize cannot put parameters back that are in DeepSpeed's partitions: allowed are "
+                "strategies "
+                "for one device, DDP and FSDP2"
+            )
+        if self.budget is None and strategy.root_device.type != "cuda":
+            raise ValueError(
+                f"ReclaimBatchSize: budget=None stands for CUDA's memory, and this is {strategy.root_device.type}: "
+                "give "
+                "bytes ('2GiB') or a fraction of the memory (0.5)"
+            )
+        given = _private.loader_of(trainer)
+        if given is not None:
+            if not leaves(given):
+                raise ValueError(f"ReclaimBatchSize: fit was given {type(given).__name__}, allowed are DataLoaders")
+            for loader in leaves(given):
+                _check_loader(loader)
+        elif not self._find("utilities.parsing", "lightning_hasattr")(module, self.batch_arg_name):
+            raise ValueError(
+                f"ReclaimBatchSize: neither module nor datamodule, nor their hparams, have batch_arg_name="
+                f"{self.batch_arg_name!r}"
+            )
+        if not self.keep_effective:
+            return
+        if not module.automatic_optimization:
+            raise ValueError(
+                "ReclaimBatchSize: keep_effective=True lowers accumulate_grad_batches, which is without effect in "
+                "manual "
+                "optimization: allowed is keep_effective=False"
+            )
+        scheduler = self._find("callbacks.gradient_accumulation_scheduler", "GradientAccumulationScheduler")
+        if any(isinstance(callback, scheduler) for callback in trainer.callbacks):
+            raise ValueError(
+                "ReclaimBatchSize: keep_effective=True and GradientAccumulationScheduler both set the accumulation: "
+                "allowed is one of them"
+            )
+
+    def _find(self, module: str, name: str) -> Any:
+        return _private.find(self._namespace, module, name)
+
+
+class _Stop:
+    """Mixed into Lightning's callback."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:  # before the end of the epoch, where ranks talk to each other
+            raise TrialOver
+
+
+class Snapshot:
+    """Everything that training changes, to be put back."""
+
+    def __init__(self, trainer: Any, module: Any, given: Any) -> None:
+        self.trainer, self.module = trainer, module
+        # On the CPU: on a device it would take what is being measured.
+        self.tensors = [(t, t.detach().to("cpu", copy=True)) for t in (*module.parameters(), *module.buffers())]
+        self.nbytes = sum(
+            t.numel() * t.element_size() for t in (getattr(saved, "_local_tensor", saved) for _, saved in self.tensors)
+        )
+        self.optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
+        self.schedulers = [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+        self.precision = copy.deepcopy(trainer.precision_plugin.state_dict())
+        self.progress = copy.deepcopy(trainer.fit_loop.state_dict())
+        self.generators = [
+            (generator, generator.get_state())
+            for loader in (leaves(given) if given is not None else [])
+            for generator in (loader.generator, getattr(loader.sampler, "generator", None))
+            if generator is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it back."""
+        for tensor, saved in self.tensors:
+            tensor.copy_(saved)
+            tensor.grad = None
+        for optimizer, state in zip(self.trainer.optimizers, self.optimizers, strict=True):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for config, state in zip(self.trainer.lr_scheduler_configs, self.schedulers, strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+        if self.precision:
+            self.trainer.precision_plugin.load_state_dict(copy.deepcopy(self.precision))
+        for generator, state in self.generators:
+            generator.set_state(state)
+        for module in self.module.modules():
+            if type(module).__module__.startswith("torchmetrics") and hasattr(module, "reset"):
+                module.reset()
+
+
+def largest(fits: Callable[[int], bool], start: int, limit: int, mode: str, max_trials: int) -> int:
+    """The largest size <= ``limit`` that fits, 0 if none was found: doubles it, then (binsearch) halves the rest."""
+    low, high, size = 0, 0, min(start, limit)
+    for _ in range(max_trials):
+        if fits(size):
+            low = size
+        else:
+            high = size
+        if low == limit or (high and high - low <= 1) or (mode == "power" and high and low):
+            break
+        if not high:
+            size = min(2 * low, limit)
+        elif mode == "power" or not low:
+            size = max(1, high // 2)
+        else:
+            size = (low + high) // 2
+    return low
+
+
+def split(effective: int, largest: int) -> tuple[int, int]:
+    """``(batch, accumulation)`` with that product and the least accumulation whose batch is at most ``largest``."""
+    accumulate = -(-effective // largest)
+    while effective % accumulate:
+        accumulate += 1
+    return effective // accumulate, accumulate
+
+
+def parse_budget(budget: int | float | str, total: int) -> int:
+    """Bytes.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    number: Any = budget
+    if isinstance(budget, str):
+        digits = budget.strip().rstrip("BKMGTi ")
+        unit = budget.strip()[len(digits) :].strip()
+        try:
+            number = float(digits) * _UNITS[unit]
+            number = float(budget) if not unit and 0 < number <= 1 else int(number)
+        except (KeyError, ValueError):
+            number = None
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+        number = None
+    if isinstance(number, float) and number > 1:
+        number = None
+    if number is None:
+        raise ValueError(
+            f"budget={budget!r} is not allowed: budget must be a number of bytes (an integer, or text with a unit "
+            "such as "
+            "'2GiB') or a fraction of the memory in (0, 1]"
+        )
+    return int(number * total) if isinstance(number, float) else number
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a device, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def meter_for(device: torch.device) -> Meter:
+    """What measures the memory of a device.
+
+    Raises:
+        ValueError: there is nothing to measure it with.
+    """
+    if device.type == "cuda":
+        return _Cuda(device)
+    if device.type == "cpu" and Path("/proc/self/clear_refs").exists():
+        return _Resident()
+    raise ValueError(f"ReclaimBatchSize cannot measure the memory of {device} on this system: give it a meter")
+
+
+class _Cuda:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def read(self) -> int:
+        return int(torch.cuda.max_memory_allocated(self.device))
+
+
+class _Resident:
+    """The peak of what is resident of this process, on Linux."""
+
+    def start(self) -> None:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+
+    def read(self) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise ValueError("/proc/self/status has no VmHWM: give ReclaimBatchSize a meter")
+
+
+# -- loaders that were given to fit ----------------------------------------------------------------------------------
+
+
+def leaves(loaders: Any) -> list[Any]:
+    """Every loader of a collection."""
+    if hasattr(loaders, "flattened"):  # CombinedLoader
+        return leaves(list(loaders.flattened))
+    if isinstance(loaders, Mapping):
+        return leaves(list(loaders.values()))
+    if isinstance(loaders, (list, tuple)):
+        return [leaf for one in loaders for leaf in leaves(one)]
+    return [loaders] if isinstance(loaders, DataLoader) else []
+
+
+def with_batch_size(loaders: Any, size: int) -> Any:
+    """The same collection of loaders like these, with other batches."""
+    if hasattr(loaders, "flattened"):
+        new = copy.copy(loaders)
+        new.flattened = [with_batch_size(one, size) for one in loaders.flattened]
+        return new
+    if isinstance(loaders, Mapping):
+        return {key: with_batch_size(one, size) for key, one in loaders.items()}
+    if isinstance(loaders, (list, tuple)):
+        return type(loaders)(with_batch_size(one, size) for one in loaders)
+    if not isinstance(loaders, DataLoader):
+        return loaders
+    _check_loader(loaders)
+    iterable = isinstance(loaders.dataset, torch.utils.data.IterableDataset)
+    names = (
+        "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn", "multiprocessing_context",
+        "generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
+    )  # fmt: skip
+    options = {name: getattr(loaders, name) for name in names if hasattr(loaders, name)}
+    sampler = None if iterable else loaders.sampler
+    return DataLoader(loaders.dataset, batch_size=size, sampler=sampler, **options)
+
+
+def _check_loader(loader: Any) -> None:
+    if type(loader) is not DataLoader or type(loader.batch_sampler) not in (BatchSampler, type(None)):
+        raise ValueError(
+            f"ReclaimBatchSize cannot make a {type(loader).__name__} with a {type(loader.batch_sampler).__name__} "
+            "anew: "
+            "allowed are DataLoaders with batch_size. Put others into a module or datamodule with a batch_size"
+        )
+    if loader.batch_size is None:
+        raise ValueError("ReclaimBatchSize: a DataLoader with batch_size=None does not batch; allowed is a number")

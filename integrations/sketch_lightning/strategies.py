@@ -1,0 +1,456 @@
+"""The strategies, made once for each of Lightning's two namespaces."""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sketch_lightning import _private
+from sketch_lightning.replace import check_options, counterpart, describe, rewire
+from sketch_plugins import registry
+from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.optim.convert import convert_state, is_foreign
+
+#: How DDP may start its processes; "" is Lightning's "ddp".
+_STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
+
+
+class Replacing:
+    """Mixed into a strategy: the module's optimizers are replaced as soon as they have been made."""
+
+    optimizers: list[Any]
+    lr_scheduler_configs: list[Any]
+    lightning_module: Any
+    # Set by `build`: where the base class comes from.
+    _namespace = ""
+
+    def __init__(
+        self,
+        optimizer: str = "cs_adam",
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+        warm_start: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(warm_start, bool):
+            raise ValueError(f"warm_start={warm_start!r} is not one of True, False")
+        self._sketch_name = registry.get(optimizer).name
+        self._sketch_options = check_options(optimizer, optimizer_kwargs or {})
+        self._warm_start = warm_start
+        super().__init__(**kwargs)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """As Lightning's; then every optimizer is one of ours, or it is an error."""
+        super().setup_optimizers(trainer)  # type: ignore[misc]
+        self.optimizers = self._replaced(self.optimizers, [config.scheduler for config in self.lr_scheduler_configs])
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """As Lightning's; the state of one of torch's optimizers is refused, or converted with ``warm_start``.
+
+        Raises:
+            ValueError: the checkpoint was written with one of torch's optimizers and ``warm_start`` is False.
+        """
+        states = checkpoint.get("optimizer_states")
+        if states is not None:
+            states = [self._own(o, s) for o, s in zip(self.optimizers, states, strict=False)]
+            checkpoint = {**checkpoint, "optimizer_states": states}
+        super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
+
+    def _own(self, optimizer: Any, state: Any) -> Any:
+        if not isinstance(optimizer, SketchOptimizer) or not is_foreign(state):
+            return state
+        kind = type(optimizer).__name__
+        if not self._warm_start:
+            raise ValueError(
+                f"the checkpoint holds the state of one of torch's optimizers, not of {kind}, and nothing is converted "
+                f"unasked: {type(self).__name__}(optimizer={self._sketch_name!r}, warm_start=True) puts its moments "
+                f"into the stores of {kind}. Or load the weights alone and start the optimizer anew"
+            )
+        keep = [name for name in ("betas", "momentum") if name in self._sketch_options]
+        converted = convert_state(state, optimizer, keep=keep)
+        self._info(f"sketch_lightning: warm start, the checkpoint's moments were put into the stores of {kind}")
+        return converted
+
+    def _replaced(self, optimizers: list[Any], schedulers: list[Any]) -> list[Any]:
+        new, replaced, said = [], {}, []
+        for old in optimizers:
+            if isinstance(old, SketchOptimizer) or _private.is_mock(old):
+                if isinstance(old, SketchOptimizer):
+                    said.append(f"{type(old).__name__} is the module's own and was left alone")
+                new.append(old)
+                continue
+            made = counterpart(old, self._sketch_name, self._sketch_options)
+            if any(old.state.values()):  # the module keeps its optimizer from one fit to the next
+                made.load_state_dict(self._own(made, old.state_dict()))
+            replaced[id(old)] = old, made
+            said.append("replaced " + describe(old, made, self._sketch_options))
+            new.append(made)
+        rewire(schedulers, replaced)
+        module = self.lightning_module
+        for key, value in list(vars(module).items()):
+            if id(value) in replaced:  # or a module with an attribute for it would train with the old one
+                setattr(module, key, replaced[id(value)][1])
+        if said:
+            self._info(f"sketch_lightning: {'; '.join(said)}")
+        return new
+
+    def _info(self, message: str) -> None:
+        _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")(message)
+
+
+def build(namespace: str, module: str) -> dict[str, Any]:
+    """The strategies on top of Lightning's own classes in ``namespace``.
+
+    Args:
+        namespace: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
+        module: where the classes are to be found (pickles look there).
+
+    Raises:
+        _private.MovedSymbolError: Lightning lacks a name that is needed.
+    """
+    _private.check(namespace)
+    strategies: Any = importlib.import_module(f"{namespace}.strategies")
+
+    class SketchStrategy(Replacing, strategies.SingleDeviceStrategy):  # type: ignore[misc, name-defined]
+        """One device; the module's optimizer becomes a sketched one.
+
+        Args:
+            optimizer: a name of ``sketch_plugins.registry``: ``"cs_adam"``, ``"sm3"``, ``"sketchy"``, ...
+            optimizer_kwargs: options for every parameter group, e.g. ``{"compression": 0.05}``; they win over the
+                hyperparameters of the module's optimizer, which are carried over otherwise.
+            warm_start: a checkpoint that was written with Adam, AdamW, SGD or Adagrad is converted when it is loaded;
+                False: it is an error.
+            device: where to train; None: where the trainer's accelerator is.
+            kwargs: of Lightning's ``SingleDeviceStrategy``.
+
+        Raises:
+            ValueError: an unknown optimizer or option, or a value that is not allowed; more than one device; when the
+                optimizers are made: one without counterpart, or with a hyperparameter that cannot be carried over.
+        """
+
+        def __init__(
+            self,
+            optimizer: str = "cs_adam",
+            optimizer_kwargs: Mapping[str, Any] | None = None,
+            warm_start: bool = False,
+            device: Any = None,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(
+                optimizer, optimizer_kwargs, warm_start, device="cpu" if device is None else device, **kwargs
+            )
+            self._given_device = device
+            self._devices: list[torch.device] | None = None
+
+        @property
+        def parallel_devices(self) -> list[torch.device] | None:
+            """The trainer's devices: one."""
+            return self._devices
+
+        @parallel_devices.setter
+        def parallel_devices(self, devices: list[torch.device] | None) -> None:
+            if devices is not None and len(devices) > 1:
+                raise ValueError(
+                    f"strategy={self._sketch_name!r} trains on one device and devices={len(devices)} were asked for: "
+                    f"use strategy='ddp_{self._sketch_name}' or devices=1"
+                )
+            self._devices = devices
+            if devices and self._given_device is None:
+                # The name of a strategy says nothing about the device, and Lightning would take the CPU.
+                self._root_device = torch.device(devices[0])
+
+    class SketchDDPStrategy(Replacing, strategies.DDPStrategy):  # type: ignore[misc, name-defined]
+        """DDP with a sketched optimizer: its state is the same on every rank, as AdamW's is.
+
+        Args:
+            optimizer: see `SketchStrategy`.
+            optimizer_kwargs: see `SketchStrategy`.
+            warm_start: see `SketchStrategy`.
+            comm: None: gradients are averaged as they are; ``"topk"`` and the other compressors of
+                ``sketch_plugins.comm``: compressed, with what was left out added to the next step's (error feedback).
+            comm_kwargs: options of the compression, e.g. ``{"density": 0.01}``.
+            kwargs: of Lightning's ``DDPStrategy``.
+
+        Raises:
+            ValueError: as `SketchStrategy`; an unknown ``comm``, ``comm_kwargs`` without it, or a ``ddp_comm_hook``
+                beside it.
+        """
+
+        def __init__(
+            self,
+            optimizer: str = "cs_adam",
+            optimizer_kwargs: Mapping[str, Any] | None = None,
+            warm_start: bool = False,
+            comm: str | None = None,
+            comm_kwargs: Mapping[str, Any] | None = None,
+            **kwargs: Any,
+        ) -> None:
+            if comm is None and comm_kwargs:
+                raise ValueError(f"comm_kwargs={dict(comm_kwargs)!r} without comm: allowed with comm='topk'")
+            if comm is not None and kwargs.get("ddp_comm_hook") is not None:
+                raise ValueError(f"comm={comm!r} and ddp_comm_hook are two hooks: DDP takes one")
+            if comm is not None:
+                _check_comm(comm)  # now: later the processes would have been started
+            self._comm, self._comm_kwargs = comm, dict(comm_kwargs or {})
+            super().__init__(optimizer, optimizer_kwargs, warm_start, **kwargs)
+
+        def _register_ddp_hooks(self) -> None:
+            if self._comm is None:
+                super()._register_ddp_hooks()
+            else:  # Lightning's would do nothing on a CPU
+                from sketch_plugins.comm import attach
+
+                scaler = {"scaler": self.precision_plugin.scaler} if hasattr(self.precision_plugin, "scaler") else {}
+                options = {"compressor": self._comm, **scaler, **self._comm_kwargs}
+                self.comm_state = attach(self.model, **options)
+
+    class SketchFSDPStrategy(Replacing, strategies.ModelParallelStrategy):  # type: ignore[misc, name-defined]
+        """FSDP2 (``torch.distributed.fsdp.fully_shard``) with a sketched optimizer: each rank sketches its own rows.
+
+        Lightning's ``FSDPStrategy`` is FSDP1, whose flat parameters do not say what shapes are in them; this is its
+        ``ModelParallelStrategy``. That one needs a ``configure_model`` that shards; a module without is sharded here:
+        every entry of a ``ModuleList`` or ``Sequential`` by itself, then the module's children. They have to be called
+        as modules (``self.model(x)``), for that is when FSDP2 gathers weights. Runs on a CPU, too (gloo).
+
+        Args:
+            optimizer: see `SketchStrategy`.
+            optimizer_kwargs: see `SketchStrategy`.
+            warm_start: False; checkpoints of FSDP2 are read into the optimizer's own state, so nothing can be
+                converted.
+            shard_modules: classes of modules to shard by themselves, instead of entries of lists.
+            kwargs: of Lightning's ``ModelParallelStrategy``; ``data_parallel_size`` defaults to all processes.
+
+        Raises:
+            ValueError: as `SketchStrategy`; ``warm_start=True``; a module that cannot be sharded without being told
+                how.
+        """
+
+        def __init__(
+            self,
+            optimizer: str = "cs_adam",
+            optimizer_kwargs: Mapping[str, Any] | None = None,
+            warm_start: bool = False,
+            shard_modules: tuple[type[torch.nn.Module], ...] | set[type[torch.nn.Module]] | None = None,
+            **kwargs: Any,
+        ) -> None:
+            if warm_start:
+                raise ValueError(
+                    "warm_start=True is not possible with FSDP: a sharded checkpoint is read into the state that the "
+                    "optimizer has. Load the weights and start the optimizer anew"
+                )
+            self._all_ranks = "data_parallel_size" not in kwargs and "tensor_parallel_size" not in kwargs
+            self._shard_modules = tuple(shard_modules or ())
+            super().__init__(optimizer, optimizer_kwargs, warm_start, **kwargs)
+
+        def setup_environment(self) -> None:
+            """As Lightning's; a module without ``configure_model`` gets one that shards it."""
+            if self._all_ranks:
+                self._data_parallel_size, self._tensor_parallel_size = self.num_processes * self.num_nodes, 1
+            super().setup_environment()
+            module: Any = self.lightning_module
+            base = _private.find(self._namespace, "", "LightningModule")
+            if type(module).configure_model is base.configure_model and "configure_model" not in vars(module):
+                mesh, classes = self.device_mesh["data_parallel"], self._shard_modules
+
+                def configure_model(self: Any) -> None:
+                    if not getattr(self, "_sketch_sharded", False):
+                        shard(self, mesh, classes)
+                        self._sketch_sharded = True
+
+                module.configure_model = types.MethodType(configure_model, module)
+
+        def teardown(self) -> None:
+            """As Lightning's; the module is left as it came."""
+            module: Any = self.lightning_module
+            module.__dict__.pop("configure_model", None)
+            super().teardown()
+
+        def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+            """As Lightning's.
+
+            Raises:
+                ValueError: the checkpoint was written with one of torch's optimizers.
+            """
+            _refuse_foreign(self.broadcast(checkpoint_path))
+            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+
+    class SketchDeepSpeedStrategy(Replacing, strategies.DeepSpeedStrategy):  # type: ignore[misc, name-defined]
+        """DeepSpeed's ZeRO with a sketched optimizer: each rank sketches the pieces of matrices in its partition.
+
+        The optimizer is handed to DeepSpeed as a client's; with ``offload_optimizer`` it stays (DeepSpeed would insist
+        on its own CPU Adam otherwise). Unlike Lightning's, this strategy also runs on a CPU where DeepSpeed itself does
+        (``DS_ACCELERATOR=cpu``), for tests.
+
+        Args:
+            optimizer: see `SketchStrategy`.
+            optimizer_kwargs: see `SketchStrategy`.
+            warm_start: False; DeepSpeed reads its checkpoints itself, so nothing can be converted.
+            kwargs: of Lightning's ``DeepSpeedStrategy``: ``stage``, ``offload_optimizer``, ``config``, ...
+
+        Raises:
+            ValueError: as `SketchStrategy`; ``warm_start=True``; an ``optimizer`` block in the configuration.
+        """
+
+        def __init__(
+            self,
+            optimizer: str = "cs_adam",
+            optimizer_kwargs: Mapping[str, Any] | None = None,
+            warm_start: bool = False,
+            **kwargs: Any,
+        ) -> None:
+            if warm_start:
+                raise ValueError("warm_start=True is not possible with DeepSpeed, which reads its checkpoints itself")
+            super().__init__(optimizer, optimizer_kwargs, warm_start, **kwargs)
+            if "optimizer" in self.config:
+                raise ValueError(
+                    f'the DeepSpeed configuration has an "optimizer" block ({self.config["optimizer"]!r}) and '
+                    f"optimizer={self._sketch_name!r} was asked for: leave the block out"
+                )
+            # With offload_optimizer DeepSpeed would refuse every optimizer but its own.
+            self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+            self.config.setdefault("zero_allow_untested_optimizer", True)
+
+        @property
+        def root_device(self) -> torch.device:
+            """As Lightning's; CPUs are numbered, too, because DeepSpeed asks for a number."""
+            device: torch.device = super().root_device
+            return torch.device("cpu", 0) if device.type == "cpu" else device
+
+        def setup_environment(self) -> None:
+            """As Lightning's, and on a CPU if that is what DeepSpeed runs on."""
+            if self._on_cpu():
+                strategies.DDPStrategy.setup_environment(self)
+            else:
+                super().setup_environment()
+
+        def setup_distributed(self) -> None:
+            """As Lightning's; CPUs have no numbers that could be checked."""
+            if not self._on_cpu():
+                super().setup_distributed()
+                return
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+        def _on_cpu(self) -> bool:
+            if self.root_device.type != "cpu":
+                return False
+            from deepspeed.accelerator import get_accelerator
+
+            return bool(get_accelerator().device_name() == "cpu")
+
+        def _init_optimizers(self) -> Any:
+            made, config = super()._init_optimizers()
+            (new,) = self._replaced([made], [] if config is None else [config.scheduler])
+            return new, config
+
+    classes = (SketchStrategy, SketchDDPStrategy, SketchFSDPStrategy, SketchDeepSpeedStrategy)
+    for cls in classes:
+        cls._namespace, cls.__module__, cls.__qualname__ = namespace, module, cls.__name__
+    return {cls.__name__: cls for cls in classes}
+
+
+def add_to_registry(namespace: str, classes: Mapping[str, Any]) -> None:
+    """Every name of the family in Lightning's registry. Calling it again does no harm.
+
+    Raises:
+        ValueError: Lightning has a strategy of its own under one of our names.
+    """
+    strategies = _private.find(namespace, "strategies", "StrategyRegistry")
+    for name, cls, options in _entries(classes):
+        if name in strategies:
+            if strategies[name]["strategy"] is not cls:
+                raise ValueError(f"{namespace} has a strategy {name!r} of its own")
+            continue
+        strategies.register(name, cls, description=f"{cls.__name__}({options})", **options)
+
+
+def _entries(classes: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    ddp, deepspeed = classes["SketchDDPStrategy"], classes["SketchDeepSpeedStrategy"]
+    for name in registry.names():
+        own: dict[str, Any] = {"optimizer": name}
+        yield name, classes["SketchStrategy"], own
+        yield f"fsdp_{name}", classes["SketchFSDPStrategy"], own
+        for suffix, method in _STARTS.items():
+            yield f"ddp{suffix}_{name}", ddp, {**own, "start_method": method}
+            yield (
+                f"ddp{suffix}_find_unused_parameters_true_{name}",
+                ddp,
+                {**own, "start_method": method, "find_unused_parameters": True},
+            )
+        yield f"deepspeed_{name}", deepspeed, own
+        for stage in (1, 2, 3):
+            yield f"deepspeed_{name}_stage_{stage}", deepspeed, {**own, "stage": stage}
+        for stage in (2, 3):
+            offload = {"offload_optimizer": True, **({"offload_parameters": True} if stage == 3 else {})}
+            yield f"deepspeed_{name}_stage_{stage}_offload", deepspeed, {**own, "stage": stage, **offload}
+
+
+def _check_comm(comm: Any) -> None:
+    from sketch_plugins.comm import COMPRESSORS
+
+    if comm not in COMPRESSORS:
+        raise ValueError(f"comm={comm!r} is not one of None, {', '.join(map(repr, COMPRESSORS))}")
+
+
+# -- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def shard(module: torch.nn.Module, mesh: Any, classes: tuple[type[torch.nn.Module], ...]) -> None:
+    """Shard what a LightningModule is made of: some modules within its children by themselves, then the children.
+
+    Raises:
+        ValueError: a parameter that belongs to no child, or to several.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    how = "override configure_model and shard it there (torch.distributed.fsdp.fully_shard)"
+    for name, _ in module.named_parameters(recurse=False):
+        raise ValueError(f"parameter {name!r} is the LightningModule's own, which is not called as a module: {how}")
+    owner: dict[int, str] = {}
+    for name, child in _called(module):
+        for label, p in child.named_parameters():
+            if owner.setdefault(id(p), name) != name:
+                raise ValueError(f"parameter {name}.{label} is that of {owner[id(p)]}, too: {how}")
+    for _, child in _called(module):
+        containers = (torch.nn.ModuleList, torch.nn.Sequential)
+        for inner in list(child.modules()):
+            entries = [inner] if isinstance(inner, classes) else []
+            if not classes and isinstance(inner, containers):
+                entries = list(inner)
+            for entry in entries:
+                if entry is not child and any(True for _ in entry.parameters()) and not _is_list(entry):
+                    fully_shard(entry, mesh=mesh)
+        if any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh)
+
+
+def _called(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The children; of lists, which are not called, their entries."""
+    for name, child in module.named_children():
+        if _is_list(child):
+            yield from ((f"{name}.{inner}", entry) for inner, entry in _called(child))
+        else:
+            yield name, child
+
+
+def _is_list(module: torch.nn.Module) -> bool:
+    return isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict))
+
+
+def _refuse_foreign(path: Any) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not (Path(path) / ".metadata").is_file():
+        return
+    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    if any(
+        name.startswith("optimizer_") and name.endswith((".exp_avg_sq", ".momentum_buffer", ".sum")) for name in names
+    ):
+        raise ValueError(
+            f"the checkpoint {path} holds the state of one of torch's optimizers, and that of a sharded run cannot be "
+            "converted: load the weights alone and start the optimizer anew"
+        )

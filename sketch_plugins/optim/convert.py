@@ -1,0 +1,308 @@
+"""State of torch's own optimizers as state of ours: a run that AdamW began goes on with less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.optim.base import SCALE_FLOOR, SketchOptimizer
+from sketch_plugins.optim.options import COMMON
+from sketch_plugins.optim.sketchy import Sketchy
+from sketch_plugins.sharding.blocks import matrix_shape
+from sketch_plugins.sharding.parts import PLACE, Part, is_dtensor, largest, leading, local_of, wrap
+from sketch_plugins.stores import Ema
+
+#: Keys of torch's parameter groups that say nothing about a schedule: ours have their own, or none.
+_TORCHS_OWN = {
+    "params", "param_names", "amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "dampening",
+    "nesterov", "lr_decay", "initial_accumulator_value", "decoupled_weight_decay", "weight_decay", "eps",
+}  # fmt: skip
+
+
+class _Kept(NamedTuple):
+    """An accumulator ``s <- decay * s + gain * x`` of the optimizer that wrote the state."""
+
+    values: Tensor
+    decay: float
+    gain: float
+
+    def under(self, ema: Ema, steps: float) -> Tensor:
+        """What it would be, had it been kept as ``ema`` says; exact where the decays are the same."""
+        if ema.decay == self.decay:
+            factor = ema.gain / self.gain
+        else:
+            factor = ema.gain * _weight(ema.decay, steps) / (self.gain * _weight(self.decay, steps))
+        return self.values if factor == 1.0 else self.values * factor
+
+
+class _Source(NamedTuple):
+    """What torch's optimizer kept of one parameter."""
+
+    step: float
+    first: _Kept | None
+    second: _Kept | None
+
+
+def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, keep: Collection[str] = ()) -> Any:
+    r"""The state dict of `torch.optim.AdamW`, `Adam`, `SGD` or `Adagrad` as one that ``optimizer`` can load.
+
+        optimizer.load_state_dict(convert_state(torch.load("optimizer.pt"), optimizer))
+
+    The dense moments are put into the stores (`Store.assign`), so the run goes on where it was, with the estimates that
+    the sketches have of them. Where a store is dense nothing is lost: ``CSAdam(preset="exact")`` continues AdamW,
+    ``CSAdagrad(preset="exact")`` Adagrad and ``CSMomentum(preset="exact")`` SGD.
+
+    With :math:`\hat m = m / (1 - \beta_1^t)` and :math:`\hat v = v / (1 - \beta_2^t)` of Adam's,
+
+    =========== ====================================================================================================
+    CSAdam      m and v; with other betas than Adam's, what averages with those would be if the gradients had been
+                alike
+    CSRMSprop   v
+    CSMomentum  :math:`m / (1 - \beta_1)`, which is the sum that SGD keeps
+    CSAdagrad   :math:`t \hat v`, which is the sum of squares
+    SM3         the same, or v if ``betas[1] < 1``; momentum: m over the root of it, elementwise
+    Sketchy     the graft's second moment as in the rows above; momentum: of what it averages, m itself or m over the
+                graft's denominator, clipped and scaled (``momentum_placement="after"``: it starts at 0). Covariances
+                were never gathered: they start empty, and until the first solve the steps are the graft's
+    =========== ====================================================================================================
+
+    From SGD there are no squares, so only `CSMomentum` can be made; from Adagrad no momentum, which starts at 0.
+
+    Values of the groups that a schedule moves come along: ``lr``, ``betas`` (for optimizers to which Adam's betas
+    mean the same) or ``momentum``, and the keys that schedulers keep there; weight decay, epsilon and all other options
+    are the optimizer's own.
+
+    Args:
+        state_dict: of torch's optimizer for the same parameters in the same groups; of DTensors, or of the flat
+            partitions of DeepSpeed's ZeRO, what that optimizer kept on this rank.
+        optimizer: of ours; it is not changed.
+        keep: ``"lr"``, ``"betas"``, ``"momentum"``: those that stay as they are in ``optimizer``.
+
+    Returns:
+        A state dict for ``optimizer.load_state_dict``.
+
+    Raises:
+        TypeError: ``optimizer`` is none of ours.
+        ValueError: groups or shapes differ; the state is of another kind of optimizer (what it holds is named), of
+            AMSGrad, or has numbers that are not finite; the optimizer needs squares of gradients and the state has
+            none.
+    """
+    if not isinstance(optimizer, SketchOptimizer):
+        raise TypeError(f"convert_state makes state of a sketched optimizer, not of {type(optimizer).__name__}")
+    for name in keep:
+        if name not in ("lr", "betas", "momentum"):
+            raise ValueError(f"keep={name!r} is not allowed: keep names 'lr', 'betas' or 'momentum'")
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"the state dict has no {key!r}; it has {', '.join(map(str, state_dict)) or 'nothing'}")
+    out = {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
+    given, kind = state_dict["param_groups"], type(optimizer).__name__
+    if len(given) != len(out["param_groups"]):
+        raise ValueError(f"the state dict has {len(given)} parameter groups, this {kind} {len(out['param_groups'])}")
+    for number, (group, own, saved) in enumerate(zip(optimizer.param_groups, out["param_groups"], given, strict=True)):
+        if saved.get("optimizer") is not None:
+            raise ValueError(f"the state dict was written by {saved['optimizer']}: load it as it is")
+        if len(saved["params"]) != len(own["params"]):
+            raise ValueError(
+                f"group {number} of the state dict has {len(saved['params'])} parameters, this {kind}'s "
+                f"{len(own['params'])}"
+            )
+        own.update(_scheduled(optimizer, group, saved, keep))
+        for index, (p, key, there) in enumerate(zip(group["params"], own["params"], saved["params"], strict=True)):
+            state = state_dict["state"].get(there)
+            if state:
+                made = _converted(optimizer, {**group, **own, "params": group["params"]}, index, p, state, saved)
+                if made:
+                    out["state"][key] = made
+    return out
+
+
+def is_foreign(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state dict was written by none of our optimizers."""
+    groups = state_dict.get("param_groups", ())
+    return bool(groups) and all(group.get("optimizer") is None for group in groups)
+
+
+def _scheduled(
+    optimizer: SketchOptimizer, group: Mapping[str, Any], saved: Mapping[str, Any], keep: Collection[str]
+) -> dict[str, Any]:
+    values = {
+        key: value
+        for key, value in saved.items()
+        if key not in _TORCHS_OWN and key not in ("betas", "momentum") and (key == "lr" or key not in COMMON)
+    }
+    if "betas" in saved and optimizer.ADAM_SETTINGS:
+        if "momentum" in group:
+            values["momentum"] = saved["betas"][0]
+        else:
+            values["betas"] = tuple(saved["betas"])
+    elif "momentum" in saved and "momentum" in group:
+        values["momentum"] = saved["momentum"]
+    if "lr" in keep:
+        values.pop("initial_lr", None)
+    return {key: value for key, value in values.items() if key not in keep}
+
+
+def _converted(
+    optimizer: SketchOptimizer,
+    group: dict[str, Any],
+    index: int,
+    p: Tensor,
+    state: Mapping[str, Any],
+    saved: Mapping[str, Any],
+) -> dict[str, Any]:
+    parts = optimizer._parts.of(index, p)
+    made: dict[str, Any] = {}
+    for part in parts:
+        if part.numel() == 0 and not is_dtensor(p):
+            continue  # which takes no steps
+        label = optimizer._label(group, part)
+        new = _part_state(optimizer, group, part, _source(part, state, saved, label), label)
+        if part.key is not None:
+            made[part.key] = new
+        elif is_dtensor(p) and leading(p):
+            made = {"step": new["step"], **wrap(p, new, optimizer._layout(largest(p), group, part))}
+        else:
+            made = new
+    return made
+
+
+def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], label: str) -> _Source:
+    found = {key for key, value in state.items() if value is not None} - {"step"}
+    if "max_exp_avg_sq" in found:
+        raise ValueError(f"the state of {label} is AMSGrad's, whose maxima no sketched optimizer keeps")
+    step = float(state["step"]) if state.get("step") is not None else 1.0
+    if found == {"exp_avg", "exp_avg_sq"}:
+        beta1, beta2 = map(float, saved["betas"])
+        return _Source(
+            step,
+            _Kept(_values(part, state, "exp_avg", label), beta1, 1.0 - beta1),
+            _Kept(_values(part, state, "exp_avg_sq", label), beta2, 1.0 - beta2),
+        )
+    if found <= {"momentum_buffer"} and "momentum_buffer" in state:
+        if not found:  # SGD without momentum
+            return _Source(step, None, None)
+        buffer = _values(part, state, "momentum_buffer", label)
+        return _Source(step, _Kept(buffer, float(saved["momentum"]), 1.0 - float(saved.get("dampening", 0.0))), None)
+    if found == {"sum"}:
+        return _Source(step, None, _Kept(_values(part, state, "sum", label), 1.0, 1.0))
+    raise ValueError(
+        f"the state of {label} holds {', '.join(sorted(map(str, found))) or 'nothing'}; allowed is what AdamW and Adam "
+        "(exp_avg, exp_avg_sq), SGD (momentum_buffer) or Adagrad (sum) keep"
+    )
+
+
+def _values(part: Part, state: Mapping[str, Any], name: str, label: str) -> Tensor:
+    """One tensor of torch's, of this part and in the arithmetic dtype."""
+    values = local_of(state[name])
+    if part.key is not None:
+        assert part.piece is not None
+        end = part.piece.offset + part.piece.numel
+        if values.ndim != 1 or values.numel() < end:
+            raise ValueError(f"{name} of {label} has shape {tuple(values.shape)}; expected a vector of {end} or more")
+        values = part.piece.of(values)
+    if values.shape != part.shape:
+        raise ValueError(f"{name} of {label} has shape {tuple(values.shape)}; expected {tuple(part.shape)}")
+    values = values.detach().to(part.device, torch.float64 if part.dtype == torch.float64 else torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name} of {label} has numbers that are not finite")
+    return values
+
+
+def _part_state(
+    optimizer: SketchOptimizer, group: Mapping[str, Any], part: Part, source: _Source, label: str
+) -> dict[str, Any]:
+    dtype = torch.float64 if part.dtype == torch.float64 else torch.float32
+    matrix = matrix_shape(part.shape)
+    stores = dict(zip(("first_moment", "second_moment"), optimizer._stores(part, group), strict=True))
+    state: dict[str, Any] = {"step": torch.tensor(source.step, dtype=torch.float32)}
+    for name, store in stores.items():
+        if store is not None:
+            state[name] = store.allocate(matrix, part.device, dtype)
+    for name, further in optimizer._beside(part, group).items():
+        state[name] = further.allocate(part.device, dtype)
+    if part.piece is not None:
+        state[PLACE] = part.piece.place
+    if part.numel() == 0:
+        return state
+    rule = optimizer._rule(group, source.step, False)
+    second = None
+    first_store, second_store = stores["first_moment"], stores["second_moment"]
+    if second_store is not None and rule.second is not None:
+        if source.second is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} needs the squares of gradients, and the state of {label} has none: only "
+                "CSMomentum can go on from SGD"
+            )
+        second = source.second.under(rule.second, source.step)
+        second_store.assign(state["second_moment"], second)
+    if first_store is not None and source.first is not None:
+        first = _first(optimizer, group, part, source, second)
+        if first is not None:
+            first_store.assign(state["first_moment"], first)
+    if "rms" in state:  # lagged_rms
+        state["rms"]["last"].copy_(_measured(optimizer, group, part, source, second))
+    return state
+
+
+def _first(
+    optimizer: SketchOptimizer, group: Mapping[str, Any], part: Part, source: _Source, second: Tensor | None
+) -> Tensor | None:
+    """What the first moment is to hold; None: it starts at 0."""
+    assert source.first is not None
+    rule = optimizer._rule(group, source.step, False)
+    if not isinstance(optimizer, Sketchy):
+        assert rule.first is not None
+        m = source.first.under(rule.first, source.step)
+        return _over_root(optimizer, group, m, second, source.step) if rule.precondition_first else m
+    preconditioned = optimizer.preconditioner_of(part, group) is not None
+    if preconditioned and group["momentum_placement"] == "after":
+        return None
+    beta1 = group["betas"][0]
+    m = source.first.under(Ema(beta1, 1.0 - beta1), source.step)
+    if group["graft"] == "none" or (preconditioned and group["input"] == "gradient"):
+        return m
+    update = _over_root(optimizer, group, m, second, source.step)
+    if group["update_clip"]:
+        update = update / (update.square().mean().sqrt() / group["update_clip"]).clamp_(min=1.0)
+    if preconditioned and group["scale_parameter"]:  # of other tensors it is a part of the step
+        size = part.data.detach().to(update.dtype).square().mean().sqrt()
+        update = update * size.clamp_(min=SCALE_FLOOR)
+    return update
+
+
+def _measured(
+    optimizer: SketchOptimizer, group: Mapping[str, Any], part: Part, source: _Source, second: Tensor | None
+) -> Tensor:
+    """RMS of the last update and of the parameter, for ``lagged_rms``.
+
+    Of a gradient itself nothing is known but its mean square, whose root stands for it.
+    """
+    rule = optimizer._rule(group, source.step, False)
+    p = part.data.detach()
+    if source.first is not None and rule.first is not None and not rule.precondition_first:
+        numerator = source.first.under(rule.first, source.step)
+    elif source.second is not None:
+        numerator = source.second.under(Ema(1.0, 1.0 / source.step), source.step).sqrt()
+    else:
+        numerator = torch.zeros_like(p)
+    update = _over_root(optimizer, group, numerator, second, source.step) * rule.correction
+    return torch.stack([x.to(update.dtype).square().mean().sqrt() for x in (update, p)])
+
+
+def _over_root(
+    optimizer: SketchOptimizer, group: Mapping[str, Any], m: Tensor, second: Tensor | None, step: float
+) -> Tensor:
+    rule = optimizer._rule(group, step, False)
+    if second is None or rule.denominator is None:
+        return m
+    root = rule.denominator.of((second + rule.floor).sqrt_())
+    return torch.where(m == 0, torch.zeros_like(m), m / root)  # 0 / 0 is no step
+
+
+def _weight(decay: float, steps: float) -> float:
+    """Sum of the weights of ``steps`` inputs."""
+    return steps if decay == 1.0 else (1.0 - decay**steps) / (1.0 - decay)
