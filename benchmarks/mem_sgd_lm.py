@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The language model of the demo on two processes: gradients averaged whole, and sparsified with memory.
 
-The model, text and schedule are those of ``examples/demo_lm.py``, the batch is divided among the processes, which run
-on this machine. Bytes are counted at the process group (`_wire.CountingGroup`): whatever anybody hands to a collective.
+The model, text and schedule are those of ``examples/demo_lm.py`` (but gradients are not clipped, unless ``--clip`` is
+given), the batch is divided among the processes, which run on this machine. Bytes are counted at the process group
+(`_wire.CountingGroup`): whatever anybody hands to a collective.
 
     python benchmarks/mem_sgd_lm.py                          # minutes for each run
     python benchmarks/mem_sgd_lm.py --runs cs_adam@1e-3,cs_adam+topk:density=0.01@1e-3 --steps 100
@@ -95,6 +96,8 @@ def work(rank: int, args: argparse.Namespace, run: str, folder: Path, port: int,
         at = (at + args.batch_size) % (len(order) - args.batch_size)
         ids = rows[batch].long()
         ddp(input_ids=ids, labels=ids).loss.backward()
+        if args.clip:
+            torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -135,6 +138,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("demo_out/comm"))
     parser.add_argument("--out", type=Path, default=RESULTS / "mem_sgd_lm.csv")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clip", type=float, default=0.0, help="bound of the gradient's norm; Trainer's is 1")
     for name, value in demo_lm.DEFAULTS.items():
         if name != "lr":
             parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
