@@ -39,7 +39,7 @@ from sketch_plugins.comm import attach
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
     "run", "optimizer", "lr", "compressor", "density", "processes", "steps", "eval_loss", "over_dense", "wire_mb",
-    "dense_mb", "wire_over_dense", "wire_over_dense_steady", "memory_norm", "step_ms", "seed", "hardware", "torch",
+    "dense_mb", "wire_over_dense", "wire_over_dense_steady", "memory_norm", "step_ms", "clip", "seed", "hardware", "torch",
 )  # fmt: skip
 LEAN = "cs_adam:preset=lean"
 DEFAULT = f"{LEAN}@3e-2,{LEAN}+block_topk:density=0.01@3e-2,cs_adam@1e-3,cs_adam+block_topk:density=0.01@1e-3"
@@ -124,7 +124,7 @@ def work(rank: int, args: argparse.Namespace, run: str, folder: Path, port: int,
             "wire_over_dense": round(marks[-1] / (dense * steps), 5),
             "wire_over_dense_steady": round((marks[-1] - marks[steps // 2 - 1]) / (dense * (steps - steps // 2)), 5),
             "memory_norm": round(state.memory_norm(), 3) if state else "",
-            "step_ms": round(1e3 * sorted(seconds)[steps // 2], 1), "seed": args.seed,
+            "step_ms": round(1e3 * sorted(seconds)[steps // 2], 1), "clip": args.clip, "seed": args.seed,
             "hardware": hardware(torch.device("cpu")), "torch": torch.__version__,
         })  # fmt: skip
     dist.destroy_process_group()

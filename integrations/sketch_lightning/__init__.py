@@ -23,7 +23,13 @@ from typing import Any
 from sketch_lightning import _private
 from sketch_plugins.import_hooks import is_initializing, when_imported
 
-_STRATEGIES = ("SketchStrategy", "SketchDDPStrategy", "SketchFSDPStrategy", "SketchDeepSpeedStrategy")
+_STRATEGIES = (
+    "SketchStrategy",
+    "SketchDDPStrategy",
+    "MemSGDStrategy",
+    "SketchFSDPStrategy",
+    "SketchDeepSpeedStrategy",
+)
 _CALLBACKS = ("OptimizerStateMonitor", "SketchCleaning", "ReclaimBatchSize")
 #: Namespace of Lightning -> module with its classes.
 _MODULES = {"lightning.pytorch": "lightning_pytorch", "pytorch_lightning": "pytorch_lightning"}

@@ -10,6 +10,7 @@ _made = strategies.build("pytorch_lightning", __name__)
 
 SketchStrategy = _made["SketchStrategy"]
 SketchDDPStrategy = _made["SketchDDPStrategy"]
+MemSGDStrategy = _made["MemSGDStrategy"]
 SketchFSDPStrategy = _made["SketchFSDPStrategy"]
 SketchDeepSpeedStrategy = _made["SketchDeepSpeedStrategy"]
 

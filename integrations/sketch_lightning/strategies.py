@@ -102,6 +102,58 @@ class Replacing:
         _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")(message)
 
 
+# Key of a checkpoint under which all ranks' error memories lie.
+MEMORIES = "sketch_lightning_comm"
+
+
+class Compressing:
+    """DDP whose gradients are compressed by ``sketch_plugins.comm``; error memories are in the checkpoints.
+
+    Attributes:
+        comm_state: the hook's state, from the start of `fit` on; None: gradients are averaged as they are.
+    """
+
+    model: Any
+    precision_plugin: Any
+    comm_state: Any = None
+    _comm: str | None
+    _comm_kwargs: dict[str, Any]
+
+    def _set_comm(self, comm: str | None, comm_kwargs: Mapping[str, Any] | None, hook: Any) -> None:
+        if comm is None and comm_kwargs:
+            raise ValueError(f"comm_kwargs={dict(comm_kwargs)!r} without comm: allowed with comm='topk'")
+        if comm is not None and hook is not None:
+            raise ValueError(f"comm={comm!r} and ddp_comm_hook are two hooks: DDP takes one")
+        if comm is not None:
+            _check_comm(comm)  # now: later the processes would have been started
+        self._comm, self._comm_kwargs = comm, dict(comm_kwargs or {})
+
+    def _register_ddp_hooks(self) -> None:
+        if self._comm is None:
+            super()._register_ddp_hooks()  # type: ignore[misc]
+        else:  # Lightning's would do nothing on a CPU
+            from sketch_plugins.comm import attach
+
+            scaler = {"scaler": self.precision_plugin.scaler} if hasattr(self.precision_plugin, "scaler") else {}
+            self.comm_state = attach(self.model, **{"compressor": self._comm, **scaler, **self._comm_kwargs})
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, on every rank; the one that writes has the memories of all."""
+        if self.comm_state is not None and "optimizer_states" in checkpoint:  # not of the weights alone
+            checkpoint[MEMORIES] = self.comm_state.gather()
+        super().save_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """As Lightning's, and the error memories.
+
+        Raises:
+            ValueError: they were kept with other options, or by another number of ranks than wrote all of them.
+        """
+        super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
+        if self.comm_state is not None and checkpoint.get(MEMORIES):
+            self.comm_state.load_gathered(checkpoint[MEMORIES])
+
+
 def build(namespace: str, module: str) -> dict[str, Any]:
     """The strategies on top of Lightning's own classes in ``namespace``.
 
@@ -163,7 +215,7 @@ def build(namespace: str, module: str) -> dict[str, Any]:
                 # The name of a strategy says nothing about the device, and Lightning would take the CPU.
                 self._root_device = torch.device(devices[0])
 
-    class SketchDDPStrategy(Replacing, strategies.DDPStrategy):  # type: ignore[misc, name-defined]
+    class SketchDDPStrategy(Replacing, Compressing, strategies.DDPStrategy):  # type: ignore[misc, name-defined]
         """DDP with a sketched optimizer: its state is the same on every rank, as AdamW's is.
 
         Args:
@@ -189,24 +241,26 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             comm_kwargs: Mapping[str, Any] | None = None,
             **kwargs: Any,
         ) -> None:
-            if comm is None and comm_kwargs:
-                raise ValueError(f"comm_kwargs={dict(comm_kwargs)!r} without comm: allowed with comm='topk'")
-            if comm is not None and kwargs.get("ddp_comm_hook") is not None:
-                raise ValueError(f"comm={comm!r} and ddp_comm_hook are two hooks: DDP takes one")
-            if comm is not None:
-                _check_comm(comm)  # now: later the processes would have been started
-            self._comm, self._comm_kwargs = comm, dict(comm_kwargs or {})
+            self._set_comm(comm, comm_kwargs, kwargs.get("ddp_comm_hook"))
             super().__init__(optimizer, optimizer_kwargs, warm_start, **kwargs)
 
-        def _register_ddp_hooks(self) -> None:
-            if self._comm is None:
-                super()._register_ddp_hooks()
-            else:  # Lightning's would do nothing on a CPU
-                from sketch_plugins.comm import attach
+    class MemSGDStrategy(Compressing, strategies.DDPStrategy):  # type: ignore[misc, name-defined]
+        """DDP with compressed gradients and error memory; the module's optimizer is left alone.
 
-                scaler = {"scaler": self.precision_plugin.scaler} if hasattr(self.precision_plugin, "scaler") else {}
-                options = {"compressor": self._comm, **scaler, **self._comm_kwargs}
-                self.comm_state = attach(self.model, **options)
+        Args:
+            comm: a compressor of ``sketch_plugins.comm``.
+            comm_kwargs: options of the compression, e.g. ``{"density": 0.01}``.
+            kwargs: of Lightning's ``DDPStrategy``.
+
+        Raises:
+            ValueError: an unknown ``comm``; a ``ddp_comm_hook`` beside it.
+        """
+
+        def __init__(
+            self, comm: str = "block_topk", comm_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            self._set_comm(comm, comm_kwargs, kwargs.get("ddp_comm_hook"))
+            super().__init__(**kwargs)
 
     class SketchFSDPStrategy(Replacing, strategies.ModelParallelStrategy):  # type: ignore[misc, name-defined]
         """FSDP2 (``torch.distributed.fsdp.fully_shard``) with a sketched optimizer: each rank sketches its own rows.
@@ -347,7 +401,7 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             (new,) = self._replaced([made], [] if config is None else [config.scheduler])
             return new, config
 
-    classes = (SketchStrategy, SketchDDPStrategy, SketchFSDPStrategy, SketchDeepSpeedStrategy)
+    classes = (SketchStrategy, SketchDDPStrategy, MemSGDStrategy, SketchFSDPStrategy, SketchDeepSpeedStrategy)
     for cls in classes:
         cls._namespace, cls.__module__, cls.__qualname__ = namespace, module, cls.__name__
     return {cls.__name__: cls for cls in classes}
@@ -370,6 +424,8 @@ def add_to_registry(namespace: str, classes: Mapping[str, Any]) -> None:
 
 def _entries(classes: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     ddp, deepspeed = classes["SketchDDPStrategy"], classes["SketchDeepSpeedStrategy"]
+    for suffix, method in _STARTS.items():
+        yield f"ddp{suffix}_memsgd", classes["MemSGDStrategy"], {"start_method": method}
     for name in registry.names():
         own: dict[str, Any] = {"optimizer": name}
         yield name, classes["SketchStrategy"], own

@@ -14,6 +14,7 @@ from torch.optim import AdamW  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from sketch_lightning.lightning_pytorch import (  # noqa: E402
+    MemSGDStrategy,
     OptimizerStateMonitor,
     ReclaimBatchSize,
     SketchCleaning,
@@ -258,6 +259,20 @@ def compressed():
     same_everywhere(module)
     state = made.strategy.comm_state
     assert state.iteration == 12 and state.wire_bytes < state.dense_bytes
+    # By name, the module's own optimizer left alone; and resumed, error memories and all.
+    whole = Module()
+    made = train(whole, MemSGDStrategy(**options), folder="memsgd-whole")
+    assert type(made.optimizers[0]) is AdamW
+    by_name = train(Module(), "ddp_memsgd", epochs=1)
+    assert type(by_name.strategy) is MemSGDStrategy and type(by_name.optimizers[0]) is AdamW
+    train(Module(), MemSGDStrategy(**options), epochs=1, folder="memsgd-parts")
+    resumed = Module(seed=5)
+    again = train(resumed, MemSGDStrategy(**options), ckpt_path="last", folder="memsgd-parts")
+    same_everywhere(resumed)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    memories = [made.strategy.comm_state.state_dict()["memory"], again.strategy.comm_state.state_dict()["memory"]]
+    assert memories[0].keys() == memories[1].keys() and memories[0]
+    assert all(torch.equal(memories[0][n][k], memories[1][n][k]) for n in memories[0] for k in memories[0][n])
 
 
 if __name__ == "__main__":
