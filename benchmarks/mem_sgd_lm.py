@@ -39,7 +39,8 @@ from sketch_plugins.comm import attach
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
     "run", "optimizer", "lr", "compressor", "density", "processes", "steps", "eval_loss", "over_dense", "wire_mb",
-    "dense_mb", "wire_over_dense", "wire_over_dense_steady", "memory_norm", "step_ms", "clip", "seed", "hardware", "torch",
+    "dense_mb", "wire_over_dense", "wire_over_dense_steady", "memory_norm", "step_ms", "clip", "seed", "hardware",
+    "torch",
 )  # fmt: skip
 LEAN = "cs_adam:preset=lean"
 DEFAULT = f"{LEAN}@3e-2,{LEAN}+block_topk:density=0.01@3e-2,cs_adam@1e-3,cs_adam+block_topk:density=0.01@1e-3"
