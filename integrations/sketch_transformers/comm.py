@@ -91,6 +91,8 @@ class MemSGDCallback(TrainerCallback):
             else:  # train() a second time wraps the model anew
                 self.state.process_group = model.process_group
                 self.state.bind(model.module.named_parameters())
+                if self.trainer.model_init is not None and state.global_step == 0:  # other weights: nothing is owed
+                    self.state.memory, self.state.iteration = {}, 0
                 model.register_comm_hook(self.state, memsgd_hook)
             self._wrapped = model
         assert self.state is not None

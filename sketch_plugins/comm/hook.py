@@ -51,16 +51,19 @@ def memsgd_hook(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
     * the order of sums: that of the ranks, on every rank. Replicas stay equal bit by bit.
 
     Raises:
-        ValueError: a bucket has a parameter that the state does not know.
+        ValueError: a bucket has a parameter that the state does not know; in the first iteration, and in the first
+            after a state was loaded: ranks are at different iterations, or have other options.
     """
     if bucket.index() == 0:
+        state.agree(bucket.buffer().device)
         state.begin()
     if bucket.buffer().is_sparse:
         future = _average(state, bucket.buffer())
     elif state.density == 1.0:
         buffer, parts = _open(state, bucket)
         for part in parts:
-            part.grad.copy_(_with_memory(state, part))
+            peak = torch.linalg.vector_norm(part.grad, math.inf) if part.size else part.grad.new_zeros(())
+            part.grad.copy_(_with_memory(state, part, peak))
         future = _average(state, buffer)
     elif state.compressor.shared:
         future = _reduce(state, bucket)
@@ -104,11 +107,12 @@ def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tenso
     density, compressor = state.density, state.compressor
     for part, peak in zip(parts, peaks, strict=True):
         if part.whole:
-            values.append(_with_memory(state, part))
+            values.append(_with_memory(state, part, peak))
             continue
         slot, gain = state.slot(part.p), 1.0 / state.scale
         if state.clip:
-            norm = torch.linalg.vector_norm(part.grad, dtype=slot["error"].dtype) * gain
+            dtype = torch.float64 if part.grad.dtype == torch.float64 else torch.float32
+            norm = torch.linalg.vector_norm(part.grad, dtype=dtype) * gain
             gain = gain * (state.clip / math.sqrt(state.world_size) / norm).clamp(max=1.0)
         payload = compressor.take(
             slot["error"], part.grad, gain, density,
@@ -130,13 +134,14 @@ def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tenso
     return torch.cat([flag, *values]), index, positions
 
 
-def _with_memory(state: MemSGDState, part: _Part) -> Tensor:
-    """The whole gradient, and what is left of a time when it was sent in parts."""
+def _with_memory(state: MemSGDState, part: _Part, peak: Tensor) -> Tensor:
+    """The whole gradient, and what is left of a time when it was sent in parts. Without a gradient that waits."""
     slot = state.kept(part.p)
     if slot is None:
         return part.grad
-    whole = (part.grad + slot["error"] * state.scale).to(part.grad.dtype)
-    slot["error"].zero_()
+    used = peak > 0
+    whole = (part.grad + torch.where(used, slot["error"] * state.scale, 0.0)).to(part.grad.dtype)
+    slot["error"].masked_fill_(used, 0.0)
     return whole
 
 
@@ -198,6 +203,8 @@ def _reduce(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
             if part.whole:
                 out[part.begin : part.begin + part.size] = total[at : at + count]
             else:
+                if out.is_cuda:  # made on another stream, which could use their memory again
+                    positions[i].record_stream(torch.cuda.current_stream())
                 out[positions[i]] = total[at : at + count].to(out.dtype)
                 i += 1
             at += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -120,6 +121,7 @@ class MemSGDState:
         self.wire_bytes = self.dense_bytes = 0
         self.last_wire_bytes = self.last_dense_bytes = 0
         self._wire = self._dense = 0  # of the iteration that is going on
+        self._agreed = False
         self.scale: Tensor | float = 1.0
         self.bind(params)
 
@@ -127,7 +129,8 @@ class MemSGDState:
         """Say (again) which parameter has which name: after unpickling, or when a framework has replaced parameters.
 
         Raises:
-            ValueError: something else than (name, parameter) pairs; a name or a parameter that appears twice.
+            ValueError: something else than (name, parameter) pairs; a name or a parameter that appears twice; a
+                complex parameter.
         """
         self._names: dict[int, tuple[int, str]] = {}
         self._bound: list[Tensor] = []  # kept alive, or another tensor could get the id of one of them
@@ -139,10 +142,39 @@ class MemSGDState:
             name, p = pair
             if id(p) in self._names or any(name == other for _, other in self._names.values()):
                 raise ValueError(f"parameter {name!r} is there twice")
+            if p.is_complex():
+                raise ValueError(f"parameter {name!r} is complex ({p.dtype}); gradients that are sent are real")
             self._names[id(p)] = number, name
             self._bound.append(p)
         if not self._bound:
             raise ValueError("params is empty: pass model.named_parameters()")
+
+    def agree(self, device: torch.device) -> None:
+        """See to it that all ranks are at the same iteration with the same options; asked once, and after each load.
+
+        Density, collective and random choices follow from them: ranks would wait for each other, or drift apart.
+
+        Raises:
+            ValueError: on every rank; names what each of them has.
+        """
+        if self._agreed or self.world_size == 1:
+            return
+        schedule = self.schedule
+        options = (type(self.compressor).__name__, schedule, self.start, self.min_size, self.seed, self.momentum > 0)
+        digest = int.from_bytes(hashlib.sha256(repr(options).encode()).digest()[:7], "big")
+        mine = torch.tensor([self.iteration, digest], dtype=torch.int64, device=device)
+        all_ = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(all_, mine, group=self.process_group)
+        iterations, digests = torch.stack(all_).T.tolist()
+        if len(set(iterations)) > 1:
+            raise ValueError(
+                f"the ranks are at iterations {', '.join(map(str, iterations))} of the gradient compression: their "
+                "memories were saved at different times, or not all of them were loaded. Load those of one checkpoint "
+                "on every rank, or none"
+            )
+        if len(set(digests)) > 1:
+            raise ValueError("the ranks were given different options of the gradient compression: they have to agree")
+        self._agreed = True
 
     @property
     def world_size(self) -> int:
@@ -293,6 +325,7 @@ class MemSGDState:
                 memory[name]["momentum"] = torch.zeros_like(memory[name]["error"])
         self.memory = memory
         self.iteration = int(state["iteration"])
+        self._agreed = False
 
     def save(self, folder: str | Path) -> None:
         """Write this rank's file ``memsgd-RANK-of-WORLD.pt`` in ``folder``: to be called on every rank."""
@@ -359,7 +392,7 @@ class MemSGDState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The default group; `bind` has to be called before the next iteration."""
-        self.__dict__.update(state, process_group=None, scaler=None, _names={}, _bound=[])
+        self.__dict__.update(state, process_group=None, scaler=None, _names={}, _bound=[], _agreed=False)
 
 
 def redistribute(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
