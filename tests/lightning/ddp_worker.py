@@ -41,6 +41,12 @@ class Module(lightning.LightningModule):
         self.log("loss", loss, on_epoch=True, sync_dist=True)
         return loss
 
+    def test_step(self, batch, batch_idx):
+        self.log("test", self.net(batch[0]).square().mean(), sync_dist=True)
+
+    def test_dataloader(self):
+        return self.train_dataloader()
+
     def on_train_batch_end(self, *_):
         self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -228,9 +234,24 @@ def fsdp():
     train(resumed, SketchFSDPStrategy(optimizer_kwargs=SMALL), ckpt_path=FOLDER / "sharded" / "last.ckpt")
     assert equal(resumed, one) and len(resumed.rates) == 6
 
-    train(Sharding(), ModelParallelStrategy(2, 1), epochs=1, folder="foreign")
+    theirs = Sharding()
+    train(theirs, ModelParallelStrategy(2, 1), epochs=1, folder="foreign")
     path = FOLDER / "foreign" / "last.ckpt"
-    refused("that of a sharded run cannot be", lambda: train(Module(), "fsdp_cs_adam", ckpt_path=path))
+    refused("for a sharded run it cannot be", lambda: train(Module(), "fsdp_cs_adam", ckpt_path=path))
+    tested = Module(seed=7)  # which takes the weights alone
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    lightning.Trainer(devices=2, strategy="fsdp_cs_adam", **quiet).test(tested, verbose=False, ckpt_path=path)
+    assert equal(tested, theirs)
+
+    one_file = {"save_distributed_checkpoint": False}
+    train(Sharding(), ModelParallelStrategy(2, 1, **one_file), epochs=1, folder="foreign-file")
+    path = FOLDER / "foreign-file" / "last.ckpt"
+    assert path.is_file()
+    refused("for a sharded run it cannot be", lambda: train(Module(), "fsdp_cs_adam", ckpt_path=path))
+    train(Module(), SketchFSDPStrategy(optimizer_kwargs=SMALL, **one_file), epochs=1, folder="file")
+    resumed = Module(seed=7)
+    train(resumed, SketchFSDPStrategy(optimizer_kwargs=SMALL), ckpt_path=FOLDER / "file" / "last.ckpt")
+    assert equal(resumed, one)
 
     bare = Module()
     bare.scale = torch.nn.Parameter(torch.ones(()))
