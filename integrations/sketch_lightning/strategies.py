@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sketch_lightning import _private
-from sketch_lightning.replace import check_options, counterpart, describe, follow, retire, rewire, restored_momentum
+from sketch_lightning.replace import check_options, counterpart, describe, follow, restored_momentum, retire, rewire
 from sketch_plugins import registry
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
