@@ -44,6 +44,7 @@ CALLBACKS = (
     ("utilities.parsing", "lightning_getattr"),
     ("utilities.parsing", "lightning_hasattr"),
     ("utilities.parsing", "lightning_setattr"),
+    ("utilities.rank_zero", "rank_zero_warn"),
     ("utilities.seed", "isolate_rng"),
 )
 
@@ -118,6 +119,12 @@ def loader_of(trainer: Any) -> Any:
 def give_loader(trainer: Any, loader: Any) -> None:
     """As if ``fit`` had been given this one."""
     trainer.fit_loop._data_source.instance = loader
+
+
+def made_loaders(trainer: Any) -> Any:
+    """Training loaders that module or datamodule make, before anything has looked into them if that is still so."""
+    loop = trainer.fit_loop
+    return loop._data_source.dataloader() if loop._combined_loader is None else loop._combined_loader
 
 
 def has_loader(trainer: Any) -> bool:

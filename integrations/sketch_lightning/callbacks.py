@@ -14,6 +14,7 @@ from sketch_lightning.reclaim import Reclaiming
 from sketch_plugins import scratch, state_report
 from sketch_plugins.memory.probe import SecondMomentProbe
 from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.sharding.parts import is_dtensor
 from sketch_plugins.stores import Store
 
 
@@ -83,11 +84,16 @@ class OptimizerStateMonitor:
             info(str(state_report(optimizer)))
         if self.sampled:
             self._remove()
-            for number, _, optimizer in _named(trainer):
+            for number, prefix, optimizer in _named(trainer):
                 if isinstance(optimizer, SketchOptimizer):
                     probe = SecondMomentProbe(optimizer, rows=self.rows, params=self.params, seed=self.seed)
                     if number in self._restored:
                         probe.load_state_dict(self._restored.pop(number))
+                    if any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"]):
+                        _private.find(self._namespace, "utilities.rank_zero", "rank_zero_warn")(
+                            f"OptimizerStateMonitor(sampled=True): {prefix}/second_moment_relative_error is not of "
+                            "parameters that are spread over ranks (FSDP2); where all are, none is logged"
+                        )
                     self._probes[number] = probe
                     self._handles.append(before_update(optimizer, probe.update))
 
@@ -178,6 +184,11 @@ class SketchCleaning:
         self.cleanings = 0
         self._epoch = -1
         self._handles: list[Any] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Another fit has cleaned in no epoch; a checkpoint is loaded after this."""
+        if stage == "fit":
+            self._epoch = -1
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the optimizers, and stand by before their updates."""

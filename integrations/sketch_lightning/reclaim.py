@@ -71,6 +71,11 @@ class Reclaiming:
         self.batch_size: int | None = None
         self.accumulate_grad_batches: int | None = None
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Another fit is another search; a checkpoint is loaded after this."""
+        if stage == "fit":
+            self.batch_size = self.accumulate_grad_batches = None
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Search, or take what a checkpoint brought."""
         info = self._find("utilities.rank_zero", "rank_zero_info")
@@ -78,18 +83,12 @@ class Reclaiming:
             info("ReclaimBatchSize: nothing is searched in a fast_dev_run")
             return
         self._check(trainer, pl_module)
-        had_loader = _private.has_loader(trainer)
-        given = _private.loader_of(trainer)
-        if self.batch_size is None:
+        had_loader, length = _private.has_loader(trainer), trainer.num_training_batches
+        given, searched = _private.loader_of(trainer), self.batch_size is None
+        if searched:
             start = self.init_val or self._present(pl_module, given)
             with self._find("utilities.seed", "isolate_rng")():
                 self._search(trainer, pl_module, given, start, info)
-            if had_loader and not self.keep_effective:
-                info(
-                    "ReclaimBatchSize: the training loader had been asked for its length before (by a schedule?), "
-                    "which "
-                    "is another one now"
-                )
         assert self.batch_size is not None
         self._set(trainer, pl_module, given, self.batch_size)
         if self.keep_effective:
@@ -97,6 +96,13 @@ class Reclaiming:
         if had_loader:
             with self._find("utilities.seed", "isolate_rng")():
                 _private.set_up_loader(trainer, again=True)
+            if searched and not self.keep_effective and trainer.num_training_batches != length:
+                self._find("utilities.rank_zero", "rank_zero_warn")(
+                    f"ReclaimBatchSize: an epoch had {length} batches when configure_optimizers asked for that (a "
+                    f"schedule built from trainer.estimated_stepping_batches?), and has {trainer.num_training_batches} "
+                    "now: such a schedule has the old length. Build it for the batch size that was found, or use "
+                    "keep_effective=True"
+                )
         else:
             _private.set_up_loader(trainer, again=False)
 
@@ -112,10 +118,33 @@ class Reclaiming:
     # -- the search --------------------------------------------------------------------------------------------------
 
     def _search(self, trainer: Any, module: Any, given: Any, start: int, info: Callable[[str], None]) -> None:
+        before = Snapshot(trainer, module, given)
+        present = self._present(module, given) if given is None or self.keep_effective else None
+        try:
+            self._try_sizes(trainer, module, given, start, present, before, info)
+        except BaseException:  # whatever it is: nothing of a trial is left
+            before.restore()
+            if present is None or given is not None:
+                _private.give_loader(trainer, given)
+            else:
+                self._set(trainer, module, given, present)
+            _private.set_up_loader(trainer, again=False)
+            raise
+
+    def _try_sizes(
+        self,
+        trainer: Any,
+        module: Any,
+        given: Any,
+        start: int,
+        present: int | None,
+        before: Snapshot,
+        info: Callable[[str], None],
+    ) -> None:
         device = trainer.strategy.root_device
         meter = self.meter or meter_for(device)
         budget = None if self.budget is None else parse_budget(self.budget, total_memory(device))
-        before, peaks = Snapshot(trainer, module, given), {}
+        peaks: dict[int, int] = {}
         limit = self.max_val
         self._set(trainer, module, given, start)
         _private.set_up_loader(trainer, again=True)
@@ -123,7 +152,7 @@ class Reclaiming:
         if length is not None:  # a larger batch would not be larger
             limit = max(1, min(limit, length // trainer.world_size))
         accumulate = trainer.accumulate_grad_batches
-        effective = self._present(module, given) * accumulate
+        effective = (present or 0) * accumulate
         if self.keep_effective:
             limit = min(limit, effective)
 
@@ -265,12 +294,18 @@ class Snapshot:
         self.schedulers = [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
         self.precision = copy.deepcopy(trainer.precision_plugin.state_dict())
         self.progress = copy.deepcopy(trainer.fit_loop.state_dict())
-        self.generators = [
-            (generator, generator.get_state())
-            for loader in (leaves(given) if given is not None else [])
-            for generator in (loader.generator, getattr(loader.sampler, "generator", None))
-            if generator is not None
-        ]
+        self.generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
+        for holder in (
+            module,
+            getattr(trainer, "datamodule", None),
+        ):  # their loaders may draw from these
+            self.keep(generators_of(list(getattr(holder, "__dict__", {}).values())))
+        self.keep(generators_of(_private.made_loaders(trainer) if given is None else given))
+
+    def keep(self, generators: list[torch.Generator]) -> None:
+        """Put these back, too, into the states in which they are now; not those that are known already."""
+        for generator in generators:
+            self.generators.setdefault(id(generator), (generator, generator.get_state()))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -284,7 +319,7 @@ class Snapshot:
             config.scheduler.load_state_dict(copy.deepcopy(state))
         if self.precision:
             self.trainer.precision_plugin.load_state_dict(copy.deepcopy(self.precision))
-        for generator, state in self.generators:
+        for generator, state in self.generators.values():
             generator.set_state(state)
         for module in self.module.modules():
             if type(module).__module__.startswith("torchmetrics") and hasattr(module, "reset"):
@@ -403,6 +438,20 @@ def leaves(loaders: Any) -> list[Any]:
     if isinstance(loaders, (list, tuple)):
         return [leaf for one in loaders for leaf in leaves(one)]
     return [loaders] if isinstance(loaders, DataLoader) else []
+
+
+def generators_of(values: Any) -> list[torch.Generator]:
+    """Those in a collection, and of the loaders in it."""
+    if isinstance(values, torch.Generator):
+        return [values]
+    if isinstance(values, dict):
+        return generators_of(list(values.values()))
+    if isinstance(values, (list, tuple)):
+        return [found for one in values for found in generators_of(one)]
+    samplers = [(loader, loader.sampler, getattr(loader, "batch_sampler", None)) for loader in leaves(values)]
+    sources = [source for one in samplers for source in (*one, getattr(one[2], "sampler", None))]
+    found = [getattr(source, "generator", None) for source in sources]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def with_batch_size(loaders: Any, size: int) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
@@ -150,7 +151,7 @@ def rewire(schedulers: Iterable[Any], replaced: Mapping[int, tuple[Any, SketchOp
     scheduled: dict[int, SketchOptimizer] = {}
 
     def visit(scheduler: Any) -> None:
-        if id(scheduler) in seen:
+        if id(scheduler) in seen or not hasattr(scheduler, "__dict__"):
             return
         seen.add(id(scheduler))
         for key, value in list(vars(scheduler).items()):
@@ -170,6 +171,74 @@ def rewire(schedulers: Iterable[Any], replaced: Mapping[int, tuple[Any, SketchOp
         # Any scheduler marks the optimizer's `step`, by which others tell whether it was called before theirs. This one
         # multiplies by 1.
         ConstantLR(new, factor=1.0, total_iters=1)
+
+
+def follow(module: Any, replaced: Mapping[int, tuple[Any, SketchOptimizer]]) -> list[Any]:
+    """Put the new optimizers into a module's attributes, and into the lists, tuples and dicts there.
+
+    Args:
+        module: whose.
+        replaced: see `rewire`.
+
+    Returns:
+        The schedulers that were found in the same places; they still drive the old optimizers.
+    """
+    schedulers: list[Any] = []
+    seen: set[int] = set()
+
+    def new(value: Any) -> Any:
+        if id(value) in replaced:
+            return replaced[id(value)][1]
+        if isinstance(value, (LRScheduler, ReduceLROnPlateau)) or (
+            id(getattr(value, "__dict__", {}).get("optimizer")) in replaced  # a scheduler that is not torch's
+        ):
+            schedulers.append(value)
+        elif isinstance(value, tuple):
+            inner = [new(one) for one in value]
+            if any(one is not other for one, other in zip(inner, value, strict=True)):
+                return value._make(inner) if hasattr(value, "_make") else tuple(inner)
+        elif isinstance(value, (list, dict)) and id(value) not in seen:
+            seen.add(id(value))
+            for key, one in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                made = new(one)
+                if made is not one:
+                    value[key] = made
+        return value
+
+    for key, value in list(vars(module).items()):
+        made = new(value)
+        if made is not value:
+            setattr(module, key, made)
+    return schedulers
+
+
+def retire(old: torch.optim.Optimizer, new: SketchOptimizer) -> None:
+    """Let a step of the old optimizer be an error: whoever still has it would train with it unseen."""
+    names = type(old).__name__, type(new).__name__
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            f"this {names[0]} was replaced by {names[1]} after configure_optimizers: a step of it would train without "
+            "the sketched optimizer. Use self.optimizers(), which gives the new one"
+        )
+
+    old.step = types.MethodType(step, old)  # type: ignore[method-assign]
+
+
+def restored_momentum(scheduler: Any, state: Any) -> None:
+    """Let a scheduler's saved state say what of a group is the momentum of the optimizer that it drives now.
+
+    Args:
+        scheduler: into which the state is about to be loaded.
+        state: is changed, with those of schedulers within.
+    """
+    optimizer = getattr(scheduler, "optimizer", None)
+    if not isinstance(optimizer, SketchOptimizer) or not isinstance(state, dict):
+        return
+    if "use_beta1" in state:
+        state["use_beta1"] = "betas" in optimizer.defaults
+    for inner, saved in zip(getattr(scheduler, "_schedulers", ()), state.get("_schedulers", ()), strict=False):
+        restored_momentum(inner, saved)
 
 
 def describe(old: torch.optim.Optimizer, new: SketchOptimizer, options: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sketch_lightning import _private
-from sketch_lightning.replace import check_options, counterpart, describe, rewire
+from sketch_lightning.replace import check_options, counterpart, describe, follow, restored_momentum, retire, rewire
 from sketch_plugins import registry
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
@@ -57,6 +57,8 @@ class Replacing:
         states = checkpoint.get("optimizer_states")
         if states is not None:
             states = [self._own(o, s) for o, s in zip(self.optimizers, states, strict=False)]
+            for config, state in zip(self.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False):
+                restored_momentum(config.scheduler, state)  # Lightning loads them next
             checkpoint = {**checkpoint, "optimizer_states": states}
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
 
@@ -89,11 +91,10 @@ class Replacing:
             replaced[id(old)] = old, made
             said.append("replaced " + describe(old, made, self._sketch_options))
             new.append(made)
-        rewire(schedulers, replaced)
-        module = self.lightning_module
-        for key, value in list(vars(module).items()):
-            if id(value) in replaced:  # or a module with an attribute for it would train with the old one
-                setattr(module, key, replaced[id(value)][1])
+        if replaced:  # or a module with an attribute for an optimizer would train with the old one
+            rewire([*schedulers, *follow(self.lightning_module, replaced)], replaced)
+            for old, made in replaced.values():
+                retire(old, made)
         if said:
             self._info(f"sketch_lightning: {'; '.join(said)}")
         return new
@@ -327,9 +328,11 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             """As Lightning's.
 
             Raises:
-                ValueError: the checkpoint was written with one of torch's optimizers.
+                ValueError: to be fitted from a checkpoint that was written with one of torch's optimizers.
             """
-            _refuse_foreign(self.broadcast(checkpoint_path))
+            module: Any = self.lightning_module
+            if module.trainer.state.fn == "fit":  # otherwise weights alone are read
+                _refuse_foreign(self.broadcast(checkpoint_path), kwargs.get("weights_only"))
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     class SketchDeepSpeedStrategy(Replacing, strategies.DeepSpeedStrategy):  # type: ignore[misc, name-defined]
@@ -497,16 +500,20 @@ def _is_list(module: torch.nn.Module) -> bool:
     return isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict))
 
 
-def _refuse_foreign(path: Any) -> None:
+def _refuse_foreign(path: Any, weights_only: bool | None) -> None:
     from torch.distributed.checkpoint import FileSystemReader
 
-    if not (Path(path) / ".metadata").is_file():
+    if Path(path).is_file():
+        saved = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        foreign = any(is_foreign(state) for state in saved.get("optimizer_states", ()))
+    elif (Path(path) / ".metadata").is_file():
+        names = FileSystemReader(path).read_metadata().state_dict_metadata
+        kept = (".exp_avg_sq", ".momentum_buffer", ".sum")
+        foreign = any(name.startswith("optimizer_") and name.endswith(kept) for name in names)
+    else:
         return
-    names = FileSystemReader(path).read_metadata().state_dict_metadata
-    if any(
-        name.startswith("optimizer_") and name.endswith((".exp_avg_sq", ".momentum_buffer", ".sum")) for name in names
-    ):
+    if foreign:
         raise ValueError(
-            f"the checkpoint {path} holds the state of one of torch's optimizers, and that of a sharded run cannot be "
+            f"the checkpoint {path} holds the state of one of torch's optimizers, and for a sharded run it cannot be "
             "converted: load the weights alone and start the optimizer anew"
         )

@@ -21,7 +21,7 @@ from sketch_lightning.lightning_pytorch import (  # noqa: E402
     SketchDDPStrategy,
     SketchFSDPStrategy,
 )
-from sketch_plugins import CSAdam, convert_state  # noqa: E402
+from sketch_plugins import CSAdam, convert_state, registry  # noqa: E402
 from sketch_plugins.sharding.parts import is_dtensor  # noqa: E402
 
 SMALL = {"min_compress_size": 256}
@@ -40,6 +40,12 @@ class Module(lightning.LightningModule):
         loss = torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
         self.log("loss", loss, on_epoch=True, sync_dist=True)
         return loss
+
+    def test_step(self, batch, batch_idx):
+        self.log("test", self.net(batch[0]).square().mean(), sync_dist=True)
+
+    def test_dataloader(self):
+        return self.train_dataloader()
 
     def on_train_batch_end(self, *_):
         self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -79,6 +85,14 @@ def own(params, **options):
     return CSAdam(params, **options, **SMALL)
 
 
+def small(name):
+    return SMALL if "min_compress_size" in registry.get(name).cls.OPTIONS else {}
+
+
+def by(name):
+    return lambda params, **options: registry.get(name).cls(params, **options, **small(name))
+
+
 def whole(tensor):
     tensor = tensor.detach()
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
@@ -111,9 +125,17 @@ def ddp():
     assert type(made.optimizers[0]) is CSAdam and made.world_size == 2
     assert equal(one, other) and one.rates == other.rates
     same_everywhere(one)
+    whole_run = one
     plain = Module()
     train(plain, "ddp")
     assert plain.rates == one.rates
+
+    for name in ("sm3", "sketchy"):
+        one, other = Module(), Module(by(name))
+        made = train(one, SketchDDPStrategy(name, optimizer_kwargs=small(name)))
+        train(other, "ddp")
+        assert type(made.optimizers[0]) is registry.get(name).cls and equal(one, other)
+        same_everywhere(one)
 
     by_name, reference = Module(), Module(CSAdam)
     assert type(train(by_name, "ddp_cs_adam").strategy) is SketchDDPStrategy
@@ -129,7 +151,7 @@ def ddp():
     train(Module(), SketchDDPStrategy(optimizer_kwargs=SMALL), epochs=1, folder="parts")
     resumed = Module(seed=7)
     train(resumed, SketchDDPStrategy(optimizer_kwargs=SMALL), ckpt_path="last", folder="parts")
-    assert equal(resumed, one) and len(resumed.rates) == 6
+    assert equal(resumed, whole_run) and len(resumed.rates) == 6
 
 
 def warm_start():
@@ -222,15 +244,43 @@ def fsdp():
     assert all(is_dtensor(p) for p in one.parameters()) and type(made.optimizers[0]) is CSAdam
     assert equal(one, other) and one.rates == other.rates
     assert "configure_model" not in vars(one)
+    for name in ("sm3", "sketchy"):
+        its, other = Module(), Sharding(by(name))
+        made = train(its, SketchFSDPStrategy(name, optimizer_kwargs=small(name)))
+        train(other, ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
+        assert type(made.optimizers[0]) is registry.get(name).cls and equal(its, other)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor = OptimizerStateMonitor(sampled=True)
+        made = train(Module(), SketchFSDPStrategy(optimizer_kwargs=SMALL), callbacks=[monitor], log_every_n_steps=1)
+    said = [w for w in caught if "second_moment_relative_error is not of parameters that are spread" in str(w.message)]
+    assert len(said) == (dist.get_rank() == 0)
+    assert "optimizer/second_moment_relative_error" not in made.callback_metrics
 
     train(Module(), SketchFSDPStrategy(optimizer_kwargs=SMALL), epochs=1, folder="sharded")
     resumed = Module(seed=7)
     train(resumed, SketchFSDPStrategy(optimizer_kwargs=SMALL), ckpt_path=FOLDER / "sharded" / "last.ckpt")
     assert equal(resumed, one) and len(resumed.rates) == 6
 
-    train(Sharding(), ModelParallelStrategy(2, 1), epochs=1, folder="foreign")
+    theirs = Sharding()
+    train(theirs, ModelParallelStrategy(2, 1), epochs=1, folder="foreign")
     path = FOLDER / "foreign" / "last.ckpt"
-    refused("that of a sharded run cannot be", lambda: train(Module(), "fsdp_cs_adam", ckpt_path=path))
+    refused("for a sharded run it cannot be", lambda: train(Module(), "fsdp_cs_adam", ckpt_path=path))
+    tested = Module(seed=7)  # which takes the weights alone
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    lightning.Trainer(devices=2, strategy="fsdp_cs_adam", **quiet).test(tested, verbose=False, ckpt_path=path)
+    assert equal(tested, theirs)
+
+    one_file = {"save_distributed_checkpoint": False}
+    train(Sharding(), ModelParallelStrategy(2, 1, **one_file), epochs=1, folder="foreign-file")
+    path = FOLDER / "foreign-file" / "last.ckpt"
+    assert path.is_file()
+    refused("for a sharded run it cannot be", lambda: train(Module(), "fsdp_cs_adam", ckpt_path=path))
+    train(Module(), SketchFSDPStrategy(optimizer_kwargs=SMALL, **one_file), epochs=1, folder="file")
+    resumed = Module(seed=7)
+    train(resumed, SketchFSDPStrategy(optimizer_kwargs=SMALL), ckpt_path=FOLDER / "file" / "last.ckpt")
+    assert equal(resumed, one)
 
     bare = Module()
     bare.scale = torch.nn.Parameter(torch.ones(()))

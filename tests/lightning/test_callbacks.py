@@ -199,6 +199,15 @@ def skipping_scaler():
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2))
 
 
+def test_another_fit_is_cleaned_from_the_start(fit):
+    cleaning, counts = callback("SketchCleaning", every_n_epochs=2), []
+    for _ in range(2):
+        own = strategy("SketchStrategy", optimizer_kwargs=SMALL)
+        fit(adamw, own, callbacks=[cleaning], max_epochs=5, max_steps=-1)
+        counts.append(cleaning.cleanings)
+    assert counts == [2, 4]
+
+
 def test_a_skipped_step_is_not_cleaned_twice(fit):
     def own(**options):
         return strategy("SketchStrategy", optimizer_kwargs={**SMALL, **options})

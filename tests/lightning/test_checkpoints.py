@@ -98,6 +98,32 @@ def test_a_dense_warm_start_continues_adamw(fit, tmp_path):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # float32 rounding of another order of operations
 
 
+@pytest.mark.parametrize("kind", ["one cycle", "cyclic", "chained"])
+@pytest.mark.parametrize("name", ["cs_momentum", "sm3"])
+def test_a_warm_start_with_cycled_momentum(name, kind, fit, tmp_path):
+    """The saved scheduler says where AdamW keeps its momentum; the new optimizer may keep it elsewhere."""
+    schedules = torch.optim.lr_scheduler
+    kinds = {
+        "one cycle": lambda o: schedules.OneCycleLR(o, 0.05, total_steps=40),
+        "cyclic": lambda o: schedules.CyclicLR(o, 1e-3, 1e-1, step_size_up=3, cycle_momentum=True),
+    }
+    kinds["chained"] = lambda o: schedules.ChainedScheduler([kinds["one cycle"](o)])
+
+    def make(module):
+        optimizer = AdamW(module.parameters(), lr=1e-2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": kinds[kind](optimizer), "interval": "step"}}
+
+    whole, reference = fit(make, max_epochs=2, max_steps=-1)
+    _, made = fit(make, max_epochs=1, max_steps=-1)
+    made.save_checkpoint(tmp_path / "adamw.ckpt")
+    own = strategy("SketchStrategy", optimizer=name, optimizer_kwargs=small(name), warm_start=True)
+    warm, trainer = fit(make, own, max_epochs=2, max_steps=-1, ckpt_path=tmp_path / "adamw.ckpt")
+    assert warm.rates == whole.rates[3:]
+    group = trainer.optimizers[0].param_groups[0]
+    momentum = group["betas"][0] if name == "sm3" else group["momentum"]
+    assert momentum == reference.optimizers[0].param_groups[0]["betas"][0]
+
+
 def test_a_warm_start_leaves_own_checkpoints_alone(fit, tmp_path):
     whole, _ = fit(adamw, "cs_adam", max_epochs=3, max_steps=-1)
     _, made = fit(adamw, "cs_adam", max_epochs=1, max_steps=-1)

@@ -41,7 +41,8 @@ def test_signatures(namespace):
 def test_a_name_that_lightning_has_itself_is_not_taken_over(namespace, monkeypatch):
     found = importlib.import_module(f"{namespace}.strategies").StrategyRegistry
     entry = found["sm3"]
-    classes = {name: getattr(sketch_lightning, name) for name in sketch_lightning._STRATEGIES}
+    own = importlib.import_module(f"sketch_lightning.{sketch_lightning._MODULES[namespace]}")
+    classes = {name: getattr(own, name) for name in sketch_lightning._STRATEGIES}
     monkeypatch.setattr(strategies.registry, "names", lambda: ("sm3",))
     found["sm3"] = {**entry, "strategy": object}
     try:

@@ -178,6 +178,19 @@ def test_accumulation_is_lowered(trainer):
     assert made.global_step == 10 and module.sizes == [8] * 30
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_accumulation_is_lowered_from_another_start(given, trainer):
+    """Samples of an update are those of the present batch size, not of the first that is tried."""
+    module, meter = make(size=240)
+    loaders = [DataLoader(data(240), batch_size=4)] if given else []
+    callback = reclaiming(budget=9_000, meter=meter, keep_effective=True, init_val=2)
+    options = {"accumulate_grad_batches": 6, "max_epochs": 1, "max_steps": -1}
+    made = trainer(strategy="cs_adam", callbacks=[callback], **options)
+    made.fit(module, *loaders)
+    assert (8, 3) == callback_values(callback) and made.accumulate_grad_batches == 3
+    assert made.global_step == 10 and module.sizes == [8] * 30
+
+
 def callback_values(callback):
     return callback.batch_size, callback.accumulate_grad_batches
 
@@ -218,6 +231,76 @@ def test_resumed_without_a_search(trainer, tmp_path):
     made = trainer(strategy="cs_adam", callbacks=[callback], max_epochs=2, max_steps=-1)
     made.fit(module, ckpt_path=tmp_path / "a.ckpt")
     assert module.batch_size == 9 and made.global_step == 2 * 23
+
+
+def test_another_fit_is_another_search(trainer):
+    callback = reclaiming(budget=9_000)
+    for budget, expected in (9_000, 9), (7_000, 7):
+        module, callback.meter = make()
+        callback.budget = budget
+        trainer(strategy="cs_adam", callbacks=[callback], max_steps=2).fit(module)
+        assert callback.batch_size == module.batch_size == expected
+
+
+@pytest.mark.parametrize("where", ["module", "list", "dataset"])
+def test_generators_of_the_modules_own_loaders(where, trainer):
+    def own():
+        module, meter = make(dropout=0.0)
+        generator = torch.Generator().manual_seed(3)
+        held = data(100)
+        if where == "dataset":  # seen on the loader alone
+            held.generator = generator
+        else:
+            module.own = generator if where == "module" else [generator]
+        module.train_dataloader = lambda: DataLoader(
+            held, batch_size=module.batch_size, shuffle=True, generator=generator
+        )
+        return module, meter
+
+    module, meter = own()
+    callback = reclaiming(budget=9_000, meter=meter)
+    trainer(strategy="cs_adam", callbacks=[callback]).fit(module)
+    other, _ = own()
+    other.batch_size = 9
+    trainer(strategy="cs_adam").fit(other)
+    assert module.batch_size == 9 and equal(module, other)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("why", ["error", "budget"])
+def test_a_search_that_fails_leaves_nothing(why, given, trainer):
+    module, meter = make()
+    module.net = network()  # batch norm would refuse a batch of 1
+    generator = torch.Generator().manual_seed(3)
+    loaders = [DataLoader(data(100), batch_size=4, shuffle=True, generator=generator)] if given else []
+    before = [p.detach().clone() for p in module.parameters()], generator.get_state()
+    step = type(module).training_step
+
+    def training_step(self, batch, batch_idx):
+        if len(batch[0]) > 8:
+            raise ValueError("of the module's own")
+        return step(self, batch, batch_idx)
+
+    type(module).training_step = training_step
+    budget, message = {"error": (10**9, "of the module's own"), "budget": (10, "is too small")}[why]
+    made = trainer(strategy="cs_adam", callbacks=[reclaiming(budget=budget, meter=meter)])
+    with pytest.raises(ValueError, match=message):
+        made.fit(module, *loaders)
+    assert module.batch_size == 4 and same_state([p.detach() for p in module.parameters()], before[0])
+    assert torch.equal(generator.get_state(), before[1])
+    assert not given or made.fit_loop._data_source.instance is loaders[0]
+
+
+def test_a_schedule_of_the_old_length(trainer):
+    def optimizers(module):
+        optimizer = AdamW(module.parameters(), lr=1e-2)
+        steps = int(module.trainer.estimated_stepping_batches)
+        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)]
+
+    module, meter = make(optimizers=optimizers)
+    made = trainer(callbacks=[reclaiming(budget=9_000, meter=meter)], max_epochs=2, max_steps=-1)
+    with pytest.warns(UserWarning, match=r"had 50 batches .*estimated_stepping_batches.* and has 23 now"):
+        made.fit(module)
 
 
 def test_no_more_than_the_data(trainer):

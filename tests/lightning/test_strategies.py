@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -172,6 +173,66 @@ def test_several_optimizers_by_hand(fit, log):
     # A module that kept the old one would train with it.
     assert one.kept is made.optimizers[1] and type(one.kept) is CSAdam
     assert sum(line.startswith("sketch_lightning: replaced AdamW by") for line in log()) == 1
+
+
+class Pair(NamedTuple):
+    optimizer: object
+    scheduler: object
+
+
+@pytest.mark.parametrize("kept", ["attribute", "list", "tuple", "dict", "named"])
+def test_a_scheduler_that_the_module_keeps(kept, fit):
+    """Optimizers and schedulers that are not returned are found in attributes, lists, tuples and dicts."""
+    places = {
+        "attribute": lambda o, s: s,
+        "list": lambda o, s: [o, [s]],
+        "tuple": lambda o, s: ((o, s), 1),
+        "dict": lambda o, s: {"o": o, "s": [{"s": s}]},
+        "named": Pair,
+    }
+    found = {
+        "attribute": lambda kept, o: (o, kept),
+        "list": lambda kept, o: (kept[0], kept[1][0]),
+        "tuple": lambda kept, o: kept[0],
+        "dict": lambda kept, o: (kept["o"], kept["s"][0]["s"]),
+        "named": lambda kept, o: kept,
+    }
+
+    def make(cls):
+        def configure(module):
+            optimizer = cls(module.parameters(), lr=1e-2)
+            module.kept = places[kept](optimizer, schedules.StepLR(optimizer, 1, 0.5))
+
+            def training_step(batch, batch_idx):
+                optimizer, scheduler = found[kept](module.kept, module.optimizers())
+                optimizer.zero_grad()
+                module.manual_backward(module.loss(batch))
+                optimizer.step()
+                scheduler.step()
+
+            module.training_step = training_step
+            return optimizer
+
+        return configure
+
+    options = {"manual": True, "max_epochs": 2, "max_steps": -1}  # Lightning counts steps of its own wrapper alone
+    one, made = fit(make(AdamW), strategy("SketchStrategy", optimizer_kwargs=SMALL), **options)
+    other, _ = fit(make(ours("cs_adam")), **options)
+    assert equal(one, other) and one.rates == other.rates == [[[1e-2 * 0.5**n]] for n in range(1, 7)]
+    optimizer, scheduler = found[kept](one.kept, made.optimizers[0])
+    assert scheduler.optimizer is made.optimizers[0] and type(scheduler.optimizer) is CSAdam
+    assert getattr(optimizer, "_optimizer", optimizer) is made.optimizers[0]
+
+
+def test_a_replaced_optimizer_steps_no_more(fit):
+    def configure(module):
+        optimizer = AdamW(module.parameters(), lr=1e-2)
+        module.step = lambda: optimizer.step()
+        module.training_step = lambda batch, batch_idx: (module.manual_backward(module.loss(batch)), module.step())[0]
+        return optimizer
+
+    with pytest.raises(RuntimeError, match=r"this AdamW was replaced by CSAdam .*self.optimizers\(\)"):
+        fit(configure, "cs_adam", manual=True, max_epochs=1, max_steps=-1)
 
 
 def cpu_scaler():
