@@ -92,7 +92,13 @@ def main() -> None:
             for key, engine in engines.items():
                 if pause == ("half a file", step + 1) and dist.get_rank() == 1:
                     engine.checkpoint_engine.save = halving(engine.checkpoint_engine.save)
-                engine.save_checkpoint(str(FOLDER / key), tag=f"step{step + 1}")
+                engine.save_checkpoint(str(FOLDER / key), tag=f"step{step + 1}", save_latest=False)
+                # DeepSpeed's own "latest" does not wait for the other ranks' files. After the barrier in
+                # save_checkpoint all are there.
+                if dist.get_rank() == 0:
+                    (FOLDER / key / "latest.new").write_text(f"step{step + 1}")
+                    os.replace(FOLDER / key / "latest.new", FOLDER / key / "latest")
+                dist.barrier()
     weights = {}
     for key, engine in engines.items():
         parameters = list(engine.module.parameters())
