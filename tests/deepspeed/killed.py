@@ -1,8 +1,8 @@
 """A rank of a DeepSpeed run that may be killed: ``killed.py FOLDER RESULT [PAUSE]``. Run by test_killed.py.
 
-ZeRO 2 and 3, each with two optimizers, trained side by side; every second step the engines save. ``PAUSE`` is where
-rank 1 stops for good, after it has said so by a file named "paused": ``step N``, before the optimizer's step, or
-``half a file N``, when half of its file of optimizer state of checkpoint N is written.
+Engines of several stages, with optimizers of the registry, are trained side by side; every second step they save.
+``PAUSE`` is where rank 1 stops for good, after it has said so by a file named "paused": ``step N``, before the
+optimizer's step, or ``half a file N``, when half of its file of optimizer state of checkpoint N is written.
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ import torch
 import torch.distributed as dist
 
 import sketch_deepspeed  # noqa: F401
+from sketch_plugins import registry
 
-OPTIONS = {
-    "cs_adam": {"lr": 1e-2, "min_compress_size": 64},
-    "sketchy": {"lr": 2e-2, "min_compress_size": 64, "rank": 4, "update_freq": 3},
+OPTIONS = {"lr": 1e-2, "min_compress_size": 64, "rank": 4, "update_freq": 3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "0 bf16": {"bf16": {"enabled": True}},
+    "1": {"zero_optimization": {"stage": 1}},
+    "2": {"zero_optimization": {"stage": 2}},
+    "2 offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}},
+    "3": {"zero_optimization": {"stage": 3}},
 }
+#: Every optimizer in the stages that cut parameters, one of them in the other settings.
+RUNS = [(s, n) for s in SETTINGS for n in registry.names() if s in ("2", "3") or n == "cs_adam"]
 STEPS, EVERY = 8, 2
 
 
-def engine_of(stage: int, name: str) -> Any:
+def engine_of(setting: str, name: str) -> Any:
     torch.manual_seed(0)
     layers = torch.nn.Embedding(31, 20), torch.nn.Linear(20, 33), torch.nn.Tanh(), torch.nn.Linear(33, 31)
     model = torch.nn.Sequential(*layers)
@@ -38,8 +45,8 @@ def engine_of(stage: int, name: str) -> Any:
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage},
-        "optimizer": {"type": name, "params": OPTIONS[name]},
+        "optimizer": {"type": name, "params": {k: v for k, v in OPTIONS.items() if k in registry.get(name).options}},
+        **SETTINGS[setting],
     }
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
@@ -70,7 +77,7 @@ def main() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     where, _, number = sys.argv[3].rpartition(" ") if len(sys.argv) > 3 else ("", "", "0")
     pause = where, int(number)
-    engines = {f"{stage} {name}": engine_of(stage, name) for stage in (2, 3) for name in OPTIONS}
+    engines = {f"{setting} {name}": engine_of(setting, name) for setting, name in RUNS}
     first = 0
     for key, engine in engines.items():
         if (FOLDER / key / "latest").is_file():
@@ -103,7 +110,7 @@ def main() -> None:
     for key, engine in engines.items():
         parameters = list(engine.module.parameters())
         with deepspeed.zero.GatheredParameters(parameters):
-            raw = b"".join(p.detach().numpy().tobytes() for p in parameters)
+            raw = b"".join(p.detach().float().numpy().tobytes() for p in parameters)
         weights[key] = hashlib.sha256(raw).hexdigest()
     Path(f"{sys.argv[2]}.{dist.get_rank()}").write_text(
         json.dumps({"first": first, "losses": losses, "weights": weights})

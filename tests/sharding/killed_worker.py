@@ -1,9 +1,9 @@
 """A rank of a run that may be killed: ``killed_worker.py FOLDER RESULT [PAUSE]``.
 
-Under DistributedDataParallel and under FSDP2, with each of three optimizers, six models are trained side by side, on
-the same batches. Every second step a checkpoint is written into a folder of another name, which is renamed once all
-ranks have written all of theirs; the run goes on from the last whole one. It writes the losses since its start and the
-final weights to ``RESULT.RANK``.
+Under DistributedDataParallel and under FSDP2, with each optimizer of the registry, models are trained side by side,
+on the same batches. Every second step a checkpoint is written into a folder of another name, which is renamed once
+all ranks have written all of theirs; the run goes on from the last whole one. It writes the losses since its start
+and the final weights to ``RESULT.RANK``.
 
 ``PAUSE`` is where rank 1 (of "half a file" rank 0) stops for good, after it has said so by a file named "paused":
 
@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sketch_plugins import registry
 
-NAMES = ("cs_adam", "sm3", "sketchy")
+NAMES = registry.names()
 KINDS = ("ddp", "fsdp2")
 EPOCH, STEPS, EVERY = 5, 12, 2  # steps
 ROWS, WORLD = 40, 2
