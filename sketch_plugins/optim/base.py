@@ -181,6 +181,8 @@ class SketchOptimizer(torch.optim.Optimizer):
     # Of the last step; copies and pickles go without.
     _plan: Plan | None = None
     _parts_of: Parts | None = None
+    # An `InBackward`, where there is one; it stays with this object.
+    _in_backward: Any = None
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
