@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import copy
-import gc
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from sketch_lightning import _private
 from sketch_plugins import state_report
+from sketch_plugins.memory.meter import Meter, ResidentMeter, meter_for, parse_budget, total_memory
 from sketch_plugins.memory.report import format_bytes
+from sketch_plugins.memory.search import largest, split
 
 MODES = ("binsearch", "power")
-_UNITS = {"": 1, "B": 1, **{f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}}
-_UNITS |= {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}
-
-
-class Meter(Protocol):
-    """Measures memory."""
-
-    def start(self) -> None:
-        """Forget the peak."""
-
-    def read(self) -> int:
-        """Bytes at the peak since `start`."""
 
 
 class TrialOver(Exception):
@@ -162,7 +149,7 @@ class Reclaiming:
             meter.start()
             ended = self._trial(trainer, before.progress)
             # What the snapshot adds itself is not the training's.
-            peaks[size] = max(0, meter.read() - (before.nbytes if isinstance(meter, _Resident) else 0))
+            peaks[size] = max(0, meter.read() - (before.nbytes if isinstance(meter, ResidentMeter) else 0))
             before.restore()
             if device.type == "cuda" or not ended:
                 self._find("utilities.memory", "garbage_collection_cuda")()
@@ -324,106 +311,6 @@ class Snapshot:
         for module in self.module.modules():
             if type(module).__module__.startswith("torchmetrics") and hasattr(module, "reset"):
                 module.reset()
-
-
-def largest(fits: Callable[[int], bool], start: int, limit: int, mode: str, max_trials: int) -> int:
-    """The largest size <= ``limit`` that fits, 0 if none was found: doubles it, then (binsearch) halves the rest."""
-    low, high, size = 0, 0, min(start, limit)
-    for _ in range(max_trials):
-        if fits(size):
-            low = size
-        else:
-            high = size
-        if low == limit or (high and high - low <= 1) or (mode == "power" and high and low):
-            break
-        if not high:
-            size = min(2 * low, limit)
-        elif mode == "power" or not low:
-            size = max(1, high // 2)
-        else:
-            size = (low + high) // 2
-    return low
-
-
-def split(effective: int, largest: int) -> tuple[int, int]:
-    """``(batch, accumulation)`` with that product and the least accumulation whose batch is at most ``largest``."""
-    accumulate = -(-effective // largest)
-    while effective % accumulate:
-        accumulate += 1
-    return effective // accumulate, accumulate
-
-
-def parse_budget(budget: int | float | str, total: int) -> int:
-    """Bytes.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    number: Any = budget
-    if isinstance(budget, str):
-        digits = budget.strip().rstrip("BKMGTi ")
-        unit = budget.strip()[len(digits) :].strip()
-        try:
-            number = float(digits) * _UNITS[unit]
-            number = float(budget) if not unit and 0 < number <= 1 else int(number)
-        except (KeyError, ValueError):
-            number = None
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
-        number = None
-    if isinstance(number, float) and number > 1:
-        number = None
-    if number is None:
-        raise ValueError(
-            f"budget={budget!r} is not allowed: budget must be a number of bytes (an integer, or text with a unit "
-            "such as "
-            "'2GiB') or a fraction of the memory in (0, 1]"
-        )
-    return int(number * total) if isinstance(number, float) else number
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of a device, or of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def meter_for(device: torch.device) -> Meter:
-    """What measures the memory of a device.
-
-    Raises:
-        ValueError: there is nothing to measure it with.
-    """
-    if device.type == "cuda":
-        return _Cuda(device)
-    if device.type == "cpu" and Path("/proc/self/clear_refs").exists():
-        return _Resident()
-    raise ValueError(f"ReclaimBatchSize cannot measure the memory of {device} on this system: give it a meter")
-
-
-class _Cuda:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def start(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def read(self) -> int:
-        return int(torch.cuda.max_memory_allocated(self.device))
-
-
-class _Resident:
-    """The peak of what is resident of this process, on Linux."""
-
-    def start(self) -> None:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-
-    def read(self) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        raise ValueError("/proc/self/status has no VmHWM: give ReclaimBatchSize a meter")
 
 
 # -- loaders that were given to fit ----------------------------------------------------------------------------------
