@@ -2,16 +2,18 @@
 
 Five things are changed, each once; what does not concern our optimizers behaves as before:
 
-* ``OptimizerNames`` gets one member per optimizer of the registry.
+* ``OptimizerNames`` gets two members per optimizer of the registry, as ``cs_adam`` and ``cs_adam_layerwise``.
 * ``TrainingArguments.__post_init__`` checks the arguments of our optimizers, so that a mistake is reported before a
   model is loaded.
 * ``Trainer.get_optimizer_cls_and_kwargs`` answers for our names. It exists, with this signature, in all versions
   supported. The dispatch table behind it (``_OPTIMIZER_HANDLERS``) is private, exists in recent ones only, and is
   reached after ``optim_args`` was split by code that fails on "compression" with "not enough values to unpack".
 * ``Trainer.create_optimizer`` keeps accelerate and DeepSpeed from putting DeepSpeedCPUAdam in the place of an optimizer
-  of ours, however it was asked for, where its state is offloaded.
+  of ours, however it was asked for, where its state is offloaded. It is called whenever training begins anew
+  (``auto_find_batch_size``), and so does the cycle of an optimizer whose steps are taken in backward.
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
-  cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback.
+  cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback. The norm of
+  gradients that have been consumed in backward would be logged as 0, and is left out.
 * ``Trainer.train`` enables the gradient compression that ``optim_args`` asks for, and remembers the checkpoint that it
   is told to resume: no callback is told.
 """
@@ -27,8 +29,11 @@ from typing import Any
 
 from sketch_plugins import registry
 from sketch_plugins.import_hooks import is_initializing
+from sketch_plugins.memory.in_backward import in_backward
 from sketch_plugins.optim import SketchOptimizer
 
+#: Behind an optimizer's name, as transformers has it in names of its own.
+LAYERWISE = "_layerwise"
 #: Where in transformers the names are that this package touches: module, then dotted name in it.
 TOUCHED = (
     ("transformers.training_args", "OptimizerNames"),
@@ -60,6 +65,7 @@ def register() -> None:
     if optimizer_names is not None:
         for name in registry.names():
             _extend_enum(optimizer_names, name)
+            _extend_enum(optimizer_names, name + LAYERWISE)
     training_arguments = _find("transformers.training_args", "TrainingArguments")
     if training_arguments is not None:
         _wrap(training_arguments, "__post_init__", _checking)
@@ -197,6 +203,9 @@ def _keeping(create_optimizer: Callable[..., Any]) -> Callable[..., Any]:
             from sketch_transformers.arguments import prepare_deepspeed
 
             prepare_deepspeed(self.args)
+        back = in_backward(self.optimizer)
+        if back is not None:
+            back.reset()
         return optimizer
 
     return wrapped
@@ -212,6 +221,8 @@ def _reporting(log: Callable[..., None]) -> Callable[..., None]:
                 sending = communication(self.callback_handler.callbacks)
                 state = None if sending is None else sending.state
                 callback.add_to(logs, self.callback_handler.optimizer, state)
+        if in_backward(self.callback_handler.optimizer) is not None:
+            logs.pop("grad_norm", None)
         log(self, logs, *args, **kwargs)
 
     return wrapped
@@ -227,8 +238,13 @@ def _communicating(train: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def base_name(name: str) -> str:
+    """A name without ``_layerwise``, which says that steps are taken in backward."""
+    return name.removesuffix(LAYERWISE)
+
+
 def _is_ours(optim: Any) -> bool:
-    return getattr(optim, "value", optim) in registry.names()
+    return base_name(str(getattr(optim, "value", optim))) in registry.names()
 
 
 _MARK = "_sketch_plugins"
