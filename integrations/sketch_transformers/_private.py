@@ -9,8 +9,7 @@ Five things are changed, each once; what does not concern our optimizers behaves
   supported. The dispatch table behind it (``_OPTIMIZER_HANDLERS``) is private, exists in recent ones only, and is
   reached after ``optim_args`` was split by code that fails on "compression" with "not enough values to unpack".
 * ``Trainer.create_optimizer`` keeps accelerate and DeepSpeed from putting DeepSpeedCPUAdam in the place of an optimizer
-  of ours, however it was asked for, where its state is offloaded. It is called whenever training begins anew
-  (``auto_find_batch_size``), and so does the cycle of an optimizer whose steps are taken in backward.
+  of ours, however it was asked for, where its state is offloaded.
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
   cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback. The norm of
   gradients that have been consumed in backward would be logged as 0, and is left out.
@@ -203,9 +202,6 @@ def _keeping(create_optimizer: Callable[..., Any]) -> Callable[..., Any]:
             from sketch_transformers.arguments import prepare_deepspeed
 
             prepare_deepspeed(self.args)
-        back = in_backward(self.optimizer)
-        if back is not None:
-            back.reset()
         return optimizer
 
     return wrapped

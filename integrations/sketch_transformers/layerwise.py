@@ -26,9 +26,16 @@ def layerwise(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     def new(_: type, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = cls(*args, **kwargs)
         # Trainer says before each backward whether it is the last one of its cycle, the shorter cycle of an epoch's end
-        # included; and calls `train` before each forward, when FSDP2 has put its parameters in.
+        # included.
         back = InBackward(optimizer, last=lambda: bool(GradientState().sync_gradients))
-        optimizer.train = back.install  # type: ignore[attr-defined]
+
+        def train() -> None:
+            """Trainer calls this before each forward, when FSDP2 has put its parameters in."""
+            if back.taken:  # in a backward that failed: training has begun anew (auto_find_batch_size)
+                back.reset()
+            back.install()
+
+        optimizer.train = train  # type: ignore[attr-defined]
         return optimizer
 
     # `__init__` is not run again on what `__new__` returns, since that is no instance of the stand-in.

@@ -29,8 +29,12 @@ RUNS = {
     "whole": [("ddp", False), ("fsdp2", False), ("fsdp2 resumed", True)],
     "killed": [("ddp", False)],
     "goes on": [("ddp", True)],
-    "layerwise": [("ddp layerwise", False)]
-    + [("fsdp2", False), ("fsdp2 layerwise", False), ("fsdp2 layerwise resumed", True)],
+    "layerwise": [
+        ("ddp layerwise", False),
+        ("fsdp2", False),
+        ("fsdp2 layerwise", False),
+        ("fsdp2 layerwise resumed", True),
+    ],
 }
 STEPS = 6
 
