@@ -153,6 +153,16 @@ def test_callbacks_that_look_at_gradients_are_refused(other, options, trainer):
     assert in_backward(made.optimizers[0]) is None
 
 
+class NoMeter:
+    """There is always room; what ends the search is an error."""
+
+    def start(self):
+        pass
+
+    def read(self):
+        return 0
+
+
 def test_a_batch_that_fails_in_a_search_is_forgotten(trainer):
     """ReclaimBatchSize tries sizes until memory runs out, here in the middle of backward, and trains on."""
 
@@ -171,7 +181,7 @@ def test_a_batch_that_fails_in_a_search_is_forgotten(trainer):
             step(self, batch, i),
         )[1]
         module.net[0].weight.register_hook(fails)
-        search = callback(name="ReclaimBatchSize", budget=10**12, max_val=12)
+        search = callback(name="ReclaimBatchSize", budget=1, max_val=12, meter=NoMeter())
         made = trainer(callbacks=[callback(), search] if in_back else [search], max_steps=4)
         made.fit(module)
         assert search.batch_size == 6 and failed
