@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -65,8 +66,8 @@ class InBackward:
     Raises:
         TypeError: not a sketched optimizer, or ``last`` cannot be called.
         ValueError: the optimizer has an `InBackward` already; Sketchy with ``nonfinite="skip"``; parameters that belong
-            to DistributedDataParallel, whose all-reduce comes after the hooks (found here, or in the first backward),
-            or to a ZeRO engine of DeepSpeed's.
+            to DistributedDataParallel, whose all-reduce comes after the hooks, or to an engine of DeepSpeed's (found
+            here, or in the first backward).
 
     In backward it raises RuntimeError, naming the parameter, where one gets its gradient a second time in a cycle (a
     second backward that was not said to accumulate, or a parameter shared by checkpoints with ``use_reentrant=True``:
@@ -96,7 +97,7 @@ class InBackward:
         self._handles: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._places: dict[int, tuple[int, int]] = {}
         self._taken: set[int] = set()
-        self._looked_for_ddp = False
+        self._looked_for_owners = False
         self._lock = threading.RLock()  # a model on several devices has a thread of autograd's for each
         self.install()
         self._hooks = [
@@ -122,28 +123,22 @@ class InBackward:
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        new = []
+        new: list[Tensor] = []
         present = set()
         for number, group in enumerate(optimizer.param_groups):
-            for index, p in enumerate(group["params"]):
+            for p in group["params"]:
                 present.add(id(p))
                 if p.requires_grad and (id(p) not in self._handles or self._handles[id(p)][0]() is not p):
-                    new.append((number, index, p))
+                    new.append(p)
             why = optimizer._why_not_alone(group)
             if why is not None:
                 raise ValueError(f"group {number} cannot take its steps in backward: {why}")
-        for number, index, p in new:
-            if any(part.key is not None for part in optimizer._parts.of(index, p)):
-                raise ValueError(
-                    f"parameter {index} of group {number} is a flat partition of DeepSpeed's ZeRO, whose gradient is "
-                    "there after backward only: use the optimizer without InBackward"
-                )
         if new:
-            self._refuse_ddp([p for _, _, p in new])
-            self._looked_for_ddp = False  # it may be wrapped from now on
+            self._refuse_owners(optimizer)
+            self._looked_for_owners = False  # they may be wrapped from now on
         for key in [key for key in self._handles if key not in present]:
             self._handles.pop(key)[1].remove()
-        for _, _, p in new:
+        for p in new:
             # Hooks must not keep this object, and with it a model that was trained, alive.
             self._handles[id(p)] = weakref.ref(p), p.register_post_accumulate_grad_hook(_Hook(weakref.ref(self)))
         if new or len(self._places) != len(present):
@@ -201,9 +196,9 @@ class InBackward:
             if place is None:
                 return  # no longer a parameter of this optimizer
             number, index = place
-            if not self._looked_for_ddp:
-                self._refuse_ddp([q for group in optimizer.param_groups for q in group["params"]])
-                self._looked_for_ddp = True
+            if not self._looked_for_owners:
+                self._refuse_owners(optimizer)
+                self._looked_for_owners = True
             if id(p) in self._taken:
                 raise RuntimeError(
                     f"{_name(optimizer, place)} has a gradient for the second time since optimizer.step(), and has "
@@ -296,21 +291,33 @@ class InBackward:
         self._taken.clear()
         self.install()
 
-    def _refuse_ddp(self, params: list[Tensor]) -> None:
+    def _refuse_owners(self, optimizer: SketchOptimizer) -> None:
+        """Nothing on a parameter says who will reduce its gradient, so those who do are asked what they have."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
         from torch.nn.parallel import DistributedDataParallel
 
-        mine = {id(p) for p in params}
-        # Nothing on a parameter says so: its reducer is known to the node of the graph alone.
+        engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+        kinds = (DistributedDataParallel,) if engine is None else (DistributedDataParallel, engine)
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        # DeepSpeed puts others in their place.
+        mine |= {id(original.ref()) for original in optimizer._parts.originals}
         for one in gc.get_objects():
-            if issubclass(type(one), DistributedDataParallel) and any(id(p) in mine for p in one.module.parameters()):
+            if not issubclass(type(one), kinds) or not isinstance(vars(one).get("_modules"), dict):
+                continue
+            if not any(id(p) in mine for p in one.parameters()):
+                continue
+            if issubclass(type(one), DistributedDataParallel):
                 raise ValueError(
                     "InBackward and DistributedDataParallel: a step in backward comes before the all-reduce, so each "
                     "process would go its own way. Use FSDP2 (torch.distributed.fsdp.fully_shard), or take the steps "
                     "after backward"
                 )
+            raise ValueError(
+                "InBackward and DeepSpeed, which keeps gradients itself and has them after backward only: use the "
+                "optimizer without InBackward; ZeRO (stage 2 or 3) spreads gradients over the processes"
+            )
 
 
 class _Hook:
