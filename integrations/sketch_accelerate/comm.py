@@ -31,8 +31,8 @@ class MemSGDKwargs(DistributedDataParallelKwargs):
         state: the `MemSGDState`, after ``prepare``.
 
     Raises:
-        ValueError: in ``prepare``: see `MemSGDState`; ``comm_hook`` is set as well; FSDP, DeepSpeed or Megatron-LM, which
-            reduce gradients themselves.
+        ValueError: in ``prepare``: see `MemSGDState`; ``comm_hook`` is set as well; FSDP, DeepSpeed or Megatron-LM,
+            which reduce gradients themselves.
     """
 
     memsgd: dict[str, Any] = field(default_factory=dict)

