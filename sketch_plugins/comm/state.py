@@ -628,5 +628,5 @@ def _number(value: Any) -> bool:
 
 
 def _shorten(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+    text = (", ".join(map(str, value)) or "nothing") if isinstance(value, Mapping) else repr(value)
     return text if len(text) < 80 else text[:77] + "..."

@@ -723,7 +723,9 @@ def check_save(folder):
     raises("the ranks are at iterations 7, 8", lambda: train(other, torch.optim.SGD(other.parameters(), lr=0.1), 1))
     mine = state.state_dict()
     raises("memories belong to ranks", lambda: fresh.load_state_dict({**mine, "rank": (RANK + 1) % WORLD}))
-    raises("that the model has not", lambda: fresh.load_state_dict({**mine, "memory": {"x": {}}}))
+    raises(
+        "that the model has not", lambda: fresh.load_state_dict({**mine, "memory": {"x": {"error": torch.zeros(1)}}})
+    )
     raises("no memsgd", lambda: fresh.load(folder))
     raises("of all 2 ranks", lambda: redistribute([mine]))
     raises("momentum", lambda: build(density=0.05)[1].load_state_dict(mine))
