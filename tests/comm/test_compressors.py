@@ -195,6 +195,24 @@ def test_take_all(gain, dtype):
     assert torch.allclose(u.double(), velocity, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("momentum", (False, True))
+def test_nobody_waits_for_the_device(compressor, momentum):
+    """What comes from the CPU (random entries, rotations) comes through pinned memory."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    m, g, gain = torch.zeros(50_000, device="cuda"), vector(50_000).cuda(), torch.tensor(0.5, device="cuda")
+    u = torch.zeros_like(m) if momentum else None
+    compressor.take(m, g, gain, 0.01, momentum=u, beta=0.9)  # what is compiled or allocated the first time
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        payload = compressor.take(m, g, gain, 0.01, step=1, momentum=u, beta=0.9)
+        compressor.positions(payload.at, 50_000, 0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert payload.values.isfinite().all()
+
+
 def test_density_schedule():
     schedule = DensitySchedule(0.001, warmup=5)
     assert [schedule.at(i) for i in (0, 5, 1000)] == [0.25, 0.001, 0.001]
