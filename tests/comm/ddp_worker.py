@@ -560,6 +560,15 @@ def check_half():
         p.grad = None
         one().backward()
         assert p.grad[7] == torch.tensor(expected, dtype=torch.float16) and p.grad.count_nonzero() == 1
+    # So does one that is sent whole, with momentum: the velocity is 1, then 1.5.
+    one = DDP(Sum(p))
+    state = attach(one, density=1.0, momentum=0.5)
+    state.slot(p)["error"][7] = 1e5
+    for expected, other in ((torch.finfo(torch.float16).max, 1.0), (1e5 + 2.5 - torch.finfo(torch.float16).max, 1.5)):
+        p.grad = None
+        one().backward()
+        assert p.grad[7] == torch.tensor(expected, dtype=torch.float16) and p.grad[8] == other
+    assert state.memory_norm() == 0
 
 
 def check_sparse():
