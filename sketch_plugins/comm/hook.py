@@ -180,7 +180,7 @@ def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tenso
         went = sent.to(picked.dtype) / state.scale
         slot["error"].index_add_(0, where, (picked - went).to(slot["error"].dtype))
         velocity = None
-        if momentum is not None and state.factor_masking:
+        if momentum is not None and state.factor_masking:  # here, as only now it is known what is sent
             velocity = torch.where(used & (scaled.abs() <= limit), momentum[where], 0.0)
             momentum.index_add_(0, where, -velocity)
         state.remember(Sent(slot, where, went, velocity))
