@@ -142,14 +142,15 @@ def take_all(
     """As `Compressor.take` where everything is picked, but that nothing is cleared: m, ``(d,)``.
 
     The memory goes on being what is to be sent: nothing has to be put back if it does not arrive. What is returned is
-    the memory itself, of bfloat16 a copy.
+    the memory itself, of bfloat16 a float32 copy that has not been rounded.
     """
     m, u = accumulate(memory, grad, gain, momentum, beta)
+    sent = m if m is memory else m.clone()  # before it is rounded, in place
     keep(memory, m, key ^ TABLE1, step)
     if momentum is not None:
         assert u is not None
         keep(momentum, u, key ^ TABLE2, step)
-    return m
+    return sent
 
 
 def accumulate(
@@ -182,7 +183,7 @@ def accumulate(
 
 
 def keep(memory: Tensor, x: Tensor, key: int, step: int) -> None:
-    """Write x into a memory of its dtype, in which it is then already, or of bfloat16, rounded stochastically."""
+    """Write x into a memory of bfloat16, rounded stochastically (x, too); a memory of its dtype is x itself."""
     if memory is not x:
         memory.copy_(round_stochastically(x, torch.arange(len(x), device=x.device), key, step))
 
