@@ -35,7 +35,7 @@ class SketchCallback(TrainerCallback, ExportableState):
 
     * ``comm/wire_bytes``, ``comm/dense_bytes``, ``comm/wire_over_dense``: bytes handed to collectives, what averaging
       everything would be, their ratio;
-    * ``comm/density``: fraction of the entries that the next step sends;
+    * ``comm/density``: fraction of the entries that the last step has sent;
     * ``comm/memory_norm``, ``comm/memory_bytes``: of what has not been sent yet.
 
     A table of the memory goes to the logger ``sketch_transformers.callback`` (level INFO) once, after the first step.

@@ -48,3 +48,6 @@ def test_wrong_compression(namespace):
         strategy("SketchDDPStrategy", namespace, comm_kwargs={"density": 0.1})
     with pytest.raises(ValueError, match="comm='topk' and ddp_comm_hook are two hooks"):
         strategy("SketchDDPStrategy", namespace, comm="topk", ddp_comm_hook=print)
+    for name in ("SketchFSDPStrategy", "SketchDeepSpeedStrategy"):  # they reduce gradients themselves
+        with pytest.raises(TypeError, match="'comm'"):
+            strategy(name, namespace, comm="topk")
