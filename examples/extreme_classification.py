@@ -52,7 +52,7 @@ OPTIMIZERS = (
     "cs_rmsprop:preset=exact@4e-2@4e-3,cs_adam@8e-2@4e-3"
 )
 DEFAULTS = {
-    "classes": 20_000, "vocab": 50_000, "queries": 60_000, "held_out": 2_000, "models": 4, "buckets": 2_000,
+    "classes": 20_000, "vocab": 50_000, "queries": 40_000, "held_out": 2_000, "models": 4, "buckets": 2_000,
     "hidden": 64, "epochs": 3, "batch_size": 256,
 }  # fmt: skip
 QUICK = {
@@ -213,10 +213,13 @@ def parse_contenders(text: str, lr: float) -> list[Contender]:
     found = []
     for run in common.parse_runs(text, lr):
         # The last rate has been read; a first one is still at the end of what was before it.
-        name, _, first = run.optim.partition("@")
-        options, at, second = (run.optim_args or "").partition("@")
-        rate = common.positive_float(first or second) if first or at else run.learning_rate
-        found.append(Contender(name, options or None, rate, run.learning_rate))
+        before, at, first = (run.optim_args or run.optim).partition("@")
+        try:
+            rate = common.positive_float(first) if at else run.learning_rate
+        except (ValueError, argparse.ArgumentTypeError):
+            raise ValueError(f"{before!r}: the first learning rate, {first!r}, is not a positive number") from None
+        name, options = (run.optim, before) if run.optim_args else (before, None)
+        found.append(Contender(name, options, rate, run.learning_rate))
     return found
 
 
@@ -331,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows = train(run, size, seed, args, data, merged, now, lambda n: progress.advance(task, n))
                 result.rows += rows
             results.append(result)
-    write(args.out / "results.csv", results, budget, args)
+            write(args.out / "results.csv", results, budget, args)  # what is done is there if the rest is cut off
     plot(args.out / "recall.png", results, args)
     wide = Console()
     # A log file has no width of its own; the table must not be folded into it.
@@ -360,7 +363,7 @@ def plan(
     for run in args.runs:
         sizes = {"base": args.batch_size}
         # Where the budget is what the first one needs, there is nothing to search for it.
-        if args.budget or run != args.runs[0]:
+        if args.budget or (run != args.runs[0] and "fit" in args.batches):
             fit = largest(functools.partial(fits, run), args.batch_size, len(data))
             if not fit:
                 common.fail(f"{run.label}: not even a batch of 1 fits into {format_bytes(budget)}")
@@ -435,11 +438,12 @@ def tune(args: argparse.Namespace, data: Data, merged: Tensor, progress: Progres
                 pass
         with torch.no_grad():
             value = functional.cross_entropy(trainer.model(data.valid.features), valid).item()
-        rows.append((run.label, f"{run.lr:.4g}", f"{run.output_lr:.4g}", f"{value:.4f}"))
+        with (args.out / "rates.csv").open("a", newline="") as f:
+            csv.writer(f).writerow([run.label, f"{run.lr:.4g}", f"{run.output_lr:.4g}", f"{value:.4f}"])
         return value if math.isfinite(value) else math.inf
 
     best = []
-    rows: list[tuple[str, ...]] = [("optimizer", "lr", "output_lr", "valid_loss")]
+    (args.out / "rates.csv").write_text("optimizer,lr,output_lr,valid_loss\n")
     for run in args.runs:
         while True:
             near = [
@@ -453,8 +457,6 @@ def tune(args: argparse.Namespace, data: Data, merged: Tensor, progress: Progres
             run = better
         best.append(run)
     progress.remove_task(task)
-    with (args.out / "rates.csv").open("w", newline="") as f:
-        csv.writer(f).writerows(rows)
     return best
 
 
@@ -564,7 +566,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             if run.optim == "adam" and run.optim_args:
                 raise ValueError(f"--optimizers: {run.label!r}: adam takes no options here")
             run.optimizers(Classifier(8, 2, 2))  # names and options that do not exist
-    except (ValueError, argparse.ArgumentTypeError) as error:
+    except ValueError as error:
         parser.error(str(error))
     args.batches = ("base", "fit") if args.batches == "both" else (args.batches,)
     return args
