@@ -48,8 +48,8 @@ from sketch_plugins.memory.search import largest
 
 # Rates of the input layer and of the rest, found with --tune at the default sizes (docs/extreme_classification.md).
 OPTIMIZERS = (
-    "adam@8e-2@2e-3,cs_rmsprop:compression=0.01@16e-2@4e-3,cs_rmsprop:preset=paper_cs_v,compression=0.00333@8e-2@2e-2,"
-    "cs_rmsprop:preset=exact@4e-2@4e-3,cs_adam@8e-2@4e-3"
+    "adam@0.08@0.001,cs_rmsprop:compression=0.01@0.32@0.001,cs_rmsprop:preset=paper_cs_v,compression=0.00333@0.32@0.01,"
+    "cs_rmsprop:preset=exact@0.08@0.001,cs_adam@0.16@0.002"
 )
 DEFAULTS = {
     "classes": 20_000, "vocab": 50_000, "queries": 40_000, "held_out": 2_000, "models": 4, "buckets": 2_000,
