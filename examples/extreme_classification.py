@@ -652,7 +652,14 @@ def plot(path: Path, results: list[Result], args: argparse.Namespace) -> None:
     axes[1][0].set_xlabel("epoch")
     axes[1][1].set_xlabel(f"{args.clock} seconds of training, {args.models} models")
     axes[1][0].set_xticks(range(1, args.epochs + 1))
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False, handlelength=4)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+        handlelength=4,
+    )
     figure.suptitle(f"{args.classes:,} classes; {hardware(args.device)}, {args.threads} thread(s)", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
