@@ -42,9 +42,8 @@ class Snapshot:
         own = trainer.optimizer
         while isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
             own = own.optimizer
-        if own is not None:
-            self._keep(own.state)
-            self._keep(own.param_groups)
+        if own is not None:  # with the references to its state and groups: loading a state dict makes others
+            self._keep(vars(own))
         if trainer.lr_scheduler is not None:
             self._keep(vars(trainer.lr_scheduler))
         self._shallow = [(vars(found), dict(vars(found))) for found in (trainer, trainer.args, trainer.accelerator)]
