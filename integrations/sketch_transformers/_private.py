@@ -232,6 +232,14 @@ def _communicating(train: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _is_ours(optim: Any) -> bool:
+    return getattr(optim, "value", optim) in registry.names()
+
+
+_MARK = "_sketch_plugins"
+_STOCK: dict[str, Callable[..., Any]] = {}
+
+
 # -- trials of a batch size ------------------------------------------------------------------------------------------
 
 
@@ -285,11 +293,3 @@ def is_sending(trainer: Any) -> bool:
     return (
         communication(trainer.callback_handler.callbacks) is not None or communication_options(trainer.args) is not None
     )
-
-
-def _is_ours(optim: Any) -> bool:
-    return getattr(optim, "value", optim) in registry.names()
-
-
-_MARK = "_sketch_plugins"
-_STOCK: dict[str, Callable[..., Any]] = {}
