@@ -12,8 +12,9 @@ Five things are changed, each once; what does not concern our optimizers behaves
   of ours, however it was asked for, where its state is offloaded.
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
   cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback.
-* ``Trainer.train`` enables the gradient compression that ``optim_args`` asks for, remembers the checkpoint that it
-  is told to resume, and lets a `ReclaimBatchSize` search: no callback is told early enough.
+* ``Trainer.train`` enables the gradient compression that ``optim_args`` asks for, and remembers the checkpoint that it
+  is told to resume: no callback is told.
+  It also lets a `ReclaimBatchSize` search, for which a callback is told too late.
 """
 
 from __future__ import annotations
