@@ -38,7 +38,7 @@ from _common import Run
 
 TASKS = ("bert", "lm")
 SIZES = {
-    "small": {"layers": 4, "dim": 384, "vocab": 4096, "seq_len": 64, "tokens": 24_576},
+    "small": {"layers": 4, "dim": 384, "vocab": 4096, "seq_len": 32, "tokens": 24_576},
     "large": {"layers": 24, "dim": 1024, "vocab": 30_522, "seq_len": 512, "tokens": 1_048_576},
 }
 QUICK = {"layers": 1, "dim": 128, "vocab": 512, "seq_len": 16, "tokens": 512}
