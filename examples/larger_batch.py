@@ -357,6 +357,14 @@ def predict(args: argparse.Namespace, task: str) -> list[dict[str, Any]]:
     config = args.model or config_of(args, task, args.vocab, **extra)
     results = []
     budget = args.budget_bytes
+    if budget is None:
+        import transformers
+
+        with torch.device("meta"):
+            kind = {"bert": "AutoModelForSequenceClassification", "lm": "AutoModelForCausalLM"}[task]
+            given = transformers.AutoConfig.from_pretrained(args.model) if args.model else config
+            model = getattr(transformers, kind).from_config(given)
+        budget = BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
     for run in args.runs[task]:
         name, _, weights = run.optim.partition("/")
         name = "adamw" if name == "adamw_torch_fused" else name
@@ -365,15 +373,12 @@ def predict(args: argparse.Namespace, task: str) -> list[dict[str, Any]]:
             task={"bert": "sequence-classification", "lm": "causal-lm"}[task],
             seq_len=args.seq_len,
             batch_size=1,
-            gpu_memory=budget or 2**50,
+            gpu_memory=budget,
             precision="bf16" if weights else args.precision,
             optimizers=[f"{name}:{run.optim_args}" if run.optim_args else name],
             device=args.device,
             reserve=0,
         )
-        if budget is None:
-            budget = BYTES_PER_PARAMETER * planned.params
-            return predict(argparse.Namespace(**{**vars(args), "budget_bytes": budget}), task)
         (row,) = planned.rows
         results.append(
             {
@@ -487,15 +492,16 @@ def print_table(results: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     first = results[0]
+    measured = first["source"] == "measured"
+    said = "the largest that fits, by Trainer's own steps. Losses after as many tokens for each; rate by --scale-lr. "
+    said += "Tokens/s: median of the steps."
     table = Table(
         title=f"{first['task']}, {first['parameters'] / 1e6:.1f} M parameters, sequences of {first['seq_len']}, "
         f"{first['precision']}, budget {first['budget_bytes'] / 1e6:,.1f} MB on {first['hardware']}",
-        caption="Batch: the largest that fits, by Trainer's own steps. Losses after as many tokens for each; rate in "
-        "proportion to the square root of the batch. Tokens/s: median of the steps.",
+        caption=f"Batch: {said}" if measured else "Predicted by sketch_plugins.memory.plan: nothing was run.",
         caption_justify="left",
     )
     table.add_column("optimizer")
-    measured = first["source"] == "measured"
     columns = ["batch" if measured else "batch (predicted)", "x AdamW", "state"]
     columns += ["peak", "tokens/s", "x AdamW", "steps", "rate", "eval loss", "accuracy"] if measured else []
     for name in columns:
