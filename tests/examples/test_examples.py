@@ -141,13 +141,13 @@ def test_larger_batch_predicted(tmp_path, monkeypatch, capsys):
     import larger_batch
 
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    options = ["--quick", "--task", "bert", "--device", "cuda", "--precision", "fp32", "--predict"]
+    options = ["--quick", "--task", "bert", "--device", "cpu", "--predict"]
     options += ["--optimizers", f"adamw_torch_fused,{OURS}"]
-    assert larger_batch.main([*options, "--budget", "20MB", "--out", str(tmp_path)]) == 0
+    assert larger_batch.main([*options, "--budget", "10MB", "--out", str(tmp_path)]) == 0
     assert "batch (predicted)" in capsys.readouterr().out
     assert (tmp_path / "larger_batch.png").read_bytes().startswith(PNG)
     adamw, ours = read_csv(tmp_path / "larger_batch.csv")
-    assert adamw["source"] == ours["source"] == "predicted" and adamw["budget_bytes"] == "20000000"
+    assert adamw["source"] == ours["source"] == "predicted" and adamw["budget_bytes"] == "10000000"
     assert 0 < int(adamw["batch"]) < int(ours["batch"]) and adamw["tokens_per_second"] == ""
 
 
