@@ -2,6 +2,7 @@
 
     python examples/larger_batch.py                          # a small BERT and GPT-2 on this machine's CPU or GPU
     python examples/larger_batch.py --task bert --budget 250MiB
+    python examples/larger_batch.py --task lm --effective 32 # as many samples an update for each: less accumulation
     python examples/larger_batch.py --device cuda --size large --budget 16GiB   # BERT-large, sequences of 512
     python examples/larger_batch.py --device cuda --size large --budget 16GiB --predict   # what would fit; no GPU
 
@@ -49,7 +50,8 @@ EVAL_ROWS = 128
 #: What a budget is by default: AdamW's weights, gradients and moments take 16 bytes a parameter in float32.
 BYTES_PER_PARAMETER = 20
 FIELDS = (
-    "task", "source", "optimizer", "weights", "learning_rate", "batch", "x_adamw", "peak_bytes", "state_bytes",
+    "task", "source", "optimizer", "weights", "learning_rate", "batch", "accumulation", "x_adamw", "peak_bytes",
+    "state_bytes",
     "tokens_per_second", "x_adamw_tokens_per_second", "step_ms", "tokens", "steps", "train_loss", "eval_loss",
     "eval_accuracy", "parameters", "seq_len", "precision", "budget_bytes", "device", "hardware", "threads", "torch",
 )  # fmt: skip
@@ -90,6 +92,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="sqrt",
         help="rate by the square root of the batch, relative to AdamW's (default), or the same for every batch",
     )
+    parser.add_argument(
+        "--effective",
+        type=whole,
+        metavar="N",
+        help="samples an update: the batch is the largest that fits and divides them, gradients are accumulated "
+        "(default: an update for each batch)",
+    )
     parser.add_argument("--max-batch", type=whole, default=8192, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="weights and data order (default: %(default)s)"
@@ -118,6 +127,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.precision = args.precision or ("bf16-mixed" if args.device == "cuda" else "fp32")
     if args.dim % 64:
         parser.error(f"--dim {args.dim} is not a multiple of 64")
+    if args.predict and args.effective:
+        parser.error("--predict is about updates of one batch: leave --effective")
     if args.task == "both" and args.model:
         parser.error("--model goes with one --task")
     for file in args.text or ():
@@ -289,7 +300,8 @@ def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict
             max_grad_norm=0.0 if name.endswith("_layerwise") else 1.0,
             lr_scheduler_type="cosine",
             bf16=args.precision == "bf16-mixed" and not weights,
-            per_device_train_batch_size=args.base_batch or 4,
+            per_device_train_batch_size=1 if args.effective else args.base_batch or 4,
+            gradient_accumulation_steps=args.effective or 1,
             per_device_eval_batch_size=4,
             seed=args.seed,
             use_cpu=not cuda,
@@ -309,14 +321,18 @@ def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict
     trainer.pop_callback(PrinterCallback)  # a line for each step
 
     # On a GPU the allocator refuses what is beyond the budget; on a CPU it is counted.
-    options = {"max_val": args.max_batch, **({} if cuda else {"budget": budget, "meter": AllocatorMeter()})}
+    options = {"max_val": args.max_batch, "keep_effective": bool(args.effective)}
+    options |= {"init_val": args.base_batch or 4} if args.effective else {}
+    options |= {**({} if cuda else {"budget": budget, "meter": AllocatorMeter()})}
     started = time.perf_counter()
     found = reclaim_batch_size(trainer, **options)
     searched = time.perf_counter() - started
     print(found, flush=True)
     batch = found.batch_size
-    scale = math.sqrt(batch / args.base_batch) if args.base_batch and args.scale_lr == "sqrt" else 1.0
-    trainer.args.max_steps = max(1, round(args.tokens / (batch * args.seq_len)))
+    samples = args.effective or batch  # of an update
+    scaled = args.base_batch and args.scale_lr == "sqrt" and not args.effective
+    scale = math.sqrt(batch / args.base_batch) if scaled else 1.0
+    trainer.args.max_steps = max(1, round(args.tokens / (samples * args.seq_len)))
     trainer.args.warmup_steps = max(1, trainer.args.max_steps // 10)
     trainer.args.learning_rate = run.learning_rate * scale
     trainer.train()
@@ -331,18 +347,19 @@ def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict
         "weights": weights or "fp32",
         "learning_rate": trainer.args.learning_rate,
         "batch": batch,
+        "accumulation": found.gradient_accumulation_steps,
         "peak_bytes": peak,
         "state_bytes": found.state_bytes,
-        "tokens_per_second": batch * args.seq_len / step_ms * 1e3,
+        "tokens_per_second": samples * args.seq_len / step_ms * 1e3,
         "step_ms": step_ms,
-        "tokens": trainer.state.global_step * batch * args.seq_len,
+        "tokens": trainer.state.global_step * samples * args.seq_len,
         "steps": trainer.state.global_step,
         "train_loss": common.finite(sum(tail) / len(tail)),
         "eval_loss": common.finite(evaluated["eval_loss"]),
         "eval_accuracy": evaluated.get("eval_accuracy"),
         "parameters": parameters,
         "budget_bytes": budget,
-        "curve": [(step * batch * args.seq_len, common.finite(loss)) for step, loss in meter.losses],
+        "curve": [(step * samples * args.seq_len, common.finite(loss)) for step, loss in meter.losses],
         "search_seconds": searched,
     }
 
@@ -503,6 +520,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
     )
     table.add_column("optimizer")
     columns = ["batch" if measured else "batch (predicted)", "x AdamW", "state"]
+    columns += ["accumulation"] if measured else []
     columns += ["peak", "tokens/s", "x AdamW", "steps", "rate", "eval loss", "accuracy"] if measured else []
     for name in columns:
         table.add_column(name, justify="right")
@@ -511,6 +529,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
         cells += [common._format(r["state_bytes"], 1e-6, ",.1f", " MB")]
         if measured:
             cells += [
+                str(r["accumulation"]),
                 common._format(r["peak_bytes"], 1e-6, ",.1f", " MB"),
                 f"{r['tokens_per_second']:,.0f}",
                 f"{r['x_adamw_tokens_per_second']:.2f}",
