@@ -13,9 +13,7 @@ from sketch_lightning import _private
 from sketch_plugins import state_report
 from sketch_plugins.memory.meter import Meter, ResidentMeter, meter_for, parse_budget, total_memory
 from sketch_plugins.memory.report import format_bytes
-from sketch_plugins.memory.search import largest, split
-
-MODES = ("binsearch", "power")
+from sketch_plugins.memory.search import check_search, largest, split
 
 
 class TrialOver(Exception):
@@ -39,14 +37,7 @@ class Reclaiming:
         batch_arg_name: str = "batch_size",
         meter: Meter | None = None,
     ) -> None:
-        counts = {"steps_per_trial": steps_per_trial, "max_val": max_val, "max_trials": max_trials}
-        for name, value in (counts if init_val is None else {**counts, "init_val": init_val}).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer >= 1")
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
-        if budget is not None:
-            parse_budget(budget, 1)
+        check_search(budget, mode, steps_per_trial, init_val, max_val, max_trials)
         self.budget, self.keep_effective, self.mode = budget, keep_effective, mode
         self.steps_per_trial, self.init_val, self.max_val, self.max_trials = (
             steps_per_trial,

@@ -18,15 +18,16 @@ from sketch_transformers._private import register
 if TYPE_CHECKING:
     from sketch_transformers.callback import SketchCallback
     from sketch_transformers.comm import enable_memsgd
+    from sketch_transformers.reclaim import ReclaimBatchSize, reclaim_batch_size
 
-__all__ = ["SketchCallback", "enable_memsgd", "register"]
+__all__ = ["ReclaimBatchSize", "SketchCallback", "enable_memsgd", "reclaim_batch_size", "register"]
 
 register()
 
 
 def __getattr__(name: str) -> Any:
     # Lazily, because this package may be imported while transformers is half imported (`python -m sketch_plugins run`),
-    # when the base class of the callback does not exist yet.
+    # when the base class of the callbacks does not exist yet.
     if name == "SketchCallback":
         from sketch_transformers.callback import SketchCallback
 
@@ -35,4 +36,8 @@ def __getattr__(name: str) -> Any:
         from sketch_transformers.comm import enable_memsgd
 
         return enable_memsgd
+    if name in ("ReclaimBatchSize", "reclaim_batch_size"):
+        from sketch_transformers import reclaim
+
+        return getattr(reclaim, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

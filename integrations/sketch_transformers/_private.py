@@ -15,16 +15,20 @@ Five things are changed, each once; what does not concern our optimizers behaves
   gradients that have been consumed in backward would be logged as 0, and is left out.
 * ``Trainer.train`` enables the gradient compression that ``optim_args`` asks for, and remembers the checkpoint that it
   is told to resume: no callback is told.
+  It also lets a `ReclaimBatchSize` search, for which a callback is told too late.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import sys
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
+
+import torch
 
 from sketch_plugins import registry
 from sketch_plugins.import_hooks import is_initializing
@@ -226,11 +230,13 @@ def _reporting(log: Callable[..., None]) -> Callable[..., None]:
 
 def _communicating(train: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        from sketch_transformers.comm import before_training
+        from sketch_transformers import comm, reclaim
 
-        before_training(self, resume_from_checkpoint)
+        comm.before_training(self, resume_from_checkpoint)
+        reclaim.before_training(self, resume_from_checkpoint, args[0] if args else kwargs.get("trial"))
         return train(self, resume_from_checkpoint, *args, **kwargs)
 
+    _STOCK["train"] = train
     return wrapped
 
 
@@ -244,3 +250,59 @@ def _is_ours(optim: Any) -> bool:
 
 
 _MARK = "_sketch_plugins"
+_STOCK: dict[str, Callable[..., Any]] = {}
+
+
+# -- trials of a batch size ------------------------------------------------------------------------------------------
+
+
+def stock_train() -> Callable[..., Any]:
+    """``Trainer.train`` as transformers has it, to be called with the trainer."""
+    return _STOCK["train"]
+
+
+def set_batch(trainer: Any, size: int, accumulation: int) -> None:
+    """As if the arguments had had these from the start; ``_train_batch_size`` is what the loaders are made with."""
+    args = trainer.args
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = size, accumulation
+    trainer._train_batch_size = args.train_batch_size
+
+
+def only_training(trainer: Any, callback: Any, steps: int) -> None:
+    """Leave the trainer this callback alone, and ``steps`` to train for. Who calls this puts all attributes back.
+
+    Nothing but gradients talks to other ranks then, but the loaders at the beginning of an epoch.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    handler = copy.copy(trainer.callback_handler)
+    handler.callbacks = [callback]
+    trainer.callback_handler, trainer.control = handler, type(trainer.control)()
+    trainer.model_init = None  # or the weights would be made anew, and those that are there kept beside
+    trainer._memory_tracker = type(trainer._memory_tracker)(True)
+    accelerator.scaler = copy.deepcopy(accelerator.scaler)  # its scale falls and rises with the steps
+    args.max_steps, args.eval_on_start = steps, False
+    args.include_num_input_tokens_seen = "no" if isinstance(args.include_num_input_tokens_seen, str) else False
+    args.average_tokens_across_devices = False
+
+
+def stop_sync(trainer: Any) -> None:
+    """Each rank by itself: DistributedDataParallel, if it is that, averages no gradients and sends no buffers."""
+    model = trainer.model_wrapped
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model.require_backward_grad_sync = model.require_forward_param_sync = False
+
+
+def grad_hooks(parameter: torch.Tensor) -> dict[Any, Any]:
+    """Hooks that wait for a parameter's gradient; a dictionary to be changed in place."""
+    hooks = parameter._post_accumulate_grad_hooks
+    return {} if hooks is None else hooks
+
+
+def is_sending(trainer: Any) -> bool:
+    """Whether gradients are sent sparsified."""
+    from sketch_transformers.arguments import communication_options
+    from sketch_transformers.comm import communication
+
+    return (
+        communication(trainer.callback_handler.callbacks) is not None or communication_options(trainer.args) is not None
+    )

@@ -3,6 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+from sketch_plugins.memory.meter import parse_budget
+
+MODES = ("binsearch", "power")
+
+
+def check_search(
+    budget: int | float | str | None,
+    mode: str,
+    steps_per_trial: int,
+    init_val: int | None,
+    max_val: int,
+    max_trials: int,
+) -> None:
+    """Raise ValueError unless these are options of a search."""
+    counts: dict[str, Any] = {"steps_per_trial": steps_per_trial, "max_val": max_val, "max_trials": max_trials}
+    for name, value in (counts if init_val is None else {**counts, "init_val": init_val}).items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer >= 1")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
+    if budget is not None:
+        parse_budget(budget, 1)
 
 
 def largest(fits: Callable[[int], bool], start: int, limit: int, mode: str = "binsearch", max_trials: int = 25) -> int:

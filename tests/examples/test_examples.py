@@ -1,5 +1,6 @@
 """The examples as a user starts them, at tiny sizes: the files they write and the figures in them."""
 
+import csv
 import json
 import math
 import os
@@ -99,6 +100,77 @@ def test_bad_options_are_named(tmp_path, monkeypatch, capsys, options, message):
         demo_lm.main(["--out", str(tmp_path), *options])
     # argparse prints and ends with 2; our own message is the exit value, which the interpreter prints.
     assert message in f"{ended.value} {capsys.readouterr().err}"
+
+
+def read_csv(file):
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+#: Small enough for the optimizer to stay eager; compressed all the same.
+OURS = "cs_adam:min_compress_size=256"
+
+
+def test_larger_batch(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("".join(f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(60)))
+    options = ("--dim", 64, "--vocab", 300, "--max-batch", 64, "--optimizers", f"adamw_torch_fused,{OURS}@2e-3")
+    finished = start("larger_batch.py", "--quick", "--task", "lm", "--text", text, "--out", out, *options)
+    assert finished.returncode == 0, finished.stderr
+    assert (out / "larger_batch.png").read_bytes().startswith(PNG)
+    adamw, ours = read_csv(out / "larger_batch.csv")
+    assert (adamw["optimizer"], ours["optimizer"]) == ("AdamW", "cs_adam min_compress_size=256")
+    parameters = int(adamw["parameters"])
+    for run in (adamw, ours):
+        assert run["source"] == "measured" and int(run["budget_bytes"]) == 20 * parameters
+        assert 0 < int(run["peak_bytes"]) <= 20 * parameters
+        # As many tokens for each, but for half a step.
+        batch, steps = int(run["batch"]), int(run["steps"])
+        assert int(run["tokens"]) == batch * steps * 16 and abs(int(run["tokens"]) - 512) <= batch * 8
+        assert float(run["tokens_per_second"]) > 0 and 0 < float(run["eval_loss"]) < 10
+    assert int(adamw["state_bytes"]) == 8 * parameters and int(ours["state_bytes"]) < 2 * parameters
+    ratio = int(ours["batch"]) / int(adamw["batch"])
+    assert ratio >= 1.4 and float(ours["x_adamw"]) == pytest.approx(ratio, rel=1e-3)
+    assert float(ours["learning_rate"]) == pytest.approx(2e-3 * ratio**0.5, rel=1e-3)
+    (row,) = [line for line in finished.stdout.splitlines() if line.startswith("│ cs_adam min")]
+    assert [cell.strip() for cell in row.split("│")[2:4]] == [ours["batch"], f"{ratio:.2f}"]
+
+
+def test_larger_batch_predicted(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sketch_plugins.memory.plan", reason="predictions come from there")
+    import larger_batch
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    options = ["--quick", "--task", "bert", "--device", "cpu", "--predict"]
+    options += ["--optimizers", f"adamw_torch_fused,{OURS}"]
+    assert larger_batch.main([*options, "--budget", "10MB", "--out", str(tmp_path)]) == 0
+    assert "batch (predicted)" in capsys.readouterr().out
+    assert (tmp_path / "larger_batch.png").read_bytes().startswith(PNG)
+    adamw, ours = read_csv(tmp_path / "larger_batch.csv")
+    assert adamw["source"] == ours["source"] == "predicted" and adamw["budget_bytes"] == "10000000"
+    assert 0 < int(adamw["batch"]) < int(ours["batch"]) and adamw["tokens_per_second"] == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda"], "there is no GPU; --predict says what would fit"),
+        (["--device", "cuda", "--predict", "--budget", "0.5"], "--budget 0.5 is a fraction of a GPU that is not there"),
+        (["--budget", "much"], "--budget='much' is not allowed"),
+        (["--dim", "100"], "--dim 100 is not a multiple of 64"),
+        (["--model", "gpt2"], "--model goes with one --task"),
+        (["--optimizers", "no_such"], "optimizer 'no_such' is unknown to Trainer"),
+        (["--optimizers", "cs_adam/fp8"], "optimizer 'cs_adam/fp8' is unknown to Trainer"),
+    ],
+)
+def test_bad_options_of_larger_batch(options, message, tmp_path, monkeypatch, capsys):
+    import larger_batch
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        larger_batch.main(["--out", str(tmp_path), *options])
+    assert message in capsys.readouterr().err
 
 
 def test_lightning_language_model(tmp_path):

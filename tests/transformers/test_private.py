@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import transformers
 
 from sketch_transformers import _private
@@ -26,6 +27,43 @@ def test_signatures():
     assert isinstance(inspect.getattr_static(trainer, "get_optimizer_cls_and_kwargs"), staticmethod)
     assert list(inspect.signature(trainer.log).parameters)[:2] == ["self", "logs"]
     assert list(inspect.signature(transformers.TrainingArguments.__post_init__).parameters) == ["self"]
+
+
+def test_what_trials_of_a_batch_size_rely_on(make_trainer):
+    assert list(inspect.signature(transformers.Trainer.train).parameters)[:3] == [
+        "self",
+        "resume_from_checkpoint",
+        "trial",
+    ]
+    assert _private.stock_train() is inspect.unwrap(transformers.Trainer.train)
+    trainer = make_trainer()
+    # Attributes that are set, and would be set in vain if they had moved.
+    args = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "eval_on_start")
+    assert {*args, "include_num_input_tokens_seen", "average_tokens_across_devices"} <= vars(trainer.args).keys()
+    own = {"_train_batch_size", "_memory_tracker", "callback_handler", "control", "model_init", "accelerator"}
+    assert own <= vars(trainer).keys() and "callbacks" in vars(trainer.callback_handler)
+    assert "scaler" in vars(trainer.accelerator)
+    assert trainer._train_batch_size == trainer.args.train_batch_size == 8
+    trainer._memory_tracker = type(trainer._memory_tracker)(True)
+    assert trainer._memory_tracker.skip_memory_metrics
+    gradients = trainer.accelerator.gradient_state
+    assert gradients.sync_gradients and isinstance(gradients.dataloader_references, list)
+    _private.set_batch(trainer, 3, 2)
+    assert trainer.get_total_train_batch_size(trainer.args) == 6
+    assert [len(batch["input_ids"]) for batch in trainer.get_train_dataloader()] == [3] * 21 + [1]
+
+
+def test_what_trials_rely_on_in_torch():
+    source = inspect.getsource(torch.nn.parallel.DistributedDataParallel)
+    assert "self.require_backward_grad_sync = True" in source and "self.require_forward_param_sync = True" in source
+    parameter = torch.nn.Parameter(torch.ones(1))
+    assert _private.grad_hooks(parameter) == {}
+    seen = []
+    parameter.register_post_accumulate_grad_hook(seen.append)
+    parameter.sum().backward()
+    _private.grad_hooks(parameter).clear()
+    parameter.sum().backward()
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(("module", "name"), _private.TOUCHED)

@@ -1,0 +1,432 @@
+"""The largest batch that fits into the memory: ``reclaim_batch_size(trainer)``, or the callback `ReclaimBatchSize`."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils.memory import should_reduce_batch_size
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.training_args import TrainingArguments
+
+from sketch_plugins import state_report
+from sketch_plugins.memory.meter import AllocatorMeter, Meter, ResidentMeter, meter_for, parse_budget, total_memory
+from sketch_plugins.memory.report import format_bytes
+from sketch_plugins.memory.search import check_search, largest
+from sketch_transformers import _private
+from sketch_transformers.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+
+#: How a step of a trial went; the smallest of all ranks' is everybody's.
+FAILED, OUT_OF_MEMORY, SKIPPED, STEPPED = range(4)
+#: So many steps may a gradient scaler skip in a trial.
+SKIPS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One size that was tried.
+
+    Attributes:
+        batch_size: samples of a batch, on each device.
+        gradient_accumulation_steps: batches of an update.
+        fits: on all ranks.
+        peak: bytes on this rank; None where they ran out.
+    """
+
+    batch_size: int
+    gradient_accumulation_steps: int
+    fits: bool
+    peak: int | None
+
+
+class ReclaimBatchSize(TrainerCallback, ExportableState):
+    """Spends what the sketched optimizer saves: finds the largest batch that fits, and trains with it.
+
+        Trainer(model, args, train_dataset=data, callbacks=[ReclaimBatchSize(budget=0.9)]).train()
+
+    Before ``train`` begins, Trainer itself trains on batches of growing size for a few steps each, with the
+    accumulation of gradients and an optimizer of its own, until the memory exceeds the budget or runs out. Then
+    everything is as before: weights, buffers and attributes of modules, the state of optimizer and scheduler, random
+    numbers (also of generators that model, data set or collator hold), Trainer's state and arguments; no other
+    callback sees the trials. ``per_device_train_batch_size`` is what was found, and training goes as it would have
+    gone with that size from the start, bit for bit. What data set and collator do to other attributes of theirs is not
+    undone.
+
+    A size is tried on the first samples of training. Where batches are padded to their longest sample, longer ones may
+    come: leave room in the budget, or use ``train_sampling_strategy="group_by_length"``, which begins with the longest.
+
+    Under DistributedDataParallel all ranks agree on what fits on each of them; in a trial gradients are not averaged,
+    or a rank without memory would leave the others waiting. A checkpoint brings its size when it is resumed, and
+    nothing is searched; nor by a second ``train()``.
+
+    Args:
+        budget: bytes (``2 * 2**30`` or ``"2GiB"``) or a fraction of the device's memory (0.9) that the peak may take;
+            of a CPU's process all that is resident. None: until CUDA runs out of memory.
+        keep_effective: False: the largest batch, ``gradient_accumulation_steps`` stay. True: samples per update stay:
+            the largest batch that divides them, with less accumulation.
+        mode: ``"binsearch"``: to the sample; ``"power"``: by factors of two.
+        steps_per_trial: optimizer steps with each size, 2 or more: the state comes with the first.
+        init_val: where to start; None: ``per_device_train_batch_size``.
+        max_val: no larger batches.
+        max_trials: at most so many sizes are tried.
+        meter: measures memory in place of CUDA's statistics or the resident memory of a process on Linux: an object
+            with ``start()`` and ``read()``, bytes at the peak since. `sketch_plugins.memory.meter.AllocatorMeter`
+            counts what torch allocates on a CPU, to the byte.
+
+    Attributes:
+        batch_size: what was found; None before.
+        gradient_accumulation_steps: what it goes with; None before.
+        trials: the sizes that were tried, in this order.
+        state_bytes: what the optimizer keeps on this rank.
+        adamw_bytes: what AdamW would keep.
+
+    Raises:
+        ValueError: an argument that is not allowed; when training begins: no budget and no CUDA, a budget in which not
+            even one sample fits, a setting in which nothing can be tried or put back (DeepSpeed, FSDP, DataParallel, a
+            model on several devices, an `IterableDataset` without length, ``auto_find_batch_size``, `enable_memsgd`,
+            ``hyperparameter_search``, loaders that do not heed ``per_device_train_batch_size``).
+    """
+
+    def __init__(
+        self,
+        budget: int | float | str | None = None,
+        keep_effective: bool = False,
+        mode: str = "binsearch",
+        steps_per_trial: int = 2,
+        init_val: int | None = None,
+        max_val: int = 8192,
+        max_trials: int = 25,
+        meter: Meter | None = None,
+    ) -> None:
+        check_search(budget, mode, steps_per_trial, init_val, max_val, max_trials)
+        if steps_per_trial < 2:
+            raise ValueError(
+                "steps_per_trial=1 is not allowed: the optimizer's state comes with the first step, so a peak that "
+                "contains it needs 2 or more"
+            )
+        self.budget, self.keep_effective, self.mode = budget, keep_effective, mode
+        self.steps_per_trial, self.init_val = steps_per_trial, init_val
+        self.max_val, self.max_trials, self.meter = max_val, max_trials, meter
+        self.batch_size: int | None = None
+        self.gradient_accumulation_steps: int | None = None
+        self.trials: list[Trial] = []
+        self.state_bytes = self.adamw_bytes = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have a place in the state of a checkpoint that did not know this callback."""
+        # Trainer's next save would fail with a KeyError.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer saves in ``trainer_state.json``: the options (without the meter), and what was found."""
+        options = ("budget", "keep_effective", "mode", "steps_per_trial", "init_val", "max_val", "max_trials")
+        return {
+            "args": {name: getattr(self, name) for name in options},
+            "attributes": {
+                "batch_size": self.batch_size,
+                "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            },
+        }
+
+    def table(self) -> Table:
+        """A rich table of the trials."""
+        allowed = "" if self.budget is None else f", budget {self.budget}"
+        table = Table(
+            title=f"ReclaimBatchSize{allowed}: per_device_train_batch_size={self.batch_size}, "
+            f"gradient_accumulation_steps={self.gradient_accumulation_steps}",
+            caption=f"optimizer state {format_bytes(self.state_bytes)}, AdamW's {format_bytes(self.adamw_bytes)}",
+        )
+        for heading in ("batch size", "accumulation", "fits", "peak on this rank"):
+            table.add_column(heading, justify="right")
+        for trial in sorted(self.trials, key=lambda trial: trial.batch_size):
+            chosen = trial.batch_size == self.batch_size
+            table.add_row(
+                str(trial.batch_size),
+                str(trial.gradient_accumulation_steps),
+                "yes" if trial.fits else "no",
+                "out of memory" if trial.peak is None else format_bytes(trial.peak),
+                style="bold" if chosen else None,
+            )
+        return table
+
+    def __str__(self) -> str:
+        """The table as text."""
+        text = io.StringIO()
+        Console(width=120, file=text).print(self.table())
+        return text.getvalue()
+
+    # -- the search --------------------------------------------------------------------------------------------------
+
+    def search(self, trainer: Trainer) -> None:
+        """Find the size and set it; where that fails, everything is as before."""
+        self._check(trainer)
+        before = Snapshot(trainer)
+        self.trials = []
+        try:
+            found = self._try_sizes(trainer, before)
+        except BaseException:  # whatever it is: nothing of a trial is left
+            before.restore()
+            raise
+        self.batch_size, self.gradient_accumulation_steps = found
+        _private.set_batch(trainer, *found)
+        if trainer.is_world_process_zero():
+            logger.info("largest batch\n%s", self)
+
+    def _try_sizes(self, trainer: Trainer, before: Snapshot) -> tuple[int, int]:
+        args = trainer.args
+        present, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        device = torch.device(args.device)
+        meter = self.meter or meter_for(device)
+        budget = None if self.budget is None else parse_budget(self.budget, total_memory(device))
+        start = self.init_val or present
+        # A batch larger than the data would not be larger.
+        limit = max(1, min(self.max_val, len(trainer.train_dataset) // args.world_size))
+        effective = present * accumulation
+        # Every trial has the accumulation that training would have, so only divisors are worth one.
+        sizes: Any = range(1, limit + 1)
+        if self.keep_effective:
+            sizes = [n for n in range(1, min(limit, effective) + 1) if effective % n == 0]
+            if self.mode == "power":
+                sizes = [n for n in sizes if _is_power_of_two(n, present)]
+        # What the snapshot adds itself is not the training's.
+        ours = before.nbytes if isinstance(meter, (ResidentMeter, AllocatorMeter)) else 0
+
+        def fits(index: int) -> bool:
+            size = sizes[index - 1]
+            batches = effective // size if self.keep_effective else accumulation
+            _private.set_batch(trainer, size, batches)
+            stop = _Stop(trainer, self.steps_per_trial, size)
+            meter.start()
+            try:
+                _train(trainer, stop)
+            finally:
+                peak = max(0, meter.read() - ours)
+                before.restore()
+            within = stop.outcome == STEPPED and (budget is None or peak <= budget)
+            fitting = _agree(trainer, int(within)) == 1
+            if stop.outcome == STEPPED:
+                self.state_bytes, self.adamw_bytes = stop.state_bytes, stop.adamw_bytes
+            self.trials.append(Trial(size, batches, fitting, None if stop.ran_out else peak))
+            if trainer.is_world_process_zero():
+                said = "out of memory" if stop.ran_out else format_bytes(peak)
+                logger.info("a batch of %d %s (%s)", size, "fits" if fitting else "does not fit", said)
+            return fitting
+
+        at = sum(size <= start for size in sizes) or 1
+        mode = "binsearch" if self.keep_effective else self.mode
+        found = largest(fits, at, len(sizes), mode, self.max_trials)
+        if not found:
+            least = min(self.trials, key=lambda trial: trial.batch_size)
+            took = "ran out of it" if least.peak is None else f"took {format_bytes(least.peak)} on this rank"
+            allowed = "the memory" if budget is None else f"budget={self.budget!r} ({format_bytes(budget)})"
+            raise ValueError(
+                f"ReclaimBatchSize: {allowed} is too small: a batch of {least.batch_size} {took}. Allowed is a larger "
+                "budget, or a smaller init_val with more max_trials"
+            )
+        size = sizes[found - 1]
+        return size, effective // size if self.keep_effective else accumulation
+
+    def _check(self, trainer: Trainer) -> None:
+        args = trainer.args
+        data = trainer.train_dataset
+        reasons = {
+            "DeepSpeed": (trainer.is_deepspeed_enabled, "whose partitions of parameters cannot be put back"),
+            "FSDP": (
+                trainer.is_fsdp_enabled or getattr(trainer, "is_fsdp_xla_enabled", False),
+                "where a rank without memory would leave the others waiting for its part of the weights",
+            ),
+            "DataParallel": (args.n_gpu > 1, "which spreads a batch over devices in one process; allowed is torchrun"),
+            "a model on several devices": (
+                trainer.is_model_parallel or getattr(trainer, "is_distributed_loading_by_transformers", False),
+                "of which the memory of one is measured",
+            ),
+            "auto_find_batch_size=True": (args.auto_find_batch_size, "which looks for the size, too"),
+            "split_batches=True": (
+                args.accelerator_config.split_batches and args.world_size > 1,
+                "where per_device_train_batch_size is that of all devices together",
+            ),
+            "a data set without length": (
+                data is not None and not has_length(data),
+                "whose samples a trial would use up",
+            ),
+        }
+        for what, (found, why) in reasons.items():
+            if found:
+                raise ValueError(f"ReclaimBatchSize does not go with {what}, {why}")
+        if data is None:
+            raise ValueError("ReclaimBatchSize: the Trainer has no train_dataset to try batches of")
+        if _private.is_sending(trainer):
+            raise ValueError("ReclaimBatchSize does not go with enable_memsgd, whose error memory a trial has not")
+        device = torch.device(args.device).type
+        if self.budget is None and device != "cuda":
+            raise ValueError(
+                f"ReclaimBatchSize: budget=None stands for CUDA's memory, and this is {device}: give bytes ('2GiB') or "
+                "a fraction of the memory (0.5)"
+            )
+
+
+def reclaim_batch_size(
+    trainer: Trainer,
+    budget: int | float | str | None = None,
+    *,
+    keep_effective: bool = False,
+    mode: str = "binsearch",
+    steps_per_trial: int = 2,
+    init_val: int | None = None,
+    max_val: int = 8192,
+    max_trials: int = 25,
+    meter: Meter | None = None,
+) -> ReclaimBatchSize:
+    """Search at once, and train with what was found: ``reclaim_batch_size(trainer, 0.9)`` before ``trainer.train()``.
+
+    Args:
+        trainer: gets the callback and the size that was found.
+        budget: this and all others as `ReclaimBatchSize` has them.
+        keep_effective: see there.
+        mode: see there.
+        steps_per_trial: see there.
+        init_val: see there.
+        max_val: see there.
+        max_trials: see there.
+        meter: see there.
+
+    Returns:
+        The callback, with the table of what was tried.
+
+    Raises:
+        ValueError: see `ReclaimBatchSize`; or the trainer has one.
+    """
+    if _callback_of(trainer) is not None:
+        raise ValueError("this trainer has a ReclaimBatchSize, which searches when training begins: remove one of them")
+    callback = ReclaimBatchSize(budget, keep_effective, mode, steps_per_trial, init_val, max_val, max_trials, meter)
+    callback.search(trainer)
+    trainer.add_callback(callback)
+    return callback
+
+
+def before_training(trainer: Trainer, resume_from_checkpoint: Any, trial: Any) -> None:
+    """``Trainer.train`` calls this: search, or take what a checkpoint brings."""
+    callback = _callback_of(trainer)
+    if callback is None:
+        return
+    if trial is not None:
+        raise ValueError(
+            "ReclaimBatchSize does not go with hyperparameter_search, whose trials set the arguments after the search"
+        )
+    if resume_from_checkpoint:
+        _resume(callback, trainer, resume_from_checkpoint)
+    elif callback.batch_size is None:
+        callback.search(trainer)
+
+
+def _resume(callback: ReclaimBatchSize, trainer: Trainer, resume_from_checkpoint: Any) -> None:
+    folder = get_last_checkpoint(trainer.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+    file = None if folder is None else Path(folder) / "trainer_state.json"
+    if file is None or not file.is_file():
+        return  # Trainer itself says what is missing
+    saved = json.loads(file.read_text()).get("stateful_callbacks", {}).get(type(callback).__name__)
+    found = saved["attributes"] if isinstance(saved, dict) else {}
+    if not found.get("batch_size"):
+        logger.warning(
+            "ReclaimBatchSize: %s was trained without it, and is resumed with per_device_train_batch_size=%d as given",
+            folder,
+            trainer.args.per_device_train_batch_size,
+        )
+        return
+    callback.batch_size = found["batch_size"]
+    callback.gradient_accumulation_steps = found["gradient_accumulation_steps"]
+    _private.set_batch(trainer, found["batch_size"], found["gradient_accumulation_steps"])
+    logger.info("batch size %d, as the checkpoint has it", found["batch_size"])
+
+
+def _callback_of(trainer: Trainer) -> ReclaimBatchSize | None:
+    found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ReclaimBatchSize)]
+    if len(found) > 1:
+        raise ValueError("this trainer has more than one ReclaimBatchSize: remove all but one")
+    return found[0] if found else None
+
+
+# -- a trial ---------------------------------------------------------------------------------------------------------
+
+
+class _TrialOver(Exception):
+    """Ends a trial: enough steps were taken, or somebody could not."""
+
+
+class _Stop(TrainerCallback):
+    """The only callback of a trial. Ranks agree after each step, and nowhere else."""
+
+    def __init__(self, trainer: Trainer, steps: int, size: int) -> None:
+        self.trainer, self.left, self.size = trainer, steps, size
+        self.outcome, self.ran_out = FAILED, False
+        self.state_bytes = self.adamw_bytes = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _private.stop_sync(self.trainer)
+        loader = kwargs.get("train_dataloader")
+        made = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        if made is not None and made != self.size:
+            raise ValueError(
+                f"ReclaimBatchSize: get_train_dataloader made batches of {made} where per_device_train_batch_size is "
+                f"{self.size}: it must heed that"
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        skipped = self.trainer.accelerator.optimizer_step_was_skipped
+        self.outcome = _agree(self.trainer, SKIPPED if skipped else STEPPED)
+        self.left -= self.outcome == STEPPED
+        if self.outcome < SKIPPED or self.left == 0:
+            if self.left == 0:
+                report = state_report(kwargs["optimizer"])
+                self.state_bytes, self.adamw_bytes = report.state_bytes, report.adamw_bytes
+            raise _TrialOver
+
+
+def _train(trainer: Trainer, stop: _Stop) -> None:
+    """Train until `stop` has seen enough; ``stop.outcome`` is the same on all ranks."""
+    try:
+        _private.only_training(trainer, stop, stop.left + SKIPS)
+        _private.stock_train()(trainer)
+    except _TrialOver:
+        if stop.outcome == FAILED:
+            raise RuntimeError("ReclaimBatchSize: another rank failed in a trial, and says why") from None
+    except Exception as error:
+        stop.ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)
+        stop.outcome = _agree(trainer, OUT_OF_MEMORY if stop.ran_out else FAILED)
+        if not stop.ran_out:
+            raise
+        if stop.outcome == FAILED:
+            raise RuntimeError("ReclaimBatchSize: another rank failed in a trial, and says why") from None
+    else:
+        raise RuntimeError(f"ReclaimBatchSize: the gradient scaler skipped {SKIPS} steps of a trial")
+
+
+def _agree(trainer: Trainer, value: int) -> int:
+    """The smallest value of all ranks."""
+    if trainer.args.world_size == 1 or not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, device=trainer.args.device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return int(tensor)
+
+
+def _is_power_of_two(size: int, present: int) -> bool:
+    large, small = max(size, present), min(size, present)
+    ratio = large // small
+    return large % small == 0 and ratio & (ratio - 1) == 0
