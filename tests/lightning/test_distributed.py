@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 def test_ddp_and_fsdp(launch_ranks, tmp_path):
-    parts = ["ddp", "warm_start", "callbacks", "reclaim", "fsdp", "compressed"]
+    parts = ["ddp", "warm_start", "callbacks", "reclaim", "fsdp", "in_backward", "compressed"]
     for output in launch_ranks(HERE / "ddp_worker.py", tmp_path, *parts):
         assert [line for line in output.splitlines() if line.endswith(" ok")] == [f"{part} ok" for part in parts]
     # Said once, by the first rank.
