@@ -140,9 +140,13 @@ class HuggingFaceModel:
         return {"input_ids": ids, "labels": torch.zeros_like(ids)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """As Trainer takes it."""
+        """As Trainer takes it: under autocast accelerate makes float32 of all that a model returns."""
         with _quiet():
-            return model(**batch).loss
+            outputs = model(**batch)
+        if torch.is_autocast_enabled("cpu"):
+            outputs = {key: value.float() if torch.is_tensor(value) else value for key, value in outputs.items()}
+            return outputs["loss"]
+        return outputs.loss
 
 
 def _configuration(model: Any) -> tuple[Any, str]:

@@ -499,13 +499,16 @@ def _peak(timeline: Timeline, runs: _Runs, choice: Choice, spent: Cost, sharding
         "activations": moment.total - weights - moment.gradients + gathered + workspace,
     }
     left = 0 if choice.in_backward else share or sum(gradients)
+    in_pass = sum(passing.values())
     step = {
         "parameters": parameters,
         "gradients": left,
         "state": spent.state,
-        "activations": timeline.other + spent.step + workspace,
+        "activations": timeline.other + workspace,
     }
-    in_pass, in_step = sum(passing.values()), sum(step.values())
+    if not choice.in_backward and sum(step.values()) + spent.bound > in_pass:
+        step["activations"] += spent.step
+    in_step = sum(step.values())
     return _Peak(
         gradients=max(moment.most_gradients + share, left),
         activations=max(moment.most_others + gathered + workspace, step["activations"]),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from sketch_plugins import registry
 from sketch_plugins.memory.plan_trace import CUDA_BLOCK, Recorder, Subject, without_collector
 from sketch_plugins.optim import SketchOptimizer, Sketchy
-from sketch_plugins.optim.base import ACCELERATOR_CHUNK
+from sketch_plugins.optim.base import ACCELERATOR_CHUNK, CPU_CHUNK
 from sketch_plugins.optim.fused import CPU_MIN_SIZE
 from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
@@ -61,11 +61,29 @@ class Choice:
         return cls(parameters, **{"lr": 1e-3, **chunk, **self.options})
 
 
-class Cost(NamedTuple):
-    """Bytes of an optimizer: of its state, and of a step for a while; for each rank, of its part of the parameters."""
+class Cost:
+    """Bytes of an optimizer; of a rank's part, where it has a part.
 
-    state: int
-    step: int
+    Args:
+        state: what it keeps.
+        step: finds out what a step takes for a while. Some seconds for an optimizer that works in tiles.
+        bound: no less than ``step``.
+    """
+
+    def __init__(self, state: int, step: int | Callable[[], int], bound: int | None = None) -> None:
+        self.state, self._step, self._bound = state, step, bound
+
+    @property
+    def step(self) -> int:
+        """What a step takes for a while."""
+        if not isinstance(self._step, int):
+            self._step = self._step()
+        return self._step
+
+    @property
+    def bound(self) -> int:
+        """No less than `step`, and at hand at once."""
+        return self._step if isinstance(self._step, int) else self.step if self._bound is None else self._bound
 
 
 def known() -> list[str]:
@@ -106,7 +124,11 @@ def cost(choice: Choice, subject: Subject, cuda: bool) -> Cost:
             state += _bytes(optimizer._layout(part, group, part), CUDA_BLOCK if cuda else 1)
         if not takes_eager_steps(optimizer, cuda):
             return Cost(state, 0)
-        return Cost(state, _step(optimizer, subject, cuda).step)
+        largest = max((p.numel() for p in subject.parameters), default=0)
+        chunk = max(group["chunk_size"] or 0 for group in optimizer.param_groups) or CPU_CHUNK
+        # A dozen buffers of a tile; Sketchy has some of a tensor, and stacks what it decomposes.
+        bound = 12 * 4 * min(chunk, largest) + (8 * 4 * largest + 4 * state if isinstance(optimizer, Sketchy) else 0)
+        return Cost(state, lambda: _step(optimizer, subject, cuda).step, bound)
     return _step(optimizer, subject, cuda)
 
 
@@ -130,8 +152,10 @@ def sharded_cost(choice: Choice, subject: Subject, cuda: bool, stage: int, world
             kept = {"adamw": 8, "adamw_foreach": 8}.get(choice.name, 4) * elements
         most = max(most, kept + 4 * elements)
     # Eager steps of ours are bounded by a chunk, and torch's by the partition.
-    whole = cost(choice, subject, cuda).step
-    return Cost(most, whole if isinstance(optimizer, SketchOptimizer) else -(-whole // world))
+    whole = cost(choice, subject, cuda)
+    if isinstance(optimizer, SketchOptimizer):
+        return Cost(most, lambda: whole.step, whole.bound)
+    return Cost(most, -(-whole.step // world))
 
 
 def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
@@ -216,10 +240,10 @@ def _step(optimizer: torch.optim.Optimizer, subject: Subject, cuda: bool) -> Cos
         recorder.events.clear()
         with recorder, torch.no_grad() if cuda else nullcontext():
             optimizer.step()
-        left = recorder.live()
+        left, events = recorder.live(), list(recorder.events)
         for p in subject.parameters:
             p.grad = None
-    passing = accumulate(size for number, size in recorder.events if number not in left)
+    passing = accumulate(size for number, size in events if number not in left)
     return Cost(sum(left.values()), max(passing, default=0))
 
 

@@ -103,6 +103,7 @@ class Recorder(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []  # number of the storage, bytes
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}  # identity of a storage -> (itself, its number)
         self._count = 0
+        self._sums: list[tuple[int, int, int]] = []  # place of the event, number of the first term, of the sum
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and look at what came out."""
@@ -114,6 +115,11 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 self.number(tensor)
+        if func.is_view:
+            for tensor in tree_leaves(out):
+                tensor._of_another = True  # a view holds its base, and autograd sees that the storage has two owners
+        elif func is torch.ops.aten.add.Tensor and _in_engine() and not hasattr(args[0], "_of_another"):
+            self._sums.append((len(self.events) - 1, self.number(args[0]), self.number(out)))
         size = self.workspace(func, args)
         if size:
             self.events += [(-1, size), (-1, -size)]
@@ -138,6 +144,29 @@ class Recorder(TorchDispatchMode):
         # The Python object of a storage lives as long as the storage itself, wherever C++ keeps it.
         self._known[key] = weakref.ref(storage, gone), number
         return number
+
+    def settle(self, marked: set[int]) -> list[tuple[int, int]]:
+        """The events, with autograd's sums in place.
+
+        Where several operators use a tensor, autograd adds up the gradients that they send, into the first one if
+        nobody else has it; but not for tensors of a subclass, as fake ones are. ``marked`` numbers of sums are then
+        numbers of what they are in.
+        """
+        events: list[tuple[int, int] | None] = list(self.events)
+        same: dict[int, int] = {}
+        for place, term, total in self._sums:
+            if not 0 <= place < len(events) or events[place] is None or self.events[place][0] != total:
+                continue
+            after = place + 1
+            while after < len(events) and self.events[after][1] < 0 and self.events[after][0] != term:
+                after += 1
+            if after < len(events) and self.events[after][0] == term and self.events[after][1] < 0:
+                events[place] = events[after] = None
+                same[total] = term
+        for number in sorted(same):  # a sum may be a term of the next one
+            same[number] = same.get(same[number], same[number])
+        marked |= {same[number] for number in marked if number in same}
+        return [(same.get(event[0], event[0]), event[1]) for event in events if event is not None]
 
     def live(self) -> dict[int, int]:
         """Number -> bytes of the storages that are there."""
@@ -232,7 +261,7 @@ class Subject:
                         value.backward()
                         del value
                         marked.update(recorder.number(p.grad) for p in self.parameters if p.grad is not None)
-                events = list(recorder.events)
+                events = recorder.settle(marked)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise NotTraceable(
                 f"the model's way depends on the numbers in its tensors ({error}): it cannot be planned without memory"
@@ -243,6 +272,11 @@ class Subject:
             for p in self.parameters:
                 p.grad = None
         return Timeline([size for _, size in events], [number in marked for number, _ in events], base, other)
+
+
+def _in_engine() -> bool:
+    """Whether autograd itself calls: in a backward, but not in a forward that a checkpoint runs again."""
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
 def _materialize(model: nn.Module, dtype: torch.dtype | None) -> None:
