@@ -251,7 +251,11 @@ def plan(
         ValueError: an argument is not allowed; the budget is less than the parameters alone; the model cannot be run
             without numbers.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("seq_len", seq_len, 1), ("accumulation", accumulation, 1)):
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("seq_len", seq_len, 1),
+        ("accumulation", accumulation, 1),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer from {least} on")
     if precision not in PRECISIONS:
