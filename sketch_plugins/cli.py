@@ -150,8 +150,8 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "report",
         help="what an optimizer's checkpoint holds",
-        description="Show what the optimizer in CHECKPOINT keeps, parameter by parameter, beside AdamW. CHECKPOINT is a "
-        "checkpoint directory of transformers' Trainer, a file of torch.save or of Lightning, or a directory of "
+        description="Show what the optimizer in CHECKPOINT keeps, parameter by parameter, beside AdamW. CHECKPOINT is "
+        "a checkpoint directory of transformers' Trainer, a file of torch.save or of Lightning, or a directory of "
         "DeepSpeed or torch.distributed.checkpoint.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file or directory")

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def main(as_json: bool) -> int:
     if as_json:
         print(json.dumps(found, indent=2))
         return 0
-    out = Console()
+    out = Console(width=None if sys.stdout.isatty() else 120)
     for table in _tables(found):
         out.print(table)
     return 0
@@ -126,7 +127,8 @@ def _frameworks() -> dict[str, dict[str, Any]]:
         except Exception as error:  # whatever a framework's import fails with, the rest is worth showing
             out[framework] = {"names": [], "usage": usage, "note": f"{type(error).__name__}: {error}"}
             continue
-        out[framework] = {"names": [n for n in registry.names() if n in names], "usage": usage, "note": ""}
+        ours = sorted(n for n in names if n.startswith(registry.names()))  # those that end in _layerwise, too
+        out[framework] = {"names": ours, "usage": usage, "note": ""}
         out[framework]["names"] += sorted(
             n for n in names if n.startswith(registry.names()) and n not in registry.names()
         )
@@ -146,9 +148,8 @@ def _in_lightning() -> set[str]:
 
 
 def _in_deepspeed() -> set[str]:
-    import torch.optim  # where its engine looks up the name that a configuration gives
-
-    return {name for name in registry.names() if hasattr(torch.optim, name)}
+    # Its engine has no list: registered, it asks `sketch_deepspeed` for the name that a configuration gives.
+    return set(registry.names())
 
 
 _REGISTERED = {"transformers": _in_transformers, "lightning": _in_lightning, "deepspeed": _in_deepspeed}

@@ -46,7 +46,7 @@ def _without_zero(
         saved = saved.get("optimizer_state_dict")
     if not isinstance(saved, Mapping):
         raise ValueError(f"{directory} holds no state of an optimizer: it was saved without")
-    found = []
+    found: list[tuple[str | None, int, Mapping[str, Any], int | None]] = []
     for number, group in enumerate(saved["param_groups"]):
         for index, key in enumerate(group["params"]):
             state = saved["state"].get(key)

@@ -244,7 +244,7 @@ def load(file: Path, trust: bool) -> Any:
                 "runs code: if you trust the checkpoint, give --trust"
             ) from error
         raise CannotReport(
-            f"{file} cannot be read as a file of torch.save; it is damaged, or another format"
+            f"{file} cannot be read as a file of torch.save; it is damaged, or of another format"
         ) from error
     except Exception as error:  # a torn file may cause anything
         raise CannotReport(f"{file} cannot be read as a file of torch.save: {error or type(error).__name__}") from error
@@ -313,11 +313,11 @@ def _named(saved: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]) -> 
     for (number, group, key), guess in zip(members, guessed, strict=True):
         index = counts[number] = counts.get(number, -1) + 1
         names = group.get("param_names")
-        name = names[index] if names else key if isinstance(key, str) else guess
+        name: str | None = names[index] if names else key if isinstance(key, str) else guess
         state = saved["state"].get(key)
         if isinstance(state, Mapping) and state:
             elements = _elements(state)
-            if elements is None and name in weights:
+            if elements is None and name is not None and name in weights:
                 elements = prod(weights[name])
             yield name or f"{number}.{index}", number, state, elements
 
@@ -332,12 +332,14 @@ def _elements(state: Mapping[str, Any]) -> int | None:
     for moment in ("first_moment", "second_moment"):
         kept = state.get(moment)
         if isinstance(kept, Mapping):
-            sizes += [
-                t.numel() for key, t in kept.items() if key in ("dense", "value", "codes") and isinstance(t, Tensor)
-            ]
-    rows, columns = state.get("row_var"), state.get("col_var")
-    if isinstance(rows, Tensor) and isinstance(columns, Tensor):
-        sizes.append(rows.numel() * columns.shape[-1])
+            sizes += [t.numel() for key, t in kept.items() if key in ("dense", "codes") and isinstance(t, Tensor)]
+            axes = [t.numel() for key, t in kept.items() if str(key).startswith("axis_") and isinstance(t, Tensor)]
+            sizes += [prod(axes)] if axes else []
+    # Adafactor's, torch's and transformers'.
+    for names in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):
+        rows, columns = map(state.get, names)
+        if isinstance(rows, Tensor) and isinstance(columns, Tensor):
+            sizes.append(rows.numel() * columns.shape[-1])
     return max(sizes, default=None)
 
 
@@ -358,7 +360,7 @@ def _guess(entries: Sequence[Entry]) -> str:
     stores = {t.store for e in entries for t in e.tensors}
     if {"exp_avg", "exp_avg_sq"} <= stores:
         return "Adam or AdamW"
-    if {"row_var", "col_var"} & stores:
+    if {"row_var", "exp_avg_sq_row"} & stores:
         return "Adafactor"
     return "an optimizer that does not say its name"
 

@@ -51,7 +51,7 @@ class Row:
         parameters: the weights that are trained, and those that are not.
         gradients: the most of them at any time.
         state: of the optimizer.
-        activations: the most of everything else: what backward needs, temporaries, buffers, the batch, CUDA's workspace.
+        activations: the most of everything else: what backward needs, temporaries, buffers, the batch, workspace.
         peak: the most of all at any time; less than the sum, for gradients grow as activations go.
         at_peak: the four kinds at that time; they add up to ``peak``.
         when: the peak is in ``"forward and backward"`` or in the optimizer's ``"step"``.
@@ -143,7 +143,7 @@ class Plan:
         table = Table(title=self.title, caption=self.notes)
         table.add_column("optimizer", overflow="fold")
         for heading in ("parameters", "gradients", "state", "activations", "peak"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("peak in")
         if self.gpu_memory is not None:
             table.add_column("largest batch", justify="right")

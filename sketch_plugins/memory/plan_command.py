@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace, program: str) -> int:
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
         return 0
-    out = Console()
+    out = Console(width=None if sys.stdout.isatty() else 120)
     # Not the title and caption of the table, which is no wider than its columns.
     out.print(found.title, soft_wrap=True, highlight=False)
     table = found.table()

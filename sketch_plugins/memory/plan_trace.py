@@ -81,7 +81,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Moment:
-    """The peak of a timeline: bytes in all, of gradients then, and the most of gradients and of the rest at any time."""
+    """The peak of a timeline: bytes in all and of gradients; the most of gradients, and of the rest, at any time."""
 
     total: int
     gradients: int
@@ -294,7 +294,8 @@ def _materialize(model: nn.Module, dtype: torch.dtype | None) -> None:
         return done[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        held: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = fake(tensor)
