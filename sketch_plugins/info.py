@@ -129,9 +129,6 @@ def _frameworks() -> dict[str, dict[str, Any]]:
             continue
         ours = sorted(n for n in names if n.startswith(registry.names()))  # those that end in _layerwise, too
         out[framework] = {"names": ours, "usage": usage, "note": ""}
-        out[framework]["names"] += sorted(
-            n for n in names if n.startswith(registry.names()) and n not in registry.names()
-        )
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -113,6 +114,10 @@ class HuggingFaceModel:
     ) -> None:
         self.config, self.label = _configuration(model)
         self.task = _task(self.config, task)
+        if self.task == "seq2seq-lm" and getattr(self.config, "decoder_start_token_id", None) is None:
+            # Labels are shifted with it, whichever it is; configurations that are published have one.
+            self.config = copy.deepcopy(self.config)
+            self.config.decoder_start_token_id = 0
         self.seq_len, self.gradient_checkpointing = seq_len, gradient_checkpointing
         positions = _positions(self.config)
         if positions is not None and seq_len > positions:

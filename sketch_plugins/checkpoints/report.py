@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -71,11 +71,13 @@ class Contents:
         optimizer: name of its class, where known.
         groups: options of its parameter groups.
         entries: what it keeps.
+        weights: elements of the model's weights beside it; None: there are none.
     """
 
     optimizer: str
     groups: list[dict[str, Any]]
     entries: list[Entry] = field(repr=False)
+    weights: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -84,9 +86,9 @@ class Contents:
 
     @property
     def params(self) -> int | None:
-        """Elements of the parameters that have state; None: not known of all."""
+        """Elements of the parameters that have state, or of all weights where it does not say; None: not known."""
         known = [e.params for e in self.entries]
-        return None if None in known or not known else sum(n for n in known if n is not None)
+        return self.weights if None in known else sum(n for n in known if n is not None)
 
     @property
     def adamw_bytes(self) -> int | None:
@@ -159,7 +161,7 @@ def contents(checkpoint: str | Path, *, trust: bool = False) -> list[Contents]:
         raise CannotReport(f"{path} is not there: give a checkpoint's directory or file")
     for name in FILES:
         if (path / name).is_file():
-            return _of_file(path / name, trust)
+            return [replace(one, weights=_saved_weights(path)) for one in _of_file(path / name, trust)]
     for place in (path, *sorted(path.glob("optimizer*"))):
         if (place / ".metadata").is_file():
             distributed = importlib.import_module("sketch_plugins.checkpoints.distributed")
@@ -299,6 +301,19 @@ def _weights(value: Any) -> dict[str, tuple[int, ...]]:
         if isinstance(weights, Mapping) and weights and all(isinstance(w, Tensor) for w in weights.values()):
             return {str(name): tuple(w.shape) for name, w in weights.items()}
     return {}
+
+
+def _saved_weights(directory: Path) -> int | None:
+    """Elements in the files of safetensors of a directory, by their headers alone."""
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        try:
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (OSError, ValueError, KeyError, OverflowError, MemoryError):
+            return None
+    return total or None
 
 
 def _named(saved: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]) -> Iterator[Named]:

@@ -14,11 +14,12 @@ from sketch_plugins.memory.plan import check_plot, plan
 
 def main(arguments: argparse.Namespace, program: str) -> int:
     """Run the command; its exit status: 0, or 2 where the arguments are at fault."""
+    screen = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         if arguments.plot is not None:
             check_plot(arguments.plot)
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
             task = bar.add_task("reading", total=None)
 
             def show(done: int, of: int, what: str) -> None:

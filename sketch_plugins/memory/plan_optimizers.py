@@ -18,7 +18,7 @@ from sketch_plugins.memory.plan_trace import CUDA_BLOCK, Recorder, Subject, with
 from sketch_plugins.optim import SketchOptimizer, Sketchy
 from sketch_plugins.optim.base import ACCELERATOR_CHUNK, CPU_CHUNK
 from sketch_plugins.optim.fused import CPU_MIN_SIZE
-from sketch_plugins.sharding.parts import Part
+from sketch_plugins.sharding.parts import PLACE, Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
 
 IN_BACKWARD = "_layerwise"
@@ -217,7 +217,9 @@ def _choice(text: str) -> Choice:
 
 def _bytes(layout: Mapping[str, Any], block: int) -> int:
     total = 0
-    for entry in layout.values():
+    for name, entry in layout.items():
+        if name == PLACE:  # says where a piece is
+            continue
         if isinstance(entry, Mapping):
             total += _bytes(entry, block)
         else:

@@ -183,7 +183,6 @@ class Recorder(TorchDispatchMode):
 def without_collector() -> Iterator[None]:
     """Cycles would be freed whenever Python likes."""
     was = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
@@ -258,7 +257,7 @@ class Subject:
                         value = loss(self.model, batch)
                         if accumulation > 1:
                             value = value / accumulation
-                        value.backward()
+                        _backward(value)
                         del value
                         marked.update(recorder.number(p.grad) for p in self.parameters if p.grad is not None)
                 events = recorder.settle(marked)
@@ -272,6 +271,14 @@ class Subject:
             for p in self.parameters:
                 p.grad = None
         return Timeline([size for _, size in events], [number in marked for number, _ in events], base, other)
+
+
+def _backward(value: Tensor) -> None:
+    """As ``value.backward()``, inside of which `CudaLike` would be off while checkpoints run layers again."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _in_engine() -> bool:
