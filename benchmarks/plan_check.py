@@ -30,7 +30,8 @@ SMALL = {
         num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024, vocab_size=8000
     ),
     "gpt2-small": GPT2Config(
-        n_layer=4, n_embd=256, n_head=4, vocab_size=8000, bos_token_id=0, eos_token_id=0, architectures=["GPT2LMHeadModel"]
+        n_layer=4, n_embd=256, n_head=4, vocab_size=8000, bos_token_id=0, eos_token_id=0,
+        architectures=["GPT2LMHeadModel"],
     ),
     "llama-small": LlamaConfig(
         num_hidden_layers=4, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, intermediate_size=688,

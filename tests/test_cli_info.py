@@ -45,8 +45,9 @@ def test_the_tables(capsys):
 def test_what_is_not_installed_is_said():
     """A process in which neither numba nor transformers can be imported."""
     script = (
-        "import sys, importlib.metadata as m, json\n"
-        "sys.modules['numba'] = sys.modules['transformers'] = sys.modules['lightning'] = sys.modules['deepspeed'] = None\n"
+        "import sys, json\n"
+        "for name in ('numba', 'transformers', 'lightning', 'deepspeed'):\n"
+        "    sys.modules[name] = None\n"
         "from sketch_plugins import info\n"
         "print(json.dumps(info.information()))"
     )

@@ -365,7 +365,9 @@ def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequ
         count = (
             int(step) if isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1) else None
         )
-        entries.append(Entry(name or "", number, elements, count, list(_tensors(state))))
+        entries.append(
+            Entry(name or "", number, _elements(state) if elements is None else elements, count, list(_tensors(state)))
+        )
     kinds = {str(group.get("optimizer")) for group in groups if group.get("optimizer")}
     options = [{k: v for k, v in g.items() if k not in ("params", "param_names", "optimizer")} for g in groups]
     return Contents(", ".join(sorted(kinds)) or _guess(entries), options, entries)
