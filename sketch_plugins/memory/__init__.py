@@ -1,4 +1,4 @@
-"""Accounting of optimizer state."""
+"""Accounting of optimizer state. `plan` is in `sketch_plugins.memory.plan`, which takes longer to import."""
 
 from sketch_plugins.memory.report import StateReport, state_report
 
