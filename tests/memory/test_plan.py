@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+import sketch_plugins
 from sketch_plugins import cli, registry, state_report
 from sketch_plugins.memory.meter import AllocatorMeter
 from sketch_plugins.memory.plan import PRECISIONS, plan
@@ -100,7 +101,6 @@ PAIRS = [
     (gpt2, "adamw", "bf16", True, 4, 1),
     (gpt2, "cs_adam:fused=false", "bf16-mixed", False, 1, 1),
     (gpt2, "cs_momentum", "bf16-mixed", False, 2, 3),
-    (gpt2, "sgd", "bf16-mixed", True, 2, 1),
     (Convolutions, "cs_adam", "fp32", None, 8, 1),
     (Convolutions, "adamw", "bf16", None, 2, 1),
     (Convolutions, "adafactor", "fp32", None, 2, 2),
@@ -187,9 +187,9 @@ def test_a_module_is_not_touched_and_needs_no_memory():
     assert found.seq_len is None and found.model == "Convolutions"
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters()) and type(module.last.weight) is torch.nn.Parameter
-    # 7 billion parameters: nothing of that size is here.
-    huge = plan("llama-2-7b", batch_size=1, seq_len=16, precision="bf16", optimizers="cs_adam:preset=lean")
-    assert huge.params == 6_738_415_616 and huge.rows[0].parameters == pytest.approx(2 * huge.params, rel=1e-4)
+    # 1.1 billion parameters: nothing of that size is here.
+    huge = plan("tinyllama-1.1b", batch_size=1, seq_len=16, precision="bf16", optimizers="cs_adam:preset=lean")
+    assert huge.params == 1_100_048_384 and huge.rows[0].parameters == pytest.approx(2 * huge.params, rel=1e-4)
 
 
 PUBLISHED = {
@@ -219,6 +219,12 @@ def test_built_in_models_are_the_published_ones():
             model = HuggingFaceModel(name, None, 128).build()
         assert sum(p.numel() for p in model.parameters()) == params, name
     assert HuggingFaceModel("google-bert/bert-base-cased").config.vocab_size == 28996
+
+
+def test_plan_is_a_public_name():
+    assert sketch_plugins.plan is plan and sketch_plugins.Plan.__name__ == "Plan"
+    with pytest.raises(AttributeError, match="no attribute 'plans'"):
+        _ = sketch_plugins.plans
 
 
 def test_every_optimizer_of_the_registry_is_in_all():
