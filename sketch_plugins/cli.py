@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_reshard(commands)
+    _add_plan(commands)
+    _add_report(commands)
+    _add_info(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
     # DeepSpeed's launcher, unless told --no_local_rank, puts this before everything; it is for the script.
     local_rank = [argv.pop(0)] if argv and argv[0].startswith("--local_rank=") else []
@@ -92,6 +95,97 @@ def _reshard(arguments: argparse.Namespace) -> int:
     from sketch_plugins.checkpoints.command import main as reshard
 
     return reshard(arguments.checkpoint, arguments.world_size, arguments.output, arguments.trust, f"{PROG} reshard")
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="memory of a training step with each optimizer, and the largest batch, without a GPU",
+        description="Say what a training step of MODEL takes with each optimizer, and the largest batch that fits. No "
+        "GPU is needed, no weights and no network: the model runs on tensors without memory (docs/plan.md).",
+        epilog="Example: plan --model bert-large-uncased --batch-size 8 --seq-len 512 --gpu-memory 16GiB "
+        "--precision bf16 --plot plan.png",
+    )
+    parser.add_argument(
+        "--model", required=True, help="name (bert-large-uncased, gpt2, ...), directory of a model, or config.json"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples of a pass (default: 8)")
+    parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens of a sample (default: 512)")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="budget, for the largest batch: 16GiB, 80GB")
+    parser.add_argument(
+        "--precision",
+        default="bf16-mixed",
+        help="fp32, bf16 (all in bfloat16), bf16-mixed (the default) or fp16-mixed (autocast, float32 weights)",
+    )
+    parser.add_argument(
+        "--optimizer",
+        action="append",
+        metavar="NAME[,NAME...]",
+        help="optimizers, with options after a colon: cs_adam:preset=lean; all (the default); NAME_layerwise: steps in "
+        "backward; adamw, adamw_foreach, adafactor, sgd: torch's. May be given several times",
+    )
+    parser.add_argument(
+        "--task", help="masked-lm, causal-lm, seq2seq-lm, sequence-classification (default: the model's)"
+    )
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again in backward")
+    parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="passes of a step (default: 1)")
+    parser.add_argument("--zero-stage", type=int, default=0, metavar="N", help="DeepSpeed's ZeRO: 1, 2, 3; a formula")
+    parser.add_argument("--world-size", type=int, metavar="M", help="ranks, with --zero-stage")
+    parser.add_argument("--device", default="cuda", help="whose kernels: cuda (the default) or cpu")
+    parser.add_argument(
+        "--reserve", metavar="SIZE", help="part of --gpu-memory that torch does not get (default: 512MiB on cuda)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="write a bar chart: FILE.png, FILE.svg, FILE.pdf")
+    parser.add_argument("--json", action="store_true", help="write JSON in place of the table")
+    parser.set_defaults(execute=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from sketch_plugins.memory.plan_command import main as plan
+
+    return plan(arguments, f"{PROG} plan")
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="what an optimizer's checkpoint holds",
+        description="Show what the optimizer in CHECKPOINT keeps, parameter by parameter, beside AdamW. CHECKPOINT is "
+        "a checkpoint directory of transformers' Trainer, a file of torch.save or of Lightning, or a directory of "
+        "DeepSpeed or torch.distributed.checkpoint.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file or directory")
+    parser.add_argument("--rows", type=int, default=20, metavar="N", help="parameters to show (default: 20; 0: all)")
+    parser.add_argument("--json", action="store_true", help="write JSON in place of the tables")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="unpickle objects that are neither tensors nor plain values: only for checkpoints of your own",
+    )
+    parser.set_defaults(execute=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from sketch_plugins.checkpoints.report import main as report
+
+    return report(arguments.checkpoint, arguments.rows, arguments.json, arguments.trust, f"{PROG} report")
+
+
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="versions, kernels, and the optimizers that each framework knows",
+        description="Show what is installed, which kernels take steps here and why others do not, and the names under "
+        "which each framework knows the optimizers.",
+    )
+    parser.add_argument("--json", action="store_true", help="write JSON in place of the tables")
+    parser.set_defaults(execute=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from sketch_plugins.info import main as info
+
+    return info(arguments.json)
 
 
 class _Program(NamedTuple):

@@ -1,0 +1,55 @@
+"""What the optimizers of a ZeRO checkpoint hold, for ``sketch-plugins report``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sketch_deepspeed.reshard import _MODEL, _find, _load, _read
+from sketch_plugins.sharding.pieces import pieces
+
+
+def contents(
+    checkpoint: Path, trust: bool
+) -> tuple[Sequence[Mapping[str, Any]], list[tuple[str | None, int, Mapping[str, Any], int | None]]]:
+    """Parameter groups, and of each piece on each rank: its name, group, state and elements.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    root, tag = _find(checkpoint)
+    directory = root / tag
+    if not any(directory.glob("*_optim_states.pt")) and (directory / _MODEL).is_file():
+        return _without_zero(directory, trust)
+    old = _read(directory, trust)
+    found: list[tuple[str | None, int, Mapping[str, Any], int | None]] = []
+    for rank in range(old.world):
+        for number, buffer in enumerate(old.buffers):
+            state = old.base(rank)["state"].get(number) or {}
+            held = list(pieces(buffer.fragments(rank)))
+            if state and len(state) == len(held) and all(isinstance(inner, Mapping) for inner in state.values()):
+                for piece, inner in zip(held, state.values(), strict=True):
+                    name = f"{buffer.parameters[piece.index].name} (rank {rank})"
+                    found.append((name, buffer.group, inner, piece.numel))
+            elif state:  # another optimizer's: a vector
+                name = f"partition {number} (rank {rank}) of {len(held)} pieces"
+                found.append((name, buffer.group, state, sum(piece.numel for piece in held)))
+    return old.base(0)["param_groups"], found
+
+
+def _without_zero(
+    directory: Path, trust: bool
+) -> tuple[Sequence[Mapping[str, Any]], list[tuple[str | None, int, Mapping[str, Any], int | None]]]:
+    saved: Any = _load(directory / _MODEL, trust).get("optimizer")
+    while isinstance(saved, Mapping) and "param_groups" not in saved:  # a wrapper of float16
+        saved = saved.get("optimizer_state_dict")
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{directory} holds no state of an optimizer: it was saved without")
+    found: list[tuple[str | None, int, Mapping[str, Any], int | None]] = []
+    for number, group in enumerate(saved["param_groups"]):
+        for index, key in enumerate(group["params"]):
+            state = saved["state"].get(key)
+            if state:
+                found.append((f"{number}.{index}", number, state, None))
+    return saved["param_groups"], found

@@ -1,0 +1,394 @@
+"""``sketch-plugins report``: what the optimizer in a checkpoint holds, parameter by parameter, beside AdamW."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sketch_plugins.memory.report import format_bytes
+from sketch_plugins.sharding.parts import PLACE
+
+#: Files of optimizers in directories: transformers' Trainer, accelerate.
+FILES = ("optimizer.pt", "optimizer.bin")
+
+
+class CannotReport(ValueError):
+    """What is wrong with the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a parameter's state: store and key, e.g. ``second_moment`` and ``table``; AdamW has no key."""
+
+    store: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """State of one parameter, or of what a rank has of it.
+
+    Attributes:
+        name: the parameter's, or ``group.index`` where the checkpoint has no names.
+        group: number of its parameter group.
+        params: elements; None: the checkpoint does not say.
+        step: steps taken; None: not counted.
+        tensors: what is kept.
+    """
+
+    name: str
+    group: int
+    params: int | None
+    step: int | None
+    tensors: list[Stored]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One optimizer of a checkpoint.
+
+    Attributes:
+        optimizer: name of its class, where known.
+        groups: options of its parameter groups.
+        entries: what it keeps.
+        weights: elements of the model's weights beside it; None: there are none.
+    """
+
+    optimizer: str
+    groups: list[dict[str, Any]]
+    entries: list[Entry] = field(repr=False)
+    weights: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all state."""
+        return sum(e.nbytes for e in self.entries)
+
+    @property
+    def params(self) -> int | None:
+        """Elements of the parameters that have state, or of all weights where it does not say; None: not known."""
+        known = [e.params for e in self.entries]
+        return self.weights if None in known else sum(n for n in known if n is not None)
+
+    @property
+    def adamw_bytes(self) -> int | None:
+        """What AdamW keeps for as many float32 parameters."""
+        return None if self.params is None else 8 * self.params
+
+    def by_store(self) -> dict[str, int]:
+        """Bytes by store."""
+        out: dict[str, int] = {}
+        for entry in self.entries:
+            for tensor in entry.tensors:
+                out[tensor.store] = out.get(tensor.store, 0) + tensor.nbytes
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "optimizer": self.optimizer,
+            "state_bytes": self.nbytes,
+            "params": self.params,
+            "adamw_bytes": self.adamw_bytes,
+            "by_store": self.by_store(),
+            "groups": self.groups,
+            "parameters": [{**asdict(e), "nbytes": e.nbytes} for e in self.entries],
+        }
+
+
+#: A parameter: (name or None, group, state, elements or None).
+Named = tuple[str | None, int, Mapping[str, Any], int | None]
+
+
+def main(checkpoint: str, rows: int, as_json: bool, trust: bool, program: str) -> int:
+    """Run the command; its exit status: 0, or 2 where there is nothing to report."""
+    try:
+        if rows < 0:
+            raise CannotReport(f"--rows {rows} is not allowed: 0 (all) or more")
+        found = contents(checkpoint, trust=trust)
+    except ValueError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    if as_json:
+        print(json.dumps({"checkpoint": checkpoint, "optimizers": [c.to_dict() for c in found]}, indent=2, default=str))
+        return 0
+    out = Console(width=None if sys.stdout.isatty() else 120)
+    for one in found:
+        out.print(f"{checkpoint}: {one.optimizer}", soft_wrap=True, highlight=False)
+        for number, group in enumerate(one.groups):
+            said = ", ".join(f"{key}={value}" for key, value in group.items())
+            out.print(f"group {number}: {said}", soft_wrap=True, highlight=False, style="dim")
+        out.print(table(one, rows))
+        out.print(summary(one), soft_wrap=True, highlight=False)
+    return 0
+
+
+def contents(checkpoint: str | Path, *, trust: bool = False) -> list[Contents]:
+    """What the optimizers in a checkpoint hold.
+
+    Args:
+        checkpoint: directory of a Trainer's checkpoint (``optimizer.pt``), file of ``torch.save`` or of Lightning with
+            a state dict of an optimizer at any depth, directory of DeepSpeed or of ``torch.distributed.checkpoint``.
+        trust: unpickle objects that are neither tensors nor plain values.
+
+    Raises:
+        ValueError: it is absent, damaged, or holds no optimizer; objects that would have to be trusted.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        return _of_file(path, trust)
+    if not path.is_dir():
+        raise CannotReport(f"{path} is not there: give a checkpoint's directory or file")
+    for name in FILES:
+        if (path / name).is_file():
+            return [replace(one, weights=_saved_weights(path)) for one in _of_file(path / name, trust)]
+    for place in (path, *sorted(path.glob("optimizer*"))):
+        if (place / ".metadata").is_file():
+            distributed = importlib.import_module("sketch_plugins.checkpoints.distributed")
+            return _of_value(distributed._load(place, trust), place)
+    if (path / "latest").is_file() or any(path.glob("*_states.pt")):
+        try:
+            deepspeed = importlib.import_module("sketch_deepspeed.contents")
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "deepspeed":
+                raise
+            raise CannotReport(
+                f"{path} is a DeepSpeed checkpoint, and reading it needs DeepSpeed: "
+                "pip install 'sketch-plugins[deepspeed]'"
+            ) from error
+        groups, named = deepspeed.contents(path, trust)
+        return [_contents(groups, named)]
+    within = sorted(p.name for p in path.glob("checkpoint-*")) + sorted(p.name for p in path.glob("*.ckpt"))
+    hint = f"; it holds {', '.join(within)}: give one of them" if within else ""
+    raise CannotReport(
+        f"{path} holds no checkpoint of an optimizer: none of {', '.join(FILES)}, '.metadata', 'latest'{hint}"
+    )
+
+
+def table(found: Contents, rows: int = 20) -> Table:
+    """A rich table: the ``rows`` parameters with the most state (0: all), the rest summed, totals."""
+    out = Table()
+    for heading in ("parameter", "store", "shape", "dtype"):
+        out.add_column(heading, overflow="fold")
+    out.add_column("bytes", justify="right")
+    ordered = sorted(found.entries, key=lambda e: -e.nbytes)
+    shown = ordered[:rows] if rows else ordered
+    for entry in shown:
+        label = entry.name
+        for tensor in entry.tensors:
+            store = f"{tensor.store}.{tensor.key}" if tensor.key else tensor.store
+            shape = "x".join(map(str, tensor.shape)) or "scalar"
+            out.add_row(label, store, shape, tensor.dtype, format_bytes(tensor.nbytes))
+            label = ""
+        if not entry.tensors:
+            out.add_row(label, "nothing", "", "", "")
+    if len(ordered) > len(shown):
+        rest = ordered[len(shown) :]
+        out.add_row(f"{len(rest)} more", "", "", "", format_bytes(sum(e.nbytes for e in rest)))
+    out.add_section()
+    for store, size in found.by_store().items():
+        out.add_row("all", store, "", "", format_bytes(size))
+    out.add_row("total", "", "", "", format_bytes(found.nbytes), style="bold")
+    return out
+
+
+def summary(found: Contents) -> str:
+    """The totals in a line."""
+    steps = sorted({e.step for e in found.entries if e.step is not None})
+    said = f"{len(found.entries)} parameters with state"
+    if steps:
+        said += f", {steps[0]} steps" if len(steps) == 1 else f", {steps[0]} to {steps[-1]} steps"
+    said += f", {format_bytes(found.nbytes)}"
+    if found.params and found.adamw_bytes:
+        said += (
+            f": {found.nbytes / found.params:.3f} bytes for each of {found.params:,} elements, "
+            f"{found.nbytes / found.adamw_bytes:.1%} of AdamW's {format_bytes(found.adamw_bytes)} (float32)"
+        )
+    elif found.entries:
+        said += "; sizes of the parameters are not in the checkpoint, so there is nothing to compare with AdamW"
+    return said
+
+
+def load(file: Path, trust: bool) -> Any:
+    """What a file of ``torch.save`` holds.
+
+    Raises:
+        ValueError: it cannot be read, or not without running code.
+    """
+    try:
+        # From 1.6 on files are zip archives, whose tensors need not be read at once.
+        return torch.load(file, map_location="cpu", mmap=_is_zip(file), weights_only=not trust)
+    except UnpicklingError as error:
+        others = _unsafe(file)
+        if others:
+            raise CannotReport(
+                f"{file} holds objects other than tensors and plain values ({', '.join(others)}), and unpickling them "
+                "runs code: if you trust the checkpoint, give --trust"
+            ) from error
+        raise CannotReport(
+            f"{file} cannot be read as a file of torch.save; it is damaged, or of another format"
+        ) from error
+    except Exception as error:  # a torn file may cause anything
+        raise CannotReport(f"{file} cannot be read as a file of torch.save: {error or type(error).__name__}") from error
+
+
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
+def _unsafe(file: Path) -> list[str]:
+    try:
+        return list(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:
+        return []
+
+
+def _of_file(file: Path, trust: bool) -> list[Contents]:
+    return _of_value(load(file, trust), file)
+
+
+def _of_value(value: Any, path: Path) -> list[Contents]:
+    found = []
+    for saved in _state_dicts(value):
+        found.append(_contents(saved["param_groups"], _named(saved, _weights(value))))
+    if not found:
+        said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
+        raise CannotReport(
+            f"{path} holds no state dict of an optimizer, which has 'state' and 'param_groups'; it holds "
+            f"{said or 'nothing'}"
+        )
+    return found
+
+
+def _state_dicts(value: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(value, Mapping):
+        groups = value.get("param_groups")
+        if isinstance(value.get("state"), Mapping) and isinstance(groups, (list, tuple)):
+            yield value
+            return
+        for inner in value.values():
+            yield from _state_dicts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _state_dicts(inner)
+
+
+def _weights(value: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's weights beside the optimizer, in the model's order."""
+    for key in ("state_dict", "model", "model_state_dict", "module"):
+        weights = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(weights, Mapping) and weights and all(isinstance(w, Tensor) for w in weights.values()):
+            return {str(name): tuple(w.shape) for name, w in weights.items()}
+    return {}
+
+
+def _saved_weights(directory: Path) -> int | None:
+    """Elements in the files of safetensors of a directory, by their headers alone."""
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        try:
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (OSError, ValueError, KeyError, OverflowError, MemoryError):
+            return None
+    return total or None
+
+
+def _named(saved: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]) -> Iterator[Named]:
+    members = [(number, group, key) for number, group in enumerate(saved["param_groups"]) for key in group["params"]]
+    guessed: list[str | None] = [None] * len(members)
+    # The names of a model's weights, if the parameters can be those, one by one.
+    if len(weights) == len(members) and len(saved["param_groups"]) == 1:
+        pairs = zip(members, weights.values(), strict=True)
+        if all(_elements(saved["state"].get(m[2]) or {}) in (None, prod(shape)) for m, shape in pairs):
+            guessed = list(weights)
+    counts: dict[int, int] = {}
+    for (number, group, key), guess in zip(members, guessed, strict=True):
+        index = counts[number] = counts.get(number, -1) + 1
+        names = group.get("param_names")
+        name: str | None = names[index] if names else key if isinstance(key, str) else guess
+        state = saved["state"].get(key)
+        if isinstance(state, Mapping) and state:
+            elements = _elements(state)
+            if elements is None and name is not None and name in weights:
+                elements = prod(weights[name])
+            yield name or f"{number}.{index}", number, state, elements
+
+
+def _elements(state: Mapping[str, Any]) -> int | None:
+    """Of the parameter, as far as its state tells."""
+    place = state.get(PLACE)
+    if isinstance(place, Tensor) and place.ndim == 2:  # shards of a DTensor, one row for each
+        return prod(place[0, 2:].tolist())
+    sizes = [t.numel() for name in ("exp_avg", "exp_avg_sq", "momentum_buffer", "variance")
+             if isinstance(t := state.get(name), Tensor) and t.ndim]  # fmt: skip
+    for moment in ("first_moment", "second_moment"):
+        kept = state.get(moment)
+        if isinstance(kept, Mapping):
+            sizes += [t.numel() for key, t in kept.items() if key in ("dense", "codes") and isinstance(t, Tensor)]
+            axes = [t.numel() for key, t in kept.items() if str(key).startswith("axis_") and isinstance(t, Tensor)]
+            sizes += [prod(axes)] if axes else []
+    # Adafactor's, torch's and transformers'.
+    for names in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):
+        rows, columns = map(state.get, names)
+        if isinstance(rows, Tensor) and isinstance(columns, Tensor):
+            sizes.append(rows.numel() * columns.shape[-1])
+    return max(sizes, default=None)
+
+
+def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequence[Named]) -> Contents:
+    entries = []
+    for name, number, state, elements in named:
+        step = state.get("step")
+        count = (
+            int(step) if isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1) else None
+        )
+        entries.append(
+            Entry(name or "", number, _elements(state) if elements is None else elements, count, list(_tensors(state)))
+        )
+    kinds = {str(group.get("optimizer")) for group in groups if group.get("optimizer")}
+    options = [{k: v for k, v in g.items() if k not in ("params", "param_names", "optimizer")} for g in groups]
+    return Contents(", ".join(sorted(kinds)) or _guess(entries), options, entries)
+
+
+def _guess(entries: Sequence[Entry]) -> str:
+    stores = {t.store for e in entries for t in e.tensors}
+    if {"exp_avg", "exp_avg_sq"} <= stores:
+        return "Adam or AdamW"
+    if {"row_var", "exp_avg_sq_row"} & stores:
+        return "Adafactor"
+    return "an optimizer that does not say its name"
+
+
+def _tensors(state: Mapping[str, Any], store: str = "") -> Iterator[Stored]:
+    for key, value in state.items():
+        if key in ("step", PLACE) and not store:
+            continue
+        if isinstance(value, Mapping):
+            yield from _tensors(value, f"{store}.{key}" if store else str(key))
+        elif isinstance(value, Tensor):
+            size = value.numel() * value.element_size()
+            dtype = str(value.dtype).removeprefix("torch.")
+            yield Stored(store or str(key), str(key) if store else "", tuple(value.shape), dtype, size)

@@ -1,0 +1,270 @@
+"""What an optimizer keeps and takes: of ours by their own accounting, of torch's by a step on fake tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import registry
+from sketch_plugins.memory.plan_trace import CUDA_BLOCK, Recorder, Subject, without_collector
+from sketch_plugins.optim import SketchOptimizer, Sketchy
+from sketch_plugins.optim.base import ACCELERATOR_CHUNK, CPU_CHUNK
+from sketch_plugins.optim.fused import CPU_MIN_SIZE
+from sketch_plugins.sharding.parts import PLACE, Part
+from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
+
+IN_BACKWARD = "_layerwise"
+#: Optimizers to compare with: class and arguments.
+TORCH: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("AdamW", {"fused": True}),
+    "adamw_foreach": ("AdamW", {"foreach": True}),
+    "adafactor": ("Adafactor", {}),
+    "sgd": ("SGD", {"momentum": 0.9, "fused": True}),
+}
+# What "all" stands for, besides each name of the registry.
+_MORE = ("cs_adam:preset=lean", f"cs_adam{IN_BACKWARD}", f"cs_adam{IN_BACKWARD}:preset=lean")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One optimizer of a plan.
+
+    Attributes:
+        label: what to call it.
+        name: of the registry, or of `TORCH`.
+        options: its options.
+        in_backward: it takes its steps in backward, and gradients are freed one by one.
+        pure_bf16: weights are bfloat16, whatever the plan's precision: with stochastic rounding there is no other copy.
+    """
+
+    label: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    in_backward: bool = False
+    pure_bf16: bool = False
+
+    def build(self, parameters: Sequence[Tensor], cuda: bool) -> torch.optim.Optimizer:
+        """The optimizer, for parameters on fake tensors."""
+        if self.name in TORCH:
+            name, arguments = TORCH[self.name]
+            return getattr(torch.optim, name)(parameters, lr=1e-3, **arguments)
+        cls: Any = registry.get(self.name).cls
+        chunk = {"chunk_size": ACCELERATOR_CHUNK} if cuda and "chunk_size" in cls.OPTIONS else {}
+        return cls(parameters, **{"lr": 1e-3, **chunk, **self.options})
+
+
+class Cost:
+    """Bytes of an optimizer; of a rank's part, where it has a part.
+
+    Args:
+        state: what it keeps.
+        step: finds out what a step takes for a while. Some seconds for an optimizer that works in tiles.
+        bound: no less than ``step``.
+    """
+
+    def __init__(self, state: int, step: int | Callable[[], int], bound: int | None = None) -> None:
+        self.state, self._step, self._bound = state, step, bound
+
+    @property
+    def step(self) -> int:
+        """What a step takes for a while."""
+        if not isinstance(self._step, int):
+            self._step = self._step()
+        return self._step
+
+    @property
+    def bound(self) -> int:
+        """No less than `step`, and at hand at once."""
+        return self._step if isinstance(self._step, int) else self.step if self._bound is None else self._bound
+
+
+def known() -> list[str]:
+    """Every name that `choices` takes."""
+    return ["all", *registry.names(), *(f"{name}{IN_BACKWARD}" for name in registry.names()), *TORCH]
+
+
+def choices(optimizers: str | Sequence[str | Choice], precision: str) -> list[Choice]:
+    """The optimizers of a plan: ``"all"``, or names, with options after a colon: ``cs_adam:preset=lean,seed=1``.
+
+    Raises:
+        ValueError: an unknown name, option or value; says what is known.
+    """
+    wanted: list[Choice] = []
+    for item in [optimizers] if isinstance(optimizers, str) else optimizers:
+        if isinstance(item, Choice):
+            wanted.append(item)
+            continue
+        for text in _split(item):
+            if text == "all":
+                wanted += [_choice(name) for name in ("adamw", "adafactor", *registry.names(), *_MORE)]
+                if precision != "bf16":
+                    rounded = _choice(f"cs_adam{IN_BACKWARD}:stochastic_rounding=true")
+                    wanted.append(replace(rounded, label=f"cs_adam{IN_BACKWARD}, bf16 weights", pure_bf16=True))
+            else:
+                wanted.append(_choice(text))
+    if not wanted:
+        raise ValueError(f"no optimizer was given; known are {', '.join(known())}")
+    return list({choice.label: choice for choice in wanted}.values())
+
+
+def cost(choice: Choice, subject: Subject, cuda: bool) -> Cost:
+    """State and temporaries of an optimizer without ZeRO."""
+    optimizer = choice.build(subject.parameters, cuda)
+    if isinstance(optimizer, SketchOptimizer):
+        state = 0
+        for _, group, part, _ in optimizer.held():
+            state += _bytes(optimizer._layout(part, group, part), CUDA_BLOCK if cuda else 1)
+        if not takes_eager_steps(optimizer, cuda):
+            return Cost(state, 0)
+        largest = max((p.numel() for p in subject.parameters), default=0)
+        chunk = max(group["chunk_size"] or 0 for group in optimizer.param_groups) or CPU_CHUNK
+        # A dozen buffers of a tile; Sketchy has some of a tensor, and stacks what it decomposes.
+        bound = 12 * 4 * min(chunk, largest) + (8 * 4 * largest + 4 * state if isinstance(optimizer, Sketchy) else 0)
+        return Cost(state, lambda: _step(optimizer, subject, cuda).step, bound)
+    return _step(optimizer, subject, cuda)
+
+
+def sharded_cost(choice: Choice, subject: Subject, cuda: bool, stage: int, world: int) -> Cost:
+    """The most that a rank has under DeepSpeed's ZeRO, which gives an optimizer float32 partitions.
+
+    A rank's partition is consecutive elements: of all parameters one after the other (stages 1 and 2), or of each
+    parameter (stage 3). Ours keep what they would keep for the pieces of parameters in it (docs/deepspeed.md); torch's
+    see a vector. The partition itself is counted as state: 4 bytes an element, the weights that are stepped.
+    """
+    shapes = [tuple(p.shape) for p in subject.parameters]
+    most = 0
+    optimizer = choice.build([torch.nn.Parameter(torch.empty(1, device="meta"))], cuda)
+    for rank in range(world):
+        held = list(_pieces(shapes, stage, rank, world))
+        elements = sum(piece.numel for piece in held)
+        if isinstance(optimizer, SketchOptimizer):
+            group = optimizer.param_groups[0]
+            kept = sum(_bytes(optimizer._layout(part, group, part), 1) for part in map(_part, held))
+        else:  # a vector: nothing to factor
+            kept = {"adamw": 8, "adamw_foreach": 8}.get(choice.name, 4) * elements
+        most = max(most, kept + 4 * elements)
+    # Eager steps of ours are bounded by a chunk, and torch's by the partition.
+    whole = cost(choice, subject, cuda)
+    if isinstance(optimizer, SketchOptimizer):
+        return Cost(most, lambda: whole.step, whole.bound)
+    return Cost(most, -(-whole.step // world))
+
+
+def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
+    """Whether a step takes tiles of memory: fused kernels take next to none."""
+    groups = optimizer.param_groups
+    if any(group["fused"] is False or group["compile"] for group in groups):
+        return True
+    if isinstance(optimizer, Sketchy) and any(group.get("precondition") != "none" for group in groups):
+        return True
+    if cuda:
+        return False
+    if importlib.util.find_spec("numba") is None:
+        return True
+    if not any(p.numel() >= CPU_MIN_SIZE for group in groups for p in group["params"]):
+        return True
+    # What sketch_plugins.kernels.cpu leaves to the eager path.
+    odd = {
+        "depth": 1, "hash": "strided", "table_dtype": "fp32", "first_moment_rounding": "nearest", "variant": "II",
+        "stochastic_rounding": False, "decoupled_weight_decay": True,
+    }  # fmt: skip
+    return any(
+        any(group.get(name, usual) != usual for name, usual in odd.items())
+        or group.get("first_moment") == "count_sketch"
+        or group.get("second_moment") == "row_count_min"
+        for group in groups
+    )
+
+
+def _split(text: str) -> Iterator[str]:
+    """Names at the commas, but for those between options: ``adamw,cs_adam:preset=lean,seed=1,sm3``."""
+    found: list[str] = []
+    for token in filter(None, (t.strip() for t in text.split(","))):
+        name, is_option, _ = token.partition("=")
+        if is_option and ":" not in name:
+            if not found:
+                raise ValueError(f"{token!r} belongs to no optimizer: write NAME:{token}")
+            found[-1] += ("," if ":" in found[-1] else ":") + token
+        else:
+            found.append(token)
+    return iter(found)
+
+
+def _choice(text: str) -> Choice:
+    full, _, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    given = {key.strip(): value.strip() for key, _, value in pairs}
+    name, in_backward = (full.removesuffix(IN_BACKWARD), True) if full.endswith(IN_BACKWARD) else (full, False)
+    if name in TORCH and not in_backward:
+        if given:
+            raise ValueError(f"{name} takes no options here, and was given {rest}")
+        return Choice(name, name)
+    if name not in registry.names():
+        raise ValueError(f"unknown optimizer {full!r}; known are {', '.join(known())}")
+    options = registry.parse_options(name, given)
+    choice = Choice(f"{full} {rest}".strip(), name, options, in_backward)
+    choice.build([torch.nn.Parameter(torch.empty(1, device="meta"))], False)  # contradictions, before anything runs
+    return choice
+
+
+def _bytes(layout: Mapping[str, Any], block: int) -> int:
+    total = 0
+    for name, entry in layout.items():
+        if name == PLACE:  # says where a piece is
+            continue
+        if isinstance(entry, Mapping):
+            total += _bytes(entry, block)
+        else:
+            size, dtype = entry
+            total += -(-prod(size) * dtype.itemsize // block) * block
+    return total
+
+
+def _step(optimizer: torch.optim.Optimizer, subject: Subject, cuda: bool) -> Cost:
+    """A step on fake tensors: what is left of it is state, all else is for a while."""
+    recorder = Recorder(CUDA_BLOCK if cuda else 1)
+    fused = isinstance(optimizer, SketchOptimizer)
+    for group in optimizer.param_groups if fused else []:
+        group["fused"] = False
+    with subject.fake, without_collector():
+        for p in subject.parameters:
+            p.grad = torch.empty_like(p)
+            recorder.number(p)
+            recorder.number(p.grad)
+        recorder.events.clear()
+        with recorder, torch.no_grad() if cuda else nullcontext():
+            optimizer.step()
+        left, events = recorder.live(), list(recorder.events)
+        for p in subject.parameters:
+            p.grad = None
+    passing = accumulate(size for number, size in events if number not in left)
+    return Cost(sum(left.values()), max(passing, default=0))
+
+
+def _pieces(shapes: Sequence[tuple[int, ...]], stage: int, rank: int, world: int) -> Iterator[Piece]:
+    start = 0
+    share = -(-sum(map(prod, shapes)) // world)
+    low, high = rank * share, (rank + 1) * share
+    for index, shape in enumerate(shapes):
+        n = prod(shape)
+        if stage == 3:
+            part = -(-n // world)
+            first, last = min(rank * part, n), min((rank + 1) * part, n)
+        else:
+            first, last = max(low - start, 0), min(high - start, n)
+        if first < last:
+            yield from pieces([Fragment(index, shape, first, last - first, 0)])
+        start += n
+
+
+def _part(piece: Piece) -> Part:
+    data = torch.empty(piece.shape, dtype=torch.float32, device="meta")
+    return Part(data, data, 0, piece.whole, piece, piece.key)

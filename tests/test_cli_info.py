@@ -1,0 +1,58 @@
+"""`sketch-plugins info`: what it says is what is there."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import torch
+
+from sketch_plugins import cli, info, registry
+
+
+def test_versions_optimizers_and_kernels(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads(said[said.index("{") :])
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["rich"] == importlib.metadata.version("rich")
+    assert found["packages"].keys() >= {"transformers", "lightning", "accelerate", "deepspeed", "bitsandbytes", "numba"}
+    assert list(found["optimizers"]) == list(registry.names())
+    assert (
+        found["optimizers"]["cs_adam"]["bytes_per_param"]
+        < 1.5
+        < found["optimizers"]["cs_adam"]["adamw_bytes_per_param"]
+    )
+    assert found["kernels"]["eager"]["available"] is True
+    assert found["kernels"]["triton"]["available"] is (torch.cuda.is_available() and bool(found["packages"]["triton"]))
+    assert found["kernels"]["numba"]["available"] is bool(found["packages"]["numba"])
+    if not torch.cuda.is_available() and found["packages"]["triton"]:
+        assert "no CUDA device" in found["kernels"]["triton"]["note"]
+    for name, framework in found["frameworks"].items():
+        if found["packages"][info.NAMED[name][0]]:
+            assert set(registry.names()) <= set(framework["names"]), framework
+        else:
+            assert framework == {"names": [], "usage": info.NAMED[name][1], "note": "not installed"}
+
+
+def test_the_tables(capsys):
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    for words in ("torch", "numba", "eager", "B/param", "cs_adam", "TrainingArguments(optim="):
+        assert words in said
+
+
+def test_what_is_not_installed_is_said():
+    """A process in which neither numba nor transformers can be imported."""
+    script = (
+        "import sys, json\n"
+        "for name in ('numba', 'transformers', 'lightning', 'deepspeed'):\n"
+        "    sys.modules[name] = None\n"
+        "from sketch_plugins import info\n"
+        "print(json.dumps(info.information()))"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    found = json.loads(out.splitlines()[-1])
+    assert found["kernels"]["numba"]["available"] is False and "cannot be imported" in found["kernels"]["numba"]["note"]
+    assert found["frameworks"]["transformers"]["names"] == [] and found["frameworks"]["transformers"]["note"]
+    assert found["optimizers"].keys() == set(registry.names())
