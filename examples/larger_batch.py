@@ -571,10 +571,19 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         row[1].set_title(f"{task}: tokens per second")
         for r, color in zip(own, colors, strict=True):
             points = [(tokens, loss) for tokens, loss in r["curve"] if loss is not None]
-            row[2].plot(*zip(*points, strict=True), color=color, label=r["optimizer"], linewidth=1)
-        row[2].set(xlabel="tokens", title=f"{task}: training loss")
+            # A mean over as many tokens for each, or the small batches hide the others.
+            some = max(1, len(points) // 12)
+            smooth = [
+                (tokens, sum(loss for _, loss in points[max(0, i - some + 1) : i + 1]) / min(some, i + 1))
+                for i, (tokens, _) in enumerate(points)
+            ]
+            row[2].plot(
+                *zip(*smooth, strict=True) if smooth else ((), ()), color=color, label=r["optimizer"], linewidth=1
+            )
+        row[2].set(xlabel="tokens", title=f"{task}: training loss, running mean")
         row[2].grid(alpha=0.3)
-        row[2].legend(frameon=False, fontsize=6)
+        if task == tasks[-1]:
+            row[2].legend(frameon=False, fontsize=6, loc="upper right")
     figure.suptitle(f"{results[0]['hardware']}, {results[0]['precision']}", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -585,7 +594,7 @@ def _bars(axes: Any, names: list[str], heights: list[float], ratios: list[float 
     axes.bar_label(bars, ["" if x is None else f"{h:,.0f} ({x:.2f}x)" for h, x in zip(heights, ratios, strict=True)])
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.3)
+    axes.margins(x=0.4)
 
 
 if __name__ == "__main__":
