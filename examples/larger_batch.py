@@ -559,7 +559,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     for row, task in zip(axes, tasks, strict=True):
         own = [r for r in results if r["task"] == task]
         colors = [plt.get_cmap("tab10")(i % 10) for i in range(len(own))]
-        names = [r["optimizer"].replace(" ", "\n", 1) for r in own]
+        names = [r["optimizer"].replace(" ", "\n", 1).replace(",", ",\n") for r in own]
         _bars(row[0], names, [r["batch"] or 0 for r in own], [r["x_adamw"] for r in own], colors)
         source = "largest batch" if measured else "largest batch, predicted"
         row[0].set_title(f"{task}: {source} in {own[0]['budget_bytes'] / 1e6:,.0f} MB")
@@ -568,7 +568,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         _bars(
             row[1], names, [r["tokens_per_second"] for r in own], [r["x_adamw_tokens_per_second"] for r in own], colors
         )
-        row[1].set_title(f"{task}: tokens per second")
+        row[1].set(title=f"{task}: tokens per second", yticks=[])
         for r, color in zip(own, colors, strict=True):
             points = [(tokens, loss) for tokens, loss in r["curve"] if loss is not None]
             # A mean over as many tokens for each, or the small batches hide the others.
@@ -580,10 +580,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             row[2].plot(
                 *zip(*smooth, strict=True) if smooth else ((), ()), color=color, label=r["optimizer"], linewidth=1
             )
-        row[2].set(xlabel="tokens", title=f"{task}: training loss, running mean")
+        row[2].set(xlabel="tokens", title=f"{task}: training loss, running mean (colours as left)")
         row[2].grid(alpha=0.3)
-        if task == tasks[-1]:
-            row[2].legend(frameon=False, fontsize=6, loc="upper right")
     figure.suptitle(f"{results[0]['hardware']}, {results[0]['precision']}", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
