@@ -1,5 +1,6 @@
 """Memory-compressed optimizers that drop into the training framework people already use."""
 
+from sketch_plugins.memory.in_backward import InBackward
 from sketch_plugins.memory.report import StateReport, state_report
 from sketch_plugins.optim import (
     SM3,
@@ -22,6 +23,7 @@ __all__ = [
     "CSAdam",
     "CSMomentum",
     "CSRMSprop",
+    "InBackward",
     "MemSGD",
     "SAdagrad",
     "Sketchy",

@@ -54,6 +54,10 @@ def check() -> None:
 
 def _looking(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Ours, and not asked for anything but under DistributedDataParallel.
+        tell = getattr(getattr(self, "ddp_handler", None), "prepared_by", None)
+        if tell is not None:
+            tell(self)
         kinds = _find("accelerate.utils", "DistributedType")
         if self.distributed_type == kinds.DEEPSPEED:
             # The one place where an integration imports another: accelerate is a way to run DeepSpeed. What DeepSpeed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from sketch_plugins.comm import MemSGDState, attach
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class MemSGDKwargs(DistributedDataParallelKwargs):
@@ -17,11 +20,10 @@ class MemSGDKwargs(DistributedDataParallelKwargs):
 
     Assign it, before ``prepare``: ``accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.01})``. The argument
     ``kwargs_handlers`` of ``Accelerator`` takes accelerate's own classes only, and its ``comm_hook`` a closed set of
-    names. Without DistributedDataParallel (one process, FSDP, DeepSpeed) accelerate does not ask it for anything:
-    `state` stays None.
+    names. With one process there is nothing to send: a warning says so, `state` stays None. Under fp16 the state gets
+    accelerate's GradScaler, so that memories are kept unscaled.
 
-    With fp16 set ``accelerator.ddp_handler.state.scaler = accelerator.scaler`` after ``prepare``, so that memories are
-    kept unscaled. ``accelerator.save_state`` saves on one process; the memory belongs to each:
+    ``accelerator.save_state`` saves on one process; the memory belongs to each:
     ``accelerator.ddp_handler.state.save(folder)`` and ``.load(folder)``, called on all of them.
 
     Attributes:
@@ -29,21 +31,39 @@ class MemSGDKwargs(DistributedDataParallelKwargs):
         state: the `MemSGDState`, after ``prepare``.
 
     Raises:
-        ValueError: in ``prepare``: see `MemSGDState`; ``comm_hook`` is set as well.
+        ValueError: in ``prepare``: see `MemSGDState`; ``comm_hook`` is set as well; FSDP, DeepSpeed or Megatron-LM,
+            which reduce gradients themselves.
     """
 
     memsgd: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.state: MemSGDState | None = None
+        self._scaler: Any = None
 
     def to_dict(self, ignore_keys: Any = ("comm_hook", "comm_wrapper", "comm_state_option", "memsgd", "state")) -> Any:
         """What DistributedDataParallel's constructor gets."""
-        return {name: value for name, value in self.__dict__.items() if name not in ignore_keys}
+        return {name: value for name, value in self.__dict__.items() if name not in (*ignore_keys, "_scaler")}
+
+    def prepared_by(self, accelerator: Any) -> None:
+        """``Accelerator.prepare`` calls this before anything else.
+
+        Raises:
+            ValueError: it will not use DistributedDataParallel.
+        """
+        kind = accelerator.distributed_type.value
+        if not kind.startswith("MULTI_") and kind != "NO":
+            raise ValueError(
+                f"memsgd under {kind}, which reduces gradients itself: they are sparsified under "
+                "DistributedDataParallel only"
+            )
+        if kind == "NO":
+            logger.warning("memsgd: this is one process, there are no gradients to send")
+        self._scaler = accelerator.scaler
 
     def register_comm_hook(self, model: torch.nn.Module) -> None:
         """Called by ``Accelerator.prepare`` with the wrapped model."""
         chosen = getattr(self.comm_hook, "value", self.comm_hook)
         if chosen != "no":
             raise ValueError(f"comm_hook={chosen!r} and memsgd: DistributedDataParallel takes one hook")
-        self.state = attach(model, **self.memsgd)  # type: ignore[arg-type]
+        self.state = attach(model, **{"scaler": self._scaler, **self.memsgd})  # type: ignore[arg-type]

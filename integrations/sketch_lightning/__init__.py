@@ -7,10 +7,10 @@
 Importing this package adds the strategies to the registries of ``lightning.pytorch`` and of ``pytorch_lightning``,
 whichever there is; one that has not been imported yet gets them when it is. The classes are attributes of this package:
 `SketchStrategy`, `SketchDDPStrategy`, `SketchFSDPStrategy`, `SketchDeepSpeedStrategy` and the callbacks
-`OptimizerStateMonitor`, `SketchCleaning`, `ReclaimBatchSize`. Lightning under its two names is two class trees, which
-do not mix: the attributes are those of ``lightning.pytorch`` if that is imported or nothing else is, and of
-``pytorch_lightning`` otherwise. To name one: ``from sketch_lightning.pytorch_lightning import SketchDDPStrategy``, or
-``from sketch_lightning.lightning_pytorch import ...``.
+`OptimizerStateMonitor`, `SketchCleaning`, `ReclaimBatchSize`, `OptimizerInBackward`. Lightning under its two names is
+two class trees, which do not mix: the attributes are those of ``lightning.pytorch`` if that is imported or nothing else
+is, and of ``pytorch_lightning`` otherwise. To name one: ``from sketch_lightning.pytorch_lightning import
+SketchDDPStrategy``, or ``from sketch_lightning.lightning_pytorch import ...``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ _STRATEGIES = (
     "SketchFSDPStrategy",
     "SketchDeepSpeedStrategy",
 )
-_CALLBACKS = ("OptimizerStateMonitor", "SketchCleaning", "ReclaimBatchSize")
+_CALLBACKS = ("OptimizerStateMonitor", "SketchCleaning", "ReclaimBatchSize", "OptimizerInBackward")
 #: Namespace of Lightning -> module with its classes.
 _MODULES = {"lightning.pytorch": "lightning_pytorch", "pytorch_lightning": "pytorch_lightning"}
 
 __all__ = [
+    "OptimizerInBackward",
     "OptimizerStateMonitor",
     "ReclaimBatchSize",
     "SketchCleaning",

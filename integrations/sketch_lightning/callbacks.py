@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from sketch_lightning import _private
+from sketch_lightning.in_backward import SteppingInBackward
 from sketch_lightning.reclaim import Reclaiming
 from sketch_plugins import scratch, state_report
+from sketch_plugins.memory.in_backward import in_backward
 from sketch_plugins.memory.probe import SecondMomentProbe
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.sharding.parts import is_dtensor
@@ -31,7 +33,7 @@ def build(namespace: str, module: str) -> dict[str, Any]:
     _private.check(namespace, _private.CALLBACKS)
     base = _private.find(namespace, "callbacks", "Callback")
     made = {}
-    for cls in (OptimizerStateMonitor, SketchCleaning, ReclaimBatchSize):
+    for cls in (OptimizerStateMonitor, SketchCleaning, ReclaimBatchSize, OptimizerInBackward):
         new = type(cls.__name__, (cls, base), {"__doc__": cls.__doc__, "__module__": module, "_namespace": namespace})
         made[new.__name__] = new
     return made
@@ -60,7 +62,8 @@ class OptimizerStateMonitor:
         prog_bar: show the state's size in the progress bar, too.
 
     Raises:
-        ValueError: ``rows`` or ``params`` is not a positive integer.
+        ValueError: ``rows`` or ``params`` is not a positive integer; at the start of training, ``sampled`` with steps
+            that are taken in backward.
     """
 
     _namespace = ""
@@ -85,6 +88,11 @@ class OptimizerStateMonitor:
         if self.sampled:
             self._remove()
             for number, prefix, optimizer in _named(trainer):
+                if in_backward(optimizer) is not None:
+                    raise ValueError(
+                        "OptimizerStateMonitor(sampled=True) looks at gradients before optimizer.step(), and with "
+                        "steps in backward they have been consumed by then: use sampled=False"
+                    )
                 if isinstance(optimizer, SketchOptimizer):
                     probe = SecondMomentProbe(optimizer, rows=self.rows, params=self.params, seed=self.seed)
                     if number in self._restored:
@@ -161,7 +169,8 @@ class SketchCleaning:
 
     Raises:
         ValueError: none of the two is given, or both, or one that is no positive integer; ``factor`` is not in [0, 1];
-            at the start of training: no optimizer keeps a second moment, or one has ``clean_every`` set itself.
+            at the start of training: no optimizer keeps a second moment, or one has ``clean_every`` set itself;
+            ``every_n_steps`` with steps that are taken in backward.
 
     Source: https://arxiv.org/abs/1902.00179, section 4: factor 0.2 every 125 steps for Adam, 0.5 for Adagrad.
     """
@@ -209,6 +218,11 @@ class SketchCleaning:
             kinds = ", ".join(type(optimizer).__name__ for _, _, optimizer in _named(trainer))
             raise ValueError(f"SketchCleaning has nothing to clean: {kinds} keeps no second moment in a sketch")
         if self.every_n_steps is not None:
+            if any(in_backward(optimizer) is not None for optimizer in found):
+                raise ValueError(
+                    f"SketchCleaning(every_n_steps={self.every_n_steps}) comes before optimizer.step(), and with steps "
+                    f"in backward that is too late: give the optimizer clean_every={self.every_n_steps}"
+                )
             for optimizer in found:
                 self._handles.append(before_update(optimizer, functools.partial(self._step, optimizer)))
 
@@ -286,6 +300,33 @@ class ReclaimBatchSize(Reclaiming):
         ValueError: an argument that is not allowed; at the start of ``fit``: no budget and no CUDA, a loader whose size
             cannot be changed, a strategy whose parameters cannot be put back (DeepSpeed), ``keep_effective`` with
             manual optimization or a ``GradientAccumulationScheduler``, or a budget in which not even one sample fits.
+    """
+
+
+class OptimizerInBackward(SteppingInBackward):
+    """The optimizer's steps are taken in backward, and each gradient is freed at once: see `sketch_plugins.InBackward`.
+
+    The same weights as without, to the last bit, accumulation, schedules and checkpoints included; what gradients take
+    is about the largest one. With ``accumulate_grad_batches`` that is so in the last batch of a cycle only: before it
+    they have to be kept. For automatic optimization; in manual optimization the module says which backward is the last
+    one::
+
+        def configure_optimizers(self):
+            optimizer = CSAdam(self.parameters())
+            InBackward(optimizer)
+            return optimizer
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.loss(batch))  # here the weights move
+            self.optimizers().step()
+
+    ``on_before_optimizer_step`` and ``on_after_backward`` see no gradients. Before `ReclaimBatchSize` in the list of
+    callbacks, the batch is searched with steps in backward.
+
+    Raises:
+        ValueError: at the start of ``fit``: manual optimization; ``gradient_clip_val``, or a module's own
+            ``configure_gradient_clipping``; a precision with GradScaler (16-mixed); DDP, FSDP1 and DeepSpeed; an
+            optimizer that is not a sketched one.
     """
 
 

@@ -19,7 +19,7 @@ strategies.add_to_registry("lightning.pytorch", _made)
 
 def __getattr__(name: str) -> Any:
     # The callbacks need all of Lightning, which is half imported when the strategies are wanted.
-    if name in ("OptimizerStateMonitor", "SketchCleaning", "ReclaimBatchSize"):
+    if name in ("OptimizerStateMonitor", "SketchCleaning", "ReclaimBatchSize", "OptimizerInBackward"):
         from sketch_lightning import callbacks
 
         made = callbacks.build("lightning.pytorch", __name__)

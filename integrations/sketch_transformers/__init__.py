@@ -4,7 +4,8 @@
 
     args = TrainingArguments("out", optim="cs_adam", optim_args="compression=0.05")
 
-Importing this package makes every name of ``sketch_plugins.registry`` a value of ``TrainingArguments.optim``. Import it
+Importing this package makes every name of ``sketch_plugins.registry`` a value of ``TrainingArguments.optim``, and with
+``_layerwise`` behind it (``cs_adam_layerwise``) the same optimizer, whose steps are taken in backward. Import it
 before ``HfArgumentParser(TrainingArguments)``: the parser copies the names when it is made.
 """
 

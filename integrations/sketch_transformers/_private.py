@@ -2,7 +2,7 @@
 
 Five things are changed, each once; what does not concern our optimizers behaves as before:
 
-* ``OptimizerNames`` gets one member per optimizer of the registry.
+* ``OptimizerNames`` gets two members per optimizer of the registry, as ``cs_adam`` and ``cs_adam_layerwise``.
 * ``TrainingArguments.__post_init__`` checks the arguments of our optimizers, so that a mistake is reported before a
   model is loaded.
 * ``Trainer.get_optimizer_cls_and_kwargs`` answers for our names. It exists, with this signature, in all versions
@@ -11,7 +11,8 @@ Five things are changed, each once; what does not concern our optimizers behaves
 * ``Trainer.create_optimizer`` keeps accelerate and DeepSpeed from putting DeepSpeedCPUAdam in the place of an optimizer
   of ours, however it was asked for, where its state is offloaded.
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
-  cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback.
+  cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback. The norm of
+  gradients that have been consumed in backward would be logged as 0, and is left out.
 * ``Trainer.train`` enables the gradient compression that ``optim_args`` asks for, and remembers the checkpoint that it
   is told to resume: no callback is told.
   It also lets a `ReclaimBatchSize` search, for which a callback is told too late.
@@ -31,8 +32,11 @@ import torch
 
 from sketch_plugins import registry
 from sketch_plugins.import_hooks import is_initializing
+from sketch_plugins.memory.in_backward import in_backward
 from sketch_plugins.optim import SketchOptimizer
 
+#: Behind an optimizer's name, as transformers has it in names of its own.
+LAYERWISE = "_layerwise"
 #: Where in transformers the names are that this package touches: module, then dotted name in it.
 TOUCHED = (
     ("transformers.training_args", "OptimizerNames"),
@@ -64,6 +68,7 @@ def register() -> None:
     if optimizer_names is not None:
         for name in registry.names():
             _extend_enum(optimizer_names, name)
+            _extend_enum(optimizer_names, name + LAYERWISE)
     training_arguments = _find("transformers.training_args", "TrainingArguments")
     if training_arguments is not None:
         _wrap(training_arguments, "__post_init__", _checking)
@@ -216,6 +221,8 @@ def _reporting(log: Callable[..., None]) -> Callable[..., None]:
                 sending = communication(self.callback_handler.callbacks)
                 state = None if sending is None else sending.state
                 callback.add_to(logs, self.callback_handler.optimizer, state)
+        if in_backward(self.callback_handler.optimizer) is not None:
+            logs.pop("grad_norm", None)
         log(self, logs, *args, **kwargs)
 
     return wrapped
@@ -233,8 +240,13 @@ def _communicating(train: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def base_name(name: str) -> str:
+    """A name without ``_layerwise``, which says that steps are taken in backward."""
+    return name.removesuffix(LAYERWISE)
+
+
 def _is_ours(optim: Any) -> bool:
-    return getattr(optim, "value", optim) in registry.names()
+    return base_name(str(getattr(optim, "value", optim))) in registry.names()
 
 
 _MARK = "_sketch_plugins"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sketch_plugins import registry
+from sketch_transformers._private import base_name
 from sketch_transformers.targets import only_on, select_parameters
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 #: Options of the optimizer that have a place of their own; in ``optim_args`` they would contradict it or be ignored.
 ELSEWHERE = {
@@ -30,7 +34,8 @@ def optimizer_cls_and_kwargs(
     """The optimizer that ``args`` describe, as ``Trainer.get_optimizer_cls_and_kwargs`` returns it.
 
     With ``args.optim_target_modules`` the class returned is a stand-in: called with the parameter groups of Trainer (or
-    any others), it builds the optimizer with every group split in two, compressed and exact.
+    any others), it builds the optimizer with every group split in two, compressed and exact. For a name that ends in
+    ``_layerwise`` it is one, too: see `sketch_transformers.layerwise`.
 
     Args:
         args: ``optim``, ``optim_args``, ``optim_target_modules``, ``learning_rate`` and ``adam_*`` are read. The weight
@@ -47,6 +52,13 @@ def optimizer_cls_and_kwargs(
         if model is None:
             raise ValueError(f"optim_target_modules={args.optim_target_modules!r} needs the model, which is None")
         cls = only_on(cls, select_parameters(model, args.optim_target_modules))
+    if _is_layerwise(args):
+        from sketch_transformers.layerwise import clipping_warning, layerwise
+
+        cls = layerwise(cls)
+        warning = clipping_warning(args, _name(args))
+        if warning is not None:
+            logger.warning(warning)
     prepare_deepspeed(args)
     return cls, kwargs
 
@@ -58,7 +70,7 @@ def check_arguments(args: TrainingArguments) -> None:
         ValueError: ``optim_args`` is malformed, has an unknown key, a value of the wrong type or an impossible one (the
             message lists what is allowed); ``adam_*`` are set for an optimizer that does not read them; the parameters
             are to be sharded by FSDP1; the DeepSpeed configuration has an optimizer of its own or asks for DeepSpeed's
-            CPU Adam.
+            CPU Adam; see `sketch_transformers.layerwise.check`.
     """
     cls, kwargs = _cls_and_kwargs(args)
     try:
@@ -66,6 +78,11 @@ def check_arguments(args: TrainingArguments) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"optim={_name(args)!r} with optim_args={args.optim_args!r}: {error}") from error
     _check_sharding(args)
+    if _is_layerwise(args):
+        from sketch_transformers.layerwise import check
+
+        deepspeed = bool(_deepspeed_config(args)) or bool(getattr(args, "deepspeed", None))
+        check(args, _name(args), _optim_args(args), deepspeed, _fsdp_version(args))
 
 
 def parse_communication(given: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -81,7 +98,7 @@ def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> d
     """Typed keyword arguments from ``optim_args``: "key=value,key=value", or a mapping from a JSON or YAML file.
 
     Args:
-        name: a name of the registry.
+        name: a name of the registry, with or without ``_layerwise``.
         optim_args: options of that optimizer, without those in :data:`ELSEWHERE`.
 
     Raises:
@@ -94,7 +111,7 @@ def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> d
             raise ValueError(f"{where}: {key!r} is set by {ELSEWHERE[key]}")
     try:
         parse_communication({key: given.pop(key) for key in list(given) if key.startswith("comm")})
-        return registry.parse_options(name, given)
+        return registry.parse_options(base_name(name), given)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -105,20 +122,25 @@ def communication_options(args: TrainingArguments) -> dict[str, Any] | None:
     Raises:
         ValueError: names the offending part and what is allowed.
     """
-    name = _name(args)
-    if name not in registry.names():
+    if base_name(_name(args)) not in registry.names():
         return None
-    where = f"optim_args={args.optim_args!r} of optim={name!r}"
-    given = args.optim_args if isinstance(args.optim_args, Mapping) else _split(name, args.optim_args, where)
     try:
-        return parse_communication({key: value for key, value in given.items() if key.startswith("comm")})
+        return parse_communication({key: value for key, value in _optim_args(args).items() if key.startswith("comm")})
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"optim_args={args.optim_args!r} of optim={_name(args)!r}: {error}") from error
+
+
+def _optim_args(args: TrainingArguments) -> Mapping[str, Any]:
+    """As given, split."""
+    if isinstance(args.optim_args, Mapping):
+        return args.optim_args
+    name = _name(args)
+    return _split(name, args.optim_args, f"optim_args={args.optim_args!r} of optim={name!r}")
 
 
 def _cls_and_kwargs(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     name = _name(args)
-    cls = registry.get(name).cls
+    cls = registry.get(base_name(name)).cls
     given = parse_optim_args(name, args.optim_args)
     kwargs: dict[str, Any] = {"lr": args.learning_rate}
     if cls.ADAM_SETTINGS:
@@ -152,6 +174,10 @@ def _name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
+def _is_layerwise(args: TrainingArguments) -> bool:
+    return _name(args) != base_name(_name(args))
+
+
 def _split(name: str, optim_args: Any, where: str) -> dict[str, str]:
     if optim_args is None or optim_args == "":
         return {}
@@ -161,7 +187,7 @@ def _split(name: str, optim_args: Any, where: str) -> dict[str, str]:
     for part in optim_args.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (key and equals and value):
-            keys = ", ".join(key for key in registry.get(name).options if key not in ELSEWHERE)
+            keys = ", ".join(key for key in registry.get(base_name(name)).options if key not in ELSEWHERE)
             raise ValueError(f"{where}: {part!r} is not of the form key=value; the keys are {keys}")
         if key in given:
             raise ValueError(f"{where}: {key!r} is given twice, {given[key]!r} and {value!r}")

@@ -14,6 +14,7 @@ from transformers.training_args import TrainingArguments
 
 from sketch_plugins import state_report
 from sketch_plugins.comm import MemSGDState
+from sketch_plugins.memory.in_backward import in_backward
 from sketch_plugins.memory.probe import SecondMomentProbe
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class SketchCallback(TrainerCallback, ExportableState):
 
     * ``comm/wire_bytes``, ``comm/dense_bytes``, ``comm/wire_over_dense``: bytes handed to collectives, what averaging
       everything would be, their ratio;
-    * ``comm/density``: fraction of the entries that the next step sends;
+    * ``comm/density``: fraction of the entries that the last step has sent;
     * ``comm/memory_norm``, ``comm/memory_bytes``: of what has not been sent yet.
 
     A table of the memory goes to the logger ``sketch_transformers.callback`` (level INFO) once, after the first step.
@@ -43,7 +44,7 @@ class SketchCallback(TrainerCallback, ExportableState):
 
     Args:
         sampled: keep the exact second moment of a few rows and log the error. Off under a gradient scaler (fp16), where
-            gradients are scaled.
+            gradients are scaled; not with ``_layerwise`` names, where they are gone before the step.
         rows: sampled rows of each sampled parameter, in fp32.
         params: how many parameters are sampled.
         seed: chooses the rows.
@@ -75,7 +76,16 @@ class SketchCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up the samples of the checkpoint that is resumed."""
+        """Take up the samples of the checkpoint that is resumed.
+
+        Raises:
+            ValueError: ``sampled`` with an optimizer whose steps are taken in backward.
+        """
+        if self.sampled and in_backward(kwargs.get("optimizer")) is not None:
+            raise ValueError(
+                "SketchCallback(sampled=True) looks at gradients before optimizer.step(), and with a layerwise optim "
+                "they have been consumed by then: use sampled=False, or optim without _layerwise"
+            )
         # Where the checkpoint was saved without this callback, Trainer's next save would fail with a KeyError.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step > 0 and isinstance(saved, dict) and saved["args"] == self.state()["args"]:

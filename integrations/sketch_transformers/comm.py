@@ -30,9 +30,11 @@ OPTIONS = {
         Option("comm_warmup", int, "steps in which the density falls (default 0)"),
         Option("comm_initial_density", float, "density that it falls from (default 0.25)"),
         Option("comm_momentum", float, "momentum correction (default 0)"),
+        Option("comm_factor_masking", bool, "clear the velocity of what was sent (default True)"),
         Option("comm_clip", float, "bound of local gradient norms (default 0: off)"),
         Option("comm_memory_dtype", str, "numbers of the memory: 'fp32' (default) or 'bf16'"),
         Option("comm_min_size", int, "smaller parameters are sent whole (default 1024)"),
+        Option("comm_seed", int, "of random entries, hashes and rounding (default 0)"),
     )
 }
 
@@ -92,7 +94,7 @@ class MemSGDCallback(TrainerCallback):
                 self.state.process_group = model.process_group
                 self.state.bind(model.module.named_parameters())
                 if self.trainer.model_init is not None and state.global_step == 0:  # other weights: nothing is owed
-                    self.state.memory, self.state.iteration = {}, 0
+                    self.state.reset()
                 model.register_comm_hook(self.state, memsgd_hook)
             self._wrapped = model
         assert self.state is not None

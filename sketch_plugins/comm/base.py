@@ -76,7 +76,10 @@ class Compressor(ABC):
 
     @abstractmethod
     def wire_bytes(self, size: int, density: float, itemsize: int = 4) -> int:
-        """Bytes that one rank hands to collectives for a vector of ``size`` entries of ``itemsize`` bytes."""
+        """Bytes that one rank hands to collectives for a vector of ``size`` entries of ``itemsize`` bytes.
+
+        Values travel in the dtype of the gradient; what is sent beside them may have one of its own.
+        """
 
     def take(
         self,
@@ -103,7 +106,8 @@ class Compressor(ABC):
         Args:
             memory: m, ``(d,)`` float32, float64, or bfloat16, then rounded stochastically; changed.
             grad: g, ``(d,)``.
-            gain: factor of g; a number or a 0-d tensor.
+            gain: factor of g; a number or a 0-d tensor. Of 0: g is not looked at, it may be infinite; m and u stay as
+                they are, but for what is picked.
             density: see `compress`.
             step: see `compress`; of the rounding, too.
             key: see `compress`; of the rounding, too.
@@ -112,33 +116,76 @@ class Compressor(ABC):
             beta: of the momentum.
             masking: clear the momentum of what was sent.
         """
-        low = memory.dtype == torch.bfloat16
-        m, u = memory.float(), momentum if momentum is None else momentum.float()
-        if memory.dtype == torch.float64:
-            m, u = memory, momentum
-        add(m, grad, gain, u, beta)
+        m, u = accumulate(memory, grad, gain, momentum, beta)
         payload = self.compress(m, density, step=step, key=key, reduce=reduce)
         positions = self.positions(payload.at, len(m), density)
         m.index_fill_(0, positions, 0.0)
         if u is not None and masking:
             u.index_fill_(0, positions, 0.0)
-        if low:
-            index = torch.arange(len(m), device=m.device)
-            memory.copy_(round_stochastically(m, index, key ^ TABLE1, step))
-            if momentum is not None:
-                assert u is not None
-                momentum.copy_(round_stochastically(u, index, key ^ TABLE2, step))
+        keep(memory, m, key ^ TABLE1, step)
+        if momentum is not None:
+            assert u is not None
+            keep(momentum, u, key ^ TABLE2, step)
         return payload
 
 
-def add(memory: Tensor, grad: Tensor, gain: Tensor | float, momentum: Tensor | None, beta: float) -> None:
-    """``u <- beta * u + gain * g; m <- m + u``; without momentum ``m <- m + gain * g``."""
-    g = grad.to(memory.dtype)
-    if isinstance(gain, Tensor) or gain != 1.0:
-        g = g * gain
+def take_all(
+    memory: Tensor,
+    grad: Tensor,
+    gain: Tensor | float,
+    *,
+    step: int = 0,
+    key: int = 0,
+    momentum: Tensor | None = None,
+    beta: float = 0.0,
+) -> Tensor:
+    """As `Compressor.take` where everything is picked, but that nothing is cleared: m, ``(d,)``.
+
+    The memory goes on being what is to be sent: nothing has to be put back if it does not arrive. What is returned is
+    the memory itself, of bfloat16 a float32 copy that has not been rounded.
+    """
+    m, u = accumulate(memory, grad, gain, momentum, beta)
+    sent = m if m is memory else m.clone()  # before it is rounded, in place
+    keep(memory, m, key ^ TABLE1, step)
     if momentum is not None:
-        g = momentum.mul_(beta).add_(g)
-    memory.add_(g)
+        assert u is not None
+        keep(momentum, u, key ^ TABLE2, step)
+    return sent
+
+
+def accumulate(
+    memory: Tensor, grad: Tensor, gain: Tensor | float, momentum: Tensor | None, beta: float
+) -> tuple[Tensor, Tensor | None]:
+    """``u <- beta * u + gain * g; m <- m + u``, without momentum ``m <- m + gain * g``; nothing if ``gain`` is 0.
+
+    Returns:
+        m and u: what was given, changed, or of bfloat16 copies in float32, for `keep`.
+    """
+    low = memory.dtype == torch.bfloat16
+    m, u = (memory.float(), None if momentum is None else momentum.float()) if low else (memory, momentum)
+    if not isinstance(gain, Tensor):
+        if gain == 0.0:
+            return m, u
+        g = grad.to(m.dtype)
+        g = g * gain if gain != 1.0 else g
+        if u is not None:
+            g = u.mul_(beta).add_(g)
+        m.add_(g)
+        return m, u
+    # The same without looking, for which a device would have to be waited for.
+    none = gain == 0
+    g = (grad.to(m.dtype) * gain).masked_fill_(none, 0.0)
+    if u is not None:
+        u.mul_(torch.full((), beta, dtype=u.dtype, device=u.device).masked_fill_(none, 1.0)).add_(g)
+        g = torch.where(none, 0.0, u)
+    m.add_(g)
+    return m, u
+
+
+def keep(memory: Tensor, x: Tensor, key: int, step: int) -> None:
+    """Write x into a memory of bfloat16, rounded stochastically (x, too); a memory of its dtype is x itself."""
+    if memory is not x:
+        memory.copy_(round_stochastically(x, torch.arange(len(x), device=x.device), key, step))
 
 
 def check_density(density: float) -> float:
@@ -160,3 +207,8 @@ def entries(size: int, density: float) -> int:
 def largest(x: Tensor, k: int) -> Tensor:
     """Positions (int64) of the k numbers of largest magnitude along the last dimension, in no order."""
     return torch.topk(x.abs(), k, dim=-1, sorted=False).indices
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; nobody waits: a GPU reads it from pinned memory when it comes to it."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

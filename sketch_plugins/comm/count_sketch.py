@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sketch_plugins.comm.base import Compressor, Payload, Reduce, entries, largest
+from sketch_plugins.comm.base import Compressor, Payload, Reduce, entries, largest, to_device
 from sketch_plugins.hashing import derive
 
 # Shorter runs are rotated by an index, many at once: a call for each would take longer than its work.
@@ -28,7 +28,8 @@ class CountSketchTopK(Compressor):
     number of places and multiplied by a random sign, both drawn from ``(seed, key, j, b)``. Entries of different runs
     share a cell with probability 1 / W, as in any count-sketch, those of one run never; and it is all streaming adds.
 
-    On the wire: ``depth * W`` numbers, then k. ``W = width * k``, at most d.
+    On the wire: ``depth * W`` numbers of float32 (float64 for float64 gradients: sums of many, in half precision they
+    would hide what is looked for), then k values. ``W = width * k``, at most d.
 
     Args:
         depth: tables, >= 1 (default 3).
@@ -110,7 +111,7 @@ class CountSketchTopK(Compressor):
 
     def wire_bytes(self, size: int, density: float, itemsize: int = 4) -> int:
         """See `Compressor`."""
-        return (self.depth * self.cells(size, density) + self.count(size, density)) * itemsize
+        return self.depth * self.cells(size, density) * max(4, itemsize) + self.count(size, density) * itemsize
 
     def _hashes(self, size: int, cells: int, key: int) -> list[tuple[int, list[int], list[float]]]:
         runs = -(-size // cells) if size else 0
@@ -129,8 +130,8 @@ def _batches(
     """For some runs at a time: where they are in the vector, their rotations ``(runs, cells)``, their signs."""
     step, inside = max(1, BATCH // cells), torch.arange(cells, device=device)
     for first in range(0, len(shifts), step):
-        shift = torch.tensor(shifts[first : first + step], device=device).unsqueeze(1)
-        sign = torch.tensor(signs[first : first + step], device=device).unsqueeze(1)
+        shift = to_device(torch.tensor(shifts[first : first + step]), device).unsqueeze(1)
+        sign = to_device(torch.tensor(signs[first : first + step]), device).unsqueeze(1)
         begin, end = first * cells, min(size, (first + step) * cells)
         yield slice(begin, end), (inside + way * shift) % cells, sign
 

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: DistributedDataParallel compares the annotations of its hooks with the types.
 
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from sketch_plugins.comm.state import MemSGDState
+from sketch_plugins.comm.base import take_all
+from sketch_plugins.comm.state import MemSGDState, Sent
 
 # By its newer name where there is one: the older one warns there.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+_ATTACHED: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
 def attach(model: DistributedDataParallel, **options: Any) -> MemSGDState:
@@ -25,13 +29,27 @@ def attach(model: DistributedDataParallel, **options: Any) -> MemSGDState:
         options: those of `MemSGDState`, whose parameters and process group are the model's.
 
     Raises:
-        ValueError: ``model`` is something else; see `MemSGDState`.
+        ValueError: ``model`` is something else, or has a communication hook; see `MemSGDState`.
     """
     if not isinstance(model, DistributedDataParallel):
         raise ValueError(f"model is a {type(model).__name__}; gradients are compressed in DistributedDataParallel")
+    if model in _ATTACHED:  # DistributedDataParallel would note the second hook before it refuses it
+        raise ValueError(_TWICE)
     state = MemSGDState(model.module.named_parameters(), process_group=model.process_group, **options)
-    model.register_comm_hook(state, memsgd_hook)
+    try:
+        model.register_comm_hook(state, memsgd_hook)
+    except RuntimeError as error:
+        if "only be called once" not in str(error):
+            raise
+        raise ValueError(_TWICE) from error
+    _ATTACHED.add(model)
     return state
+
+
+_TWICE = (
+    "model has a communication hook already, and DistributedDataParallel takes one: go on with the state that it was "
+    "given, or wrap the module anew"
+)
 
 
 @torch.no_grad()
@@ -40,10 +58,11 @@ def memsgd_hook(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
 
     ``ddp.register_comm_hook(state, memsgd_hook)``. What it does about
 
-    * the first ``state.start`` iterations, density 1, sparse gradients: averages everything;
+    * the first ``state.start`` iterations, density 1, sparse gradients: averages everything, with momentum velocities;
     * a gradient that is not finite on some rank: every rank's bucket becomes NaN, so that a GradScaler or a check of
-      the norm skips the step on all ranks alike, and every rank's memory of that bucket is reset. The flag travels with
-      the values: no further message, and nobody waits for a device;
+      the norm skips the step on all ranks alike. That gradient is not added to its memory, and what all buckets of the
+      iteration have sent is put back (`MemSGDState.settle`). The flag travels with the values: no further message, and
+      nobody waits for a device;
     * a parameter whose gradient is 0 on this rank (not used there, or this rank has left the `Join`): sends zeros and
       keeps its memory, which DistributedDataParallel would not apply to a parameter that no rank has used;
     * ``no_sync``: is not called then; gradients accumulate as ever;
@@ -51,20 +70,21 @@ def memsgd_hook(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
     * the order of sums: that of the ranks, on every rank. Replicas stay equal bit by bit.
 
     Raises:
-        ValueError: a bucket has a parameter that the state does not know; in the first iteration, and in the first
-            after a state was loaded: ranks are at different iterations, or have other options.
+        ValueError: a bucket has a parameter that the state does not know, or, with momentum, a sparse gradient; in the
+            first iteration, and in the first after a state was loaded: ranks are at different iterations, or have other
+            options.
     """
     if bucket.index() == 0:
         state.agree(bucket.buffer().device)
         state.begin()
     if bucket.buffer().is_sparse:
-        future = _average(state, bucket.buffer())
+        future = _average_sparse(state, bucket.buffer())
     elif state.density == 1.0:
-        buffer, parts = _open(state, bucket)
-        for part in parts:
-            peak = torch.linalg.vector_norm(part.grad, math.inf) if part.size else part.grad.new_zeros(())
-            part.grad.copy_(_with_memory(state, part, peak))
-        future = _average(state, buffer)
+        for part in _open(state, bucket)[1]:
+            state.number(part.p)  # now, not in the first iteration that needs it
+            if state.clip or not state.empty:
+                _whole(state, part, _peak(part))
+        future = _average(state, bucket.buffer())
     elif state.compressor.shared:
         future = _reduce(state, bucket)
     else:
@@ -76,11 +96,43 @@ def memsgd_hook(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
 
 def _average(state: MemSGDState, buffer: Tensor) -> Future[Tensor]:
     # As DistributedDataParallel does without a hook, so that density 1 is that bit for bit.
-    size = buffer.coalesce().values().nbytes if buffer.is_sparse else buffer.nbytes
+    state.sent(buffer.nbytes, buffer.nbytes)
+    buffer.div_(state.world_size)
+    work = dist.all_reduce(buffer, group=state.process_group, async_op=True)
+
+    @torch.no_grad()
+    def unpack(done: Future[Any]) -> Tensor:
+        total: Tensor = done.value()[0]
+        if not state.empty and total.numel():  # the sum is the same everywhere, and so is what is not finite in it
+            state.arrived(~torch.isfinite(torch.linalg.vector_norm(total, math.inf)))
+        return total
+
+    return work.get_future().then(unpack)
+
+
+def _average_sparse(state: MemSGDState, buffer: Tensor) -> Future[Tensor]:
+    if state.momentum:
+        raise ValueError(
+            f"momentum={state.momentum!r} and a sparse gradient of shape {tuple(buffer.shape)}: its velocity would not "
+            "be sparse. Only 0 is allowed then, or sparse=False of the embedding"
+        )
+    if state.clip:
+        values = buffer.coalesce().values()
+        buffer.mul_((_bound(state) / _norm(values) * state.scale).clamp(max=1.0).to(buffer.dtype))
+    entries = buffer.coalesce()
+    size = entries.values().nbytes + entries.indices().nbytes
     state.sent(size, size)
     buffer.div_(state.world_size)
     work = dist.all_reduce(buffer, group=state.process_group, async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
+
+    @torch.no_grad()
+    def unpack(done: Future[Any]) -> Tensor:
+        total: Tensor = done.value()[0]
+        if not state.empty:
+            state.arrived(~torch.isfinite(total.coalesce().values()).all())
+        return total
+
+    return work.get_future().then(unpack)
 
 
 class _Part:
@@ -102,31 +154,36 @@ def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tenso
     values: list[Tensor] = []
     index: list[Tensor] = []
     positions: list[Tensor] = []
-    peaks = [torch.linalg.vector_norm(part.grad, math.inf) if part.size else buffer.new_zeros(()) for part in parts]
-    fine = torch.isfinite(torch.stack(peaks)).all()
+    fine = torch.ones((), dtype=torch.bool, device=buffer.device)
     density, compressor = state.density, state.compressor
-    for part, peak in zip(parts, peaks, strict=True):
+    for part in parts:
+        peak = _peak(part)
         if part.whole:
-            values.append(_with_memory(state, part, peak))
+            fine = fine & _whole(state, part, peak)
+            values.append(part.grad)
             continue
-        slot, gain = state.slot(part.p), 1.0 / state.scale
-        if state.clip:
-            dtype = torch.float64 if part.grad.dtype == torch.float64 else torch.float32
-            norm = torch.linalg.vector_norm(part.grad, dtype=dtype) * gain
-            gain = gain * (state.clip / math.sqrt(state.world_size) / norm).clamp(max=1.0)
+        slot = state.slot(part.p)
+        gain, ok = _gain(state, part, peak)
+        momentum = slot.get("momentum")
         payload = compressor.take(
             slot["error"], part.grad, gain, density,
             step=state.iteration, key=state.number(part.p), reduce=lambda t: _sum(state, t),
-            momentum=slot.get("momentum"), beta=state.momentum, masking=state.factor_masking,
+            momentum=momentum, beta=state.momentum, masking=False,
         )  # fmt: skip
-        fine = fine & torch.isfinite(payload.values).all()
+        fine = fine & ok & torch.isfinite(payload.values).all()
+        picked = payload.values.nan_to_num(0.0, 0.0, 0.0)  # a memory that has overflowed begins anew
         where = compressor.positions(payload.at, part.size, density)
         # An entry that has waited may be too large for half precision: the rest goes next time.
-        limit = torch.finfo(buffer.dtype).max
-        sent = torch.where(peak > 0, payload.values * state.scale, 0.0).clamp(-limit, limit).to(buffer.dtype)
+        limit, scaled, used = torch.finfo(buffer.dtype).max, picked * state.scale, peak > 0
+        sent = torch.where(used, scaled, 0.0).clamp(-limit, limit).to(buffer.dtype)
         # What was picked but not sent: all of it where there was no gradient, else what the dtype cannot say.
-        rest = payload.values - sent.to(payload.values.dtype) / state.scale
-        slot["error"].index_add_(0, where, rest.to(slot["error"].dtype))
+        went = sent.to(picked.dtype) / state.scale
+        slot["error"].index_add_(0, where, (picked - went).to(slot["error"].dtype))
+        velocity = None
+        if momentum is not None and state.factor_masking:  # here, as only now it is known what is sent
+            velocity = torch.where(used & (scaled.abs() <= limit), momentum[where], 0.0)
+            momentum.index_add_(0, where, -velocity)
+        state.remember(Sent(slot, where, went, velocity))
         values.append(sent)
         index.append(payload.at)
         positions.append(where + part.begin)
@@ -134,15 +191,55 @@ def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tenso
     return torch.cat([flag, *values]), index, positions
 
 
-def _with_memory(state: MemSGDState, part: _Part, peak: Tensor) -> Tensor:
-    """The whole gradient, and what is left of a time when it was sent in parts. Without a gradient that waits."""
+def _whole(state: MemSGDState, part: _Part, peak: Tensor) -> Tensor:
+    """Make a part of the bucket what is sent of a parameter that is sent whole; returns whether it is finite.
+
+    That is its gradient, with momentum its velocity, and what is left of a time when it was sent in parts. The memory
+    keeps it until it has arrived, and as long as there is no gradient.
+    """
+    gain, ok = _gain(state, part, peak)
     slot = state.kept(part.p)
     if slot is None:
-        return part.grad
-    used = peak > 0
-    whole = (part.grad + torch.where(used, slot["error"] * state.scale, 0.0)).to(part.grad.dtype)
-    slot["error"].masked_fill_(used, 0.0)
-    return whole
+        if state.clip:
+            part.grad.mul_(gain * state.scale)
+        return ok
+    x = take_all(
+        slot["error"], part.grad, gain,
+        step=state.iteration, key=state.number(part.p), momentum=slot.get("momentum"), beta=state.momentum,
+    )  # fmt: skip
+    used, limit = peak > 0, None
+    scaled = x if isinstance(state.scale, float) and state.scale == 1.0 else x * state.scale
+    if part.grad.dtype == torch.float16:  # a velocity may be too large for it, where the gradient is not
+        largest = torch.finfo(torch.float16).max
+        scaled, limit = scaled.clamp(-largest, largest), torch.full_like(peak, largest, dtype=x.dtype) / state.scale
+    part.grad.copy_(scaled).masked_fill_(~used, 0.0).masked_fill_(~ok, math.nan)
+    state.remember(Sent(slot, None, used, limit=limit))
+    return ok
+
+
+def _peak(part: _Part) -> Tensor:
+    return torch.linalg.vector_norm(part.grad, math.inf) if part.size else part.grad.new_zeros(())
+
+
+def _gain(state: MemSGDState, part: _Part, peak: Tensor) -> tuple[Tensor | float, Tensor]:
+    """What a gradient is multiplied by before it is added to its memory, and whether it is finite: if not, 0."""
+    gain, ok = 1.0 / state.scale, torch.isfinite(peak)
+    if state.clip:
+        norm = _norm(part.grad) * gain
+        ok = ok & torch.isfinite(norm)
+        gain = gain * (_bound(state) / norm).clamp(max=1.0)
+    if ok.is_cuda:  # nobody waits for it
+        return torch.where(ok, gain, 0.0), ok
+    return gain if bool(ok) else 0.0, ok
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _bound(state: MemSGDState) -> float:
+    """Of a local norm, not scaled."""
+    return state.clip / math.sqrt(state.world_size)
 
 
 def _gather(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -177,7 +274,7 @@ def _gather(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
             at, cut, i = at + picked.shape[1], cut + width, i + 1
         if where:
             _add(out, torch.cat(where, 1).flatten(), torch.cat(what, 1).flatten())
-        return _close(state, buffer, out, parts, bad)
+        return _close(state, buffer, out, bad)
 
     return work.get_future().then(unpack)
 
@@ -186,11 +283,9 @@ def _reduce(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
     """All ranks have picked the same: values are added on the way."""
     buffer, parts = _open(state, bucket)
     message, _, positions = _take(state, buffer, parts)
-    tables = sum(
-        state.compressor.wire_bytes(part.size, state.density, 4) - 4 * state.compressor.count(part.size, state.density)
-        for part in parts
-        if not part.whole
-    )
+    c, density, item = state.compressor, state.density, buffer.element_size()
+    sizes = [part.size for part in parts if not part.whole]
+    tables = sum(c.wire_bytes(size, density, item) - item * c.count(size, density) for size in sizes)
     state.sent(message.nbytes + tables, buffer.nbytes)
     work = dist.all_reduce(message.div_(state.world_size), group=state.process_group, async_op=True)
 
@@ -208,7 +303,7 @@ def _reduce(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
                 out[positions[i]] = total[at : at + count].to(out.dtype)
                 i += 1
             at += count
-        return _close(state, buffer, out, parts, total[0] != 0)
+        return _close(state, buffer, out, total[0] != 0)
 
     return work.get_future().then(unpack)
 
@@ -227,15 +322,12 @@ def _blank(buffer: Tensor) -> Tensor:
     return torch.zeros_like(buffer, dtype=torch.float32)
 
 
-def _close(state: MemSGDState, buffer: Tensor, out: Tensor, parts: list[_Part], bad: Tensor) -> Tensor:
+def _close(state: MemSGDState, buffer: Tensor, out: Tensor, bad: Tensor) -> Tensor:
     if out is not buffer:
         buffer.copy_(out)
     if bad.is_cuda or bool(bad):  # on a GPU nobody looks: it would have to be waited for
         buffer.masked_fill_(bad, math.nan)
-        for part in parts:
-            if not part.whole:
-                for tensor in state.slot(part.p).values():
-                    tensor.masked_fill_(bad, 0.0)
+    state.arrived(bad)
     return buffer
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sketch_plugins.comm.base import Compressor, Payload, Reduce, entries
+from sketch_plugins.comm.base import Compressor, Payload, Reduce, entries, to_device
 from sketch_plugins.hashing import derive
 
 
@@ -37,7 +37,7 @@ class RandK(Compressor):
         self, x: Tensor, density: float, *, step: int = 0, key: int = 0, reduce: Reduce | None = None
     ) -> Payload:
         """See `Compressor`."""
-        where = draw(len(x), self.count(len(x), density), self.seed, step, key).to(x.device)
+        where = to_device(draw(len(x), self.count(len(x), density), self.seed, step, key), x.device)
         return Payload(x[where], where)
 
     def wire_bytes(self, size: int, density: float, itemsize: int = 4) -> int:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,25 @@ COMPRESSORS: dict[str, type[Compressor]] = {cls.name: cls for cls in (TopK, Bloc
 MEMORY_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VERSION = 1
 FILE = "memsgd-{rank:05d}-of-{world:05d}.pt"
+KINDS = ("error", "momentum")
+
+
+class Sent(NamedTuple):
+    """What a parameter's memory has given away in an iteration, until it is known whether it has arrived.
+
+    Attributes:
+        slot: of the parameter.
+        where: ``(k,)`` positions; None: all of it, which is there still.
+        values: ``(k,)`` of ``where``, not scaled; without it whether anything was sent, 0-d.
+        velocity: ``(k,)``, what factor masking has cleared.
+        limit: 0-d; without ``where`` the largest number that could be sent, not scaled; None: any.
+    """
+
+    slot: dict[str, Tensor]
+    where: Tensor | None
+    values: Tensor
+    velocity: Tensor | None = None
+    limit: Tensor | None = None
 
 
 class MemSGDState:
@@ -36,7 +55,9 @@ class MemSGDState:
         m_i \leftarrow m_i + g_i, \qquad \bar g = \frac{1}{n} \sum_i C(m_i), \qquad m_i \leftarrow m_i - C(m_i)
 
     and :math:`\bar g` takes the place of the averaged gradient: whatever optimizer comes after sees k of d entries, the
-    others later. State: 4 bytes a parameter (``memory_dtype="bf16"``: 2; twice that with ``momentum``) on each rank.
+    others later. State on each rank: 4 bytes a parameter (``memory_dtype="bf16"``: 2; twice that with ``momentum``);
+    and 12 bytes (16 with ``momentum``) for each entry that the last iteration has sent: should another bucket turn out
+    not to be finite and the step be skipped, these are put back.
 
         ddp = DistributedDataParallel(model)
         state = MemSGDState(model.named_parameters(), density=0.01)
@@ -55,17 +76,22 @@ class MemSGDState:
             `DensitySchedule` (default 0).
         initial_density: see there (default 0.25).
         momentum: beta of DGC's momentum correction, in [0, 1) (default 0: off): velocities are accumulated here, before
-            sparsification, ``u <- beta * u + g, m <- m + u``; the optimizer then has to be plain SGD.
-        factor_masking: clear the velocity of entries that were sent (default True; with ``momentum``).
-        clip: bound of each parameter's local gradient norm, times ``n ** -0.5`` (default 0: off).
+            sparsification, ``u <- beta * u + g, m <- m + u``; the optimizer then has to be plain SGD. What is sent
+            whole (density 1, the ``start`` iterations, small parameters) is ``m + u``, too: the mean of the velocities
+            is the velocity of the mean, so this is SGD with momentum.
+        factor_masking: clear the velocity of entries that were picked and sent (default True; with ``momentum``). What
+            is sent whole keeps its velocity.
+        clip: bound of each parameter's local gradient norm, times ``n ** -0.5`` (default 0: off), however it is sent.
         memory_dtype: ``"fp32"`` (default; float64 for float64 gradients) or ``"bf16"``, rounded stochastically.
-        min_size: parameters of fewer entries are sent whole, without memory (default 1024).
+        min_size: parameters of fewer entries are sent whole (default 1024).
         seed: of ``randk`` and ``count_sketch``, and of rounding; equal on all ranks.
         scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one: memories are kept unscaled. May be
             set later (``state.scaler = scaler``).
 
     Attributes:
         iteration: finished iterations.
+        memory: name -> ``error`` (what was not sent yet) and, with ``momentum``, ``momentum``: flat tensors.
+        last_density: of the last iteration; 1 before there is one.
         wire_bytes, dense_bytes: handed to collectives by this rank, and what averaging everything would have been; of
             all iterations so far. ``last_wire_bytes`` and ``last_dense_bytes``: of the last one.
 
@@ -116,8 +142,12 @@ class MemSGDState:
         self.momentum, self.factor_masking, self.clip = float(momentum), factor_masking, float(clip)
         self.memory_dtype = memory_dtype
         self.scaler = scaler
-        self.memory: dict[str, dict[str, Tensor]] = {}
+        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._sent: list[Sent] = []  # of the last iteration
+        self._flags: list[Tensor] = []  # of its buckets: whether they were not finite
+        self._running = False
         self.iteration = 0
+        self.last_density = 1.0
         self.wire_bytes = self.dense_bytes = 0
         self.last_wire_bytes = self.last_dense_bytes = 0
         self._wire = self._dense = 0  # of the iteration that is going on
@@ -159,8 +189,10 @@ class MemSGDState:
         """
         if self._agreed or self.world_size == 1:
             return
-        schedule = self.schedule
-        options = (type(self.compressor).__name__, schedule, self.start, self.min_size, self.seed, self.momentum > 0)
+        # Of a compressor the numbers; ``fused`` may differ.
+        own = {k: v for k, v in sorted(vars(self.compressor).items()) if k != "fused" and _number(v)}
+        options = (type(self.compressor).__name__, own, self.schedule, self.start, self.min_size, self.seed,
+                   self.momentum > 0)  # fmt: skip
         digest = int.from_bytes(hashlib.sha256(repr(options).encode()).digest()[:7], "big")
         mine = torch.tensor([self.iteration, digest], dtype=torch.int64, device=device)
         all_ = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -196,6 +228,16 @@ class MemSGDState:
         """``wire_bytes / dense_bytes`` so far."""
         return self.wire_bytes / self.dense_bytes if self.dense_bytes else 1.0
 
+    @property
+    def memory(self) -> dict[str, dict[str, Tensor]]:
+        """Of each parameter that has one, after the last iteration."""
+        self.settle()
+        return self._memory
+
+    def reset(self) -> None:
+        """As at the beginning: nothing is owed, the next iteration is the first."""
+        self._memory, self._sent, self._flags, self.iteration, self._agreed = {}, [], [], 0, False
+
     def memory_norm(self) -> float:
         """The L2 norm of what this rank has not sent yet. Waits for the device."""
         norms = [torch.linalg.vector_norm(slot["error"].float()) for slot in self.memory.values()]
@@ -206,12 +248,12 @@ class MemSGDState:
         return sum(t.nbytes for slot in self.memory.values() for t in slot.values())
 
     def figures(self) -> dict[str, float]:
-        """What monitors log, of the last iteration; ``memory_norm`` waits for the device."""
+        """What monitors log, of the iteration just done; ``memory_norm`` waits for the device."""
         return {
             "wire_bytes": self.last_wire_bytes,
             "dense_bytes": self.last_dense_bytes,
             "wire_over_dense": self.last_wire_bytes / self.last_dense_bytes if self.last_dense_bytes else 1.0,
-            "density": self.density,
+            "density": self.last_density,
             "memory_norm": self.memory_norm(),
             "memory_bytes": self.memory_bytes(),
         }
@@ -219,7 +261,10 @@ class MemSGDState:
     # -- what the hook uses ---------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """The first bucket of an iteration: what is the scale of its gradients?"""
+        """The first bucket of an iteration: what came of the last one, and what is the scale of these gradients?"""
+        self._running = False  # an iteration that was broken off is over
+        self.settle()
+        self._running = True
         scaler = self.scaler
         if scaler is None or not scaler.is_enabled():
             self.scale = 1.0
@@ -233,8 +278,47 @@ class MemSGDState:
         self._wire += wire
         self._dense += dense
 
+    def remember(self, sent: Sent) -> None:
+        """What is to be put back, should a bucket of this iteration not be finite."""
+        self._sent.append(sent)
+
+    def arrived(self, bad: Tensor) -> None:
+        """A bucket is there; ``bad`` (0-d, equal on all ranks): something in it was not finite."""
+        self._flags.append(bad)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Finish the last iteration: if one of its buckets was not finite, what all of them have sent is put back.
+
+        Whoever looks at a gradient skips the step then, on all ranks, and what was sent would be lost. All ranks have
+        the same flags by now. On a GPU nobody looks at them, as it would have to be waited for.
+        """
+        if self._running or not (self._sent or self._flags):
+            return
+        sent, flags = self._sent, self._flags
+        self._sent, self._flags = [], []
+        bad: dict[torch.device, Tensor] = {}
+        for one in sent:
+            error = one.slot["error"]
+            if error.device not in bad:
+                bad[error.device] = _any(flags, error.device)
+            lost = bad[error.device]
+            if one.where is None:
+                gone = one.values & ~lost
+                if one.limit is None:
+                    error.masked_fill_(gone, 0.0)
+                else:
+                    error.sub_(torch.where(gone, error.clamp(-one.limit, one.limit), 0.0))
+            elif lost.is_cuda or bool(lost):
+                error.index_add_(0, one.where, torch.where(lost, one.values, 0.0).to(error.dtype))
+                if one.velocity is not None:
+                    u = one.slot["momentum"]
+                    u.index_add_(0, one.where, torch.where(lost, one.velocity, 0.0).to(u.dtype))
+
     def end(self) -> None:
         """The last bucket of an iteration."""
+        self.last_density = self.density
+        self._running = False
         self.iteration += 1
         self.last_wire_bytes, self.last_dense_bytes = self._wire, self._dense
         self.wire_bytes += self._wire
@@ -256,15 +340,20 @@ class MemSGDState:
             ValueError: it is none of ``params``.
         """
         name = self._find(p)[1]
-        if name not in self.memory:
+        if name not in self._memory:
             dtype = torch.float64 if p.dtype == torch.float64 else MEMORY_DTYPES[self.memory_dtype]
-            kinds = ("error", "momentum") if self.momentum else ("error",)
-            self.memory[name] = {kind: torch.zeros(p.numel(), dtype=dtype, device=p.device) for kind in kinds}
-        return self.memory[name]
+            kinds = KINDS if self.momentum else KINDS[:1]
+            self._memory[name] = {kind: torch.zeros(p.numel(), dtype=dtype, device=p.device) for kind in kinds}
+        return self._memory[name]
 
     def kept(self, p: Tensor) -> dict[str, Tensor] | None:
-        """The memory of a parameter that has some."""
-        return self.memory.get(self._find(p)[1])
+        """The memory of a parameter that has some, which with momentum are all."""
+        return self.slot(p) if self.momentum else self._memory.get(self._find(p)[1])
+
+    @property
+    def empty(self) -> bool:
+        """There is no memory: what is averaged is nothing but the gradients."""
+        return not self._memory and not self.momentum
 
     def _find(self, p: Tensor) -> tuple[int, str]:
         if id(p) not in self._names:
@@ -293,11 +382,10 @@ class MemSGDState:
         The compressor, the density and the other options may differ from those of the run that saved.
 
         Raises:
-            ValueError: written by another rank, by another number of ranks, for other parameters, or not finite.
-                Nothing has changed then.
+            ValueError: written by another rank, by another number of ranks, for other parameters, not finite, or
+                something is missing. Nothing has changed then.
         """
-        if not isinstance(state, Mapping) or state.get("version") != VERSION:
-            raise ValueError(f"this is no state of a MemSGDState of version {VERSION}: {_shorten(state)}")
+        checked(state)
         world, rank = state["world_size"], state["rank"]
         if world is not None and (world, rank) != (self.world_size, self.rank):
             raise ValueError(
@@ -323,18 +411,25 @@ class MemSGDState:
             memory[name] = {k: t.detach().to(p.device, dtype, copy=True).contiguous() for k, t in saved.items()}
             if self.momentum and "momentum" not in saved:
                 memory[name]["momentum"] = torch.zeros_like(memory[name]["error"])
-        self.memory = memory
+        self._memory, self._sent, self._flags = memory, [], []
         self.iteration = int(state["iteration"])
         self._agreed = False
 
     def save(self, folder: str | Path) -> None:
-        """Write this rank's file ``memsgd-RANK-of-WORLD.pt`` in ``folder``: to be called on every rank."""
+        """Write this rank's file ``memsgd-RANK-of-WORLD.pt`` in ``folder``: to be called on every rank.
+
+        A folder holds the memories of one moment: files that another number of ranks has left there are removed.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE.format(rank=self.rank, world=self.world_size)
         part = path.with_suffix(".part")
         torch.save(self.state_dict(), part)
         part.replace(path)  # whole or not there: who is killed while saving leaves no half of a file
+        for world, files in _files(folder).items():
+            if world != self.world_size:
+                for old in files.values():
+                    old.unlink(missing_ok=True)  # every rank does, as folders need not be shared
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote: this rank's file, or all of them if the number of ranks has changed.
@@ -342,14 +437,14 @@ class MemSGDState:
         Raises:
             ValueError: no files, files of several numbers of ranks, not all ranks' files; see `load_state_dict`.
         """
-        found: dict[int, dict[int, Path]] = {}
-        for path in sorted(Path(folder).glob("memsgd-*.pt")):
-            match = re.fullmatch(r"memsgd-(\d+)-of-(\d+)\.pt", path.name)
-            if match:
-                found.setdefault(int(match[2]), {})[int(match[1])] = path
-        if len(found) != 1:
-            what = "files of " + " and ".join(map(str, found)) + " ranks" if found else "no memsgd-*-of-*.pt"
-            raise ValueError(f"{folder} has {what}: expected the files that the ranks of one run have saved")
+        found = _files(Path(folder))
+        if not found:
+            raise ValueError(f"{folder} has no memsgd-*-of-*.pt: expected the files that the ranks of a run have saved")
+        if len(found) > 1:
+            raise ValueError(
+                f"{folder} has files of runs of {' and of '.join(map(str, sorted(found)))} ranks, and nothing says "
+                "which of them belong to this checkpoint: remove those that do not"
+            )
         ((world, files),) = found.items()
         ranks = [self.rank] if world == self.world_size else list(range(world))
         missing = [rank for rank in ranks if rank not in files]
@@ -358,13 +453,15 @@ class MemSGDState:
                 f"{folder} lacks the memory of rank {missing[0]} of {world}. With {self.world_size} ranks every one "
                 "needs the files of all that saved: put them into one folder"
             )
-        states = [torch.load(files[rank], map_location="cpu", weights_only=True) for rank in ranks]
-        self.load_state_dict(states[0] if world == self.world_size else redistribute(states))
+        # Mapped, not read: of a file what is looked at is in memory, and of several one at a time.
+        states = (torch.load(files[rank], map_location="cpu", weights_only=True, mmap=True) for rank in ranks)
+        self.load_state_dict(next(states) if world == self.world_size else redistribute(states))
 
     def gather(self, dst: int = 0) -> list[dict[str, Any]] | None:
         """All ranks' `state_dict` on rank ``dst`` of the group, None elsewhere: for frameworks where one rank saves.
 
-        To be called on every rank. What it returns goes to `load_gathered`.
+        To be called on every rank. What it returns goes to `load_gathered`. Rank ``dst`` holds all memories at once;
+        `save`, which needs no such room, is the other way.
         """
         mine = self.state_dict()
         mine["memory"] = {name: {k: t.cpu() for k, t in slot.items()} for name, slot in mine["memory"].items()}
@@ -381,6 +478,8 @@ class MemSGDState:
         Raises:
             ValueError: see `load_state_dict`.
         """
+        if isinstance(states, Mapping) or not isinstance(states, Sequence):
+            raise ValueError(f"expected the list that gather() gave, not {_shorten(states)}")
         if len(states) == self.world_size:
             self.load_state_dict(states[self.rank])
         else:
@@ -388,14 +487,17 @@ class MemSGDState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the process group, the parameters and the scaler, which cannot be written."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("process_group", "scaler", "_names", "_bound")}
+        self.settle()
+        left = ("process_group", "scaler", "_names", "_bound", "_sent", "_flags")
+        return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The default group; `bind` has to be called before the next iteration."""
         self.__dict__.update(state, process_group=None, scaler=None, _names={}, _bound=[], _agreed=False)
+        self._sent, self._flags = [], []
 
 
-def redistribute(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def redistribute(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     r"""One memory for every rank of any number, from those of all ranks of another number.
 
     Each rank gets the mean :math:`\frac{1}{n} \sum_i m_i` of the old memories (and velocities). What counts is the mean
@@ -403,34 +505,83 @@ def redistribute(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     depends on its number.
 
     Args:
-        states: `MemSGDState.state_dict` of all ranks, in any order.
+        states: `MemSGDState.state_dict` of all ranks, in any order. An iterator is asked for one after the other, and
+            none is kept: what is held is one of them and the sums, 8 bytes an entry.
 
     Raises:
-        ValueError: they are not those of all ranks of one run.
+        ValueError: they are not those of all ranks of one run, or something is missing in them.
     """
-    if not states:
+    world: int | None = None
+    ranks: list[int] = []
+    iterations: set[int] = set()
+    sums: dict[str, dict[str, Tensor]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+
+    def add(state: Mapping[str, Any]) -> None:
+        nonlocal world
+        checked(state)
+        world, rank = state["world_size"] if world is None else world, state["rank"]
+        if rank is None or state["world_size"] != world or rank in ranks:
+            raise ValueError(
+                f"expected the states of all {world} ranks of one run, each of them once; one is of rank {rank} of "
+                f"{state['world_size']}"
+            )
+        ranks.append(rank)
+        iterations.add(state["iteration"])
+        for name, slot in state["memory"].items():
+            kept = sums.setdefault(name, {})
+            dtypes.setdefault(name, slot["error"].dtype)
+            for kind, tensor in slot.items():
+                if kind not in kept:
+                    kept[kind] = tensor.to("cpu", torch.float64, copy=True)
+                elif kept[kind].numel() != tensor.numel():
+                    raise ValueError(
+                        f"the saved {kind} of {name!r} has {tensor.numel()} entries on rank {rank} and "
+                        f"{kept[kind].numel()} on another"
+                    )
+                else:
+                    kept[kind] += tensor.cpu()
+
+    for state in states:
+        add(state)
+        del state  # or it would stay while the next is read
+    if world is None:
         raise ValueError("no states: expected those of all ranks")
-    world = states[0]["world_size"]
-    ranks = sorted(s["rank"] for s in states if s["rank"] is not None)
-    if world is None or ranks != list(range(world)) or len({s["iteration"] for s in states}) != 1:
+    if sorted(ranks) != list(range(world)) or len(iterations) != 1:
         raise ValueError(
-            f"expected the states of all {world} ranks after one iteration, not of ranks {ranks} after "
-            f"{sorted({s['iteration'] for s in states})}"
+            f"expected the states of all {world} ranks after one iteration, not of ranks {sorted(ranks)} after "
+            f"{sorted(iterations)}"
         )
-    memory: dict[str, dict[str, Tensor]] = {}
-    for name in dict.fromkeys(name for s in states for name in s["memory"]):
-        slots = [s["memory"][name] for s in states if name in s["memory"]]
-        memory[name] = {
-            kind: torch.stack([slot[kind].double().cpu() for slot in slots]).sum(0).div_(world).to(slots[0][kind].dtype)
-            for kind in slots[0]
-        }
-    return {
-        "version": VERSION,
-        "world_size": None,
-        "rank": None,
-        "iteration": states[0]["iteration"],
-        "memory": memory,
-    }
+    for name, kept in sums.items():
+        for kind, total in kept.items():
+            kept[kind] = total.div_(world).to(dtypes[name])
+    return {"version": VERSION, "world_size": None, "rank": None, "iteration": iterations.pop(), "memory": sums}
+
+
+def checked(state: Any) -> None:
+    """Raise ValueError unless this has everything that `MemSGDState.state_dict` gives."""
+    if not isinstance(state, Mapping) or state.get("version") != VERSION:
+        raise ValueError(f"this is no state of a MemSGDState of version {VERSION}: {_shorten(state)}")
+    for key in ("world_size", "rank", "iteration", "memory"):
+        if key not in state:
+            raise ValueError(f"the saved state of a MemSGDState lacks {key!r}: it has {_shorten(state)}")
+    whole = {key: state[key] for key in ("world_size", "rank", "iteration")}
+    nobody = whole["world_size"] is None and whole["rank"] is None  # redistributed
+    for key, value in whole.items():
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= (key == "world_size")
+        if not number and not (nobody and key != "iteration"):
+            raise ValueError(f"{key}={value!r} in the saved state of a MemSGDState is not allowed: it must be a number")
+    if not isinstance(state["memory"], Mapping):
+        raise ValueError(f"the saved memory is a {type(state['memory']).__name__}: expected names and their tensors")
+    for name, slot in state["memory"].items():
+        if not isinstance(slot, Mapping) or "error" not in slot:
+            raise ValueError(f"the saved memory of {name!r} lacks 'error': it has {_shorten(slot)}")
+        for kind, tensor in slot.items():
+            if kind not in KINDS or not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"the saved memory of {name!r} has {kind!r}, a {type(tensor).__name__}: expected tensors 'error' "
+                    "and 'momentum'"
+                )
 
 
 def make_compressor(compressor: str | Compressor, seed: int = 0) -> Compressor:
@@ -452,10 +603,30 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+def _files(folder: Path) -> dict[int, dict[int, Path]]:
+    """What `MemSGDState.save` has written: number of ranks -> rank -> file."""
+    found: dict[int, dict[int, Path]] = {}
+    for path in sorted(folder.glob("memsgd-*.pt")):
+        match = re.fullmatch(r"memsgd-(\d+)-of-(\d+)\.pt", path.name)
+        if match:
+            found.setdefault(int(match[2]), {})[int(match[1])] = path
+    return found
+
+
+def _any(flags: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Whether one of them is set, on a device."""
+    for flag in flags:
+        if flag.is_cuda:  # made on another stream, which could use its memory again
+            flag.record_stream(torch.cuda.current_stream(flag.device))
+    if not flags:
+        return torch.zeros((), dtype=torch.bool, device=device)
+    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _shorten(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+    text = (", ".join(map(str, value)) or "nothing") if isinstance(value, Mapping) else repr(value)
     return text if len(text) < 80 else text[:77] + "..."

@@ -48,6 +48,8 @@ AUTO_DENSITY = 0.5
 
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+# (group, number in the group) of parameters with a gradient.
+Members = Sequence[tuple[dict[str, Any], int]]
 
 
 class Further(Protocol):
@@ -145,6 +147,23 @@ class _Pending:
     step: Any
 
 
+class _Taking:
+    """What takes part in a step, looked at before anything changes.
+
+    Attributes:
+        members: (group, index) of each parameter.
+        work: those of their parts that have to be described,
+        known: and those that look as they did in the last step.
+        kept: kernels know addresses only: gradients that were made for this step have to outlive it.
+    """
+
+    def __init__(self) -> None:
+        self.members: list[tuple[dict[str, Any], int]] = []
+        self.work: list[tuple[Part, dict[str, Any], Gradient]] = []
+        self.known: list[Known] = []
+        self.kept: list[Tensor | None] = []
+
+
 class SketchOptimizer(torch.optim.Optimizer):
     """Base of the sketched optimizers; see `CSAdam` for the options.
 
@@ -162,6 +181,8 @@ class SketchOptimizer(torch.optim.Optimizer):
     # Of the last step; copies and pickles go without.
     _plan: Plan | None = None
     _parts_of: Parts | None = None
+    # An `InBackward`, where there is one; it stays with this object.
+    _in_backward: Any = None
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
@@ -206,6 +227,8 @@ class SketchOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._parts.add(self.param_groups[-1], len(self.param_groups) - 1)
+        if self._plan is not None:
+            self._plan.large = None
 
     @_outside_graphs
     @torch.no_grad()
@@ -225,27 +248,64 @@ class SketchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work: list[tuple[Part, dict[str, Any], Gradient]] = []
-        known = []
-        kept = []  # kernels know addresses only: gradients that were made for this step have to outlive it
         plan = self._plan = self._plan or Plan()
+        plan.large = None
+        taking = _Taking()
         for place, group in enumerate(self.param_groups):
             self._check_options(plan.options, place, group)
             options = group_marks(self.OPTIONS, group)
             for index, owner in enumerate(group["params"]):
-                if owner.grad is None or owner.numel() == 0:
-                    continue
-                for p in self._parts.of(index, owner):
-                    grad = p.grad
-                    kept.append(grad)
-                    again = plan.recall(p.identity, p.data, grad, group, options, self._state_of(p))
-                    if again is not None:
-                        known.append(again)
-                    else:
-                        work.append((p, group, self._gradient(p, grad, group)))
+                if owner.grad is not None and owner.numel() > 0:
+                    self._look_at(taking, group, index, owner, options)
         with scratch.scratch():
-            self._update(work, known)
+            if self._may_step(taking.members, self.param_groups):
+                self._update(taking.work, taking.known)
+            self._complete()
+        plan.trim()
         return loss
+
+    @_outside_graphs
+    @torch.no_grad()
+    def step_parameter(self, number: int, index: int) -> None:
+        """The step of one parameter, whose gradient is complete: of its group's number and its own in the group.
+
+        The same bits as in `step`, at a cost that does not grow with the number of parameters. `step` has to follow
+        when all have taken theirs, as `sketch_plugins.InBackward` sees to: it takes the steps of those that still have
+        a gradient, and does what waits for all of them (Sketchy's decompositions, equal shapes in one batch). The
+        gradient is left to the caller, who has to free it, or `step` would use it again.
+
+        Raises:
+            ValueError: as `step`, of this parameter: it has not changed then.
+        """
+        group = self.param_groups[number]
+        owner = group["params"][index]
+        why = self._why_not_alone(group)
+        if why is not None:
+            raise ValueError(f"{self._label(group, index)} cannot take its step before the others': {why}")
+        if owner.grad is None or owner.numel() == 0:
+            return
+        plan = self._plan = self._plan or Plan()
+        self._check_options(plan.options, number, group)
+        taking = _Taking()
+        self._look_at(taking, group, index, owner, group_marks(self.OPTIONS, group))
+        with scratch.scratch():
+            if self._may_step(taking.members, [{**group, "params": [owner]}]):
+                self._update(taking.work, taking.known, id(owner))
+
+    def _look_at(
+        self, taking: _Taking, group: dict[str, Any], index: int, owner: Tensor, options: tuple[Any, ...] | None
+    ) -> None:
+        """Add a parameter that has a gradient to a step."""
+        assert self._plan is not None
+        taking.members.append((group, index))
+        for p in self._parts.of(index, owner):
+            grad = p.grad
+            taking.kept.append(grad)
+            again = self._plan.recall(p.identity, p.data, grad, group, options, self._state_of(p))
+            if again is not None:
+                taking.known.append(again)
+            else:
+                taking.work.append((p, group, self._gradient(p, grad, group)))
 
     def held(self) -> Iterator[tuple[int, dict[str, Any], Part, dict[str, Any] | None]]:
         """``(group's number, group, part, state)`` of everything that takes a step of its own on this rank.
@@ -384,15 +444,33 @@ class SketchOptimizer(torch.optim.Optimizer):
         """The option ``row_sparse``, as far as it goes for this parameter: False, True or ``"auto"``."""
         return group["row_sparse"]
 
+    def _may_step(self, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
+        """Asked before anything changes: whether a step is taken at all.
+
+        Args:
+            members: who would take it.
+            among: all groups; in `step_parameter` one group, with that parameter alone.
+        """
+        return True
+
+    def _complete(self) -> None:
+        """What a step does last, when all parameters have taken theirs: those of `step_parameter`, too."""
+
+    def _why_not_alone(self, group: Mapping[str, Any]) -> str | None:
+        """Why `step_parameter` is not possible with the options of a group; None: it is."""
+        return None
+
     # -- the step ------------------------------------------------------------------------------------------------
 
     @_outside_graphs
-    def _update(self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known]) -> None:
+    def _update(
+        self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known], only: int | None = None
+    ) -> None:
+        """Change state and parameters; ``only``: id of the one parameter that all of it belongs to."""
         fused: dict[Backend, list[_Pending]] = {one.backend: [] for one in known}
         if known:
             torch._foreach_add_([one.counter for one in known], 1.0)
-        # Small tensors follow the large ones: compiling for their sake alone would not pay.
-        large = any(p.numel() >= CPU_MIN_SIZE for group in self.param_groups for p in group["params"])
+        large = self._has_large()
         rules: dict[tuple[int, int, bool], Rule] = {}
         for p, group, grad in work:
             first, second = self._stores(p, group)
@@ -444,7 +522,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         for backend, pending in fused.items():
             self._fill_numbers(pending)
             if backend.prepare is not None:
-                self._run_tasks(backend, pending, [one for one in known if one.backend is backend])
+                self._run_tasks(backend, pending, [one for one in known if one.backend is backend], only)
             elif backend.run is not None:
                 backend.run([one.work for one in pending])
 
@@ -477,7 +555,14 @@ class SketchOptimizer(torch.optim.Optimizer):
                 self._check_kernels(p, group, partial(self._label, group, index))
         seen[id(group)] = group, now
 
-    def _run_tasks(self, backend: Backend, pending: list[_Pending], known: list[Known]) -> None:
+    def _has_large(self) -> bool:
+        """Small tensors follow the large ones into the kernels: compiling for their sake alone would not pay."""
+        assert self._plan is not None
+        if self._plan.large is None:
+            self._plan.large = any(p.numel() >= CPU_MIN_SIZE for group in self.param_groups for p in group["params"])
+        return self._plan.large
+
+    def _run_tasks(self, backend: Backend, pending: list[_Pending], known: list[Known], only: int | None) -> None:
         assert self._plan is not None and backend.prepare is not None and backend.run_tasks is not None
         rows: list[list[float]] = []
         shared: dict[tuple[int, int], int] = {}
@@ -502,9 +587,9 @@ class SketchOptimizer(torch.optim.Optimizer):
                 # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
                 grad = new.grad.matrix.tensor
                 self._plan.learn(new.p.identity, new.p.data, grad, options, self._state_of(new.p), backend, tasks[-1])
-        last = self._plan.programs.get(backend)
-        self._plan.programs[backend] = backend.run_tasks(tasks, rows, which, gradients, last)
-        self._plan.trim(len(tasks))
+        programs = self._plan.programs
+        programs[backend, only] = backend.run_tasks(tasks, rows, which, gradients, programs.get((backend, only)))
+        self._plan.used += len(tasks)
 
     def _fill_numbers(self, pending: list[_Pending]) -> None:
         shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}

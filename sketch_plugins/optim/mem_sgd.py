@@ -166,12 +166,35 @@ class MemSGD(torch.optim.Optimizer):
         total = (t + 1) * a * a + a * t * (t + 1) + t * (t + 1) * (2 * t + 1) / 6  # the sum of (a + i)^2 up to t
         state["average"].lerp_(p.detach().to(state["average"].dtype), (a + t) ** 2 / total)
 
+    def _check_state(self, state_dict: Any) -> None:
+        for key in ("state", "param_groups"):
+            if not isinstance(state_dict, Mapping) or key not in state_dict:
+                raise ValueError(f"the state dict of MemSGD lacks {key!r}")
+        for index, group in enumerate(state_dict["param_groups"]):
+            if "params" not in group:
+                raise ValueError(f"group {index} of the state dict of MemSGD lacks 'params'")
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=False):
+            kept = state_dict["state"].get(i, {})
+            if kept and "step" not in kept:
+                raise ValueError(f"the saved state of parameter {i} lacks 'step': it has {', '.join(kept)}")
+            for name, value in kept.items():
+                size = 1 if name == "step" else p.numel()
+                if name not in ("step", "error", "average") or not isinstance(value, Tensor) or value.numel() != size:
+                    what = f"{value.numel()} entries" if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(
+                        f"the saved state of parameter {i} has {name!r} ({what}): expected tensors 'step' and, of "
+                        f"{p.numel()} entries each, 'error' and 'average'"
+                    )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its dtype.
 
         Raises:
-            ValueError: as torch's, and options that are not allowed.
+            ValueError: as torch's; options that are not allowed; something is missing or of another size. Nothing has
+                changed then.
         """
+        self._check_state(state_dict)
         for group in state_dict["param_groups"]:
             _checked({name: group[name] for name in _OPTIONS if name in group})
         super().load_state_dict(state_dict)

@@ -35,7 +35,12 @@ class Plan:
     """Parameter -> (what it looked like, its task)."""
 
     def __init__(self) -> None:
-        self.programs: dict[Backend, Any] = {}
+        #: Of whole steps (None), and of parameters that take theirs alone (their id).
+        self.programs: dict[tuple[Backend, int | None], Any] = {}
+        #: Whether the optimizer has a tensor for whose sake kernels are compiled; None: not known.
+        self.large: bool | None = None
+        #: Tasks of the step that is under way.
+        self.used = 0
         #: Identity of a group -> the group, and its options in the last step.
         self.options: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._tasks: dict[Any, tuple[tuple[Any, ...], Backend, Any]] = {}
@@ -78,10 +83,11 @@ class Plan:
         if marks is not None:
             self._tasks[key] = marks, backend, task
 
-    def trim(self, used: int) -> None:
+    def trim(self) -> None:
         """Forget everything where most of it was not used: parameters that are replaced all the time leave tasks."""
-        if len(self._tasks) > 2 * used + 1000:
-            self._tasks = {}
+        if max(len(self._tasks), len(self.programs)) > 2 * self.used + 1000:
+            self._tasks, self.programs = {}, {}
+        self.used = 0
 
 
 def group_marks(options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Any, ...] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.kronecker import Kronecker
-from sketch_plugins.optim.base import Further, Rule, SketchOptimizer
+from sketch_plugins.optim.base import Further, Members, Rule, SketchOptimizer
 from sketch_plugins.optim.options import COMMON, Option
-from sketch_plugins.optim.plan import Known
 from sketch_plugins.optim.sketchy import check_finite, take
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Part, Shaped
@@ -111,9 +110,8 @@ class SAdagrad(SketchOptimizer):
             denominator=None,
         )
 
-    def _update(self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known]) -> None:
-        check_finite(self)
-        super()._update(work, known)
+    def _may_step(self, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
+        return check_finite(self, members, among)
 
     def _eager(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from sketch_plugins.optim.base import (
     Denominator,
     Factors,
     Further,
+    Members,
     Rule,
     SketchOptimizer,
     number,
@@ -37,6 +38,10 @@ INPUTS = ("update", "gradient")
 STATISTICS = ("accumulate", "sample")
 PLACES = ("before", "after")
 FIXED = {"compile": False, "capturable": False, "lagged_rms": False}
+
+
+# A side of a tensor's preconditioner, its state, and new columns, as `solve` takes them.
+_Solve = tuple[Side, Mapping[str, Tensor], Tensor | None]
 
 
 def _count(name: str, doc: str, least: int, structural: bool = False) -> Option:
@@ -169,6 +174,8 @@ class Sketchy(SketchOptimizer):
 
     # Decompositions are neither compiled nor captured; what preconditions a tensor is a sweep of its own anyway.
     FIXED: ClassVar[dict[str, Any]] = FIXED
+    # Until `_complete`: parameter, (tail, solver), what is to be decomposed.
+    _solves: tuple[tuple[Tensor, tuple[str, str], list[_Solve]], ...] = ()
     OPTIONS: ClassVar[dict[str, Option]] = {
         **{name: option for name, option in COMMON.items() if name not in FIXED},
         **{name: option for name, option in FIRST_MOMENT.items() if name != "allow_dense_count_sketch"},
@@ -489,13 +496,20 @@ class Sketchy(SketchOptimizer):
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def _update(self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known]) -> None:
-        for group in self.param_groups:
+    def _may_step(self, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
+        for group in among:
             _check(group)
-        if not check_finite(self):
-            return
-        super()._update(work, known)
-        due: dict[tuple[str, str], list[tuple[Side, Mapping[str, Tensor], Tensor | None]]] = {}
+        return check_finite(self, members, among)
+
+    def _why_not_alone(self, group: Mapping[str, Any]) -> str | None:
+        if group["nonfinite"] == "skip":
+            return "nonfinite='skip' leaves out the whole step, which has begun by then; allowed is nonfinite='error'"
+        return None
+
+    def _update(
+        self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known], only: int | None = None
+    ) -> None:
+        super()._update(work, known, only)
         for p, group, grad in work:
             plan = self.preconditioner_of(p, group)
             if plan is None or grad.rows is not None or group["statistics"] == "sample":
@@ -504,11 +518,27 @@ class Sketchy(SketchOptimizer):
             assert held is not None
             step = int(held["step"].item())
             if _due(step, group["update_freq"]) and _sampled(step, group["statistics_freq"]):
-                state = held["preconditioner"]
-                key = group["tail"], _solver(step, group)
-                due.setdefault(key, []).extend((side, state, None) for side in plan.sides)
-        for (tail, solver), sides in due.items():
-            solve(sides, 1.0, tail, solver)
+                solver = group["tail"], _solver(step, group)
+                sides: list[_Solve] = [(side, held["preconditioner"], None) for side in plan.sides]
+                self._solves = (*self._solves, (p.owner, solver, sides))
+
+    def _complete(self) -> None:
+        if not self._solves:
+            return
+        solves, self._solves = self._solves, ()
+        # Those who came in another order, during backward, are decomposed in the same batches all the same.
+        members = [p for group in self.param_groups for p in group["params"]]
+        order = {id(p): number for number, p in enumerate(members)}
+        due: dict[tuple[str, str], list[_Solve]] = {}
+        for _, solver, sides in sorted(solves, key=lambda one: order.get(id(one[0]), 0)):
+            due.setdefault(solver, []).extend(sides)
+        for (tail, how), sides in due.items():
+            solve(sides, 1.0, tail, how)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was to be decomposed belonged to other state."""
+        super().__setstate__(state)
+        self.__dict__.pop("_solves", None)
 
     def _eager(
         self,
@@ -812,8 +842,8 @@ def take(
             write_tile(matrix, at, part, group, state)
 
 
-def check_finite(optimizer: SketchOptimizer) -> bool:
-    """Whether the step may be taken: decompositions of what is not finite do not end.
+def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether parameters may take a step (see `_may_step`): decompositions of what is not finite do not end.
 
     Where parameters are spread over ranks, all of them come to the same answer: each asks the others.
 
@@ -822,17 +852,12 @@ def check_finite(optimizer: SketchOptimizer) -> bool:
             group does not say ``nonfinite="skip"``.
     """
     parts = optimizer._parts
-    grads = [
-        (group, index, local_grad(p))
-        for group in optimizer.param_groups
-        for index, p in enumerate(group["params"])
-        if p.grad is not None and p.numel() > 0
-    ]
+    grads = [(group, index, local_grad(group["params"][index])) for group, index in members]
     by_device: dict[torch.device, list[Tensor]] = {}
     for _, _, grad in grads:
         if grad.numel() > 0:
             by_device.setdefault(grad.device, []).append(grad)
-    others = parts.process_groups(optimizer.param_groups)
+    others = parts.process_groups(among)
     # One number for each device is waited for.
     if agree(all([_small(of) for of in by_device.values()]), others):
         return True

@@ -73,6 +73,122 @@ def check_accelerate(folder):
         raise AssertionError("two hooks")
 
 
+def check_scaler(folder):
+    """The state has accelerate's GradScaler: scaled and unscaled training have the same bits, memories are unscaled."""
+    from accelerate import Accelerator
+
+    from sketch_accelerate import MemSGDKwargs
+
+    ends = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)):
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = scaler  # accelerate makes one for fp16, which it has on GPUs only
+        accelerator.ddp_handler = handler = MemSGDKwargs(memsgd={"density": 0.05})
+        model = tiny_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer, loader = accelerator.prepare(
+            model, optimizer, torch.utils.data.DataLoader(Tokens(), batch_size=8)
+        )
+        assert handler.state.scaler is scaler
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append((same_everywhere(model), handler.state.memory_norm()))
+    assert scaler.get_scale() > 2.0**8
+    assert torch.equal(ends[0][0], ends[1][0]) and abs(ends[0][1] - ends[1][1]) < 1e-6 * ends[0][1]
+    given = MemSGDKwargs(memsgd={"scaler": (own := torch.amp.GradScaler("cpu"))})
+    accelerator.ddp_handler = given
+    accelerator.prepare(tiny_model())
+    assert given.state.scaler is own
+
+
+def said(action):
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("no ValueError")
+
+
+def fsdp_is_heeded():
+    """accelerate heeds FSDP where there are several GPUs only: it is told so before it decides (worker.py)."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+
+
+def check_fsdp(folder):
+    """Real FSDP, of both versions: refused by attach, accelerate's entrance and Trainer's."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    import sketch_transformers
+    from sketch_accelerate import MemSGDKwargs
+    from sketch_plugins.comm import attach
+
+    fsdp_is_heeded()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    sharded = fully_shard(torch.nn.Linear(8, 8), mesh=mesh)
+    assert "model is a FSDPLinear" in said(lambda: attach(sharded))
+    one = FullyShardedDataParallel(torch.nn.Linear(8, 8), device_id=torch.device("cpu"))
+    assert "model is a FullyShardedDataParallel" in said(lambda: attach(one))
+    for version in (1, 2):
+        fsdp_is_heeded()
+        accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=version))
+        accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.1})
+        assert "memsgd under FSDP" in said(lambda a=accelerator: a.prepare(tiny_model()))
+        assert accelerator.ddp_handler.state is None
+    fsdp_is_heeded()
+    trainer = make_trainer(
+        folder / "fsdp", 2, accelerator_config={"use_configured_state": True}, fsdp="full_shard",
+        fsdp_config={"version": 2},
+    )  # fmt: skip
+    sketch_transformers.enable_memsgd(trainer, density=0.1)
+    assert "memsgd under FSDP" in said(trainer.train)
+    assert trainer.is_fsdp_enabled
+
+
+def check_deepspeed(folder):
+    """A real engine, of stage 0 and of ZeRO: refused as well."""
+    import deepspeed
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState, GradientState
+
+    import sketch_transformers
+    from sketch_accelerate import MemSGDKwargs
+    from sketch_plugins.comm import attach
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled first
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    model = torch.nn.Linear(8, 8)
+    for stage in (0, 2):
+        ds = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+        engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                                      config={**ds, "zero_allow_untested_optimizer": True})[0]  # fmt: skip
+        assert "model is a DeepSpeedEngine" in said(lambda e=engine: attach(e))
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch` sets it
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds))
+    accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.1})
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert "memsgd under DEEPSPEED" in said(lambda: accelerator.prepare(model, optimizer))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    ds = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
+    trainer = make_trainer(folder / "deepspeed", 2, deepspeed=ds)
+    sketch_transformers.enable_memsgd(trainer, density=0.1)
+    assert "memsgd under DeepSpeed" in said(trainer.train)
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
 def make_trainer(folder, steps, optim_args="min_compress_size=256", **kwargs):
     args = TrainingArguments(
         str(folder), optim="cs_adam", optim_args=optim_args, learning_rate=3e-3, per_device_train_batch_size=4,

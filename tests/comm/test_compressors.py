@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sketch_plugins.comm import COMPRESSORS, BlockTopK, CountSketchTopK, DensitySchedule, RandK, TopK
+from sketch_plugins.comm.base import take_all
 
 SIZES = (1, 2, 31, 33, 1024, 1025, 5000)
 EVERY = {name: cls() for name, cls in COMPRESSORS.items()} | {"block_topk_small": BlockTopK(block=64)}
@@ -120,11 +121,14 @@ def test_sketches_find_the_heavy_hitters_of_the_sum():
 def test_wire_bytes(compressor):
     """Of values and indices as they travel; a table is sent before."""
     for size, density in ((100_000, 0.01), (1000, 0.25), (65, 0.001)):
-        payload = compressor.compress(vector(size), density)
-        sent = payload.values.nbytes + (0 if compressor.shared else payload.at.nbytes)
-        if compressor.name == "count_sketch":
-            sent += compressor.depth * compressor.cells(size, density) * 4
-        assert compressor.wire_bytes(size, density) == sent
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            tables = []
+            # The hook's memory is float32 for half precision, and so are tables; values have the gradient's dtype.
+            x = vector(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            payload = compressor.compress(x, density, reduce=tables.append)
+            sent = payload.values.to(dtype).nbytes + (0 if compressor.shared else payload.at.nbytes)
+            sent += sum(t.nbytes for t in tables)
+            assert compressor.wire_bytes(size, density, dtype.itemsize) == sent
     expected = {"topk": 0.02, "block_topk": 0.015, "randk": 0.01, "count_sketch": 0.07}[compressor.name]
     assert compressor.wire_bytes(1 << 20, 0.01) / (4 << 20) == pytest.approx(expected, rel=0.35)
 
@@ -156,6 +160,57 @@ def test_factor_masking(compressor):
     positions = compressor.positions(payload.at, 500, 0.1)
     assert not m[positions].any() and not u[positions].any()
     assert torch.equal(u, m)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("momentum", (False, True))
+@pytest.mark.parametrize("gain", (0.0, torch.tensor(0.0)))
+def test_a_gain_of_nothing_adds_nothing(compressor, dtype, momentum, gain):
+    """Whatever the gradient is: what was there is sent, nothing grows or decays."""
+    m = vector(500).to(dtype)
+    u = vector(500, 1).to(dtype) if momentum else None
+    before, velocity = m.clone(), None if u is None else u.clone()
+    bad = torch.full((500,), math.inf)
+    bad[3] = math.nan
+    payload = compressor.take(m, bad, gain, 0.1, momentum=u, beta=0.9, masking=False)
+    positions = compressor.positions(payload.at, 500, 0.1)
+    assert torch.equal(payload.values.to(dtype), before[positions])
+    before[positions] = 0.0
+    assert torch.equal(m, before) and (u is None or torch.equal(u, velocity))
+
+
+@pytest.mark.parametrize("gain", (0.5, torch.tensor(0.5)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+def test_take_all(gain, dtype):
+    """Everything at once is not cleared; a beta of float64 is not that of float32."""
+    g = vector(500, dtype=torch.float64)
+    m, u = vector(500, 1).to(dtype), vector(500, 2).to(dtype)
+    velocity = 0.9 * u.double() + 0.5 * g
+    total = m.double() + velocity
+    sent = take_all(m, g.to(torch.float64 if dtype == torch.float64 else torch.float32), gain, momentum=u, beta=0.9)
+    rtol = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    exact = 1e-14 if dtype == torch.float64 else 2e-6  # what is sent of a bfloat16 memory has not been rounded yet
+    assert (sent.double() - total).abs().max() < exact
+    assert torch.allclose(m.double(), total, rtol=rtol, atol=rtol)
+    assert torch.allclose(u.double(), velocity, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("momentum", (False, True))
+def test_nobody_waits_for_the_device(compressor, momentum):
+    """What comes from the CPU (random entries, rotations) comes through pinned memory."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    m, g, gain = torch.zeros(50_000, device="cuda"), vector(50_000).cuda(), torch.tensor(0.5, device="cuda")
+    u = torch.zeros_like(m) if momentum else None
+    compressor.take(m, g, gain, 0.01, momentum=u, beta=0.9)  # what is compiled or allocated the first time
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        payload = compressor.take(m, g, gain, 0.01, step=1, momentum=u, beta=0.9)
+        compressor.positions(payload.at, 50_000, 0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert payload.values.isfinite().all()
 
 
 def test_density_schedule():
@@ -211,6 +266,22 @@ def test_kernel_is_the_definition(kernel, size, dtype, momentum):
             assert torch.equal(*sent)
         assert torch.equal(states[0][0], states[1][0])
         assert not momentum or torch.equal(states[0][1], states[1][1])
+
+
+@pytest.mark.parametrize("momentum", (False, True))
+def test_kernel_with_a_gradient_that_is_not_finite(kernel, momentum):
+    """A gain of 0: it is not looked at, as by definition; with an inexact beta before and after."""
+    eager = BlockTopK(256, fused=False)
+    states = [(torch.zeros(600), torch.zeros(600) if momentum else None) for _ in "ab"]
+    for step, gain in enumerate((0.5, 0.0, 2.0)):
+        g = vector(600, step) if gain else torch.full((600,), math.nan)
+        sent = []
+        for c, (m, u) in zip((kernel(256), eager), states, strict=True):
+            payload = c.take(m, g, torch.tensor(gain), 0.02, step=step, momentum=u, beta=0.9, masking=False)
+            sent.append(c.decompress(payload, 600, 0.02))
+        assert torch.equal(*sent) and sent[0].isfinite().all()
+        assert torch.equal(states[0][0], states[1][0])
+        assert not momentum or torch.allclose(states[0][1], states[1][1], rtol=1e-6)
 
 
 def test_kernel_with_equal_magnitudes(kernel):

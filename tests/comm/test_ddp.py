@@ -10,12 +10,13 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 def test_two_ranks(launch_ranks):
     launch_ranks(
         WORKER,
-        "reference,telescopes,dense,no_sync,nonfinite,scaler,half,sparse,unused,join,pickle,wire,registry,replicas,errors",
+        "reference,telescopes,dense,momentum,masking,no_sync,nonfinite,put_back,scaler,half,sparse,unused,join,pickle,"
+        "wire,registry,replicas,variants,errors",
     )
 
 
 def test_four_ranks(launch_ranks):
-    launch_ranks(WORKER, "reference,telescopes,nonfinite,join", world=4)
+    launch_ranks(WORKER, "reference,telescopes,momentum,nonfinite,join", world=4)
 
 
 def test_checkpoints(launch_ranks, tmp_path):

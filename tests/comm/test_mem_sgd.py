@@ -136,6 +136,33 @@ def test_state_dict_continues_bit_for_bit(dtype):
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
+def test_state_that_is_not_loaded():
+    ours = problem()
+    optimizer = MemSGD(ours, lr=0.1, density=0.1)
+    feed(ours, 0)
+    optimizer.step()
+    good = optimizer.state_dict()
+    before = {p: state["error"].clone() for p, state in optimizer.state.items() if "error" in state}
+
+    def kept(**changes):
+        return {**good, "state": {**good["state"], 0: {**good["state"][0], **changes}}}
+
+    group = {k: v for k, v in good["param_groups"][0].items() if k != "params"}
+    for bad, said in (
+        ({}, "lacks 'state'"),
+        ({"state": {}}, "lacks 'param_groups'"),
+        ({**good, "param_groups": [group]}, "group 0 of the state dict of MemSGD lacks 'params'"),
+        ({**good, "state": {**good["state"], 0: {"error": good["state"][0]["error"]}}}, "parameter 0 lacks 'step'"),
+        (kept(error=torch.zeros(3)), r"parameter 0 has 'error' \(3 entries\).* 200 entries"),
+        (kept(average=[0.0]), r"'average' \(list\)"),
+        (kept(exp_avg=torch.zeros(200)), "has 'exp_avg'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            optimizer.load_state_dict(bad)
+    for p, error in before.items():
+        assert torch.equal(optimizer.state[p]["error"], error) and float(optimizer.state[p]["step"]) == 1.0
+
+
 def test_memory_is_what_makes_it_converge():
     """A quadratic in one dimension of two whose gradients point elsewhere: top-1 without memory never moves in it."""
     for memory, reached in ((True, True), (False, False)):

@@ -1,5 +1,8 @@
 """MemSGDState without processes: options, checkpoints, the rule for another number of ranks."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -55,6 +58,14 @@ def test_density_by_iteration():
     assert seen[3:14] == sorted(seen[3:14], reverse=True)
 
 
+def test_figures_are_of_the_step_just_taken():
+    state = MemSGDState(params(), density=0.01, start=2, warmup=2)
+    for density in (1.0, 1.0, 0.25, 0.05, 0.01, 0.01):
+        state.begin()
+        state.end()
+        assert state.figures()["density"] == state.last_density == pytest.approx(density)
+
+
 def state_of(rank, world, values, **options):
     state = MemSGDState(params(), **options)
     for _, p in zip("ab", state._bound, strict=True):
@@ -86,10 +97,86 @@ def test_what_is_not_loaded():
         ({**good, "memory": {"a": {"error": torch.zeros(3)}}}, "has 3 entries, expected 200"),
         ({**good, "memory": {"a": {"error": torch.full((200,), float("nan"))}}}, "not finite"),
         ({**good, "world_size": 2}, "of 2 and this is rank 0 of 1"),
-    ):
+        *(({k: v for k, v in good.items() if k != key}, f"lacks '{key}'") for key in ("world_size", "rank", "iteration",
+                                                                                     "memory")),
+        (None, "version"),
+        ({**good, "memory": None}, "memory is a NoneType"),
+        ({**good, "memory": {"a": {}}}, "of 'a' lacks 'error'"),
+        ({**good, "memory": {"a": torch.zeros(200)}}, "of 'a' lacks 'error'"),
+        ({**good, "memory": {"a": {"error": [0.0]}}}, "has 'error', a list"),
+        ({**good, "memory": {"a": {"error": torch.zeros(200), "velocity": torch.zeros(200)}}}, "has 'velocity'"),
+        ({**good, "iteration": "4"}, "iteration='4'"),
+        ({**good, "rank": None}, "rank=None"),
+        ({**good, "world_size": 0}, "world_size=0"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             state.load_state_dict(bad)
     assert state.memory_norm() == pytest.approx(207**0.5) and state.memory_bytes() == 4 * 207
+    for bad, said in (
+        ([{**good, "world_size": 2}, {k: v for k, v in good.items() if k != "memory"}], "lacks 'memory'"),
+        ([{**good, "world_size": 2}, {**good, "world_size": 2}], "each of them once"),
+        ([{**good, "world_size": 2}, {**good, "world_size": 3, "rank": 1}], "one is of rank 1 of 3"),
+        ([{**good, "world_size": 2}, {**good, "world_size": 2, "rank": 1, "iteration": 9}], r"after \[4, 9\]"),
+        ([{**good, "world_size": 2},
+          {**good, "world_size": 2, "rank": 1, "memory": {"a": {"error": torch.zeros(3)}}}], "3 entries on rank 1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            redistribute(bad)
+    for bad in ({}, None):
+        with pytest.raises(ValueError, match=r"list that gather\(\) gave"):
+            state.load_gathered(bad)
+
+
+def test_a_folder_holds_one_save(tmp_path):
+    """Files of another number of ranks: removed by who saves there, an error for who reads."""
+    for rank in range(3):
+        torch.save(state_of(rank, 3, torch.full((200,), float(rank))), tmp_path / f"memsgd-{rank:05d}-of-00003.pt")
+    (tmp_path / "memsgd-notes.pt").touch()
+    state = MemSGDState(params())
+    state.load(tmp_path)  # of three ranks on one: the mean
+    assert torch.equal(state.memory["a"]["error"], torch.ones(200)) and state.iteration == 4
+    torch.save(state_of(0, 1, torch.ones(200)), tmp_path / "memsgd-00000-of-00001.pt")
+    with pytest.raises(ValueError, match="files of runs of 1 and of 3 ranks"):
+        state.load(tmp_path)
+    state.iteration = 7
+    state.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memsgd-00000-of-00001.pt", "memsgd-notes.pt"]
+    other = MemSGDState(params())
+    other.load(tmp_path)
+    assert other.iteration == 7 and torch.equal(other.memory["a"]["error"], torch.ones(200))
+    (tmp_path / "memsgd-00000-of-00001.pt").unlink()
+    with pytest.raises(ValueError, match="no memsgd"):
+        state.load(tmp_path)
+
+
+def test_memories_of_many_ranks_are_read_one_at_a_time(tmp_path, monkeypatch):
+    """Of 6 files no tensor of one is alive when the next is opened."""
+    states = [state_of(rank, 6, torch.randn(200), momentum=0.9) for rank in range(6)]
+    for rank, one in enumerate(states):
+        torch.save(one, tmp_path / f"memsgd-{rank:05d}-of-00006.pt")
+    seen, alive, load = [], [], torch.load
+
+    def watched(*args, **kwargs):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in seen))
+        read = load(*args, **kwargs)
+        seen.extend(weakref.ref(t) for slot in read["memory"].values() for t in slot.values())
+        return read
+
+    monkeypatch.setattr(torch, "load", watched)
+    state = MemSGDState(params(), momentum=0.9)
+    state.load(tmp_path)
+    assert alive == [0] * 6 and len(seen) == 6 * 4
+    mean = sum(one["memory"]["a"]["error"].double() for one in states) / 6
+    assert torch.equal(state.memory["a"]["error"], mean.float())
+
+
+def test_forgetting():
+    state = MemSGDState(params(), momentum=0.5)
+    state.slot(state._bound[0])["error"].fill_(1.0)
+    state.iteration = 9
+    state.reset()
+    assert not state.memory and state.iteration == 0 and state.density == 1.0
 
 
 def test_compressors_by_name():

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from sketch_lightning.lightning_pytorch import (  # noqa: E402
     MemSGDStrategy,
+    OptimizerInBackward,
     OptimizerStateMonitor,
     ReclaimBatchSize,
     SketchCleaning,
@@ -299,6 +300,27 @@ def fsdp():
         kept, dense = ours.state[p], made.optimizers[0].state[p]
         assert torch.equal(kept["second_moment"]["dense"].flatten(), dense["exp_avg_sq"].to_local().flatten())
         assert torch.equal(kept["first_moment"]["dense"].flatten(), dense["exp_avg"].to_local().flatten())
+
+
+def in_backward():
+    """FSDP2 gives the weights of the ordinary run; DDP is refused."""
+    fsdp = {"accumulate_grad_batches": 2}
+    for name in ("cs_adam", "sketchy"):
+        one, other, taken = Module(), Module(), []
+        own = {"optimizer": name, "optimizer_kwargs": small(name)}
+        train(one, SketchFSDPStrategy(**own), folder=f"after-{name}", **fsdp)
+        # Of each cycle's second batch, when the step has not ended yet.
+        other.on_after_backward = lambda of=other, to=taken: to.append(sum(p.grad is None for p in of.parameters()))
+        train(other, SketchFSDPStrategy(**own), folder=f"in-{name}", callbacks=[OptimizerInBackward()], **fsdp)
+        assert equal(one, other) and one.rates == other.rates
+        assert taken == [0, 6] * 6
+        train(Module(), SketchFSDPStrategy(**own), epochs=1, folder=f"parts-{name}", **fsdp)
+        resumed, path = Module(seed=7), FOLDER / f"parts-{name}" / "last.ckpt"
+        train(resumed, SketchFSDPStrategy(**own), ckpt_path=path, callbacks=[OptimizerInBackward()], **fsdp)
+        assert equal(resumed, one)
+    for strategy in ("ddp", "ddp_cs_adam"):
+        message = "before DistributedDataParallel's all-reduce"
+        refused(message, lambda way=strategy: train(Module(own), way, callbacks=[OptimizerInBackward()]))
 
 
 def compressed():

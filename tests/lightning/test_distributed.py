@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 def test_ddp_and_fsdp(launch_ranks, tmp_path):
-    parts = ["ddp", "warm_start", "callbacks", "reclaim", "fsdp", "compressed"]
+    parts = ["ddp", "warm_start", "callbacks", "reclaim", "fsdp", "in_backward", "compressed"]
     for output in launch_ranks(HERE / "ddp_worker.py", tmp_path, *parts):
         assert [line for line in output.splitlines() if line.endswith(" ok")] == [f"{part} ok" for part in parts]
     # Said once, by the first rank.
@@ -48,3 +48,6 @@ def test_wrong_compression(namespace):
         strategy("SketchDDPStrategy", namespace, comm_kwargs={"density": 0.1})
     with pytest.raises(ValueError, match="comm='topk' and ddp_comm_hook are two hooks"):
         strategy("SketchDDPStrategy", namespace, comm="topk", ddp_comm_hook=print)
+    for name in ("SketchFSDPStrategy", "SketchDeepSpeedStrategy"):  # they reduce gradients themselves
+        with pytest.raises(TypeError, match="'comm'"):
+            strategy(name, namespace, comm="topk")

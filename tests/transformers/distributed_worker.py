@@ -22,14 +22,32 @@ from accelerate.utils import DistributedType
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import sketch_transformers  # noqa: F401
+from sketch_plugins.memory.in_backward import in_backward
 
 #: run -> what is done, one after the other: (kind, whether it resumes).
 RUNS = {
     "whole": [("ddp", False), ("fsdp2", False), ("fsdp2 resumed", True)],
     "killed": [("ddp", False)],
     "goes on": [("ddp", True)],
+    "layerwise": [
+        ("ddp layerwise", False),
+        ("fsdp2", False),
+        ("fsdp2 layerwise", False),
+        ("fsdp2 layerwise resumed", True),
+    ],
 }
 STEPS = 6
+
+
+class Watch(TrainerCallback):
+    """How many parameters have taken their step in backward, and how many have not."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        back, params = in_backward(kwargs["optimizer"]), list(kwargs["model"].parameters())
+        self.seen.append((0 if back is None else back.taken, sum(p.grad is not None for p in params)))
 
 
 class Stop(TrainerCallback):
@@ -42,7 +60,8 @@ class Stop(TrainerCallback):
 
 
 def train(kind: str, resumes: bool, killed: bool) -> dict[str, Any]:
-    out = FOLDER / kind.split()[0]
+    out = FOLDER / kind.removesuffix(" resumed")
+    layerwise = "layerwise" in kind
     fsdp: dict[str, Any] = {}
     if kind.startswith("fsdp2"):
         # accelerate heeds FSDP where there are several GPUs only. FSDP2 itself runs on a CPU; accelerate is told so
@@ -54,9 +73,9 @@ def train(kind: str, resumes: bool, killed: bool) -> dict[str, Any]:
             "fsdp": "full_shard",
             "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
         }
-    args = TrainingArguments(
-        str(out),
-        optim="cs_adam",
+    settings = dict(
+        output_dir=str(out),
+        optim="cs_adam_layerwise" if layerwise else "cs_adam",
         optim_args="min_compress_size=256",
         learning_rate=3e-3,
         weight_decay=0.1,
@@ -70,17 +89,24 @@ def train(kind: str, resumes: bool, killed: bool) -> dict[str, Any]:
         use_cpu=True,
         disable_tqdm=True,
         seed=1,
+        **({"max_grad_norm": 0.0} if run == "layerwise" else {}),
         **fsdp,
     )
+    try:
+        args = TrainingArguments(**settings)
+    except ValueError as error:
+        return {"refused": str(error)}
     set_seed(7 if resumes else dist.get_rank() if dist.is_initialized() else 0)  # other weights: they must be loaded
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2))
     steps = torch.randint(1, 5, (64, 1), generator=torch.Generator().manual_seed(0))
     rows = (torch.arange(16) * steps) % 64
     data = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = Trainer(model, args, train_dataset=data, callbacks=[Stop()] if killed else [])
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[watch := Watch(), *([Stop()] if killed else [])])
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-3") if resumes else None)
     ours = trainer.optimizer.optimizer
     assert type(ours).__name__ == "CSAdam", ours
+    count = sum(len(group["params"]) for group in ours.param_groups)
+    assert set(watch.seen) == {(count, 0) if layerwise else (0, count)}, watch.seen
     sharded = [hasattr(p, "to_local") for g in ours.param_groups for p in g["params"]]
     assert all(sharded) if kind.startswith("fsdp2") else not any(sharded)
     return {

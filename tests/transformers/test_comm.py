@@ -1,17 +1,28 @@
 """Options of the communication in optim_args; with two processes: tests/accelerate."""
 
+import inspect
 import logging
 
 import pytest
 
 import sketch_transformers
+from sketch_plugins.comm import MemSGDState
 from sketch_transformers.arguments import communication_options
-from sketch_transformers.comm import communication
+from sketch_transformers.comm import OPTIONS, communication
+
+
+def test_every_option_has_a_key():
+    """Of strings; a process group and a GradScaler are Trainer's own."""
+    names = set(inspect.signature(MemSGDState).parameters) - {"params", "process_group", "scaler"}
+    assert set(OPTIONS) == {"comm" if name == "compressor" else f"comm_{name}" for name in names}
 
 
 def test_optim_args(make_args):
     args = make_args(optim_args="compression=0.1,comm=topk,comm_density=0.02,comm_start=5,comm_memory_dtype=bf16")
     expected = {"compressor": "topk", "density": 0.02, "start": 5, "memory_dtype": "bf16"}
+    assert communication_options(args) == expected
+    args = make_args(optim_args="comm=randk,comm_momentum=0.9,comm_factor_masking=false,comm_seed=7")
+    expected = {"compressor": "randk", "momentum": 0.9, "factor_masking": False, "seed": 7}
     assert communication_options(args) == expected
     assert communication_options(make_args()) is None
     assert communication_options(make_args("adamw_torch", optim_args=None)) is None
@@ -25,6 +36,8 @@ def test_optim_args(make_args):
         ("comm=topk,comm_size=2", "no 'comm_size'; of communication there are comm, comm_density"),
         ("comm_density=0.1", "without 'comm'"),
         ("comm=topk,comm_start=1", "start=1"),
+        ("comm=topk,comm_factor_masking=maybe", "comm_factor_masking"),
+        ("comm=randk,comm_seed=0.5", "comm_seed"),
     ],
 )
 def test_errors(given, said, make_args):

@@ -72,10 +72,14 @@ def select(
     offset = tl.arange(0, BLOCK)
     mask = offset >= 0 if WHOLE else offset < size - begin
     m = _load(memory + offset, mask, WHOLE)
-    g = _load(grad + begin + offset, mask, WHOLE) * tl.load(gain)
+    # A gain of 0 says that the gradient is not finite: nothing is added, and nothing decays.
+    factor = tl.load(gain)
+    g = tl.where(factor == 0, 0.0, _load(grad + begin + offset, mask, WHOLE) * factor)
     if MOMENTUM:
-        g += beta * _load(momentum + offset, mask, WHOLE)
-    m += g
+        g += tl.where(factor == 0, 1.0, beta) * _load(momentum + offset, mask, WHOLE)
+        m += tl.where(factor == 0, 0.0, g)
+    else:
+        m += g
     # The bits of magnitudes are ordered as they are. What does not exist comes last.
     bits = m.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if not WHOLE:

@@ -1,0 +1,92 @@
+"""``optim="cs_adam_layerwise"``: steps in backward, by `sketch_plugins.InBackward`, in Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.state import GradientState
+
+from sketch_plugins import InBackward
+from sketch_transformers._private import base_name
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def layerwise(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A stand-in for ``cls`` that makes an instance of ``cls`` whose steps are taken in backward.
+
+    No ``LayerWiseDummyOptimizer``, Trainer's own way for such names: there the learning rate that is logged is not the
+    one that is used, and checkpoints hold no state.
+    """
+
+    def new(_: type, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = cls(*args, **kwargs)
+        # Trainer says before each backward whether it is the last one of its cycle, the shorter cycle of an epoch's end
+        # included.
+        back = InBackward(optimizer, last=lambda: bool(GradientState().sync_gradients))
+
+        def train() -> None:
+            """Trainer calls this before each forward, when FSDP2 has put its parameters in."""
+            if back.taken:  # in a backward that failed: training has begun anew (auto_find_batch_size)
+                back.reset()
+            back.install()
+
+        optimizer.train = train  # type: ignore[attr-defined]
+        return optimizer
+
+    # `__init__` is not run again on what `__new__` returns, since that is no instance of the stand-in.
+    return type(cls.__name__, (cls,), {"__new__": new, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def check(args: TrainingArguments, name: str, keys: Iterable[str], deepspeed: bool, fsdp_version: int | None) -> None:
+    """Check what steps in backward rule out.
+
+    Args:
+        args: the arguments.
+        name: of the optimizer, as it was given.
+        keys: of ``optim_args``.
+        deepspeed: whether DeepSpeed runs the training.
+        fsdp_version: of FSDP, None without.
+
+    Raises:
+        ValueError: fp16, whose GradScaler unscales after backward; DeepSpeed; several processes without FSDP2;
+            compressed communication.
+    """
+    plain = base_name(name)
+    if args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "fp16":
+        raise ValueError(
+            f"optim={name!r} and fp16: gradients are consumed in backward, and GradScaler unscales them after it. Use "
+            f"bf16, or optim={plain!r}"
+        )
+    if deepspeed:
+        raise ValueError(
+            f"optim={name!r} and DeepSpeed, which partitions gradients itself and takes its steps after backward: use "
+            f"optim={plain!r}"
+        )
+    compressed = [key for key in keys if key.startswith("comm")]
+    if compressed:
+        raise ValueError(
+            f"optim={name!r} with {compressed[0]!r} in optim_args: gradients are consumed before they could be sent. "
+            f"Use optim={plain!r}"
+        )
+    if args.world_size > 1 and fsdp_version != 2:
+        raise ValueError(
+            f"optim={name!r} on {args.world_size} processes: DistributedDataParallel averages gradients after a "
+            "parameter's step would have been taken, and each process would go its own way. Use FSDP2: "
+            f'fsdp="full_shard", fsdp_config={{"version": 2}}; or optim={plain!r}'
+        )
+
+
+def clipping_warning(args: TrainingArguments, name: str) -> str | None:
+    """What to say about ``max_grad_norm``, which Trainer sets to 1 unless told otherwise; None if it is off."""
+    if not args.max_grad_norm or args.max_grad_norm <= 0:
+        return None
+    return (
+        f"max_grad_norm={args.max_grad_norm} has no effect with optim={name!r}: the steps are taken in backward, and "
+        "no moment has all gradients, whose norm is not logged either. Set max_grad_norm=0 to say so; update_clip in "
+        "optim_args bounds the update of each tensor"
+    )

@@ -1,0 +1,353 @@
+"""Steps that are taken during backward, so that gradients are freed one by one instead of being there all at once."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.sharding.parts import is_dtensor
+
+
+class InBackward:
+    """Let an optimizer take each parameter's step during ``backward``, as soon as its gradient is complete.
+
+    The gradient is freed at once, so what gradients take at the peak is about the largest one, not their sum. The loop
+    stays as it is, ``optimizer.step()`` included, and so do the numbers, to the last bit::
+
+        optimizer = CSAdam(model.parameters(), lr=1e-3, stochastic_rounding=True)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
+        InBackward(optimizer)
+        for batch in batches:
+            loss(model, batch).backward()  # here the weights move
+            optimizer.step()
+            schedule.step()
+
+    ``optimizer.step()`` ends the cycle: it takes the steps of those that still have a gradient, because it was put
+    there by hand or in a backward that was not the last one, and does what waits for all parameters (Sketchy's
+    decompositions). Schedulers, ``state_dict`` and resuming, from and to ordinary runs too, work as ever. With a
+    closure the step is taken in the backward that the closure runs.
+
+    *Accumulation.* Steps are taken in the last backward of a cycle. Which one that is, is said by ``last``, or the
+    other ones by ``with accumulate():``. Until then the gradients are all there: accumulation saves nothing before its
+    last backward::
+
+        back = InBackward(optimizer, last=lambda: (number + 1) % 4 == 0)
+        # or: with back.accumulate(): loss.backward()
+
+    *What cannot be done*, because no moment has all the gradients: clipping by their common norm (``update_clip``
+    bounds each tensor's update), a step that is skipped because some gradient overflowed (GradScaler,
+    ``nonfinite="skip"``), a look at gradients after backward. A parameter is moved while backward goes on. That is
+    safe for what autograd computes with: it has used the parameter for the last time by then, and whoever kept it
+    nevertheless (``p.detach()``, a second graph, ``retain_graph``) gets torch's error about a tensor that was "modified
+    by an inplace operation".
+
+    *Errors.* `SketchOptimizer.step` looks at all gradients before anything changes. Here an error, of ours or of the
+    model in the middle of its backward, finds parameters near the loss that have taken their step, and others that have
+    not. The error comes out of ``backward`` and names the parameter. Load a checkpoint, or call `reset` and go on.
+
+    Parameters are looked up in the groups in each step. Those that come later (`add_param_group`, unfrozen, replaced by
+    FSDP2) join in after the next ``optimizer.step()``, or `install`; until then ``step`` takes their steps. FSDP2
+    (``fully_shard``) calls the hooks when a gradient has been reduced. Other hooks of
+    ``register_post_accumulate_grad_hook`` see a gradient only if they were registered before.
+
+    Args:
+        optimizer: a sketched optimizer; wrappers with an ``optimizer`` attribute are looked through.
+        last: asked for each gradient: whether this is the last backward of the cycle. None: each one is.
+
+    Raises:
+        TypeError: not a sketched optimizer, or ``last`` cannot be called.
+        ValueError: the optimizer has an `InBackward` already; Sketchy with ``nonfinite="skip"``; parameters that belong
+            to DistributedDataParallel, whose all-reduce comes after the hooks, or to an engine of DeepSpeed's (found
+            here, or in the first backward).
+
+    In backward it raises RuntimeError, naming the parameter, where one gets its gradient a second time in a cycle (a
+    second backward that was not said to accumulate, or a parameter shared by checkpoints with ``use_reentrant=True``:
+    the second of them would compute with weights that have moved), and with ``create_graph=True``. ``optimizer.step()``
+    raises it where a gradient came back after the step, and under GradScaler, whose first backward has done its damage
+    by then.
+
+    Source: torch's tutorial "How to save memory by fusing an optimizer step into the backward pass", and LOMO,
+    https://arxiv.org/abs/2306.09782. Deviation: the optimizer is one, with groups, schedules and state as ever.
+    """
+
+    def __init__(self, optimizer: Any, last: Callable[[], bool] | None = None) -> None:
+        while not isinstance(optimizer, SketchOptimizer):
+            if not isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+                raise TypeError(f"InBackward takes a sketched optimizer, not {type(optimizer).__name__}")
+            optimizer = optimizer.optimizer
+        if last is not None and not callable(last):
+            raise TypeError(f"last={last!r} cannot be called; it is asked whether this is the last backward of a cycle")
+        if in_backward(optimizer) is not None:
+            raise ValueError(f"this {type(optimizer).__name__} takes its steps in backward already")
+        self.last = last
+        #: Whether ``optimizer.step`` is running a closure.
+        self.stepping = False
+        self._accumulating = 0
+        # The optimizer keeps this object, not the other way round: it goes when the optimizer goes.
+        self._optimizer = weakref.ref(optimizer)
+        self._handles: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+        self._places: dict[int, tuple[int, int]] = {}
+        self._taken: set[int] = set()
+        self._looked_for_owners = False
+        self._lock = threading.RLock()  # a model on several devices has a thread of autograd's for each
+        self.install()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._taken.clear()),
+        ]
+        optimizer._in_backward = self
+        # GradScaler then tells the step about itself. It is refused there; the kernels unscale nothing.
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+
+    @property
+    def taken(self) -> int:
+        """Parameters that have taken their step since the last ``optimizer.step()``."""
+        return len(self._taken)
+
+    def install(self) -> None:
+        """Look at all parameters, and add hooks to those that have none yet. Done after each ``optimizer.step()``.
+
+        Raises:
+            ValueError: see the class; nothing has been added then.
+        """
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        new: list[Tensor] = []
+        present = set()
+        for number, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                present.add(id(p))
+                if p.requires_grad and (id(p) not in self._handles or self._handles[id(p)][0]() is not p):
+                    new.append(p)
+            why = optimizer._why_not_alone(group)
+            if why is not None:
+                raise ValueError(f"group {number} cannot take its steps in backward: {why}")
+        if new:
+            self._refuse_owners(optimizer)
+            self._looked_for_owners = False  # they may be wrapped from now on
+        for key in [key for key in self._handles if key not in present]:
+            self._handles.pop(key)[1].remove()
+        for p in new:
+            # Hooks must not keep this object, and with it a model that was trained, alive.
+            self._handles[id(p)] = weakref.ref(p), p.register_post_accumulate_grad_hook(_Hook(weakref.ref(self)))
+        if new or len(self._places) != len(present):
+            self._look_up(optimizer)
+
+    def remove(self) -> None:
+        """From the next backward on, steps are taken by ``optimizer.step()`` alone."""
+        optimizer = self._optimizer()
+        for _, handle in self._handles.values():
+            handle.remove()
+        for handle in self._hooks:
+            handle.remove()
+        self._handles, self._hooks = {}, []
+        if optimizer is not None and in_backward(optimizer) is self:
+            self.reset()
+            optimizer._in_backward = None
+            optimizer.__dict__.pop("_step_supports_amp_scaling", None)
+
+    def reset(self) -> None:
+        """Begin a new cycle without ``optimizer.step()``: after a backward that failed, and that is given up.
+
+        Parameters that have taken their step keep it. Gradients that are there stay: call ``zero_grad``.
+        """
+        self._taken.clear()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            with torch.no_grad():
+                optimizer._complete()
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """For backwards that are not the last of their cycle: gradients are added up, no steps are taken."""
+        self._accumulating += 1
+        try:
+            yield
+        finally:
+            self._accumulating -= 1
+
+    def __enter__(self) -> InBackward:
+        """``with InBackward(optimizer): ...`` removes it in the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove it."""
+        self.remove()
+
+    # -- backward ------------------------------------------------------------------------------------------------
+
+    def _on_gradient(self, p: Tensor) -> None:
+        with self._lock:
+            optimizer = self._optimizer()
+            if optimizer is None or p.grad is None or self._accumulating or not (self.last is None or self.last()):
+                return
+            place = self._place_of(optimizer, p)
+            if place is None:
+                return  # no longer a parameter of this optimizer
+            number, index = place
+            if not self._looked_for_owners:
+                self._refuse_owners(optimizer)
+                self._looked_for_owners = True
+            if id(p) in self._taken:
+                raise RuntimeError(
+                    f"{_name(optimizer, place)} has a gradient for the second time since optimizer.step(), and has "
+                    "taken its step with the first. Which backward is the last one of a cycle is said by last= or "
+                    "`with accumulate():`; a parameter that checkpoints share needs use_reentrant=False; after a "
+                    "backward that failed, call reset()"
+                )
+            if p.grad.requires_grad:
+                raise RuntimeError(
+                    f"{_name(optimizer, place)} has a gradient that is part of a graph (backward(create_graph=True)): "
+                    "its step in backward would change what the graph was made of. Use torch.autograd.grad for such "
+                    "gradients"
+                )
+            try:
+                optimizer.step_parameter(number, index)
+            except Exception as error:
+                before = f"{len(self._taken)} of {len(self._places)} parameters have taken their step before it"
+                _say(error, f"in backward, in the step of {_name(optimizer, place)}; {before}")
+                raise
+            self._taken.add(id(p))
+            p.grad = None
+            if not is_dtensor(p):
+                # Kernels write to addresses. Whoever kept the parameter for a later backward has to be told.
+                torch.autograd.graph.increment_version(p)
+
+    def _place_of(self, optimizer: SketchOptimizer, p: Tensor) -> tuple[int, int] | None:
+        for again in (False, True):
+            if again:
+                self._look_up(optimizer)
+            place = self._places.get(id(p))
+            if place is None:
+                continue
+            number, index = place
+            if number < len(optimizer.param_groups):
+                params = optimizer.param_groups[number]["params"]
+                if index < len(params) and params[index] is p:
+                    return place
+        return None
+
+    def _look_up(self, optimizer: SketchOptimizer) -> None:
+        self._places = {
+            id(p): (number, index)
+            for number, group in enumerate(optimizer.param_groups)
+            for index, p in enumerate(group["params"])
+        }
+        if optimizer._plan is not None:
+            optimizer._plan.large = None
+
+    # -- the end of a cycle --------------------------------------------------------------------------------------
+
+    def _before_step(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        scaled = [name for name in ("grad_scale", "found_inf") if optimizer.__dict__.pop(name, None) is not None]
+        if scaled:
+            raise RuntimeError(
+                "InBackward and GradScaler: the steps were taken in backward, with gradients that were still scaled. "
+                "Use bfloat16, which needs no scaler, or take the steps after backward"
+            )
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._check_leftovers(optimizer)
+            return None
+
+        def then() -> Any:
+            self.stepping = True
+            try:
+                loss = closure()
+            finally:
+                self.stepping = False
+            self._check_leftovers(optimizer)
+            return loss
+
+        return (args[0], then, *args[2:]) if len(args) > 1 else args, {
+            **kwargs,
+            **({} if len(args) > 1 else {"closure": then}),
+        }
+
+    def _check_leftovers(self, optimizer: SketchOptimizer) -> None:
+        for number, group in enumerate(optimizer.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None and id(p) in self._taken:
+                    raise RuntimeError(
+                        f"{_name(optimizer, (number, index))} has taken its step in backward and has a gradient again: "
+                        "something wrote to .grad after the hook, as DistributedDataParallel does, whose all-reduce "
+                        "comes too late here"
+                    )
+
+    def _after_step(self, *_: Any) -> None:
+        self._taken.clear()
+        self.install()
+
+    def _refuse_owners(self, optimizer: SketchOptimizer) -> None:
+        """Nothing on a parameter says who will reduce its gradient, so those who do are asked what they have."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        from torch.nn.parallel import DistributedDataParallel
+
+        engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+        kinds = (DistributedDataParallel,) if engine is None else (DistributedDataParallel, engine)
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        # DeepSpeed puts others in their place.
+        mine |= {id(original.ref()) for original in optimizer._parts.originals}
+        for one in gc.get_objects():
+            if not issubclass(type(one), kinds) or not isinstance(vars(one).get("_modules"), dict):
+                continue
+            if not any(id(p) in mine for p in one.parameters()):
+                continue
+            if issubclass(type(one), DistributedDataParallel):
+                raise ValueError(
+                    "InBackward and DistributedDataParallel: a step in backward comes before the all-reduce, so each "
+                    "process would go its own way. Use FSDP2 (torch.distributed.fsdp.fully_shard), or take the steps "
+                    "after backward"
+                )
+            raise ValueError(
+                "InBackward and DeepSpeed, which keeps gradients itself and has them after backward only: use the "
+                "optimizer without InBackward; ZeRO (stage 2 or 3) spreads gradients over the processes"
+            )
+
+
+class _Hook:
+    """What a parameter keeps."""
+
+    def __init__(self, owner: weakref.ref[InBackward]) -> None:
+        self.owner = owner
+
+    def __call__(self, p: Tensor) -> None:
+        owner = self.owner()
+        if owner is not None:
+            owner._on_gradient(p)
+
+
+def in_backward(optimizer: Any) -> InBackward | None:
+    """The `InBackward` of an optimizer, which may be wrapped; None if it has none."""
+    while not isinstance(optimizer, SketchOptimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found: InBackward | None = getattr(optimizer, "_in_backward", None)
+    return found
+
+
+def _name(optimizer: SketchOptimizer, place: tuple[int, int]) -> str:
+    number, index = place
+    return optimizer._label(optimizer.param_groups[number], index).rstrip(",")
+
+
+def _say(error: Exception, what: str) -> None:
+    """Add to an error's message; its type says to others what to do (out of memory: a smaller batch)."""
+    if error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]} ({what})", *error.args[1:])
+    elif hasattr(error, "add_note"):
+        error.add_note(what)
