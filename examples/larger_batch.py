@@ -26,6 +26,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -559,7 +560,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     for row, task in zip(axes, tasks, strict=True):
         own = [r for r in results if r["task"] == task]
         colors = [plt.get_cmap("tab10")(i % 10) for i in range(len(own))]
-        names = [r["optimizer"].replace(" ", "\n", 1).replace(",", ",\n") for r in own]
+        names = [textwrap.fill(r["optimizer"].replace(",", ", "), 36) for r in own]
         _bars(row[0], names, [r["batch"] or 0 for r in own], [r["x_adamw"] for r in own], colors)
         source = "largest batch" if measured else "largest batch, predicted"
         row[0].set_title(f"{task}: {source} in {own[0]['budget_bytes'] / 1e6:,.0f} MB")
@@ -590,7 +591,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def _bars(axes: Any, names: list[str], heights: list[float], ratios: list[float | None], colors: list[Any]) -> None:
     bars = axes.barh(range(len(names)), heights, color=colors)
     axes.bar_label(bars, ["" if x is None else f"{h:,.0f} ({x:.2f}x)" for h, x in zip(heights, ratios, strict=True)])
-    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.invert_yaxis()
     axes.margins(x=0.4)
 
