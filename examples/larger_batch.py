@@ -26,6 +26,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -559,7 +560,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     for row, task in zip(axes, tasks, strict=True):
         own = [r for r in results if r["task"] == task]
         colors = [plt.get_cmap("tab10")(i % 10) for i in range(len(own))]
-        names = [r["optimizer"].replace(" ", "\n", 1) for r in own]
+        names = [textwrap.fill(r["optimizer"].replace(",", ", "), 36) for r in own]
         _bars(row[0], names, [r["batch"] or 0 for r in own], [r["x_adamw"] for r in own], colors)
         source = "largest batch" if measured else "largest batch, predicted"
         row[0].set_title(f"{task}: {source} in {own[0]['budget_bytes'] / 1e6:,.0f} MB")
@@ -568,13 +569,20 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         _bars(
             row[1], names, [r["tokens_per_second"] for r in own], [r["x_adamw_tokens_per_second"] for r in own], colors
         )
-        row[1].set_title(f"{task}: tokens per second")
+        row[1].set(title=f"{task}: tokens per second", yticks=[])
         for r, color in zip(own, colors, strict=True):
             points = [(tokens, loss) for tokens, loss in r["curve"] if loss is not None]
-            row[2].plot(*zip(*points, strict=True), color=color, label=r["optimizer"], linewidth=1)
-        row[2].set(xlabel="tokens", title=f"{task}: training loss")
+            # A mean over as many tokens for each, or the small batches hide the others.
+            some = max(1, len(points) // 12)
+            smooth = [
+                (tokens, sum(loss for _, loss in points[max(0, i - some + 1) : i + 1]) / min(some, i + 1))
+                for i, (tokens, _) in enumerate(points)
+            ]
+            row[2].plot(
+                *zip(*smooth, strict=True) if smooth else ((), ()), color=color, label=r["optimizer"], linewidth=1
+            )
+        row[2].set(xlabel="tokens", title=f"{task}: training loss, running mean (colours as left)")
         row[2].grid(alpha=0.3)
-        row[2].legend(frameon=False, fontsize=6)
     figure.suptitle(f"{results[0]['hardware']}, {results[0]['precision']}", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -583,9 +591,9 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def _bars(axes: Any, names: list[str], heights: list[float], ratios: list[float | None], colors: list[Any]) -> None:
     bars = axes.barh(range(len(names)), heights, color=colors)
     axes.bar_label(bars, ["" if x is None else f"{h:,.0f} ({x:.2f}x)" for h, x in zip(heights, ratios, strict=True)])
-    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.invert_yaxis()
-    axes.margins(x=0.3)
+    axes.margins(x=0.4)
 
 
 if __name__ == "__main__":
