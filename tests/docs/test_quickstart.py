@@ -1,49 +1,70 @@
-"""The commands of docs/quickstart.md, as they are written there, in their order."""
+"""The commands of docs/quickstart.md, as they are written there, in their order.
+
+With QUICKSTART_INSTALL=1, as in .ci/run, also those that install: in a copy of this repository, into an environment of
+its own. Without it the page starts in the environment at hand.
+"""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INSTALLS = ("python3 -m venv", "pip install")
+WHOLE = os.environ.get("QUICKSTART_INSTALL", "0") not in ("", "0")
 
 
-def run(script: str, folder: Path) -> str:
-    """A block of commands in a shell, which ends at the first that fails."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ended = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env={**os.environ, "PATH": path, "COLUMNS": "140"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode == 0, f"{script}\n{ended.stdout}"
-    return ended.stdout
+def page_as_a_script(install: bool) -> str:
+    """The page's blocks in one shell, so that an activated environment stays; a marker before each."""
+    lines = []
+    for number, (language, title, text) in enumerate(
+        BLOCK.findall((ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"))
+    ):
+        if language == "python":
+            assert title, f"code without a file to write it to:\n{text}"
+            lines.append(f"cat > {title} <<'END OF THE FILE'\n{text}END OF THE FILE")
+            continue
+        lines.append(f"echo '@@@ {number}'")
+        lines += [line for line in text.splitlines() if install or not line.startswith(INSTALLS)]
+    return "\n".join(lines)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the page's commands are for a Unix shell")
 def test_every_command_of_the_page(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
-    said = []
-    for language, title, text in BLOCK.findall((ROOT / "docs" / "quickstart.md").read_text()):
-        if language == "python":
-            assert title, f"code without a file to write it to:\n{text}"
-            (tmp_path / title).write_text(text)
-        elif "SKETCH_PLUGINS_QUICKSTART_INSTALL" not in os.environ:
-            # Installing is a step of its own in .ci/run, in an environment of its own; here the one at hand is used.
-            lines = [line for line in text.splitlines() if not line.startswith(("python3 -m venv", "pip install"))]
-            said.append(run("\n".join(lines), tmp_path))
-    assert (tmp_path / "plan.png").stat().st_size > 10_000
-    assert len(said) == 4 and "cs_adam" in said[0]
-    sizes = dict(re.findall(r"^(\w+): a batch of (\d+)$", said[2], re.MULTILINE))
-    adamw, ours, layerwise = (int(sizes[name]) for name in ("adamw_torch_fused", "cs_adam", "cs_adam_layerwise"))
-    assert 1.4 * adamw < ours and 2 * adamw < layerwise, sizes
-    assert "exp_avg_sq" in said[3] and "second_moment" in said[3].replace(" ", "_")
+    folder, environment = tmp_path, {**os.environ, "COLUMNS": "140"}
+    if WHOLE:
+        folder = tmp_path / "clone"
+        unwanted = shutil.ignore_patterns(".*", "build", "dist", "*_out", "__pycache__")
+        shutil.copytree(ROOT, folder, ignore=unwanted)
+        (tmp_path / "constraints.txt").write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
+        environment["PIP_CONSTRAINT"] = str(tmp_path / "constraints.txt")  # the build that is here, whatever is newest
+        environment.pop("PYTHONPATH", None)
+    else:
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ended = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", page_as_a_script(WHOLE)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+    )
+    assert ended.returncode == 0, ended.stdout
+    installed, plan, runs, reports = re.split(r"^@@@ \d+$", ended.stdout, flags=re.MULTILINE)[1:]
+    assert "cs_adam" in installed
+    rows = {row[1].strip(): int(row[-2]) for line in plan.splitlines() if len(row := re.split("[│|]", line)) > 8}
+    assert rows["adamw"] < rows["cs_adam"], plan
+    assert (folder / "plan.png").stat().st_size > 10_000
+    sizes = {name: int(size) for name, size in re.findall(r"^(\w+): a batch of (\d+)$", runs, re.MULTILINE)}
+    assert 1.4 * sizes["adamw_torch_fused"] < sizes["cs_adam"], runs
+    assert 2 * sizes["adamw_torch_fused"] < sizes["cs_adam_layerwise"], runs
+    assert "exp_avg_sq" in reports and "second_moment" in reports
