@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from sketch_plugins.comm.base import Compressor
 from sketch_plugins.comm.block_topk import BlockTopK
@@ -135,6 +135,8 @@ class MemSGDState:
             raise ValueError(f"seed={seed!r} is not allowed: seed must be an integer")
         if not isinstance(factor_masking, bool):
             raise ValueError(f"factor_masking={factor_masking!r} is not allowed: it must be True or False")
+        if scaler is not None and not (hasattr(scaler, "is_enabled") and hasattr(scaler, "get_scale")):
+            raise ValueError(f"scaler is a {type(scaler).__name__}: expected a torch.amp.GradScaler or None")
         self.process_group = process_group
         self.compressor = make_compressor(compressor, seed)
         self.schedule = DensitySchedule(density, initial_density, warmup)
@@ -158,26 +160,41 @@ class MemSGDState:
     def bind(self, params: Iterable[tuple[str, Tensor]]) -> None:
         """Say (again) which parameter has which name: after unpickling, or when a framework has replaced parameters.
 
+        A memory that there is goes to the device of its parameter.
+
         Raises:
             ValueError: something else than (name, parameter) pairs; a name or a parameter that appears twice; a
-                complex parameter.
+                complex parameter; there is a memory of a parameter that is not there, or of another size. Nothing has
+                changed then.
         """
-        self._names: dict[int, tuple[int, str]] = {}
-        self._bound: list[Tensor] = []  # kept alive, or another tensor could get the id of one of them
+        names: dict[int, tuple[int, str]] = {}
+        bound: dict[str, Tensor] = {}
         for number, pair in enumerate(params):
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise ValueError(
                     f"params must be (name, parameter) pairs, as of model.named_parameters(), not {pair!r}"
                 )
             name, p = pair
-            if id(p) in self._names or any(name == other for _, other in self._names.values()):
+            if id(p) in names or name in bound:
                 raise ValueError(f"parameter {name!r} is there twice")
             if p.is_complex():
                 raise ValueError(f"parameter {name!r} is complex ({p.dtype}); gradients that are sent are real")
-            self._names[id(p)] = number, name
-            self._bound.append(p)
-        if not self._bound:
+            names[id(p)] = number, name
+            bound[name] = p
+        if not bound:
             raise ValueError("params is empty: pass model.named_parameters()")
+        memory = self.memory
+        for name, slot in memory.items():
+            if name not in bound or bound[name].numel() != slot["error"].numel():
+                what = f"which has {bound[name].numel()} now" if name in bound else "which is not there now"
+                raise ValueError(
+                    f"there is a memory of {slot['error'].numel()} entries of parameter {name!r}, {what}: bind the "
+                    "same parameters, or call state.reset() before"
+                )
+        for name, slot in memory.items():
+            slot.update({kind: t.to(bound[name].device) for kind, t in slot.items()})
+        self._names: dict[int, tuple[int, str]] = names
+        self._bound: list[Tensor] = list(bound.values())  # alive, or another tensor could get the id of one of them
 
     def agree(self, device: torch.device) -> None:
         """See to it that all ranks are at the same iteration with the same options; asked once, and after each load.
@@ -237,6 +254,7 @@ class MemSGDState:
     def reset(self) -> None:
         """As at the beginning: nothing is owed, the next iteration is the first."""
         self._memory, self._sent, self._flags, self.iteration, self._agreed = {}, [], [], 0, False
+        self._running = False
 
     def memory_norm(self) -> float:
         """The L2 norm of what this rank has not sent yet. Waits for the device."""
@@ -411,7 +429,7 @@ class MemSGDState:
             memory[name] = {k: t.detach().to(p.device, dtype, copy=True).contiguous() for k, t in saved.items()}
             if self.momentum and "momentum" not in saved:
                 memory[name]["momentum"] = torch.zeros_like(memory[name]["error"])
-        self._memory, self._sent, self._flags = memory, [], []
+        self._memory, self._sent, self._flags, self._running = memory, [], [], False
         self.iteration = int(state["iteration"])
         self._agreed = False
 
@@ -592,15 +610,20 @@ def make_compressor(compressor: str | Compressor, seed: int = 0) -> Compressor:
     """
     if isinstance(compressor, Compressor):
         return compressor
-    if compressor not in COMPRESSORS:
+    if not isinstance(compressor, str) or compressor not in COMPRESSORS:
         raise ValueError(f"compressor={compressor!r} is not one of {', '.join(map(repr, COMPRESSORS))}")
     cls = COMPRESSORS[compressor]
     return cls(seed=seed) if cls.shared else cls()  # type: ignore[call-arg]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `attach` takes these options: for entrances that come to it late."""
+    try:
+        if "process_group" in options:
+            raise TypeError("process_group is that of the DistributedDataParallel")
+        MemSGDState([("a", torch.empty(0))], **options)
+    except TypeError as error:
+        raise ValueError(f"MemSGDState has no such option: {error}") from error
 
 
 def _files(folder: Path) -> dict[int, dict[int, Path]]:

@@ -571,6 +571,22 @@ def check_half():
     assert state.memory_norm() == 0
 
 
+def check_fits():
+    """Three ranks, a group of their own: the largest numbers of float16 add up to infinity, and nothing is lost."""
+    group = dist.new_group([0, 1, 2])
+    if RANK == 3:
+        return
+    for compressor in (RandK(), CountSketchTopK(width=1.0)):
+        p = torch.nn.Parameter(torch.zeros(256, dtype=torch.float16))
+        one = DDP(Sum(p), process_group=group)
+        state = attach(one, compressor=compressor, density=1 / 32, min_size=2)
+        state.iteration = 2
+        state.slot(p)["error"].fill_(1e5)
+        one().backward()
+        assert state.world_size == 3 and p.grad.isnan().all()
+        assert torch.equal(state.memory["p"]["error"], torch.full((256,), 1e5 + 1))
+
+
 def check_sparse():
     """nn.Embedding(sparse=True): its gradient is averaged, the rest compressed."""
     plain, _ = build(hook=False, sparse=True)

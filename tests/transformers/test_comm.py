@@ -53,7 +53,17 @@ def test_one_process_has_nothing_to_send(make_trainer, caplog):
     assert communication(trainer.callback_handler.callbacks).state is None
 
 
+def test_said_where_nobody_would_read_it(make_trainer):
+    """With an optimizer of Trainer's own, and in two places."""
+    trainer = make_trainer("adamw_torch", optim_args="comm=topk, comm_density=0.1")
+    with pytest.raises(ValueError, match=r"optim='adamw_torch' call sketch_transformers\.enable_memsgd"):
+        trainer.train()
+    with pytest.raises(ValueError, match="so does enable_memsgd"):
+        sketch_transformers.enable_memsgd(make_trainer(optim_args="comm=topk"), density=0.1)
+
+
 def test_options_are_checked_at_once(make_trainer):
-    for options, said in (({"density": 0}, "density=0"), ({"denisty": 0.1}, "denisty")):
+    for options, said in (({"density": 0}, "density=0"), ({"denisty": 0.1}, "denisty"),
+                          ({"process_group": None}, "process_group")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             sketch_transformers.enable_memsgd(make_trainer(), **options)
