@@ -97,6 +97,8 @@ class MemSGDCallback(TrainerCallback):
                 what = "FSDP" if self.trainer.is_fsdp_enabled else "DeepSpeed"
                 raise ValueError(f"memsgd under {what}, which reduces gradients itself: use DistributedDataParallel")
             logger.warning("memsgd: this is one process, there are no gradients to send")
+            if state.global_step > 0 and (folder := self._resumed(args, state)) is not None and folder.is_dir():
+                logger.warning("memsgd: %s is not read: what those processes had not sent yet is lost", folder)
             return
         if model is not self._wrapped:
             if self.state is None:

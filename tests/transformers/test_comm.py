@@ -50,7 +50,18 @@ def test_one_process_has_nothing_to_send(make_trainer, caplog):
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "this is one process" in caplog.text
-    assert communication(trainer.callback_handler.callbacks).state is None
+    assert communication(trainer.callback_handler.callbacks).state is None and "is lost" not in caplog.text
+
+
+def test_one_process_after_several(make_trainer, caplog, tmp_path):
+    """It has no hook, so it cannot take up what was owed, and says so."""
+    options = {"optim_args": "min_compress_size=256,comm=block_topk", "save_strategy": "steps", "save_steps": 2}
+    make_trainer(max_steps=2, **options).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    (checkpoint / "memsgd").mkdir()
+    with caplog.at_level(logging.WARNING):
+        make_trainer(max_steps=3, **options).train(resume_from_checkpoint=str(checkpoint))
+    assert "checkpoint-2/memsgd is not read: what those processes had not sent yet is lost" in caplog.text
 
 
 def test_said_where_nobody_would_read_it(make_trainer):
