@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sketch_plugins.comm.base import Compressor
+from sketch_plugins.comm.base import Compressor, check_seed
 from sketch_plugins.comm.block_topk import BlockTopK
 from sketch_plugins.comm.count_sketch import CountSketchTopK
 from sketch_plugins.comm.randk import RandK
@@ -96,7 +97,8 @@ class MemSGDState:
             all iterations so far. ``last_wire_bytes`` and ``last_dense_bytes``: of the last one.
 
     Raises:
-        ValueError: an option that is not allowed; parameters without names or twice.
+        ValueError: an option that is not allowed, or that is one of another which is off (``initial_density`` of
+            ``warmup``, ``factor_masking`` of ``momentum``); parameters without names or twice.
 
     Source: https://arxiv.org/abs/1809.07599 (error feedback), https://arxiv.org/abs/1712.01887 (DGC: momentum
     correction, factor masking, clipping, warm-up). Deviations: the memory holds gradients, not steps scaled by the
@@ -129,17 +131,22 @@ class MemSGDState:
             raise ValueError(f"momentum={momentum!r} is not allowed: momentum must be a number in [0, 1)")
         if not _number(clip) or not 0 <= clip < math.inf:
             raise ValueError(f"clip={clip!r} is not allowed: clip must be a number >= 0")
-        if memory_dtype not in MEMORY_DTYPES:
+        if not isinstance(memory_dtype, str) or memory_dtype not in MEMORY_DTYPES:
             raise ValueError(f"memory_dtype={memory_dtype!r} is not one of {', '.join(map(repr, MEMORY_DTYPES))}")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed={seed!r} is not allowed: seed must be an integer")
+        check_seed(seed)
         if not isinstance(factor_masking, bool):
             raise ValueError(f"factor_masking={factor_masking!r} is not allowed: it must be True or False")
+        if momentum == 0 and not factor_masking:
+            raise ValueError("factor_masking=False without momentum, which it is an option of: set momentum as well")
         if scaler is not None and not (hasattr(scaler, "is_enabled") and hasattr(scaler, "get_scale")):
             raise ValueError(f"scaler is a {type(scaler).__name__}: expected a torch.amp.GradScaler or None")
         self.process_group = process_group
         self.compressor = make_compressor(compressor, seed)
         self.schedule = DensitySchedule(density, initial_density, warmup)
+        if self.schedule.warmup == 0 and initial_density != DensitySchedule.initial:
+            raise ValueError(
+                f"initial_density={initial_density!r} without warmup, which it is an option of: set warmup as well"
+            )
         self.start, self.min_size, self.seed = start, min_size, seed
         self.momentum, self.factor_masking, self.clip = float(momentum), factor_masking, float(clip)
         self.memory_dtype = memory_dtype
@@ -453,7 +460,8 @@ class MemSGDState:
         """Read what `save` wrote: this rank's file, or all of them if the number of ranks has changed.
 
         Raises:
-            ValueError: no files, files of several numbers of ranks, not all ranks' files; see `load_state_dict`.
+            ValueError: no files, files of several numbers of ranks, not all ranks' files, one that cannot be read; see
+                `load_state_dict`.
         """
         found = _files(Path(folder))
         if not found:
@@ -472,7 +480,7 @@ class MemSGDState:
                 "needs the files of all that saved: put them into one folder"
             )
         # Mapped, not read: of a file what is looked at is in memory, and of several one at a time.
-        states = (torch.load(files[rank], map_location="cpu", weights_only=True, mmap=True) for rank in ranks)
+        states = (_read(files[rank]) for rank in ranks)
         self.load_state_dict(next(states) if world == self.world_size else redistribute(states))
 
     def gather(self, dst: int = 0) -> list[dict[str, Any]] | None:
@@ -634,6 +642,13 @@ def _files(folder: Path) -> dict[int, dict[int, Path]]:
         if match:
             found.setdefault(int(match[2]), {})[int(match[1])] = path
     return found
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read as what MemSGDState.save has written: {_shorten(error)}") from error
 
 
 def _any(flags: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -30,6 +30,10 @@ def params():
         ({"compressor": "best"}, "'topk', 'block_topk', 'randk', 'count_sketch'"),
         ({"compressor": ["topk"]}, r"compressor=\['topk'\] is not one of"),
         ({"density": math.nan}, "density=nan"),
+        ({"initial_density": 0, "warmup": 3}, "initial_density=0"),
+        ({"initial_density": 0.5}, r"initial_density=0\.5 without warmup"),
+        ({"factor_masking": False}, "factor_masking=False without momentum"),
+        ({"memory_dtype": ["bf16"]}, r"memory_dtype=\['bf16'\]"),
         ({"scaler": 65536.0}, "scaler is a float"),
     ],
 )
@@ -167,6 +171,10 @@ def test_a_folder_holds_one_save(tmp_path):
     other = MemSGDState(params())
     other.load(tmp_path)
     assert other.iteration == 7 and torch.equal(other.memory["a"]["error"], torch.ones(200))
+    (tmp_path / "memsgd-00000-of-00001.pt").write_bytes(b"half of a file")
+    with pytest.raises(ValueError, match=r"memsgd-00000-of-00001\.pt cannot be read"):
+        other.load(tmp_path)
+    assert other.iteration == 7
     (tmp_path / "memsgd-00000-of-00001.pt").unlink()
     with pytest.raises(ValueError, match="no memsgd"):
         state.load(tmp_path)
