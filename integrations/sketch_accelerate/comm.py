@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs
 
 from sketch_plugins.comm import MemSGDState, attach
+from sketch_plugins.comm.state import check_options
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +29,29 @@ class MemSGDKwargs(DistributedDataParallelKwargs):
 
     Attributes:
         memsgd: options of `MemSGDState`; all other fields are those of ``DistributedDataParallelKwargs``.
-        state: the `MemSGDState`, after ``prepare``.
+        states: the `MemSGDState` of each model that ``prepare`` has wrapped, in their order.
+        state: the last of them; None before.
 
     Raises:
-        ValueError: in ``prepare``: see `MemSGDState`; ``comm_hook`` is set as well; FSDP, DeepSpeed or Megatron-LM,
+        ValueError: see `MemSGDState`; in ``prepare``: ``comm_hook`` is set as well; FSDP, DeepSpeed or Megatron-LM,
             which reduce gradients themselves.
     """
 
     memsgd: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.state: MemSGDState | None = None
+        check_options(self.memsgd)
+        self.states: list[MemSGDState] = []
         self._scaler: Any = None
 
-    def to_dict(self, ignore_keys: Any = ("comm_hook", "comm_wrapper", "comm_state_option", "memsgd", "state")) -> Any:
+    @property
+    def state(self) -> MemSGDState | None:
+        """Of the model that was prepared last."""
+        return self.states[-1] if self.states else None
+
+    def to_dict(self, ignore_keys: Any = ("comm_hook", "comm_wrapper", "comm_state_option", "memsgd")) -> Any:
         """What DistributedDataParallel's constructor gets."""
-        return {name: value for name, value in self.__dict__.items() if name not in (*ignore_keys, "_scaler")}
+        return {name: value for name, value in self.__dict__.items() if name not in (*ignore_keys, "states", "_scaler")}
 
     def prepared_by(self, accelerator: Any) -> None:
         """``Accelerator.prepare`` calls this before anything else.
@@ -66,4 +74,4 @@ class MemSGDKwargs(DistributedDataParallelKwargs):
         chosen = getattr(self.comm_hook, "value", self.comm_hook)
         if chosen != "no":
             raise ValueError(f"comm_hook={chosen!r} and memsgd: DistributedDataParallel takes one hook")
-        self.state = attach(model, **{"scaler": self._scaler, **self.memsgd})  # type: ignore[arg-type]
+        self.states.append(attach(model, **{"scaler": self._scaler, **self.memsgd}))  # type: ignore[arg-type]

@@ -50,6 +50,11 @@ class OptimizerStateMonitor:
     * ``optimizer/second_moment_relative_error``, if ``sampled``: how far the second moment in use is from an exact one
       of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``.
 
+    and with compressed gradients (``ddp_memsgd``, ``comm=...``) what the first rank has sent in the last step
+
+    * ``comm/wire_bytes``, ``comm/dense_bytes``, ``comm/wire_over_dense``, ``comm/density``, ``comm/memory_norm``,
+      ``comm/memory_bytes``: see `sketch_plugins.comm.MemSGDState.figures`.
+
     Of several optimizers they are ``optimizer_0/...`` and so on. Any torch optimizer is accounted for, so that a run
     with AdamW can be put beside. The samples are saved in checkpoints and go on when one is resumed.
 
@@ -120,6 +125,8 @@ class OptimizerStateMonitor:
             error = self._probes[number].relative_error() if number in self._probes else math.nan
             if not math.isnan(error):  # an optimizer without a second moment has nothing to sample
                 figures[f"{prefix}/second_moment_relative_error"] = error
+        if (sending := getattr(trainer.strategy, "comm_state", None)) is not None:
+            figures.update({f"comm/{name}": value for name, value in sending.figures().items()})
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=_private.batches_that_stepped(trainer))
         # float64: bytes are not to be rounded.

@@ -126,7 +126,7 @@ class Compressing:
         if comm is not None and hook is not None:
             raise ValueError(f"comm={comm!r} and ddp_comm_hook are two hooks: DDP takes one")
         if comm is not None:
-            _check_comm(comm)  # now: later the processes would have been started
+            _check_comm(comm, comm_kwargs or {})  # now: later the processes would have been started
         self._comm, self._comm_kwargs = comm, dict(comm_kwargs or {})
 
     def _register_ddp_hooks(self) -> None:
@@ -229,8 +229,8 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             kwargs: of Lightning's ``DDPStrategy``.
 
         Raises:
-            ValueError: as `SketchStrategy`; an unknown ``comm``, ``comm_kwargs`` without it, or a ``ddp_comm_hook``
-                beside it.
+            ValueError: as `SketchStrategy`; an unknown ``comm`` or option of it, ``comm_kwargs`` without it, or a
+                ``ddp_comm_hook`` beside it.
         """
 
         def __init__(
@@ -254,12 +254,14 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             kwargs: of Lightning's ``DDPStrategy``.
 
         Raises:
-            ValueError: an unknown ``comm``; a ``ddp_comm_hook`` beside it.
+            ValueError: an unknown ``comm`` or option of it; a ``ddp_comm_hook`` beside it.
         """
 
         def __init__(
             self, comm: str = "block_topk", comm_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
         ) -> None:
+            if comm is None:
+                raise ValueError("comm=None would be Lightning's own DDPStrategy: take that, or name a compressor")
             self._set_comm(comm, comm_kwargs, kwargs.get("ddp_comm_hook"))
             super().__init__(**kwargs)
 
@@ -448,11 +450,18 @@ def _entries(classes: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, A
             yield f"deepspeed_{name}_stage_{stage}_offload", deepspeed, {**own, "stage": stage, **offload}
 
 
-def _check_comm(comm: Any) -> None:
+def _check_comm(comm: Any, options: Mapping[str, Any]) -> None:
     from sketch_plugins.comm import COMPRESSORS
+    from sketch_plugins.comm.state import check_options as check
 
-    if comm not in COMPRESSORS:
+    if not isinstance(comm, str) or comm not in COMPRESSORS:
         raise ValueError(f"comm={comm!r} is not one of None, {', '.join(map(repr, COMPRESSORS))}")
+    try:
+        check(options)
+        if getattr(options.get("compressor"), "name", options.get("compressor")) not in (None, comm):
+            raise ValueError(f"it has compressor={options['compressor']!r} and comm={comm!r}, which is another")
+    except ValueError as error:
+        raise ValueError(f"comm_kwargs={dict(options)!r}: {error}") from error
 
 
 # -- FSDP2 -----------------------------------------------------------------------------------------------------------

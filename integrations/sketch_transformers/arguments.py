@@ -120,9 +120,15 @@ def communication_options(args: TrainingArguments) -> dict[str, Any] | None:
     """Options of `enable_memsgd` that ``optim_args`` has (``comm=block_topk,comm_density=0.01``), None if it has none.
 
     Raises:
-        ValueError: names the offending part and what is allowed.
+        ValueError: names the offending part and what is allowed; with an optimizer that is not ours.
     """
     if base_name(_name(args)) not in registry.names():
+        given = args.optim_args if isinstance(args.optim_args, str) else ""
+        if any(f"{part}=".lstrip().startswith(("comm=", "comm_")) for part in given.split(",")):  # nobody reads it
+            raise ValueError(
+                f"optim_args={given!r}: 'comm' is there for the optimizers {', '.join(registry.names())}; with "
+                f"optim={_name(args)!r} call sketch_transformers.enable_memsgd(trainer, ...)"
+            )
         return None
     try:
         return parse_communication({key: value for key, value in _optim_args(args).items() if key.startswith("comm")})

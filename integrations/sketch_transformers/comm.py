@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from sketch_plugins.comm import COMPRESSORS, MemSGDState, attach, memsgd_hook
+from sketch_plugins.comm.state import check_options
 from sketch_plugins.optim.options import Option
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,22 @@ def enable_memsgd(trainer: Trainer, **options: Any) -> MemSGDCallback:
         The callback, whose ``state`` is the `MemSGDState` from the beginning of training on.
 
     Raises:
-        ValueError: an option that is not allowed; it was called before; when training begins, FSDP or DeepSpeed, which
-            reduce gradients themselves.
+        ValueError: an option that is not allowed; it was called before; ``optim_args`` has ``comm=...``; when training
+            begins, FSDP or DeepSpeed, which reduce gradients themselves.
     """
+    from sketch_transformers.arguments import communication_options
+
     if communication(trainer.callback_handler.callbacks) is not None:
         raise ValueError("enable_memsgd was called for this trainer before: DistributedDataParallel takes one hook")
+    if communication_options(trainer.args) is not None:
+        raise ValueError(
+            f"optim_args={trainer.args.optim_args!r} says how gradients are sent, and so does enable_memsgd: leave one "
+            "of them out"
+        )
+    return _enable(trainer, options)
+
+
+def _enable(trainer: Trainer, options: Mapping[str, Any]) -> MemSGDCallback:
     callback = MemSGDCallback(trainer, **options)
     trainer.add_callback(callback)
     return callback
@@ -86,15 +97,17 @@ class MemSGDCallback(TrainerCallback):
                 what = "FSDP" if self.trainer.is_fsdp_enabled else "DeepSpeed"
                 raise ValueError(f"memsgd under {what}, which reduces gradients itself: use DistributedDataParallel")
             logger.warning("memsgd: this is one process, there are no gradients to send")
+            if state.global_step > 0 and (folder := self._resumed(args, state)) is not None and folder.is_dir():
+                logger.warning("memsgd: %s is not read: what those processes had not sent yet is lost", folder)
             return
         if model is not self._wrapped:
             if self.state is None:
                 self.state = attach(model, **self.options)
             else:  # train() a second time wraps the model anew
-                self.state.process_group = model.process_group
-                self.state.bind(model.module.named_parameters())
                 if self.trainer.model_init is not None and state.global_step == 0:  # other weights: nothing is owed
                     self.state.reset()
+                self.state.process_group = model.process_group
+                self.state.bind(model.module.named_parameters())
                 model.register_comm_hook(self.state, memsgd_hook)
             self._wrapped = model
         assert self.state is not None
@@ -129,7 +142,7 @@ def before_training(trainer: Trainer, resume_from_checkpoint: Any) -> None:
     options = communication_options(trainer.args)
     callback = communication(trainer.callback_handler.callbacks)
     if callback is None and options is not None:
-        callback = enable_memsgd(trainer, **options)
+        callback = _enable(trainer, options)
     if callback is not None:
         callback.resume_from = resume_from_checkpoint
 
@@ -153,11 +166,3 @@ def parse(given: Mapping[str, Any]) -> dict[str, Any] | None:
     options = {("compressor" if key == "comm" else key.removeprefix("comm_")): v for key, v in parsed.items()}
     check_options(options)
     return options
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `MemSGDState` takes these options."""
-    try:
-        MemSGDState([("a", torch.empty(0))], **options)
-    except TypeError as error:
-        raise ValueError(f"MemSGDState has no such option: {error}") from error

@@ -188,15 +188,26 @@ def keep(memory: Tensor, x: Tensor, key: int, step: int) -> None:
         memory.copy_(round_stochastically(x, torch.arange(len(x), device=x.device), key, step))
 
 
-def check_density(density: float) -> float:
+def check_density(density: float, name: str = "density") -> float:
     """The density itself.
 
     Raises:
         ValueError: it is not a number in (0, 1].
     """
     if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 < density <= 1:
-        raise ValueError(f"density={density!r} is not allowed: density must be a number in (0, 1]")
+        raise ValueError(f"{name}={density!r} is not allowed: {name} must be a number in (0, 1]")
     return float(density)
+
+
+def check_seed(seed: int) -> int:
+    """The seed itself.
+
+    Raises:
+        ValueError: it is not an integer.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed={seed!r} is not allowed: seed must be an integer")
+    return seed
 
 
 def entries(size: int, density: float) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sketch_plugins.comm.base import Compressor, Payload, Reduce, entries, largest, to_device
+from sketch_plugins.comm.base import Compressor, Payload, Reduce, check_seed, entries, largest, to_device
 from sketch_plugins.hashing import derive
 
 # Shorter runs are rotated by an index, many at once: a call for each would take longer than its work.
@@ -37,7 +37,7 @@ class CountSketchTopK(Compressor):
         seed: any integer; equal on all ranks.
 
     Raises:
-        ValueError: ``depth`` or ``width`` below 1.
+        ValueError: ``depth`` or ``width`` below 1; ``seed`` is no integer.
 
     Source: https://arxiv.org/abs/2007.07682 (FetchSGD), https://arxiv.org/abs/1902.06094 (an exact second round).
     Deviations from FetchSGD: errors are kept by each rank exactly, where FetchSGD's server keeps them in the sketch;
@@ -52,7 +52,7 @@ class CountSketchTopK(Compressor):
             raise ValueError(f"depth={depth!r} is not allowed: depth must be an integer >= 1")
         if not isinstance(width, (int, float)) or isinstance(width, bool) or not 1 <= width < math.inf:
             raise ValueError(f"width={width!r} is not allowed: width must be a number >= 1")
-        self.depth, self.width, self.seed = depth, width, seed
+        self.depth, self.width, self.seed = depth, width, check_seed(seed)
 
     def count(self, size: int, density: float) -> int:
         """See `Compressor`."""

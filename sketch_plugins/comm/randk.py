@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sketch_plugins.comm.base import Compressor, Payload, Reduce, entries, to_device
+from sketch_plugins.comm.base import Compressor, Payload, Reduce, check_seed, entries, to_device
 from sketch_plugins.hashing import derive
 
 
@@ -20,6 +20,9 @@ class RandK(Compressor):
     Args:
         seed: any integer; equal on all ranks.
 
+    Raises:
+        ValueError: ``seed`` is no integer.
+
     Source: rand-k of https://arxiv.org/abs/1809.07599. Deviation: there each worker draws its own.
     """
 
@@ -27,7 +30,7 @@ class RandK(Compressor):
     shared: ClassVar[bool] = True
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def count(self, size: int, density: float) -> int:
         """See `Compressor`."""

@@ -31,7 +31,7 @@ class DensitySchedule:
 
     def __post_init__(self) -> None:
         check_density(self.final)
-        check_density(self.initial)
+        check_density(self.initial, "initial_density")
         if not isinstance(self.warmup, int) or isinstance(self.warmup, bool) or self.warmup < 0:
             raise ValueError(f"warmup={self.warmup!r} is not allowed: warmup must be an integer >= 0")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from sketch_plugins.comm.base import Compressor
+from sketch_plugins.comm.base import Compressor, check_seed
 from sketch_plugins.comm.block_topk import BlockTopK
 from sketch_plugins.comm.count_sketch import CountSketchTopK
 from sketch_plugins.comm.randk import RandK
@@ -96,7 +97,8 @@ class MemSGDState:
             all iterations so far. ``last_wire_bytes`` and ``last_dense_bytes``: of the last one.
 
     Raises:
-        ValueError: an option that is not allowed; parameters without names or twice.
+        ValueError: an option that is not allowed, or that is one of another which is off (``initial_density`` of
+            ``warmup``, ``factor_masking`` of ``momentum``); parameters without names or twice.
 
     Source: https://arxiv.org/abs/1809.07599 (error feedback), https://arxiv.org/abs/1712.01887 (DGC: momentum
     correction, factor masking, clipping, warm-up). Deviations: the memory holds gradients, not steps scaled by the
@@ -129,15 +131,22 @@ class MemSGDState:
             raise ValueError(f"momentum={momentum!r} is not allowed: momentum must be a number in [0, 1)")
         if not _number(clip) or not 0 <= clip < math.inf:
             raise ValueError(f"clip={clip!r} is not allowed: clip must be a number >= 0")
-        if memory_dtype not in MEMORY_DTYPES:
+        if not isinstance(memory_dtype, str) or memory_dtype not in MEMORY_DTYPES:
             raise ValueError(f"memory_dtype={memory_dtype!r} is not one of {', '.join(map(repr, MEMORY_DTYPES))}")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed={seed!r} is not allowed: seed must be an integer")
+        check_seed(seed)
         if not isinstance(factor_masking, bool):
             raise ValueError(f"factor_masking={factor_masking!r} is not allowed: it must be True or False")
+        if momentum == 0 and not factor_masking:
+            raise ValueError("factor_masking=False without momentum, which it is an option of: set momentum as well")
+        if scaler is not None and not (hasattr(scaler, "is_enabled") and hasattr(scaler, "get_scale")):
+            raise ValueError(f"scaler is a {type(scaler).__name__}: expected a torch.amp.GradScaler or None")
         self.process_group = process_group
         self.compressor = make_compressor(compressor, seed)
         self.schedule = DensitySchedule(density, initial_density, warmup)
+        if self.schedule.warmup == 0 and initial_density != DensitySchedule.initial:
+            raise ValueError(
+                f"initial_density={initial_density!r} without warmup, which it is an option of: set warmup as well"
+            )
         self.start, self.min_size, self.seed = start, min_size, seed
         self.momentum, self.factor_masking, self.clip = float(momentum), factor_masking, float(clip)
         self.memory_dtype = memory_dtype
@@ -158,26 +167,41 @@ class MemSGDState:
     def bind(self, params: Iterable[tuple[str, Tensor]]) -> None:
         """Say (again) which parameter has which name: after unpickling, or when a framework has replaced parameters.
 
+        A memory that there is goes to the device of its parameter.
+
         Raises:
             ValueError: something else than (name, parameter) pairs; a name or a parameter that appears twice; a
-                complex parameter.
+                complex parameter; there is a memory of a parameter that is not there, or of another size. Nothing has
+                changed then.
         """
-        self._names: dict[int, tuple[int, str]] = {}
-        self._bound: list[Tensor] = []  # kept alive, or another tensor could get the id of one of them
+        names: dict[int, tuple[int, str]] = {}
+        bound: dict[str, Tensor] = {}
         for number, pair in enumerate(params):
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise ValueError(
                     f"params must be (name, parameter) pairs, as of model.named_parameters(), not {pair!r}"
                 )
             name, p = pair
-            if id(p) in self._names or any(name == other for _, other in self._names.values()):
+            if id(p) in names or name in bound:
                 raise ValueError(f"parameter {name!r} is there twice")
             if p.is_complex():
                 raise ValueError(f"parameter {name!r} is complex ({p.dtype}); gradients that are sent are real")
-            self._names[id(p)] = number, name
-            self._bound.append(p)
-        if not self._bound:
+            names[id(p)] = number, name
+            bound[name] = p
+        if not bound:
             raise ValueError("params is empty: pass model.named_parameters()")
+        memory = self.memory
+        for name, slot in memory.items():
+            if name not in bound or bound[name].numel() != slot["error"].numel():
+                what = f"which has {bound[name].numel()} now" if name in bound else "which is not there now"
+                raise ValueError(
+                    f"there is a memory of {slot['error'].numel()} entries of parameter {name!r}, {what}: bind the "
+                    "same parameters, or call state.reset() before"
+                )
+        for name, slot in memory.items():
+            slot.update({kind: t.to(bound[name].device) for kind, t in slot.items()})
+        self._names: dict[int, tuple[int, str]] = names
+        self._bound: list[Tensor] = list(bound.values())  # alive, or another tensor could get the id of one of them
 
     def agree(self, device: torch.device) -> None:
         """See to it that all ranks are at the same iteration with the same options; asked once, and after each load.
@@ -237,6 +261,7 @@ class MemSGDState:
     def reset(self) -> None:
         """As at the beginning: nothing is owed, the next iteration is the first."""
         self._memory, self._sent, self._flags, self.iteration, self._agreed = {}, [], [], 0, False
+        self._running = False
 
     def memory_norm(self) -> float:
         """The L2 norm of what this rank has not sent yet. Waits for the device."""
@@ -411,7 +436,7 @@ class MemSGDState:
             memory[name] = {k: t.detach().to(p.device, dtype, copy=True).contiguous() for k, t in saved.items()}
             if self.momentum and "momentum" not in saved:
                 memory[name]["momentum"] = torch.zeros_like(memory[name]["error"])
-        self._memory, self._sent, self._flags = memory, [], []
+        self._memory, self._sent, self._flags, self._running = memory, [], [], False
         self.iteration = int(state["iteration"])
         self._agreed = False
 
@@ -435,7 +460,8 @@ class MemSGDState:
         """Read what `save` wrote: this rank's file, or all of them if the number of ranks has changed.
 
         Raises:
-            ValueError: no files, files of several numbers of ranks, not all ranks' files; see `load_state_dict`.
+            ValueError: no files, files of several numbers of ranks, not all ranks' files, one that cannot be read; see
+                `load_state_dict`.
         """
         found = _files(Path(folder))
         if not found:
@@ -454,7 +480,7 @@ class MemSGDState:
                 "needs the files of all that saved: put them into one folder"
             )
         # Mapped, not read: of a file what is looked at is in memory, and of several one at a time.
-        states = (torch.load(files[rank], map_location="cpu", weights_only=True, mmap=True) for rank in ranks)
+        states = (_read(files[rank]) for rank in ranks)
         self.load_state_dict(next(states) if world == self.world_size else redistribute(states))
 
     def gather(self, dst: int = 0) -> list[dict[str, Any]] | None:
@@ -592,15 +618,20 @@ def make_compressor(compressor: str | Compressor, seed: int = 0) -> Compressor:
     """
     if isinstance(compressor, Compressor):
         return compressor
-    if compressor not in COMPRESSORS:
+    if not isinstance(compressor, str) or compressor not in COMPRESSORS:
         raise ValueError(f"compressor={compressor!r} is not one of {', '.join(map(repr, COMPRESSORS))}")
     cls = COMPRESSORS[compressor]
     return cls(seed=seed) if cls.shared else cls()  # type: ignore[call-arg]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `attach` takes these options: for entrances that come to it late."""
+    try:
+        if "process_group" in options:
+            raise TypeError("process_group is that of the DistributedDataParallel")
+        MemSGDState([("a", torch.empty(0))], **options)
+    except TypeError as error:
+        raise ValueError(f"MemSGDState has no such option: {error}") from error
 
 
 def _files(folder: Path) -> dict[int, dict[int, Path]]:
@@ -611,6 +642,13 @@ def _files(folder: Path) -> dict[int, dict[int, Path]]:
         if match:
             found.setdefault(int(match[2]), {})[int(match[1])] = path
     return found
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read as what MemSGDState.save has written: {_shorten(error)}") from error
 
 
 def _any(flags: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -101,6 +101,8 @@ def check_scaler(folder):
     accelerator.ddp_handler = given
     accelerator.prepare(tiny_model())
     assert given.state.scaler is own
+    accelerator.prepare(tiny_model())  # a second model has a state of its own
+    assert len(given.states) == 2 and given.state is given.states[1] is not given.states[0]
 
 
 def said(action):

@@ -571,6 +571,22 @@ def check_half():
     assert state.memory_norm() == 0
 
 
+def check_fits():
+    """Three ranks, a group of their own: the largest numbers of float16 add up to infinity, and nothing is lost."""
+    group = dist.new_group([0, 1, 2])
+    if RANK == 3:
+        return
+    for compressor in (RandK(), CountSketchTopK(width=1.0)):
+        p = torch.nn.Parameter(torch.zeros(256, dtype=torch.float16))
+        one = DDP(Sum(p), process_group=group)
+        state = attach(one, compressor=compressor, density=1 / 32, min_size=2)
+        state.iteration = 2
+        state.slot(p)["error"].fill_(1e5)
+        one().backward()
+        assert state.world_size == 3 and p.grad.isnan().all()
+        assert torch.equal(state.memory["p"]["error"], torch.full((256,), 1e5 + 1))
+
+
 def check_sparse():
     """nn.Embedding(sparse=True): its gradient is averaged, the rest compressed."""
     plain, _ = build(hook=False, sparse=True)
@@ -738,6 +754,37 @@ def check_save(folder):
     raises("no memsgd", lambda: fresh.load(folder))
     raises("of all 2 ranks", lambda: redistribute([mine]))
     raises("momentum", lambda: build(density=0.05)[1].load_state_dict(mine))
+
+
+def check_again():
+    """On many ranks: what is gathered resumes bit for bit, what is all-reduced to rounding (other buckets at first).
+
+    The last step before was one with an infinity, so that something has to be put back.
+    """
+    for name in ("block_topk", "randk"):
+        compressor = COMPRESSORS[name]
+        options = {"compressor": compressor, "density": 0.05, "momentum": 0.5}
+        ends, saved = [], None
+        for first in (0, 6):
+            ddp, state = build(seed=first, **options)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=4)
+            state.scaler, optimizer = scaler, torch.optim.SGD(ddp.parameters(), lr=0.05)
+            if saved is not None:
+                for one, kept in zip((ddp.module, state, scaler), saved, strict=True):
+                    one.load_state_dict(kept)
+            elif RANK == 0:
+                ddp.module.inner.weight.register_hook(Overflow(5))
+            for step in range(first, 12):
+                if step == 6 and saved is None:
+                    saved = copy.deepcopy([one.state_dict() for one in (ddp.module, state, scaler)])
+                optimizer.zero_grad()
+                scaler.scale(loss_of(ddp, step, RANK)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            same_everywhere(weights(ddp))
+            ends.append((weights(ddp), *(state.memory[n][k] for n in sorted(state.memory) for k in state.memory[n])))
+        for one, other in zip(*ends, strict=True):
+            assert torch.equal(one, other) or (compressor.shared and torch.allclose(one, other, atol=1e-5)), name
 
 
 def sum_of(state):

@@ -16,7 +16,7 @@ def test_two_ranks(launch_ranks):
 
 
 def test_four_ranks(launch_ranks):
-    launch_ranks(WORKER, "reference,telescopes,momentum,nonfinite,join", world=4)
+    launch_ranks(WORKER, "reference,telescopes,momentum,nonfinite,join,fits,again", world=4)
 
 
 def test_checkpoints(launch_ranks, tmp_path):

@@ -1,6 +1,7 @@
 """MemSGDState without processes: options, checkpoints, the rule for another number of ranks."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -27,6 +28,13 @@ def params():
         ({"density": 2}, "density=2"),
         ({"warmup": -3}, "warmup=-3"),
         ({"compressor": "best"}, "'topk', 'block_topk', 'randk', 'count_sketch'"),
+        ({"compressor": ["topk"]}, r"compressor=\['topk'\] is not one of"),
+        ({"density": math.nan}, "density=nan"),
+        ({"initial_density": 0, "warmup": 3}, "initial_density=0"),
+        ({"initial_density": 0.5}, r"initial_density=0\.5 without warmup"),
+        ({"factor_masking": False}, "factor_masking=False without momentum"),
+        ({"memory_dtype": ["bf16"]}, r"memory_dtype=\['bf16'\]"),
+        ({"scaler": 65536.0}, "scaler is a float"),
     ],
 )
 def test_options(options, said):
@@ -46,6 +54,25 @@ def test_names():
             MemSGDState(given)
     with pytest.raises(ValueError, match="none of the 2"):
         MemSGDState(params()).slot(torch.zeros(3))
+
+
+def test_bound_anew():
+    """A memory goes on with the parameter of its name; of another size, or of none, it is refused as a whole."""
+    state = MemSGDState(params())
+    state.slot(state._bound[0])["error"].fill_(1.0)
+    (name, p), (_, q) = other = params()
+    for given, said in (
+        ([(name, torch.zeros(3)), ("b", q)], "200 entries of parameter 'a', which has 3 now"),
+        ([("b", q)], "'a', which is not there now"),
+        ([(name, p), (name, q)], "'a' is there twice"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            state.bind(given)
+        assert state.number(state._bound[1]) == 1
+    state.bind(other)
+    assert torch.equal(state.slot(p)["error"], torch.ones(200))
+    state.reset()
+    state.bind([(name, torch.zeros(3))])
 
 
 def test_density_by_iteration():
@@ -144,6 +171,10 @@ def test_a_folder_holds_one_save(tmp_path):
     other = MemSGDState(params())
     other.load(tmp_path)
     assert other.iteration == 7 and torch.equal(other.memory["a"]["error"], torch.ones(200))
+    (tmp_path / "memsgd-00000-of-00001.pt").write_bytes(b"half of a file")
+    with pytest.raises(ValueError, match=r"memsgd-00000-of-00001\.pt cannot be read"):
+        other.load(tmp_path)
+    assert other.iteration == 7
     (tmp_path / "memsgd-00000-of-00001.pt").unlink()
     with pytest.raises(ValueError, match="no memsgd"):
         state.load(tmp_path)

@@ -327,9 +327,12 @@ def compressed():
     """The hook is registered on a CPU, too, and replicas stay equal."""
     module = Module()
     options = {"comm": "topk", "comm_kwargs": {"density": 0.1, "min_size": 16}}
-    made = train(module, SketchDDPStrategy(optimizer_kwargs=SMALL, **options))
+    monitor = OptimizerStateMonitor()
+    made = train(module, SketchDDPStrategy(optimizer_kwargs=SMALL, **options), callbacks=[monitor], log_every_n_steps=1)
     same_everywhere(module)
     state = made.strategy.comm_state
+    logged = {k.removeprefix("comm/"): float(v) for k, v in made.callback_metrics.items() if k.startswith("comm/")}
+    assert logged == (state.figures() if dist.get_rank() == 0 else {}) and state.memory_norm() > 0
     assert state.iteration == 12 and state.wire_bytes < state.dense_bytes
     # By name, the module's own optimizer left alone; and resumed, error memories and all.
     whole = Module()

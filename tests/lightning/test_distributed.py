@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sketch_plugins.comm import TopK
+
 from .conftest import strategy
 
 HERE = Path(__file__).parent
@@ -48,6 +50,17 @@ def test_wrong_compression(namespace):
         strategy("SketchDDPStrategy", namespace, comm_kwargs={"density": 0.1})
     with pytest.raises(ValueError, match="comm='topk' and ddp_comm_hook are two hooks"):
         strategy("SketchDDPStrategy", namespace, comm="topk", ddp_comm_hook=print)
+    for name in ("SketchDDPStrategy", "MemSGDStrategy"):
+        for given, said in (
+            ({"density": 2}, r"comm_kwargs={'density': 2}: density=2"),
+            ({"denisty": 0.1}, "no such option: .*denisty"),
+            ({"compressor": "randk"}, "compressor='randk' and comm='topk', which is another"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                strategy(name, namespace, comm="topk", comm_kwargs=given)
+        strategy(name, namespace, comm="topk", comm_kwargs={"compressor": TopK(), "density": 0.1})
+    with pytest.raises(ValueError, match="comm=None"):
+        strategy("MemSGDStrategy", namespace, comm=None)
     for name in ("SketchFSDPStrategy", "SketchDeepSpeedStrategy"):  # they reduce gradients themselves
         with pytest.raises(TypeError, match="'comm'"):
             strategy(name, namespace, comm="topk")

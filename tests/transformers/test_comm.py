@@ -50,10 +50,31 @@ def test_one_process_has_nothing_to_send(make_trainer, caplog):
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "this is one process" in caplog.text
-    assert communication(trainer.callback_handler.callbacks).state is None
+    assert communication(trainer.callback_handler.callbacks).state is None and "is lost" not in caplog.text
+
+
+def test_one_process_after_several(make_trainer, caplog, tmp_path):
+    """It has no hook, so it cannot take up what was owed, and says so."""
+    options = {"optim_args": "min_compress_size=256,comm=block_topk", "save_strategy": "steps", "save_steps": 2}
+    make_trainer(max_steps=2, **options).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    (checkpoint / "memsgd").mkdir()
+    with caplog.at_level(logging.WARNING):
+        make_trainer(max_steps=3, **options).train(resume_from_checkpoint=str(checkpoint))
+    assert "checkpoint-2/memsgd is not read: what those processes had not sent yet is lost" in caplog.text
+
+
+def test_said_where_nobody_would_read_it(make_trainer):
+    """With an optimizer of Trainer's own, and in two places."""
+    trainer = make_trainer("adamw_torch", optim_args="comm=topk, comm_density=0.1")
+    with pytest.raises(ValueError, match=r"optim='adamw_torch' call sketch_transformers\.enable_memsgd"):
+        trainer.train()
+    with pytest.raises(ValueError, match="so does enable_memsgd"):
+        sketch_transformers.enable_memsgd(make_trainer(optim_args="comm=topk"), density=0.1)
 
 
 def test_options_are_checked_at_once(make_trainer):
-    for options, said in (({"density": 0}, "density=0"), ({"denisty": 0.1}, "denisty")):
+    for options, said in (({"density": 0}, "density=0"), ({"denisty": 0.1}, "denisty"),
+                          ({"process_group": None}, "process_group")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             sketch_transformers.enable_memsgd(make_trainer(), **options)
