@@ -8,8 +8,8 @@
 `compress` is `Compressor.take` of every matrix: add to the memory, pick, clear. `decompress` puts the payloads of
 `--ranks` ranks into one gradient, each of them as long as this rank's. In each turn everything is timed once, so that
 ratios hold on a machine whose speed drifts: `x_allreduce` is the median of (compress + decompress) / (all-reduce of the
-whole gradient, in messages of 25 MB), `x_copy` of the same over a copy of it. `exchange_ms` is the collective with the
-compressed payloads.
+whole gradient, in messages of 25 MB), `x_copy` of the same over a copy of it. `exchange_ms` is the collectives with the
+compressed payloads; count_sketch's tables, which ranks add up for each parameter before they pick, are among them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bench_step import RESULTS, hardware, shapes, timed
 from rich.console import Console
 from rich.table import Table
 
+from sketch_plugins.comm.count_sketch import CountSketchTopK
 from sketch_plugins.comm.state import COMPRESSORS, make_compressor
 
 FIELDS = (
@@ -55,6 +56,9 @@ def work(rank: int, args: argparse.Namespace, port: int, out: Any) -> None:
             compressor = make_compressor(name)
             memories = [torch.zeros_like(g) for g in matrices]
             payloads: list[Any] = []
+            tables = []
+            if isinstance(compressor, CountSketchTopK):
+                tables = [torch.zeros(compressor.depth, compressor.cells(len(m), density)) for m in matrices]
 
             def compress(
                 compressor: Any = compressor,
@@ -76,7 +80,9 @@ def work(rank: int, args: argparse.Namespace, port: int, out: Any) -> None:
                         piece.index_add_(0, compressor.positions(payload.at, len(m), density), payload.values)
                     at += len(m)
 
-            def exchange(compressor: Any = compressor, payloads: Any = payloads) -> None:
+            def exchange(compressor: Any = compressor, payloads: Any = payloads, tables: Any = tables) -> None:
+                for table in tables:
+                    dist.all_reduce(table)
                 values = torch.cat([p.values for p in payloads])
                 if compressor.shared:
                     dist.all_reduce(values)

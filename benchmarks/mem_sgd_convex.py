@@ -8,24 +8,26 @@ Two problems are made on the spot, after the two of the paper:
   samples.
 
 Samples have norm 1, one is a step, the regulariser is 1 / n, and the rate is the paper's, gamma / (lambda * (a + t)).
-gamma is swept for each method, by factors of 4, in one epoch; the best one runs for all of them. What is evaluated is
-the loss on all samples of the weighted average of the iterates (`MemSGD.averaged_parameters`); the optimum is found by
-L-BFGS.
+gamma is swept for each method in one epoch, by factors of 2 until the best has a worse neighbour on both sides; the
+best one runs for all epochs, and rand-1 with memory on the second problem in a run of 30, too. What is evaluated is the
+loss on all samples of the weighted average of the iterates (`MemSGD.averaged_parameters`); the optimum is found by
+L-BFGS. Runs that are already in the CSV are not run again.
 
-    python benchmarks/mem_sgd_convex.py                      # some minutes
-    python benchmarks/mem_sgd_convex.py --problems epsilon --epochs 1
+    python benchmarks/mem_sgd_convex.py                      # a quarter of an hour
+    python benchmarks/mem_sgd_convex.py --problems epsilon --epochs 1 --out /tmp/convex.csv
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from bench_step import hardware
+from rates import best_rate, sweep
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,9 +37,11 @@ from sketch_plugins import MemSGD
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
-    "problem", "method", "gamma", "best", "epoch", "steps", "loss", "optimum", "sent_mb", "hardware", "torch",
+    "problem", "method", "gamma", "best", "epochs", "epoch", "steps", "loss", "optimum", "sent_mb", "hardware", "torch",
 )  # fmt: skip
-GAMMAS = (0.5, 2.0, 8.0)
+CENTRE = 2.0  # where sweeps begin
+MOST = 14  # rates of a sweep
+LONGER = {("rcv1-like", "rand-1, memory"): 30}  # has sent each of 20,000 entries 12 times on average after 12 epochs
 # Label -> options of MemSGD, and bytes sent by a worker in each step, given d.
 METHODS = {
     "SGD": ({"density": 1.0}, lambda d: 4 * d),
@@ -140,12 +144,13 @@ def run(problem: Problem, options: dict, gamma: float, epochs: int, shift: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", default="epsilon,rcv1")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "mem_sgd_convex.csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    console, rows = Console(), []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    console, rows = Console(), read(args.out)
     for make in (globals()[name] for name in args.problems.split(",")):
         problem = make()
         best_possible = optimum(problem)
@@ -153,41 +158,78 @@ def main() -> None:
         # The paper's: the first order of d / k, ten times that where samples are sparse.
         shift = float(problem.size * (1 if problem.index is None else 10))
         for method, (options, message) in METHODS.items():
-            sweep = {gamma: list(run(problem, options, gamma, 1, shift)) for gamma in GAMMAS}
-            best = min(sweep, key=lambda gamma: sweep[gamma][-1][1])
-            whole = list(run(problem, options, best, args.epochs, shift))
-            console.print(f"{method}: {whole[-1][1]:.4f} at gamma {best}")
-            for gamma, curve, chosen in (*((gamma, curve, 0) for gamma, curve in sweep.items()), (best, whole, 1)):
-                for steps, loss in curve:
-                    rows.append({
-                        "problem": problem.name, "method": method, "gamma": gamma, "best": chosen,
-                        "epoch": round(steps / len(problem.y), 3), "steps": steps, "loss": round(loss, 6),
-                        "optimum": round(best_possible, 6), "sent_mb": round(steps * message(problem.size) / 1e6, 4),
-                        "hardware": hardware(torch.device("cpu")), "torch": torch.__version__,
-                    })  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
+            for row in rows:  # those of the file may have had another best
+                if (row["problem"], row["method"]) == (problem.name, method):
+                    row["best"] = 0
+
+            def curve(
+                gamma: float, epochs: int, best: int, problem: Problem = problem, method: str = method,
+                options: dict = options, message: Callable[[int], int] = message, shift: float = shift,
+                best_possible: float = best_possible,
+            ) -> list[dict]:  # fmt: skip
+                """Rows of one run; those of the file, if it is there."""
+                key = (problem.name, method, gamma, epochs)
+                found = [r for r in rows if (r["problem"], r["method"], r["gamma"], r["epochs"]) == key]
+                if not found:
+                    for steps, loss in run(problem, options, gamma, epochs, shift):
+                        found.append({
+                            "problem": problem.name, "method": method, "gamma": gamma, "best": 0, "epochs": epochs,
+                            "epoch": round(steps / len(problem.y), 3), "steps": steps, "loss": round(loss, 6),
+                            "optimum": round(best_possible, 6),
+                            "sent_mb": round(steps * message(problem.size) / 1e6, 4),
+                            "hardware": hardware(torch.device("cpu")), "torch": torch.__version__,
+                        })  # fmt: skip
+                    rows.extend(found)
+                    write(args.out, rows)
+                for row in found:
+                    row["best"] = best
+                console.print(f"{method}, gamma {gamma:g}, epochs {epochs}: {found[-1]['loss']:.4f}")
+                return found
+
+            best = best_rate(
+                sweep(lambda gamma, curve=curve: curve(gamma, 1, 0), lambda found: found[-1]["loss"], CENTRE, MOST),
+                lambda found: found[-1]["loss"],
+            )
+            for epochs in (args.epochs, LONGER.get((problem.name, method), args.epochs)):
+                curve(best, epochs, 1)
+    order = list(METHODS)
+    rows.sort(key=lambda r: (r["problem"], order.index(r["method"]), r["best"], r["epochs"], r["gamma"], r["steps"]))
+    write(args.out, rows)
+    console.print(table(rows))
+    plot(rows, args.epochs, args.out.with_suffix(".png"))
+
+
+def read(path: Path) -> list[dict]:
+    """Rows of an earlier run; none, if there was none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        kinds = {"gamma": float, "best": int, "epochs": int, "epoch": float, "steps": int, "loss": float,
+                 "optimum": float, "sent_mb": float}  # fmt: skip
+        return [{key: kinds.get(key, str)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    console.print(table(rows))
-    plot(rows, args.out.with_suffix(".png"))
 
 
 def table(rows: list[dict]) -> Table:
     out = Table(title="loss of the averaged iterate after the last step")
-    for heading in ("problem", "method", "gamma", "loss", "optimum", "sent by a worker, MB"):
+    for heading in ("problem", "method", "gamma", "epochs", "loss", "optimum", "sent by a worker, MB"):
         out.add_column(heading)
-    steps = {row["problem"]: row["steps"] for row in rows if row["best"]}
-    for last in [row for row in rows if row["best"] and row["steps"] == steps[row["problem"]]]:
+    lasts = {(row["problem"], row["method"], row["epochs"]): row for row in rows if row["best"]}
+    for last in lasts.values():
         out.add_row(
-            last["problem"], last["method"], f"{last['gamma']:g}", f"{last['loss']:.4f}", f"{last['optimum']:.4f}",
-            f"{last['sent_mb']:,.1f}",
+            last["problem"], last["method"], f"{last['gamma']:g}", str(last["epochs"]), f"{last['loss']:.4f}",
+            f"{last['optimum']:.4f}", f"{last['sent_mb']:,.1f}",
         )  # fmt: skip
     return out
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[dict], epochs: int, path: Path) -> None:
     """Distance from the optimum by steps."""
     import matplotlib
 
@@ -198,7 +240,8 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(problems), figsize=(5.5 * len(problems), 4.2), squeeze=False)
     for axis, problem in zip(axes[0], problems, strict=True):
         for number, method in enumerate(METHODS):
-            curve = [r for r in rows if r["problem"] == problem and r["method"] == method and r["best"]]
+            key = (problem, method, 1, epochs)
+            curve = [r for r in rows if (r["problem"], r["method"], r["best"], r["epochs"]) == key]
             style = {"color": f"C{number}", "linestyle": "--" if "no memory" in method else "-"}
             axis.plot([r["epoch"] for r in curve], [r["loss"] for r in curve], label=method, marker=".", **style)
         axis.axhline(curve[0]["optimum"], color="black", linewidth=0.8, label="optimum")

@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
 """The language model of the demo on two processes: gradients averaged whole, and sparsified with memory.
 
-The model, text and schedule are those of ``examples/demo_lm.py`` (but gradients are not clipped, unless ``--clip`` is
-given), the batch is divided among the processes, which run on this machine. Bytes are counted at the process group
-(`_wire.CountingGroup`): whatever anybody hands to a collective.
+The model, text and schedule are those of ``examples/demo_lm.py``, the batch is divided among the processes, which run
+on this machine. Bytes are counted at the process group (`_wire.CountingGroup`): whatever anybody hands to a collective.
 
     python benchmarks/mem_sgd_lm.py                          # minutes for each run
-    python benchmarks/mem_sgd_lm.py --runs cs_adam@1e-3,cs_adam+topk:density=0.01@1e-3 --steps 100
+    python benchmarks/mem_sgd_lm.py --runs "cs_adam@1e-3,cs_adam+topk:density=0.01@1e-3" --steps 100 --seeds 0
 
-A run is ``optimizer[:options][+compressor[:options]]@rate``, options as key=value, separated by ``;``.
+A run is ``optimizer[:options][+compressor[:options]]@rate``, options as key=value, separated by ``;``. The optimizer's
+``clip`` bounds the norm of the averaged gradient, as Trainer does (at 1, unless it is told otherwise); 0, the default,
+does not. A seed is that of the initial parameters and of the order of the batches.
+
+`over_dense` compares with the best dense run, by its mean over the seeds, of the same optimizer and preset, whatever
+its rate and other options: a compressed run with options of its own is not compared with a dense one that they harm.
+Runs that are already in the CSV are not run again.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import argparse
 import csv
 import math
 import socket
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -38,12 +44,12 @@ from sketch_plugins.comm import attach
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
-    "run", "optimizer", "lr", "compressor", "density", "processes", "steps", "eval_loss", "over_dense", "wire_mb",
-    "dense_mb", "wire_over_dense", "wire_over_dense_steady", "memory_norm", "step_ms", "clip", "seed", "hardware",
-    "torch",
+    "run", "seed", "optimizer", "lr", "compressor", "density", "processes", "steps", "eval_loss", "over_dense",
+    "wire_mb", "dense_mb", "wire_over_dense", "wire_over_dense_steady", "memory_norm", "step_ms", "hardware", "torch",
 )  # fmt: skip
 LEAN = "cs_adam:preset=lean"
-DEFAULT = f"{LEAN}@3e-2,{LEAN}+block_topk:density=0.01@3e-2,cs_adam@1e-3,cs_adam+block_topk:density=0.01@1e-3"
+SPARSE = "block_topk:density=0.01"
+DEFAULT = ",".join((f"{LEAN}@3e-2", f"{LEAN}+{SPARSE}@3e-2", "cs_adam@1e-3", f"cs_adam+{SPARSE}@1e-3"))
 
 
 def options(text: str) -> dict[str, str]:
@@ -62,11 +68,12 @@ def parse(run: str) -> tuple[str, dict[str, str], str, dict[str, Any], float]:
     return name, options(own), kind, numbers, float(rate)
 
 
-def work(rank: int, args: argparse.Namespace, run: str, folder: Path, port: int, out: Any) -> None:
+def work(rank: int, args: argparse.Namespace, run: str, seed: int, folder: Path, port: int, out: Any) -> None:
     torch.set_num_threads(args.threads)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.processes)
     name, own, kind, theirs, lr = parse(run)
-    torch.manual_seed(args.seed)
+    label, clip = " ".join([name, *(f"{k}={v}" for k, v in own.items())]), float(own.pop("clip", 0.0))
+    torch.manual_seed(seed)
     experiment = demo_lm.build(args, folder)
     group = CountingGroup()
     ddp = torch.nn.parallel.DistributedDataParallel(experiment.model, process_group=group)
@@ -88,7 +95,7 @@ def work(rank: int, args: argparse.Namespace, run: str, folder: Path, port: int,
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     rows = experiment.train.columns["input_ids"]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     each, at, seconds, marks = args.batch_size // args.processes, 0, [], []
     start = group.sent  # what the construction of DistributedDataParallel has sent
     for _ in range(steps):
@@ -97,8 +104,8 @@ def work(rank: int, args: argparse.Namespace, run: str, folder: Path, port: int,
         at = (at + args.batch_size) % (len(order) - args.batch_size)
         ids = rows[batch].long()
         ddp(input_ids=ids, labels=ids).loss.backward()
-        if args.clip:
-            torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(ddp.parameters(), clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -118,15 +125,15 @@ def work(rank: int, args: argparse.Namespace, run: str, folder: Path, port: int,
     if rank == 0:
         dense = 4 * sum(p.numel() for p in ddp.parameters())
         out.put({
-            "run": run, "optimizer": " ".join([name, *(f"{k}={v}" for k, v in own.items())]), "lr": lr,
-            "compressor": kind or "none", "density": theirs.get("density", 0.01) if kind else 1.0,
+            "run": run, "seed": seed, "optimizer": label, "lr": lr, "compressor": kind or "none",
+            "density": theirs.get("density", 0.01) if kind else 1.0,
             "processes": args.processes, "steps": steps, "eval_loss": round(float(total[0] / total[1]), 4),
             "wire_mb": round(marks[-1] / 1e6, 3), "dense_mb": round(dense * steps / 1e6, 3),
             "wire_over_dense": round(marks[-1] / (dense * steps), 5),
             "wire_over_dense_steady": round((marks[-1] - marks[steps // 2 - 1]) / (dense * (steps - steps // 2)), 5),
             "memory_norm": round(state.memory_norm(), 3) if state else "",
-            "step_ms": round(1e3 * sorted(seconds)[steps // 2], 1), "clip": args.clip, "seed": args.seed,
-            "hardware": hardware(torch.device("cpu")), "torch": torch.__version__,
+            "step_ms": round(1e3 * sorted(seconds)[steps // 2], 1), "hardware": hardware(torch.device("cpu")),
+            "torch": torch.__version__,
         })  # fmt: skip
     dist.destroy_process_group()
 
@@ -138,8 +145,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("demo_out/comm"))
     parser.add_argument("--out", type=Path, default=RESULTS / "mem_sgd_lm.csv")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clip", type=float, default=0.0, help="bound of the gradient's norm; Trainer's is 1")
+    parser.add_argument("--seeds", default="0,1,2")
     for name, value in demo_lm.DEFAULTS.items():
         if name != "lr":
             parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
@@ -149,34 +155,69 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "data.pt").exists():
         demo_lm.prepare(args, args.folder)
-    results: list[dict[str, Any]] = []
-    console = Console()
-    for run in args.runs.split(","):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        out = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(work, (args, run, args.folder, port, out), args.processes)
-        row = out.get()
-        # The same optimizer and rate, averaged whole, that ran before.
-        dense = [
-            r for r in results if (r["optimizer"], r["lr"], r["compressor"]) == (row["optimizer"], row["lr"], "none")
-        ]
-        row["over_dense"] = round(row["eval_loss"] / dense[0]["eval_loss"] - 1, 5) if dense else ""
-        results.append(row)
-        console.print(f"{run}: {row['eval_loss']} {row['over_dense']} {row['wire_over_dense']}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(results)
-    table = Table(title=f"{args.processes} processes, {args.steps} steps")
-    shown = ("optimizer", "lr", "compressor", "eval_loss", "over_dense", "wire_over_dense", "wire_over_dense_steady")
-    for heading in shown:
-        table.add_column(heading)
+    results: list[dict[str, Any]] = []
+    if args.out.exists():
+        with args.out.open(newline="") as file:
+            results = [row for row in csv.DictReader(file) if int(row["steps"]) == args.steps]
+    console = Console()
+    for seed in map(int, args.seeds.split(",")):
+        for run in args.runs.split(","):
+            if any(r["run"] == run and int(r["seed"]) == seed for r in results):
+                continue
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            out = mp.get_context("spawn").SimpleQueue()
+            mp.spawn(work, (args, run, seed, args.folder, port, out), args.processes)
+            results.append(out.get())
+            compare(results)
+            row = results[-1]
+            console.print(f"seed {seed}, {run}: {row['eval_loss']} {row['over_dense']} {row['wire_over_dense']}")
+            with args.out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                writer.writeheader()
+                writer.writerows(results)
+    console.print(table(args, results))
+
+
+def losses(results: list[dict[str, Any]], run: str) -> dict[int, float]:
+    """Of each seed."""
+    return {int(r["seed"]): float(r["eval_loss"]) for r in results if r["run"] == run}
+
+
+def compare(results: list[dict[str, Any]]) -> None:
+    """Write `over_dense` into the rows."""
+
+    def family(row: dict[str, Any]) -> tuple[str, str]:
+        name, own, *_ = parse(row["run"])
+        return name, own.get("preset", "")
+
     for row in results:
-        table.add_row(*(str(row[heading]) for heading in shown))
-    console.print(table)
+        whole = {r["run"] for r in results if r["compressor"] == "none" and family(r) == family(row)}
+        seeds = {run: losses(results, run) for run in whole}
+        fair = [run for run in sorted(whole) if int(row["seed"]) in seeds[run]]
+        if row["compressor"] == "none" or not fair:
+            row["over_dense"] = ""
+            continue
+        best = min(fair, key=lambda run: statistics.mean(seeds[run].values()))
+        row["over_dense"] = round(float(row["eval_loss"]) / seeds[best][int(row["seed"])] - 1, 5)
+
+
+def table(args: argparse.Namespace, results: list[dict[str, Any]]) -> Table:
+    out = Table(title=f"{args.processes} processes, {args.steps} steps, mean (and range) over the seeds")
+    for heading in ("run", "seeds", "eval loss", "over dense, %", "wire / dense", "steady"):
+        out.add_column(heading)
+    for run in dict.fromkeys(row["run"] for row in results):
+        rows = [r for r in results if r["run"] == run]
+        found = [float(r["eval_loss"]) for r in rows]
+        over = [100 * float(r["over_dense"]) for r in rows if r["over_dense"] != ""]
+        out.add_row(
+            run, str(len(rows)), f"{statistics.mean(found):.4f} ({min(found):.4f} to {max(found):.4f})",
+            f"{statistics.mean(over):+.2f} ({min(over):+.2f} to {max(over):+.2f})" if over else "",
+            f"{float(rows[0]['wire_over_dense']):.4f}", f"{float(rows[0]['wire_over_dense_steady']):.4f}",
+        )  # fmt: skip
+    return out
 
 
 if __name__ == "__main__":
