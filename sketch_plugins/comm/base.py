@@ -21,8 +21,8 @@ class Payload(NamedTuple):
 
     Attributes:
         values: ``(count,)``, in the dtype of the vector.
-        at: where they belong, ``(count,)``. Of a compressor that is not ``shared`` in the form that travels (see
-            `Compressor.positions`); else positions (int64), which every rank knows and nobody sends.
+        at: where they belong. Of a compressor that is not ``shared`` in the form that travels (see
+            `Compressor.positions`); else positions (int64), ``(count,)``, which every rank knows and nobody sends.
     """
 
     values: Tensor
@@ -71,7 +71,7 @@ class Compressor(ABC):
         return x.index_add_(0, self.positions(payload.at, size, density), payload.values)
 
     def positions(self, index: Tensor, size: int, density: float) -> Tensor:
-        """Positions (int64) in the vector from an index as it travels, ``(..., count)``."""
+        """Positions (int64) in the vector, ``(count,)``, from an index as it travels."""
         return index.long()
 
     @abstractmethod

@@ -270,8 +270,8 @@ def _gather(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
             width = index[i].nbytes
             picked = _column(table, cut, width, index[i].dtype)
             where.append(_positions(state, picked, part.size, density) + part.begin)
-            what.append(shares[:, at : at + picked.shape[1]])
-            at, cut, i = at + picked.shape[1], cut + width, i + 1
+            what.append(shares[:, at : at + where[-1].shape[1]])
+            at, cut, i = at + where[-1].shape[1], cut + width, i + 1
         if where:
             _add(out, torch.cat(where, 1).flatten(), torch.cat(what, 1).flatten())
         return _close(state, buffer, out, bad)

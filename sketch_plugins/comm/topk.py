@@ -9,11 +9,15 @@ from torch import Tensor
 
 from sketch_plugins.comm.base import Compressor, Payload, Reduce, entries, largest
 
+# Entries that an offset of 2 bytes tells apart.
+_RUN = 1 << 16
+
 
 class TopK(Compressor):
     r"""The k = density * d entries of largest magnitude of the whole vector, of equal ones any.
 
-    On the wire: k values and k indices of 4 bytes (8 from 2**31 entries on).
+    On the wire: k values in the order of their positions, the last 2 bytes of each position, and, of a vector of more
+    than 2**16 entries, how many of them are in each run of 2**16: 4 bytes a run.
 
     Source: top-k of https://arxiv.org/abs/1809.07599.
     """
@@ -29,13 +33,36 @@ class TopK(Compressor):
         self, x: Tensor, density: float, *, step: int = 0, key: int = 0, reduce: Reduce | None = None
     ) -> Payload:
         """See `Compressor`."""
-        where = largest(x, self.count(len(x), density))
-        return Payload(x[where], where.to(_index_dtype(len(x))))
+        where = largest(x, self.count(len(x), density)).sort().values
+        offsets, runs = _low(where), _runs(len(x))
+        if not runs:
+            return Payload(x[where], offsets)
+        ends = torch.searchsorted(where, torch.arange(1, runs + 1, device=x.device) * _RUN)
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        return Payload(x[where], torch.cat([_low(counts), _low(counts >> 16), offsets]))
+
+    def positions(self, index: Tensor, size: int, density: float) -> Tensor:
+        """See `Compressor`."""
+        runs = _runs(size)
+        low = index.long() & (_RUN - 1)
+        if not runs:
+            return low
+        counts, offsets = low[:runs] + (low[runs : 2 * runs] << 16), low[2 * runs :]
+        # The run of the j-th entry: how many runs have ended by then. No device is waited for.
+        run = torch.searchsorted(counts.cumsum(0), torch.arange(len(offsets), device=index.device), right=True)
+        return offsets + run * _RUN
 
     def wire_bytes(self, size: int, density: float, itemsize: int = 4) -> int:
         """See `Compressor`."""
-        return self.count(size, density) * (itemsize + _index_dtype(size).itemsize)
+        return self.count(size, density) * (itemsize + 2) + 4 * _runs(size)
 
 
-def _index_dtype(size: int) -> torch.dtype:
-    return torch.int32 if size < 1 << 31 else torch.int64
+def _runs(size: int) -> int:
+    """Runs of 2**16 entries that are counted: none where there is only one."""
+    return -(-size // _RUN) if size > _RUN else 0
+
+
+def _low(numbers: Tensor) -> Tensor:
+    """The last 16 bits, as int16."""
+    low = numbers & (_RUN - 1)
+    return (low - ((low >> 15) << 16)).to(torch.int16)

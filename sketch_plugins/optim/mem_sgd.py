@@ -145,7 +145,7 @@ class MemSGD(torch.optim.Optimizer):
         step = g * lr if isinstance(lr, Tensor) else g
         m.view(p.shape).add_(step, alpha=1 if isinstance(lr, Tensor) else lr)
         payload = compressor.compress(m, density, step=t, key=number)
-        where = payload.at.long()
+        where = compressor.positions(payload.at, size, density)
         flat = p.detach().view(-1) if p.is_contiguous() else p.detach().flatten()
         old = flat[where]
         new = (old.to(kind) - payload.values).to(p.dtype)
