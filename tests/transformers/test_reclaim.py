@@ -394,6 +394,21 @@ def test_what_trainer_does_to_a_model(extra, metered):
     assert differences(everything(reference), end) == []
 
 
+def test_buffers_that_are_expanded(metered):
+    """torch refuses to copy into a tensor whose elements share memory."""
+    trainer = metered(max_steps=2)
+    trainer.model.register_buffer("mask", torch.arange(4.0).expand(3, 4), persistent=False)
+
+    def count(module, args):
+        module.mask[0] += 1
+
+    trainer.model.register_forward_pre_hook(count)
+    callback = reclaiming(trainer, 9_500)
+    trainer.train()
+    assert callback.batch_size == 9 and trainer.model.mask.stride() == (0, 1)
+    assert torch.equal(trainer.model.mask, torch.arange(4.0).expand(3, 4) + 2)
+
+
 def test_limits(metered):
     trainer = metered(data=Tokens(10), max_steps=2)
     assert reclaim_batch_size(trainer, "1TiB").batch_size == 10  # no more than the data
