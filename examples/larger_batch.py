@@ -132,6 +132,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--predict is about updates of one batch: leave --effective")
     if args.task == "both" and args.model:
         parser.error("--model goes with one --task")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed {args.seed} is not in [0, {2**32 - 1}]")
     for file in args.text or ():
         if not file.is_file():
             parser.error(f"--text {file}: no such file")
@@ -158,7 +160,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def runs_of(args: argparse.Namespace, task: str) -> list[Run]:
     from transformers.training_args import OptimizerNames
 
-    import sketch_transformers  # noqa: F401  registers "cs_adam" and its family
+    import sketch_transformers.arguments  # registers "cs_adam" and its family
+    from sketch_plugins import registry
 
     known = [name.value for name in OptimizerNames]
     rates = LARGE_RATES if args.size == "large" else RATES[task]
@@ -173,6 +176,9 @@ def runs_of(args: argparse.Namespace, task: str) -> list[Run]:
         name, _, weights = run.optim.partition("/")
         if name not in known or weights not in ("", "bf16"):
             raise ValueError(f"optimizer {run.optim!r} is unknown to Trainer; it knows {', '.join(known)}, and /bf16")
+        plain = name.removesuffix("_layerwise")
+        if plain in registry.names():  # the runs before it would be for nothing
+            sketch_transformers.arguments.parse_optim_args(name, run.optim_args)
     return runs
 
 
@@ -326,7 +332,10 @@ def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict
     options |= {"init_val": args.base_batch or 4} if args.effective else {}
     options |= {**({} if cuda else {"budget": budget, "meter": AllocatorMeter()})}
     started = time.perf_counter()
-    found = reclaim_batch_size(trainer, **options)
+    try:
+        found = reclaim_batch_size(trainer, **options)
+    except ValueError as error:
+        common.fail(str(error))
     searched = time.perf_counter() - started
     print(found, flush=True)
     batch = found.batch_size
@@ -421,6 +430,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     args = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch's profiler, which counts what the allocator gives, would print two lines for each size that is tried.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would spread the batch over all devices
     if not args.model or Path(args.model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -6,6 +6,7 @@ import functools
 import gc
 import random
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,9 +23,9 @@ LARGE = 10_000
 class Snapshot:
     """Weights, buffers, attributes of modules, optimizer, scheduler, random numbers, Trainer's and accelerate's state.
 
-    What was there is put back in place: tensors get their numbers again, dictionaries and lists their entries. Tensors
-    are copied to the CPU, for on a device they would take what is being measured; frozen parameters, which no training
-    changes, are not copied.
+    What was there is put back in place: tensors get their numbers again, dictionaries, lists, sets and deques their
+    entries. Tensors are copied to the CPU, for on a device they would take what is being measured; frozen parameters,
+    which no training changes, are not copied.
 
     Attributes:
         nbytes: bytes of the copies.
@@ -35,7 +36,7 @@ class Snapshot:
         self.nbytes = 0
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._lists: list[tuple[Any, list[Any]]] = []
         self._seen: set[int] = set()
         for module in trainer.model.modules():
             self._keep(vars(module))
@@ -68,7 +69,8 @@ class Snapshot:
             found.clear()
             found.update(kept)
         for entries, kept_entries in self._lists:
-            entries[:] = kept_entries
+            entries.clear()
+            (entries.update if isinstance(entries, set) else entries.extend)(kept_entries)
         for parameter, hooks in self._hooks:
             found = _private.grad_hooks(parameter)
             found.clear()
@@ -94,18 +96,22 @@ class Snapshot:
             if frozen or value.is_meta:
                 return
             self._seen.add(id(value))
-            saved = value.detach().to("cpu", copy=True)
-            self._tensors.append((value, saved))
+            place = value.detach()
+            for dim, stride in enumerate(place.stride() if place.layout == torch.strided else ()):
+                if stride == 0 and place.shape[dim] > 1:  # expanded: torch writes to no element that is there twice
+                    place = place.narrow(dim, 0, 1)
+            saved = place.to("cpu", copy=True)
+            self._tensors.append((place, saved))
             self.nbytes += saved.numel() * saved.element_size()
         elif isinstance(value, dict):
             self._seen.add(id(value))
             self._dicts.append((value, dict(value)))
             for entry in list(value.values()):
                 self._keep(entry)
-        elif isinstance(value, list):
+        elif isinstance(value, (list, set, deque)):
             self._seen.add(id(value))
             self._lists.append((value, list(value)))
-            for entry in value:
+            for entry in list(value):
                 self._keep(entry)
         elif isinstance(value, tuple):
             for entry in value:

@@ -161,6 +161,8 @@ def test_larger_batch_predicted(tmp_path, monkeypatch, capsys):
         (["--model", "gpt2"], "--model goes with one --task"),
         (["--optimizers", "no_such"], "optimizer 'no_such' is unknown to Trainer"),
         (["--optimizers", "cs_adam/fp8"], "optimizer 'cs_adam/fp8' is unknown to Trainer"),
+        (["--optimizers", "cs_adam_layerwise/bf16:compresion=0.1"], "Did you mean 'compression'?"),
+        (["--seed", "-1"], "--seed -1 is not in [0, 4294967295]"),
     ],
 )
 def test_bad_options_of_larger_batch(options, message, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`ReclaimBatchSize` in Trainer: the size that it finds, and that nothing else is left of the search."""
 
+import collections
 import copy
 import functools
 import gc
@@ -392,6 +393,25 @@ def test_what_trainer_does_to_a_model(extra, metered):
     reference.train()
     assert callback.batch_size == 9
     assert differences(everything(reference), end) == []
+
+
+def test_what_models_keep(metered):
+    """torch refuses to copy into an expanded buffer, whose elements share memory; a queue, a set."""
+    trainer = metered(max_steps=2)
+    trainer.model.register_buffer("mask", torch.arange(4.0).expand(3, 4), persistent=False)
+    trainer.model.last, trainer.model.lengths = collections.deque([0], maxlen=3), {0}
+
+    def count(module, args, kwargs):
+        module.mask[0] += 1
+        module.last.append(len(module.last))
+        module.lengths.add(len(kwargs["input_ids"]))
+
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    callback = reclaiming(trainer, 9_500)
+    trainer.train()
+    assert callback.batch_size == 9 and trainer.model.mask.stride() == (0, 1)
+    assert torch.equal(trainer.model.mask, torch.arange(4.0).expand(3, 4) + 2)
+    assert list(trainer.model.last) == [0, 1, 2] and trainer.model.lengths == {0, 9}
 
 
 def test_limits(metered):
