@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.hashing import TABLE1, TABLE2
-from sketch_plugins.kernels.tile import round_stochastically
+from sketch_plugins.kernels.tile import ACCELERATOR_NOISE, CPU_NOISE, round_stochastically
 
 # Adds a tensor over all ranks, in place.
 Reduce = Callable[[Tensor], None]
@@ -184,8 +184,14 @@ def accumulate(
 
 def keep(memory: Tensor, x: Tensor, key: int, step: int) -> None:
     """Write x into a memory of bfloat16, rounded stochastically (x, too); a memory of its dtype is x itself."""
-    if memory is not x:
-        memory.copy_(round_stochastically(x, torch.arange(len(x), device=x.device), key, step))
+    if memory is x:
+        return
+    # In blocks: the noise takes 40 bytes for each entry while it is drawn.
+    block = CPU_NOISE if x.device.type == "cpu" else ACCELERATOR_NOISE
+    for start in range(0, len(x), block):
+        part = x[start : start + block]
+        round_stochastically(part, torch.arange(start, start + len(part), device=x.device), key, step)
+    memory.copy_(x)
 
 
 def check_density(density: float, name: str = "density") -> float:

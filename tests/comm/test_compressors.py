@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from sketch_plugins.comm import COMPRESSORS, BlockTopK, CountSketchTopK, DensitySchedule, RandK, TopK
-from sketch_plugins.comm.base import take_all
+from sketch_plugins.comm.base import keep, take_all
+from sketch_plugins.kernels.tile import round_stochastically
+from sketch_plugins.memory.meter import AllocatorMeter
 
 SIZES = (1, 2, 31, 33, 1024, 1025, 5000)
 EVERY = {name: cls() for name, cls in COMPRESSORS.items()} | {"block_topk_small": BlockTopK(block=64)}
@@ -314,3 +316,14 @@ def test_kernel_with_equal_magnitudes(kernel):
     x[[5, 300]] = torch.tensor([math.nan, -math.inf])
     payload = kernel(256).take(torch.zeros(600), x, 1.0, 1 / 256)
     assert {5, 300} <= set(BlockTopK(256).positions(payload.at, 600, 1 / 256).tolist())
+
+
+def test_rounding_a_memory_takes_its_noise_in_blocks():
+    """The bits of one call for all, without 40 bytes of noise for each entry."""
+    x = vector(200_000)
+    whole = round_stochastically(x.clone(), torch.arange(len(x)), 5, 7).bfloat16()
+    memory, meter = torch.empty(len(x), dtype=torch.bfloat16), AllocatorMeter()
+    meter.start()
+    keep(memory, x, 5, 7)
+    assert meter.read() - meter.live < 8 * len(x)
+    assert torch.equal(memory, whole)
