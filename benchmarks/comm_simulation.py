@@ -29,8 +29,8 @@ device. Each compressor has its own costs, counted from the code as it runs on a
                           indices 24, padding 8, gather 16, sign 8, sum 4: 180; for each table indices 24, gather 16,
                           sign 8, then 24 + 48 + 8: 224; 32
 * Bytes an entry: gathered from the memory and cleared there in sectors of 32 bytes (116), copied, clamped, and what the
-  dtype cannot say put back (126); block_topk's kernel has done the first.
-* Launches for each tensor: 15 of the hook; block_topk 5 more, topk 12, randk 6, count_sketch 5 and for each run of its
+  dtype cannot say put back (126); block_topk's kernel has done the first. topk sorts its positions: 104 more.
+* Launches for each tensor: 15 of the hook; block_topk 5 more, topk 20, randk 6, count_sketch 5 and for each run of its
   vector (1 / (width * density) of them) 18; 60 for each 2**20 entries where they are rotated by indices.
 * host: randk draws its positions on the CPU, 65 ns each (measured, one core of a Xeon); it works ahead of the device.
 * tables: count_sketch's all-reduce of each tensor's tables, which the hook waits for before it picks.
@@ -70,8 +70,8 @@ SMALLEST = 1024
 # See the docstring.
 PER_PARAMETER = {"block_topk": 12.0, "topk": 44.0, "randk": 12.0}
 STREAMED, INDEXED = 208.0, 448.0
-PER_ENTRY = {"block_topk": 126.0, "topk": 242.0, "randk": 242.0, "count_sketch": 242.0}
-LAUNCHES = {"block_topk": 20, "topk": 27, "randk": 21, "count_sketch": 20}
+PER_ENTRY = {"block_topk": 126.0, "topk": 346.0, "randk": 242.0, "count_sketch": 242.0}
+LAUNCHES = {"block_topk": 20, "topk": 35, "randk": 21, "count_sketch": 20}
 LAUNCH = 5e-6
 DRAW = 65e-9
 ADDED, PLACED = 272.0, 80.0
