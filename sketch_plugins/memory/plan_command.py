@@ -49,7 +49,8 @@ def main(arguments: argparse.Namespace, program: str) -> int:
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
         return 0
-    out = Console(width=None if sys.stdout.isatty() else 120)
+    # Paths and names of optimizers may have brackets and colons, which are no markup.
+    out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     # Not the title and caption of the table, which is no wider than its columns.
     out.print(found.title, soft_wrap=True, highlight=False)
     table = found.table()
