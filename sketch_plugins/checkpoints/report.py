@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite, prod
 from pathlib import Path
@@ -125,7 +126,9 @@ def main(checkpoint: str, rows: int, as_json: bool, trust: bool, program: str) -
     try:
         if rows < 0:
             raise CannotReport(f"--rows {rows} is not allowed: 0 (all) or more")
-        found = contents(checkpoint, trust=trust)
+        # DeepSpeed, for one, writes its log to stdout when it is imported.
+        with redirect_stdout(sys.stderr):
+            found = contents(checkpoint, trust=trust)
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
