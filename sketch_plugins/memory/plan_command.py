@@ -7,6 +7,7 @@ import json
 import sys
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sketch_plugins.memory.plan import check_plot, plan
@@ -55,6 +56,9 @@ def main(arguments: argparse.Namespace, program: str) -> int:
     out.print(found.title, soft_wrap=True, highlight=False)
     table = found.table()
     table.title = table.caption = None
+    # Columns that find no room would vanish; on a narrow terminal lines are broken instead.
+    needed = Measurement.get(out, out.options.update(max_width=1000), table).minimum
+    out.width = max(out.width, needed)
     out.print(table)
     out.print(found.notes, soft_wrap=True, highlight=False)
     if arguments.plot is not None:

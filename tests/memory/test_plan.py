@@ -480,6 +480,15 @@ def small(tmp_path):
     return tmp_path / "config.json"
 
 
+def test_a_narrow_terminal_hides_no_column(small, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    common = ["plan", "--model", str(small), "--batch-size", "2", "--seq-len", "8", "--optimizer", "adamw"]
+    assert cli.main([*common, "--gpu-memory", "560MB"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("adamw", "gradients", "activations", "largest"))
+
+
 def test_the_command(small, tmp_path, capsys):
     chart = tmp_path / "chart.png"
     common = ["plan", "--model", str(small), "--batch-size", "2", "--seq-len", "32", "--precision", "bf16"]
