@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -50,7 +51,9 @@ def information() -> dict[str, Any]:
 
 def main(as_json: bool) -> int:
     """Run the command."""
-    found = information()
+    # DeepSpeed, for one, writes its log to stdout when it is imported.
+    with redirect_stdout(sys.stderr):
+        found = information()
     if as_json:
         print(json.dumps(found, indent=2))
         return 0

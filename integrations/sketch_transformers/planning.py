@@ -8,12 +8,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 #: Name -> (class of the configuration, class of the model, what differs from the configuration's defaults).
 #: The numbers are those of the configurations that are published under these names.
@@ -114,6 +116,10 @@ class HuggingFaceModel:
     ) -> None:
         self.config, self.label = _configuration(model)
         self.task = _task(self.config, task)
+        if self.task == "sequence-classification" and getattr(self.config, "pad_token_id", None) is None:
+            # Decoders look for the last token before the padding, and refuse batches without the padding's number.
+            self.config = copy.deepcopy(self.config)
+            self.config.pad_token_id = 0
         if self.task == "seq2seq-lm" and getattr(self.config, "decoder_start_token_id", None) is None:
             # Labels are shifted with it, whichever it is; configurations that are published have one.
             self.config = copy.deepcopy(self.config)
@@ -129,7 +135,13 @@ class HuggingFaceModel:
     def build(self) -> nn.Module:
         """The model. Its weights are wherever the caller's device context puts them."""
         with _quiet():
-            model = getattr(transformers, TASKS[self.task]).from_config(self.config)
+            try:
+                model = getattr(transformers, TASKS[self.task]).from_config(self.config)
+            except Exception as error:  # whatever a model's class makes of nonsense
+                raise ValueError(
+                    f"{self.label}: no {self.config.model_type} can be made of this configuration "
+                    f"({type(error).__name__}: {error})"
+                ) from error
             if self.gradient_checkpointing:
                 try:
                     model.gradient_checkpointing_enable()
@@ -147,7 +159,15 @@ class HuggingFaceModel:
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """As Trainer takes it: under autocast accelerate makes float32 of all that a model returns."""
         with _quiet():
-            outputs = model(**batch)
+            try:
+                outputs = model(**batch)
+            except (ValueError, DataDependentOutputException, DynamicOutputShapeException):
+                raise  # which say themselves what is wrong
+            except Exception as error:  # whatever a model does with tensors that have no numbers
+                raise ValueError(
+                    f"{self.label} cannot be run on {self.seq_len} tokens without numbers "
+                    f"({type(error).__name__}: {error}): try another length, precision or task"
+                ) from error
         if torch.is_autocast_enabled("cpu"):
             outputs = {key: value.float() if torch.is_tensor(value) else value for key, value in outputs.items()}
             return outputs["loss"]
@@ -158,6 +178,8 @@ def _configuration(model: Any) -> tuple[Any, str]:
     if isinstance(model, transformers.PretrainedConfig):
         return model, type(model).__name__.removesuffix("Config")
     name = os.fspath(model)
+    if not name:
+        raise ValueError("the model's name is empty: give a name, a directory or a config.json")
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "config.json"
@@ -173,8 +195,11 @@ def _configuration(model: Any) -> tuple[Any, str]:
     cached = _cached(name)
     if cached is not None:
         return _read(cached), name
+    begun = [known for known in BUILT_IN if last and known.startswith(last.lower())]
+    near = list(dict.fromkeys([*begun, *get_close_matches(last.lower(), BUILT_IN, 3)]))[:3]
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"unknown model {name!r}: it is no file or directory, not in the local cache of the hub, and nothing is "
+        f"unknown model {name!r}. {hint}It is no file or directory, not in the local cache of the hub, and nothing is "
         f"downloaded. Built in are {', '.join(BUILT_IN)}; for others give a path or a config.json"
     )
 
@@ -229,8 +254,12 @@ def _task(config: Any, task: str | None) -> str:
             }
             task = next((name for name, kinds in mappings.items() if config.model_type in kinds), None)
     if task not in TASKS:
-        said = "no task is known for this model" if task is None else f"task={task!r} is not allowed"
-        raise ValueError(f"{said}: one of {', '.join(TASKS)}")
+        if task is None:
+            raise ValueError(
+                f"no task is known for this model, {config.model_type}: the tasks are {', '.join(TASKS)}. For others, "
+                "plan() takes, in Python, a function that makes any module"
+            )
+        raise ValueError(f"task={task!r} is not allowed: one of {', '.join(TASKS)}")
     if type(config) not in getattr(transformers, TASKS[task])._model_mapping:
         raise ValueError(f"task={task!r}: {config.model_type} has no such model; known tasks are {', '.join(TASKS)}")
     return task
@@ -242,7 +271,7 @@ def _positions(config: Any) -> int | None:
         (n for name in ("max_position_embeddings", "n_positions") if isinstance(n := getattr(config, name, None), int)),
         None,
     )
-    if positions is None or config.model_type in ("t5", "mt5", "umt5"):  # relative positions
+    if positions is None or positions < 0 or config.model_type in ("t5", "mt5", "umt5"):  # relative positions
         return None
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # they count from behind the padding's number
         return positions - (config.pad_token_id or 0) - 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def reshard(
             of an optimizer with ``"state"`` and ``"param_groups"``, as `get_optimizer_state_dict` returns it.
         world_size: shards that are to load it.
         output: directory to write, ``CHECKPOINT-worldN`` by default. It appears when it is whole.
-        trust: unpickle objects other than plain values (torch unpickles the file ``.metadata`` in any case).
+        trust: unpickle objects other than plain values and what torch itself writes into the file ``.metadata``.
         progress: called with the steps done, their number, and what is at hand.
 
     Raises:
@@ -106,8 +107,56 @@ class _Planner(_EmptyStateDictLoadPlanner):
         super().load_bytes(read_item, value)
 
 
+#: What torch writes into ``.metadata``, by module and name. Nothing in here runs code of the file's choice.
+_METADATA = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+            "StorageMeta", "MetadataIndex", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+}  # fmt: skip
+
+
+class _Untrusted(UnpicklingError):
+    """Something that only code could make."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes nothing but what torch writes into ``.metadata``, which its own reader unpickles unseen."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # A dotted name would reach whatever a module imports; none of these is dotted.
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _METADATA:
+            raise _Untrusted(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check_metadata(path: Path) -> None:
+    for file in sorted(path.glob("*.metadata")):  # a rank's own, too: torch falls back to it
+        try:
+            with file.open("rb") as stream:
+                _MetadataUnpickler(stream).load()
+        except _Untrusted as error:
+            raise CannotReshard(
+                f"{file} holds objects other than torch's own ({error}), and unpickling them runs code: if you trust "
+                "the checkpoint, give --trust"
+            ) from error
+        except Exception as error:  # a torn file may cause anything
+            raise CannotReshard(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
+
+
 def _load(path: Path, trust: bool) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
+    if not trust:
+        _check_metadata(path)
     try:
         _load_state_dict(loaded, storage_reader=dcp.FileSystemReader(path), planner=_Planner(trust), no_dist=True)
     except (Exception, CheckpointException) as error:  # which is no Exception; a torn file may cause anything

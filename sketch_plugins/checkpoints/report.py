@@ -6,8 +6,9 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -125,14 +126,17 @@ def main(checkpoint: str, rows: int, as_json: bool, trust: bool, program: str) -
     try:
         if rows < 0:
             raise CannotReport(f"--rows {rows} is not allowed: 0 (all) or more")
-        found = contents(checkpoint, trust=trust)
+        # DeepSpeed, for one, writes its log to stdout when it is imported.
+        with redirect_stdout(sys.stderr):
+            found = contents(checkpoint, trust=trust)
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     if as_json:
         print(json.dumps({"checkpoint": checkpoint, "optimizers": [c.to_dict() for c in found]}, indent=2, default=str))
         return 0
-    out = Console(width=None if sys.stdout.isatty() else 120)
+    # Names and paths may have brackets and colons, which are no markup.
+    out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     for one in found:
         out.print(f"{checkpoint}: {one.optimizer}", soft_wrap=True, highlight=False)
         for number, group in enumerate(one.groups):
@@ -249,7 +253,10 @@ def load(file: Path, trust: bool) -> Any:
             f"{file} cannot be read as a file of torch.save; it is damaged, or of another format"
         ) from error
     except Exception as error:  # a torn file may cause anything
-        raise CannotReport(f"{file} cannot be read as a file of torch.save: {error or type(error).__name__}") from error
+        said = str(error) or type(error).__name__
+        raise CannotReport(
+            f"{file} cannot be read as a file of torch.save; it is damaged, or of another format: {said}"
+        ) from error
 
 
 def _is_zip(file: Path) -> bool:
@@ -284,7 +291,8 @@ def _of_value(value: Any, path: Path) -> list[Contents]:
 def _state_dicts(value: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(value, Mapping):
         groups = value.get("param_groups")
-        if isinstance(value.get("state"), Mapping) and isinstance(groups, (list, tuple)):
+        whole = isinstance(groups, (list, tuple)) and all(isinstance(g, Mapping) and "params" in g for g in groups)
+        if whole and isinstance(value.get("state"), Mapping):
             yield value
             return
         for inner in value.values():
@@ -353,7 +361,7 @@ def _elements(state: Mapping[str, Any]) -> int | None:
     # Adafactor's, torch's and transformers'.
     for names in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):
         rows, columns = map(state.get, names)
-        if isinstance(rows, Tensor) and isinstance(columns, Tensor):
+        if isinstance(rows, Tensor) and isinstance(columns, Tensor) and columns.ndim:
             sizes.append(rows.numel() * columns.shape[-1])
     return max(sizes, default=None)
 
@@ -362,8 +370,9 @@ def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequ
     entries = []
     for name, number, state, elements in named:
         step = state.get("step")
+        number_of_steps = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
         count = (
-            int(step) if isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1) else None
+            int(number_of_steps) if isinstance(number_of_steps, (int, float)) and isfinite(number_of_steps) else None
         )
         entries.append(
             Entry(name or "", number, _elements(state) if elements is None else elements, count, list(_tensors(state)))

@@ -10,6 +10,7 @@ import copy
 import importlib
 import io
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -158,7 +159,7 @@ class Plan:
     def __str__(self) -> str:
         """The table as text."""
         text = io.StringIO()
-        Console(width=120, file=text).print(self.table())
+        Console(width=120, file=text, markup=False, emoji=False).print(self.table())
         return text.getvalue()
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -269,10 +270,13 @@ def plan(
         if not kept or (len(kept) < len(wanted) and optimizers != "all"):
             raise ValueError("steps in backward (_layerwise) do not go with ZeRO: leave one of the two")
         wanted = kept
+    if reserve is not None and gpu_memory is None:
+        raise ValueError(f"reserve={reserve!r} is part of a budget: give gpu_memory, too, as in gpu_memory='16GiB'")
     budget = None if gpu_memory is None else _budget(gpu_memory, device, "gpu_memory")
     kept_back = 0
     if budget is not None:
-        kept_back = RESERVE if reserve is None and device == "cuda" else _budget(reserve or 0, device, "reserve")
+        given = (RESERVE if device == "cuda" else 0) if reserve is None else reserve
+        kept_back = _budget(given, device, "reserve")
         if kept_back >= budget:
             raise ValueError(
                 f"gpu_memory={gpu_memory!r} is no more than the {format_bytes(kept_back)} that are left to others "
@@ -314,6 +318,8 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     """
     if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{os.fspath(path)!r} is not allowed: a plot's file ends in .png, .svg or .pdf")
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{os.fspath(path)!r} cannot be written: No such file or directory: {Path(path).parent}")
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
@@ -537,7 +543,7 @@ def _check_zero(stage: int, world_size: int | None) -> None:
 
 
 def _budget(given: Any, device: str, name: str) -> int:
-    if name == "reserve" and given in (0, "0"):
+    if name == "reserve" and re.fullmatch(r"0+(\.0*)?\s*([KMGT]?i?B)?", str(given).strip()):
         return 0
     total = 0
     if device == "cpu" or torch.cuda.is_available():

@@ -7,6 +7,7 @@ import json
 import sys
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sketch_plugins.memory.plan import check_plot, plan
@@ -49,11 +50,15 @@ def main(arguments: argparse.Namespace, program: str) -> int:
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
         return 0
-    out = Console(width=None if sys.stdout.isatty() else 120)
+    # Paths and names of optimizers may have brackets and colons, which are no markup.
+    out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     # Not the title and caption of the table, which is no wider than its columns.
     out.print(found.title, soft_wrap=True, highlight=False)
     table = found.table()
     table.title = table.caption = None
+    # Columns that find no room would vanish; on a narrow terminal lines are broken instead.
+    needed = Measurement.get(out, out.options.update(max_width=1000), table).minimum
+    out.width = max(out.width, needed)
     out.print(table)
     out.print(found.notes, soft_wrap=True, highlight=False)
     if arguments.plot is not None:

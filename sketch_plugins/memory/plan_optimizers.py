@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -202,13 +203,17 @@ def _choice(text: str) -> Choice:
     full, _, rest = text.partition(":")
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
     given = {key.strip(): value.strip() for key, _, value in pairs}
+    if len(given) < len(pairs):
+        raise ValueError(f"{text!r} gives an option twice")
     name, in_backward = (full.removesuffix(IN_BACKWARD), True) if full.endswith(IN_BACKWARD) else (full, False)
     if name in TORCH and not in_backward:
         if given:
             raise ValueError(f"{name} takes no options here, and was given {rest}")
         return Choice(name, name)
     if name not in registry.names():
-        raise ValueError(f"unknown optimizer {full!r}; known are {', '.join(known())}")
+        near = get_close_matches(full.lower(), known(), 1)
+        hint = f"Did you mean {near[0]!r}? Known" if near else "Known"
+        raise ValueError(f"unknown optimizer {full!r}. {hint} are {', '.join(known())}")
     options = registry.parse_options(name, given)
     choice = Choice(f"{full} {rest}".strip(), name, options, in_backward)
     choice.build([torch.nn.Parameter(torch.empty(1, device="meta"))], False)  # contradictions, before anything runs

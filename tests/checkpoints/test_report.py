@@ -2,9 +2,11 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,6 +237,46 @@ def test_nothing_is_unpickled_unasked(tmp_path, capsys):
     message = refused(capsys, tmp_path / "run.pt")
     assert "Odd" in message and "--trust" in message
     assert "CSAdam" in said(capsys, tmp_path / "run.pt", "--trust")
+
+
+class Runs:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0.metadata"])
+def test_metadata_runs_no_code(name, tmp_path, capsys):
+    """torch unpickles these files of a distributed checkpoint as they are, with whatever is in them."""
+    mark, place = tmp_path / "ran", tmp_path / "saved"
+    place.mkdir()
+    (place / ".metadata").write_bytes(b"")
+    (place / name).write_bytes(pickle.dumps(Runs(mark)))
+    message = refused(capsys, place)
+    assert not mark.exists() and ("--trust" in message or (name != ".metadata" and "cannot be read" in message))
+    for module, attribute in (("torch.distributed.checkpoint.metadata", "os.system"), ("torch", "load")):
+        (place / ".metadata").write_bytes(b"\x80\x04" + f"\x8c{chr(len(module))}{module}".encode("latin1")
+            + f"\x8c{chr(len(attribute))}{attribute}\x93.".encode("latin1"))  # fmt: skip
+        assert f"{module}.{attribute}" in refused(capsys, place)
+
+
+def test_what_looks_like_an_optimizer_and_is_none(tmp_path, capsys):
+    file = tmp_path / "[old]" / "run[b].pt"
+    file.parent.mkdir()
+    for groups in ([3], [{}], [{"lr": 1.0}]):
+        torch.save({"state": {}, "param_groups": groups}, file)
+        assert "holds no state dict of an optimizer" in refused(capsys, file)
+    # Names, values and paths with brackets are shown as they are; odd steps and factors do no harm.
+    state = {"step": float("nan"), "row_var": torch.tensor(1.0), "col_var": torch.tensor(1.0)}
+    torch.save(
+        {"state": {0: state}, "param_groups": [{"params": [0], "param_names": ["[red]x[/x]"], "o": "[/b]"}]}, file
+    )
+    shown = said(capsys, file)
+    assert "[red]x[/x]" in shown and "o=[/b]" in shown and str(file) in shown
 
 
 def test_older_files_and_runs_without_a_step(tmp_path, capsys):

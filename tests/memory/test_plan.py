@@ -367,7 +367,13 @@ def test_pieces_of_a_rank_are_those_that_zero_would_cut():
         ({"gpu_memory": "256MiB"}, "no more than the 536.9 MB that are left to others"),
         ({"gpu_memory": "1GiB", "reserve": "x"}, "reserve='x' is not allowed"),
         ({"precision": "int4"}, "precision='int4' is not one of fp32, bf16, bf16-mixed, fp16-mixed"),
-        ({"optimizers": "adam"}, "unknown optimizer 'adam'; known are all, cs_adam.*adafactor"),
+        ({"optimizers": "adam"}, "unknown optimizer 'adam'. Did you mean 'adamw'.*all, cs_adam.*adafactor"),
+        ({"optimizers": "cs_adam:seed=1,seed=2"}, "gives an option twice"),
+        ({"model": "bert-large"}, "Did you mean bert-large-uncased or bert-large-cased"),
+        ({"model": "google-bert/bert-bse-uncased"}, "Did you mean bert-base-uncased"),
+        ({"model": ""}, "name is empty"),
+        ({"reserve": "1GiB"}, "reserve='1GiB' is part of a budget: give gpu_memory, too"),
+        ({"gpu_memory": "1GiB", "reserve": ""}, "reserve='' is not allowed"),
         ({"optimizers": "cs_adam:compresion=1"}, "Did you mean 'compression'"),
         ({"optimizers": "preset=lean"}, "belongs to no optimizer"),
         ({"optimizers": "adamw:preset=lean"}, "adamw takes no options"),
@@ -410,6 +416,8 @@ def test_a_fraction_needs_a_gpu():
         ('{"model_type": "magic"}', "'magic' is unknown to transformers"),
         ('{"model_type": "bert", "hidden_size": "many", "num_hidden_layers": "x"}', "bert does not take these values"),
         ('{"model_type": "clip"}', "no task is known for this model"),
+        ('{"model_type": "bert", "num_attention_heads": 0}', "no bert can be made.*ZeroDivisionError"),
+        ('{"model_type": "longformer", "num_hidden_layers": 1}', "cannot be run on 512 tokens.*try another"),
     ],
 )
 def test_configurations_that_are_none(text, message, tmp_path):
@@ -436,6 +444,25 @@ def test_a_configuration_of_ones_own(tmp_path):
         assert isinstance(HuggingFaceModel(tmp_path).build(), type(AutoModelForMaskedLM.from_config(config)))
 
 
+def test_decoders_that_classify_and_positions_without_end(tmp_path):
+    kind = {"seq_len": 8, "batch_size": 2, "optimizers": "sm3", "precision": "bf16", "device": "cpu"}
+    config = LlamaConfig(
+        num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64, vocab_size=99
+    )
+    assert plan(config, task="sequence-classification", **kind).rows[0].peak > 0
+    assert config.pad_token_id is None  # the caller's own is not touched
+    file = tmp_path / "config.json"
+    file.write_text(
+        '{"model_type": "xlnet", "n_layer": 1, "d_model": 32, "n_head": 2, "d_inner": 32, "vocab_size": 99}'
+    )
+    assert plan(file, **kind).rows[0].peak > 0  # its max_position_embeddings is -1
+
+
+def test_nothing_at_all_may_be_reserved():
+    kind = {"seq_len": 8, "batch_size": 2, "optimizers": "sm3", "gpu_memory": "1MiB", "device": "cpu"}
+    assert plan(bert(), reserve="0GiB", **kind) == plan(bert(), reserve=0, **kind) == plan(bert(), **kind)
+
+
 def test_a_model_whose_way_depends_on_numbers_is_refused():
     def loss(model, batch):
         return model(batch[batch.sum(1) > 0]).sum()
@@ -451,6 +478,15 @@ def test_a_model_whose_way_depends_on_numbers_is_refused():
 def small(tmp_path):
     bert().save_pretrained(tmp_path)
     return tmp_path / "config.json"
+
+
+def test_a_narrow_terminal_hides_no_column(small, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    common = ["plan", "--model", str(small), "--batch-size", "2", "--seq-len", "8", "--optimizer", "adamw"]
+    assert cli.main([*common, "--gpu-memory", "560MB"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("adamw", "gradients", "activations", "largest"))
 
 
 def test_the_command(small, tmp_path, capsys):
