@@ -54,7 +54,7 @@ format: $(VENV)/.dev ## let ruff fix and format the sources
 	$(BIN)/ruff format $(LINT_PATHS)
 
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) build dist demo_out bert_out accelerate_out extreme_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist demo_out bert_out accelerate_out extreme_out larger_batch_out .pytest_cache .mypy_cache .ruff_cache
 	find sketch_plugins integrations examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: it is pinned here, while the package itself accepts a range.
