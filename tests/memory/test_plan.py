@@ -394,7 +394,7 @@ def test_pieces_of_a_rank_are_those_that_zero_would_cut():
         ({"sample": images}, "sample and loss are for modules"),
         ({"model": Convolutions, "sample": images, "loss": image_loss, "task": "masked-lm"}, "make the module so"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )  # fmt: skip
 def test_what_makes_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):
