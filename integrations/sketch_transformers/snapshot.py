@@ -96,11 +96,11 @@ class Snapshot:
             if frozen or value.is_meta:
                 return
             self._seen.add(id(value))
-            place = value.detach()
-            for dim, stride in enumerate(place.stride() if place.layout == torch.strided else ()):
-                if stride == 0 and place.shape[dim] > 1:  # expanded: torch writes to no element that is there twice
-                    place = place.narrow(dim, 0, 1)
-            saved = place.to("cpu", copy=True)
+            place = value  # itself, not a view: its storage may be another one by then (`parameter.data = ...`)
+            for dim, stride in enumerate(value.stride() if value.layout == torch.strided else ()):
+                if stride == 0 and value.shape[dim] > 1:  # expanded: torch writes to no element that is there twice
+                    place = place.detach().narrow(dim, 0, 1)
+            saved = place.detach().to("cpu", copy=True)
             self._tensors.append((place, saved))
             self.nbytes += saved.numel() * saved.element_size()
         elif isinstance(value, dict):
