@@ -133,3 +133,28 @@ def once(tmp_path_factory):
         return folder
 
     return run
+
+
+#: What frameworks put into the environment of a process that they take for one of several.
+_OF_RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_process_again():
+    """A test that made this process a rank does not leave it one: the next would wait for others, or take its port."""
+    before = {name: os.environ.get(name) for name in _OF_RANKS}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
