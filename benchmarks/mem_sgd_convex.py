@@ -14,7 +14,7 @@ loss on all samples of the weighted average of the iterates (`MemSGD.averaged_pa
 L-BFGS. Runs that are already in the CSV are not run again.
 
     python benchmarks/mem_sgd_convex.py                      # a quarter of an hour
-    python benchmarks/mem_sgd_convex.py --problems epsilon --epochs 1 --out /tmp/convex.csv
+    python benchmarks/mem_sgd_convex.py --problems epsilon --epochs 1 --out convex.csv
 """
 
 from __future__ import annotations
