@@ -13,6 +13,7 @@ Where no kernel took part in a step (the kernels refused it, and the eager path 
 
 import contextlib
 import copy
+import importlib
 import math
 import os
 import warnings
@@ -60,6 +61,16 @@ def using(backend):
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
+
+
+# Triton decides when it is imported whether its kernels are interpreted; there may be none on this platform.
+HAS_TRITON = not torch.cuda.is_available()
+if HAS_TRITON:
+    try:
+        with using("triton"):
+            importlib.import_module("sketch_plugins.kernels.gpu.launch")
+    except ImportError:
+        HAS_TRITON = False
 
 
 @contextlib.contextmanager
