@@ -107,7 +107,7 @@ def prepare(w: Work) -> Task:
     if isinstance(second, CountMin):
         sweep, table = sweeps.count_min, state2["table"].data_ptr()
         width = second.buckets(rows)
-        apart = w.measure and kind == sweeps.NONE
+        apart = w.measure and (kind == sweeps.NONE or w.after)
         band = max(1, min(width, LONG // columns if apart else BAND // (-(-rows // width) * columns)))
         units = -(-width // band)
     elif isinstance(second, Cover):
@@ -248,7 +248,9 @@ class _Pieces:
         """A piece of a task."""
         row, kernel = task.row, (task.sweep, task.dtypes)
         cost = row[sweeps.SIZE] * (piece[sweeps.END] - piece[sweeps.BEGIN]) // row[sweeps.UNITS]
-        need = row[sweeps.BAND] * row[sweeps.COLUMNS] or 3 * max(SPAN, row[sweeps.BLOCK])
+        # The factors of a band, and where momentum comes after them, two runs beside; else three runs.
+        band, run = row[sweeps.BAND] * row[sweeps.COLUMNS], max(SPAN, row[sweeps.BLOCK])
+        need = band + 2 * run * row[sweeps.AFTER] if band else 3 * run
         size, pieces, room = self._open.pop(kernel, (0, [], 0))
         if pieces and size + cost > self.limit:
             self._close(kernel, size, pieces, room)
