@@ -81,7 +81,7 @@ def root_mean_square(
     count: int,
     run: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
 ) -> Tensor:
-    """``sqrt(sum((numerator * factor) ** 2) / count)``, 0-d: a tile's part of the root mean square of ``count`` numbers.
+    """``sqrt(sum((numerator * factor) ** 2) / count)``, 0-d: a tile's part of the RMS of ``count`` numbers.
 
     The result is right up to the largest number of the arithmetic dtype, although squares of float32 overflow from
     1.8e19 on: where their sum is not finite, they are summed again, divided by the largest. Squares of numbers below

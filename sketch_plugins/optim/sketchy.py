@@ -644,9 +644,7 @@ class Sketchy(SketchOptimizer):
         if group["scale_parameter"]:
             matrix, count = Matrix(p.data), p.numel()
             # Contiguous: the same bits for any layout.
-            parts = [
-                root_mean_square(matrix.get(at).to(grad.dtype).contiguous(), None, count) for at in grad.batches()
-            ]
+            parts = [root_mean_square(matrix.get(at).to(grad.dtype).contiguous(), None, count) for at in grad.batches()]
             size *= joined(parts).clamp(min=SCALE_FLOOR)
         return size
 
