@@ -39,8 +39,13 @@ def shares(cases, names, backends):
     return out
 
 
-def generated(name, backend, cases, seed, counts, quick=False, each=None):
-    """Compare ``cases`` cases; raises with the smallest one that differs."""
+def seed_of(name, backend, seed=15):
+    """The seed of an optimizer's cases for a backend."""
+    return zlib.crc32(f"{seed}/{backend}/{name}".encode())
+
+
+def generated(name, backend, cases, seed, counts, quick=False, each=None, shrink=True):
+    """Compare ``cases`` cases; raises with the smallest one that differs (with the first one, unless ``shrink``)."""
     import comparison
     import hypothesis
     import strategies
@@ -51,7 +56,8 @@ def generated(name, backend, cases, seed, counts, quick=False, each=None):
         database=None,
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
-        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        phases=[hypothesis.Phase.generate, *[hypothesis.Phase.shrink] * shrink],
+        report_multiple_bugs=False,
     )
     @hypothesis.given(strategies.cases(name, backend, quick))
     def compare(case):
@@ -97,7 +103,7 @@ def main():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from sketch_plugins import registry
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     backends = [backend for backend in SHARE if importlib.util.find_spec(backend)]
     jobs = {
         key: n for key, n in shares(args.cases, registry.names(), backends).items() if args.only in "/".join(key)
@@ -117,7 +123,7 @@ def main():
             # The longest first.
             order = sorted(jobs, key=lambda key: -jobs[key] / SHARE[key[0]] ** 1.2)
             waiting = [
-                pool.submit(_work, *key, jobs[key], zlib.crc32(f"{args.seed}/{'/'.join(key)}".encode()))
+                pool.submit(_work, *key, jobs[key], seed_of(key[1], key[0], args.seed))
                 for key in order
             ]
             while waiting or not said.empty():

@@ -55,7 +55,7 @@ NOT_NUMBA = {
 }  # fmt: skip
 SHAPES = [
     (), (0,), (1,), (5,), (31,), (33,), (129,), (1025,), (0, 3), (3, 0), (1, 1), (1, 40), (40, 1), (7, 5), (24, 48),
-    (37, 33), (70, 7), (33, 31), (3, 1025), (20, 129), (129, 31), (2, 128), (2, 3, 4), (6, 5, 7), (1, 3, 1), (4, 3, 2, 2),
+    (37, 33), (70, 7), (33, 31), (3, 1025), (20, 129), (129, 31), (33, 129), (2, 128), (2, 3, 4), (6, 5, 7), (1, 3, 1), (4, 3, 2, 2),
     (8, 3, 3, 3), (0, 2, 2), (2, 1, 3, 2),
 ]  # fmt: skip
 LAYOUTS = ["contiguous", "offset", "gaps", "transposed", "channels_last", "every_other", "reversed"]
@@ -149,9 +149,9 @@ def cases(draw, name, backend, quick=False):
         groups = [{key: value for key, value in group.items() if key != "betas"} for group in groups]
     seed = draw(st.integers(0, 1000))
 
-    shapes = [shape for shape in SHAPES if not quick or _size(shape) <= 1300]
-    if backend == "triton":
-        shapes = [shape for shape in shapes if _size(shape) <= 2600]
+    # The interpreter takes a second for some thousand numbers; Numba's units of 4096 have to be exceeded.
+    most = (1300 if quick else 2600) if backend == "triton" else 4300
+    shapes = [shape for shape in SHAPES if _size(shape) <= most]
     # Numba takes two dtypes, and compiles its loops for each combination.
     dtypes = ["float32", "float32", "bfloat16"] if backend == "numba" else ["float32", "bfloat16", "float16"]
     if draw(st.integers(0, 9)) == 9:

@@ -1,0 +1,116 @@
+"""Faults that are planted in the kernels are found by the generated comparison, with its fixed seed.
+
+A fault is an edit of a source file, which is loaded from a copy in place of the module itself. Most of Numba's are in
+the Python that describes a step to the loops: they need no compilation.
+"""
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import comparison
+from run import generated, seed_of
+
+from sketch_plugins import kernels
+from sketch_plugins.optim import fused
+
+# Cases until the comparison may be said to have missed a fault: those of `make compare` are ten times as many.
+CASES = {"numba": 150, "triton": 60}
+
+
+def load(module, folder, before, after):
+    """The module with ``before`` replaced, as a module of its own."""
+    source = Path(module.__file__).read_text()
+    assert source.count(before) == 1, f"{before!r} is {source.count(before)} times in {module.__file__}"
+    path = folder / f"faulty_{Path(module.__file__).name}"
+    path.write_text(source.replace(before, after))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    faulty = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = faulty  # dataclasses and Triton look a module up by its name
+    try:
+        with comparison.using("triton"):
+            spec.loader.exec_module(faulty)
+    finally:
+        del sys.modules[path.stem]
+    return faulty
+
+
+def found(name, backend):
+    """What the comparison says of a fault."""
+    with pytest.raises(comparison.Different) as different:
+        generated(name, backend, CASES[backend], seed_of(name, backend), Counter(), quick=True, shrink=False)
+    return str(different.value)
+
+
+# What is wrong, the optimizer, the file, and the edit.
+NUMBA = {
+    "ignored flag: coupled weight decay": (
+        "cs_momentum", "cpu", "if w.flags & (1 << L2):", "if False:",
+    ),
+    "wrong decay: of the parameter": (
+        "cs_rmsprop", "sweeps", "store(p, o, keep * load(p, o, n) - u, n)", "store(p, o, load(p, o, n) - u, n)",
+    ),
+    "lost clip: nothing is measured": (
+        "cs_momentum", "cpu", "        ),\n        w.measure,\n", "        ),\n        False,\n",
+    ),
+    "missed tail: the last numbers of a tensor": (
+        "cs_momentum", "cpu", "units = -(-size // columns)", "units = max(1, size // columns)",
+    ),
+    "stale table: it is read before the gradient is in it": (
+        "cs_adam", "cpu", "apply = APPLY if fold_first else FOLD | APPLY", "apply = APPLY",
+    ),
+}  # fmt: skip
+TRITON = {
+    "ignored flag: Nesterov's momentum": (
+        "cs_momentum", "step", "m = x + tl.load(s + LOOKAHEAD) * m", "m = m + 0.0 * x",
+    ),
+    "wrong decay: of the parameter": (
+        "cs_rmsprop", "step", "new = tl.load(s + KEEP) * p - update", "new = p - update",
+    ),
+    "lost clip: what was measured is not looked at": (
+        "cs_momentum", "norms", "    if clip != 0:", "    if clip < 0:",
+    ),
+    "missed tail: the last column of a row": (
+        "sm3", "step", "(inside < BLOCK) & (cols < extent(t, COLUMNS, ALIGN))",
+        "(inside < BLOCK) & (cols + 1 < extent(t, COLUMNS, ALIGN))",
+    ),
+    "stale table: the step reads what was there before": (
+        "cs_adam", "step", "        v = kept.to(tl.float32)\n", "        v = v + 0.0 * kept.to(tl.float32)\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", NUMBA)
+def test_a_fault_in_the_loops_for_a_cpu_is_found(fault, monkeypatch, tmp_path):
+    pytest.importorskip("numba")
+    from sketch_plugins.kernels import cpu
+
+    name, file, before, after = NUMBA[fault]
+    if file == "cpu":
+        faulty = load(cpu, tmp_path, before, after)
+        monkeypatch.setattr(kernels, "cpu", faulty)
+        monkeypatch.setitem(sys.modules, "sketch_plugins.kernels.cpu", faulty)
+    else:
+        monkeypatch.setattr(cpu, "sweeps", load(cpu.sweeps, tmp_path, before, after))
+    fused._numba.cache_clear()
+    try:
+        assert "numba, step" in found(name, "numba")
+    finally:
+        fused._numba.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: it meets NaN and infinities
+@pytest.mark.parametrize("fault", TRITON)
+def test_a_fault_in_the_kernels_for_a_gpu_is_found(fault, monkeypatch, tmp_path):
+    if not comparison.HAS_TRITON:
+        pytest.skip("Triton's interpreter needs Triton, and a process without a CUDA device")
+    from sketch_plugins.kernels.gpu import launch
+
+    name, file, before, after = TRITON[fault]
+    monkeypatch.setattr(launch, file, load(getattr(launch, file), tmp_path, before, after))
+    assert "triton, step" in found(name, "triton")
