@@ -36,7 +36,7 @@ demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare
 test: $(VENV)/.dev ## run the test suite
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
 
-compare: $(VENV)/.dev ## kernels against the eager definition in 5,400 generated cases (COMPARE_CASES sets another number)
+compare: $(VENV)/.dev ## kernels against the eager definition in 6,000 generated cases (COMPARE_CASES sets another number)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/compare/run.py $(COMPARE_ARGS)
 
 gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one, and the benchmark on both precisions

@@ -1,4 +1,4 @@
-"""300 generated cases in which every backend has to compute what the eager definition computes; `make compare` has more.
+"""300 generated cases: every backend has to compute what the eager definition computes; `make compare` has more.
 
 A case that differs is printed as a dict: ``comparison.run(case, backend)`` repeats it.
 """
