@@ -83,9 +83,9 @@ def root_mean_square(
 ) -> Tensor:
     """``sqrt(sum((numerator * factor) ** 2) / count)``, 0-d: a tile's part of the RMS of ``count`` numbers.
 
-    The result is right up to the largest number of the arithmetic dtype, although squares of float32 overflow from
-    1.8e19 on: where their sum is not finite, they are summed again, divided by the largest. Squares of numbers below
-    1e-19 underflow and count for less than they are.
+    The result is right for all numbers of the arithmetic dtype, although squares of float32 overflow from 1.8e19 on and
+    underflow below 1e-19: where their sum is not finite, or too small to be trusted, the numbers are divided by the
+    largest one and their squares are summed again.
 
     Args:
         numerator: tile of the update before it is divided.
@@ -95,7 +95,7 @@ def root_mean_square(
     """
     if numerator.device.type == "cpu":  # elsewhere, a look at the sum would wait for the device
         total = run(sum_of_squares)(numerator, factor)
-        if math.isfinite(float(total)):
+        if 1e8 * torch.finfo(numerator.dtype).tiny * numerator.numel() < float(total) < math.inf:
             return (total / count).sqrt_()
     total, largest = run(scaled_squares)(numerator, factor)
     return (total / count).sqrt_() * largest
@@ -107,7 +107,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def sum_of_squares(numerator: Tensor, factor: Tensor | None) -> Tensor:
-    """``sum((numerator * factor) ** 2)``, 0-d; infinite where the arithmetic dtype cannot hold it."""
+    """``sum((numerator * factor) ** 2)``, 0-d, as far as the arithmetic dtype can hold it."""
     u = _product(numerator, factor)
     if torch.compiler.is_compiling():
         return (u * u).sum()
