@@ -56,24 +56,25 @@ NUMBA = {
         "cs_rmsprop", "sweeps", "store(p, o, keep * load(p, o, n) - u, n)", "store(p, o, load(p, o, n) - u, n)",
     ),
     "lost clip: nothing is measured": (
-        "cs_momentum", "cpu", "        ),\n        w.measure,\n", "        ),\n        False,\n",
+        "sketchy", "cpu", "        ),\n        w.measure,\n", "        ),\n        False,\n",
     ),
-    "missed tail: the last numbers of a tensor": (
-        "cs_momentum", "cpu", "units = -(-size // columns)", "units = max(1, size // columns)",
+    "missed tail: the numbers of the last row beyond a vector": (
+        "cs_momentum", "cpu", "w.p.data_ptr(), w.g.data_ptr(), size, columns,",
+        "w.p.data_ptr(), w.g.data_ptr(), size - size % 16, columns,",
     ),
     "stale table: it is read before the gradient is in it": (
         "cs_adam", "cpu", "apply = APPLY if fold_first else FOLD | APPLY", "apply = APPLY",
     ),
 }  # fmt: skip
 TRITON = {
-    "ignored flag: Nesterov's momentum": (
-        "cs_momentum", "step", "m = x + tl.load(s + LOOKAHEAD) * m", "m = m + 0.0 * x",
+    "ignored flag: momentum after the denominator": (
+        "sm3", "step", "x = x * factor(v, s, _rate(s, INNER, PHASE))", "f = factor(v, s, f)",
     ),
     "wrong decay: of the parameter": (
         "cs_rmsprop", "step", "new = tl.load(s + KEEP) * p - update", "new = p - update",
     ),
     "lost clip: what was measured is not looked at": (
-        "cs_momentum", "norms", "    if clip != 0:", "    if clip < 0:",
+        "sketchy", "norms", "    if clip != 0:", "    if clip < 0:",
     ),
     "missed tail: the last column of a row": (
         "sm3", "step", "(inside < BLOCK) & (cols < extent(t, COLUMNS, ALIGN))",
