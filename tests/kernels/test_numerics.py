@@ -358,10 +358,12 @@ def taken(backend, w):
     """All that the step leaves behind."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=RuntimeWarning)
-        if backend.run is not None:
-            backend.run([w])
+        if backend.prepare is not None:
+            for _, run in backend.prepare([w]):
+                run()
         else:
-            backend.run_tasks([backend.prepare(w)], [w.numbers], [0], [w.g.data_ptr()])
+            _, run = backend.prepare_tasks([backend.task(w)], [w.numbers], [0], [w.g.data_ptr()], None)
+            run()
     return [w.p, *(t for pair in (w.first, w.second) if pair for t in pair[1].values())]
 
 
