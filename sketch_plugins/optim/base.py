@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.tile import numerator_of, round_to_bf16, sum_of_squares, update
+from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, round_to_bf16, update
 from sketch_plugins.kernels.work import Work
 from sketch_plugins.optim.ambient import neutral
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, numbers, vector
@@ -93,18 +93,24 @@ class Denominator(NamedTuple):
     divisor: float | Tensor
     shift: float | Tensor
 
-    @property
-    def floor(self) -> float:
-        """Without an epsilon, 0 / 0 is no step."""
-        return 1e-37 if not isinstance(self.shift, Tensor) and self.shift == 0 else 0.0
+    def floor(self, dtype: torch.dtype) -> float:
+        """The least denominator: 1e-30 in float32, 0 (none) where epsilon is larger.
+
+        A gradient of 0 over a second moment of 0 is no step, whatever epsilon is. Without an epsilon, or with a tiny
+        one, the quotient of the learning rate and the denominator would be infinite, and 0 times that NaN. The root of
+        a second moment that is not 0 is 3e-23 or more.
+        """
+        least = 1e8 * torch.finfo(dtype).tiny
+        return least if isinstance(self.shift, Tensor) or self.shift < least else 0.0
 
     def of(self, root: Tensor) -> Tensor:
         """In place of the root."""
         if isinstance(self.divisor, Tensor) or self.divisor != 1.0:
             root.div_(self.divisor)
         if isinstance(self.shift, Tensor) or self.shift != 0:
-            return root.add_(self.shift)
-        return root.clamp_(min=self.floor)
+            root.add_(self.shift)
+        floor = self.floor(root.dtype)
+        return root.clamp_(min=floor) if floor else root
 
 
 @dataclass(frozen=True)
@@ -833,25 +839,27 @@ class SketchOptimizer(torch.optim.Optimizer):
         once = lagged and grad.rows is None and int(state["step"]) > 1
         looks = Factors(second, rule, state, period, peek=True, slot="peeked factor" if once else "factor")
 
-        def squares_of_update(at: At, g: Tensor) -> Tensor:
+        # Of touched rows only, where they are given.
+        count = (grad.shape[0] if grad.rows is None else len(grad.rows)) * grad.shape[1]
+
+        def size_of_update(at: At, g: Tensor) -> Tensor:
             m = None
             if first and rule.first and not before:
                 m = first.peek(state["first_moment"], at, g, rule.first)
-            return grad.run(sum_of_squares)(
-                numerator_of(g, m, rule.lookahead), looks.get(at, g) if rule.denominator else None
-            )
+            numerator = numerator_of(g, m, rule.lookahead)
+            return root_mean_square(numerator, looks.get(at, g) if rule.denominator else None, count, grad.run)
 
-        squares: Any = 0
-        norm: Any = 0
+        updates: list[Tensor] = []
+        sizes: list[Tensor] = []
         rms: Any
         size: Any
         rms, size = state["rms"]["last"].unbind() if once else (None, None)
         if not once and (lagged or group.get("scale_parameter")):
-            norm = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in grad.batches())
-            size = _root_mean(norm, grad)
+            sizes = [root_mean_square(p.get(at).to(grad.dtype), None, count) for at in grad.batches()]
+            size = joined(sizes)
         if not once and (lagged or group.get("update_clip")):
-            squares = sum(squares_of_update(at, grad.get(at)) for at in grad.batches(period, align))
-            rms = _root_mean(squares, grad) * rule.correction
+            updates = [size_of_update(at, grad.get(at)) for at in grad.batches(period, align)]
+            rms = joined(updates) * rule.correction
         if group.get("scale_parameter"):
             step_size = size.clamp(min=SCALE_FLOOR) * step_size
         if group.get("update_clip"):
@@ -877,8 +885,8 @@ class SketchOptimizer(torch.optim.Optimizer):
             if not in_place:
                 part = scratch.cast("parameter", part, grad.dtype)
             if once:
-                squares = squares + squares_of_update(at, g)
-                norm = norm + sum_of_squares(part, None)
+                updates.append(size_of_update(at, g))
+                sizes.append(root_mean_square(part, None, count))
             scaled = factors.get(at, g) if rule.denominator else factor
             if first:
                 scaled = first.view(scaled) if scaled.ndim else scaled
@@ -893,8 +901,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         if second and not second.write_first:
             second.finish(state["second_moment"], working["second_moment"], grad)
         if lagged:
-            measured = [_root_mean(squares, grad) * rule.correction, _root_mean(norm, grad)]
-            torch.stack(measured, out=state["rms"]["last"])
+            torch.stack([joined(updates) * rule.correction, joined(sizes)], out=state["rms"]["last"])
 
     def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
         assert g is not None
@@ -1322,15 +1329,10 @@ def _touched_rows(grad: Gradient) -> Tensor:
     return touched.squeeze(-1).nonzero().squeeze(-1)
 
 
-def _root_mean(squares: Any, grad: Gradient) -> Tensor:
-    rows = grad.shape[0] if grad.rows is None else len(grad.rows)
-    return (torch.as_tensor(squares) / (rows * grad.shape[1])).sqrt()
-
-
 def _rms(p: Matrix, grad: Gradient) -> Tensor:
     """Of a whole parameter, whichever rows have a gradient."""
-    squares = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in tiles(*grad.shape, grad.chunk))
-    return (torch.as_tensor(squares) / (grad.shape[0] * grad.shape[1])).sqrt()
+    count = grad.shape[0] * grad.shape[1]
+    return joined([root_mean_square(p.get(at).to(grad.dtype), None, count) for at in tiles(*grad.shape, grad.chunk)])
 
 
 def _capturing(device: torch.device) -> bool:

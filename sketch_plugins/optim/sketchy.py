@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.tile import numerator_of, update
+from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, update
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
 from sketch_plugins.linalg.kronecker import Kronecker, Side, cut, merged, solve
 from sketch_plugins.optim.adam import _SHARED
@@ -567,10 +567,10 @@ class Sketchy(SketchOptimizer):
 
         if of_gradient:
             self._gather(plan, covariances, _full(grad, whole).view(p.shape), step, group)
-        squares = self._graft(grad, rule, state, named, whole, not of_gradient or not started)
+        rms, root = self._graft(grad, rule, state, named, whole, not of_gradient or not started), p.numel() ** 0.5
         if grafted:
-            scale = self._scale(p, grad, squares, group)
-            norm = squares.sqrt() * scale
+            scale = self._scale(p, grad, rms, group)
+            norm = rms * scale * root
             if not of_gradient or not started:
                 x.mul_(scale)
         if not of_gradient:
@@ -578,18 +578,18 @@ class Sketchy(SketchOptimizer):
         if first is not None and before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             if not of_gradient and grafted:
-                norm = _norm(x) * size  # that of the averaged update
+                norm = _norm(whole, grad) * size  # that of the averaged update
         if started:
             exponent = -(group["exponent"] or 0.5 / len(plan.dims))
             # Blocks of one tensor have to be comparable; then the size of all is the graft's.
             absolute = not grafted or len(plan.blocks) > 1
             plan.precondition(covariances, x, exponent, group["matrix_eps"], group["tail"], absolute)
-        now = _norm(x)
+        now = _norm(whole, grad)
         if grafted:
             x.mul_(torch.where(now > 0, norm / now, 0.0))
         else:
             x.mul_(size if before else 1.0)
-            x.mul_(self._scale(p, grad, (now * (size if before else 1.0)).square(), group))
+            x.mul_(self._scale(p, grad, now * ((size if before else 1.0) / root), group))
         if first is not None and not before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             x.mul_(size)
@@ -614,43 +614,38 @@ class Sketchy(SketchOptimizer):
         whole: Matrix,
         of_update: bool,
     ) -> Tensor:
-        """Write the second moment, and into ``whole`` the update (or the gradient); the update's sum of squares."""
-        second = named.get("second_moment")
-        squares = torch.zeros((), dtype=grad.dtype, device=grad.device)
+        """Write the second moment, and into ``whole`` the update (or the gradient); returns the update's RMS."""
+        second, count = named.get("second_moment"), grad.shape[0] * grad.shape[1]
         if second is None or rule.second is None:
             for at in grad.batches():
                 whole.put(at, grad.get(at))
-            return squares  # of no use without a graft
+            return torch.zeros((), dtype=grad.dtype, device=grad.device)  # of no use without a graft
         if second.write_first:
             second.write(state["second_moment"], grad, rule.second)
         working = dict(state)
         if not second.write_first:
             working["second_moment"] = second.begin(state["second_moment"], grad)
         period = second.period(grad.shape[0])
-        factors = Factors(second, rule, working, period)
+        factors, parts = Factors(second, rule, working, period), []
         for at in grad.batches(period, second.align):
             g = grad.get(at)
             u = torch.mul(g, factors.get(at, g), **scratch.out("update", g))
-            flat = u.reshape(-1)
-            squares += torch.dot(flat, flat)
             whole.put(at, u if of_update else g)
+            parts.append(root_mean_square(u, None, count))  # which may change ``u``
         if not second.write_first:
             second.finish(state["second_moment"], working["second_moment"], grad)
-        return squares
+        return joined(parts)
 
-    def _scale(self, p: Part, grad: Gradient, squares: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """What `update_clip` and `scale_parameter` multiply the update by, 0-d."""
-        size = torch.ones_like(squares)
+    def _scale(self, p: Part, grad: Gradient, rms: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """What `update_clip` and `scale_parameter` multiply an update of this RMS by, 0-d."""
+        size = torch.ones_like(rms)
         if group["update_clip"]:
-            size /= ((squares / p.numel()).sqrt() / group["update_clip"]).clamp_(min=1.0)
+            size /= (rms / group["update_clip"]).clamp_(min=1.0)
         if group["scale_parameter"]:
-            matrix = Matrix(p.data)
-            norm = torch.zeros_like(squares)
-            for at in grad.batches():
-                # Contiguous: the same bits for any layout.
-                flat = matrix.get(at).to(grad.dtype).contiguous().view(-1)
-                norm += torch.dot(flat, flat)
-            size *= (norm / p.numel()).sqrt_().clamp_(min=SCALE_FLOOR)
+            matrix, count = Matrix(p.data), p.numel()
+            # Contiguous: the same bits for any layout.
+            parts = [root_mean_square(matrix.get(at).to(grad.dtype).contiguous(), None, count) for at in grad.batches()]
+            size *= joined(parts).clamp(min=SCALE_FLOOR)
         return size
 
 
@@ -792,9 +787,8 @@ def _values(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
 
 
-def _norm(x: Tensor) -> Tensor:
-    flat = x.reshape(-1)
-    return torch.dot(flat, flat).sqrt()
+def _norm(whole: Matrix, grad: Gradient) -> Tensor:
+    return joined([root_mean_square(whole.get(at), None, 1) for at in grad.batches()])
 
 
 def _full(grad: Gradient, whole: Matrix) -> Tensor:

@@ -35,6 +35,14 @@ def combined(x, y, out):
     return total(a), largest(magnitude(a)), total(splat(np.float32(0.5)))
 
 
+@numba.njit
+def maxima(x, y, out):
+    a, b = load(x, U(0), LANES), load(y, U(0), LANES)
+    store(out, U(0), top(a, b), LANES)
+    store(out, U(16), top(b, a), LANES)
+    return largest(a)
+
+
 @pytest.mark.parametrize("n", [1, 7, 15, 16])
 @pytest.mark.parametrize("dtype", [np.float32, np.int8, np.uint16])
 def test_only_the_lanes_that_count_are_touched(n, dtype):
@@ -71,6 +79,12 @@ def test_nan_and_infinity():
     assert math.isnan(sums[0]) and math.isnan(sums[1])
     assert np.isnan(out[80 + 3]) and out[80 + 5] == math.inf and np.isnan(out[80 + 7])
     assert np.isnan(out[48 + 3]) and out[48 + 5] == math.inf
+    # The smaller one is NaN where either is; and so is a maximum of a NaN with a sign, which 0 * inf has on x86.
+    assert np.isnan(out[64 + 3]) and out[64 + 5] == -math.inf and np.isnan(out[64 + 7])
+    signed, ones = np.array([-math.nan] + [1.0] * 15, np.float32), np.ones(16, np.float32)
+    assert np.signbit(signed[0])
+    tops = np.zeros(32, np.float32)
+    assert math.isnan(maxima(signed, ones, tops)) and np.isnan(tops[[0, 16]]).all() and (tops[1:16] == 1).all()
 
 
 def test_rounding_is_torch_s():
