@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.sharding import deepspeed
-from sketch_plugins.sharding.pieces import Original, Piece, pieces
+from sketch_plugins.sharding.pieces import Original, Piece, is_key, pieces
 
 # State of a piece that says which one it is.
 PLACE = "place"
+#: Names in the state of a parameter that are ours. Wrappers of optimizers keep tensors of their own beside them.
+STATE_NAMES = frozenset({"step", "first_moment", "second_moment", "preconditioner", "rms", PLACE})
+
+
+def is_ours(name: object) -> bool:
+    """Whether a key in the state of a parameter is ours: of a flat partition there are pieces with states."""
+    return name in STATE_NAMES or is_key(name)
 
 
 @dataclass(eq=False)
