@@ -24,7 +24,7 @@ from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, 
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import NoEffect, Option, misspelt, unknown_option, validate
 from sketch_plugins.optim.plan import Known, Plan, group_marks
-from sketch_plugins.optim.written import MARK, renew, written_by, written_with
+from sketch_plugins.optim.written import MARK, modernize, renew, written_by, written_with
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape, tiles
 from sketch_plugins.sharding.parts import (
     PLACE,
@@ -420,6 +420,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         self.__dict__.pop("_plan", None)
         for group in self.param_groups:
             if MARK not in group:  # a pickle that is older than the mark
+                modernize(group)
                 renew(type(self).__name__, self.OPTIONS, group)
         if self._parts_of is None:  # a copy: its parameters are those that it was given
             for number, group in enumerate(self.param_groups):
@@ -817,6 +818,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         assert g is not None
         label = self._label(group, p)
         _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
+        _refuse_fake(p.data, g, label)
         rows, packed, values = None, False, g
         if g.layout == torch.sparse_coo:
             if g.sparse_dim() != 1 or p.ndim < 1:
@@ -1039,6 +1041,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                         "be used with it. Build the optimizer with the value that the state was written with, and "
                         "write that into the group of the state dict"
                     )
+            modernize(saved)
             renew(kind, self.OPTIONS, saved)
             for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
                 if saved["capturable"] and not group["capturable"]:  # a checkpoint from a machine with kernels
@@ -1293,6 +1296,14 @@ def _refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
         raise ValueError(
             f"{label()} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the "
             "shapes in it. Use FSDP2, torch.distributed.fsdp.fully_shard"
+        )
+
+
+def _refuse_fake(p: Tensor, g: Tensor, label: str) -> None:
+    if is_fake(p) or is_fake(g):
+        raise ValueError(
+            f"{label} or its gradient is a fake tensor (FakeTensorMode), which has no numbers, and a step reads some. "
+            "What a step takes in memory is found out without numbers by sketch_plugins.plan (sketch-plugins plan)"
         )
 
 

@@ -7,6 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: What other optimizers keep of a parameter. Other keys are of their wrappers (Lookahead's "slow"), and say nothing of them.
+STATES = {
+    "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum",
+    # Of torch's other ones, and of well-known ones elsewhere, which are not Adam though they have its averages.
+    "square_avg", "grad_avg", "acc_delta", "exp_inf", "mu_product", "mu", "eta", "ax", "prev", "step_size", "row_var",
+    "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "exp_avg_diff",
+    "neg_pre_grad", "exp_avg_var", "exp_avg_slow", "exp_avg_fast", "hessian", "previous_grad", "pre_grad", "s", "p0",
+    "z", "GG", "Q", "projector", "state1", "state2",
+}  # fmt: skip
+
 
 def is_fake(tensor: Tensor) -> bool:
     """Whether it is a tensor of FakeTensorMode. By name: its module need not be imported for that."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.base import SCALE_FLOOR, SketchOptimizer
+from sketch_plugins.optim.checks import STATES
 from sketch_plugins.optim.options import COMMON
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.written import written_by
@@ -20,17 +21,6 @@ from sketch_plugins.stores import Ema
 _TORCHS_OWN = {
     "params", "param_names", "amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "dampening",
     "nesterov", "lr_decay", "initial_accumulator_value", "decoupled_weight_decay", "weight_decay", "eps",
-}  # fmt: skip
-
-
-#: What optimizers keep of a parameter. Other keys are of their wrappers (Lookahead's "slow"), and say nothing of them.
-_KEPT = {
-    "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum",
-    # Of torch's other ones, and of well-known ones elsewhere, which are not Adam though they have its averages.
-    "square_avg", "grad_avg", "acc_delta", "exp_inf", "mu_product", "mu", "eta", "ax", "prev", "step_size", "row_var",
-    "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "exp_avg_diff",
-    "neg_pre_grad", "exp_avg_var", "exp_avg_slow", "exp_avg_fast", "hessian", "previous_grad", "pre_grad", "s", "p0",
-    "z", "GG", "Q", "projector", "state1", "state2",
 }  # fmt: skip
 
 
@@ -129,7 +119,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
             if state:
                 made = _converted(optimizer, {**group, **own, "params": group["params"]}, index, p, state, saved)
                 # What wrappers of the optimizer keep there goes along.
-                made |= {name: value for name, value in state.items() if name not in _KEPT and not is_ours(name)}
+                made |= {name: value for name, value in state.items() if name not in STATES and not is_ours(name)}
                 if made:
                     out["state"][key] = made
     known = {key for saved in given for key in saved["params"]}
@@ -187,7 +177,7 @@ def _converted(
 
 
 def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], label: str) -> _Source:
-    found = {key for key, value in state.items() if value is not None and key in _KEPT} - {"step"}
+    found = {key for key, value in state.items() if value is not None and key in STATES} - {"step"}
     if "max_exp_avg_sq" in found:
         raise ValueError(f"the state of {label} is AMSGrad's, whose maxima no sketched optimizer keeps")
     step = float(state["step"]) if state.get("step") is not None else 1.0

@@ -11,7 +11,7 @@ from torch import Tensor
 from sketch_plugins.comm.base import Compressor
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
-from sketch_plugins.optim.checks import exact_step, why_impossible, why_not_plain
+from sketch_plugins.optim.checks import STATES, exact_step, is_fake, why_impossible, why_not_plain
 from sketch_plugins.optim.options import COMMON, Option, rate, validate
 
 _OPTIONS = {
@@ -183,6 +183,12 @@ class MemSGD(torch.optim.Optimizer):
                 raise ValueError(f"group {index} of the state dict of MemSGD lacks 'params'")
             _checked({name: group[name] for name in _OPTIONS if name in group})
         for i, p in _pairs(incoming["param_groups"], self.param_groups):
+            others = [name for name in incoming["state"].get(i, {}) if name in STATES and name not in _STATE]
+            if others:
+                raise ValueError(
+                    f"the saved state of parameter {i} has {others[0]!r}, which another optimizer wrote: expected tensors "
+                    "'step', 'error' and 'average'"
+                )
             kept = {name: value for name, value in incoming["state"].get(i, {}).items() if name in _STATE}
             if kept and "step" not in kept:
                 raise ValueError(f"the saved state of parameter {i} lacks 'step': it has {', '.join(kept)}")
@@ -272,6 +278,11 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(p: Tensor, group: Mapping[str, Any]) -> None:
+    if is_fake(p):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is a fake tensor (FakeTensorMode), which has no numbers: a step "
+            "cannot be taken"
+        )
     if hasattr(p, "placements"):
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is a DTensor; MemSGD takes plain tensors")
     if p.is_complex():

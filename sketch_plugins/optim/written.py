@@ -50,10 +50,14 @@ def written_with(group: Mapping[str, Any]) -> dict[str, Any]:
     return dict(_read(group)["options"]) if MARK in group else {}
 
 
-def renew(optimizer: str, options: Mapping[str, Option], group: dict[str, Any]) -> None:
-    """Mark a group as written by this optimizer under its present options."""
+def modernize(group: dict[str, Any]) -> None:
+    """Take the key out that did the work of the mark before there was one."""
     if MARK not in group and written_by(group) is not None:
         del group["optimizer"]
+
+
+def renew(optimizer: str, options: Mapping[str, Option], group: dict[str, Any]) -> None:
+    """Mark a group as one of this optimizer, under its present options."""
     group[MARK] = mark(optimizer, options, group)
 
 
