@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What other optimizers keep of a parameter. Other keys are of their wrappers (Lookahead's "slow"), and say nothing of them.
+from sketch_plugins.sharding.parts import _is_fake as is_fake
+
+#: What other optimizers keep of a parameter. Other keys are of their wrappers (Lookahead's "slow").
 STATES = {
     "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum",
     # Of torch's other ones, and of well-known ones elsewhere, which are not Adam though they have its averages.
@@ -16,11 +18,6 @@ STATES = {
     "neg_pre_grad", "exp_avg_var", "exp_avg_slow", "exp_avg_fast", "hessian", "previous_grad", "pre_grad", "s", "p0",
     "z", "GG", "Q", "projector", "state1", "state2",
 }  # fmt: skip
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether it is a tensor of FakeTensorMode. By name: its module need not be imported for that."""
-    return any(cls.__name__ == "FakeTensor" for cls in type(tensor).__mro__)
 
 
 def has_numbers(tensor: Tensor) -> bool:

@@ -186,8 +186,8 @@ class MemSGD(torch.optim.Optimizer):
             others = [name for name in incoming["state"].get(i, {}) if name in STATES and name not in _STATE]
             if others:
                 raise ValueError(
-                    f"the saved state of parameter {i} has {others[0]!r}, which another optimizer wrote: expected tensors "
-                    "'step', 'error' and 'average'"
+                    f"the saved state of parameter {i} has {others[0]!r}, which another optimizer wrote: expected "
+                    "tensors 'step', 'error' and 'average'"
                 )
             kept = {name: value for name, value in incoming["state"].get(i, {}).items() if name in _STATE}
             if kept and "step" not in kept:

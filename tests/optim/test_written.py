@@ -197,7 +197,7 @@ def test_a_damaged_mark_is_named(mark):
     optimizer = made(CSAdam)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0][MARK] = mark
-    with pytest.raises(ValueError, match="has sketch_plugins=.*A key of your own needs another name"):
+    with pytest.raises(ValueError, match=r"has sketch_plugins=.*A key of your own needs another name"):
         optimizer.load_state_dict(saved)
     again(optimizer)
 
