@@ -13,7 +13,7 @@ from sketch_plugins.optim.written import MARK, written_by, written_with
 
 from .conftest import parameters, train
 
-SHAPES = [(100, 33), (9,)]
+SHAPES = [(40, 33), (9,)]
 #: Another value of every structural option; those that would also change the state's shapes among them.
 OTHER = {
     "compression": 0.5, "width": 7, "depth": 3, "hash": "affine", "table_dtype": "bf16", "seed": 7,
