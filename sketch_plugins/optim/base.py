@@ -22,7 +22,15 @@ from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import numerator_of, round_to_bf16, sum_of_squares, update
 from sketch_plugins.kernels.work import Work
 from sketch_plugins.optim.ambient import neutral
-from sketch_plugins.optim.checks import exact_step, has_numbers, is_fake, why_impossible, why_not_plain
+from sketch_plugins.optim.checks import (
+    copied,
+    described,
+    exact_step,
+    has_numbers,
+    is_fake,
+    why_impossible,
+    why_not_plain,
+)
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, numbers, vector
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import NoEffect, Option, misspelt, unknown_option, validate
@@ -1282,8 +1290,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         if which == "saved":
             if exact_step(step) is None:
                 raise ValueError(
-                    f"the saved step of {label} is {step!r}; expected a tensor of one whole number >= 0 that float32 "
-                    "holds exactly"
+                    f"the saved step of {label} is {described(step)}; expected a tensor of one whole number >= 0 "
+                    "that float32 holds exactly"
                 )
         elif not (
             isinstance(step, Tensor)
@@ -1293,7 +1301,9 @@ class SketchOptimizer(torch.optim.Optimizer):
             # What lives on a device (capturable) is looked at when it is loaded, not in every step.
             and (step.device.type != "cpu" or is_fake(step) or 0 <= float(step) < 1e18)
         ):
-            raise ValueError(f"the {which} step of {label} is {step!r}; expected a float32 tensor of one number >= 0")
+            raise ValueError(
+                f"the {which} step of {label} is {described(step)}; expected a float32 tensor of one number >= 0"
+            )
         if p.piece is not None and (
             not isinstance(saved[PLACE], Tensor)
             or why_not_plain(saved[PLACE]) is not None
@@ -1507,7 +1517,7 @@ def _check_compiler() -> None:
 
 
 def _listed(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
+    return value.tolist() if isinstance(value, Tensor) and why_not_plain(value) is None else described(value)
 
 
 def _arithmetic(p: Shaped) -> torch.dtype:
@@ -1584,19 +1594,5 @@ def _restored(saved: Mapping[str, Any], device: torch.device, capturable: bool) 
             assert out[key] is not None
             out[key] = out[key].to(device if capturable else cpu)
         else:
-            out[key] = _copied(value, cpu if key == PLACE else device)
+            out[key] = copied(value, cpu if key == PLACE else device)
     return out
-
-
-def _copied(value: Any, device: torch.device) -> Any:
-    """A copy on a device, in its own dtype; what is neither a tensor nor holds any stays as it is."""
-    if isinstance(value, Tensor):
-        # Contiguous: it may be cut from a larger one. What is not plain is another's, of whatever kind.
-        plain = why_not_plain(value) is None
-        layout = torch.contiguous_format if plain else torch.preserve_format
-        return value.detach().to(device, copy=True, memory_format=layout)
-    if isinstance(value, Mapping):
-        return {key: _copied(v, device) for key, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(v, device) for v in value)
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def why_not_plain(tensor: Tensor) -> str | None:
     return None
 
 
+def described(value: Any) -> str:
+    """A value in a message. torch cannot print every tensor: where the memory is gone, the process would end."""
+    why = why_not_plain(value) if isinstance(value, Tensor) else None
+    return repr(value) if why is None else f"a tensor {why}"
+
+
 def exact_step(step: Any) -> Tensor | None:
     """A saved number of steps as this package counts them: 0-d float32. None: it is no number that float32 can hold."""
     if not isinstance(step, Tensor) or step.numel() != 1 or why_not_plain(step) is not None:
@@ -79,3 +86,17 @@ def why_impossible(tensor: Tensor, least: float | None, infinite: bool) -> str |
     if not infinite and (high == float("inf") or low == float("-inf")):
         return "an infinite number"
     return None
+
+
+def copied(value: Any, device: torch.device) -> Any:
+    """A copy on a device, in its own dtype; what is neither a tensor nor holds any stays as it is."""
+    if isinstance(value, Tensor):
+        # Contiguous: it may be cut from a larger one. What is not plain is another's, of whatever kind.
+        plain = why_not_plain(value) is None
+        layout = torch.contiguous_format if plain else torch.preserve_format
+        return value.detach().to(device, copy=True, memory_format=layout)
+    if isinstance(value, Mapping):
+        return {key: copied(v, device) for key, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(v, device) for v in value)
+    return value

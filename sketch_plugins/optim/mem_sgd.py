@@ -11,7 +11,7 @@ from torch import Tensor
 from sketch_plugins.comm.base import Compressor
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
-from sketch_plugins.optim.checks import STATES, exact_step, is_fake, why_impossible, why_not_plain
+from sketch_plugins.optim.checks import STATES, copied, described, exact_step, is_fake, why_impossible, why_not_plain
 from sketch_plugins.optim.options import COMMON, Option, rate, validate
 
 _OPTIONS = {
@@ -196,8 +196,8 @@ class MemSGD(torch.optim.Optimizer):
                 if name == "step":
                     if exact_step(value) is None:
                         raise ValueError(
-                            f"the saved step of parameter {i} is {value!r}; expected a tensor of one whole number >= 0 "
-                            "that float32 holds exactly"
+                            f"the saved step of parameter {i} is {described(value)}; expected a tensor of one whole "
+                            "number >= 0 that float32 holds exactly"
                         )
                     continue
                 if not isinstance(value, Tensor) or value.numel() != p.numel():
@@ -230,25 +230,23 @@ class MemSGD(torch.optim.Optimizer):
             ValueError: as torch's; options that are not allowed; something is missing, of another size or dtype, or
                 not finite. Nothing has changed then.
         """
-        made: list[tuple[Tensor, dict[str, Tensor]]] = []
+        made: dict[Any, Any] = {}
 
-        def look(_: Any, incoming: dict[str, Any]) -> None:
+        def look(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             self._check_incoming(incoming)
-            # torch would cast them to the dtype of the parameter.
+            saved = dict(incoming["state"])
             for i, p in _pairs(incoming["param_groups"], self.param_groups):
-                own = {name: v for name, v in incoming["state"].get(i, {}).items() if name in _STATE}
-                copies = {
-                    name: value.detach().to(p.device, copy=True, memory_format=torch.contiguous_format)
-                    for name, value in own.items()
-                    if name != "step"
-                }
-                step = exact_step(own.get("step"))
-                made.append((p, copies if step is None else {"step": step.cpu(), **copies}))
+                if i in saved:
+                    state = saved.pop(i)
+                    made[p] = {name: copied(value, p.device) for name, value in state.items() if name != "step"}
+                    step = exact_step(state.get("step"))
+                    if step is not None:
+                        made[p]["step"] = step.cpu()
+            made.update(saved)  # what belongs to no parameter is another's
+            return {**incoming, "state": {}}  # torch would copy and cast what is restored below
 
         def restore(_: Any) -> None:
-            for p, copies in made:
-                if copies:
-                    self.state[p].update(copies)
+            self.state.update(made)
 
         before = self.register_load_state_dict_pre_hook(look)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)

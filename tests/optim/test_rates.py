@@ -18,7 +18,7 @@ each = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
 def ways(cls):
-    """Paths that a step may take: eager, fused, touched rows; MemSGD's without a memory, which is applied at any rate."""
+    """Paths that a step may take: eager, fused, touched rows; MemSGD's has no memory, or it would be applied."""
     if cls is MemSGD:
         return [{"density": 1.0}]
     if cls is SAdagrad:

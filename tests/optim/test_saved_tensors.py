@@ -105,7 +105,7 @@ def test_odd_tensors_are_refused_whole(cls, odd):
 
 
 def test_a_quantized_tensor_is_refused():
-    optimizer, _ = build(CSAdam)
+    optimizer, _ = build(CSAdam, min_compress_size=0)
     saved = copy.deepcopy(optimizer.state_dict())
     codes = torch.quantize_per_tensor(torch.zeros(30, 40), 0.1, 0, torch.qint8)
     saved["state"][0]["first_moment"]["codes"] = codes
@@ -192,15 +192,15 @@ def test_numbers_that_no_step_leaves_behind_are_refused(cls, options, kind):
                 unchanged(optimizer, params, before, weights)
             else:
                 build(cls, **options)[0].load_state_dict(saved)
-    # MemSGD and S-AdaGrad keep nothing that has to be positive.
-    assert seen or kind == "negative"
+    # MemSGD and S-AdaGrad keep nothing that has to be positive, and Adagrad and RMSprop squares only.
+    assert seen or kind == "negative" or (kind == "infinite" and cls.__name__ in ("CSAdagrad", "CSRMSprop"))
 
 
 def test_squares_that_overflow_are_saved_and_loaded():
-    """A run with a gradient of 1e20 goes on: its element stands still."""
+    """A run with a gradient of 1e22 goes on: its element stands still."""
     optimizer, params = build(CSAdam, preset="exact")
     params[0].grad = torch.zeros(30, 40)
-    params[0].grad[3, 4] = 1e20
+    params[0].grad[3, 4] = 1e22
     params[1].grad = None
     optimizer.step()
     assert torch.isinf(optimizer.state[params[0]]["second_moment"]["dense"]).sum() == 1
