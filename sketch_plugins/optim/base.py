@@ -1381,7 +1381,8 @@ def _check_numbers(p: Part, have: Mapping[str, Tensor], name: str, label: str) -
         if wrong is not None:
             allowed = "finite numbers" if not infinite else "numbers"
             raise ValueError(
-                f"the saved {name} of {label} has {wrong} in {key!r}; allowed are {allowed}"
+                f"the saved {name} of {label} has {key!r} with numbers that are not allowed: {wrong}; allowed are "
+                f"{allowed}"
                 f"{'' if least is None else ' >= 0'}. A checkpoint of a run that had diverged is not loaded: take an "
                 "earlier one"
             )
