@@ -19,7 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sketch_plugins.memory.report import format_bytes
-from sketch_plugins.sharding.parts import PLACE
+from sketch_plugins.optim.written import MARK, written_by
+from sketch_plugins.sharding.parts import PLACE, is_ours
 
 #: Files of optimizers in directories: transformers' Trainer, accelerate.
 FILES = ("optimizer.pt", "optimizer.bin")
@@ -368,7 +369,13 @@ def _elements(state: Mapping[str, Any]) -> int | None:
 
 def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequence[Named]) -> Contents:
     entries = []
+    try:
+        kinds = {kind for group in groups if (kind := written_by(group)) is not None}
+    except ValueError as error:
+        raise CannotReport(str(error)) from error
     for name, number, state, elements in named:
+        if kinds:  # what wrappers of an optimizer of ours keep beside its state is not counted as its
+            state = {key: value for key, value in state.items() if is_ours(key)}
         step = state.get("step")
         number_of_steps = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
         count = (
@@ -377,8 +384,9 @@ def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequ
         entries.append(
             Entry(name or "", number, _elements(state) if elements is None else elements, count, list(_tensors(state)))
         )
-    kinds = {str(group.get("optimizer")) for group in groups if group.get("optimizer")}
-    options = [{k: v for k, v in g.items() if k not in ("params", "param_names", "optimizer")} for g in groups]
+    # Before there was the mark, "optimizer" was the key of ours.
+    hidden = [{"params", "param_names", MARK} | ({"optimizer"} if kinds and MARK not in g else set()) for g in groups]
+    options = [{k: v for k, v in g.items() if k not in out} for g, out in zip(groups, hidden, strict=True)]
     return Contents(", ".join(sorted(kinds)) or _guess(entries), options, entries)
 
 
