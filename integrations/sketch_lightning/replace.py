@@ -128,9 +128,10 @@ def adopt_groups(optimizer: torch.optim.Optimizer) -> None:
     Lightning's ``BaseFinetuning`` sets ``param_groups`` when a run is resumed, to groups as the checkpoint has them. If
     the checkpoint was written with one of torch's optimizers, they are in that optimizer's words.
     """
-    if not isinstance(optimizer, SketchOptimizer) or all(
-        g.keys() >= optimizer.defaults.keys() for g in optimizer.param_groups
-    ):
+    if not isinstance(optimizer, SketchOptimizer):
+        return
+    options = optimizer.OPTIONS.keys() & optimizer.defaults.keys()
+    if all(group.keys() >= options for group in optimizer.param_groups):
         return
     groups, optimizer.param_groups = optimizer.param_groups, []
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ def carried_over(
     *,
     said: Mapping[str, Any] | None = None,
     given: Mapping[str, Any] | None = None,
+    how: Callable[[str, Any], str] = lambda key, value: f"optimizer_kwargs={{{key!r}: {value}}}",
 ) -> dict[str, Any]:
     """Options for ``cls`` that mean what a group of torch's optimizer says.
 
@@ -25,11 +26,12 @@ def carried_over(
         cls: of ours.
         name: what messages call it.
         kind: ``"Adam"``, ``"AdamW"``, ``"SGD"`` or ``"Adagrad"``.
-        group: a parameter group of that optimizer, or its ``defaults``.
+        group: a parameter group of that optimizer, or its ``defaults``; it has all of its hyperparameters.
         said: where to look whether a hyperparameter was set that ``cls`` does not have; None: in ``group``. A
             scheduler may have changed it in the group.
         given: options that the user sets for ``cls``. They say what is to be done about a hyperparameter that has no
             meaning for ``cls``.
+        how: from an option and its value to what the user writes to set it.
 
     Raises:
         ValueError: a hyperparameter was set that has no meaning for ``cls``.
@@ -39,9 +41,9 @@ def carried_over(
 
     def leave(key: str, default: Any, why: str = "") -> None:
         if said.get(key, default) != default and key not in given:
-            how = f"set it with optimizer_kwargs={{{key!r}: ...}} or " if key in cls.OPTIONS else ""
+            instead = f"set it with {how(key, '...')} or " if key in cls.OPTIONS else ""
             raise ValueError(
-                f"{kind}({key}={said[key]!r}) cannot be carried over to {name}{why}: {how}leave it at {default!r}"
+                f"{kind}({key}={said[key]!r}) cannot be carried over to {name}{why}: {instead}leave it at {default!r}"
             )
 
     leave("differentiable", False)
@@ -73,11 +75,17 @@ def carried_over(
         leave("lr_decay", 0)
         leave("eps", 1e-10)
         leave("initial_accumulator_value", 0)
-    return own | _weight_decay(cls, name, kind, group["weight_decay"], decoupled, given)
+    return own | _weight_decay(cls, name, kind, group["weight_decay"], decoupled, given, how)
 
 
 def _weight_decay(
-    cls: type[SketchOptimizer], name: str, kind: str, decay: Any, decoupled: bool, given: Mapping[str, Any]
+    cls: type[SketchOptimizer],
+    name: str,
+    kind: str,
+    decay: Any,
+    decoupled: bool,
+    given: Mapping[str, Any],
+    how: Callable[[str, Any], str],
 ) -> dict[str, Any]:
     if "decoupled_weight_decay" in cls.OPTIONS:
         # Without a decay, too: a group that is added later may have one, and it is AdamW's kind of decay then.
@@ -85,6 +93,6 @@ def _weight_decay(
     if decay and not decoupled and "weight_decay" not in given:
         raise ValueError(
             f"{kind}(weight_decay={decay!r}) adds the decay to the gradient, {name} takes it off the weights as AdamW "
-            f"does: build AdamW, or say optimizer_kwargs={{'weight_decay': {decay!r}}} to have it so"
+            f"does: build AdamW, or say {how('weight_decay', repr(decay))} to have it so"
         )
     return {"weight_decay": decay}
