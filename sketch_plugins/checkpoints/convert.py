@@ -361,10 +361,9 @@ def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> 
                         shutil.copymode(file, part)
                     written.append((part, file))
                 for part, file in written:
-                    if force:
-                        os.replace(part, file)
-                    else:
-                        os.link(part, file)  # fails if somebody has made the file in the meantime
+                    if file.exists() and not force:  # somebody has made it in the meantime
+                        raise CannotConvert(f"{file} exists already and is not written over: give another --out")
+                    os.replace(part, file)
             return
         with _partial(target.parent, target.name) as folder:
             new = folder / "new"

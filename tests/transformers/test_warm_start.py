@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from sketch_plugins import CSAdam, convert_state
+from sketch_plugins import CSAdam, cli, convert_state
 
 from .test_training import SMALL, assert_equal, inner, losses
 
@@ -89,6 +89,18 @@ def test_what_is_loaded_is_what_convert_state_makes(
         assert torch.equal(p, q)
     if "betas" in optim_args:
         assert all(group["betas"] == (0.8, 0.95) for group in inner(warm).param_groups)
+
+
+def test_the_command_makes_a_checkpoint_that_goes_on_like_a_warm_start(begun, make_trainer, new_model, tmp_path):
+    whole, checkpoint = begun()
+    options = f"{SMALL},compression=0.2"
+    warm = resume(make_trainer, new_model, checkpoint, f"{options},warm_start=true")
+    assert cli.main(["convert", str(checkpoint), "--optim", "cs_adam", "--optim-args", options]) == 0
+    other = resume(make_trainer, new_model, tmp_path / "out" / "checkpoint-3-cs_adam", options)
+    assert losses(warm) == losses(other) != losses(whole)
+    assert_equal(inner(warm).state_dict(), inner(other).state_dict())
+    for p, q in zip(warm.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_without_a_warm_start_it_is_an_error_that_says_how(begun, make_trainer, new_model):
