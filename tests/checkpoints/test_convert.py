@@ -288,6 +288,27 @@ def test_a_folder_is_copied_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-3-cs_adam", "file"]
 
 
+def test_a_folder_of_accelerate(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra `accelerate`")
+    accelerator = accelerate.Accelerator(cpu=True)
+    net = model()
+    prepared, theirs = accelerator.prepare(net, AdamW(groups(net), lr=1e-2))
+    train(prepared, theirs, 3)
+    accelerator.save_state(tmp_path / "state", safe_serialization=False)
+    done = convert(tmp_path / "state", "cs_adam", SMALL)
+    assert done.framework == "accelerate"
+    other = model(1)
+    prepared, ours = accelerate.Accelerator(cpu=True).prepare(
+        other, CSAdam(groups(other), lr=1.0, min_compress_size=256)
+    )
+    accelerator._models, accelerator._optimizers = [prepared], [ours]
+    accelerator.load_state(done.output)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+    expected = convert_state(theirs.state_dict(), CSAdam(groups(model()), min_compress_size=256))
+    assert equal(ours.optimizer.state_dict()["state"], expected["state"])
+    assert [group["lr"] for group in ours.param_groups] == [2e-2, 1e-2]
+
+
 @pytest.mark.parametrize("place", ["new file", "file", "new folder", "folder", "in place"])
 def test_a_failure_leaves_what_was_there(place, tmp_path, monkeypatch):
     """The disk is full in the middle of writing."""
