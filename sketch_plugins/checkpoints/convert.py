@@ -213,9 +213,8 @@ def _framework(root: Path) -> str:
 
 def _target(root: Path, name: str, out: str | os.PathLike[str] | None, force: bool) -> Path:
     place = root.resolve()
-    target = Path(out) if out is not None else root.with_name(f"{place.stem if root.is_file() else place.name}-{name}")
-    if out is None and root.is_file():
-        target = target.with_name(target.name + place.suffix)
+    label = f"{root.stem}-{name}{root.suffix}" if root.is_file() else f"{place.name}-{name}"
+    target = Path(out) if out is not None else (root if root.name else place).with_name(label)
     if root.is_file() and target.is_dir():
         target = target / root.name
     if target.exists() or target.is_symlink():
