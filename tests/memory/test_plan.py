@@ -329,10 +329,8 @@ _LATENT = {
 EXPERTS = {
     "Mixtral": {"num_local_experts": 4, "head_dim": 16},
     "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
     "GptOss": {"num_local_experts": 4, "head_dim": 16},
     "Olmoe": {"num_experts": 4},
-    "DeepseekV2": _LATENT,
     "DeepseekV3": _LATENT,
 }
 
