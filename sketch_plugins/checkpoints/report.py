@@ -278,7 +278,7 @@ def _of_file(file: Path, trust: bool) -> list[Contents]:
 
 def _of_value(value: Any, path: Path) -> list[Contents]:
     found = []
-    for saved in _state_dicts(value):
+    for saved in state_dicts(value):
         found.append(_contents(saved["param_groups"], _named(saved, _weights(value))))
     if not found:
         said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
@@ -289,18 +289,24 @@ def _of_value(value: Any, path: Path) -> list[Contents]:
     return found
 
 
-def _state_dicts(value: Any) -> Iterator[Mapping[str, Any]]:
+def is_state_dict(value: Mapping[Any, Any]) -> bool:
+    """Whether it is a state dict of an optimizer."""
+    groups = value.get("param_groups")
+    whole = isinstance(groups, (list, tuple)) and all(isinstance(g, Mapping) and "params" in g for g in groups)
+    return whole and isinstance(value.get("state"), Mapping)
+
+
+def state_dicts(value: Any) -> Iterator[Mapping[str, Any]]:
+    """The state dicts of optimizers in a checkpoint, at any depth."""
     if isinstance(value, Mapping):
-        groups = value.get("param_groups")
-        whole = isinstance(groups, (list, tuple)) and all(isinstance(g, Mapping) and "params" in g for g in groups)
-        if whole and isinstance(value.get("state"), Mapping):
+        if is_state_dict(value):
             yield value
             return
         for inner in value.values():
-            yield from _state_dicts(inner)
+            yield from state_dicts(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _state_dicts(inner)
+            yield from state_dicts(inner)
 
 
 def _weights(value: Any) -> dict[str, tuple[int, ...]]:

@@ -88,9 +88,9 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
 
     Raises:
         TypeError: ``optimizer`` is none of ours.
-        ValueError: groups or shapes differ; the state is of another kind of optimizer (what it holds is named), of
-            AMSGrad, or has numbers that are not finite; the optimizer needs squares of gradients and the state has
-            none.
+        ValueError: groups, shapes or ``maximize`` differ; the state is of another kind of optimizer (what it holds is
+            named), of AMSGrad, or has numbers that are not finite; the optimizer needs squares of gradients and the
+            state has none.
     """
     if not isinstance(optimizer, SketchOptimizer):
         raise TypeError(f"convert_state makes state of a sketched optimizer, not of {type(optimizer).__name__}")
@@ -161,6 +161,12 @@ def _converted(
     saved: Mapping[str, Any],
 ) -> dict[str, Any]:
     parts = optimizer._parts.of(index, p)
+    if bool(saved.get("maximize", False)) != group["maximize"] and {"exp_avg", "momentum_buffer"} & state.keys():
+        raise ValueError(
+            f"the state dict was written with maximize={bool(saved.get('maximize', False))} and this "
+            f"{type(optimizer).__name__} has maximize={group['maximize']}: its momentum would go the wrong way. Build "
+            "the optimizer with the saved value"
+        )
     made: dict[str, Any] = {}
     for part in parts:
         if part.numel() == 0 and not is_dtensor(p):

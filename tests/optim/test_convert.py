@@ -262,3 +262,13 @@ def test_wrong_arguments():
         convert_state(adamw.state_dict(), adamw)
     with pytest.raises(ValueError, match="keep='eps' is not allowed"):
         convert_state(adamw.state_dict(), CSAdam(params), keep=["eps"])
+
+
+def test_the_direction_has_to_be_the_same():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones_like(p)
+    theirs = torch.optim.AdamW([p], maximize=True)
+    theirs.step()
+    with pytest.raises(ValueError, match="written with maximize=True and this CSAdam has maximize=False"):
+        convert_state(theirs.state_dict(), CSAdam([p]))
+    assert convert_state(theirs.state_dict(), CSAdam([p], maximize=True))["param_groups"][0]["maximize"] is True
