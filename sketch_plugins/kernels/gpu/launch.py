@@ -319,7 +319,7 @@ def _fold_dense(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Te
 
 
 def _profile_weights(w: Work, state: dict[str, Tensor]) -> Tensor:
-    """The rows' new scales, and ``(2, rows)``: the weight of a row's squares in its bucket, and its share of it."""
+    """The rows' new scales, and ``(2, rows)``: the weight of a row's squares in its bucket, and what it keeps of it."""
     device, ema, count, m = w.p.device, w.emas[1], _count(w), 16
     assert ema is not None
     weights = torch.empty(2, count, dtype=torch.float32, device=device)
@@ -329,14 +329,15 @@ def _profile_weights(w: Work, state: dict[str, Tensor]) -> Tensor:
         _table(device, [row]), _numbers([w], device), 1, P_TYPE=TYPES[w.p.dtype], G_TYPE=TYPES[w.g.dtype],
         MODE=_mode(w), L2_ON=_has(w, places.L2), M=m, N=_fold_columns(w), num_warps=4,
     )  # fmt: skip
-    means, kept = weights[0], state["row"].squeeze(-1)
-    old = kept if w.rows is None else kept.index_select(0, w.rows)
-    scale = old.mul_(ema.decay).add_(means, alpha=ema.gain)
-    if w.rows is not None:
-        kept.index_copy_(0, w.rows, scale)
-    weight = torch.where(scale > 1e-30, ema.gain / scale, 0.0)
-    torch.mul(means, weight, out=weights[1]).clamp_(max=1.0)
-    means.copy_(weight)
+    means, scales = weights[0], state["row"].squeeze(-1)
+    old = (scales if w.rows is None else scales.index_select(0, w.rows)) * ema.decay
+    scale = old.add(means, alpha=ema.gain)
+    if w.rows is None:
+        scales.copy_(scale)
+    else:
+        scales.index_copy_(0, w.rows, scale)
+    weights[0] = torch.where(scale > 1e-30, ema.gain / scale, 0.0)
+    weights[1] = torch.where(scale > 1e-30, old / scale, 1.0)
     return weights
 
 
