@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="there is no Triton for this platform"
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")

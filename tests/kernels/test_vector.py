@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-np = pytest.importorskip("numpy")
-numba = pytest.importorskip("numba")
+np = pytest.importorskip("numpy", reason="numpy is not installed")
+numba = pytest.importorskip("numba", reason="Numba is not installed")
 
 from sketch_plugins.kernels import vector  # noqa: E402
 from sketch_plugins.kernels.vector import LANES, largest, least, load, magnitude, root, splat, store, top, total  # noqa: E402
