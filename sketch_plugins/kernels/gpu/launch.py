@@ -374,7 +374,7 @@ def _fold_dense(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Te
 
 
 def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list[_Action]:
-    """The rows' new scales; ``weights (2, rows)`` takes the weight of a row's squares in its bucket, and what it keeps."""
+    """The rows' new scales; ``weights (2, rows)``: weight of a row's squares in its bucket, and what is kept of it."""
     device, ema, m = w.p.device, w.emas[1], 16
     assert ema is not None
     row, _ = _describe(w, _FOLDING, 0, 0)
