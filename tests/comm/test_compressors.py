@@ -272,7 +272,7 @@ def test_errors(make, said):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    pytest.importorskip("triton", reason="Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("the kernels of this process are compiled, not interpreted")
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
