@@ -93,9 +93,11 @@ ONCE = U(8)
 _0, _1 = np.float32(0.0), np.float32(1.0)
 # A sum of squares that float32 cannot hold is summed again, of numbers times DOWN: any sum of theirs is finite.
 _MOST, _DOWN, _UP = np.float64(np.finfo(np.float32).max), np.float32(2.0**-70), np.float64(2.0**140)
+# A sum below LEAST may have lost squares that underflow: it is summed again, of numbers times RAISE.
+_LEAST, _RAISE, _LOWER = np.float64(2.0**-80), np.float32(2.0**70), np.float64(2.0**-140)
 # Denominators from which on the squares of a bucket's gradients stand for those of its updates: a gradient whose square
-# underflows, below 1e-19, is then an update below 1e-10.
-_PLAIN = np.float32(1e-9)
+# underflows, below 1e-19, is then an update below 1e-10. A sum of squares has to be as large as ENOUGH to outweigh those.
+_PLAIN, _ENOUGH = np.float32(1e-9), np.float64(1e-10)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,9 +249,10 @@ def _measure(o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s)
     for lo in range(_ZERO, n, block):
         old, length = scales[at] if kind == INT8 else _0, min(block, n - lo)
         square = _block_squares(o + lo, length, x, xo + lo, sign, f, fo + lo, kind, dense, codes, old, s, _1)
-        if not square <= _MOST:
-            square = _UP * _block_squares(
-                o + lo, length, x, xo + lo, sign, f, fo + lo, kind, dense, codes, old, s, _DOWN
+        if not _LEAST <= square <= _MOST:
+            scale, back = (_RAISE, _LOWER) if square < _LEAST else (_DOWN, _UP)
+            square = back * _block_squares(
+                o + lo, length, x, xo + lo, sign, f, fo + lo, kind, dense, codes, old, s, scale
             )
         out += square
         at += _ONE
@@ -275,7 +278,10 @@ def _square(x, o, n):
     for lo in range(_ZERO, n, _SPAN):
         length = min(_SPAN, n - lo)
         square = _span_squares(x, o + lo, length, _1)
-        out += square if square <= _MOST else _UP * _span_squares(x, o + lo, length, _DOWN)
+        if not _LEAST <= square <= _MOST:
+            scale, back = (_RAISE, _LOWER) if square < _LEAST else (_DOWN, _UP)
+            square = back * _span_squares(x, o + lo, length, scale)
+        out += square
     return out
 
 
@@ -396,7 +402,7 @@ def _fold(g, first, height, rows, width, columns, table, f, p, norm, s):
                     x = load(p, o + j, left)
                     part = part + x * x
             square = np.float64(total(part))
-            out += square if square <= _MOST else _square(p, o + lo, length)
+            out += square if _LEAST <= square <= _MOST else _square(p, o + lo, length)
     for b in range(height):
         load_ = (rows - first - b + width - _ONE) // width
         gain = s[GAIN2] if s[MEAN] == _0 else s[GAIN2] / np.float32(load_)
@@ -431,7 +437,7 @@ def _bucket_squares(table, o, f, n, s):
             j, left = lo + whole, length - whole
             part, most = _bucket_body(table, o + j, f, j, part, most, s, left)
         out += np.float64(total(part))
-    return out, out <= _MOST and largest(most) <= _1 / _PLAIN
+    return out, _ENOUGH <= out <= _MOST and largest(most) <= _1 / _PLAIN
 
 
 @_compiled

@@ -25,10 +25,21 @@ from sketch_plugins.optim.base import (
     number,
     write_tile,
 )
-from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, FIRST_MOMENTS, Option
+from sketch_plugins.optim.options import (
+    COMMON,
+    DECOUPLES,
+    FIRST_MOMENT,
+    FIRST_MOMENTS,
+    TORCHS,
+    NoEffect,
+    Option,
+    no_effect,
+    rate,
+)
 from sketch_plugins.optim.plan import Known
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
+from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.stores import Ema, Gradient, Store
 from sketch_plugins.stores.sketch import BUCKETS
 
@@ -159,6 +170,11 @@ class Sketchy(SketchOptimizer):
         stochastic_rounding: see `CSAdam`.
         seed: of hashes and of stochastic rounding.
         maximize: ascend.
+        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
+        foreach: None or False.
+        differentiable: only False.
+        decoupled_weight_decay: only True.
+        capturable: only False.
 
     Raises:
         ValueError: as `CSAdam`; options that contradict each other; in `step`, a gradient that is not finite.
@@ -281,6 +297,11 @@ class Sketchy(SketchOptimizer):
             )
         },
     }
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
+        **TORCHS,
+        **DECOUPLES,
+        **no_effect("capturable", (False,), "decompositions cannot be captured in a CUDA graph"),
+    }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {
             **{k: v for k, v in _SHARED.items() if not k.startswith("clean_") and k not in FIXED},
@@ -383,10 +404,15 @@ class Sketchy(SketchOptimizer):
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        decoupled_weight_decay: bool = True,
+        capturable: bool = False,
     ) -> None:
         if lr is None:
             lr = 1e-3 if preset == "paper" else 5e-2  # no option of the presets, or a group's preset would reset it
-        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+        super().__init__(params, self._arguments(locals()), preset)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `SketchOptimizer.add_param_group`.
@@ -405,7 +431,8 @@ class Sketchy(SketchOptimizer):
             raise
 
     def _check_budget(self, group: Mapping[str, Any]) -> None:
-        axes = {p: _axes(tuple(p.shape), *(group[name] for name in _AXES))[1] for p in group["params"]}
+        shaped = [p for p in group["params"] if not is_lazy(p)]
+        axes = {p: _axes(tuple(p.shape), *(group[name] for name in _AXES))[1] for p in shaped}
         # Tables of a vocabulary are easily kept; what matters are the others, where there are any.
         eligible = [p for p in axes if axes[p] and all(axes[p])] or [p for p in axes if any(axes[p])]
         if eligible and all(self.preconditioner_of(p, group) is None for p in eligible):
@@ -451,25 +478,15 @@ class Sketchy(SketchOptimizer):
 
     def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
         super()._check_incoming(incoming)
-        for group, saved in zip(self.param_groups, incoming["param_groups"], strict=True):
+        for saved in incoming["param_groups"]:
             _check(saved)
-            for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-                for part in self._parts.of(index, p):
-                    state = incoming["state"].get(key, {})
-                    state = state if part.key is None else state.get(part.key, {})
-                    for name, tensor in state.get("preconditioner", {}).items():
-                        if not torch.isfinite(tensor).all():
-                            raise ValueError(
-                                f"the saved preconditioner of {self._label(group, part)} has {name!r} with numbers "
-                                "that are not finite"
-                            )
 
     def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
         # Rows of what is preconditioned along them are no rows of an embedding.
         return False if self._whole(p, group) else super()._row_sparse(p, group)
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
-        (beta1, beta2), graft, lr = group["betas"], group["graft"], group["lr"]
+        (beta1, beta2), graft, lr = group["betas"], group["graft"], rate(group)
         second, denominator, floor = Ema(1.0, 1.0, step), Denominator(1.0, group["eps"]), 0.0
         if graft in ("cs", "rmsprop"):
             root2 = (1.0 - beta2**step) ** 0.5
@@ -593,7 +610,7 @@ class Sketchy(SketchOptimizer):
         if first is not None and not before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             x.mul_(size)
-        take(p.data, grad, whole, group["lr"], rule, state, group)
+        take(p.data, grad, whole, rate(group), rule, state, group)
 
     def _gather(
         self, plan: Kronecker, state: dict[str, Tensor], x: Tensor, step: int, group: Mapping[str, Any]

@@ -106,11 +106,14 @@ def parameter(t, rows, cols, mask, P_TYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def sum_of_squares(x):
-    """In float64, which holds it whatever ``x`` is; summed in float32, and where that overflows once more, scaled."""
+    """In float64, which holds it whatever ``x`` is; summed in float32, and once more, scaled, where that cannot."""
     total = tl.sum(x * x).to(tl.float64)
     if total > 3.4028234663852886e38:  # infinite, but not NaN
         y = x * 8.470329472543003e-22  # 2**-70
         total = tl.sum(y * y).to(tl.float64) * 1.3937965749081639e42  # 2**140
+    elif total < 8.271806125530277e-25:  # 2**-80: squares may have underflowed
+        y = x * 1180591620717411303424.0  # 2**70
+        total = tl.sum(y * y).to(tl.float64) * 7.174648137343064e-43  # 2**-140
     return total
 
 

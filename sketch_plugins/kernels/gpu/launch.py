@@ -378,7 +378,7 @@ def _fold_dense(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Te
 
 
 def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list[_Action]:
-    """The rows' new scales; ``weights (2, rows)`` takes the weight of a row's squares in its bucket, and its share."""
+    """The rows' new scales; ``weights (2, rows)``: weight of a row's squares in its bucket, and what is kept of it."""
     device, ema, m = w.p.device, w.emas[1], 16
     assert ema is not None
     row, _ = _describe(w, _FOLDING, 0, 0)
@@ -390,14 +390,15 @@ def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list
     )  # fmt: skip
 
     def scale() -> None:
-        means, kept = weights[0], state["row"].squeeze(-1)
-        old = kept if w.rows is None else kept.index_select(0, w.rows)
-        new = old.mul_(ema.decay).add_(means, alpha=ema.gain)
-        if w.rows is not None:
-            kept.index_copy_(0, w.rows, new)
-        weight = torch.where(new > 1e-30, ema.gain / new, 0.0)
-        torch.mul(means, weight, out=weights[1]).clamp_(max=1.0)
-        means.copy_(weight)
+        means, scales = weights[0], state["row"].squeeze(-1)
+        old = (scales if w.rows is None else scales.index_select(0, w.rows)) * ema.decay
+        new = old.add(means, alpha=ema.gain)
+        if w.rows is None:
+            scales.copy_(new)
+        else:
+            scales.index_copy_(0, w.rows, new)
+        weights[0] = torch.where(new > 1e-30, ema.gain / new, 0.0)
+        weights[1] = torch.where(new > 1e-30, old / new, 1.0)
 
     return [measure, scale]
 
