@@ -96,7 +96,7 @@ _MOST, _DOWN, _UP = np.float64(np.finfo(np.float32).max), np.float32(2.0**-70), 
 # A sum below LEAST may have lost squares that underflow: it is summed again, of numbers times RAISE.
 _LEAST, _RAISE, _LOWER = np.float64(2.0**-80), np.float32(2.0**70), np.float64(2.0**-140)
 # Denominators from which on the squares of a bucket's gradients stand for those of its updates: a gradient whose square
-# underflows, below 1e-19, is then an update below 1e-10. A sum of squares has to be as large as ENOUGH to outweigh those.
+# underflows, below 1e-19, is then an update below 1e-10. A sum of squares has to be ENOUGH to outweigh such updates.
 _PLAIN, _ENOUGH = np.float32(1e-9), np.float64(1e-10)
 
 

@@ -89,7 +89,7 @@ def _work(backend, name, cases, seed):
     except BaseException as error:  # the smallest case is in its notes
         found = "\n".join([str(error), *getattr(error, "__notes__", ())])
         if not isinstance(error, AssertionError):
-            found = f"{traceback.format_exc()}\n{found}"
+            found = f"{traceback.format_exc()}\n{found}"  # no difference, but an error
     return backend, name, counts, found, time.monotonic() - begin
 
 
