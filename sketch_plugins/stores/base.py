@@ -308,6 +308,7 @@ def blend(old: Tensor, g: Tensor, ema: Ema, order: int) -> Tensor:
     """``decay * old + gain * x`` in place of ``old``, with x = g or g * g."""
     if order == 2:
         return old.mul_(ema.decay).addcmul_(g, g, value=ema.gain)
-    if ema.gain == 1.0 - ema.decay:
+    # Without a decay, lerp would make NaN of an infinite gradient, and `update_clip` then NaN of every number.
+    if ema.decay and ema.gain == 1.0 - ema.decay:
         return old.lerp_(g, ema.gain)  # what torch.optim.AdamW does, in one pass
     return old.mul_(ema.decay).add_(g, alpha=ema.gain)

@@ -32,3 +32,19 @@ def test_a_small_update_is_measured_where_its_squares_underflow(kernels, cls, op
     assert 0 < kept[1][0] < 1e-15
     # Sums of 960 squares in another order: 32 units in the last place.
     torch.testing.assert_close(kept[0], kept[1], rtol=4e-6, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_infinite_gradient_that_is_clipped_leaves_the_other_numbers(kernels, momentum):
+    """Without momentum the definition's lerp made NaN of it, and so of the size of the update, and of every number."""
+    moved = []
+    for fused in (True, False):
+        p = torch.nn.Parameter(torch.ones(5, device=kernels))
+        p.grad = torch.tensor([1.0, 2.0, float("inf"), -1.0, 0.5], device=kernels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, in the interpreter
+            CSMomentum([p], 0.1, momentum=momentum, update_clip=0.3, fused=fused).step()
+        moved.append(p.detach())
+    for p in moved:
+        # The size of the update is infinite: what is divided by it is 0.
+        assert p.isfinite().tolist() == [True, True, False, True, True] and bool((p[p.isfinite()] == 1).all())
