@@ -166,15 +166,22 @@ class Side:
             state[self.key(name)].copy_(tensor)
 
 
-def solve(due: Iterable[tuple[Side, State, Tensor | None]], decay: float, tail: str, solver: str) -> None:
+#: A covariance, its state, and new columns; without them what was gathered is folded.
+Due = tuple[Side, State, Tensor | None]
+
+
+def solve(due: Iterable[Due], decay: float, tail: str, solver: str) -> list[Due]:
     """Fold what was gathered (or the columns given) into the covariances: equal shapes in one batched call.
 
-    Everything is computed before anything is written. A stack is bounded by `STACK` numbers.
+    A stack is bounded by `STACK` numbers; all of it is computed before anything of it is written. One flag is read for
+    each: whether everything is finite.
 
-    Raises:
-        torch.linalg.LinAlgError: no decomposition in float64 either; those written before are whole.
+    Returns:
+        Those that could not be folded. Their covariances are the last ones, and what was gathered waits for the next
+        solve, unless it is not finite itself: then it is dropped.
     """
-    stacks: dict[tuple[object, ...], list[tuple[Side, State, Tensor | None]]] = {}
+    stacks: dict[tuple[object, ...], list[Due]] = {}
+    failed: list[Due] = []
     for item in due:
         side, state, columns = item
         vectors = state[side.key("vectors")]
@@ -185,10 +192,11 @@ def solve(due: Iterable[tuple[Side, State, Tensor | None]], decay: float, tail: 
         numbers = side.size * (2 * side.rank if columns is None else side.rank + columns.shape[-1])
         most = max(1, STACK // numbers)
         for first in range(0, len(members), most):
-            _solve(members[first : first + most], decay, tail, solver)
+            failed += _solve(members[first : first + most], decay, tail, solver)
+    return failed
 
 
-def _solve(members: Sequence[tuple[Side, State, Tensor | None]], decay: float, tail: str, solver: str) -> None:
+def _solve(members: Sequence[Due], decay: float, tail: str, solver: str) -> list[Due]:
     def stacked(name: str) -> Tensor:
         return torch.stack([state[side.key(name)] for side, state, _ in members])
 
@@ -200,12 +208,19 @@ def _solve(members: Sequence[tuple[Side, State, Tensor | None]], decay: float, t
     else:
         gathered = fd.drain(stacked("buffer"), old.vectors)
         new = fd.fold(old, gathered, stacked("decay"), tail=tail, solver=solver, mass=stacked("mass"))
+    good = fd.finite(new)
+    fine = [True] * len(members) if bool(good.all()) else good.tolist()
     for i, (side, state, _) in enumerate(members):
-        side.keep(state, Covariance(*(tensor[i] for tensor in new)))
-        if not columns:
+        if fine[i]:
+            side.keep(state, Covariance(*(tensor[i] for tensor in new)))
+        # What was gathered is used up, or of no use. Else it waits for the next solve.
+        if not columns and (
+            fine[i] or not all(bool(state[side.key(name)].isfinite().all()) for name in ("buffer", "mass"))
+        ):
             state[side.key("buffer")].zero_()
             state[side.key("mass")].zero_()
             state[side.key("decay")].fill_(1.0)
+    return [item for item, well in zip(members, fine, strict=True) if not well]
 
 
 def merged(shape: Sequence[int], most: int) -> tuple[int, ...]:
