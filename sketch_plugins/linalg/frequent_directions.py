@@ -210,10 +210,8 @@ def inverse_root(
     that is 0 (below the smallest normal number) both are 1.
     """
     inside, outside = spectrum(sketch, tail)
-    top = inside.amax(-1)
-    nothing = top < torch.finfo(top.dtype).tiny
-    top = torch.where(nothing, 1.0, top)
-    floor = (sketch.vectors.shape[-2] if units is None else units) * torch.finfo(inside.dtype).eps / 2
+    top, nothing = _top(inside)
+    floor = floor_of(sketch.vectors.shape[-2] if units is None else units, inside.dtype)
     shift = eps if relative else eps / top.unsqueeze(-1)
     inner = ((inside / top.unsqueeze(-1)).clamp_min(floor) + shift).pow(exponent)
     outer = ((outside / top).clamp_min(floor) + (eps if relative else eps / top)).pow(exponent)
@@ -221,6 +219,22 @@ def inverse_root(
         size = top.pow(exponent)
         inner, outer = inner * size.unsqueeze(-1), outer * size
     return torch.where(nothing.unsqueeze(-1), 1.0, inner), torch.where(nothing, 1.0, outer)
+
+
+def floor_of(units: float, dtype: torch.dtype) -> float:
+    """What part of the largest eigenvalue the others are at least taken for, see `inverse_root`."""
+    return units * torch.finfo(dtype).eps / 2
+
+
+def largest(sketch: Covariance, tail: str) -> Tensor:
+    """``(*)``: the largest eigenvalue, as `inverse_root` has it: 1 where the covariance is 0."""
+    return _top(spectrum(sketch, tail)[0])[0]
+
+
+def _top(inside: Tensor) -> tuple[Tensor, Tensor]:
+    top = inside.amax(-1)
+    nothing = top < torch.finfo(top.dtype).tiny
+    return torch.where(nothing, 1.0, top), nothing
 
 
 @in_full_precision

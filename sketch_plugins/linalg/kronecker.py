@@ -96,24 +96,65 @@ class Kronecker:
         """The unfoldings ``(d, n)`` themselves; views where the layout allows it."""
         return {side: part.transpose(0, 1).reshape(side.size, -1) for side, part in self._unfolded(x)}
 
-    def precondition(
-        self, state: State, x: Tensor, exponent: float, eps: float, tail: str, absolute: bool = True
-    ) -> None:
-        """``x``, contiguous and of the tensor's shape, times the inverse roots along every axis, in place.
+    def precondition(self, state: State, x: Tensor, exponent: float, eps: float, tail: str) -> None:
+        """``x``, contiguous and of the tensor's shape, times the inverse roots along every axis, in place."""
+        log, power = self.turn(state, x, exponent, eps, tail, sizes=True)
+        x.mul_(log.exp().to(x.dtype)).ldexp_(-power.to(x.dtype))
 
-        Not ``absolute``: each over that of its largest eigenvalue, where only the direction matters.
+    def turn(
+        self, state: State, x: Tensor, exponent: float, eps: float, tail: str, sizes: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`precondition` but for a positive factor, the same for all of ``x``.
+
+        The roots themselves have any size (of a covariance of 1e-30 an exponent of -1 makes 1e30 along each axis), and
+        so have gradients. ``x`` is made of numbers of moderate size, whose squares neither overflow nor vanish, and
+        along each axis it is multiplied by the root over that of the largest eigenvalue.
+
+        Args:
+            state: the covariances.
+            x: contiguous and of the tensor's shape; changed in place.
+            exponent: of the covariances, at most 0.
+            eps: see `frequent_directions.inverse_root`.
+            tail: see `frequent_directions.fold`.
+            sizes: whether the logarithm is wanted. Without it 0 is returned, and nothing is computed for it where
+                there are no blocks that have to be comparable.
+
+        Returns:
+            ``(log, power)``, 0-d, float64 where the device has that: what is missing is a factor of
+            ``exp(log) / 2**power``.
         """
         x = x.view(self.dims)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        sides = [(side, side.get(state)) for side in self.sides]
+        logs = torch.zeros(len(self.blocks), dtype=wide, device=x.device)
+        sizes = sizes or len(self.blocks) > 1
+        if sizes:
+            for side, covariance in sides:
+                logs[side.block] += exponent * fd.largest(covariance, tail).to(wide).log()
+        common = logs.amax() if sizes else logs.new_zeros(())
+        # A power of 2 changes no digit. No entry grows by more than this: by `floor` in every `inverse_root`.
+        smallest, largest = x.aminmax()
+        top = torch.maximum(-smallest, largest)
+        growth = max(
+            sum(exponent * math.log2(fd.floor_of(s.size, x.dtype)) for s, _ in sides if s.block == number)
+            for number in range(len(self.blocks))
+        )
+        # Times the root's largest factor it has to be a number itself.
+        limit = int(0.8 * math.log2(torch.finfo(x.dtype).max))
+        power = (-round(growth / 2) - torch.frexp(top).exponent.to(wide)).clamp(-limit, limit)
+        scale = torch.ldexp(torch.ones_like(top), power.to(x.dtype))
         for number, block in enumerate(self.blocks):
             part = x[block]
             whole = part if part.ndim == 2 or part.is_contiguous() else part.contiguous()
-            for side in self.sides:
+            factor = scale * (logs[number] - common).exp().to(x.dtype) if len(self.blocks) > 1 else scale
+            for side, covariance in sides:
                 if side.block == number:
-                    covariance = side.get(state)
-                    inside, outside = fd.inverse_root(covariance, exponent, eps, tail, absolute=absolute)
-                    _along(whole, side.axis, covariance.vectors, inside, outside)
+                    inside, outside = fd.inverse_root(covariance, exponent, eps, tail, absolute=False)
+                    _along(whole, side.axis, covariance.vectors, inside * factor, outside * factor)
+                    factor = torch.ones_like(scale)
             if whole is not part:
                 part.copy_(whole)
+        return common, power
 
     def _unfolded(self, x: Tensor) -> Iterator[tuple[Side, Tensor]]:
         """``(m, d, n)``: m matrices whose columns are the vectors along the axis."""

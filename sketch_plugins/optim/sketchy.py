@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -581,17 +582,23 @@ class Sketchy(SketchOptimizer):
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             if not of_gradient and grafted:
                 norm = _norm(x) * size  # that of the averaged update
+        missing = None
         if started:
             exponent = -(group["exponent"] or 0.5 / len(plan.dims))
-            # Blocks of one tensor have to be comparable; then the size of all is the graft's.
-            absolute = not grafted or len(plan.blocks) > 1
-            plan.precondition(covariances, x, exponent, group["matrix_eps"], group["tail"], absolute)
+            missing = plan.turn(covariances, x, exponent, group["matrix_eps"], group["tail"], sizes=not grafted)
         now = _norm(x)
-        if grafted:
-            x.mul_(torch.where(now > 0, norm / now, 0.0))
-        else:
-            x.mul_(size if before else 1.0)
-            x.mul_(self._scale(p, grad, (now * (size if before else 1.0)).square(), group))
+        if not grafted:
+            # As a logarithm: roots of covariances have any size, and what is left of it is up to `update_clip`.
+            length = now.to(torch.float64 if missing is None else missing[0].dtype).log()
+            if missing is not None:
+                length = length + missing[0] - missing[1] * math.log(2.0)
+            if before:
+                length = length + math.log(size)
+            if group["update_clip"]:
+                length = length.clamp(max=math.log(group["update_clip"]) + math.log(p.numel()) / 2)
+            norm = length.clamp(max=math.log(torch.finfo(x.dtype).max) / 2).exp().to(x.dtype)
+            norm = norm * self._scale(p, grad, torch.zeros_like(norm), group)
+        x.mul_(torch.where(now > 0, norm / now, 0.0))
         if first is not None and not before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             x.mul_(size)
