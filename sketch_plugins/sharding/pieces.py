@@ -8,8 +8,7 @@ piece is handled as a tensor of its own shape, so that covers, sketches and prec
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -24,13 +23,13 @@ class Original:
     """A parameter as its optimizer was given it, before a framework put other tensors in its place.
 
     Attributes:
-        ref: weak reference to it.
+        ref: returns it, or None where it does not exist any more: a weak reference, or a search.
         shape: of the whole parameter.
         index: its number among all the parameters of the optimizer.
         name: what to call it.
     """
 
-    ref: weakref.ref[Tensor]
+    ref: Callable[[], Tensor | None]
     shape: tuple[int, ...]
     index: int
     name: str = ""
