@@ -62,7 +62,7 @@ def in_full_precision(function: _F) -> _F:
     def run(first: Any, *args: Any, **kwargs: Any) -> Any:
         tensor = first.values if isinstance(first, Covariance) else first
         kind = tensor.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return function(first, *args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return function(first, *args, **kwargs)
@@ -251,10 +251,16 @@ def multiply(x: Tensor, vectors: Tensor, inside: Tensor, outside: Tensor) -> Ten
     return x.baddbmm_(scaled.expand(len(x), *scaled.shape), projected)
 
 
-def finite(sketch: Covariance) -> Tensor:
-    """``(*)``: whether all numbers of a sketch are finite."""
+def finite(sketch: Covariance) -> list[bool]:
+    """Whether all numbers of a sketch are finite, for each of a batch (of one dimension, or none: one flag).
+
+    A device is waited for once. Of meta tensors the answer is yes.
+    """
+    count = sketch.tail.numel()
+    if sketch.tail.is_meta:
+        return [True] * count
     ends = sketch.tail.isfinite() & sketch.trace.isfinite() & sketch.values.isfinite().all(-1)
-    return ends & sketch.vectors.isfinite().flatten(-2).all(-1)
+    return (ends & sketch.vectors.isfinite().flatten(-2).all(-1)).reshape(-1).tolist()
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -342,6 +348,8 @@ def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor
     does not converge, or returns NaN and says nothing. Whatever is not finite is therefore computed again, for the
     members of the batch concerned (`_rescued`). One that nothing helps comes out as NaN.
     """
+    if matrix.is_meta:  # a rehearsal: there are no numbers to look at
+        return decompose(matrix)
     size, vectors, good = None, None, None
     try:
         size, vectors = decompose(matrix)

@@ -249,8 +249,7 @@ def _solve(members: Sequence[Due], decay: float, tail: str, solver: str) -> list
     else:
         gathered = fd.drain(stacked("buffer"), old.vectors)
         new = fd.fold(old, gathered, stacked("decay"), tail=tail, solver=solver, mass=stacked("mass"))
-    good = fd.finite(new)
-    fine = [True] * len(members) if bool(good.all()) else good.tolist()
+    fine = fd.finite(new)
     for i, (side, state, _) in enumerate(members):
         if fine[i]:
             side.keep(state, Covariance(*(tensor[i] for tensor in new)))

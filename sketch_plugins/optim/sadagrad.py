@@ -137,7 +137,7 @@ class SAdagrad(SketchOptimizer):
             # The root mixes the numbers: every one of them takes a step.
             grad = Gradient(whole, None, grad.dtype, grad.chunk, grad.shape)
         covariance = fd.fold(side.get(state["preconditioner"]), vector, 1.0, tail="paper", solver=group["solver"])
-        if bool(fd.finite(covariance)):
+        if all(fd.finite(covariance)):
             side.keep(state["preconditioner"], covariance)
         else:
             covariance = side.get(state["preconditioner"])

@@ -362,7 +362,7 @@ def _preconditioner(
                 continue
         if parts:
             new = _covariance(parts, side, box, h.tail, drained)
-            if not bool(fd.finite(new)):
+            if not all(fd.finite(new)):
                 raise ValueError(
                     f"the old covariances under the new piece at {_at(h)} have no finite decomposition together: they "
                     "cannot be cut. Use the checkpoint of another step"
