@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 LINT_PATHS := sketch_plugins integrations examples tests $(wildcard benchmarks)
 
 ifeq ($(OS),Windows_NT)
@@ -22,7 +23,7 @@ TEST_THREADS := $(or $(OMP_NUM_THREADS),1)
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu lint format clean
+.PHONY: help demo test soak gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +35,9 @@ demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare
 
 test: $(VENV)/.dev ## run the test suite
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
+
+soak: $(VENV)/.dev ## 10,000 steps of every optimizer with saves, schedules and skipped steps: no growth, no drift
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one, and the benchmark on both precisions
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
