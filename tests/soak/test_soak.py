@@ -24,13 +24,14 @@ def backends():
 
 
 @pytest.mark.filterwarnings("ignore:fused=True")
-@pytest.mark.parametrize("name", ["cs_adam", "sm3", "sketchy", "mem_sgd"])
+@pytest.mark.parametrize("name", ["cs_adam", "sketchy"])
 def test_nothing_grows_or_drifts(name, soak, monkeypatch):
     """Twice through everything a long run has: saved and loaded, skipped, a parameter replaced."""
-    monkeypatch.setattr(soak, "SAVE", 15)
-    monkeypatch.setattr(soak, "REPLACE", 20)
-    # So few steps are still warming up Python's own bookkeeping. Losses of so few steps may go either way; memory, caches and the backends' agreement may not.
-    rows, wrong = soak.soak([name], backends(), 240, soak.Bounds(python_bytes=256 << 10))
+    monkeypatch.setattr(soak, "SAVE", 12)
+    monkeypatch.setattr(soak, "REPLACE", 16)
+    # So few steps still warm up Python's own bookkeeping, and their losses may go either way; tensors, caches and the
+    # backends' agreement may not.
+    rows, wrong = soak.soak([name], backends(), 192, soak.Bounds(python_bytes=256 << 10))
     assert [row["finite"] for row in rows] == [True] * len(rows)
     assert [line for line in wrong if "the loss was" not in line] == []
 
