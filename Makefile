@@ -23,10 +23,10 @@ TEST_THREADS := $(or $(OMP_NUM_THREADS),1)
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak gpu lint format clean
+.PHONY: help demo test restricted soak gpu lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  DEMO_ARGS and TEST_ARGS are handed on, for example: make demo DEMO_ARGS=--help"
 
@@ -38,6 +38,10 @@ test: $(VENV)/.dev ## run the test suite
 
 soak: $(VENV)/.dev ## 10,000 steps of every optimizer with saves, schedules and skipped steps: no growth, no drift
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
+
+restricted: $(VENV)/.dev ## the test suite as other processors see it, and without Numba or Triton: ROWS=mkl,no-numba
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/restricted/run.py $(if $(ROWS),--rows $(ROWS)) \
+	  -- -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
 
 gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one, and the benchmark on both precisions
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)

@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.sharding import deepspeed
-from sketch_plugins.sharding.pieces import Original, Piece, pieces
+from sketch_plugins.sharding.pieces import Original, Piece, is_key, is_lazy, pieces
 
 # State of a piece that says which one it is.
 PLACE = "place"
+#: Names in the state of a parameter that are ours. Wrappers of optimizers keep tensors of their own beside them.
+STATE_NAMES = frozenset({"step", "first_moment", "second_moment", "preconditioner", "rms", PLACE})
+
+
+def is_ours(name: object) -> bool:
+    """Whether a key in the state of a parameter is ours: of a flat partition there are pieces with states."""
+    return name in STATE_NAMES or is_key(name)
 
 
 @dataclass(eq=False)
@@ -115,7 +122,7 @@ class Parts:
     def __init__(self) -> None:
         self.originals: list[Original] = []
         self._groups: list[int] = []
-        self._given: dict[int, tuple[int, ...]] = {}  # identity of a given parameter -> its shape
+        self._given: dict[int, tuple[int, ...] | None] = {}  # identity of a given parameter -> its shape
         self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Piece] | None]] = {}
         self._found: dict[int, Tensor] | None = None
         self._looking = 0
@@ -129,7 +136,8 @@ class Parts:
             shape = deepspeed.whole_shape(p)
             self.originals.append(Original(partial(self._find, id(p)), shape, len(self.originals), name))
             self._groups.append(number)
-            self._given[id(p)] = shape
+            # A parameter of a lazy module gets its shape later.
+            self._given[id(p)] = None if is_lazy(p) else shape
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -181,7 +189,10 @@ class Parts:
         ]
 
     def _was_given(self, p: Tensor) -> bool:
-        return self._given.get(id(p)) == deepspeed.whole_shape(p)
+        shape = deepspeed.whole_shape(p)
+        if id(p) in self._given and self._given[id(p)] is None:
+            self._given[id(p)] = shape
+        return self._given.get(id(p)) == shape
 
     def _pieces(self, flat: Tensor) -> list[Piece] | None:
         """What lies in a flat partition; None: it is an ordinary parameter."""

@@ -212,14 +212,7 @@ def test_groups_with_weight_decay_of_their_own(cls, options):
 
 @every_case
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_rate_that_is_a_tensor_is_the_number(cls, options, shape, request):
-    if shape and (
-        (cls.__name__ == "Sketchy" and options.get("preset") != "paper")
-        or options.keys() & {"lagged_rms"}
-        or (options.get("preset") == "lean")
-    ):
-        why = "a step's rehearsal on meta tensors does not take a CPU rate of one dimension: base.py, `_rehearse`"
-        request.node.add_marker(pytest.mark.xfail(raises=RuntimeError, strict=True, reason=why))
+def test_a_rate_that_is_a_tensor_is_the_number(cls, options, shape):
     a, _ = trained(cls, options, rate=float(torch.tensor(RATE)))
     rate = torch.full(shape, RATE)
     b, optimizer = trained(cls, options, rate=rate)
