@@ -178,7 +178,7 @@ def run(name: str, backend: str, steps: int, warm: bool = False) -> dict:
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
-        if step % 100 == 0:
+        if step % 100 == 0 and name != "mem_sgd":  # which refuses weight decay of sparse gradients
             for group in optimizer.param_groups:
                 group["weight_decay"] = 0.01 if step % 200 == 0 else 0.0
         if step % SAVE == 0 and step < steps:
