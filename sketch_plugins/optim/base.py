@@ -5,6 +5,7 @@ A concrete optimizer names its options, its stores' averages and its update rule
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, round_to_bf16, update
@@ -61,6 +63,8 @@ from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Grad
 SCALE_FLOOR = 1e-3
 # Elements of a tile: large enough to hide the calls, small enough for a CPU's cache (measured, docs/architecture.md).
 CPU_CHUNK, COMPILED_CHUNK, ACCELERATOR_CHUNK = 1 << 20, 1 << 22, 1 << 24
+# Elements of a parameter whose eager step is undone by an error: the copies that this takes are no more than a tile's.
+UNDO = 1 << 20
 # "auto" takes the row-sparse path in steps where at most this fraction of the rows has a gradient.
 AUTO_DENSITY = 0.5
 
@@ -202,13 +206,11 @@ class _Pending:
 
     @property
     def undone(self) -> list[Tensor]:
-        """What is put back where an eager step ends with an error: all that changes, if it is no more than a tile."""
-        if self.p.numel() > self.grad.chunk:
+        """All that an eager step changes, to be put back after an error; nothing for more than `UNDO` elements."""
+        if self.p.numel() > UNDO:
             return []
-        changed = [self.p.data] if has_address(self.p.data) else []
-        if not self.fresh:  # state that was made for this step is dropped
-            changed += _tensors({name: value for name, value in self.state.items() if name != "step"})
-        return changed
+        changed = [self.p.data] if has_address(self.p.data) or is_fake(self.p.data) else []
+        return changed + list(_tensors({name: value for name, value in self.state.items() if name != "step"}))
 
     @property
     def cleans(self) -> bool:
@@ -253,6 +255,8 @@ class SketchOptimizer(torch.optim.Optimizer):
     # Of the last step; copies and pickles go without.
     _plan: Plan | None = None
     _parts_of: Parts | None = None
+    # Whether somebody answers for the numbers of fake tensors, as `sketch_plugins.plan` does for its own steps.
+    _numbers_are_answered = False
     # An `InBackward`, where there is one; it stays with this object.
     _in_backward: Any = None
 
@@ -729,8 +733,8 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _undone_by_an_error(self, one: _Pending) -> Iterator[None]:
         """An error (or Ctrl-C) in the block leaves the part as it was before.
 
-        A part of more than one tile is not copied for that: its temporaries are there already, and nothing else in its
-        step is known to fail. Its number of steps is put back with the state of its moments half written.
+        A part of more than `UNDO` elements is not copied for that: its temporaries are there already, and nothing else
+        in its step is known to fail. Its number of steps is put back with the state of its moments half written.
         """
         copies = [(tensor, scratch.cast(f"undo {i}", tensor, tensor.dtype)) for i, tensor in enumerate(one.undone)]
         step = one.state["step"].clone()
@@ -780,11 +784,18 @@ class SketchOptimizer(torch.optim.Optimizer):
         if one.grad.rows is not None or one.rule is None:
             return {}
         device = one.p.device if one.grad.compile else torch.device("meta")
+        fake = is_fake(one.p.data)
+        with _disable_current_modes() if fake else contextlib.nullcontext():
+            return self._take_without_memory(one, device, fake)
+
+    def _take_without_memory(self, one: _Pending, device: torch.device, fake: bool) -> dict[scratch.Slot, int]:
+        assert one.rule is not None
         p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
         p.owner = p.data
         gradient, state = Matrix(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
         grad = one.grad.of(Matrix(p.data), gradient)
-        state["step"] = one.state["step"] + 1
+        # Nobody can ask a fake tensor for its number; `sketch_plugins.plan` answers for it that this is no first step.
+        state["step"] = torch.full((), 2.0) if fake else one.state["step"] + 1
         with scratch.scratch():
             try:
                 self._eager(p, grad, one.rule, state, one.named, one.group)
@@ -1023,7 +1034,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         label = self._label(group, p)
         check_writable(p.data, label)
         _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
-        _refuse_fake(p.data, g, label)
+        if not self._numbers_are_answered:
+            _refuse_fake(p.data, g, label)
         rows, packed, values = None, False, g
         if g.layout == torch.sparse_coo:
             if g.sparse_dim() != 1 or p.ndim < 1:

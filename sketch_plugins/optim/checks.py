@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sketch_plugins.sharding.parts import _is_fake as is_fake
+from sketch_plugins.sharding.parts import is_fake
 
 #: What other optimizers keep of a parameter. Other keys are of their wrappers (Lookahead's "slow").
 STATES = {

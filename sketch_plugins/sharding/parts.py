@@ -255,7 +255,8 @@ def has_address(tensor: Tensor) -> bool:
     return own and tensor.layout == torch.strided
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is a tensor of `FakeTensorMode`, which has a shape and no numbers."""
     return any(cls.__name__ == "FakeTensor" for cls in type(tensor).__mro__)
 
 
@@ -265,7 +266,7 @@ def plain(tensor: Tensor) -> Tensor:
     Raises:
         ValueError: the subclass cannot be copied into an ordinary tensor.
     """
-    if type(tensor) in _PLAIN or has_address(tensor) or tensor.layout != torch.strided or _is_fake(tensor):
+    if type(tensor) in _PLAIN or has_address(tensor) or tensor.layout != torch.strided or is_fake(tensor):
         return tensor
     try:
         if hasattr(tensor, "wait"):  # of a collective that is under way
@@ -290,7 +291,7 @@ def check_writable(tensor: Tensor, label: str) -> None:
         ValueError: it cannot be read, or not be written; names the type.
     """
     kind = type(tensor)
-    if has_address(tensor) or _is_fake(tensor) or kind in _WRITABLE:
+    if has_address(tensor) or is_fake(tensor) or kind in _WRITABLE:
         return
     numbers = plain(tensor)
     try:
@@ -310,7 +311,7 @@ def opened(part: Part) -> Iterator[Part]:
     Quantized weights and other subclasses with operations of their own are changed in an ordinary copy, one parameter
     at a time, and take the result at the end.
     """
-    if has_address(part.data) or _is_fake(part.data):
+    if has_address(part.data) or is_fake(part.data):
         yield part
         return
     copy = replace(part, data=plain(part.data))
