@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 LINT_PATHS := sketch_plugins integrations examples tests $(wildcard benchmarks)
 
 ifeq ($(OS),Windows_NT)
@@ -22,7 +23,7 @@ TEST_THREADS := $(or $(OMP_NUM_THREADS),1)
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test restricted gpu lint format clean
+.PHONY: help demo test restricted soak gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +35,9 @@ demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare
 
 test: $(VENV)/.dev ## run the test suite
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
+
+soak: $(VENV)/.dev ## 10,000 steps of every optimizer with saves, schedules and skipped steps: no growth, no drift
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 restricted: $(VENV)/.dev ## the test suite as other processors see it, and without Numba or Triton: ROWS=mkl,no-numba
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/restricted/run.py $(if $(ROWS),--rows $(ROWS)) \

@@ -361,7 +361,13 @@ def _preconditioner(
                     state[side.key(name)].copy_(o.state[PRECONDITIONER][theirs.key(name)])
                 continue
         if parts:
-            side.keep(state, _covariance(parts, side, box, h.tail, drained))
+            new = _covariance(parts, side, box, h.tail, drained)
+            if not all(fd.finite(new)):
+                raise ValueError(
+                    f"the old covariances under the new piece at {_at(h)} have no finite decomposition together: they "
+                    "cannot be cut. Use the checkpoint of another step"
+                )
+            side.keep(state, new)
     return state
 
 
@@ -447,6 +453,10 @@ def _drained(o: Held, drained: dict[int, Mapping[str, Tensor]]) -> Mapping[str, 
         for side in o.plan.sides:
             if float(state[side.key("mass")]) != 0 or float(state[side.key("decay")]) != 1:
                 due.append((side, state, None))
-        solve(due, 1.0, o.tail, "eigh")
+        if solve(due, 1.0, o.tail, "eigh"):
+            raise ValueError(
+                f"the statistics that the old piece at {_at(o)} has gathered have no finite decomposition: they cannot "
+                "be cut. Use the checkpoint of another step"
+            )
         drained[id(o)] = state
     return drained[id(o)]
