@@ -27,7 +27,7 @@ from sketch_plugins.optim.base import (
 )
 from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, FIRST_MOMENTS, Option
 from sketch_plugins.optim.plan import Known
-from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.sharding.blocks import Matrix, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
 from sketch_plugins.stores import Ema, Gradient, Store
 from sketch_plugins.stores.sketch import BUCKETS
@@ -147,6 +147,7 @@ class Sketchy(SketchOptimizer):
         width: see `CSAdam`.
         depth: see `CSAdam`.
         hash: see `CSAdam`.
+        batch_dims: see `CSAdam`.
         table_dtype: see `CSAdam`.
         bucket: see `CSAdam`.
         min_compress_size: see `CSAdam`; it concerns the graft's second moment only.
@@ -372,6 +373,7 @@ class Sketchy(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        batch_dims: int | str | None = None,
         table_dtype: str | None = None,
         bucket: str | None = None,
         min_compress_size: int | None = None,
@@ -420,6 +422,9 @@ class Sketchy(SketchOptimizer):
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         return self._moments(p, group, group["momentum_of"] == "all" or self._whole(p, group))
 
+    def _sketches(self, group: Mapping[str, Any]) -> bool:
+        return GRAFTS[group["graft"]] == "count_min"
+
     def _moments(self, p: Shaped, group: Mapping[str, Any], first: bool) -> tuple[Store | None, Store | None]:
         kinds = {"second_moment": GRAFTS[group["graft"]], "first_moment": group["first_moment"] if first else "none"}
         return super()._stores(p, {**group, **kinds})
@@ -442,7 +447,7 @@ class Sketchy(SketchOptimizer):
         dtype, others = torch.float64 if p.dtype == torch.float64 else torch.float32, 0
         if group["budget"]:
             stores = self._moments(p, group, group["momentum_of"] == "all" or all(preconditioned))
-            matrix = shape[0], p.numel() // shape[0]
+            matrix = matrix_shape(shape, self._batch(p, group))
             others = sum(store.nbytes(matrix, dtype) for store in stores if store is not None)
         return _kronecker(
             dims, preconditioned, group["rank"], group["budget"], others, group["max_block_dim"],
@@ -644,7 +649,7 @@ class Sketchy(SketchOptimizer):
         if group["update_clip"]:
             size /= ((squares / p.numel()).sqrt() / group["update_clip"]).clamp_(min=1.0)
         if group["scale_parameter"]:
-            matrix = Matrix(p.data)
+            matrix = grad.like(p.data)
             norm = torch.zeros_like(squares)
             for at in grad.batches():
                 # Contiguous: the same bits for any layout.
@@ -832,7 +837,7 @@ def take(
     if isinstance(rule.decay, Tensor) or rule.decay != 0:
         keep = number(1.0 - rule.decay, grad)
     factor = number(size, grad)
-    matrix = Matrix(p)
+    matrix = grad.like(p)
     for at in grad.batches():
         part, in_place = matrix.get(at), matrix.views(at) and p.dtype == grad.dtype
         if not in_place:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -82,6 +82,7 @@ class Part:
 
 
 Shaped = Tensor | Part
+BatchAxes = Callable[[tuple[int, ...], Mapping[str, Any]], int]
 
 
 def whole_shape(p: Shaped) -> tuple[int, ...]:
@@ -110,12 +111,15 @@ class Parts:
         self._given: dict[int, Original] = {}
         self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Piece] | None]] = {}
 
-    def add(self, group: Mapping[str, Any], number: int) -> None:
-        """Remember the parameters of a new group: a framework may put other tensors in their place."""
+    def add(self, group: Mapping[str, Any], number: int, batch_axes: BatchAxes = lambda whole, group: 0) -> None:
+        """Remember the parameters of a new group: a framework may put other tensors in their place.
+
+        ``batch_axes`` says how many of the first axes of a parameter of the group are a batch of matrices.
+        """
         names = group.get("param_names")
         for i, p in enumerate(group["params"]):
-            name = names[i] if names else f"{number}.{i}"
-            self.originals.append(Original(weakref.ref(p), deepspeed.whole_shape(p), len(self.originals), name))
+            name, whole = names[i] if names else f"{number}.{i}", deepspeed.whole_shape(p)
+            self.originals.append(Original(weakref.ref(p), whole, len(self.originals), name, batch_axes(whole, group)))
             self._groups.append(number)
             self._given[id(p)] = self.originals[-1]
 
@@ -151,7 +155,7 @@ class Parts:
     def _pieces(self, flat: Tensor) -> list[Piece] | None:
         """What lies in a flat partition; None: it is an ordinary parameter."""
         fragments = deepspeed.fragments(flat, self.originals)
-        return list(pieces(fragments)) if fragments else None
+        return list(pieces(fragments, lambda f: self.originals[f.index].batch)) if fragments else None
 
     def group_of(self, piece: Piece) -> int:
         """Number of the group that the piece's parameter was given in."""
