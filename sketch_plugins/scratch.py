@@ -8,16 +8,19 @@ tile; everything is released at the end of the step, so nothing is held between 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Name, dtype and device of a buffer.
+Slot = tuple[str, torch.dtype, torch.device]
+
 
 class _Arena(threading.local):
-    slots: dict[tuple[str, torch.dtype, torch.device], Tensor] | None = None
+    slots: dict[Slot, Tensor] | None = None
 
 
 _ARENA = _Arena()
@@ -40,11 +43,28 @@ def empty(slot: str, shape: Sequence[int], dtype: torch.dtype, device: torch.dev
     n = 1
     for s in shape:
         n *= s
-    key = (slot, dtype, device)
-    buffer = _ARENA.slots.get(key)
+    return _grown((slot, dtype, device), n)[:n].view(shape)
+
+
+def used() -> dict[Slot, int]:
+    """Slot -> elements of every buffer that is there."""
+    return {slot: buffer.numel() for slot, buffer in (_ARENA.slots or {}).items()}
+
+
+def reserve(sizes: Mapping[Slot, int]) -> None:
+    """Allocate buffers of at least these sizes now, so that `empty` does not have to, in the middle of a step."""
+    if _ARENA.slots is not None:
+        for slot, n in sizes.items():
+            _grown(slot, n)
+
+
+def _grown(slot: Slot, n: int) -> Tensor:
+    assert _ARENA.slots is not None
+    buffer = _ARENA.slots.get(slot)
     if buffer is None or buffer.numel() < n:
-        buffer = _ARENA.slots[key] = torch.empty(n, dtype=dtype, device=device)
-    return buffer[:n].view(shape)
+        _, dtype, device = slot
+        buffer = _ARENA.slots[slot] = torch.empty(n, dtype=dtype, device=device)
+    return buffer
 
 
 def out(slot: str, like: Tensor) -> dict[str, Any]:

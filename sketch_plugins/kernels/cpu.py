@@ -173,33 +173,62 @@ class Program:
         self.divided, self.finish = np.array(divided, np.uint64), np.array(finish, np.uint64).reshape(-1, 5)
         self.recalled = np.array([t for t, task in enumerate(tasks) if task.once], np.uint64)
         self.kept = np.array([t for t, task in enumerate(tasks) if task.row[sweeps.LAST]], np.uint64)
+        self.compiled = False
 
-    def run(self, numbers: np.ndarray, gradients: Sequence[int]) -> None:
-        """Take the step: a row of numbers (which are changed) and the gradient's address for each task."""
-        self.table[:, sweeps.G] = gradients
+    def prepare(self, numbers: np.ndarray, gradients: Sequence[int]) -> Callable[[], None]:
+        """The step, to be taken by calling it: compiled, and with all the memory that it needs.
+
+        Args:
+            numbers: a row for each task (they are changed).
+            gradients: the address of its gradient for each task.
+        """
+        table = self.table
+        table[:, sweeps.G] = gradients
         squares, norms = np.empty(self.units), np.empty(self.units)
         rows, maxima = np.empty(self.rows, np.float32), np.empty(self.columns, np.float32)
-        common = self.table, numbers, squares, norms, rows, maxima
-        if len(self.recalled):
-            sweeps.recall(self.table, numbers, self.recalled)
-        if self.calls[0]:
-            _parallel(self.calls[0], common, self.threads)
-            sweeps.settle(self.table, numbers, self.divided, squares, norms)
-        _parallel(self.calls[1], common, self.threads)
-        if len(self.finish):
-            sweeps.finish(self.table, self.finish, rows, maxima)
-        if len(self.kept):
-            sweeps.keep(self.table, numbers, self.kept, squares, norms)
+        common = table, numbers, squares, norms, rows, maxima
+        if not self.compiled:
+            self._compile(common)
+            self.compiled = True
+        before, after = (_Batch(calls, common, self.threads) for calls in self.calls)
+
+        def run() -> None:
+            if len(self.recalled):
+                sweeps.recall(table, numbers, self.recalled)
+            if self.calls[0]:
+                before.run()
+                sweeps.settle(table, numbers, self.divided, squares, norms)
+            after.run()
+            if len(self.finish):
+                sweeps.finish(table, self.finish, rows, maxima)
+            if len(self.kept):
+                sweeps.keep(table, numbers, self.kept, squares, norms)
+
+        return run
+
+    def _compile(self, common: tuple[np.ndarray, ...]) -> None:
+        """Call every loop once with nothing to do: Numba compiles a function in its first call."""
+        table, numbers, squares, norms, rows, maxima = common
+        seen = set()
+        for call in (*self.calls[0], *self.calls[1]):
+            key = call.sweep, *(like.dtype for like in call.likes)
+            if key not in seen:
+                seen.add(key)
+                call.sweep(*call.likes, call.pieces[:0], *common, np.empty(0, np.float32))
+        sweeps.recall(table, numbers, self.recalled[:0])
+        sweeps.settle(table, numbers, self.divided[:0], squares, norms)
+        sweeps.finish(table, self.finish[:0], rows, maxima)
+        sweeps.keep(table, numbers, self.kept[:0], squares, norms)
 
 
-def run(
+def prepare_step(
     tasks: Sequence[Task],
     rows: Sequence[Sequence[float]],
     which: Sequence[int],
     gradients: Sequence[int],
     last: Program | None = None,
-) -> Program:
-    """Take the steps.
+) -> tuple[Program, Callable[[], None]]:
+    """Make the steps ready: nothing but the call of what is returned changes anything, and nothing in it allocates.
 
     Args:
         tasks: one for each parameter.
@@ -209,13 +238,12 @@ def run(
         last: the program of another step, used again if it was made for the same tasks.
 
     Returns:
-        The program that was run.
+        The program, for the next step, and what takes the steps.
     """
     threads = torch.get_num_threads()
     if last is None or last.threads != threads or len(tasks) != len(last.tasks) or not all(map(is_, tasks, last.tasks)):
         last = Program(tasks, threads)
-    last.run(np.array(rows, np.float32)[which], gradients)
-    return last
+    return last, last.prepare(np.array(rows, np.float32)[which], gradients)
 
 
 class _Call(NamedTuple):
@@ -279,24 +307,41 @@ def _cuts(units: int, size: int, limit: int) -> list[tuple[int, int]]:
 _POOL: tuple[int, int, ThreadPoolExecutor] | None = None
 
 
-def _parallel(calls: Sequence[_Call], common: tuple[np.ndarray, ...], threads: int) -> None:
-    """Each call is made by the thread that is free first."""
-    waiting = deque(calls)
+class _Batch:
+    """Calls of which each is made by the thread that is free first."""
 
-    def drain() -> None:
-        while True:
+    def __init__(self, calls: Sequence[_Call], common: tuple[np.ndarray, ...], threads: int) -> None:
+        self.calls, self.common = calls, common
+        room = max((call.room for call in calls), default=0)
+        self.buffers = [np.empty(room, np.float32) for _ in range(min(threads, len(calls)))]
+        self.pool = _pool(threads) if len(self.buffers) > 1 else None
+
+    def run(self) -> None:
+        """Make them all. How many threads there are changes no bit."""
+        waiting = deque(self.calls)
+
+        def drain(buffer: np.ndarray) -> None:
+            while True:
+                try:
+                    call = waiting.popleft()
+                except IndexError:
+                    return
+                call.sweep(*call.likes, call.pieces, *self.common, buffer[: call.room])
+
+        own, *others = self.buffers or [np.empty(0, np.float32)]
+        working = []
+        for buffer in others:
             try:
-                call = waiting.popleft()
-            except IndexError:
-                return
-            call.sweep(*call.likes, call.pieces, *common, np.empty(call.room, np.float32))
-
-    others = [_pool(threads).submit(drain) for _ in range(min(threads, len(calls)) - 1)]
-    try:
-        drain()
-    finally:
-        for other in others:
-            other.result()
+                working.append(self.pool.submit(drain, buffer))  # type: ignore[union-attr]
+            except RuntimeError:
+                # The interpreter is shutting down (a thread that trains may outlive the main one), or the system has no
+                # thread left: this one does the work.
+                break
+        try:
+            drain(own)
+        finally:
+            for one in working:
+                one.result()
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.sharding.parts import is_dtensor
 
 
 class InBackward:
@@ -94,7 +93,7 @@ class InBackward:
         self._accumulating = 0
         # The optimizer keeps this object, not the other way round: it goes when the optimizer goes.
         self._optimizer = weakref.ref(optimizer)
-        self._handles: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+        self._handles: dict[int, Any] = {}  # identity of a parameter -> its hook; no reference, not even a weak one
         self._places: dict[int, tuple[int, int]] = {}
         self._taken: set[int] = set()
         self._looked_for_owners = False
@@ -128,7 +127,7 @@ class InBackward:
         for number, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
                 present.add(id(p))
-                if p.requires_grad and (id(p) not in self._handles or self._handles[id(p)][0]() is not p):
+                if p.requires_grad and not self._has_hook(p):
                     new.append(p)
             why = optimizer._why_not_alone(group)
             if why is not None:
@@ -137,17 +136,22 @@ class InBackward:
             self._refuse_owners(optimizer)
             self._looked_for_owners = False  # they may be wrapped from now on
         for key in [key for key in self._handles if key not in present]:
-            self._handles.pop(key)[1].remove()
+            self._handles.pop(key).remove()
         for p in new:
             # Hooks must not keep this object, and with it a model that was trained, alive.
-            self._handles[id(p)] = weakref.ref(p), p.register_post_accumulate_grad_hook(_Hook(weakref.ref(self)))
+            self._handles[id(p)] = p.register_post_accumulate_grad_hook(_Hook(weakref.ref(self)))
         if new or len(self._places) != len(present):
             self._look_up(optimizer)
+
+    def _has_hook(self, p: Tensor) -> bool:
+        # A tensor with the identity of one that is gone has no hook of that number.
+        handle = self._handles.get(id(p))
+        return handle is not None and handle.id in (p._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]
 
     def remove(self) -> None:
         """From the next backward on, steps are taken by ``optimizer.step()`` alone."""
         optimizer = self._optimizer()
-        for _, handle in self._handles.values():
+        for handle in self._handles.values():
             handle.remove()
         for handle in self._hooks:
             handle.remove()
@@ -220,9 +224,6 @@ class InBackward:
                 raise
             self._taken.add(id(p))
             p.grad = None
-            if not is_dtensor(p):
-                # Kernels write to addresses. Whoever kept the parameter for a later backward has to be told.
-                torch.autograd.graph.increment_version(p)
 
     def _place_of(self, optimizer: SketchOptimizer, p: Tensor) -> tuple[int, int] | None:
         for again in (False, True):
@@ -302,7 +303,8 @@ class InBackward:
         kinds = (DistributedDataParallel,) if engine is None else (DistributedDataParallel, engine)
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # DeepSpeed puts others in their place.
-        mine |= {id(original.ref()) for original in optimizer._parts.originals}
+        with optimizer._parts.looking():
+            mine |= {id(original.ref()) for original in optimizer._parts.originals}
         for one in gc.get_objects():
             if not issubclass(type(one), kinds) or not isinstance(vars(one).get("_modules"), dict):
                 continue

@@ -5,10 +5,12 @@ A concrete optimizer names its options, its stores' averages and its update rule
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -19,6 +21,7 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import numerator_of, round_to_bf16, sum_of_squares, update
 from sketch_plugins.kernels.work import Work
+from sketch_plugins.optim.ambient import neutral
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, numbers, vector
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import Option, misspelt, unknown_option, validate
@@ -29,9 +32,12 @@ from sketch_plugins.sharding.parts import (
     Part,
     Parts,
     Shaped,
+    check_writable,
+    has_address,
     is_dtensor,
     largest,
     leading,
+    opened,
     trim,
     unwrap,
     whole_shape,
@@ -137,14 +143,49 @@ _outside_graphs: Callable[..., Any] = getattr(torch, "_disable_dynamo", None) or
 
 @dataclass(eq=False)
 class _Pending:
-    """A fused step that still needs its numbers; no rule: its step number is on the device."""
+    """One part's step, resolved before anything changes.
+
+    Attributes:
+        p: the part.
+        group: its options.
+        grad: its gradient.
+        state: its state, with the number of steps before this one.
+        fresh: the state is made for this step, and no part of the optimizer's yet.
+        named: the stores of its moments, by name.
+        step: number of this step; with ``capturable`` it is on the device, and so is everything that depends on it.
+        rule: the update; None with ``capturable``, and where no row has a gradient.
+        backend: kernels that take the step; None: it is eager.
+        work: the step as the kernels are given it.
+        idle: nothing but the number of steps changes: the part has no elements, or no row of it has a gradient.
+    """
 
     p: Part
-    work: Work
     group: dict[str, Any]
     grad: Gradient
-    rule: Rule | None
-    step: Any
+    state: dict[str, Any]
+    fresh: bool
+    named: dict[str, Store]
+    step: Any = 0
+    rule: Rule | None = None
+    backend: Backend | None = None
+    work: Work | None = None
+    idle: bool = False
+
+    @property
+    def undone(self) -> list[Tensor]:
+        """What is put back where an eager step ends with an error: all that changes, if it is no more than a tile."""
+        if self.p.numel() > self.grad.chunk:
+            return []
+        changed = [self.p.data] if has_address(self.p.data) else []
+        if not self.fresh:  # state that was made for this step is dropped
+            changed += _tensors({name: value for name, value in self.state.items() if name != "step"})
+        return changed
+
+    @property
+    def cleans(self) -> bool:
+        """Whether the second moment is cleaned in this step (the paper's ``clean_every``)."""
+        every = self.group.get("clean_every", 0)
+        return bool(every) and "second_moment" in self.named and self.step % every == 0
 
 
 class _Taking:
@@ -251,16 +292,17 @@ class SketchOptimizer(torch.optim.Optimizer):
         plan = self._plan = self._plan or Plan()
         plan.large = None
         taking = _Taking()
-        for place, group in enumerate(self.param_groups):
-            self._check_options(plan.options, place, group)
-            options = group_marks(self.OPTIONS, group)
-            for index, owner in enumerate(group["params"]):
-                if owner.grad is not None and owner.numel() > 0:
-                    self._look_at(taking, group, index, owner, options)
-        with scratch.scratch():
-            if self._may_step(taking.members, self.param_groups):
-                self._update(taking.work, taking.known)
-            self._complete()
+        with neutral(), self._parts.looking():
+            for place, group in enumerate(self.param_groups):
+                self._check_options(plan.options, place, group)
+                options = group_marks(self.OPTIONS, group)
+                for index, owner in enumerate(group["params"]):
+                    if owner.grad is not None and owner.numel() > 0:
+                        self._look_at(taking, group, index, owner, options)
+            with scratch.scratch():
+                if self._may_step(taking.members, self.param_groups):
+                    self._update(taking.work, taking.known)
+                self._complete()
         plan.trim()
         return loss
 
@@ -287,10 +329,11 @@ class SketchOptimizer(torch.optim.Optimizer):
         plan = self._plan = self._plan or Plan()
         self._check_options(plan.options, number, group)
         taking = _Taking()
-        self._look_at(taking, group, index, owner, group_marks(self.OPTIONS, group))
-        with scratch.scratch():
-            if self._may_step(taking.members, [{**group, "params": [owner]}]):
-                self._update(taking.work, taking.known, id(owner))
+        with neutral(), self._parts.looking():
+            self._look_at(taking, group, index, owner, group_marks(self.OPTIONS, group))
+            with scratch.scratch():
+                if self._may_step(taking.members, [{**group, "params": [owner]}]):
+                    self._update(taking.work, taking.known, id(owner))
 
     def _look_at(
         self, taking: _Taking, group: dict[str, Any], index: int, owner: Tensor, options: tuple[Any, ...] | None
@@ -301,7 +344,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         for p in self._parts.of(index, owner):
             grad = p.grad
             taking.kept.append(grad)
-            again = self._plan.recall(p.identity, p.data, grad, group, options, self._state_of(p))
+            again = self._plan.recall(p, grad, group, options, self._state_of(p))
             if again is not None:
                 taking.known.append(again)
             else:
@@ -468,65 +511,194 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _update(
         self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known], only: int | None = None
     ) -> None:
-        """Change state and parameters; ``only``: id of the one parameter that all of it belongs to."""
-        fused: dict[Backend, list[_Pending]] = {one.backend: [] for one in known}
-        if known:
-            torch._foreach_add_([one.counter for one in known], 1.0)
+        """Change state and parameters; ``only``: id of the one parameter that all of it belongs to.
+
+        Whatever can fail comes first: until `_commit` nothing has changed.
+        """
         large = self._has_large()
         rules: dict[tuple[int, int, bool], Rule] = {}
-        for p, group, grad in work:
-            first, second = self._stores(p, group)
-            named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
-            further = self._further(p, group)
-            state = self._state_of(p)
-            new = not state
-            if not state:
-                state = self.state[p.owner] if p.key is None else self.state[p.owner].setdefault(p.key, {})
-                place = p.device if group["capturable"] else torch.device("cpu")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
-                for name, store in named.items():
-                    state[name] = store.allocate(grad.shape, p.device, grad.dtype)
-                for name, part in self._beside(p, group).items():
-                    state[name] = part.allocate(p.device, grad.dtype)
-                if p.piece is not None:
-                    state[PLACE] = p.piece.place
-                self._new_state(group, named, state)
-            state["step"] += 1
-            if p.numel() == 0:  # the shard of another rank is not: all have the same state
-                continue
-            sparse = grad.rows is not None
-            if group["capturable"]:
-                # The graph's replays take the number of the step from the device; nothing here may look at it.
-                backend, task = choose(
-                    p.data, group, grad, self._rule(group, 1, sparse), (first, second), state, large, new
-                )
-                assert backend is not None and task is not None
-                fused.setdefault(backend, []).append(_Pending(p, task, group, grad, None, state["step"]))
-                continue
-            step = int(state["step"].item())  # a CPU tensor: no synchronisation
-            clean_every = group.get("clean_every", 0)
-            if clean_every and step % clean_every == 0 and second is not None:
-                second.clean(state["second_moment"], group["clean_factor"], step)
-            if grad.rows is not None and len(grad.rows) == 0:
-                if group.get("lagged_rms") and step == 1:  # no row to measure, and the next step is not the first
-                    state["rms"]["last"][1] = _rms(grad.like(p.data), grad)
-                continue
-            key = (id(group), step, sparse)
-            if key not in rules:
-                rules[key] = self._rule(group, step, sparse)
-            backend, task = None, None
-            if not further:
-                backend, task = choose(p.data, group, grad, rules[key], (first, second), state, large, step == 1)
-            if backend is not None and task is not None:
-                fused.setdefault(backend, []).append(_Pending(p, task, group, grad, rules[key], step))
-            else:
-                self._eager(p, grad, rules[key], state, named, group)
-        for backend, pending in fused.items():
-            self._fill_numbers(pending)
-            if backend.prepare is not None:
-                self._run_tasks(backend, pending, [one for one in known if one.backend is backend], only)
-            elif backend.run is not None:
-                backend.run([one.work for one in pending])
+        pending = [self._resolve(p, group, grad, rules, large) for p, group, grad in work]
+        fused: dict[Backend, list[_Pending]] = {one.backend: [] for one in known}
+        eager: list[_Pending] = []
+        for one in pending:
+            if one.backend is not None:
+                fused.setdefault(one.backend, []).append(one)
+            elif not one.idle:
+                eager.append(one)
+        takes: list[tuple[list[_Pending], list[Known], Callable[[], None]]] = []
+        for backend, members in fused.items():
+            self._fill_numbers(members)
+            if backend.prepare_tasks is not None:
+                again = [one for one in known if one.backend is backend]
+                takes.append((members, again, self._prepare_tasks(backend, members, again, only)))
+            elif backend.prepare is not None:
+                takes.append((members, [], backend.prepare([one.work for one in members if one.work is not None])))
+        slots = self._reserve(eager)
+        owners = {id(one.p.owner): one.p.owner for one in pending}
+        owners |= {id(one.p.owner): one.p.owner for one in known}
+        # Kernels write to addresses, and shards are written in place of their parameter: autograd has to be told, or a
+        # backward through a graph that needs the old weights would be silently wrong.
+        torch.autograd.graph.increment_version(list(owners.values()))
+        self._commit([one for one in pending if one.idle], eager, takes)
+        if slots is not None:
+            slots.update(scratch.used())
+
+    def _resolve(
+        self,
+        p: Part,
+        group: dict[str, Any],
+        grad: Gradient,
+        rules: dict[tuple[int, int, bool], Rule],
+        large: bool,
+    ) -> _Pending:
+        """Everything that a part's step needs; nothing has changed afterwards, not even the optimizer's state."""
+        first, second = self._stores(p, group)
+        named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
+        state = self._state_of(p)
+        fresh = not state or "step" not in state
+        if fresh:
+            state = self._allocate(p, group, grad, named)
+        assert state is not None
+        one = _Pending(p, group, grad, state, fresh, named)
+        if p.numel() == 0:  # the shard of another rank is not: all have the same state
+            one.idle = True
+            return one
+        sparse = grad.rows is not None
+        if group["capturable"]:
+            # The graph's replays take the number of the step from the device; nothing here may look at it.
+            one.step = state["step"]
+            one.backend, one.work = choose(
+                p.data, group, grad, self._rule(group, 1, sparse), (first, second), state, large, fresh
+            )
+            assert one.backend is not None and one.work is not None
+            return one
+        one.step = step = int(state["step"].item()) + 1  # a CPU tensor: no synchronisation
+        if grad.rows is not None and len(grad.rows) == 0:
+            one.idle = True
+            return one
+        key = (id(group), step, sparse)
+        if key not in rules:
+            rules[key] = self._rule(group, step, sparse)
+        one.rule = rules[key]
+        if not self._further(p, group):
+            one.backend, one.work = choose(p.data, group, grad, one.rule, (first, second), state, large, step == 1)
+        return one
+
+    def _allocate(
+        self, p: Part, group: Mapping[str, Any], grad: Gradient, named: Mapping[str, Store]
+    ) -> dict[str, Any]:
+        # Inference tensors could not be changed by a step outside of torch.inference_mode.
+        with torch.inference_mode(False):
+            place = p.device if group["capturable"] else torch.device("cpu")
+            state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=place)}
+            for name, store in named.items():
+                state[name] = store.allocate(grad.shape, p.device, grad.dtype)
+            for name, part in self._beside(p, group).items():
+                state[name] = part.allocate(p.device, grad.dtype)
+            if p.piece is not None:
+                state[PLACE] = p.piece.place
+            self._new_state(group, named, state)
+        return state
+
+    def _commit(
+        self,
+        idle: Sequence[_Pending],
+        eager: Sequence[_Pending],
+        takes: Sequence[tuple[list[_Pending], list[Known], Callable[[], None]]],
+    ) -> None:
+        """Take the steps. A part's number of steps changes with its state: after an error, each has stepped or not."""
+        for one in idle:
+            one.state["step"] += 1
+            if one.p.numel():
+                self._clean(one)
+            if one.group.get("lagged_rms") and one.step == 1:  # no row to measure, and the next step is not the first
+                one.state["rms"]["last"][1] = _rms(one.grad.like(one.p.data), one.grad)
+            self._keep(one)
+        for one in eager:
+            with self._undone_by_an_error(one):
+                assert one.rule is not None
+                one.state["step"] += 1
+                self._clean(one)
+                with opened(one.p) as p:
+                    grad = one.grad if p is one.p else one.grad.of(one.grad.like(p.data))
+                    self._eager(p, grad, one.rule, one.state, one.named, one.group)
+            self._keep(one)
+        for members, known, take in takes:
+            for one in members:
+                self._clean(one)
+            take()
+            counters = [one.state["step"] for one in members] + [one.counter for one in known]
+            if counters:
+                torch._foreach_add_(counters, 1.0)
+            for one in members:
+                self._keep(one)
+
+    @contextmanager
+    def _undone_by_an_error(self, one: _Pending) -> Iterator[None]:
+        """An error (or Ctrl-C) in the block leaves the part as it was before.
+
+        A part of more than one tile is not copied for that: its temporaries are there already, and nothing else in its
+        step is known to fail. Its number of steps is put back with the state of its moments half written.
+        """
+        copies = [(tensor, scratch.cast(f"undo {i}", tensor, tensor.dtype)) for i, tensor in enumerate(one.undone)]
+        step = one.state["step"].clone()
+        try:
+            yield
+        except BaseException:
+            one.state["step"].copy_(step)
+            for tensor, copy in copies:
+                tensor.copy_(copy)
+            raise
+
+    def _clean(self, one: _Pending) -> None:
+        if not one.group["capturable"] and one.cleans:
+            one.named["second_moment"].clean(one.state["second_moment"], one.group["clean_factor"], one.step)
+
+    def _keep(self, one: _Pending) -> None:
+        """State that was made for this step becomes the optimizer's."""
+        if one.fresh:
+            state = self.state[one.p.owner]
+            (state if one.p.key is None else state.setdefault(one.p.key, {})).update(one.state)
+
+    def _reserve(self, eager: Sequence[_Pending]) -> dict[scratch.Slot, int] | None:
+        """Allocate the temporaries of the eager steps; returns where to note what they have really used."""
+        if not eager:
+            return None
+        assert self._plan is not None
+        key = tuple([one.p.identity for one in eager])
+        slots = self._plan.temporaries.get(key)
+        if slots is None:
+            slots = {}
+            for one in eager:
+                copies = {(f"undo {i}", t.dtype, t.device): t.numel() for i, t in enumerate(one.undone)}
+                for slot, n in (*self._rehearse(one).items(), *copies.items()):
+                    slots[slot] = max(n, slots.get(slot, 0))
+            if len(self._plan.temporaries) > 1000:  # parameters that are replaced all the time leave entries
+                self._plan.temporaries.clear()
+            self._plan.temporaries[key] = slots
+        scratch.reserve(slots)
+        return slots
+
+    def _rehearse(self, one: _Pending) -> dict[scratch.Slot, int]:
+        """The temporaries of an eager step, found by taking it with tensors that have no memory.
+
+        With ``compile=True`` it is taken with copies instead: that compiles it. Touched rows are looked at by the host,
+        which such tensors have nothing to show to: their temporaries are allocated in the step itself.
+        """
+        if one.grad.rows is not None or one.rule is None:
+            return {}
+        device = one.p.device if one.grad.compile else torch.device("meta")
+        p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
+        p.owner = p.data
+        gradient, state = one.grad.like(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
+        grad = one.grad.of(one.grad.like(p.data), gradient)
+        state["step"] = one.state["step"] + 1
+        with scratch.scratch():
+            try:
+                self._eager(p, grad, one.rule, state, one.named, one.group)
+            except NotImplementedError:  # an operation that has no form without memory
+                return {}
+            return {(name, dtype, one.p.device): n for (name, dtype, _), n in scratch.used().items()}
 
     def _check_options(
         self, seen: dict[int, tuple[Any, dict[str, Any]]], number: int, group: Mapping[str, Any]
@@ -564,8 +736,11 @@ class SketchOptimizer(torch.optim.Optimizer):
             self._plan.large = any(p.numel() >= CPU_MIN_SIZE for group in self.param_groups for p in group["params"])
         return self._plan.large
 
-    def _run_tasks(self, backend: Backend, pending: list[_Pending], known: list[Known], only: int | None) -> None:
-        assert self._plan is not None and backend.prepare is not None and backend.run_tasks is not None
+    def _prepare_tasks(
+        self, backend: Backend, pending: list[_Pending], known: list[Known], only: int | None
+    ) -> Callable[[], None]:
+        assert self._plan is not None and backend.task is not None and backend.prepare_tasks is not None
+        plan = self._plan
         rows: list[list[float]] = []
         shared: dict[tuple[int, int], int] = {}
         tasks, which, gradients = [], [], []
@@ -580,23 +755,32 @@ class SketchOptimizer(torch.optim.Optimizer):
             which.append(shared[key])
             gradients.append(one.gradient)
         for new in pending:
-            tasks.append(backend.prepare(new.work))
+            assert new.work is not None
+            tasks.append(backend.task(new.work))
             which.append(len(rows))
             rows.append(new.work.numbers.tolist() if isinstance(new.work.numbers, Tensor) else new.work.numbers)
             gradients.append(new.work.g.data_ptr())
-            options = group_marks(self.OPTIONS, new.group)
-            if new.work.last is None or new.work.once:  # a first step with lagged_rms is unlike those that follow
+        program, run = backend.prepare_tasks(tasks, rows, which, gradients, plan.programs.get((backend, only)))
+
+        def take() -> None:
+            run()
+            plan.programs[backend, only] = program
+            plan.used += len(tasks)
+            for new, task in zip(pending, tasks[len(known) :], strict=True):
+                assert new.work is not None
+                if new.work.last is not None and not new.work.once:
+                    continue  # a first step with lagged_rms is unlike those that follow
+                options = group_marks(self.OPTIONS, new.group)
                 # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
-                grad = new.grad.matrix.tensor
-                self._plan.learn(new.p.identity, new.p.data, grad, options, self._state_of(new.p), backend, tasks[-1])
-        programs = self._plan.programs
-        programs[backend, only] = backend.run_tasks(tasks, rows, which, gradients, programs.get((backend, only)))
-        self._plan.used += len(tasks)
+                plan.learn(new.p.identity, new.p.data, new.grad.matrix.tensor, options, new.state, backend, task)
+
+        return take
 
     def _fill_numbers(self, pending: list[_Pending]) -> None:
         shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}
         on_device: dict[tuple[int, bool], list[_Pending]] = {}
         for one in pending:
+            assert one.work is not None
             sparse = one.grad.rows is not None
             if one.rule is None:
                 on_device.setdefault((id(one.group), sparse), []).append(one)
@@ -606,10 +790,11 @@ class SketchOptimizer(torch.optim.Optimizer):
                 shared[key] = vector(numbers(one.rule, one.group, one.step, _l2(one.grad)), one.work.p.device)
             one.work.numbers, one.work.flags = shared[key]
         for (_, sparse), members in on_device.items():
-            group, steps = members[0].group, torch.stack([one.step for one in members])
+            group, steps = members[0].group, torch.stack([one.step for one in members]) + 1
             rule = self._rule(group, steps.double(), sparse)
             rows, flags = vector(numbers(rule, group, steps, _l2(members[0].grad)), steps.device, len(members))
             for one, row in zip(members, rows, strict=True):
+                assert one.work is not None
                 one.work.numbers, one.work.flags = row, flags
 
     def _eager(
@@ -715,6 +900,7 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
         assert g is not None
         label = self._label(group, p)
+        check_writable(p.data, label)
         _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
         rows, packed, values, batch = None, False, g, self._batch(p, group)
         if g.layout == torch.sparse_coo:
@@ -1204,6 +1390,28 @@ def _rms(p: Matrix, grad: Gradient) -> Tensor:
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _twin(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the same layout: without memory on the meta device, with the same numbers elsewhere."""
+    if device.type != "meta":
+        return tensor.detach().clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor):
+            yield value
+
+
+def _twins(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: _twins(value, device) if isinstance(value, Mapping) else value if name == "step" else _twin(value, device)
+        for name, value in state.items()
+    }
 
 
 def _restored(value: Any, device: torch.device, capturable: bool) -> Any:

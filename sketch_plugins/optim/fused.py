@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.work import NUMBERS, Work
+from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.stores import Gradient, Store
 
 if TYPE_CHECKING:
@@ -30,17 +31,19 @@ class Backend:
     Attributes:
         name: of the compiler.
         unsupported: why the kernels cannot take a step; None if they can.
-        run: take the steps.
-        prepare: a work as a task, which holds for the next steps, too; None: there is no such thing.
-        run_tasks: (tasks, a row of numbers for each, addresses of the gradients, what the last call returned): take the
-            steps.
+        prepare: makes the steps of a list of works ready, without changing anything; a call of what it returns takes
+            them.
+        task: a work as a task, which holds for the next steps, too. Such a backend has ``prepare_tasks`` in place of
+            ``prepare``.
+        prepare_tasks: (tasks, rows of numbers, each task's row, addresses of the gradients, the last program): makes
+            the steps ready; returns the program, for the next step, and what takes the steps.
     """
 
     name: str
     unsupported: Callable[[Work], str | None]
-    run: Callable[[list[Work]], None] | None = None
-    prepare: Callable[[Work], Any] | None = None
-    run_tasks: Callable[..., Any] | None = None
+    prepare: Callable[[list[Work]], Callable[[], None]] | None = None
+    task: Callable[[Work], Any] | None = None
+    prepare_tasks: Callable[..., tuple[Any, Callable[[], None]]] | None = None
 
 
 def backend(device: torch.device, fused: bool | None) -> Backend | None:
@@ -80,7 +83,7 @@ def _triton() -> Backend:
         raise ImportError(f"Triton cannot be imported ({error})") from error
     from sketch_plugins.kernels.gpu import launch
 
-    return Backend("triton", launch.unsupported, launch.run)
+    return Backend("triton", launch.unsupported, launch.prepare)
 
 
 @lru_cache(maxsize=1)
@@ -91,7 +94,7 @@ def _numba() -> Backend:
         raise ImportError(f"Numba cannot be imported ({error}): pip install 'sketch-plugins[cpu]'") from error
     from sketch_plugins.kernels import cpu
 
-    return Backend("numba", cpu.unsupported, prepare=cpu.prepare, run_tasks=cpu.run)
+    return Backend("numba", cpu.unsupported, task=cpu.prepare, prepare_tasks=cpu.prepare_step)
 
 
 def describe(
@@ -143,6 +146,15 @@ def choose(
     ``large``: the optimizer has a tensor of `CPU_MIN_SIZE` or more; ``new``: see `describe`.
     """
     kernels = None if group["compile"] else backend(p.device, group["fused"])
+    if kernels is not None and not (has_address(p) and has_address(grad.matrix.tensor)):
+        if group["fused"]:
+            odd = p if not has_address(p) else grad.matrix.tensor
+            warnings.warn(
+                f"fused=True: a parameter of shape {tuple(p.shape)} takes the eager path: kernels read memory by its "
+                f"address, and a {type(odd).__name__} has none of its own",
+                stacklevel=5,
+            )
+        return None, None
     if kernels is None or (p.device.type == "cpu" and not group["fused"] and not large):
         return None, None
     work = describe(p, group, grad, rule, stores, state, new)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.fused import Backend
+from sketch_plugins.scratch import Slot
+from sketch_plugins.sharding.parts import Part
 
 # Read in every step.
 _NUMBERS = ("lr", "betas", "eps")
@@ -23,6 +25,7 @@ _NUMBERS = ("lr", "betas", "eps")
 class Known(NamedTuple):
     """A parameter's step in known circumstances."""
 
+    p: Part
     backend: Backend
     task: Any
     group: dict[str, Any]
@@ -43,22 +46,23 @@ class Plan:
         self.used = 0
         #: Identity of a group -> the group, and its options in the last step.
         self.options: dict[int, tuple[Any, dict[str, Any]]] = {}
+        #: Parts of an eager step -> the temporaries that it took.
+        self.temporaries: dict[tuple[Any, ...], dict[Slot, int]] = {}
         self._tasks: dict[Any, tuple[tuple[Any, ...], Backend, Any]] = {}
 
     def recall(
         self,
-        key: Any,
-        p: Tensor,
+        p: Part,
         grad: Tensor | None,
         group: dict[str, Any],
         options: tuple[Any, ...] | None,
         state: Any,
     ) -> Known | None:
-        """The step of a parameter that looks as it did; None if it does not. ``key``: which one it is."""
-        found = self._tasks.get(key)
+        """The step of a part that looks as it did; None if it does not."""
+        found = self._tasks.get(p.identity)
         if found is None or options is None:
             return None
-        marks = _marks(p, grad, options, state)
+        marks = _marks(p.data, grad, options, state)
         if grad is None or marks is None or marks != found[0]:
             return None
         counter = state["step"]
@@ -66,7 +70,9 @@ class Plan:
             return None
         step = counter.item()
         # A first step is no repetition: with lagged_rms it has to measure.
-        return Known(found[1], found[2], group, counter, int(step) + 1, grad.data_ptr()) if 1 <= step < 1e18 else None
+        return (
+            Known(p, found[1], found[2], group, counter, int(step) + 1, grad.data_ptr()) if 1 <= step < 1e18 else None
+        )
 
     def learn(
         self,

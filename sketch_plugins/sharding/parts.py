@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -69,7 +72,7 @@ class Part:
         """The part of the gradient."""
         grad = self.owner.grad
         if grad is None or self.data is self.owner:
-            return grad
+            return grad if grad is None else plain(grad)
         if self.key is not None:
             assert self.piece is not None
             return self.piece.of(grad)
@@ -103,25 +106,58 @@ class Parts:
 
     It is no state: it is made anew for a copy. What lies where in a flat partition is found out once: it stays so as
     long as there is the partition, while its numbers may move (``offload_states``).
+
+    No reference to a given parameter is kept. A strong one would keep a whole model alive that FSDP2 has replaced by
+    shards, and a weak one would make `torch.utils.swap_tensors` refuse the parameter, and with it ``module.to()`` of
+    every FSDP2 model. Only where a flat partition has taken the place of the given parameters are these looked for
+    again, among everything that the garbage collector knows.
     """
 
     def __init__(self) -> None:
         self.originals: list[Original] = []
         self._groups: list[int] = []
-        self._given: dict[int, Original] = {}
+        self._given: dict[int, tuple[int, ...]] = {}  # identity of a given parameter -> its shape
         self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Piece] | None]] = {}
+        self._found: dict[int, Tensor] | None = None
+        self._looking = 0
 
     def add(self, group: Mapping[str, Any], number: int, batch_axes: BatchAxes = lambda whole, group: 0) -> None:
         """Remember the parameters of a new group: a framework may put other tensors in their place.
 
         ``batch_axes`` says how many of the first axes of a parameter of the group are a batch of matrices.
         """
+        self._found = None
         names = group.get("param_names")
         for i, p in enumerate(group["params"]):
-            name, whole = names[i] if names else f"{number}.{i}", deepspeed.whole_shape(p)
-            self.originals.append(Original(weakref.ref(p), whole, len(self.originals), name, batch_axes(whole, group)))
+            name = names[i] if names else f"{number}.{i}"
+            shape = deepspeed.whole_shape(p)
+            batch = batch_axes(shape, group)
+            self.originals.append(Original(partial(self._find, id(p)), shape, len(self.originals), name, batch))
             self._groups.append(number)
-            self._given[id(p)] = self.originals[-1]
+            self._given[id(p)] = shape
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Within the block, given parameters are looked for at most once."""
+        self._looking += 1
+        try:
+            yield
+        finally:
+            self._looking -= 1
+            if not self._looking:
+                self._forget()
+
+    def _find(self, identity: int) -> Tensor | None:
+        """A given parameter, where it still exists."""
+        if self._found is None:
+            found = {id(one): one for one in gc.get_objects() if id(one) in self._given}
+            self._found = {key: one for key, one in found.items() if isinstance(one, Tensor)}
+        return self._found.get(identity)
+
+    def _forget(self) -> None:
+        # What ZeRO runs is alive as long as its engine is; what a framework has replaced must not be kept alive.
+        if self._found is not None and not deepspeed.managed(self.originals):
+            self._found = None
 
     def of(self, index: int, p: Tensor) -> list[Part]:
         """The parts of a tensor in a parameter group; none where a flat partition holds nothing but padding.
@@ -137,7 +173,8 @@ class Parts:
             return [Part(local_of(p), p, index, tuple(p.shape), _shard(p, index))]
         found = self._flat.get(id(p))
         if found is None or found[0]() is not p or found[1] != p.numel():
-            found = self._flat[id(p)] = weakref.ref(p), p.numel(), self._pieces(p)
+            with self.looking():
+                found = self._flat[id(p)] = weakref.ref(p), p.numel(), self._pieces(p)
             for key in [key for key, (ref, *_) in self._flat.items() if ref() is None]:
                 del self._flat[key]
         if found[2] is None:
@@ -149,8 +186,7 @@ class Parts:
         ]
 
     def _was_given(self, p: Tensor) -> bool:
-        given = self._given.get(id(p))
-        return given is not None and given.ref() is p
+        return self._given.get(id(p)) == deepspeed.whole_shape(p)
 
     def _pieces(self, flat: Tensor) -> list[Piece] | None:
         """What lies in a flat partition; None: it is an ordinary parameter."""
@@ -165,7 +201,8 @@ class Parts:
         """The process groups over which parameters are spread, each once; none where each rank has all of them."""
         # Marks of ZeRO outlive its engine: only who is given other tensors than his own is run by it.
         flat = any(not self._was_given(p) and not is_dtensor(p) for group in groups for p in group["params"])
-        spread = [deepspeed.process_group(self.originals)] if flat else []
+        with self.looking():
+            spread = [deepspeed.process_group(self.originals)] if flat else []
         for group in groups:
             for p in group["params"]:
                 if is_dtensor(p):
@@ -186,7 +223,7 @@ def local_grad(p: Any) -> Tensor:
     """What this rank has of a gradient that is there."""
     grad = p.grad
     if not is_dtensor(grad):
-        return grad
+        return plain(grad)
     if grad.placements != p.placements:  # tensor parallelism may leave sums to be made
         grad = grad.redistribute(p.device_mesh, p.placements)
     return _local(grad)
@@ -197,6 +234,82 @@ def _local(tensor: Any) -> Tensor:
         local = tensor.to_local()
     # Of a reduction that is still under way.
     return local.wait() if hasattr(local, "wait") else local
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are in its own memory, in the order that its strides say.
+
+    A subclass with operations of its own (`torch.Tensor.__torch_dispatch__`) may have none (quantized weights, fake
+    tensors, results of collectives that are under way), or keep something else there.
+    """
+    own = type(tensor) in _PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own and tensor.layout == torch.strided
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return any(cls.__name__ == "FakeTensor" for cls in type(tensor).__mro__)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The numbers of a subclass with operations of its own as an ordinary tensor; other tensors as they are.
+
+    Raises:
+        ValueError: the subclass cannot be copied into an ordinary tensor.
+    """
+    if type(tensor) in _PLAIN or has_address(tensor) or tensor.layout != torch.strided or _is_fake(tensor):
+        return tensor
+    try:
+        if hasattr(tensor, "wait"):  # of a collective that is under way
+            return tensor.wait()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} is a {type(tensor).__name__}, which cannot be read: copying it "
+            f"into an ordinary tensor failed ({error}). Allowed are ordinary tensors, DTensors, and subclasses that "
+            "support copy_"
+        ) from error
+
+
+# Subclasses that a step has been able to read and to write.
+_WRITABLE: set[type] = set()
+
+
+def check_writable(tensor: Tensor, label: str) -> None:
+    """Try, on a copy, what `opened` does to a parameter of a subclass with operations of its own.
+
+    Raises:
+        ValueError: it cannot be read, or not be written; names the type.
+    """
+    kind = type(tensor)
+    if has_address(tensor) or _is_fake(tensor) or kind in _WRITABLE:
+        return
+    numbers = plain(tensor)
+    try:
+        tensor.detach().clone().copy_(numbers)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{label} is a {kind.__name__}, which cannot be written: copying an ordinary tensor into it failed "
+            f"({error}). Allowed are ordinary tensors, DTensors, and subclasses that support copy_"
+        ) from error
+    _WRITABLE.add(kind)
+
+
+@contextmanager
+def opened(part: Part) -> Iterator[Part]:
+    """A part whose numbers an eager step can change tile by tile.
+
+    Quantized weights and other subclasses with operations of their own are changed in an ordinary copy, one parameter
+    at a time, and take the result at the end.
+    """
+    if has_address(part.data) or _is_fake(part.data):
+        yield part
+        return
+    copy = replace(part, data=plain(part.data))
+    yield copy
+    part.data.copy_(copy.data)
 
 
 def _shard(p: Any, index: int) -> Piece | None:

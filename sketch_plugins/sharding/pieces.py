@@ -12,7 +12,6 @@ matrices unless it consists of whole ones.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -28,14 +27,14 @@ class Original:
     """A parameter as its optimizer was given it, before a framework put other tensors in its place.
 
     Attributes:
-        ref: weak reference to it.
+        ref: returns it, or None where it does not exist any more: a weak reference, or a search.
         shape: of the whole parameter.
         index: its number among all the parameters of the optimizer.
         name: what to call it.
         batch: how many of its first axes are a batch of matrices.
     """
 
-    ref: weakref.ref[Tensor]
+    ref: Callable[[], Tensor | None]
     shape: tuple[int, ...]
     index: int
     name: str = ""

@@ -75,6 +75,14 @@ class Gradient:
         self.matrices = matrices
         self.device = matrix.device
 
+    def of(self, parameter: Matrix, matrix: Matrix | None = None) -> Gradient:
+        """The same for a copy of the parameter (and, as ``matrix``, of the gradient)."""
+        l2 = None if self.l2 is None else (parameter, self.l2[1])
+        return Gradient(
+            matrix or self.matrix, self.rows, self.dtype, self.chunk, self.shape, self.packed, self.negate, l2,
+            self.compile, self.matrices,
+        )  # fmt: skip
+
     def batches(self, period: int = 0, align: int = 1) -> Iterator[At]:
         """Where to look, a chunk at a time: tiles of a dense gradient, batches of the touched rows of a sparse one."""
         if self.rows is None:

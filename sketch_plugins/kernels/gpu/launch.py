@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -44,21 +44,58 @@ def unsupported(w: Work) -> str | None:
     return None
 
 
-def run(works: Iterable[Work]) -> None:
-    """Take the steps. Every work must be supported."""
+def prepare(works: Iterable[Work]) -> Callable[[], None]:
+    """Make the steps ready, and return what takes them. Every work must be supported.
+
+    Whatever can fail is done here, before anything changes: memory is allocated, tables are uploaded, kernels compiled.
+    """
     by_device: dict[torch.device, list[Work]] = {}
     for w in works:
         if w.rows is None or len(w.rows):
             by_device.setdefault(w.p.device, []).append(w)
+    actions: list[tuple[torch.device, list[_Action]]] = []
     for device, there in by_device.items():
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with _on(device):
+            folds: list[_Action] = []
             groups: dict[_Plan, list[Work]] = {}
             for w in there:
-                _fold(w)
+                folds += _fold(w)
                 plan, w = _plan(w)
                 groups.setdefault(plan, []).append(w)
-            for plan, members in groups.items():
-                _launch(plan, members, device)
+            launches = [_launch(plan, members, device) for plan, members in groups.items()]
+            actions.append((device, [*folds, *chain.from_iterable(launches)]))
+
+    def run() -> None:
+        for device, there in actions:
+            with _on(device):
+                for action in there:
+                    action()
+
+    return run
+
+
+_Action = Callable[[], Any]
+# What has been compiled: kernel, constants, and what Triton compiles its arguments for.
+_COMPILED: set[tuple[Any, ...]] = set()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _ready(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> _Action:
+    """A launch, compiled and loaded already: one of no programs does that, and nothing else."""
+    key = (
+        kernel, tuple(constants.items()),
+        tuple(
+            (v.dtype, v.device, v.data_ptr() % 16) if isinstance(v, Tensor) else (v == 1, v % 16 == 0, v >> 31 > 0)
+            for v in args
+        ),
+    )  # fmt: skip
+    if key not in _COMPILED:
+        kernel[(0,) * len(grid)](*args, **constants)
+        _COMPILED.add(key)
+    return partial(kernel[grid], *args, **constants)
 
 
 @dataclass(frozen=True)
@@ -177,7 +214,7 @@ def _flat(w: Work) -> Work:
     )  # fmt: skip
 
 
-def _launch(plan: _Plan, works: list[Work], device: torch.device) -> None:
+def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Action]:
     covers = _Covers(works, device) if plan.second in (second.cover, second.cover_estimate) else None
     rows, begin = [], 0
     for i, w in enumerate(works):
@@ -204,32 +241,43 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> None:
         }  # fmt: skip
         before, after = MEASURE, FOLD | APPLY
     once = plan.kept and not plan.measure
-    partial = torch.empty(2 * begin, dtype=torch.float32, device=device) if plan.measure or once else table
+    partial_ = torch.empty(2 * begin, dtype=torch.float32, device=device) if plan.measure or once else table
+    actions: list[_Action] = []
+
+    def sweep(row_of_numbers: Tensor, phase: int, **changed: Any) -> None:
+        actions.append(
+            _ready(
+                kernel, (begin,), table, row_of_numbers, partial_, len(works), PHASE=phase, **shared, **extra | changed
+            )
+        )
+
     if covers and plan.second is second.cover_estimate:
         # Variant I reads the new covers: the maxima of g * g come first.
-        kernel[(begin,)](
-            table, numbers, partial, len(works), PHASE=FOLD, **shared, **extra | {"SECOND": second.cover_maxima}
-        )
-        covers.keep()
+        sweep(numbers, FOLD, SECOND=second.cover_maxima)
+        actions.append(covers.keep)
         covers = None
     if plan.measure:
         measured = numbers.clone()
         measured[:, places.STEP] = 1.0
         measured[:, places.INNER] = 1.0
-        kernel[(begin,)](table, measured, partial, len(works), PHASE=before, **shared, **extra)
-        norms.step_sizes[(len(works),)](
-            table, numbers, measured, partial, len(works), begin, AFTER=plan.after, KEPT=plan.kept, N=256
-        )
+        sweep(measured, before)
+        actions.append(
+            _ready(
+                norms.step_sizes, (len(works),), table, numbers, measured, partial_, len(works), begin,
+                AFTER=plan.after, KEPT=plan.kept, N=256,
+            )
+        )  # fmt: skip
     elif once:
-        norms.recall[(len(works),)](table, numbers, AFTER=plan.after)
+        actions.append(_ready(norms.recall, (len(works),), table, numbers, AFTER=plan.after))
         after = FOLD | MEASURE | APPLY
     else:
         after = FOLD | APPLY
-    kernel[(begin,)](table, numbers, partial, len(works), PHASE=after, **shared, **extra)
+    sweep(numbers, after)
     if once:
-        norms.keep[(len(works),)](table, numbers, partial, len(works), begin, N=256)
+        actions.append(_ready(norms.keep, (len(works),), table, numbers, partial_, len(works), begin, N=256))
     if covers:
-        covers.keep()
+        actions.append(covers.keep)
+    return actions
 
 
 def _describe(w: Work, plan: _Plan, begin: int, new: int) -> tuple[list[int], int]:
@@ -276,16 +324,20 @@ def _signed64(value: int) -> int:
 # -- sketches that several programs read: written before --------------------------------------------------------------
 
 
-def _fold(w: Work) -> None:
+def _fold(w: Work) -> list[_Action]:
+    actions: list[_Action] = []
     for pair, signed in ((w.first, True), (w.second, False)):
         if pair is None or not isinstance(pair[0], Sketch):
             continue
-        store, state = pair[0], pair[1]
-        weights = _profile_weights(w, state) if isinstance(store, RowCountMin) else None
+        store, state, weights = pair[0], pair[1], None
+        if isinstance(store, RowCountMin):
+            weights = torch.empty(2, _count(w), dtype=torch.float32, device=w.p.device)
+            actions += _profile_weights(w, state, weights)
         if w.rows is not None:
-            _fold_touched(w, store, state["table"], signed, weights)
+            actions.append(_fold_touched(w, store, state["table"], signed, weights))
         elif store.depth > 1 or signed or weights is not None:
-            _fold_dense(w, store, state["table"], signed, weights)
+            actions.append(_fold_dense(w, store, state["table"], signed, weights))
+    return actions
 
 
 def _folding(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> tuple[Tensor, Any]:
@@ -308,41 +360,44 @@ def _fold_columns(w: Work) -> int:
     return min(COLUMNS, triton.next_power_of_2(w.p.shape[1]))
 
 
-def _fold_dense(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> None:
+def _fold_dense(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> _Action:
     width, (r, d) = store.buckets(w.p.shape[0]), w.p.shape
     description, shared = _folding(w, store, table, signed, weights)
     most = -(-(r // store.matrices) // (width // store.matrices))
     m, n = min(16, triton.next_power_of_2(most)), shared["N"]
-    fold.dense[(width * -(-d // n), store.depth)](
-        description, _numbers([w], w.p.device), 1,
+    return _ready(
+        fold.dense, (width * -(-d // n), store.depth), description, _numbers([w], w.p.device), 1,
         DECAY=places.DECAY1 if signed else places.DECAY2, GAIN=places.GAIN1 if signed else places.GAIN2,
         M=m, num_warps=max(1, min(8, m * n // 256)), **shared,
     )  # fmt: skip
 
 
-def _profile_weights(w: Work, state: dict[str, Tensor]) -> Tensor:
-    """The rows' new scales, and ``(2, rows)``: the weight of a row's squares in its bucket, and its share of it."""
-    device, ema, count, m = w.p.device, w.emas[1], _count(w), 16
+def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list[_Action]:
+    """The rows' new scales; ``weights (2, rows)`` takes the weight of a row's squares in its bucket, and its share."""
+    device, ema, m = w.p.device, w.emas[1], 16
     assert ema is not None
-    weights = torch.empty(2, count, dtype=torch.float32, device=device)
     row, _ = _describe(w, _FOLDING, 0, 0)
     row[common.WEIGHTS.value] = weights.data_ptr()
-    fold.row_means[(-(-count // m),)](
-        _table(device, [row]), _numbers([w], device), 1, P_TYPE=TYPES[w.p.dtype], G_TYPE=TYPES[w.g.dtype],
-        MODE=_mode(w), L2_ON=_has(w, places.L2), M=m, N=_fold_columns(w), num_warps=4,
+    measure = _ready(
+        fold.row_means, (-(-_count(w) // m),), _table(device, [row]), _numbers([w], device), 1,
+        P_TYPE=TYPES[w.p.dtype], G_TYPE=TYPES[w.g.dtype], MODE=_mode(w), L2_ON=_has(w, places.L2), M=m,
+        N=_fold_columns(w), num_warps=4,
     )  # fmt: skip
-    means, kept = weights[0], state["row"].squeeze(-1)
-    old = kept if w.rows is None else kept.index_select(0, w.rows)
-    scale = old.mul_(ema.decay).add_(means, alpha=ema.gain)
-    if w.rows is not None:
-        kept.index_copy_(0, w.rows, scale)
-    weight = torch.where(scale > 1e-30, ema.gain / scale, 0.0)
-    torch.mul(means, weight, out=weights[1]).clamp_(max=1.0)
-    means.copy_(weight)
-    return weights
+
+    def scale() -> None:
+        means, kept = weights[0], state["row"].squeeze(-1)
+        old = kept if w.rows is None else kept.index_select(0, w.rows)
+        new = old.mul_(ema.decay).add_(means, alpha=ema.gain)
+        if w.rows is not None:
+            kept.index_copy_(0, w.rows, new)
+        weight = torch.where(new > 1e-30, ema.gain / new, 0.0)
+        torch.mul(means, weight, out=weights[1]).clamp_(max=1.0)
+        means.copy_(weight)
+
+    return [measure, scale]
 
 
-def _fold_touched(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> None:
+def _fold_touched(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> _Action:
     ema, (r, d) = w.emas[0 if signed else 1], w.p.shape
     assert w.rows is not None and ema is not None
     hashes, height, own = _hashes(store, r, w.p.device), r // store.matrices, store.buckets(r) // store.matrices
@@ -351,9 +406,9 @@ def _fold_touched(w: Work, store: Sketch, table: Tensor, signed: bool, weights: 
     powers = _powers(ema.decay, ema.gain, -(-height // own), w.p.device)
     description, shared = _folding(w, store, table, signed, weights)
     n = shared["N"] = min(256, triton.next_power_of_2(d))  # few rows: longer pieces of them
-    fold.touched[(len(w.rows), -(-d // n), store.depth)](
-        description, _numbers([w], w.p.device), order, bucket, powers,
-        MODE=_mode(w), M=4, num_warps=max(1, min(4, n // 32)), **shared,
+    return _ready(
+        fold.touched, (len(w.rows), -(-d // n), store.depth), description, _numbers([w], w.p.device), order, bucket,
+        powers, MODE=_mode(w), M=4, num_warps=max(1, min(4, n // 32)), **shared,
     )  # fmt: skip
 
 
