@@ -532,7 +532,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                 again = [one for one in known if one.backend is backend]
                 takes.append((members, again, self._prepare_tasks(backend, members, again, only)))
             elif backend.prepare is not None:
-                takes.append((members, [], backend.prepare([one.work for one in members if one.work is not None])))
+                launches = backend.prepare([one.work for one in members if one.work is not None])
+                takes += [([members[i] for i in places], [], take) for places, take in launches]
         slots = self._reserve(eager)
         owners = {id(one.p.owner): one.p.owner for one in pending}
         owners |= {id(one.p.owner): one.p.owner for one in known}

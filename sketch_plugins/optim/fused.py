@@ -31,8 +31,8 @@ class Backend:
     Attributes:
         name: of the compiler.
         unsupported: why the kernels cannot take a step; None if they can.
-        prepare: makes the steps of a list of works ready, without changing anything; a call of what it returns takes
-            them.
+        prepare: makes the steps of a list of works ready, without changing anything. Returns, for each launch, the
+            places of its works in the list and what takes their steps.
         task: a work as a task, which holds for the next steps, too. Such a backend has ``prepare_tasks`` in place of
             ``prepare``.
         prepare_tasks: (tasks, rows of numbers, each task's row, addresses of the gradients, the last program): makes
@@ -41,7 +41,7 @@ class Backend:
 
     name: str
     unsupported: Callable[[Work], str | None]
-    prepare: Callable[[list[Work]], Callable[[], None]] | None = None
+    prepare: Callable[[list[Work]], list[tuple[list[int], Callable[[], None]]]] | None = None
     task: Callable[[Work], Any] | None = None
     prepare_tasks: Callable[..., tuple[Any, Callable[[], None]]] | None = None
 

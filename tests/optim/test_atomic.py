@@ -21,10 +21,11 @@ from sketch_plugins.stores import base as stores
 NAMES = [*registry.names(), "sadagrad"]
 
 
-def build(name, fused=None, **options):
+def build(name, fused=None, large=True, **options):
     """An optimizer of tensors that take each way through a step: matrices, a vector, an embedding with few rows."""
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 24), (24,), (30, 8), (256, 160))]
+    shapes = [(40, 24), (24,), (30, 8), (256, 160)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in (shapes if large else shapes[:3])]
     if name == "sadagrad":
         return SAdagrad(params, lr=0.01), params
     return registry.get(name).cls(params, lr=0.01, fused=fused, min_compress_size=0, **options), params
@@ -121,10 +122,10 @@ def failing(where, name, call):
         yield counted
 
 
-def injections(name, fused, first, calls, sparse):
+def injections(name, fused, first, calls, sparse, **options):
     """For each call that can fail: optimizer and parameters about to step, the call to fail, and how it should end."""
     for where, attribute in calls:
-        optimizer, params = build(name, fused)
+        optimizer, params = build(name, fused, **options)
         for step in range(0 if first else 3):  # the third one is remembered, and calls what the fourth one will call
             give_gradients(params, step, sparse)
             with failing(where, attribute, 0) as counted:
@@ -197,6 +198,46 @@ def test_an_error_within_a_step_leaves_each_parameter_stepped_or_not(name, first
                     p.copy_(value)
         tried += 1
     assert tried >= 8
+
+
+LAUNCHES = ["_fold", "_plan", "_launch", "_ready", "_table", "_numbers", "_describe"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"depth": 2}, {"second_moment": "row_count_min"}, {"second_moment": "cover"}, {"update_clip": 1.0}],
+    ids=str,
+)
+def test_an_error_before_the_first_launch_leaves_everything_as_it_was(options, monkeypatch):
+    launch = pytest.importorskip("sketch_plugins.kernels.gpu.launch", reason="needs Triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    calls = [(launch, name) for name in LAUNCHES]
+    tried = 0
+    for optimizer, params, _, what in injections("cs_adam", True, True, calls, sparse=False, large=False, **options):
+        before = snapshot(optimizer, params)
+        with pytest.raises(Injected):
+            optimizer.step()
+        assert equal(before, snapshot(optimizer, params)), f"{what}: a step half taken"
+        tried += 1
+    assert tried >= 8
+
+
+def test_after_a_launch_that_fails_each_parameter_has_stepped_or_not(monkeypatch):
+    launch = pytest.importorskip("sketch_plugins.kernels.gpu.launch", reason="needs Triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    optimizer, params = build("cs_adam", True, large=False)
+    give_gradients(params, 0, sparse=False)
+    before = [p.detach().clone() for p in params]
+    with failing(launch, "_run", 2), pytest.raises(Injected):
+        optimizer.step()
+    stepped = [not torch.equal(p.detach(), old) for p, old in zip(params, before, strict=True)]
+    assert 0 < sum(stepped) < len(params)
+    assert [bool(optimizer.state.get(p)) for p in params] == stepped
+    assert all(optimizer.state[p]["step"] == 1 for p, moved in zip(params, stepped, strict=True) if moved)
 
 
 # -- modes and tensors around a step ----------------------------------------------------------------------------------
@@ -292,13 +333,13 @@ class Wrapped(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
 
     def __init__(self, inner):
-        self.inner = inner
+        self.held = inner
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function.overloadpacket not in cls.allowed():
             raise NotImplementedError(f"{cls.__name__} has no {function}")
-        args, kwargs = tree_map(lambda t: t.inner if isinstance(t, cls) else t, (args, kwargs or {}))
+        args, kwargs = tree_map(lambda t: t.held if isinstance(t, cls) else t, (args, kwargs or {}))
         out = function(*args, **kwargs)
         return args[0] if function.overloadpacket is torch.ops.aten.copy_ else tree_map_only(torch.Tensor, cls, out)
 
@@ -330,7 +371,7 @@ def test_subclasses_without_memory_take_the_same_step(name, which):
                 for p in params:
                     p.grad = Wrapped(p.grad)
             optimizer.step()
-        ends.append([getattr(p.detach(), "inner", p.detach()) for p in params])
+        ends.append([getattr(p.detach(), "held", p.detach()) for p in params])
     assert equal(*ends)
 
 

@@ -44,34 +44,37 @@ def unsupported(w: Work) -> str | None:
     return None
 
 
-def prepare(works: Iterable[Work]) -> Callable[[], None]:
-    """Make the steps ready, and return what takes them. Every work must be supported.
+def prepare(works: Sequence[Work]) -> list[tuple[list[int], Callable[[], None]]]:
+    """Make the steps ready. Every work must be supported.
 
     Whatever can fail is done here, before anything changes: memory is allocated, tables are uploaded, kernels compiled.
+
+    Returns:
+        For each launch, the places of its works in the list, and what takes their steps.
     """
-    by_device: dict[torch.device, list[Work]] = {}
-    for w in works:
-        if w.rows is None or len(w.rows):
-            by_device.setdefault(w.p.device, []).append(w)
-    actions: list[tuple[torch.device, list[_Action]]] = []
-    for device, there in by_device.items():
+    groups: dict[tuple[torch.device, _Plan], tuple[list[int], list[Work], list[_Action]]] = {}
+    for place, given in enumerate(works):
+        if given.rows is not None and not len(given.rows):
+            continue
+        device = given.p.device
         with _on(device):
-            folds: list[_Action] = []
-            groups: dict[_Plan, list[Work]] = {}
-            for w in there:
-                folds += _fold(w)
-                plan, w = _plan(w)
-                groups.setdefault(plan, []).append(w)
-            launches = [_launch(plan, members, device) for plan, members in groups.items()]
-            actions.append((device, [*folds, *chain.from_iterable(launches)]))
+            folds = _fold(given)
+            plan, w = _plan(given)
+            places_, members, actions = groups.setdefault((device, plan), ([], [], []))
+            places_.append(place)
+            members.append(w)
+            actions += folds
+    takes: list[tuple[list[int], Callable[[], None]]] = []
+    for (device, plan), (places_, members, actions) in groups.items():
+        with _on(device):
+            takes.append((places_, partial(_run, device, [*actions, *_launch(plan, members, device)])))
+    return takes
 
-    def run() -> None:
-        for device, there in actions:
-            with _on(device):
-                for action in there:
-                    action()
 
-    return run
+def _run(device: torch.device, actions: Iterable[_Action]) -> None:
+    with _on(device):
+        for action in actions:
+            action()
 
 
 _Action = Callable[[], Any]
