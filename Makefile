@@ -22,10 +22,10 @@ TEST_THREADS := $(or $(OMP_NUM_THREADS),1)
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu lint format clean
+.PHONY: help demo test restricted gpu lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  DEMO_ARGS and TEST_ARGS are handed on, for example: make demo DEMO_ARGS=--help"
 
@@ -34,6 +34,10 @@ demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare
 
 test: $(VENV)/.dev ## run the test suite
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
+
+restricted: $(VENV)/.dev ## the test suite as other processors see it, and without Numba or Triton: ROWS=mkl,no-numba
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/restricted/run.py $(if $(ROWS),--rows $(ROWS)) \
+	  -- -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
 
 gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one, and the benchmark on both precisions
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)

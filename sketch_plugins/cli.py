@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_reshard(commands)
+    _add_convert(commands)
     _add_plan(commands)
     _add_report(commands)
     _add_info(commands)
@@ -95,6 +96,52 @@ def _reshard(arguments: argparse.Namespace) -> int:
     from sketch_plugins.checkpoints.command import main as reshard
 
     return reshard(arguments.checkpoint, arguments.world_size, arguments.output, arguments.trust, f"{PROG} reshard")
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="write a checkpoint of AdamW anew, with the state of a sketched optimizer",
+        description="Write CHECKPOINT, whose optimizer is AdamW, Adam, SGD or Adagrad of torch, anew with the state of "
+        "a sketched optimizer, so that the run goes on with less memory. CHECKPOINT is a checkpoint directory of "
+        "transformers' Trainer or of accelerate, a file of Lightning, or a file of torch.save with the state dict of "
+        "an optimizer at any depth. Everything else in it is copied, and CHECKPOINT itself is not changed. Learning "
+        "rates, betas, eps and weight decays stay those of the checkpoint.",
+        epilog="Example: convert out/checkpoint-500 --optim cs_adam --optim-args compression=0.1, then "
+        "train(resume_from_checkpoint='out/checkpoint-500-cs_adam') with the same optim and optim_args",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or file")
+    parser.add_argument("--optim", metavar="NAME", required=True, help="cs_adam, sm3, sketchy, ...")
+    parser.add_argument(
+        "--optim-args", metavar="K=V,...", help="options of the optimizer, as in Trainer's optim_args: compression=0.1"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="what to write: a directory for a directory; for a file a file, or a directory to put it into (default: "
+        "CHECKPOINT-NAME)",
+    )
+    parser.add_argument("--force", action="store_true", help="write over what is there")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="unpickle objects that are neither tensors nor plain values: only for checkpoints of your own",
+    )
+    parser.set_defaults(execute=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from sketch_plugins.checkpoints.convert import main as convert
+
+    return convert(
+        arguments.checkpoint,
+        arguments.optim,
+        arguments.optim_args,
+        arguments.out,
+        arguments.force,
+        arguments.trust,
+        f"{PROG} convert",
+    )
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -56,6 +56,8 @@ def get(name: str) -> Entry:
 def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Typed keyword arguments for the optimizer ``name`` from text (or values): ``{"compression": "0.05"}``.
 
+    Arguments of torch's optimizers that change nothing (``foreach=false``, ``amsgrad=false``) are left out.
+
     Raises:
         ValueError: an option that does not exist (lists those that do), of the wrong type, or with a value that is
             not allowed (says what is); options that contradict each other.
@@ -64,6 +66,9 @@ def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     options = entry.options
     parsed = {}
     for key, value in values.items():
+        if key not in options and key in entry.cls.NO_EFFECT:  # an argument of torch's that changes nothing
+            entry.cls.NO_EFFECT[key].accept(value, name)
+            continue
         if key not in options:
             raise ValueError(unknown_option(name, key, options))
         parsed[key] = options[key].parse(value)

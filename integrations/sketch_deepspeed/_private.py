@@ -283,6 +283,8 @@ def _reloading(reload: Callable[..., None]) -> Callable[..., None]:
 def _move_state(optimizer: SketchOptimizer, device: torch.device | None) -> None:
     """To a device; None: to that of the parameters."""
     for p, state in optimizer.state.items():
+        if not isinstance(p, torch.Tensor):  # an entry that belongs to no parameter
+            continue
         optimizer.state[p] = _moved_to(p.device if device is None else device, state)
 
 

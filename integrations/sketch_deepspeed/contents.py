@@ -8,7 +8,7 @@ from typing import Any
 
 from sketch_deepspeed.reshard import _MODEL, _find, _load, _read
 from sketch_plugins.checkpoints.kept import CannotReshard, Kept
-from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
+from sketch_plugins.sharding.pieces import Fragment, Piece, is_key, pieces
 
 
 def contents(
@@ -37,8 +37,9 @@ def contents(
         for number, buffer in enumerate(old.buffers):
             state = old.base(rank)["state"].get(number) or {}
             held = cut(buffer.fragments(rank), buffer.group)
-            if state and len(state) == len(held) and all(isinstance(inner, Mapping) for inner in state.values()):
-                for piece, inner in zip(held, state.values(), strict=True):
+            ours = {key: inner for key, inner in state.items() if is_key(key) and isinstance(inner, Mapping)}
+            if ours and len(ours) == len(held):
+                for piece, inner in zip(held, ours.values(), strict=True):
                     name = f"{buffer.parameters[piece.index].name} (rank {rank})"
                     found.append((name, buffer.group, inner, piece.numel))
             elif state:  # another optimizer's: a vector

@@ -35,7 +35,7 @@ from sketch_plugins.checkpoints.kept import (
     save,
     whole_or_not_at_all,
 )
-from sketch_plugins.sharding.pieces import Fragment, index_of
+from sketch_plugins.sharding.pieces import Fragment, index_of, is_key
 from sketch_plugins.sharding.recut import Held
 
 _MODEL = "mp_rank_00_model_states.pt"
@@ -292,6 +292,12 @@ class _State:
 
     def _take(self, rank: int, key: int, buffer: Buffer, states: Mapping[str, Any], dtype: torch.dtype) -> None:
         expected = self.kept.pieces(buffer.fragments(rank), buffer.group)
+        others = [name for name in states if not is_key(name)]
+        if others:
+            raise CannotReshard(
+                f"the state of partition {key} of rank {rank} has {', '.join(map(repr, others))}, which is not of "
+                f"{self.kept.kind}: nobody knows how to cut it anew. Delete it from the state before it is saved"
+            )
         if states and len(states) != len(expected):
             raise CannotReshard(
                 f"the state of partition {key} of rank {rank} is that of {len(states)} pieces; expected {len(expected)}"

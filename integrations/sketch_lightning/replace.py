@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
 from sketch_plugins import registry
 from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.optim.hyperparameters import carried_over
 
 #: What is replaced. Subclasses are not: they may do something else.
 REPLACED: tuple[type[torch.optim.Optimizer], ...] = (
@@ -44,7 +45,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def counterpart(optimizer: torch.optim.Optimizer, name: str, options: Mapping[str, Any]) -> SketchOptimizer:
     """The optimizer ``name`` for the parameter groups of one of torch's, with their hyperparameters.
 
-    What both have in common is carried over group by group: ``lr``, ``maximize``, ``weight_decay``; of Adam and AdamW
+    What both have in common is carried over, group by group and to the defaults, from which groups that are added later
+    take what they do not say: ``lr``, ``maximize``, ``weight_decay``; of Adam and AdamW
     ``betas`` and ``eps`` (not to ``sm3``, where they mean something else); of SGD ``momentum`` and ``nesterov``; of
     Adagrad everything, to ``cs_adagrad``. Keys that schedulers keep in the groups stay. Nothing that was set is
     dropped: what the new optimizer cannot do is an error, unless ``options`` say what to do instead.
@@ -64,80 +66,80 @@ def counterpart(optimizer: torch.optim.Optimizer, name: str, options: Mapping[st
             "itself, which is then left alone"
         )
     cls = registry.get(name).cls
-    groups = []
-    for group in optimizer.param_groups:
+    carry = _Carrying(optimizer, name, options)
+    # Groups that are added later (BackboneFinetuning) take what they do not say from the defaults.
+    made = cls([carry.group(group) for group in optimizer.param_groups], **{**carry.defaults(), **options})
+    carry.follow(made)
+    return made
+
+
+class _Carrying:
+    """From parameter groups in the words of a torch optimizer to groups of ours: the first ones, and later ones."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, name: str, options: Mapping[str, Any]) -> None:
+        self.cls, self.name, self.options = registry.get(name).cls, name, options
+        self.kind, self.said = type(optimizer).__name__, dict(optimizer.defaults)
+
+    def defaults(self) -> dict[str, Any]:
+        """The module's hyperparameters, for the constructor."""
+        return self._own(self.said)
+
+    def group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """One of the optimizer's groups, which has all hyperparameters."""
         names = group.get("param_names")
-        members = list(zip(names, group["params"], strict=True)) if names else list(group["params"])
+        members = list(zip(names, group["params"], strict=True)) if names else group["params"]
+        if not isinstance(members, torch.Tensor):
+            members = list(members)
         extra = {
-            key: value
-            for key, value in group.items()
-            if key not in optimizer.defaults and key not in ("params", "param_names")
+            key: value for key, value in group.items() if key not in self.said and key not in ("params", "param_names")
         }
-        own = {key: value for key, value in _carried(optimizer, group, name, options).items() if key not in options}
-        groups.append({**extra, **own, "params": members})
-    return cls(groups, **options)
+        return {**extra, **self._own(group), "params": members}
+
+    def follow(self, made: SketchOptimizer) -> None:
+        """Let groups that are added to ``made`` later say what they say in the words of the replaced optimizer.
+
+        A group of SGD that has a momentum means ``betas[0]`` of an optimizer with betas, and what cannot be carried
+        over is the same error as in ``configure_optimizers``.
+        """
+
+        def add_param_group(self: SketchOptimizer, param_group: Any) -> None:
+            if isinstance(param_group, dict) and "params" in param_group:
+                param_group = carry.group({**carry.said, **param_group})
+            type(self).add_param_group(self, param_group)
+
+        carry = self
+        made.add_param_group = types.MethodType(add_param_group, made)  # type: ignore[method-assign]
+
+    def _own(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        # A scheduler that cycles the momentum has changed the group's already; it will drive the new optimizer's.
+        said = self.said if "max_momentum" in group else group
+        own = carried_over(self.cls, self.name, self.kind, group, said=said, given=self.options)
+        return {key: value for key, value in own.items() if key not in self.options}
 
 
-def _carried(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], name: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    cls, kind = registry.get(name).cls, type(optimizer).__name__
-    own = {"lr": group["lr"], "maximize": group["maximize"]}
-
-    # A scheduler that cycles the momentum has changed the group's already; it will drive the new optimizer's.
-    said = optimizer.defaults if "max_momentum" in group else group
-
-    def leave(key: str, default: Any, why: str = "") -> None:
-        if said.get(key, default) != default and key not in given:
-            how = f"set it with optimizer_kwargs={{{key!r}: ...}} or " if key in cls.OPTIONS else ""
-            raise ValueError(
-                f"{kind}({key}={said[key]!r}) cannot be carried over to {name}{why}: {how}leave it at {default!r}"
-            )
-
-    leave("differentiable", False)
-    decoupled = False
-    if kind in ("Adam", "AdamW"):
-        decoupled = kind == "AdamW" or bool(group.get("decoupled_weight_decay", False))
-        if cls.ADAM_SETTINGS:
-            own |= {"betas": group["betas"], "eps": group["eps"]}
-        else:
-            leave("betas", (0.9, 0.999), ", whose betas mean something else")
-            leave("eps", 1e-8, ", whose eps means something else")
-        leave("amsgrad", False)
-    elif kind == "SGD":
-        leave("dampening", 0)
-        if "momentum" in cls.OPTIONS:
-            own["momentum"] = group["momentum"]
-        elif "first_moment" in cls.OPTIONS and group["momentum"] and "betas" not in given:
-            second = cls([torch.empty(0)], **given).param_groups[0]["betas"][1]
-            own["betas"] = (group["momentum"], second)
-        elif "betas" not in given:
-            leave("momentum", 0, ", which keeps no momentum")
-        if "nesterov" in cls.OPTIONS and (group["nesterov"] or "momentum" in cls.OPTIONS):
-            own["nesterov"] = group["nesterov"]
-        else:
-            leave("nesterov", False)
-    elif "lr_decay" in cls.OPTIONS:  # Adagrad as itself
-        own |= {key: group[key] for key in ("lr_decay", "eps", "initial_accumulator_value")}
-    else:
-        leave("lr_decay", 0)
-        leave("eps", 1e-10)
-        leave("initial_accumulator_value", 0)
-    return own | _weight_decay(group, kind, name, decoupled, given)
+def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether one of torch's optimizers has taken a step. Adagrad has state before its first one."""
+    return any(float(state.get("step", 1)) > 0 for state in optimizer.state.values() if state)
 
 
-def _weight_decay(
-    group: Mapping[str, Any], kind: str, name: str, decoupled: bool, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    decay = group["weight_decay"]
-    if "decoupled_weight_decay" in registry.get(name).cls.OPTIONS:
-        return {"weight_decay": decay, **({"decoupled_weight_decay": True} if decoupled and decay else {})}
-    if decay and not decoupled and "weight_decay" not in given:
-        raise ValueError(
-            f"{kind}(weight_decay={decay!r}) adds the decay to the gradient, {name} takes it off the weights as AdamW "
-            f"does: build AdamW, or say optimizer_kwargs={{'weight_decay': {decay!r}}} to have it so"
-        )
-    return {"weight_decay": decay}
+def adopt_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Let groups that somebody has put in place of ours be groups of ours.
+
+    Lightning's ``BaseFinetuning`` sets ``param_groups`` when a run is resumed, to groups as the checkpoint has them. If
+    the checkpoint was written with one of torch's optimizers, they are in that optimizer's words.
+    """
+    if not isinstance(optimizer, SketchOptimizer):
+        return
+    options = optimizer.OPTIONS.keys() & optimizer.defaults.keys()
+    if all(group.keys() >= options for group in optimizer.param_groups):
+        return
+    groups, optimizer.param_groups = optimizer.param_groups, []
+    try:
+        for group in groups:
+            optimizer.add_param_group(dict(group))
+    except BaseException:
+        optimizer.param_groups = groups
+        raise
 
 
 def rewire(schedulers: Iterable[Any], replaced: Mapping[int, tuple[Any, SketchOptimizer]]) -> None:
@@ -213,16 +215,21 @@ def follow(module: Any, replaced: Mapping[int, tuple[Any, SketchOptimizer]]) -> 
 
 
 def retire(old: torch.optim.Optimizer, new: SketchOptimizer) -> None:
-    """Let a step of the old optimizer be an error: whoever still has it would train with it unseen."""
+    """Let the use of the old optimizer be an error: whoever still has it would train, or unfreeze, with it unseen."""
     names = type(old).__name__, type(new).__name__
 
-    def step(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(
-            f"this {names[0]} was replaced by {names[1]} after configure_optimizers: a step of it would train without "
-            "the sketched optimizer. Use self.optimizers(), which gives the new one"
-        )
+    def refuse(what: str) -> Any:
+        def refused(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+            raise RuntimeError(
+                f"this {names[0]} was replaced by {names[1]} after configure_optimizers: {what}. Use "
+                "self.optimizers(), which gives the new one"
+            )
 
-    old.step = types.MethodType(step, old)  # type: ignore[method-assign]
+        return types.MethodType(refused, old)
+
+    old.step = refuse("a step of it would train without the sketched optimizer")  # type: ignore[method-assign]
+    old.add_param_group = refuse("parameters that are added to it would not be trained")  # type: ignore[method-assign]
+    old.load_state_dict = refuse("a state that is loaded into it would not be used")  # type: ignore[method-assign]
 
 
 def restored_momentum(scheduler: Any, state: Any) -> None:

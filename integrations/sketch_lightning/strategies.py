@@ -11,7 +11,17 @@ from typing import Any
 import torch
 
 from sketch_lightning import _private
-from sketch_lightning.replace import check_options, counterpart, describe, follow, restored_momentum, retire, rewire
+from sketch_lightning.replace import (
+    adopt_groups,
+    check_options,
+    counterpart,
+    describe,
+    follow,
+    has_stepped,
+    restored_momentum,
+    retire,
+    rewire,
+)
 from sketch_plugins import registry
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
@@ -56,6 +66,8 @@ class Replacing:
         """
         states = checkpoint.get("optimizer_states")
         if states is not None:
+            for optimizer in self.optimizers:
+                adopt_groups(optimizer)
             states = [self._own(o, s) for o, s in zip(self.optimizers, states, strict=False)]
             for config, state in zip(self.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False):
                 restored_momentum(config.scheduler, state)  # Lightning loads them next
@@ -86,7 +98,7 @@ class Replacing:
                 new.append(old)
                 continue
             made = counterpart(old, self._sketch_name, self._sketch_options)
-            if any(old.state.values()):  # the module keeps its optimizer from one fit to the next
+            if has_stepped(old):  # the module keeps its optimizer from one fit to the next
                 made.load_state_dict(self._own(made, old.state_dict()))
             replaced[id(old)] = old, made
             said.append("replaced " + describe(old, made, self._sketch_options))

@@ -1,6 +1,6 @@
 """Everything of transformers that is changed, or used without being documented: nothing of it is named elsewhere.
 
-Five things are changed, each once; what does not concern our optimizers behaves as before:
+These things are changed, each once; what does not concern our optimizers behaves as before:
 
 * ``OptimizerNames`` gets two members per optimizer of the registry, as ``cs_adam`` and ``cs_adam_layerwise``.
 * ``TrainingArguments.__post_init__`` checks the arguments of our optimizers, so that a mistake is reported before a
@@ -10,6 +10,9 @@ Five things are changed, each once; what does not concern our optimizers behaves
   reached after ``optim_args`` was split by code that fails on "compression" with "not enough values to unpack".
 * ``Trainer.create_optimizer`` keeps accelerate and DeepSpeed from putting DeepSpeedCPUAdam in the place of an optimizer
   of ours, however it was asked for, where its state is offloaded.
+* ``Trainer.create_optimizer`` and ``Trainer.create_scheduler`` let an optimizer of ours look at the state that Trainer
+  loads after them: that of AdamW is converted (``warm_start``), or is an error that says how. The second is for
+  subclasses that override the first.
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
   cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback. The norm of
   gradients that have been consumed in backward would be logged as 0, and is left out.
@@ -43,6 +46,7 @@ TOUCHED = (
     ("transformers.training_args", "TrainingArguments.__post_init__"),
     ("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs"),
     ("transformers.trainer", "Trainer.create_optimizer"),
+    ("transformers.trainer", "Trainer.create_scheduler"),
     ("transformers.trainer", "Trainer.log"),
     ("transformers.trainer", "Trainer.train"),
     ("transformers.trainer_utils", "check_target_module_exists"),
@@ -76,6 +80,7 @@ def register() -> None:
     if trainer is not None:
         _wrap(trainer, "get_optimizer_cls_and_kwargs", _answering)
         _wrap(trainer, "create_optimizer", _keeping)
+        _wrap(trainer, "create_scheduler", _following)
         _wrap(trainer, "log", _reporting)
         _wrap(trainer, "train", _communicating)
 
@@ -206,9 +211,28 @@ def _keeping(create_optimizer: Callable[..., Any]) -> Callable[..., Any]:
             from sketch_transformers.arguments import prepare_deepspeed
 
             prepare_deepspeed(self.args)
+        _follow(self)
         return optimizer
 
     return wrapped
+
+
+def _following(create_scheduler: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _follow(self)
+        return create_scheduler(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _follow(trainer: Any) -> None:
+    optimizer = trainer.optimizer
+    while not isinstance(optimizer, SketchOptimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer  # accelerate's wrapper
+    if isinstance(optimizer, SketchOptimizer):
+        from sketch_transformers.warm_start import follow
+
+        follow(optimizer, trainer.args)
 
 
 def _reporting(log: Callable[..., None]) -> Callable[..., None]:

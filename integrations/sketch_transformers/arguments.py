@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sketch_plugins import registry
+from sketch_transformers import warm_start
 from sketch_transformers._private import base_name
 from sketch_transformers.targets import only_on, select_parameters
+from sketch_transformers.warm_start import WARM_START, registered
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -70,7 +72,7 @@ def check_arguments(args: TrainingArguments) -> None:
         ValueError: ``optim_args`` is malformed, has an unknown key, a value of the wrong type or an impossible one (the
             message lists what is allowed); ``adam_*`` are set for an optimizer that does not read them; the parameters
             are to be sharded by FSDP1; the DeepSpeed configuration has an optimizer of its own or asks for DeepSpeed's
-            CPU Adam; see `sketch_transformers.layerwise.check`.
+            CPU Adam; ``warm_start`` under FSDP or DeepSpeed; see `sketch_transformers.layerwise.check`.
     """
     cls, kwargs = _cls_and_kwargs(args)
     try:
@@ -78,10 +80,11 @@ def check_arguments(args: TrainingArguments) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"optim={_name(args)!r} with optim_args={args.optim_args!r}: {error}") from error
     _check_sharding(args)
+    deepspeed = bool(_deepspeed_config(args)) or bool(getattr(args, "deepspeed", None))
+    warm_start.check(args, deepspeed, _fsdp_version(args) is not None)
     if _is_layerwise(args):
         from sketch_transformers.layerwise import check
 
-        deepspeed = bool(_deepspeed_config(args)) or bool(getattr(args, "deepspeed", None))
         check(args, _name(args), _optim_args(args), deepspeed, _fsdp_version(args))
 
 
@@ -111,9 +114,23 @@ def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> d
             raise ValueError(f"{where}: {key!r} is set by {ELSEWHERE[key]}")
     try:
         parse_communication({key: given.pop(key) for key in list(given) if key.startswith("comm")})
+        if WARM_START.name in given:
+            WARM_START.parse(given.pop(WARM_START.name))
         return registry.parse_options(base_name(name), given)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def optimizer_options(args: TrainingArguments) -> tuple[str | None, dict[str, Any], bool]:
+    """The registry's name, the options that ``optim_args`` has, and whether ``optim_args`` asks for a warm start.
+
+    None, no options and False where ``optim`` is not one of ours.
+    """
+    name = registered(base_name(_name(args)))
+    if name is None:
+        return None, {}, False
+    given = _optim_args(args).get(WARM_START.name, False)
+    return name, parse_optim_args(name, args.optim_args), bool(WARM_START.parse(given))
 
 
 def communication_options(args: TrainingArguments) -> dict[str, Any] | None:

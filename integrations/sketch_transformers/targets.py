@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,26 +56,33 @@ def only_on(cls: type[torch.optim.Optimizer], selected: set[torch.Tensor]) -> ty
     """
 
     def new(_: type, params: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        return cls(_split(params, selected), *args, **kwargs)
+        given = list(params)
+        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        made = cls([part for group in groups for part in _split(group, selected)], *args, **kwargs)
+
+        def add_param_group(self: Any, param_group: Any) -> None:
+            """A group that comes later is split like the first ones."""
+            whole = isinstance(param_group, dict) and "params" in param_group
+            for part in _split(param_group, selected) if whole else [param_group]:
+                type(self).add_param_group(self, part)
+
+        made.add_param_group = types.MethodType(add_param_group, made)  # type: ignore[method-assign]
+        return made
 
     # `__init__` is not run again on what `__new__` returns, since that is no instance of the stand-in.
     return type(cls.__name__, (cls,), {"__new__": new, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _split(params: Iterable[Any], selected: set[torch.Tensor]) -> list[dict[str, Any]]:
-    given = list(params)
-    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-    result = []
-    for group in groups:
-        members = group["params"]
-        members = [members] if isinstance(members, torch.Tensor) else list(members)
-        compressed = [member for member in members if _tensor(member) in selected]
-        exact = [member for member in members if _tensor(member) not in selected]
-        if compressed:
-            result.append({**group, "params": compressed})
-        if exact:
-            result.append({**group, **EXACT, "params": exact})
-    return result
+def _split(group: dict[str, Any], selected: set[torch.Tensor]) -> Iterator[dict[str, Any]]:
+    """The compressed and the exact part of a group, as far as there are such."""
+    members = group["params"]
+    members = [members] if isinstance(members, torch.Tensor) else list(members)
+    compressed = [member for member in members if _tensor(member) in selected]
+    exact = [member for member in members if _tensor(member) not in selected]
+    if compressed:
+        yield {**group, "params": compressed}
+    if exact:
+        yield {**group, **EXACT, "params": exact}
 
 
 def _tensor(member: Any) -> torch.Tensor:

@@ -35,7 +35,7 @@ from sketch_plugins.checkpoints.kept import (
     output_of,
     whole_or_not_at_all,
 )
-from sketch_plugins.sharding.parts import PLACE, trim
+from sketch_plugins.sharding.parts import PLACE, is_ours, trim
 from sketch_plugins.sharding.pieces import Piece
 from sketch_plugins.sharding.recut import Held
 
@@ -231,6 +231,10 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         progress(done, len(states), str(key))
         shards = _shards(key, state, path)
         new = _Shards(shards.whole, world)
+        # What wrappers of the optimizer keep beside its state is saved whole, and stays.
+        own = {name: value for name, value in state.items() if is_ours(name)}
+        others = {name: value for name, value in state.items() if name not in own}
+        state = own
         dtype = torch.float64 if torch.float64 in set(_dtypes(state)) else torch.float32
         old = [
             _held(kept, shards, rank, number, dtype, state, f"{key!r}, shard {rank},") for rank in range(shards.world)
@@ -240,7 +244,7 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         for rank in range(world):
             piece = new.piece(rank)
             parts.append(kept.recut(old, piece, number, dtype, report) if piece.numel else {PLACE: piece.place})
-        saved["state"][key] = {"step": state["step"], **_stacked(parts, layout)}
+        saved["state"][key] = {"step": state["step"], **_stacked(parts, layout), **others}
         report.parameters += prod(shards.whole)
         report.nbytes = (
             report.nbytes[0] + sum(nbytes(h.state) for h in old),

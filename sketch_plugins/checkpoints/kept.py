@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sketch_plugins import optim
 from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.parts import PLACE, Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
 from sketch_plugins.sharding.recut import Held, recut
@@ -67,7 +68,10 @@ class Kept:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self.groups = [dict(group) for group in groups]
-        kinds: set[Any] = {group.get("optimizer") for group in self.groups}
+        try:
+            kinds: set[Any] = {written_by(group) for group in self.groups}
+        except ValueError as error:
+            raise CannotReshard(f"the checkpoint: {error}") from error
         kind = next(iter(kinds)) if len(kinds) == 1 else None
         classes: dict[Any, Any] = {cls.__name__: cls for cls in vars(optim).values() if isinstance(cls, type)}
         cls = classes.get(kind)

@@ -19,7 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sketch_plugins.memory.report import format_bytes
-from sketch_plugins.sharding.parts import PLACE
+from sketch_plugins.optim.written import MARK, written_by
+from sketch_plugins.sharding.parts import PLACE, is_ours
 
 #: Files of optimizers in directories: transformers' Trainer, accelerate.
 FILES = ("optimizer.pt", "optimizer.bin")
@@ -277,7 +278,7 @@ def _of_file(file: Path, trust: bool) -> list[Contents]:
 
 def _of_value(value: Any, path: Path) -> list[Contents]:
     found = []
-    for saved in _state_dicts(value):
+    for saved in state_dicts(value):
         found.append(_contents(saved["param_groups"], _named(saved, _weights(value))))
     if not found:
         said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
@@ -288,18 +289,24 @@ def _of_value(value: Any, path: Path) -> list[Contents]:
     return found
 
 
-def _state_dicts(value: Any) -> Iterator[Mapping[str, Any]]:
+def is_state_dict(value: Mapping[Any, Any]) -> bool:
+    """Whether it is a state dict of an optimizer."""
+    groups = value.get("param_groups")
+    whole = isinstance(groups, (list, tuple)) and all(isinstance(g, Mapping) and "params" in g for g in groups)
+    return whole and isinstance(value.get("state"), Mapping)
+
+
+def state_dicts(value: Any) -> Iterator[Mapping[str, Any]]:
+    """The state dicts of optimizers in a checkpoint, at any depth."""
     if isinstance(value, Mapping):
-        groups = value.get("param_groups")
-        whole = isinstance(groups, (list, tuple)) and all(isinstance(g, Mapping) and "params" in g for g in groups)
-        if whole and isinstance(value.get("state"), Mapping):
+        if is_state_dict(value):
             yield value
             return
         for inner in value.values():
-            yield from _state_dicts(inner)
+            yield from state_dicts(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _state_dicts(inner)
+            yield from state_dicts(inner)
 
 
 def _weights(value: Any) -> dict[str, tuple[int, ...]]:
@@ -368,7 +375,13 @@ def _elements(state: Mapping[str, Any]) -> int | None:
 
 def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequence[Named]) -> Contents:
     entries = []
+    try:
+        kinds = {kind for group in groups if (kind := written_by(group)) is not None}
+    except ValueError as error:
+        raise CannotReport(str(error)) from error
     for name, number, state, elements in named:
+        if kinds:  # what wrappers of an optimizer of ours keep beside its state is not counted as its
+            state = {key: value for key, value in state.items() if is_ours(key)}
         step = state.get("step")
         number_of_steps = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
         count = (
@@ -377,8 +390,9 @@ def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequ
         entries.append(
             Entry(name or "", number, _elements(state) if elements is None else elements, count, list(_tensors(state)))
         )
-    kinds = {str(group.get("optimizer")) for group in groups if group.get("optimizer")}
-    options = [{k: v for k, v in g.items() if k not in ("params", "param_names", "optimizer")} for g in groups]
+    # Before there was the mark, "optimizer" was the key of ours.
+    hidden = [{"params", "param_names", MARK} | ({"optimizer"} if kinds and MARK not in g else set()) for g in groups]
+    options = [{k: v for k, v in g.items() if k not in out} for g, out in zip(groups, hidden, strict=True)]
     return Contents(", ".join(sorted(kinds)) or _guess(entries), options, entries)
 
 

@@ -65,6 +65,8 @@ class CountSketchTopK(Compressor):
     def sketch(self, x: Tensor, cells: int, key: int = 0) -> Tensor:
         """``(depth, cells)``: the tables of a vector."""
         tables = x.new_zeros(self.depth, cells)
+        if not cells:  # the vector is empty
+            return tables
         for j, shifts, signs in self._hashes(len(x), cells, key):
             if cells < MANY:
                 for rows, index, flips in _batches(len(x), cells, shifts, signs, x.device, -1):
@@ -81,6 +83,8 @@ class CountSketchTopK(Compressor):
     def estimate(self, tables: Tensor, size: int, key: int = 0) -> Tensor:
         """``(size,)``: for each entry the median of what the tables say."""
         cells = tables.shape[1]
+        if not cells:  # the vector is empty
+            return tables.new_empty(size)
         hashes = [(shifts, signs) for _, shifts, signs in self._hashes(size, cells, key)]
         out = tables.new_empty(size)
         if cells < MANY:

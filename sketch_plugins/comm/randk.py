@@ -50,6 +50,8 @@ class RandK(Compressor):
 
 def draw(size: int, k: int, seed: int, step: int, key: int) -> Tensor:
     """``k`` of ``range(size)`` (int64, on the CPU), uniformly without replacement."""
+    if not k:
+        return torch.empty(0, dtype=torch.int64)
     g = torch.Generator().manual_seed(derive(seed, step, key) >> 1)
     if k > size // 8:
         return torch.randperm(size, generator=g)[:k]

@@ -24,7 +24,7 @@ import torch
 
 from sketch_plugins.kernels import sweeps
 from sketch_plugins.kernels.sweeps import SPAN
-from sketch_plugins.kernels.work import APPLY, FOLD, L2, MEASURE, Work, is_rows
+from sketch_plugins.kernels.work import APPLY, FOLD, L2, MEASURE, Work, is_rows, misread
 from sketch_plugins.stores import CountMin, Cover, Dense, Int8, Store
 from sketch_plugins.stores.base import State
 
@@ -66,30 +66,27 @@ def unsupported(w: Work) -> str | None:
     """Why these loops cannot take this parameter's step; None if they can."""
     first, second = (pair and pair[0] for pair in (w.first, w.second))
     if w.p.dtype not in _VIEWS or w.g.dtype not in _VIEWS:
-        return f"a parameter of {w.p.dtype} with a gradient of {w.g.dtype}: allowed are torch.float32, torch.bfloat16"
+        return (
+            f"the parameter is {w.p.dtype} and its gradient {w.g.dtype}: the Numba kernels take torch.float32 and "
+            "torch.bfloat16"
+        )
     if not (w.p.is_contiguous() and w.g.is_contiguous() and is_rows(w.p)):
-        return "a layout that is not contiguous"
+        return "the parameter or its gradient is not contiguous"
     if w.rows is not None:
-        return "row-sparse gradients"
+        return "the Numba kernels do not take row-sparse gradients"
     if w.flags & (1 << L2):
-        return "weight decay that is added to the gradient"
+        return "the Numba kernels do not add the weight decay to the gradient"
     if w.stochastic:
-        return "stochastic rounding of the parameter"
-    if w.p.is_neg() or w.g.is_neg():
-        return "numbers whose sign is a flag of the tensor"
-    kept = [tensor for pair in (w.first, w.second) if pair for tensor in pair[1].values()]
-    for tensor in kept if w.last is None else [*kept, w.last]:
-        if not tensor.is_contiguous() or tensor.device != w.p.device:
-            return "state that is not contiguous, or on another device"
+        return "the Numba kernels do not round a parameter stochastically"
     if not (first is None or isinstance(first, Dense) or (isinstance(first, Int8) and not first.stochastic)):
-        return f"the first moment of {first}"
-    if isinstance(second, Cover):
-        return None if second.variant == "II" and len(second.dims) == 2 else f"the second moment of {second}"
-    if second is None or isinstance(second, Dense):
-        return None
-    if type(second) is not CountMin or second.bf16 or second.depth != 1 or not second.hashes(w.p.shape[0])[0].strided:
-        return f"the second moment of {second}"
-    return None
+        return f"the Numba kernels do not keep the first moment in {first}"
+    two_axes = isinstance(second, Cover) and second.variant == "II" and len(second.dims) == 2
+    one_table = type(second) is CountMin and not second.bf16 and second.depth == 1
+    if isinstance(second, CountMin):
+        one_table = one_table and second.hashes(w.p.shape[0])[0].strided
+    if not (second is None or isinstance(second, Dense) or two_axes or one_table):
+        return f"the Numba kernels do not keep the second moment in {second}"
+    return misread(w)
 
 
 def prepare(w: Work) -> Task:
@@ -107,7 +104,7 @@ def prepare(w: Work) -> Task:
     if isinstance(second, CountMin):
         sweep, table = sweeps.count_min, state2["table"].data_ptr()
         matrices, width = second.matrices, second.buckets(rows) // second.matrices
-        apart = w.measure and kind == sweeps.NONE
+        apart = w.measure and (kind == sweeps.NONE or w.after)
         band = max(1, min(width, LONG // columns if apart else BAND // (-(-rows // (matrices * width)) * columns)))
         units = matrices * -(-width // band)
     elif isinstance(second, Cover):
@@ -277,7 +274,9 @@ class _Pieces:
         """A piece of a task."""
         row, kernel = task.row, (task.sweep, task.dtypes)
         cost = row[sweeps.SIZE] * (piece[sweeps.END] - piece[sweeps.BEGIN]) // row[sweeps.UNITS]
-        need = row[sweeps.BAND] * row[sweeps.COLUMNS] or 3 * max(SPAN, row[sweeps.BLOCK])
+        # The factors of a band, and where momentum comes after them, two runs beside; else three runs.
+        band, run = row[sweeps.BAND] * row[sweeps.COLUMNS], max(SPAN, row[sweeps.BLOCK])
+        need = band + 2 * run * row[sweeps.AFTER] if band else 3 * run
         size, pieces, room = self._open.pop(kernel, (0, [], 0))
         if pieces and size + cost > self.limit:
             self._close(kernel, size, pieces, room)

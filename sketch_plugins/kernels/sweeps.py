@@ -92,6 +92,11 @@ FOLD, MEASURE, APPLY = U(work.FOLD), U(work.MEASURE), U(work.APPLY)
 # A phase of this and of the others: one sweep measures, for the next step, what it applies.
 ONCE = U(8)
 _0, _1 = np.float32(0.0), np.float32(1.0)
+# A sum of squares that float32 cannot hold is summed again, of numbers times DOWN: any sum of theirs is finite.
+_MOST, _DOWN, _UP = np.float64(np.finfo(np.float32).max), np.float32(2.0**-70), np.float64(2.0**140)
+# Denominators from which on the squares of a bucket's gradients stand for those of its updates: a gradient whose square
+# underflows, below 1e-19, is then an update below 1e-10.
+_PLAIN = np.float32(1e-9)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,41 +227,84 @@ def _updated(o, x, xo, sign, f, fo, kind, dense, codes, old, s, n):
     return u * load(f, fo, n)
 
 
+@_body
+def _block_squares(o, n, x, xo, sign, f, fo, kind, dense, codes, old, s, scale):
+    """Sum of squares of ``scale`` times the update of the ``n`` numbers of one block."""
+    part, whole = splat(_0), n - n % LANES
+    for j in range(_ZERO, whole, LANES):
+        u = scale * _updated(o + j, x, xo + j, sign, f, fo + j, kind, dense, codes, old, s, LANES)
+        part = part + u * u
+    if whole < n:
+        j, left = whole, n - whole
+        u = scale * _updated(o + j, x, xo + j, sign, f, fo + j, kind, dense, codes, old, s, left)
+        part = part + u * u
+    return np.float64(total(part))
+
+
 @_part
 def _measure(o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s):
     """Sum of squares of the update of ``n`` adjacent numbers."""
     out = np.float64(0.0)
     for lo in range(_ZERO, n, block):
-        old = scales[at] if kind == INT8 else _0
-        length, part = min(block, n - lo), splat(_0)
-        whole = length - length % LANES
-        for j in range(lo, lo + whole, LANES):
-            u = _updated(o + j, x, xo + j, sign, f, fo + j, kind, dense, codes, old, s, LANES)
-            part = part + u * u
-        if whole < length:
-            j, left = lo + whole, length - whole
-            u = _updated(o + j, x, xo + j, sign, f, fo + j, kind, dense, codes, old, s, left)
-            part = part + u * u
-        out += np.float64(total(part))
+        old, length = scales[at] if kind == INT8 else _0, min(block, n - lo)
+        square = _block_squares(o + lo, length, x, xo + lo, sign, f, fo + lo, kind, dense, codes, old, s, _1)
+        if not square <= _MOST:
+            square = _UP * _block_squares(
+                o + lo, length, x, xo + lo, sign, f, fo + lo, kind, dense, codes, old, s, _DOWN
+            )
+        out += square
         at += _ONE
     return out
+
+
+@_body
+def _span_squares(x, o, n, scale):
+    part, whole = splat(_0), n - n % LANES
+    for j in range(_ZERO, whole, LANES):
+        y = scale * load(x, o + j, LANES)
+        part = part + y * y
+    if whole < n:
+        y = scale * load(x, o + whole, n - whole)
+        part = part + y * y
+    return np.float64(total(part))
 
 
 @_part
 def _square(x, o, n):
     """Sum of squares of ``n`` adjacent numbers."""
     out = np.float64(0.0)
-    for lo in range(o, o + n, _SPAN):
-        length, part = min(_SPAN, o + n - lo), splat(_0)
-        whole = length - length % LANES
-        for j in range(lo, lo + whole, LANES):
-            y = load(x, j, LANES)
-            part = part + y * y
-        if whole < length:
-            y = load(x, lo + whole, length - whole)
-            part = part + y * y
-        out += np.float64(total(part))
+    for lo in range(_ZERO, n, _SPAN):
+        length = min(_SPAN, n - lo)
+        square = _span_squares(x, o + lo, length, _1)
+        out += square if square <= _MOST else _UP * _span_squares(x, o + lo, length, _DOWN)
     return out
+
+
+@_body
+def _preconditioned_body(g, o, sign, x, xo, f, fo, n):
+    store(x, xo, sign * load(g, o, n) * load(f, fo, n), n)
+
+
+@_part
+def _span(p, o, n, g, x, f, fo, ones, kind, dense, codes, scales, at, block, s, now, after):
+    """Measure or apply ``n`` adjacent numbers whose factors are ``f``, from ``fo`` on.
+
+    ``after``: the first moment averages their preconditioned gradient, which ``x`` has room for.
+    """
+    if after:
+        whole = n - n % LANES
+        for j in range(_ZERO, whole, LANES):
+            _preconditioned_body(g, o + j, s[SIGN], x, j, f, fo + j, LANES)
+        if whole < n:
+            _preconditioned_body(g, o + whole, s[SIGN], x, whole, f, fo + whole, n - whole)
+        if now & MEASURE:
+            return _square(x, _ZERO, n)
+        _apply(p, o, n, x, _ZERO, _1, ones, _ZERO, kind, dense, codes, scales, at, block, s)
+        return np.float64(0.0)
+    if now & MEASURE:
+        return _measure(o, n, g, o, s[SIGN], f, fo, kind, dense, codes, scales, at, block, s)
+    _apply(p, o, n, g, o, s[SIGN], f, fo, kind, dense, codes, scales, at, block, s)
+    return np.float64(0.0)
 
 
 @_part
@@ -322,10 +370,10 @@ def _table_body(table, o, f, j, decay, gain, n):
 
 
 @_body
-def _bucket_body(table, o, f, j, s, n):
+def _bucket_body(table, o, f, j, part, most, s, n):
     """The squares of a bucket's updates are its squares over one denominator: no second look at the gradient."""
     u = _factor(load(table, o, n), s, _1)
-    return load(f, j, n) * u * u
+    return part + load(f, j, n) * u * u, top(most, u)
 
 
 @_part
@@ -352,7 +400,8 @@ def _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, b
                 if norm:
                     x = load(p, o + j, left)
                     part = part + x * x
-            out += np.float64(total(part))
+            square = np.float64(total(part))
+            out += square if square <= _MOST else _square(p, o + lo, length)
     for b in range(height):
         load_ = (rows - first - b + width - _ONE) // width
         gain = s[GAIN2] if s[MEAN] == _0 else s[GAIN2] / np.float32(load_)
@@ -376,16 +425,18 @@ def _factors(table, o, f, n, s, rate):
 
 @_part
 def _bucket_squares(table, o, f, n, s):
-    out = np.float64(0.0)
+    """Sum of squares of a band's updates, from those of its gradients; and whether these stand for them."""
+    out, most = np.float64(0.0), splat(_0)
     for lo in range(_ZERO, n, _SPAN):
         length, part = min(_SPAN, n - lo), splat(_0)
         whole = length - length % LANES
         for j in range(lo, lo + whole, LANES):
-            part = part + _bucket_body(table, o + j, f, j, s, LANES)
+            part, most = _bucket_body(table, o + j, f, j, part, most, s, LANES)
         if whole < length:
-            part = part + _bucket_body(table, o + lo + whole, f, lo + whole, s, length - whole)
+            j, left = lo + whole, length - whole
+            part, most = _bucket_body(table, o + j, f, j, part, most, s, left)
         out += np.float64(total(part))
-    return out
+    return out, out <= _MOST and largest(most) <= _1 / _PLAIN
 
 
 @_compiled
@@ -404,6 +455,9 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
         codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
         table = at_address(like_f, task[TABLE2])
         columns, kind, block, width, band = task[COLUMNS], task[KIND], task[BLOCK], task[WIDTH], task[BAND]
+        after, wide = task[AFTER], max(block, _SPAN // block * block)
+        behind = U(buffer.ctypes.data) + U(4) * band * columns
+        x, ones = at_address(like_f, behind), at_address(like_f, behind + U(4) * wide)
         # Rows, buckets and bands of one matrix.
         rows, blocks = task[SIZE] // columns // task[MATRICES], (columns + block - _ONE) // block
         bands = (width + band - _ONE) // band
@@ -419,6 +473,9 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
             if sweep == _ONE:
                 _settled(numbers[t], task, squares, norms)
                 s = _numbers(numbers[t])
+            if after:
+                for j in range(wide):
+                    ones[j] = s[STEP]
             for one in range(begin, end):
                 # Back again: what was looked at last is still in the cache.
                 unit = one if now & FOLD else begin + (end - _ONE - one)
@@ -426,18 +483,21 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
                 first, above, before = (unit - matrix * bands) * band, matrix * rows, matrix * width
                 height = min(band, width - first)
                 o, n = (before + first) * columns, height * columns
-                square = np.float64(0.0)
+                square, measured = np.float64(0.0), False
                 if now & FOLD:
                     norms_ = _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, before)
                     if now & MEASURE:
                         norms[task[BASE] + unit] = norms_
-                        if kind == NONE:
-                            square = _bucket_squares(table, o, f, n, s)
+                        if kind == NONE or after:
+                            square, measured = _bucket_squares(table, o, f, n, s)
+                            if not measured:
+                                square = np.float64(0.0)
                 members = (rows - first + width - _ONE) // width
                 for look in (MEASURE, APPLY):  # both in one sweep: while the band is in the cache
-                    if not now & look or (look == MEASURE and kind == NONE):
+                    if not now & look or (look == MEASURE and measured):
                         continue
-                    _factors(table, (before + first) * columns, f, n, s, _1 if look == MEASURE else s[STEP])
+                    rate = _1 if look == MEASURE else s[INNER] if after else s[STEP]
+                    _factors(table, (before + first) * columns, f, n, s, rate)
                     # Back again here, too, but where the fold has just gone forth in the same band.
                     back = now == APPLY
                     for one_ in range(members):
@@ -445,13 +505,13 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
                         high = min(height, rows - i)
                         runs, length = (_ONE, high * columns) if even else (high, columns)
                         for r in range(runs):
-                            o, q, at = (above + i + r) * columns, r * columns, (above + i + r) * blocks
-                            if look == MEASURE:
-                                square += _measure(
-                                    o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s
+                            for lo in range(_ZERO, length, wide if after else length):
+                                row = above + i + r
+                                o, q, at = row * columns + lo, r * columns + lo, row * blocks + lo // block
+                                part = min(wide, length - lo) if after else length
+                                square += _span(
+                                    p, o, part, g, x, f, q, ones, kind, dense, codes, scales, at, block, s, look, after
                                 )
-                            else:
-                                _apply(p, o, length, g, o, s[SIGN], f, q, kind, dense, codes, scales, at, block, s)
                 if now & MEASURE:
                     squares[task[BASE] + unit] = square
     return 0
@@ -467,30 +527,6 @@ def _second_body(g, o, second, keep, f, j, decay, gain, s, rate, n):
     if keep:
         store(second, o, v, n)
     store(f, j, _factor(v, s, rate), n)
-
-
-@_body
-def _preconditioned_body(g, o, sign, x, f, j, n):
-    store(x, j, sign * load(g, o, n) * load(f, j, n), n)
-
-
-@_part
-def _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after):
-    """Measure or apply ``n`` numbers whose factors are ``f``; ``after``: their preconditioned gradient is averaged."""
-    if after:
-        whole = n - n % LANES
-        for j in range(_ZERO, whole, LANES):
-            _preconditioned_body(g, o + j, s[SIGN], x, f, j, LANES)
-        if whole < n:
-            _preconditioned_body(g, o + whole, s[SIGN], x, f, whole, n - whole)
-        if now & MEASURE:
-            return _square(x, _ZERO, n)
-        _apply(p, o, n, x, _ZERO, _1, ones, _ZERO, kind, dense, codes, scales, at, block, s)
-        return np.float64(0.0)
-    if now & MEASURE:
-        return _measure(o, n, g, o, s[SIGN], f, _ZERO, kind, dense, codes, scales, at, block, s)
-    _apply(p, o, n, g, o, s[SIGN], f, _ZERO, kind, dense, codes, scales, at, block, s)
-    return np.float64(0.0)
 
 
 @_compiled
@@ -534,7 +570,9 @@ def exact(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_,
                             if whole < n:
                                 j, left = whole, n - whole
                                 _second_body(g, o + j, second, fold, f, j, s[DECAY2], s[GAIN2], s, rate, left)
-                        square += _span(p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after)
+                        square += _span(
+                            p, o, n, g, x, f, _ZERO, ones, kind, dense, codes, scales, at, block, s, now, after
+                        )
                     if now & MEASURE:
                         squares[task[BASE] + i] = square
                         norms[task[BASE] + i] = _square(p, i * columns, stop) if norm else np.float64(0.0)
@@ -650,7 +688,7 @@ def cover(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_,
                                 j, left = whole, n - whole
                                 most = _cover_body(g, o + j, old, column, tops, lo + j, f, j, most, s, rate, fold, left)
                             square += _span(
-                                p, o, n, g, x, f, ones, kind, dense, codes, scales, at, block, s, now, after
+                                p, o, n, g, x, f, _ZERO, ones, kind, dense, codes, scales, at, block, s, now, after
                             )
                     if now & FOLD:
                         rows_[task[NEW] + i] = largest(most)

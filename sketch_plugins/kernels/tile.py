@@ -6,7 +6,8 @@ compiled anew; what stays (a store, betas, momentum) may be a Python value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +75,64 @@ def fold_squares(target: Tensor, x: Tensor, weight: Tensor) -> None:
     target.addcmul_(sums, weight)
 
 
+def root_mean_square(
+    numerator: Tensor,
+    factor: Tensor | None,
+    count: int,
+    run: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+) -> Tensor:
+    """``sqrt(sum((numerator * factor) ** 2) / count)``, 0-d: a tile's part of the RMS of ``count`` numbers.
+
+    The result is right for all numbers of the arithmetic dtype, although squares of float32 overflow from 1.8e19 on and
+    underflow below 1e-19: where their sum is not finite, or too small to be trusted, the numbers are divided by the
+    largest one and their squares are summed again.
+
+    Args:
+        numerator: tile of the update before it is divided.
+        factor: what it is multiplied by, broadcastable to it; None: nothing.
+        count: how many numbers all tiles have together; `joined` puts their parts together.
+        run: `stores.base.Gradient.run`, which may compile a function.
+    """
+    if numerator.device.type == "cpu":  # elsewhere, a look at the sum would wait for the device
+        total = run(sum_of_squares)(numerator, factor)
+        if 1e8 * torch.finfo(numerator.dtype).tiny * numerator.numel() < float(total) < math.inf:
+            return (total / count).sqrt_()
+    total, largest = run(scaled_squares)(numerator, factor)
+    return (total / count).sqrt_() * largest
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The root mean square of a whole, 0-d, from those parts of it that `root_mean_square` found in its tiles."""
+    return parts[0] if len(parts) == 1 else root_mean_square(torch.stack(list(parts)), None, 1)
+
+
 def sum_of_squares(numerator: Tensor, factor: Tensor | None) -> Tensor:
-    """``sum((numerator * factor) ** 2)``, 0-d."""
-    u = numerator if factor is None else torch.mul(numerator, factor, **scratch.out("update", numerator))
+    """``sum((numerator * factor) ** 2)``, 0-d, as far as the arithmetic dtype can hold it."""
+    u = _product(numerator, factor)
     if torch.compiler.is_compiling():
         return (u * u).sum()
     flat = u.reshape(-1)
     return torch.dot(flat, flat)  # several times faster on a CPU than a norm
+
+
+def scaled_squares(numerator: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(sum((numerator * factor / largest) ** 2), largest)``, both 0-d, with the largest magnitude of the products.
+
+    Where that is 0 or not finite, ``largest`` is 1 and the sum what it is.
+    """
+    u = _product(numerator, factor)
+    compiling = torch.compiler.is_compiling()
+    largest = u.abs().amax() if compiling else torch.linalg.vector_norm(u, math.inf)
+    largest = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
+    u = torch.div(u, largest, **scratch.out("update", u))
+    if compiling:
+        return (u * u).sum(), largest
+    flat = u.reshape(-1)
+    return torch.dot(flat, flat), largest
+
+
+def _product(numerator: Tensor, factor: Tensor | None) -> Tensor:
+    return numerator if factor is None else torch.mul(numerator, factor, **scratch.out("update", numerator))
 
 
 def round_to_bf16(part: Tensor, at: At, columns: int, seed: int, step: int) -> Tensor:

@@ -183,6 +183,11 @@ def _bits(builder: Any, value: Any) -> Any:
     return builder.bitcast(value, _vector(_I32))
 
 
+def _unsigned(builder: Any, value: Any) -> Any:
+    """The bits without the sign."""
+    return builder.and_(_bits(builder, value), _all(_I32, 0x7FFFFFFF))
+
+
 def _bfloat16(builder: Any, bits: Any) -> Any:
     """Nearest, ties to even; a NaN stays one."""
     high = builder.lshr(bits, _all(_I32, 16))
@@ -209,10 +214,12 @@ def root(typing, x):
 
 @intrinsic
 def least(typing, x, y):
-    """``x if x < y else y``, lane by lane."""
+    """The smaller one, lane by lane; NaN if either is."""
 
     def generate(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered("<", *args), *args)
+        x, y = args
+        smaller = builder.select(builder.fcmp_ordered("<", x, y), x, y)  # y where either is NaN
+        return builder.select(builder.fcmp_unordered("uno", x, x), x, smaller)
 
     return lanes(lanes, lanes), generate
 
@@ -229,13 +236,14 @@ def at_least(typing, x, floor):
 
 
 # Of numbers that are not negative the order of the bits is that of the numbers, NaN above all: an integer maximum is
-# one instruction, and none of a floating point one's rules for NaN.
+# one instruction, and none of a floating point one's rules for NaN. But a NaN may have a sign (0 times infinity has one
+# on x86), with which it would be below all numbers: signs are cleared.
 @intrinsic
 def magnitude(typing, x):
     """Absolute values."""
 
     def generate(context, builder, sig, args):
-        return builder.bitcast(builder.and_(_bits(builder, args[0]), _all(_I32, 0x7FFFFFFF)), _vector(_F32))
+        return builder.bitcast(_unsigned(builder, args[0]), _vector(_F32))
 
     return lanes(lanes), generate
 
@@ -245,7 +253,7 @@ def top(typing, x, y):
     """The larger one of numbers >= 0 or NaN; NaN if either is."""
 
     def generate(context, builder, sig, args):
-        a, b = (_bits(builder, x) for x in args)
+        a, b = (_unsigned(builder, x) for x in args)
         return builder.bitcast(builder.select(builder.icmp_signed(">", a, b), a, b), _vector(_F32))
 
     return lanes(lanes, lanes), generate
@@ -257,7 +265,7 @@ def largest(typing, x):
 
     def generate(context, builder, sig, args):
         name = f"llvm.vector.reduce.smax.v{_LANES}i32"
-        return builder.bitcast(_call(builder, name, _I32, _bits(builder, args[0])), _F32)
+        return builder.bitcast(_call(builder, name, _I32, _unsigned(builder, args[0])), _F32)
 
     return types.float32(lanes), generate
 

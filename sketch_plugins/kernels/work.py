@@ -51,7 +51,8 @@ class Work:
         first: store of the first moment and its state; None: there is none.
         second: store of the second moment and its state; None: there is none.
         numbers: see the places above.
-        after: the first moment averages the preconditioned gradient (SM3).
+        after: the first moment averages the gradient over the denominator, and is not divided any more (SM3, Sketchy);
+            what is clipped is then that quotient, before it is averaged: by INNER, not by STEP.
         measure: the sweep before has to measure the update or the parameter.
         stochastic: round a bfloat16 parameter stochastically.
         seed: of the rounding.
@@ -89,6 +90,18 @@ class Work:
 def is_rows(tensor: Tensor) -> bool:
     """Whether a 2-D tensor is rows of adjacent numbers, each behind the other or with gaps."""
     return tensor.shape[1] == 1 or tensor.stride(1) == 1 or tensor.numel() == 0
+
+
+def misread(w: Work) -> str | None:
+    """What a kernel, which is given addresses, would not see of the tensors; None: nothing."""
+    state = [tensor for pair in (w.first, w.second) if pair for tensor in pair[1].values()]
+    if w.last is not None:
+        state.append(w.last)
+    if any(tensor.is_neg() for tensor in (w.p, w.g, *state)):
+        return "torch.is_neg is true of one of its tensors: a kernel would read every number with the wrong sign"
+    if not all(tensor.is_contiguous() and tensor.device == w.p.device for tensor in state):
+        return "its state is not contiguous, or is on another device than the parameter"
+    return None
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

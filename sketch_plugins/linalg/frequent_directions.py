@@ -272,6 +272,12 @@ def _robust(decompose: Callable[[Tensor], Any], matrix: Tensor) -> Any:
 
 
 def _noise(d: int, k: int, like: Tensor) -> Tensor:
-    """``(d, k)`` of 1 and -1 that no gradient is likely to be orthogonal to: the same on every device."""
-    index = torch.arange(d * k, device=like.device)
-    return (1 - 2 * (mix32(index, _SEED) & 1)).to(like.dtype).view(d, k)
+    """``(d, k)`` numbers that no gradient is likely to be orthogonal to: the same on every device.
+
+    They are 1 and -1. Small matrices of signs are often singular, and the QR of a singular one has columns of rounding
+    errors, which are others on each processor: up to 16 rows the numbers are uniform in [-1, 1).
+    """
+    hashed = mix32(torch.arange(d * k, device=like.device), _SEED)
+    if d <= 16:
+        return ((hashed - 2**31).to(like.dtype) / 2**31).view(d, k)
+    return (1 - 2 * (hashed & 1)).to(like.dtype).view(d, k)

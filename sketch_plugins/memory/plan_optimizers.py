@@ -239,6 +239,8 @@ def _step(optimizer: torch.optim.Optimizer, subject: Subject, cuda: bool) -> Cos
     fused = isinstance(optimizer, SketchOptimizer)
     for group in optimizer.param_groups if fused else []:
         group["fused"] = False
+    # Steps refuse tensors without numbers, for they ask for some. Here the recorder answers.
+    optimizer._numbers_are_answered = True  # type: ignore[attr-defined]
     with subject.fake, without_collector():
         for p in subject.parameters:
             p.grad = torch.empty_like(p)

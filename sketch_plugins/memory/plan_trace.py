@@ -27,6 +27,10 @@ from sketch_plugins.memory.plan_cuda import CudaLike, workspace
 CUDA_BLOCK = 512
 
 
+#: The product of fused experts (one 3-D parameter for all of them), where this version of torch has it.
+_GROUPED_MM = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+
+
 class NotTraceable(ValueError):
     """The model cannot be run on tensors without numbers."""
 
@@ -111,7 +115,10 @@ class Recorder(TorchDispatchMode):
             # Somebody asks for a number where there is none. One stands for "true", as in `mask.all()`, and for a step
             # that is not the first.
             return {torch.bool: True}.get(args[0].dtype, 1 if not args[0].is_floating_point() else 1.0)
-        out = func(*args, **(kwargs or {}))
+        if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
+            out: Any = _grouped_mm(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 self.number(tensor)
@@ -177,6 +184,24 @@ class Recorder(TorchDispatchMode):
             else:
                 sizes[number] = size
         return sizes
+
+
+def _grouped_mm(
+    first: Tensor, second: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """What ``torch._grouped_mm`` returns, without numbers.
+
+    torch's own form for tensors without memory takes bfloat16 only. Its kernels take float32 and float16 as well: they
+    multiply group by group into the result, and need no other memory.
+    """
+    if first.ndim == 2 and second.ndim == 2:  # the gradient of the weights: a matrix for each group
+        assert offs is not None
+        shape = [offs.shape[0], first.shape[0], second.shape[1]]
+    elif first.ndim == 3 and second.ndim == 3:
+        shape = [first.shape[0], first.shape[1], second.shape[2]]
+    else:
+        shape = [first.shape[-2], second.shape[-1]]
+    return torch.empty(shape, dtype=out_dtype or first.dtype, device=first.device)
 
 
 @contextmanager

@@ -49,7 +49,8 @@ class SecondMomentProbe:
                 continue
             batch = self.optimizer._batch(p, group)
             shape = matrix_shape(p.shape, batch)
-            step = int(self.optimizer.state[p]["step"]) if p in self.optimizer.state else 0
+            state = self.optimizer.state.get(p, {})  # which may hold keys of others alone
+            step = int(state["step"]) if "step" in state else 0
             ema = self.optimizer._rule(group, step + 1, False).second
             if ema is None:
                 continue

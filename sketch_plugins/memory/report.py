@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sketch_plugins.sharding.parts import PLACE, local_of
+from sketch_plugins.sharding.parts import PLACE, is_ours, local_of
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,8 @@ def _parts(optimizer: Any) -> Iterator[_Row]:
         if not state and not part.owner.requires_grad and part.key is None:
             continue
         planned = not state and part.numel() > 0
-        stores = _kept(state or {})
+        # Keys of others in the state are not ours to count.
+        stores = _kept({key: value for key, value in (state or {}).items() if is_ours(key)})
         if planned:
             stores = {name: n for name, (_, n) in optimizer.planned_state(part, group).items()}
         name, index = names[part.index] if names and part.key is None else None, part.index

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sketch_plugins.optim.adam import _ADAFACTOR_DEVICES, _SECOND, _SHARED, PAPER_SKETCH
 from sketch_plugins.optim.base import Denominator, Rule, SketchOptimizer
-from sketch_plugins.optim.options import COMMON, DECOUPLED, SECOND_MOMENT, Option
+from sketch_plugins.optim.options import COMMON, DECOUPLED, SECOND_MOMENT, TORCHS, NoEffect, Option, rate
 from sketch_plugins.stores import Ema, Store
 
 
@@ -60,6 +60,9 @@ class CSAdagrad(SketchOptimizer):
         stochastic_rounding: see `CSAdam`.
         seed: see `CSAdam`.
         maximize: see `CSAdam`.
+        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
+        foreach: None or False.
+        differentiable: only False.
 
     Raises:
         ValueError: as `CSAdam`.
@@ -80,6 +83,7 @@ class CSAdagrad(SketchOptimizer):
             check=lambda v: v >= 0,
         ),
     }
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = TORCHS
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {**_SHARED, **_SECOND, "bucket": "sum", "decoupled_weight_decay": False},
         "lean": {**_ADAFACTOR_DEVICES},
@@ -121,8 +125,11 @@ class CSAdagrad(SketchOptimizer):
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
-        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+        super().__init__(params, self._arguments(locals()), preset)
 
     def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
         if group["initial_accumulator_value"]:
@@ -132,9 +139,9 @@ class CSAdagrad(SketchOptimizer):
         return Rule(
             first=None,
             second=Ema(1.0, 1.0, step),
-            step_size=group["lr"] / (1.0 + (step - 1) * group["lr_decay"]),
+            step_size=rate(group) / (1.0 + (step - 1) * group["lr_decay"]),
             correction=1.0,
-            decay=group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
+            decay=rate(group) * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
             lookahead=None,
             denominator=Denominator(1.0, group["eps"]),
         )

@@ -8,7 +8,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sketch_plugins.optim.base import Denominator, Rule, SketchOptimizer
-from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, SECOND_MOMENT, Option
+from sketch_plugins.optim.options import (
+    COMMON,
+    DECOUPLES,
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    TORCHS,
+    NoEffect,
+    Option,
+    no_effect,
+    rate,
+)
 from sketch_plugins.stores import Ema
 
 _SHARED = {
@@ -93,7 +103,8 @@ class CSAdam(SketchOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
-        lr: learning rate, float or tensor (default 1e-3).
+        lr: learning rate, float or tensor of one element (default 1e-3). What rounding leaves of 0 where a schedule
+            ends (from -1e-10 on) is a rate of 0, in a step and in a checkpoint.
         betas: decay rates of the moments (default (0.9, 0.999)); ``betas[0]`` has no effect with
             ``first_moment="none"``.
         eps: added to the denominator (default 1e-8).
@@ -150,6 +161,10 @@ class CSAdam(SketchOptimizer):
             needed; the noise is a function of (seed, step, element).
         seed: of the hashes and of stochastic rounding; equal seeds, equal results.
         maximize: ascend.
+        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
+        foreach: None or False.
+        differentiable: only False.
+        decoupled_weight_decay: only True.
 
     Raises:
         ValueError: an option has a value that is not allowed (named, with what is), an option does not exist, a
@@ -162,6 +177,7 @@ class CSAdam(SketchOptimizer):
     """
 
     OPTIONS: ClassVar[dict[str, Option]] = {**COMMON, **FIRST_MOMENT, **SECOND_MOMENT}
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {**TORCHS, **DECOUPLES}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {**_SHARED, **_FIRST, **_SECOND},
         "lean": {"first_moment": "none", **_ADAFACTOR_DEVICES},
@@ -205,8 +221,12 @@ class CSAdam(SketchOptimizer):
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        decoupled_weight_decay: bool = True,
     ) -> None:
-        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+        super().__init__(params, self._arguments(locals()), preset)
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         return _adam(group, group["betas"][0] if group["first_moment"] != "none" else None, step, sparse)
@@ -253,6 +273,12 @@ class CSRMSprop(SketchOptimizer):
         stochastic_rounding: see `CSAdam`.
         seed: see `CSAdam`.
         maximize: see `CSAdam`.
+        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
+        foreach: None or False.
+        differentiable: only False.
+        decoupled_weight_decay: only True.
+        momentum: only 0, as `torch.optim.RMSprop` has it.
+        centered: only False, likewise.
 
     Raises:
         ValueError: as `CSAdam`.
@@ -261,6 +287,12 @@ class CSRMSprop(SketchOptimizer):
     """
 
     OPTIONS: ClassVar[dict[str, Option]] = {**COMMON, **SECOND_MOMENT}
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
+        **TORCHS,
+        **DECOUPLES,
+        **no_effect("momentum", (0,), "RMSprop's momentum is not kept; CSAdam and Sketchy have a first moment"),
+        **no_effect("centered", (False,), "the mean of the gradients is not kept"),
+    }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {**_SHARED, **_SECOND},
         "lean": {**_ADAFACTOR_DEVICES},
@@ -299,15 +331,21 @@ class CSRMSprop(SketchOptimizer):
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        decoupled_weight_decay: bool = True,
+        momentum: float = 0.0,
+        centered: bool = False,
     ) -> None:
-        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+        super().__init__(params, self._arguments(locals()), preset)
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         return _adam(group, None, step, sparse)
 
 
 def _adam(group: Mapping[str, Any], beta1: float | None, step: float | Tensor, sparse: bool) -> Rule:
-    lr, beta2, eps = group["lr"], group["betas"][1], group["eps"]
+    lr, beta2, eps = rate(group), group["betas"][1], group["eps"]
     root2 = (1.0 - beta2**step) ** 0.5
     return Rule(
         first=None if beta1 is None else Ema(beta1, 1.0 - beta1, step),

@@ -5,6 +5,7 @@ A concrete optimizer names its options, its stores' averages and its update rule
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -17,15 +18,26 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.tile import numerator_of, round_to_bf16, sum_of_squares, update
+from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, round_to_bf16, update
 from sketch_plugins.kernels.work import Work
 from sketch_plugins.optim.ambient import neutral
+from sketch_plugins.optim.checks import (
+    copied,
+    described,
+    exact_step,
+    has_numbers,
+    is_fake,
+    why_impossible,
+    why_not_plain,
+)
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, numbers, vector
 from sketch_plugins.optim.fused import backend as fused_backend
-from sketch_plugins.optim.options import Option, misspelt, unknown_option, validate
+from sketch_plugins.optim.options import NoEffect, Option, misspelt, unknown_option, validate
 from sketch_plugins.optim.plan import Known, Plan, group_marks
+from sketch_plugins.optim.written import MARK, modernize, renew, written_by, written_with
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, is_batch, matrix_shape, tiles
 from sketch_plugins.sharding.parts import (
     PLACE,
@@ -35,6 +47,7 @@ from sketch_plugins.sharding.parts import (
     check_writable,
     has_address,
     is_dtensor,
+    is_ours,
     largest,
     leading,
     opened,
@@ -43,15 +56,29 @@ from sketch_plugins.sharding.parts import (
     whole_shape,
     wrap,
 )
+from sketch_plugins.sharding.pieces import is_key, is_lazy
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, RowCountMin, Store
 
 # Adafactor's floor of the parameter's root mean square (arXiv 1804.04235): a bias that starts at 0 still moves.
 SCALE_FLOOR = 1e-3
 # Elements of a tile: large enough to hide the calls, small enough for a CPU's cache (measured, docs/architecture.md).
 CPU_CHUNK, COMPILED_CHUNK, ACCELERATOR_CHUNK = 1 << 20, 1 << 22, 1 << 24
+# Elements of a parameter whose eager step is undone by an error: the copies that this takes are no more than a tile's.
+UNDO = 1 << 20
 # "auto" takes the row-sparse path in steps where at most this fraction of the rows has a gradient.
 AUTO_DENSITY = 0.5
 
+
+# Options that torch's optimizers have, too: nobody means something else by them.
+COMMON_NAMES = frozenset({
+    "lr", "betas", "eps", "weight_decay", "maximize", "momentum", "nesterov", "fused", "capturable", "lr_decay",
+    "initial_accumulator_value",
+})  # fmt: skip
+_OWN_KEY = "A key of your own in a parameter group needs another name"
+_CONVERT = (
+    "State of torch.optim's AdamW, Adam, SGD or Adagrad is converted by sketch_plugins.convert_state(state_dict, "
+    "optimizer), whose result can be loaded"
+)
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 # (group, number in the group) of parameters with a gradient.
@@ -93,18 +120,24 @@ class Denominator(NamedTuple):
     divisor: float | Tensor
     shift: float | Tensor
 
-    @property
-    def floor(self) -> float:
-        """Without an epsilon, 0 / 0 is no step."""
-        return 1e-37 if not isinstance(self.shift, Tensor) and self.shift == 0 else 0.0
+    def floor(self, dtype: torch.dtype) -> float:
+        """The least denominator: 1e-30 in float32, 0 (none) where epsilon is larger.
+
+        A gradient of 0 over a second moment of 0 is no step, whatever epsilon is. Without an epsilon, or with a tiny
+        one, the quotient of the learning rate and the denominator would be infinite, and 0 times that NaN. The root of
+        a second moment that is not 0 is 3e-23 or more.
+        """
+        least = 1e8 * torch.finfo(dtype).tiny
+        return least if isinstance(self.shift, Tensor) or self.shift < least else 0.0
 
     def of(self, root: Tensor) -> Tensor:
         """In place of the root."""
         if isinstance(self.divisor, Tensor) or self.divisor != 1.0:
             root.div_(self.divisor)
         if isinstance(self.shift, Tensor) or self.shift != 0:
-            return root.add_(self.shift)
-        return root.clamp_(min=self.floor)
+            root.add_(self.shift)
+        floor = self.floor(root.dtype)
+        return root.clamp_(min=floor) if floor else root
 
 
 @dataclass(frozen=True)
@@ -173,13 +206,11 @@ class _Pending:
 
     @property
     def undone(self) -> list[Tensor]:
-        """What is put back where an eager step ends with an error: all that changes, if it is no more than a tile."""
-        if self.p.numel() > self.grad.chunk:
+        """All that an eager step changes, to be put back after an error; nothing for more than `UNDO` elements."""
+        if self.p.numel() > UNDO:
             return []
-        changed = [self.p.data] if has_address(self.p.data) else []
-        if not self.fresh:  # state that was made for this step is dropped
-            changed += _tensors({name: value for name, value in self.state.items() if name != "step"})
-        return changed
+        changed = [self.p.data] if has_address(self.p.data) or is_fake(self.p.data) else []
+        return changed + list(_tensors({name: value for name, value in self.state.items() if name != "step"}))
 
     @property
     def cleans(self) -> bool:
@@ -215,6 +246,8 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     OPTIONS: ClassVar[dict[str, Option]] = {}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Arguments of torch's optimizers that are accepted where they change nothing; they are no options.
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {}
     #: A framework's settings for Adam (betas, epsilon) mean the same here, defaults included.
     ADAM_SETTINGS: ClassVar[bool] = True
     #: Keys of a parameter group that are no options of this optimizer, but have a value that is read here.
@@ -222,43 +255,50 @@ class SketchOptimizer(torch.optim.Optimizer):
     # Of the last step; copies and pickles go without.
     _plan: Plan | None = None
     _parts_of: Parts | None = None
+    # Whether somebody answers for the numbers of fake tensors, as `sketch_plugins.plan` does for its own steps.
+    _numbers_are_answered = False
     # An `InBackward`, where there is one; it stays with this object.
     _in_backward: Any = None
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
+        self._accept_without_effect(explicit)
+        explicit = {name: value for name, value in explicit.items() if name not in self.NO_EFFECT}
         given = {name: value for name, value in explicit.items() if value is not None}
         defaults = {**self._preset(next(iter(self.PRESETS))), **self._preset(preset), **given}
         for name in explicit:
             if name not in defaults:  # None, and no preset knows better
                 raise ValueError(f"{name}=None is not allowed: {name} must be {self.OPTIONS[name].describe()}")
         _one_of_width_and_compression(given)
-        # "optimizer" tells load_state_dict who wrote a state.
-        fixed = {**self.FIXED, "preset": preset, "optimizer": type(self).__name__}
+        fixed = {**self.FIXED, "preset": preset}
         super().__init__(params, {**validate(self.OPTIONS, defaults, type(self).__name__), **fixed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; any option may be given in it, and ``preset``. Unknown keys that are no slip of the pen stay.
 
         Raises:
-            ValueError: an option's value is not allowed, a key looks like a misspelt option, a parameter is complex.
+            ValueError: an option's value is not allowed (also where the key was meant as one of the user's own), a key
+                looks like a misspelt option, a parameter is complex.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, not {type(param_group).__name__}")
+        self._accept_without_effect(param_group)
         own = {name: value for name, value in param_group.items() if name in self.OPTIONS}
         for name in param_group:
-            meant = misspelt(name, {**self.OPTIONS, "preset": None, "params": None})  # type: ignore[dict-item]
+            meant = misspelt(name, {**self.OPTIONS, **self.NO_EFFECT, "preset": None, "params": None})  # type: ignore[dict-item]
             if meant is not None and name != "params":
-                raise ValueError(unknown_option(f"a parameter group of {type(self).__name__}", name, self.OPTIONS))
+                said = unknown_option(f"a parameter group of {type(self).__name__}", name, self.OPTIONS)
+                raise ValueError(f"{said}. {_OWN_KEY}")
         _one_of_width_and_compression(own)
         if "preset" in param_group:
             own = {**self._group_preset(param_group["preset"]), **own}
         if "compression" in own:
             own.setdefault("width", 0)
-        own = validate(self.OPTIONS, own, type(self).__name__)
+        own = {name: self._group_value(name, value) for name, value in own.items()}
         param_group.update(own)
         super().add_param_group(param_group)
         try:
+            renew(type(self).__name__, self.OPTIONS, self.param_groups[-1])
             for index, p in enumerate(self.param_groups[-1]["params"]):
                 _check_parameter(p, partial(self._label, self.param_groups[-1], index), type(self).__name__)
                 if self.param_groups[-1]["compile"] and p.device.type == "cpu":
@@ -360,10 +400,15 @@ class SketchOptimizer(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             for index, owner in enumerate(group["params"]):
                 seen.add(id(owner))
+                if is_lazy(owner):
+                    raise ValueError(
+                        f"{self._label(group, index)} has no shape yet, as its lazy module has seen no input: run a "
+                        "batch first"
+                    )
                 for part in self._parts.of(index, owner):
                     yield number, group, part, self._state_of(part)
         # ZeRO-3 leaves groups empty between steps, and puts one flat partition after the other in for a step.
-        for owner in [p for p in self.state if id(p) not in seen]:
+        for owner in [p for p in self.state if isinstance(p, Tensor) and id(p) not in seen]:
             for part in self._parts.of(0, owner):
                 if part.piece is not None and part.key is not None:
                     number = min(self._parts.group_of(part.piece), len(self.param_groups) - 1)
@@ -388,7 +433,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             ValueError: the state was written with other options (compression, depth, seed, ...; both values are
                 named), by another kind of optimizer, or for other shapes. Nothing has been changed then.
         """
-        seen: dict[str, Any] = {}
+        made: dict[Any, Any] = {}
 
         def look(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             for key in ("state", "param_groups"):
@@ -399,29 +444,45 @@ class SketchOptimizer(torch.optim.Optimizer):
             groups = [dict(group) for group in incoming["param_groups"]]
             incoming = {**incoming, "param_groups": groups, "state": self._local_state(incoming["state"], groups)}
             self._check_incoming(incoming)
-            seen.update(incoming)
+            # Copies are made before anything changes: a tensor that cannot be copied, or that no memory is left for,
+            # leaves the optimizer as it was.
+            made.update(self._copies(incoming))
             return {**incoming, "state": {}}  # torch would copy and cast what is restored below
 
         def restore(_: Any) -> None:
-            for group, saved in zip(self.param_groups, seen["param_groups"], strict=True):
-                for p, index in zip(group["params"], saved["params"], strict=True):
-                    if index in seen["state"]:
-                        device = p.to_local().device if is_dtensor(p) else p.device
-                        self.state[p] = _restored(seen["state"][index], device, group["capturable"])
+            self.state.update(made)
 
         # The last to look before, the first to act after: hooks of others see the whole state on both sides.
         before = self.register_load_state_dict_pre_hook(look)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
-            super().load_state_dict(state_dict)
+            # Tensors made in inference mode could not be changed by a step outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
+
+    def _copies(self, incoming: Mapping[str, Any]) -> dict[Any, Any]:
+        """The state of a state dict that was found good, as this optimizer keeps it."""
+        out, known = {}, set()
+        for group, saved in zip(self.param_groups, incoming["param_groups"], strict=True):
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                known.add(key)
+                if key in incoming["state"]:
+                    device = p.to_local().device if is_dtensor(p) else p.device
+                    out[p] = _restored(incoming["state"][key], device, saved["capturable"])
+        # What belongs to no parameter is another's.
+        return {**out, **{key: value for key, value in incoming["state"].items() if key not in known}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Whatever is remembered of the last step was about other groups."""
         super().__setstate__(state)
         self.__dict__.pop("_plan", None)
+        for group in self.param_groups:
+            if MARK not in group:  # a pickle that is older than the mark
+                modernize(group)
+                renew(type(self).__name__, self.OPTIONS, group)
         if self._parts_of is None:  # a copy: its parameters are those that it was given
             for number, group in enumerate(self.param_groups):
                 self._parts.add(group, number, self.batch_axes)
@@ -431,14 +492,46 @@ class SketchOptimizer(torch.optim.Optimizer):
 
         A state tensor of size s is saved as one of size (W, *s) over the W shards: `sharding.parts.wrap`.
         """
-        out = super().state_dict()
-        for group, saved in zip(self.param_groups, out["param_groups"], strict=True):
-            for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-                if is_dtensor(p) and leading(p) and out["state"].get(key):
-                    (part,) = self._parts.of(index, p)
-                    state, layout = out["state"][key], self._layout(largest(p), group, part)
-                    out["state"][key] = {"step": state["step"], **wrap(p, state, layout)}
+
+        def finish(_: Any, out: dict[str, Any]) -> None:
+            for group, saved in zip(self.param_groups, out["param_groups"], strict=True):
+                for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                    if is_dtensor(p) and leading(p):
+                        own, others = self._split(out["state"].get(key, {}), group, index, p)
+                        if own:
+                            (part,) = self._parts.of(index, p)
+                            layout = self._layout(largest(p), group, part)
+                            out["state"][key] = {"step": own["step"], **wrap(p, own, layout), **others}
+
+        # The first to act after: hooks of others may return what they like, and see what is saved.
+        after = self.register_state_dict_post_hook(finish, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            after.remove()
+
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        """The groups as in a state dict, whatever the hooks of others make of that."""
+        out, first = [], 0
+        for group in self.param_groups:
+            last = first + len(group["params"])
+            out.append({**{k: v for k, v in group.items() if k != "params"}, "params": list(range(first, last))})
+            first = last
         return out
+
+    def _split(
+        self, state: Mapping[str, Any], group: Mapping[str, Any], index: int, p: Tensor
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is ours in the state of a parameter, and what is another's."""
+        names = {name for part in self._parts.of(index, p) for name in self._expected(part, group)}
+        own = {name: value for name, value in state.items() if is_ours(name) or name in names}
+        return own, {name: value for name, value in state.items() if name not in own}
+
+    def _expected(self, part: Part, group: Mapping[str, Any]) -> set[str]:
+        """Names in the state of a part."""
+        names = zip(("first_moment", "second_moment"), self._stores(part, group), strict=True)
+        out = {"step", *(name for name, store in names if store is not None), *self._beside(part, group)}
+        return out if part.piece is None else out | {PLACE}
 
     def _layout(self, p: Shaped, group: Mapping[str, Any], part: Part) -> dict[str, Any]:
         """Name -> layout of the state of a tensor of this shape, as a shard of the part's parameter."""
@@ -462,10 +555,11 @@ class SketchOptimizer(torch.optim.Optimizer):
         for group, saved_group in zip(self.param_groups, groups, strict=False):
             for index, (p, key) in enumerate(zip(group["params"], saved_group.get("params", ()), strict=False)):
                 if is_dtensor(p) and leading(p) and isinstance(state.get(key), Mapping) and state[key]:
+                    own, others = self._split(state[key], group, index, p)
                     (part,) = self._parts.of(index, p)
-                    local = unwrap(state[key], leading(p))
+                    local = unwrap(own, leading(p))
                     step = {"step": local["step"]} if "step" in local else {}
-                    state[key] = {**step, **trim(local, self._layout(part, group, part))}
+                    state[key] = {**step, **trim(local, self._layout(part, group, part)), **others}
         return state
 
     # -- for subclasses ------------------------------------------------------------------------------------------
@@ -560,6 +654,9 @@ class SketchOptimizer(torch.optim.Optimizer):
         if fresh:
             state = self._allocate(p, group, grad, named)
         assert state is not None
+        if not all(map(is_ours, state)):  # what others keep beside it takes no part in a step
+            own = self._expected(p, group)
+            state = {name: value for name, value in state.items() if name in own}
         one = _Pending(p, group, grad, state, fresh, named)
         if p.numel() == 0:  # the shard of another rank is not: all have the same state
             one.idle = True
@@ -638,8 +735,8 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _undone_by_an_error(self, one: _Pending) -> Iterator[None]:
         """An error (or Ctrl-C) in the block leaves the part as it was before.
 
-        A part of more than one tile is not copied for that: its temporaries are there already, and nothing else in its
-        step is known to fail. Its number of steps is put back with the state of its moments half written.
+        A part of more than `UNDO` elements is not copied for that: its temporaries are there already, and nothing else
+        in its step is known to fail. Its number of steps is put back with the state of its moments half written.
         """
         copies = [(tensor, scratch.cast(f"undo {i}", tensor, tensor.dtype)) for i, tensor in enumerate(one.undone)]
         step = one.state["step"].clone()
@@ -689,11 +786,18 @@ class SketchOptimizer(torch.optim.Optimizer):
         if one.grad.rows is not None or one.rule is None:
             return {}
         device = one.p.device if one.grad.compile else torch.device("meta")
+        fake = is_fake(one.p.data)
+        with _disable_current_modes() if fake else contextlib.nullcontext():
+            return self._take_without_memory(one, device, fake)
+
+    def _take_without_memory(self, one: _Pending, device: torch.device, fake: bool) -> dict[scratch.Slot, int]:
+        assert one.rule is not None
         p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
         p.owner = p.data
         gradient, state = one.grad.like(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
         grad = one.grad.of(one.grad.like(p.data), gradient)
-        state["step"] = one.state["step"] + 1
+        # Nobody can ask a fake tensor for its number; `sketch_plugins.plan` answers for it that this is no first step.
+        state["step"] = torch.full((), 2.0) if fake else one.state["step"] + 1
         with scratch.scratch():
             try:
                 self._eager(p, grad, one.rule, state, one.named, one.group)
@@ -709,32 +813,60 @@ class SketchOptimizer(torch.optim.Optimizer):
         known, last = seen.get(id(group), (None, {}))
         last = last if known is group else {}
         now = {}
+        changed = not last
         for name, option in self.OPTIONS.items():
             if name not in group:
                 continue
             value = now[name] = group[name]
             if name in last:
                 before = last[name]
-                if value is before or (
-                    type(value) is type(before) and not isinstance(value, Tensor) and value == before
-                ):
+                if isinstance(value, Tensor):
+                    # It may have been changed in place; reading it where it is on a device would wait for that.
+                    if value is before and value.device.type != "cpu":
+                        continue
+                elif value is before or (type(value) is type(before) and value == before):
                     continue
-                if option.structural and any(self.state.get(p) for p in group["params"]):
-                    raise ValueError(
-                        f"{name} of group {number} was {before!r} and is {value!r}: its parameters have state, and the "
-                        "group's options describe another state"
-                    )
-            option.validate(value)
+            self._group_value(name, value)
+            changed = changed or option.structural
+        if changed or len(now) != len(last):
+            self._accept_without_effect(group)
+            self._check_structure(number, group)
         if last and any(last.get(name) is not now.get(name) for name in ("fused", "compile", "capturable")):
             for index, p in enumerate(group["params"]):
                 self._check_kernels(p, group, partial(self._label, group, index))
         seen[id(group)] = group, now
 
+    def _check_structure(self, number: int, group: Mapping[str, Any]) -> None:
+        """Refuse options that describe another state than the one that the group's parameters have."""
+        assert isinstance(group, dict)
+        if MARK not in group or not any(self._has_state(p) for p in group["params"]):
+            renew(type(self).__name__, self.OPTIONS, group)
+            return
+        for name, before in written_with(group).items():
+            if name not in self.OPTIONS:
+                continue
+            if name not in group:
+                raise ValueError(
+                    f"{name} of group {number} was {before!r} and is missing: its parameters have state, which cannot "
+                    "be used without it"
+                )
+            if self.OPTIONS[name].validate(group[name]) != before:
+                raise ValueError(
+                    f"{name} of group {number} was {before!r} and is {group[name]!r}: its parameters have state, and "
+                    f"the group's options describe another state. {_OWN_KEY}"
+                )
+
+    def _has_state(self, owner: Tensor) -> bool:
+        """Whether a tensor in a parameter group has state of ours."""
+        return any(map(is_ours, self.state.get(owner, ())))
+
     def _has_large(self) -> bool:
         """Small tensors follow the large ones into the kernels: compiling for their sake alone would not pay."""
         assert self._plan is not None
         if self._plan.large is None:
-            self._plan.large = any(p.numel() >= CPU_MIN_SIZE for group in self.param_groups for p in group["params"])
+            self._plan.large = any(
+                not is_lazy(p) and p.numel() >= CPU_MIN_SIZE for group in self.param_groups for p in group["params"]
+            )
         return self._plan.large
 
     def _prepare_tasks(
@@ -835,25 +967,27 @@ class SketchOptimizer(torch.optim.Optimizer):
         once = lagged and grad.rows is None and int(state["step"]) > 1
         looks = Factors(second, rule, state, period, peek=True, slot="peeked factor" if once else "factor")
 
-        def squares_of_update(at: At, g: Tensor) -> Tensor:
+        # Of touched rows only, where they are given.
+        count = (grad.shape[0] if grad.rows is None else len(grad.rows)) * grad.shape[1]
+
+        def size_of_update(at: At, g: Tensor) -> Tensor:
             m = None
             if first and rule.first and not before:
                 m = first.peek(state["first_moment"], at, g, rule.first)
-            return grad.run(sum_of_squares)(
-                numerator_of(g, m, rule.lookahead), looks.get(at, g) if rule.denominator else None
-            )
+            numerator = numerator_of(g, m, rule.lookahead)
+            return root_mean_square(numerator, looks.get(at, g) if rule.denominator else None, count, grad.run)
 
-        squares: Any = 0
-        norm: Any = 0
+        updates: list[Tensor] = []
+        sizes: list[Tensor] = []
         rms: Any
         size: Any
         rms, size = state["rms"]["last"].unbind() if once else (None, None)
         if not once and (lagged or group.get("scale_parameter")):
-            norm = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in grad.batches())
-            size = _root_mean(norm, grad)
+            sizes = [root_mean_square(p.get(at).to(grad.dtype), None, count) for at in grad.batches()]
+            size = joined(sizes)
         if not once and (lagged or group.get("update_clip")):
-            squares = sum(squares_of_update(at, grad.get(at)) for at in grad.batches(period, align))
-            rms = _root_mean(squares, grad) * rule.correction
+            updates = [size_of_update(at, grad.get(at)) for at in grad.batches(period, align)]
+            rms = joined(updates) * rule.correction
         if group.get("scale_parameter"):
             step_size = size.clamp(min=SCALE_FLOOR) * step_size
         if group.get("update_clip"):
@@ -879,8 +1013,8 @@ class SketchOptimizer(torch.optim.Optimizer):
             if not in_place:
                 part = scratch.cast("parameter", part, grad.dtype)
             if once:
-                squares = squares + squares_of_update(at, g)
-                norm = norm + sum_of_squares(part, None)
+                updates.append(size_of_update(at, g))
+                sizes.append(root_mean_square(part, None, count))
             scaled = factors.get(at, g) if rule.denominator else factor
             if first:
                 scaled = first.view(scaled) if scaled.ndim else scaled
@@ -895,14 +1029,15 @@ class SketchOptimizer(torch.optim.Optimizer):
         if second and not second.write_first:
             second.finish(state["second_moment"], working["second_moment"], grad)
         if lagged:
-            measured = [_root_mean(squares, grad) * rule.correction, _root_mean(norm, grad)]
-            torch.stack(measured, out=state["rms"]["last"])
+            torch.stack([joined(updates) * rule.correction, joined(sizes)], out=state["rms"]["last"])
 
     def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
         assert g is not None
         label = self._label(group, p)
         check_writable(p.data, label)
         _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
+        if not self._numbers_are_answered:
+            _refuse_fake(p.data, g, label)
         rows, packed, values, batch = None, False, g, self._batch(p, group)
         if g.layout == torch.sparse_coo:
             if g.sparse_dim() != 1 or p.ndim < 1:
@@ -998,9 +1133,11 @@ class SketchOptimizer(torch.optim.Optimizer):
         return self._parts_of
 
     def _state_of(self, part: Part) -> dict[str, Any] | None:
-        """The state of a part, where it has one."""
+        """The state of a part, where it has one: keys of others alone are none."""
         state = self.state.get(part.owner)
-        return state if part.key is None or state is None else state.get(part.key)
+        if part.key is not None and state is not None:
+            state = state.get(part.key)
+        return state if state and ("step" in state or any(map(is_ours, state))) else None
 
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         """(first, second) moment stores of a parameter, or of a part of one."""
@@ -1066,6 +1203,27 @@ class SketchOptimizer(torch.optim.Optimizer):
         return cls.PRESETS[name]
 
     @classmethod
+    def _arguments(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the local variables of a constructor those that are options, or are accepted without effect."""
+        return {name: value for name, value in given.items() if name in cls.OPTIONS or name in cls.NO_EFFECT}
+
+    @classmethod
+    def _accept_without_effect(cls, given: Mapping[str, Any]) -> None:
+        for name, argument in cls.NO_EFFECT.items():
+            if name in given:
+                argument.accept(given[name], cls.__name__)
+
+    @classmethod
+    def _group_value(cls, name: str, value: Any) -> Any:
+        """The value of an option in a parameter group, where users have keys of their own, too."""
+        try:
+            return cls.OPTIONS[name].validate(value)
+        except ValueError as error:
+            if name in COMMON_NAMES:
+                raise
+            raise ValueError(f"{error}. {name!r} is an option of {cls.__name__}. {_OWN_KEY}") from None
+
+    @classmethod
     def _group_preset(cls, name: str) -> dict[str, Any]:
         """What a preset means in a group: every option that any preset sets; the others stay the constructor's."""
         base, *others = (cls._preset(n) for n in cls.PRESETS)
@@ -1079,11 +1237,15 @@ class SketchOptimizer(torch.optim.Optimizer):
         part, index = (p, p.index) if isinstance(p, Part) else (None, p)
         if part is not None and part.key is not None:
             return f"parameter {part.name!r} of shape {part.whole} (its part {tuple(part.shape)} on this rank)"
-        shape = tuple(group["params"][index].shape) if part is None else part.whole
+        if part is None:
+            owner = group["params"][index]
+            said = "not known yet" if is_lazy(owner) else str(tuple(owner.shape))
+        else:
+            said = str(part.whole)
         at = next((i for i, other in enumerate(self.param_groups) if other is group), len(self.param_groups))
         name = names[index] if names is not None and index < len(names) else None
         label = f"parameter {index} of group {at}," if name is None else f"parameter {name!r}"
-        label += f" of shape {shape}"
+        label += f" of shape {said}"
         if part is not None and part.piece is not None and not part.piece.complete:
             label += f" (its part {tuple(part.shape)} on this rank)"
         return label if name is not None else label + ","
@@ -1101,11 +1263,19 @@ class SketchOptimizer(torch.optim.Optimizer):
                     f"group {number} of the state dict has {len(saved.get('params', ()))} parameters, this {kind}'s "
                     f"{len(group['params'])}"
                 )
-            writer = saved.get("optimizer", "another optimizer")
+            writer = written_by(saved)
             if writer != kind:
-                raise ValueError(f"the state dict was not written by {kind}, but by {writer} (group {number})")
+                raise ValueError(
+                    f"the state dict was not written by {kind}, but by {writer or 'another optimizer'} (group {number})"
+                    + ("" if writer else f". {_CONVERT}")
+                )
             for name, value in self.FIXED.items():
                 saved.setdefault(name, value)
+            with_state = any(
+                isinstance(state := incoming["state"].get(key), Mapping) and any(map(is_ours, state))
+                for key in saved["params"]
+            )
+            written = written_with(saved) if with_state else {}
             for name, option in self.OPTIONS.items():
                 if name not in group:
                     continue
@@ -1113,30 +1283,45 @@ class SketchOptimizer(torch.optim.Optimizer):
                     if name == "batch_dims":
                         self._check_batches(group, saved, incoming["state"])
                     saved[name] = group[name]
-                saved[name] = option.validate(saved[name])
+                saved[name] = self._group_value(name, saved[name])
                 if option.structural and saved[name] != group[name]:
                     raise ValueError(
                         f"the state dict was written with {name}={saved[name]!r} and group {number} of this {kind} has "
                         f"{name}={group[name]!r}: the state cannot be used. Build the optimizer with the saved value"
                     )
+                if option.structural and written.get(name, saved[name]) != saved[name]:
+                    raise ValueError(
+                        f"group {number} of the state dict has {name}={saved[name]!r}, but its state was written with "
+                        f"{name}={written[name]!r}: the option was changed before it was saved, and the state cannot "
+                        "be used with it. Build the optimizer with the value that the state was written with, and "
+                        "write that into the group of the state dict"
+                    )
+            modernize(saved)
+            renew(kind, self.OPTIONS, saved)
             for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
                 if saved["capturable"] and not group["capturable"]:  # a checkpoint from a machine with kernels
                     self._check_kernels(p, saved, partial(self._label, group, index))
                 state = incoming["state"].get(key)
                 if key not in incoming["state"] or (isinstance(state, Mapping) and not state):
                     continue
+                if is_lazy(p):
+                    raise ValueError(
+                        f"{self._label(group, index)} has no shape yet, as its lazy module has seen no input, and the "
+                        "state dict has state for it: run a batch before it is loaded"
+                    )
                 parts = self._parts.of(index, p)
                 if parts and parts[0].key is None:
                     self._check_state(parts[0], group, state, self._label(group, parts[0]))
                     continue
-                if not isinstance(state, Mapping) or set(state) != {part.key for part in parts}:
+                ours = set(filter(is_ours, state)) if isinstance(state, Mapping) else {"no mapping"}
+                if ours and ours != {part.key for part in parts}:
                     raise ValueError(
                         f"the saved state of group {number} does not hold what its flat partition on this rank holds "
                         f"({len(parts)} pieces of parameters): it was written with another number of processes, "
                         "another ZeRO stage or other settings of it. Load it as it was saved, or convert the "
                         "checkpoint: sketch-plugins reshard CHECKPOINT --world-size N"
                     )
-                for part in parts:
+                for part in parts if ours else ():
                     self._check_state(part, group, state[part.key], self._label(group, part))
 
     def _check_batches(self, group: Mapping[str, Any], saved: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
@@ -1153,28 +1338,47 @@ class SketchOptimizer(torch.optim.Optimizer):
                     )
 
     def _check_state(self, p: Part, group: Mapping[str, Any], saved: Any, label: str, which: str = "saved") -> None:
-        """Raise ValueError unless ``saved`` is the state that the group's options describe."""
-        if isinstance(saved, Mapping) and not saved:
-            return
+        """Raise ValueError unless ``saved`` is the state that the group's options describe; others may have keys in it.
+
+        Args:
+            p: whose state it is.
+            group: its group.
+            saved: the state.
+            label: what to call the part.
+            which: "saved", of a state dict, every number of which is looked at; or "present".
+        """
         stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
         further = self._beside(p, group)
-        expected = {"step", *(name for name, store in stores.items() if store is not None), *further}
-        if p.piece is not None:
-            expected.add(PLACE)
-        if not isinstance(saved, Mapping) or set(saved) != expected:
-            found = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else repr(saved)
+        expected = self._expected(p, group)
+        if isinstance(saved, Mapping):
+            ours = {name for name in saved if is_ours(name) or name in expected}
+            if not ours:
+                return
+        if not isinstance(saved, Mapping) or ours != expected:
+            found = ", ".join(map(str, ours)) if isinstance(saved, Mapping) else repr(saved)
             raise ValueError(f"the {which} state of {label} holds {found}; expected {', '.join(sorted(expected))}")
         step = saved["step"]
-        if not (
+        if which == "saved":
+            if exact_step(step) is None:
+                raise ValueError(
+                    f"the saved step of {label} is {described(step)}; expected a tensor of one whole number >= 0 "
+                    "that float32 holds exactly"
+                )
+        elif not (
             isinstance(step, Tensor)
             and step.numel() == 1
+            and step.dtype == torch.float32
             and step.device.type != "meta"
             # What lives on a device (capturable) is looked at when it is loaded, not in every step.
-            and ((which == "present" and step.device.type != "cpu") or 0 <= float(step) < 1e18)
+            and (step.device.type != "cpu" or is_fake(step) or 0 <= float(step) < 1e18)
         ):
-            raise ValueError(f"the {which} step of {label} is {step!r}; expected a tensor of one number >= 0")
+            raise ValueError(
+                f"the {which} step of {label} is {described(step)}; expected a float32 tensor of one number >= 0"
+            )
         if p.piece is not None and (
-            not isinstance(saved[PLACE], Tensor) or saved[PLACE].tolist() != p.piece.place.tolist()
+            not isinstance(saved[PLACE], Tensor)
+            or why_not_plain(saved[PLACE]) is not None
+            or saved[PLACE].tolist() != p.piece.place.tolist()
         ):
             raise ValueError(
                 f"the {which} state of {label} belongs to another part of it (row, column and the whole shape are "
@@ -1185,11 +1389,14 @@ class SketchOptimizer(torch.optim.Optimizer):
         dtype = _arithmetic(p)
         for name, store in stores.items():
             if store is not None:
-                _check_tensors(
-                    saved.get(name), store.layout(self._matrix_shape(p, group), dtype), f"the {which} {name}", label
-                )
+                layout = store.layout(self._matrix_shape(p, group), dtype)
+                _check_tensors(saved.get(name), layout, f"the {which} {name}", label)
+                if which == "saved":
+                    _check_numbers(p, saved[name], name, label)
         for name, part in further.items():
             _check_tensors(saved.get(name), part.layout(dtype), f"the {which} {name}", label)
+            if which == "saved":
+                _check_numbers(p, saved[name], name, label)
 
 
 def number(value: float | Tensor, grad: Gradient) -> Tensor:
@@ -1221,6 +1428,34 @@ def _check_tensors(have: Any, layout: Layout, what: str, label: str) -> None:
             raise ValueError(
                 f"{what} of {label} has {key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}; "
                 f"expected {tuple(size)}, {kind}: its group's options describe another state"
+            )
+
+
+def _check_numbers(p: Part, have: Mapping[str, Tensor], name: str, label: str) -> None:
+    """Raise ValueError where a saved tensor cannot be copied, or holds numbers that no step leaves behind."""
+    for key, tensor in have.items():
+        why = why_not_plain(tensor)
+        if why is not None:
+            # Parameters without numbers have state without numbers.
+            if (tensor.device.type == "meta" and p.device.type == "meta") or (is_fake(tensor) and is_fake(p.data)):
+                continue
+            raise ValueError(
+                f"the saved {name} of {label} has {key!r} {why}; expected a plain tensor: strided, and with its numbers"
+            )
+        if not tensor.is_floating_point() or not has_numbers(tensor):
+            continue
+        squares = name in ("second_moment", "rms")
+        # Squares of large gradients overflow, and such a run goes on. What they are multiplied by may not be infinite:
+        # infinity times 0 is NaN.
+        least, infinite = (0.0 if squares or key == "scales" else None), squares and key != "row"
+        wrong = why_impossible(tensor, least, infinite)
+        if wrong is not None:
+            allowed = "finite numbers" if not infinite else "numbers"
+            raise ValueError(
+                f"the saved {name} of {label} has {key!r} with numbers that are not allowed: {wrong}; allowed are "
+                f"{allowed}"
+                f"{'' if least is None else ' >= 0'}. A checkpoint of a run that had diverged is not loaded: take an "
+                "earlier one"
             )
 
 
@@ -1340,6 +1575,14 @@ def _refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
         )
 
 
+def _refuse_fake(p: Tensor, g: Tensor, label: str) -> None:
+    if is_fake(p) or is_fake(g):
+        raise ValueError(
+            f"{label} or its gradient is a fake tensor (FakeTensorMode), which has no numbers, and a step reads some. "
+            "What a step takes in memory is found out without numbers by sketch_plugins.plan (sketch-plugins plan)"
+        )
+
+
 def _check_compiler() -> None:
     # Before the first step, which would otherwise fail half-way with a page of torch's internals.
     wanted = os.environ.get("CXX", "g++")
@@ -1351,7 +1594,7 @@ def _check_compiler() -> None:
 
 
 def _listed(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
+    return value.tolist() if isinstance(value, Tensor) and why_not_plain(value) is None else described(value)
 
 
 def _arithmetic(p: Shaped) -> torch.dtype:
@@ -1378,15 +1621,10 @@ def _touched_rows(grad: Gradient) -> Tensor:
     return touched.squeeze(-1).nonzero().squeeze(-1)
 
 
-def _root_mean(squares: Any, grad: Gradient) -> Tensor:
-    rows = grad.shape[0] if grad.rows is None else len(grad.rows)
-    return (torch.as_tensor(squares) / (rows * grad.shape[1])).sqrt()
-
-
 def _rms(p: Matrix, grad: Gradient) -> Tensor:
     """Of a whole parameter, whichever rows have a gradient."""
-    squares = sum(sum_of_squares(p.get(at).to(grad.dtype), None) for at in tiles(*grad.shape, grad.chunk))
-    return (torch.as_tensor(squares) / (grad.shape[0] * grad.shape[1])).sqrt()
+    count = grad.shape[0] * grad.shape[1]
+    return joined([root_mean_square(p.get(at).to(grad.dtype), None, count) for at in tiles(*grad.shape, grad.chunk)])
 
 
 def _capturing(device: torch.device) -> bool:
@@ -1415,15 +1653,18 @@ def _twins(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _restored(value: Any, device: torch.device, capturable: bool) -> Any:
-    if isinstance(value, Tensor):
-        # A copy, or one state dict would tie two optimizers together. Contiguous: it may be cut from a larger one.
-        return value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
-    if isinstance(value, Mapping):
-        # The step counter lives on the CPU, or reading it would wait for a device; with capturable nobody reads it.
-        cpu = torch.device("cpu")
-        return {
-            key: _restored(v, cpu if key == PLACE or (key == "step" and not capturable) else device, capturable)
-            for key, v in value.items()
-        }
-    return value
+def _restored(saved: Mapping[str, Any], device: torch.device, capturable: bool) -> dict[str, Any]:
+    """A copy of a state that was found good: or one state dict would tie two optimizers together."""
+    out: dict[str, Any] = {}
+    # The step counter lives on the CPU, or reading it would wait for a device; with capturable nobody reads it.
+    cpu = torch.device("cpu")
+    for key, value in saved.items():
+        if is_key(key):
+            out[key] = _restored(value, device, capturable)
+        elif key == "step":
+            out[key] = exact_step(value)
+            assert out[key] is not None
+            out[key] = out[key].to(device if capturable else cpu)
+        else:
+            out[key] = copied(value, cpu if key == PLACE else device)
+    return out

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.base import SCALE_FLOOR, SketchOptimizer
+from sketch_plugins.optim.checks import STATES
 from sketch_plugins.optim.options import COMMON
 from sketch_plugins.optim.sketchy import Sketchy
+from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.blocks import matrix_shape
-from sketch_plugins.sharding.parts import PLACE, Part, is_dtensor, largest, leading, local_of, wrap
+from sketch_plugins.sharding.parts import PLACE, Part, is_dtensor, is_ours, largest, leading, local_of, wrap
 from sketch_plugins.stores import Ema
 
 #: Keys of torch's parameter groups that say nothing about a schedule: ours have their own, or none.
@@ -86,9 +88,9 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
 
     Raises:
         TypeError: ``optimizer`` is none of ours.
-        ValueError: groups or shapes differ; the state is of another kind of optimizer (what it holds is named), of
-            AMSGrad, or has numbers that are not finite; the optimizer needs squares of gradients and the state has
-            none.
+        ValueError: groups, shapes or ``maximize`` differ; the state is of another kind of optimizer (what it holds is
+            named), of AMSGrad, or has numbers that are not finite; the optimizer needs squares of gradients and the
+            state has none.
     """
     if not isinstance(optimizer, SketchOptimizer):
         raise TypeError(f"convert_state makes state of a sketched optimizer, not of {type(optimizer).__name__}")
@@ -98,13 +100,14 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"the state dict has no {key!r}; it has {', '.join(map(str, state_dict)) or 'nothing'}")
-    out = {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
+    out: dict[str, Any] = {"state": {}, "param_groups": optimizer._packed_groups()}
     given, kind = state_dict["param_groups"], type(optimizer).__name__
     if len(given) != len(out["param_groups"]):
         raise ValueError(f"the state dict has {len(given)} parameter groups, this {kind} {len(out['param_groups'])}")
     for number, (group, own, saved) in enumerate(zip(optimizer.param_groups, out["param_groups"], given, strict=True)):
-        if saved.get("optimizer") is not None:
-            raise ValueError(f"the state dict was written by {saved['optimizer']}: load it as it is")
+        writer = written_by(saved)
+        if writer is not None:
+            raise ValueError(f"the state dict was written by {writer}: load it as it is")
         if len(saved["params"]) != len(own["params"]):
             raise ValueError(
                 f"group {number} of the state dict has {len(saved['params'])} parameters, this {kind}'s "
@@ -115,15 +118,18 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
             state = state_dict["state"].get(there)
             if state:
                 made = _converted(optimizer, {**group, **own, "params": group["params"]}, index, p, state, saved)
+                # What wrappers of the optimizer keep there goes along.
+                made |= {name: value for name, value in state.items() if name not in STATES and not is_ours(name)}
                 if made:
                     out["state"][key] = made
-    return out
+    known = {key for saved in given for key in saved["params"]}
+    return {**out, "state": {**out["state"], **{k: v for k, v in state_dict["state"].items() if k not in known}}}
 
 
 def is_foreign(state_dict: Mapping[str, Any]) -> bool:
     """Whether a state dict was written by none of our optimizers."""
     groups = state_dict.get("param_groups", ())
-    return bool(groups) and all(group.get("optimizer") is None for group in groups)
+    return bool(groups) and all(written_by(group) is None for group in groups)
 
 
 def _scheduled(
@@ -155,6 +161,12 @@ def _converted(
     saved: Mapping[str, Any],
 ) -> dict[str, Any]:
     parts = optimizer._parts.of(index, p)
+    if bool(saved.get("maximize", False)) != group["maximize"] and {"exp_avg", "momentum_buffer"} & state.keys():
+        raise ValueError(
+            f"the state dict was written with maximize={bool(saved.get('maximize', False))} and this "
+            f"{type(optimizer).__name__} has maximize={group['maximize']}: its momentum would go the wrong way. Build "
+            "the optimizer with the saved value"
+        )
     made: dict[str, Any] = {}
     for part in parts:
         if part.numel() == 0 and not is_dtensor(p):
@@ -171,7 +183,7 @@ def _converted(
 
 
 def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], label: str) -> _Source:
-    found = {key for key, value in state.items() if value is not None} - {"step"}
+    found = {key for key, value in state.items() if value is not None and key in STATES} - {"step"}
     if "max_exp_avg_sq" in found:
         raise ValueError(f"the state of {label} is AMSGrad's, whose maxima no sketched optimizer keeps")
     step = float(state["step"]) if state.get("step") is not None else 1.0
@@ -189,8 +201,9 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
         return _Source(step, _Kept(buffer, float(saved["momentum"]), 1.0 - float(saved.get("dampening", 0.0))), None)
     if found == {"sum"}:
         return _Source(step, None, _Kept(_values(part, state, "sum", label), 1.0, 1.0))
+    held = ", ".join(sorted(map(str, set(state) - {"step"}))) or "nothing"
     raise ValueError(
-        f"the state of {label} holds {', '.join(sorted(map(str, found))) or 'nothing'}; allowed is what AdamW and Adam "
+        f"the state of {label} holds {held}; allowed is what AdamW and Adam "
         "(exp_avg, exp_avg_sq), SGD (momentum_buffer) or Adagrad (sum) keep"
     )
 

@@ -189,7 +189,7 @@ def numbers(rule: Rule, group: Mapping[str, Any], step: float | Tensor, l2: floa
             places.SCALE: 1.0 / denominator.divisor,
             places.SHIFT: denominator.shift,
             places.INSIDE: rule.floor,
-            places.FLOOR: denominator.floor,
+            places.FLOOR: denominator.floor(torch.float32),
         }
     if rule.lookahead and rule.first is not None:
         out[places.LOOKAHEAD] = rule.lookahead

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from sketch_plugins.comm.base import Compressor
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
-from sketch_plugins.optim.options import COMMON, Option, validate
+from sketch_plugins.optim.checks import STATES, copied, described, exact_step, is_fake, why_impossible, why_not_plain
+from sketch_plugins.optim.options import COMMON, Option, rate, validate
 
 _OPTIONS = {
     "lr": COMMON["lr"],
@@ -92,6 +93,11 @@ class MemSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            _OPTIONS["lr"].validate(group["lr"])  # schedules change it, tensors in place
+            for p in group["params"]:
+                if p.grad is not None:
+                    _check(p, group)
         number = 0
         for group in self.param_groups:
             for p in group["params"]:
@@ -118,9 +124,8 @@ class MemSGD(torch.optim.Optimizer):
         return out
 
     def _one(self, p: Tensor, group: Mapping[str, Any], number: int) -> None:
-        _check(p, group)
         state, size, kind = self.state[p], p.numel(), _arithmetic(p)
-        if not state:
+        if "step" not in state:  # keys of others may be there
             state["step"] = torch.zeros((), dtype=torch.float32)
         t = int(state["step"])
         state["step"] += 1
@@ -128,7 +133,9 @@ class MemSGD(torch.optim.Optimizer):
             self._average(p, state, t, group["shift"] or 1.0)
         if not size:
             return
-        lr = group["lr"] if group["shift"] is None else group["lr"] * (group["shift"] / (group["shift"] + t))
+        lr = rate(group)
+        if group["shift"] is not None:
+            lr = lr * (group["shift"] / (group["shift"] + t))
         assert p.grad is not None
         g: Tensor = p.grad if p.grad.is_sparse else p.grad.to(kind)
         if group["weight_decay"]:
@@ -137,7 +144,8 @@ class MemSGD(torch.optim.Optimizer):
         compressor: Compressor = TopK() if group["compressor"] == "topk" else RandK(group["seed"])
         if compressor.count(size, density) == size and "error" not in state and p.dtype == kind:
             # There is nothing to remember: torch's own step, to the last bit.
-            p.add_(g, alpha=-lr)
+            alpha: Any = -lr
+            p.add_(g, alpha=alpha)
             return
         if "error" not in state:
             state["error"] = torch.zeros(size, dtype=kind, device=p.device)
@@ -166,44 +174,100 @@ class MemSGD(torch.optim.Optimizer):
         total = (t + 1) * a * a + a * t * (t + 1) + t * (t + 1) * (2 * t + 1) / 6  # the sum of (a + i)^2 up to t
         state["average"].lerp_(p.detach().to(state["average"].dtype), (a + t) ** 2 / total)
 
-    def _check_state(self, state_dict: Any) -> None:
+    def _check_incoming(self, incoming: Any) -> None:
         for key in ("state", "param_groups"):
-            if not isinstance(state_dict, Mapping) or key not in state_dict:
+            if not isinstance(incoming, Mapping) or key not in incoming:
                 raise ValueError(f"the state dict of MemSGD lacks {key!r}")
-        for index, group in enumerate(state_dict["param_groups"]):
+        for index, group in enumerate(incoming["param_groups"]):
             if "params" not in group:
                 raise ValueError(f"group {index} of the state dict of MemSGD lacks 'params'")
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=False):
-            kept = state_dict["state"].get(i, {})
+            _checked({name: group[name] for name in _OPTIONS if name in group})
+        for i, p in _pairs(incoming["param_groups"], self.param_groups):
+            others = [name for name in incoming["state"].get(i, {}) if name in STATES and name not in _STATE]
+            if others:
+                raise ValueError(
+                    f"the saved state of parameter {i} has {others[0]!r}, which another optimizer wrote: expected "
+                    "tensors 'step', 'error' and 'average'"
+                )
+            kept = {name: value for name, value in incoming["state"].get(i, {}).items() if name in _STATE}
             if kept and "step" not in kept:
                 raise ValueError(f"the saved state of parameter {i} lacks 'step': it has {', '.join(kept)}")
             for name, value in kept.items():
-                size = 1 if name == "step" else p.numel()
-                if name not in ("step", "error", "average") or not isinstance(value, Tensor) or value.numel() != size:
+                if name == "step":
+                    if exact_step(value) is None:
+                        raise ValueError(
+                            f"the saved step of parameter {i} is {described(value)}; expected a tensor of one whole "
+                            "number >= 0 that float32 holds exactly"
+                        )
+                    continue
+                if not isinstance(value, Tensor) or value.numel() != p.numel():
                     what = f"{value.numel()} entries" if isinstance(value, Tensor) else type(value).__name__
                     raise ValueError(
                         f"the saved state of parameter {i} has {name!r} ({what}): expected tensors 'step' and, of "
                         f"{p.numel()} entries each, 'error' and 'average'"
+                    )
+                why = why_not_plain(value)
+                if why is not None:
+                    raise ValueError(
+                        f"the saved state of parameter {i} has {name!r} {why}; expected a plain tensor: strided, and "
+                        "with its numbers"
+                    )
+                if value.dtype != _arithmetic(p):
+                    raise ValueError(
+                        f"the saved state of parameter {i} has {name!r} of {value.dtype}; expected {_arithmetic(p)}"
+                    )
+                wrong = why_impossible(value, None, False)
+                if wrong is not None:
+                    raise ValueError(
+                        f"the saved state of parameter {i} has {wrong} in {name!r}; allowed are finite numbers. A "
+                        "checkpoint of a run that had diverged is not loaded: take an earlier one"
                     )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its dtype.
 
         Raises:
-            ValueError: as torch's; options that are not allowed; something is missing or of another size. Nothing has
-                changed then.
+            ValueError: as torch's; options that are not allowed; something is missing, of another size or dtype, or
+                not finite. Nothing has changed then.
         """
-        self._check_state(state_dict)
-        for group in state_dict["param_groups"]:
-            _checked({name: group[name] for name in _OPTIONS if name in group})
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                # torch has cast it to the dtype of the parameter.
-                device = value.device if name == "step" else p.device
-                self.state[p][name] = value.detach().to(device, copy=True)
+        made: dict[Any, Any] = {}
+
+        def look(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            self._check_incoming(incoming)
+            saved = dict(incoming["state"])
+            for i, p in _pairs(incoming["param_groups"], self.param_groups):
+                if i in saved:
+                    state = saved.pop(i)
+                    made[p] = {name: copied(value, p.device) for name, value in state.items() if name != "step"}
+                    step = exact_step(state.get("step"))
+                    if step is not None:
+                        made[p]["step"] = step.cpu()
+            made.update(saved)  # what belongs to no parameter is another's
+            return {**incoming, "state": {}}  # torch would copy and cast what is restored below
+
+        def restore(_: Any) -> None:
+            self.state.update(made)
+
+        before = self.register_load_state_dict_pre_hook(look)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            # Tensors made in inference mode could not be changed by a step outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+
+#: Names in the state of a parameter. Wrappers of optimizers keep tensors of their own beside them.
+_STATE = ("step", "error", "average")
+
+
+def _pairs(saved: Any, groups: Any) -> Iterator[tuple[Any, Tensor]]:
+    """Keys of a state dict, and whose state they are."""
+    yield from zip(
+        (i for group in saved for i in group["params"]), (p for group in groups for p in group["params"]), strict=False
+    )
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +276,11 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(p: Tensor, group: Mapping[str, Any]) -> None:
+    if is_fake(p):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is a fake tensor (FakeTensorMode), which has no numbers: a step "
+            "cannot be taken"
+        )
     if hasattr(p, "placements"):
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is a DTensor; MemSGD takes plain tensors")
     if p.is_complex():

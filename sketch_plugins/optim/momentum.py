@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sketch_plugins.optim.adam import _FIRST, _SHARED, PAPER_SKETCH
 from sketch_plugins.optim.base import Rule, SketchOptimizer
-from sketch_plugins.optim.options import COMMON, DECOUPLED, FIRST_MOMENT, Option
+from sketch_plugins.optim.options import COMMON, DECOUPLED, FIRST_MOMENT, TORCHS, NoEffect, Option, no_effect, rate
 from sketch_plugins.stores import Ema
 
 _SHARED_FIRST = {k: v for k, v in _SHARED.items() if not k.startswith("clean_")}
@@ -58,6 +58,10 @@ class CSMomentum(SketchOptimizer):
         stochastic_rounding: see `CSAdam`.
         seed: see `CSAdam`.
         maximize: see `CSAdam`.
+        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
+        foreach: None or False.
+        differentiable: only False.
+        dampening: only 0, as `torch.optim.SGD` has it.
 
     Raises:
         ValueError: as `CSAdam`; or momentum and betas contradict each other.
@@ -73,6 +77,10 @@ class CSMomentum(SketchOptimizer):
             "momentum", float, "momentum (default 0.9)", allowed="a number in [0, 1)", check=lambda v: 0 <= v < 1
         ),
         "nesterov": Option("nesterov", bool, "Nesterov momentum (default False)"),
+    }
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
+        **TORCHS,
+        **no_effect("dampening", (0,), "the momentum buffer adds whole gradients"),
     }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {
@@ -123,8 +131,13 @@ class CSMomentum(SketchOptimizer):
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        dampening: float = 0.0,
     ) -> None:
-        explicit = {k: v for k, v in locals().items() if k in self.OPTIONS and k != "betas"}
+        explicit = self._arguments(locals())
+        del explicit["betas"]
         momentum = self._momentum(betas, momentum)
         super().__init__(params, {**explicit, "momentum": 0.9 if momentum is None else momentum}, preset)
 
@@ -150,9 +163,9 @@ class CSMomentum(SketchOptimizer):
         return Rule(
             first=Ema(momentum, 1.0, step) if group["first_moment"] != "none" else None,
             second=None,
-            step_size=group["lr"],
+            step_size=rate(group),
             correction=1.0,
-            decay=group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
+            decay=rate(group) * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
             lookahead=momentum if group["nesterov"] else None,
             denominator=None,
         )

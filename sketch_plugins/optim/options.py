@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sketch_plugins.hashing import HASHES
+from sketch_plugins.optim.checks import has_numbers
 from sketch_plugins.stores.sketch import BUCKETS, TABLE_DTYPES
 
 
@@ -49,13 +50,7 @@ class Option:
                     return value
             raise ValueError(f"{self.name}={value!r} is not one of {', '.join(map(repr, self.choices))}")
         if self.name == "lr" and isinstance(value, torch.Tensor):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"lr must be a number or a tensor of one element, not one of shape {tuple(value.shape)}"
-                )
-            if value.device.type != "meta" and not float(value) >= 0:
-                raise ValueError(f"lr={value!r} is not allowed: lr must be {self.describe()}")
-            return value
+            return self._rate_tensor(value)
         ok = False
         if self.type is tuple:
             ok = isinstance(value, (tuple, list)) and all(_is_number(v) for v in value)
@@ -69,6 +64,15 @@ class Option:
             raise ValueError(f"{self.name}={value!r} is not allowed: {self.name} must be {self.describe()}")
         # Plain Python values: numpy's would not load with weights_only.
         return tuple(map(float, value)) if self.type is tuple else self.type(value)
+
+    def _rate_tensor(self, value: torch.Tensor) -> torch.Tensor:
+        if value.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor of one element, not one of shape {tuple(value.shape)}")
+        real = not value.is_complex() and value.dtype != torch.bool
+        # Tensors without numbers (meta, fake) are taken as they are.
+        if not real or (has_numbers(value) and not (_is_number(number := float(value)) and _is_rate(number))):
+            raise ValueError(f"lr={value!r} is not allowed: lr must be {self.describe()}")
+        return value
 
     def parse(self, text: Any) -> Any:
         """A value from text (``"0.05"``, ``"true"``, ``"0.9:0.999"``); other values are validated as they are."""
@@ -100,6 +104,39 @@ class Option:
         if self.allowed:
             return self.allowed
         return {bool: "True or False", int: "an integer", float: "a number", str: "a string"}.get(self.type, "valid")
+
+
+@dataclass(frozen=True)
+class NoEffect(Option):
+    """An argument of torch's optimizers whose ``choices`` change nothing here; ``doc`` says why there are no others."""
+
+    def accept(self, value: Any, owner: str) -> None:
+        """Take a value, or a text that stands for one.
+
+        Raises:
+            ValueError: another value than those that change nothing.
+        """
+        given = value
+        if isinstance(value, str):
+            text = value.strip().lower()
+            try:
+                given = {"none": None, "null": None, "true": True, "false": False}.get(text, text)
+                given = float(given) if isinstance(given, str) else given
+            except ValueError:
+                pass
+        for choice in self.choices:
+            if given is choice or (choice is not None and isinstance(given, numbers.Real) and given == choice):
+                return
+        raise ValueError(
+            f"{owner} has no option {self.name!r} but for {' and '.join(map(repr, self.choices))}, which "
+            f"{'change' if len(self.choices) > 1 else 'changes'} nothing: {self.name}={value!r} is not allowed, "
+            f"because {self.doc}"
+        )
+
+
+def no_effect(name: str, choices: tuple[Any, ...], why: str) -> dict[str, NoEffect]:
+    """An argument of torch's optimizers that is accepted where it changes nothing."""
+    return {name: NoEffect(name, bool, why, choices=choices)}
 
 
 def validate(options: Mapping[str, Option], values: Mapping[str, Any], owner: str) -> dict[str, Any]:
@@ -139,6 +176,22 @@ def _is_number(value: Any) -> bool:
         return False
 
 
+#: What rounding leaves of a rate that a schedule ends at 0: torch's own leave -5e-17 of it.
+RATE_ROUNDING = 1e-10
+
+
+def _is_rate(value: Any) -> bool:
+    return value >= -RATE_ROUNDING
+
+
+def rate(group: Mapping[str, Any]) -> float | torch.Tensor:
+    """The learning rate that a group's parameters take: a float or a 0-d tensor, and 0 where rounding has left less."""
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor):
+        return lr.detach().reshape(()).clamp(min=0)
+    return lr if lr > 0 else 0.0
+
+
 def _beta(value: Any) -> bool:
     return 0.0 <= value < 1.0
 
@@ -148,7 +201,7 @@ def _table(*options: Option) -> dict[str, Option]:
 
 
 COMMON = _table(
-    Option("lr", float, "learning rate; a number or a tensor", allowed="a number >= 0", check=lambda v: v >= 0),
+    Option("lr", float, "learning rate; a number or a tensor", allowed="a finite number >= 0", check=_is_rate),
     Option(
         "betas",
         tuple,
@@ -330,6 +383,14 @@ DECOUPLED = _table(
         "False (default): weight_decay * p is added to the gradient, as in torch.optim; True: as in AdamW",
     ),
 )
+
+# Arguments of torch's optimizers that change nothing: whoever hands on AdamW's need not take them out.
+TORCHS = {
+    **no_effect("amsgrad", (False,), "the maxima of AMSGrad are not kept"),
+    **no_effect("foreach", (None, False), "fused=True is what asks for kernels here"),
+    **no_effect("differentiable", (False,), "a step changes parameters in place, outside of autograd"),
+}
+DECOUPLES = no_effect("decoupled_weight_decay", (True,), "weight decay is decoupled, as in AdamW")
 
 # What only a sketched optimizer calls an option: no framework means something else by it.
 _SKETCHY = {

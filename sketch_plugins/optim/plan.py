@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sketch_plugins.optim.fused import Backend
 from sketch_plugins.scratch import Slot
-from sketch_plugins.sharding.parts import Part
+from sketch_plugins.sharding.parts import STATE_NAMES, Part
 
 # Read in every step.
 _NUMBERS = ("lr", "betas", "eps")
@@ -66,7 +66,12 @@ class Plan:
         if grad is None or marks is None or marks != found[0]:
             return None
         counter = state["step"]
-        if not isinstance(counter, Tensor) or counter.numel() != 1 or not counter.is_cpu:
+        if (
+            not isinstance(counter, Tensor)
+            or counter.numel() != 1
+            or counter.dtype != torch.float32
+            or not counter.is_cpu
+        ):
             return None
         step = counter.item()
         # A first step is no repetition: with lagged_rms it has to measure.
@@ -114,6 +119,8 @@ def _marks(p: Tensor, g: Tensor | None, options: tuple[Any, ...], state: Any) ->
         g.shape, g.dtype, g.is_cpu, g.is_contiguous(), g.is_neg(),
     ]  # fmt: skip
     for name, moment in state.items():
+        if name not in STATE_NAMES:  # of a wrapper of the optimizer
+            continue
         marks.append(name)
         if type(moment) is dict:
             for key, tensor in moment.items():

@@ -11,7 +11,7 @@ from sketch_plugins import scratch
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.optim.base import Further, Members, Rule, SketchOptimizer
-from sketch_plugins.optim.options import COMMON, Option
+from sketch_plugins.optim.options import COMMON, Option, rate
 from sketch_plugins.optim.sketchy import check_finite, take
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Part, Shaped
@@ -94,7 +94,7 @@ class SAdagrad(SketchOptimizer):
         maximize: bool | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+        super().__init__(params, self._arguments(locals()), preset)
 
     def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
         return {"preconditioner": _vector(p.numel(), group["rank"])} if p.numel() else {}
@@ -103,9 +103,9 @@ class SAdagrad(SketchOptimizer):
         return Rule(
             first=None,
             second=None,
-            step_size=group["lr"],
+            step_size=rate(group),
             correction=1.0,
-            decay=group["lr"] * group["weight_decay"],
+            decay=rate(group) * group["weight_decay"],
             lookahead=None,
             denominator=None,
         )
@@ -139,7 +139,7 @@ class SAdagrad(SketchOptimizer):
         units = 2.0 * (side.rank + 1)
         inside, outside = fd.inverse_root(covariance, -0.5, group["eps"], "paper", relative=False, units=units)
         fd.multiply(vector, covariance.vectors, inside, outside)
-        take(p.data, grad, whole, group["lr"], rule, state, group)
+        take(p.data, grad, whole, rate(group), rule, state, group)
 
 
 def _vector(size: int, rank: int) -> Kronecker:

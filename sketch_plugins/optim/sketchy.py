@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.tile import numerator_of, update
+from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, update
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
 from sketch_plugins.linalg.kronecker import Kronecker, Side, cut, merged, solve
 from sketch_plugins.optim.adam import _SHARED
@@ -25,10 +25,21 @@ from sketch_plugins.optim.base import (
     number,
     write_tile,
 )
-from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, FIRST_MOMENTS, Option
+from sketch_plugins.optim.options import (
+    COMMON,
+    DECOUPLES,
+    FIRST_MOMENT,
+    FIRST_MOMENTS,
+    TORCHS,
+    NoEffect,
+    Option,
+    no_effect,
+    rate,
+)
 from sketch_plugins.optim.plan import Known
 from sketch_plugins.sharding.blocks import Matrix, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
+from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.stores import Ema, Gradient, Store
 from sketch_plugins.stores.sketch import BUCKETS
 
@@ -160,6 +171,11 @@ class Sketchy(SketchOptimizer):
         stochastic_rounding: see `CSAdam`.
         seed: of hashes and of stochastic rounding.
         maximize: ascend.
+        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
+        foreach: None or False.
+        differentiable: only False.
+        decoupled_weight_decay: only True.
+        capturable: only False.
 
     Raises:
         ValueError: as `CSAdam`; options that contradict each other; in `step`, a gradient that is not finite.
@@ -282,6 +298,11 @@ class Sketchy(SketchOptimizer):
             )
         },
     }
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
+        **TORCHS,
+        **DECOUPLES,
+        **no_effect("capturable", (False,), "decompositions cannot be captured in a CUDA graph"),
+    }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {
             **{k: v for k, v in _SHARED.items() if not k.startswith("clean_") and k not in FIXED},
@@ -385,10 +406,15 @@ class Sketchy(SketchOptimizer):
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        decoupled_weight_decay: bool = True,
+        capturable: bool = False,
     ) -> None:
         if lr is None:
             lr = 1e-3 if preset == "paper" else 5e-2  # no option of the presets, or a group's preset would reset it
-        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+        super().__init__(params, self._arguments(locals()), preset)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `SketchOptimizer.add_param_group`.
@@ -407,7 +433,8 @@ class Sketchy(SketchOptimizer):
             raise
 
     def _check_budget(self, group: Mapping[str, Any]) -> None:
-        axes = {p: _axes(tuple(p.shape), *(group[name] for name in _AXES))[1] for p in group["params"]}
+        shaped = [p for p in group["params"] if not is_lazy(p)]
+        axes = {p: _axes(tuple(p.shape), *(group[name] for name in _AXES))[1] for p in shaped}
         # Tables of a vocabulary are easily kept; what matters are the others, where there are any.
         eligible = [p for p in axes if axes[p] and all(axes[p])] or [p for p in axes if any(axes[p])]
         if eligible and all(self.preconditioner_of(p, group) is None for p in eligible):
@@ -456,25 +483,15 @@ class Sketchy(SketchOptimizer):
 
     def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
         super()._check_incoming(incoming)
-        for group, saved in zip(self.param_groups, incoming["param_groups"], strict=True):
+        for saved in incoming["param_groups"]:
             _check(saved)
-            for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-                for part in self._parts.of(index, p):
-                    state = incoming["state"].get(key, {})
-                    state = state if part.key is None else state.get(part.key, {})
-                    for name, tensor in state.get("preconditioner", {}).items():
-                        if not torch.isfinite(tensor).all():
-                            raise ValueError(
-                                f"the saved preconditioner of {self._label(group, part)} has {name!r} with numbers "
-                                "that are not finite"
-                            )
 
     def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
         # Rows of what is preconditioned along them are no rows of an embedding.
         return False if self._whole(p, group) else super()._row_sparse(p, group)
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
-        (beta1, beta2), graft, lr = group["betas"], group["graft"], group["lr"]
+        (beta1, beta2), graft, lr = group["betas"], group["graft"], rate(group)
         second, denominator, floor = Ema(1.0, 1.0, step), Denominator(1.0, group["eps"]), 0.0
         if graft in ("cs", "rmsprop"):
             root2 = (1.0 - beta2**step) ** 0.5
@@ -572,10 +589,10 @@ class Sketchy(SketchOptimizer):
 
         if of_gradient:
             self._gather(plan, covariances, _full(grad, whole).view(p.shape), step, group)
-        squares = self._graft(grad, rule, state, named, whole, not of_gradient or not started)
+        rms, root = self._graft(grad, rule, state, named, whole, not of_gradient or not started), p.numel() ** 0.5
         if grafted:
-            scale = self._scale(p, grad, squares, group)
-            norm = squares.sqrt() * scale
+            scale = self._scale(p, grad, rms, group)
+            norm = rms * scale * root
             if not of_gradient or not started:
                 x.mul_(scale)
         if not of_gradient:
@@ -583,22 +600,22 @@ class Sketchy(SketchOptimizer):
         if first is not None and before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             if not of_gradient and grafted:
-                norm = _norm(x) * size  # that of the averaged update
+                norm = _norm(whole, grad) * size  # that of the averaged update
         if started:
             exponent = -(group["exponent"] or 0.5 / len(plan.dims))
             # Blocks of one tensor have to be comparable; then the size of all is the graft's.
             absolute = not grafted or len(plan.blocks) > 1
             plan.precondition(covariances, x, exponent, group["matrix_eps"], group["tail"], absolute)
-        now = _norm(x)
+        now = _norm(whole, grad)
         if grafted:
             x.mul_(torch.where(now > 0, norm / now, 0.0))
         else:
             x.mul_(size if before else 1.0)
-            x.mul_(self._scale(p, grad, (now * (size if before else 1.0)).square(), group))
+            x.mul_(self._scale(p, grad, now * ((size if before else 1.0) / root), group))
         if first is not None and not before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             x.mul_(size)
-        take(p.data, grad, whole, group["lr"], rule, state, group)
+        take(p.data, grad, whole, rate(group), rule, state, group)
 
     def _gather(
         self, plan: Kronecker, state: dict[str, Tensor], x: Tensor, step: int, group: Mapping[str, Any]
@@ -619,43 +636,38 @@ class Sketchy(SketchOptimizer):
         whole: Matrix,
         of_update: bool,
     ) -> Tensor:
-        """Write the second moment, and into ``whole`` the update (or the gradient); the update's sum of squares."""
-        second = named.get("second_moment")
-        squares = torch.zeros((), dtype=grad.dtype, device=grad.device)
+        """Write the second moment, and into ``whole`` the update (or the gradient); returns the update's RMS."""
+        second, count = named.get("second_moment"), grad.shape[0] * grad.shape[1]
         if second is None or rule.second is None:
             for at in grad.batches():
                 whole.put(at, grad.get(at))
-            return squares  # of no use without a graft
+            return torch.zeros((), dtype=grad.dtype, device=grad.device)  # of no use without a graft
         if second.write_first:
             second.write(state["second_moment"], grad, rule.second)
         working = dict(state)
         if not second.write_first:
             working["second_moment"] = second.begin(state["second_moment"], grad)
         period = second.period(grad.shape[0])
-        factors = Factors(second, rule, working, period)
+        factors, parts = Factors(second, rule, working, period), []
         for at in grad.batches(period, second.align):
             g = grad.get(at)
             u = torch.mul(g, factors.get(at, g), **scratch.out("update", g))
-            flat = u.reshape(-1)
-            squares += torch.dot(flat, flat)
             whole.put(at, u if of_update else g)
+            parts.append(root_mean_square(u, None, count))  # which may change ``u``
         if not second.write_first:
             second.finish(state["second_moment"], working["second_moment"], grad)
-        return squares
+        return joined(parts)
 
-    def _scale(self, p: Part, grad: Gradient, squares: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """What `update_clip` and `scale_parameter` multiply the update by, 0-d."""
-        size = torch.ones_like(squares)
+    def _scale(self, p: Part, grad: Gradient, rms: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """What `update_clip` and `scale_parameter` multiply an update of this RMS by, 0-d."""
+        size = torch.ones_like(rms)
         if group["update_clip"]:
-            size /= ((squares / p.numel()).sqrt() / group["update_clip"]).clamp_(min=1.0)
+            size /= (rms / group["update_clip"]).clamp_(min=1.0)
         if group["scale_parameter"]:
-            matrix = grad.like(p.data)
-            norm = torch.zeros_like(squares)
-            for at in grad.batches():
-                # Contiguous: the same bits for any layout.
-                flat = matrix.get(at).to(grad.dtype).contiguous().view(-1)
-                norm += torch.dot(flat, flat)
-            size *= (norm / p.numel()).sqrt_().clamp_(min=SCALE_FLOOR)
+            matrix, count = grad.like(p.data), p.numel()
+            # Contiguous: the same bits for any layout.
+            parts = [root_mean_square(matrix.get(at).to(grad.dtype).contiguous(), None, count) for at in grad.batches()]
+            size *= joined(parts).clamp(min=SCALE_FLOOR)
         return size
 
 
@@ -797,9 +809,8 @@ def _values(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
 
 
-def _norm(x: Tensor) -> Tensor:
-    flat = x.reshape(-1)
-    return torch.dot(flat, flat).sqrt()
+def _norm(whole: Matrix, grad: Gradient) -> Tensor:
+    return joined([root_mean_square(whole.get(at), None, 1) for at in grad.batches()])
 
 
 def _full(grad: Gradient, whole: Matrix) -> Tensor:

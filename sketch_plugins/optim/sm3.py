@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sketch_plugins.optim.adam import _SHARED
 from sketch_plugins.optim.base import Denominator, Rule, SketchOptimizer
-from sketch_plugins.optim.options import COMMON, FIRST_MOMENT, FIRST_MOMENTS, Option
+from sketch_plugins.optim.options import COMMON, DECOUPLES, FIRST_MOMENT, FIRST_MOMENTS, TORCHS, NoEffect, Option, rate
 from sketch_plugins.stores import Ema
 from sketch_plugins.stores.cover import VARIANTS
 
@@ -83,6 +83,10 @@ class SM3(SketchOptimizer):
         stochastic_rounding: see `CSAdam`.
         seed: of stochastic rounding.
         maximize: ascend.
+        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
+        foreach: None or False.
+        differentiable: only False.
+        decoupled_weight_decay: only True.
 
     Raises:
         ValueError: as `CSAdam`.
@@ -131,6 +135,7 @@ class SM3(SketchOptimizer):
         ),
         "variant": Option("variant", str, "'II' (default) or 'I' of the paper", choices=VARIANTS, structural=True),
     }
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {**TORCHS, **DECOUPLES}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {
             **{k: v for k, v in _SHARED.items() if k not in _NO_SKETCH and not k.startswith("clean_")},
@@ -173,8 +178,12 @@ class SM3(SketchOptimizer):
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
         maximize: bool | None = None,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        decoupled_weight_decay: bool = True,
     ) -> None:
-        super().__init__(params, {k: v for k, v in locals().items() if k in self.OPTIONS}, preset)
+        super().__init__(params, self._arguments(locals()), preset)
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         (beta1, beta2), eps = group["betas"], group["eps"]
@@ -182,9 +191,9 @@ class SM3(SketchOptimizer):
         return Rule(
             first=None if group["first_moment"] == "none" else Ema(beta1, 1.0 - beta1, step),
             second=Ema(1.0, 1.0, step) if beta2 == 1.0 else Ema(beta2, 1.0 - beta2, step),
-            step_size=group["lr"],
+            step_size=rate(group),
             correction=1.0,
-            decay=group["lr"] * group["weight_decay"],
+            decay=rate(group) * group["weight_decay"],
             lookahead=None,
             denominator=Denominator(1.0, 0.0),
             floor=eps,

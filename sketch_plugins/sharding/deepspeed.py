@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from sketch_plugins.sharding.pieces import Fragment, Original
+from sketch_plugins.sharding.pieces import Fragment, Original, is_lazy
 
 #: What ZeRO sets on parameters; one of them is enough to know that it was there.
 FLAT_MARKS = ("_dp_group", "_hp_mapping")
@@ -34,8 +34,11 @@ def managed(originals: Sequence[Original]) -> bool:
 
 
 def whole_shape(p: Tensor) -> tuple[int, ...]:
-    """Shape of a parameter, also where ``zero.Init`` has emptied it (its own shape is ``(0,)`` then)."""
-    return tuple(getattr(p, "ds_shape", p.shape))
+    """Shape of a parameter, also where ``zero.Init`` has emptied it (its own shape is ``(0,)`` then).
+
+    A parameter of a lazy module has none yet, and ZeRO does not take it: ``()``.
+    """
+    return () if is_lazy(p) else tuple(getattr(p, "ds_shape", p.shape))
 
 
 def fragments(flat: Tensor, originals: Sequence[Original]) -> list[Fragment]:

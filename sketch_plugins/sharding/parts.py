@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.sharding import deepspeed
-from sketch_plugins.sharding.pieces import Original, Piece, pieces
+from sketch_plugins.sharding.pieces import Original, Piece, is_key, is_lazy, pieces
 
 # State of a piece that says which one it is.
 PLACE = "place"
+#: Names in the state of a parameter that are ours. Wrappers of optimizers keep tensors of their own beside them.
+STATE_NAMES = frozenset({"step", "first_moment", "second_moment", "preconditioner", "rms", PLACE})
+
+
+def is_ours(name: object) -> bool:
+    """Whether a key in the state of a parameter is ours: of a flat partition there are pieces with states."""
+    return name in STATE_NAMES or is_key(name)
 
 
 @dataclass(eq=False)
@@ -116,7 +123,7 @@ class Parts:
     def __init__(self) -> None:
         self.originals: list[Original] = []
         self._groups: list[int] = []
-        self._given: dict[int, tuple[int, ...]] = {}  # identity of a given parameter -> its shape
+        self._given: dict[int, tuple[int, ...] | None] = {}  # identity of a given parameter -> its shape
         self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Piece] | None]] = {}
         self._found: dict[int, Tensor] | None = None
         self._looking = 0
@@ -134,7 +141,8 @@ class Parts:
             batch = batch_axes(shape, group)
             self.originals.append(Original(partial(self._find, id(p)), shape, len(self.originals), name, batch))
             self._groups.append(number)
-            self._given[id(p)] = shape
+            # A parameter of a lazy module gets its shape later.
+            self._given[id(p)] = None if is_lazy(p) else shape
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -186,7 +194,10 @@ class Parts:
         ]
 
     def _was_given(self, p: Tensor) -> bool:
-        return self._given.get(id(p)) == deepspeed.whole_shape(p)
+        shape = deepspeed.whole_shape(p)
+        if id(p) in self._given and self._given[id(p)] is None:
+            self._given[id(p)] = shape
+        return self._given.get(id(p)) == shape
 
     def _pieces(self, flat: Tensor) -> list[Piece] | None:
         """What lies in a flat partition; None: it is an ordinary parameter."""
@@ -249,7 +260,8 @@ def has_address(tensor: Tensor) -> bool:
     return own and tensor.layout == torch.strided
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is a tensor of `FakeTensorMode`, which has a shape and no numbers."""
     return any(cls.__name__ == "FakeTensor" for cls in type(tensor).__mro__)
 
 
@@ -259,7 +271,7 @@ def plain(tensor: Tensor) -> Tensor:
     Raises:
         ValueError: the subclass cannot be copied into an ordinary tensor.
     """
-    if type(tensor) in _PLAIN or has_address(tensor) or tensor.layout != torch.strided or _is_fake(tensor):
+    if type(tensor) in _PLAIN or has_address(tensor) or tensor.layout != torch.strided or is_fake(tensor):
         return tensor
     try:
         if hasattr(tensor, "wait"):  # of a collective that is under way
@@ -284,7 +296,7 @@ def check_writable(tensor: Tensor, label: str) -> None:
         ValueError: it cannot be read, or not be written; names the type.
     """
     kind = type(tensor)
-    if has_address(tensor) or _is_fake(tensor) or kind in _WRITABLE:
+    if has_address(tensor) or is_fake(tensor) or kind in _WRITABLE:
         return
     numbers = plain(tensor)
     try:
@@ -304,7 +316,7 @@ def opened(part: Part) -> Iterator[Part]:
     Quantized weights and other subclasses with operations of their own are changed in an ordinary copy, one parameter
     at a time, and take the result at the end.
     """
-    if has_address(part.data) or _is_fake(part.data):
+    if has_address(part.data) or is_fake(part.data):
         yield part
         return
     copy = replace(part, data=plain(part.data))

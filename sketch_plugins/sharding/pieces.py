@@ -12,6 +12,7 @@ matrices unless it consists of whole ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -20,6 +21,13 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.sharding.blocks import matrix_shape
+
+_KEY = re.compile(r"\d+\[-?\d+,-?\d+:[\dx]*\]")
+
+
+def is_lazy(p: Tensor) -> bool:
+    """Whether it is a parameter of a lazy module that has no shape yet."""
+    return bool(torch.nn.parameter.is_lazy(p))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +112,11 @@ class Piece:
     def of(self, flat: Tensor) -> Tensor:
         """The piece as a view of the flat tensor."""
         return flat[self.offset : self.offset + self.numel].view(self.shape)
+
+
+def is_key(key: object) -> bool:
+    """Whether it is the `Piece.key` of some piece."""
+    return isinstance(key, str) and _KEY.fullmatch(key) is not None
 
 
 def index_of(key: str) -> int:

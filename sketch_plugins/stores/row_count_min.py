@@ -46,18 +46,21 @@ class RowCountMin(CountMin):
         means = self._row_means(grad)
         row = state["row"].squeeze(-1)
         if grad.rows is None:
-            row.mul_(ema.decay).add_(means, alpha=ema.gain)
-            scale = row
+            old = row.mul_(ema.decay).clone()
+            scale = row.add_(means, alpha=ema.gain)
         else:
-            scale = row.index_select(0, grad.rows).mul_(ema.decay).add_(means, alpha=ema.gain)
+            old = row.index_select(0, grad.rows).mul_(ema.decay)
+            scale = old.add(means, alpha=ema.gain)
             row.index_copy_(0, grad.rows, scale)
-        # x_i enters the profile with weight gain / r_i', and takes the share gain * mean_i / r_i' of it.
+        # x_i enters the profile with weight gain / r_i', and leaves decay * r_i / r_i' of it: exactly nothing if it is
+        # the row's first gradient. One minus the share of x_i would leave a rounding error there, of the size of cells
+        # whose gradient is small.
         weight = torch.where(scale > LEAST, ema.gain / scale, 0.0)
-        share = means.mul_(weight).clamp_(max=1.0)  # a row's first gradient is all of it, but for a rounding
+        kept = torch.where(scale > LEAST, old / scale, 1.0)
         index = torch.arange(grad.shape[0], device=grad.device) if grad.rows is None else grad.rows
         for j, h in enumerate(self.hashes(grad.shape[0])):
             segments = Segments.of(h, index)
-            decay = 1.0 - segments.means(share)
+            decay = segments.means(kept)
             if grad.rows is None:
                 mean, weights = mean_weight(h, grad.device), weight.unsqueeze(-1)
                 self._fold(state["table"], j, h, grad, decay.unsqueeze(-1), mean, ema.step, weights)

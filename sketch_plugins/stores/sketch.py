@@ -141,7 +141,8 @@ class Sketch(Store):
         exact.assign(again, Gradient(Estimates(self, state, shape, dtype), None, dtype, CHUNK, shape))
         dot = norm = 0.0
         for new, old in zip(again["table"].view(-1).split(CHUNK), table.reshape(-1).split(CHUNK), strict=True):
-            dot += float(torch.dot(new, old.to(dtype)))
+            new, old = new.double(), old.double()  # products of two second moments overflow float32 from 2e19 on
+            dot += float(torch.dot(new, old))
             norm += float(torch.dot(new, new))
         return dot / norm if norm > 0 else 1.0
 

@@ -24,6 +24,17 @@ def compressor(request):
     return EVERY[request.param]
 
 
+@pytest.mark.parametrize("density", (0.01, 1.0))
+@pytest.mark.parametrize("momentum", [False, True])
+def test_of_an_empty_vector_nothing_is_sent(compressor, density, momentum):
+    x = vector(0)
+    payload = compressor.compress(x, density, step=3, key=5, reduce=lambda tensor: None)
+    assert len(payload.values) == len(compressor.positions(payload.at, 0, density)) == compressor.count(0, density) == 0
+    assert compressor.decompress(payload, 0, density).shape == (0,) and compressor.wire_bytes(0, density) == 0
+    u = vector(0) if momentum else None
+    assert len(compressor.take(vector(0), x, 0.5, density, momentum=u, beta=0.9).values) == 0
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("density", (0.01, 0.3, 1.0))
 def test_sends_distinct_entries_as_they_are(compressor, size, density):
@@ -261,7 +272,7 @@ def test_errors(make, said):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    pytest.importorskip("triton", reason="Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("the kernels of this process are compiled, not interpreted")
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")

@@ -17,7 +17,9 @@ def results_of(launch_ranks, once):
 
     def run(script):
         path = Path(__file__).with_name(script)
-        folder = once(script, lambda folder: launch_ranks(path, folder / "out", folder / "work"))
+        # On a busy machine ranks that wait for each other after every small message take many times what they need.
+        limit = 1200
+        folder = once(script, lambda at: launch_ranks(path, at / "out", at / "work", timeout=limit), timeout=limit)
         ranks = [json.loads((folder / f"out.{rank}").read_text()) for rank in (0, 1)]
         for rank in ranks:
             if "error" in rank:

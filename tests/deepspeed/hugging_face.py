@@ -84,6 +84,7 @@ def run(folder: str, ds: dict[str, Any], resume: str | None = None, own: Any = N
         "losses": [entry["loss"] for entry in logs],
         "state_bytes": logs[-1].get("optimizer/state_bytes"),
         "digest": digest(engine.module),
+        "norms": [entry["grad_norm"] for entry in logs],
     }
 
 
@@ -135,6 +136,12 @@ def main(out: str, folder: str) -> None:
         offload = config(2, offload_optimizer=CPU)
         results["offload"] = run(f"{folder}/f", offload, **ours)
         results["offload, class"] = run(f"{folder}/g", offload, own=(CSAdam, {"lr": 3e-3, **small}))
+        whole = {"max_grad_norm": 0.0}
+        results["unclipped"] = run(f"{folder}/i", config(2), **ours, **whole)
+        results["unclipped, offload"] = run(f"{folder}/j", offload, **ours, **whole)
+        results["unclipped, offload, class"] = run(f"{folder}/k", offload, own=(CSAdam, {"lr": 3e-3, **small}), **whole)
+        results["unclipped, stage 3"] = run(f"{folder}/l", config(3), **ours, **whole)
+        results["unclipped, stage 3, offload"] = run(f"{folder}/m", config(3, offload_optimizer=CPU), **ours, **whole)
         results["offload, block"] = run(f"{folder}/h", config(2, block, offload_optimizer=CPU))
         results["accelerate"] = plain_accelerate(lambda ps: CSAdam(ps, lr=3e-3, **small))
         sm3 = {"type": "sm3", "params": {"lr": "auto", "betas": "auto"}}

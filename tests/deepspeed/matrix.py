@@ -1,6 +1,6 @@
 """Run by test_matrix.py in two processes, each a rank: every optimizer of the registry in every stage of ZeRO.
 
-Writes what it measured; the test decides.
+Writes what it measured; the test decides. What a case needs and the processor lacks is written as its reason to skip.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import math
 import os
 import sys
 import traceback
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 import sketch_deepspeed  # noqa: F401
 from sketch_plugins import registry
@@ -218,23 +220,87 @@ def check(name: str, config: dict[str, Any], folder: str) -> dict[str, Any]:
     return out
 
 
-def overflow(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """fp16: the first step's gradients are not finite on one rank, all skip it; then everything goes on."""
-    config = {
-        **{k: v for k, v in config.items() if k != "bf16"},
-        "fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 100},
-    }
-    engine = engine_of(name, config, params_of(name))
-    train(engine, range(2))
-    before, steps = numbers(engine), engine.skipped_steps
-    loss = engine(tokens_of(9, dist.get_rank()))
+def scaled_fp16(engine: Any, loss: torch.Tensor) -> None:
+    """DeepSpeed's dynamic scale of the loss, which it has for fp16; rank 1's loss overflows."""
     engine.backward(loss * (float("inf") if dist.get_rank() == 1 else 1.0))
+
+
+def scaled_fp32(engine: Any, loss: torch.Tensor) -> None:
+    """A scale of the loss with which a large loss of rank 1 has gradients beyond float32."""
+    spiked = dist.get_rank() == 1
+    engine.optimizer.override_loss_scale(2.0**127 if spiked else SCALE)
+    engine.backward(loss * (2.0**20 if spiked else 1.0))
+    engine.optimizer.override_loss_scale(SCALE)
+
+
+def infinite_by_hand(engine: Any, loss: torch.Tensor) -> None:
+    """One element of one gradient of rank 1 is infinite."""
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[3] = float("inf")
+        return gradient
+
+    hook = engine.module.bias.register_hook(spoil) if dist.get_rank() == 1 else None
+    engine.backward(loss)
+    if hook is not None:
+        hook.remove()
+
+
+SCALE = 2.0**8
+FP16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 100}
+#: How a gradient comes to be infinite: the precision of the run, and what is done in the step in question.
+OVERFLOWS: dict[str, tuple[dict[str, Any], Any]] = {
+    "fp16": ({"fp16": FP16}, scaled_fp16),
+    "bf16": ({"bf16": {"enabled": True}}, infinite_by_hand),
+    "fp32": ({}, scaled_fp32),
+}
+
+
+def overflow(name: str, config: dict[str, Any], how: str) -> dict[str, Any]:
+    """The second step's gradients are not finite on one rank, all skip it; then everything goes on."""
+    precision, spoil = OVERFLOWS[how]
+    if how == "fp16" and not get_accelerator().is_fp16_supported():
+        return {"skip": "this processor has no float16 arithmetic: DeepSpeed refuses fp16"}
+    config = {**{k: v for k, v in config.items() if k != "bf16"}, **precision}
+    engine = engine_of(name, config, params_of(name))
+    if how == "fp32":
+        engine.optimizer.override_loss_scale(SCALE)
+    train(engine, range(1))
+    before, steps = numbers(engine), engine.skipped_steps
+    spoil(engine, engine(tokens_of(9, dist.get_rank())))
     engine.step()
     out = {"skipped": engine.skipped_steps - steps, "untouched": same(numbers(engine), before)}
-    losses = train(engine, range(3, 5))
+    losses = train(engine, range(1, 3))
     out |= {"finite": all(map(math.isfinite, losses)), "moves": not same(numbers(engine), before)}
     engine.destroy()
     return out
+
+
+def overflows_of(label: str) -> list[str]:
+    if "offload" in label:  # what is skipped is decided as in stage 2 without
+        return []
+    # In fp32 without ZeRO nothing of DeepSpeed looks at the gradients.
+    return [how for how in OVERFLOWS if (label, how) != ("zero0 bf16", "fp32")]
+
+
+class Cases:
+    """Runs cases one after the other. One that fails costs its own results, and no others.
+
+    It has to fail on both ranks: if one waits for the other in the middle of a case, there is no way on for either.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.store = dist.FileStore(place, 2)
+        self.results: dict[str, Any] = {}
+
+    def run(self, key: str, action: Any, *arguments: Any) -> None:
+        try:
+            self.results[key] = action(*arguments)
+        except Exception:
+            self.results[key] = {"error": traceback.format_exc()}
+        self.store.set(f"{key} {dist.get_rank()}", "ended")
+        self.store.wait([f"{key} {1 - dist.get_rank()}"], timedelta(seconds=60))
 
 
 def main(out: str, folder: str) -> None:
@@ -243,20 +309,20 @@ def main(out: str, folder: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     torch.manual_seed(0)
-    results: dict[str, Any] = {}
+    cases = Cases(f"{out}.store")
     try:
         for name in registry.names():
             whole = single_process(name, params_of(name), 1)[0]
-            results[name] = {"bytes": nbytes(whole), "columns": of_columns(whole)}
+            cases.results[name] = {"bytes": nbytes(whole), "columns": of_columns(whole)}
             for label, config in CONFIGS.items():
                 key = f"{name} {label}"
-                results[key] = check(name, config, f"{folder}/{key.replace(' ', '-')}")
-                if "offload" not in label:
-                    results[key]["overflow"] = overflow(name, config)
+                cases.run(key, check, name, config, f"{folder}/{key.replace(' ', '-')}")
+                for how in overflows_of(label):
+                    cases.run(f"{key} overflow {how}", overflow, name, config, how)
     except Exception:
-        results["error"] = traceback.format_exc()
+        cases.results["error"] = traceback.format_exc()
     with open(f"{out}.{dist.get_rank()}", "w") as file:
-        json.dump(results, file)
+        json.dump(cases.results, file)
     os._exit(0)  # a rank that has failed must not wait for the other one
 
 

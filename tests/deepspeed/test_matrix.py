@@ -15,8 +15,24 @@ def config(request):
 
 
 @pytest.fixture
-def ranks(name, config, results_of):
-    return [rank[f"{name} {config}"] for rank in results_of("matrix.py")]
+def case_of(results_of):
+    """What both ranks found in one case. A case that failed fails its own tests, and no others."""
+
+    def find(key):
+        ranks = [rank[key] for rank in results_of("matrix.py")]
+        for rank in ranks:
+            if "error" in rank:
+                pytest.fail(rank["error"], pytrace=False)
+            if "skip" in rank:
+                pytest.skip(rank["skip"])
+        return ranks
+
+    return find
+
+
+@pytest.fixture
+def ranks(name, config, case_of):
+    return case_of(f"{name} {config}")
 
 
 def test_trains_with_the_optimizer_that_was_asked_for(name, ranks):
@@ -50,9 +66,19 @@ def test_state_is_spread_over_the_processes(name, config, ranks, results_of):
             assert rank["bytes"] >= 0.4 * whole["bytes"]
 
 
-def test_a_step_that_overflows_leaves_everything_as_it_was(config, ranks):
-    if config == "zero2 offload":  # what is skipped is decided as in stage 2 without
-        assert all("overflow" not in rank for rank in ranks)
-        return
-    for rank in ranks:  # the gradients of one rank were not finite; all skip
-        assert rank["overflow"] == {"skipped": 1, "untouched": True, "finite": True, "moves": True}
+OVERFLOWS = [(config, how) for config in CONFIGS[:-1] for how in ("fp16", "bf16", "fp32")]
+OVERFLOWS.remove(("zero0 bf16", "fp32"))  # without ZeRO nothing of DeepSpeed looks at gradients in fp32
+
+
+@pytest.mark.parametrize(("config", "how"), OVERFLOWS)
+def test_a_step_that_overflows_leaves_everything_as_it_was(name, config, how, case_of):
+    """fp16 by DeepSpeed's own scale of the loss, bf16 by an infinite element, fp32 by a scale that is too large."""
+    for rank in case_of(f"{name} {config} overflow {how}"):  # the gradients of one rank were not finite; all skip
+        assert rank == {"skipped": 1, "untouched": True, "finite": True, "moves": True}
+
+
+def test_every_case_is_tested(results_of):
+    tested = {f"{name} {config}" for name in registry.names() for config in CONFIGS}
+    tested |= {f"{name} {config} overflow {how}" for name in registry.names() for config, how in OVERFLOWS}
+    for rank in results_of("matrix.py"):
+        assert rank.keys() == tested | set(registry.names())

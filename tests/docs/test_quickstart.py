@@ -37,8 +37,8 @@ def page_as_a_script(install: bool) -> str:
 
 @pytest.mark.skipif(os.name == "nt", reason="the page's commands are for a Unix shell")
 def test_every_command_of_the_page(tmp_path):
-    pytest.importorskip("transformers")
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     folder, environment = tmp_path, {**os.environ, "COLUMNS": "140"}
     if WHOLE:
         folder = tmp_path / "clone"

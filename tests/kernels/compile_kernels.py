@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum
+from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum, Sketchy
 from sketch_plugins.kernels.gpu import (
     block_topk,
     launch,
@@ -78,6 +78,10 @@ CASES = {
     "rows_sparse": (CSAdam, {"second_moment": "row_count_min", "update_clip": 1.0}, torch.bfloat16, MATRIX, True),
     "sm3_sparse": (SM3, {"update_clip": 0.5}, torch.float32, MATRIX, True),
     "sm3_one_sparse": (SM3, {"variant": "I", "preset": "lean"}, torch.float32, (1024, 48, 16), True),
+    "sketchy": (Sketchy, {"precondition": "none", "momentum_of": "all"}, torch.float32, MATRIX, False),
+    "sketchy_many_members": (
+        Sketchy, {"precondition": "none", "momentum_of": "all", "compression": 0.005}, torch.float32, MATRIX, False,
+    ),
     "adagrad_cover_sparse": (CSAdagrad, {"second_moment": "cover", "weight_decay": 0.1}, torch.float32, MATRIX, True),
 }  # fmt: skip
 
@@ -167,7 +171,7 @@ def type_of(value):
     if isinstance(value, torch.Tensor):
         return {
             torch.float32: "*fp32", torch.int64: "*i64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-            torch.int16: "*i16",
+            torch.int16: "*i16", torch.float64: "*fp64",
         }[value.dtype]  # fmt: skip
     return "fp32" if isinstance(value, float) else "i32"
 

@@ -3,6 +3,7 @@ import importlib.util
 import pytest
 import torch
 
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -21,8 +22,10 @@ def kernels(request, monkeypatch):
         return torch.device("cuda")
     if request.param == "interpreter":
         if not HAS_TRITON:
-            pytest.skip("there is no Triton for this platform")
+            pytest.skip("Triton is not installed")
         if torch.cuda.is_available():
             pytest.skip("with a CUDA device kernels are compiled in this process, not interpreted")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+    elif not HAS_NUMBA:
+        pytest.skip("Numba is not installed")
     return torch.device("cpu")

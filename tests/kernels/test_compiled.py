@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="there is no Triton for this platform"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # Nothing may spill. Registers: 512 threads of 128 fill an SM's 65536; measured 88 at most in the dense steps.

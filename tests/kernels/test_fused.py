@@ -354,6 +354,7 @@ def test_offsets_beyond_2_to_the_31(kernels, monkeypatch, options):
 
 
 def test_threads_do_not_change_bits():
+    pytest.importorskip("numba", reason="Numba is not installed")
     results = []
     threads = torch.get_num_threads()
     try:
@@ -538,6 +539,7 @@ def test_fused_on_a_device_without_kernels_is_an_error(monkeypatch):
 
 
 def test_what_kernels_cannot_take_goes_the_eager_way_with_a_warning():
+    pytest.importorskip("numba", reason="Numba is not installed")
     p = torch.nn.Parameter(torch.zeros(300, 300, dtype=torch.float64))
     p.grad = torch.ones_like(p)
     with pytest.warns(UserWarning, match=r"shape \(300, 300\) takes the eager path"):

@@ -416,6 +416,15 @@ def test_a_batch_is_one_by_one(solver, tail):
             assert torch.allclose(drained[i] @ drained[i].mT, alone @ alone.mT, rtol=0, atol=1e-11 * norm(buffers[i]))
 
 
+def test_the_first_directions_are_known_to_all_digits():
+    """QR of a singular matrix would make columns of rounding errors, which no two processors have in common."""
+    for d in range(1, 41):
+        for k in range(1, d + 1):
+            values = torch.linalg.svdvals(fd._noise(d, k, torch.zeros((), dtype=F64)))
+            # 1e-3: three digits of sixteen are lost. A singular matrix has 1e-16.
+            assert values[-1] > 1e-3 * values[0], (d, k)
+
+
 # -- accumulate and drain --------------------------------------------------------------------------------------------
 
 

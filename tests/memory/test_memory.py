@@ -148,6 +148,7 @@ def test_a_step_s_temporaries_are_chunks_not_parameters(name, shape, options, dt
 @pytest.mark.parametrize("options", [OPTIONS[0], *OPTIONS[3:5]], ids=str)
 def test_a_fused_step_on_a_cpu_takes_next_to_nothing(name, options):
     """Under 1 % of the parameter: buffers of one span of columns, and sums for the rows."""
+    pytest.importorskip("numba", reason="Numba is not installed")
     p = torch.nn.Parameter(torch.randn(4096, 1024))
     options = {key: value for key, value in options.items() if key in registry.get(name).options}
     optimizer = registry.get(name).cls([p], fused=True, **options)

@@ -7,6 +7,7 @@ import torch
 
 from sketch_plugins import CSAdagrad, CSAdam, CSMomentum, CSRMSprop, Sketchy, convert_state, registry, state_report
 from sketch_plugins.optim.convert import is_foreign
+from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.blocks import Rows, matrix_shape
 
 SHAPES = [(40, 33), (64, 70), (5,), (), (4, 3, 2, 2)]
@@ -198,7 +199,7 @@ def test_schedules_come_along():
     group = convert_state(adamw.state_dict(), CSAdam(params, lr=7.0, eps=1e-3))["param_groups"][0]
     for key in ("lr", "initial_lr", "max_lr", "min_lr", "betas", "max_momentum", "tag"):
         assert group[key] == adamw.param_groups[0][key]
-    assert (group["eps"], group["optimizer"]) == (1e-3, "CSAdam")
+    assert (group["eps"], written_by(group)) == (1e-3, "CSAdam")
     kept = convert_state(adamw.state_dict(), CSAdam(params, lr=7.0), keep=["lr"])["param_groups"][0]
     assert kept["lr"] == 7.0 and "initial_lr" not in kept
 
@@ -238,11 +239,14 @@ def broken(state, change):
         (lambda s: s.pop("state"), "the state dict has no 'state'; it has param_groups"),
         (lambda s: s["param_groups"].append(s["param_groups"][0]), "2 parameter groups, this CSAdam 1"),
         (lambda s: s["param_groups"][0]["params"].pop(), "has 4 parameters, this CSAdam's 5"),
-        (lambda s: s["param_groups"][0].update(optimizer="SM3"), "written by SM3: load it as it is"),
+        (lambda s: s["param_groups"][0].update(optimizer="SM3", preset="lean"), "written by SM3: load it as it is"),
         (lambda s: s["state"][0].update(exp_avg=torch.zeros(3)), r"exp_avg of parameter 0 .* has shape \(3,\)"),
         (lambda s: s["state"][1]["exp_avg"].fill_(float("nan")), "exp_avg of parameter 1 .* not finite"),
         (lambda s: s["state"][0].update(max_exp_avg_sq=1), "AMSGrad"),
-        (lambda s: s["state"][2].update(other=torch.zeros(5)), "holds exp_avg, exp_avg_sq, other; allowed is"),
+        (
+            lambda s: s["state"][2].update(mu_product=torch.zeros(5)),
+            "holds exp_avg, exp_avg_sq, mu_product; allowed is",
+        ),
         (lambda s: s["state"][2]["exp_avg_sq"].sub_(1e9), "second moment of -1e"),
     ],
 )
@@ -258,3 +262,13 @@ def test_wrong_arguments():
         convert_state(adamw.state_dict(), adamw)
     with pytest.raises(ValueError, match="keep='eps' is not allowed"):
         convert_state(adamw.state_dict(), CSAdam(params), keep=["eps"])
+
+
+def test_the_direction_has_to_be_the_same():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones_like(p)
+    theirs = torch.optim.AdamW([p], maximize=True)
+    theirs.step()
+    with pytest.raises(ValueError, match="written with maximize=True and this CSAdam has maximize=False"):
+        convert_state(theirs.state_dict(), CSAdam([p]))
+    assert convert_state(theirs.state_dict(), CSAdam([p], maximize=True))["param_groups"][0]["maximize"] is True

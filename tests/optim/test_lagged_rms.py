@@ -300,7 +300,7 @@ def test_errors():
 
 def test_a_first_step_is_not_captured(monkeypatch):
     """A graph would replay it for ever; the kernels of the steps that follow it are in tests/kernels."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     p = torch.nn.Parameter(torch.randn(24, 48))
     optimizer = CSAdam([p], fused=True, capturable=True, preset="lean", lagged_rms=True)

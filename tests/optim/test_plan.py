@@ -11,7 +11,7 @@ import torch
 
 from sketch_plugins import SM3, CSAdam
 
-pytest.importorskip("numba")
+pytest.importorskip("numba", reason="Numba is not installed")
 
 SHAPES = [(70, 48), (40, 33), (5,), (24, 2, 8)]
 OPTIMIZERS = [

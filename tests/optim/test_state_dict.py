@@ -193,7 +193,7 @@ DAMAGES = {
     "no tensor": _damage(TABLE, 3),
     "another shape": _damage(TABLE, lambda t: t[:, :-1]),
     "no table": _damage(TABLE, KeyError),
-    "too much": lambda saved: saved["state"][0].update(third_moment={}),
+    "too much": lambda saved: saved["state"][0].update(preconditioner={}),
     "lr": _damage(["param_groups", 0, "lr"], -1.0),
     "betas": _damage(["param_groups", 0, "betas"], None),
     "chunk_size": _damage(["param_groups", 0, "chunk_size"], -5),

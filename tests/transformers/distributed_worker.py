@@ -26,7 +26,13 @@ from sketch_plugins.memory.in_backward import in_backward
 
 #: run -> what is done, one after the other: (kind, whether it resumes).
 RUNS = {
-    "whole": [("ddp", False), ("fsdp2", False), ("fsdp2 resumed", True)],
+    "whole": [
+        ("ddp", False),
+        ("adamw", False),
+        ("adamw resumed", True),
+        ("fsdp2", False),
+        ("fsdp2 resumed", True),
+    ],
     "killed": [("ddp", False)],
     "goes on": [("ddp", True)],
     "layerwise": [
@@ -73,12 +79,16 @@ def train(kind: str, resumes: bool, killed: bool) -> dict[str, Any]:
             "fsdp": "full_shard",
             "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
         }
+    # An AdamW run that goes on with ours: with exact stores it goes where AdamW goes.
+    optim_args = {"adamw": None, "adamw resumed": "preset=exact,fused=false,warm_start=true"}
     settings = dict(
         output_dir=str(out),
-        optim="cs_adam_layerwise" if layerwise else "cs_adam",
-        optim_args="min_compress_size=256",
+        optim="adamw_torch" if kind == "adamw" else "cs_adam_layerwise" if layerwise else "cs_adam",
+        optim_args=optim_args.get(kind, "min_compress_size=256"),
         learning_rate=3e-3,
         weight_decay=0.1,
+        # Attention's key bias has no gradient but rounding noise, which Adam would blow up to whole steps.
+        adam_epsilon=1e-5 if kind.startswith("adamw") else 1e-8,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
@@ -104,7 +114,7 @@ def train(kind: str, resumes: bool, killed: bool) -> dict[str, Any]:
     trainer = Trainer(model, args, train_dataset=data, callbacks=[watch := Watch(), *([Stop()] if killed else [])])
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-3") if resumes else None)
     ours = trainer.optimizer.optimizer
-    assert type(ours).__name__ == "CSAdam", ours
+    assert type(ours).__name__ == ("AdamW" if kind == "adamw" else "CSAdam"), ours
     count = sum(len(group["params"]) for group in ours.param_groups)
     assert set(watch.seen) == {(count, 0) if layerwise else (0, count)}, watch.seen
     sharded = [hasattr(p, "to_local") for g in ours.param_groups for p in g["params"]]

@@ -33,6 +33,15 @@ def test_fsdp2_resumes_bit_for_bit(whole):
         assert rank["fsdp2"] == rank["fsdp2 resumed"]
 
 
+def test_a_warm_start_under_ddp_goes_on_where_adamw_was(whole):
+    assert whole[0]["adamw resumed"] == whole[1]["adamw resumed"]  # losses, weights, state
+    before, after = whole[0]["adamw"]["losses"], whole[0]["adamw resumed"]["losses"]
+    for step in ("4", "5", "6"):
+        # Three steps in float32 whose operations are in another order; a cold start would be off by far more.
+        assert after[step] == pytest.approx(before[step], rel=1e-5)
+    assert whole[0]["adamw resumed"]["state"] != whole[0]["adamw"]["state"]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_ddp_killed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(whole, launch_ranks, kill_ranks, tmp_path):
     kill_ranks([0, 1], tmp_path / "paused", SCRIPT, "killed", tmp_path, tmp_path / "none")

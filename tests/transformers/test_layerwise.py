@@ -148,7 +148,7 @@ def test_clipping_is_warned_about_once(make_trainer, caplog):
 )
 def test_what_cannot_be_done_is_refused(settings, said, make_args):
     if "deepspeed" in settings:
-        pytest.importorskip("deepspeed")
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     with pytest.raises(ValueError, match=f"(?s)cs_adam_layerwise.*{said}"):
         make_args("cs_adam_layerwise", **settings)
 

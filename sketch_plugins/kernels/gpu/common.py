@@ -132,6 +132,16 @@ def parameter(t, rows, cols, mask, P_TYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def sum_of_squares(x):
+    """In float64, which holds it whatever ``x`` is; summed in float32, and where that overflows once more, scaled."""
+    total = tl.sum(x * x).to(tl.float64)
+    if total > 3.4028234663852886e38:  # infinite, but not NaN
+        y = x * 8.470329472543003e-22  # 2**-70
+        total = tl.sum(y * y).to(tl.float64) * 1.3937965749081639e42  # 2**140
+    return total
+
+
+@triton.jit
 def factor(v, s, rate):
     """``rate`` over the denominator, in correctly rounded operations."""
     root = tl.sqrt_rn(v + tl.load(s + INSIDE)) * tl.load(s + SCALE) + tl.load(s + SHIFT)

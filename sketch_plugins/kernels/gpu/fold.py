@@ -59,7 +59,7 @@ def dense(
     """One bucket of one table (grid dimension 1) by ``N`` columns, all its members.
 
     ``WEIGHTED`` (row-normalised count-min): a member's squares enter with a weight of its own, and the bucket keeps
-    one minus the mean share of its members.
+    the mean of what its members keep of it.
     """
     pid, j = tl.program_id(0), tl.program_id(1)
     index = find(table, count, pid)
@@ -73,7 +73,7 @@ def dense(
     inner = cols < columns
     load = load_of(t, bucket)
     sums = tl.zeros([N], tl.float32)
-    share = 0.0
+    kept = 0.0
     weights = tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32))
     for first in range(0, load, M):
         rows, exists = members(t, bucket, first, hashes, M)
@@ -81,13 +81,13 @@ def dense(
         x = _cell(t, gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
         if WEIGHTED:
             x = x * tl.load(weights + rows, mask=exists, other=0.0)[:, None]
-            share += tl.sum(tl.load(weights + total + rows, mask=exists, other=0.0))
+            kept += tl.sum(tl.load(weights + total + rows, mask=exists, other=0.0))
         sums += tl.sum(x, 0)
     cell = (j * width + bucket) * columns + cols
     place = tl.load(t + TARGET).to(tl.pointer_type(TYPE)) + cell
     old = tl.load(place, mask=inner, other=0.0).to(tl.float32)
     if WEIGHTED:
-        new = (1.0 - share / load.to(tl.float32)) * old + sums / load.to(tl.float32)
+        new = kept / load.to(tl.float32) * old + sums / load.to(tl.float32)
     else:
         gain = tl.load(s + GAIN)
         if (tl.load(s + MEAN) != 0) & (not SIGNED):
@@ -144,7 +144,7 @@ def touched(
         cols = tl.program_id(1) * N + tl.arange(0, N)
         inner = cols < columns
         sums = tl.zeros([N], tl.float32)
-        share = 0.0
+        kept = 0.0
         end = position
         same = True
         while same:
@@ -159,7 +159,7 @@ def touched(
             x = _cell(t, gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
             if WEIGHTED:
                 x = x * tl.load(weights + at, mask=exists, other=0.0)[:, None]
-                share += tl.sum(tl.load(weights + n + at, mask=exists, other=0.0))
+                kept += tl.sum(tl.load(weights + n + at, mask=exists, other=0.0))
             sums += tl.sum(x, 0)
             found = tl.sum(exists.to(tl.int64))
             end += found
@@ -170,7 +170,7 @@ def touched(
         target = tl.load(t + TARGET).to(tl.pointer_type(TYPE)) + cell
         old = tl.load(target, mask=inner, other=0.0).to(tl.float32)
         if WEIGHTED:
-            new = (1.0 - share / c.to(tl.float32)) * old + mean
+            new = kept / c.to(tl.float32) * old + mean
         else:
             new = tl.load(powers + 2 * c) * old + tl.load(powers + 2 * c + 1) * mean
         tl.store(target, _held(new, t, s, cell, SIGNED, TYPE), mask=inner)

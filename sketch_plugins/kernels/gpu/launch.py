@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.gpu import common, first, fold, norms, second, step
-from sketch_plugins.kernels.work import APPLY, FLOATS, FOLD, MEASURE, NUMBERS, Work, is_rows
+from sketch_plugins.kernels.work import APPLY, FLOATS, FOLD, MEASURE, NUMBERS, Work, is_rows, misread
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8, RowCountMin
 from sketch_plugins.stores.sketch import Sketch
 
@@ -38,10 +38,16 @@ TABLES = 32
 def unsupported(w: Work) -> str | None:
     """Why these kernels cannot take this parameter's step; None if they can."""
     if w.p.dtype not in TYPES or w.g.dtype not in TYPES:
-        return f"a parameter of {w.p.dtype} with a gradient of {w.g.dtype}: allowed are {', '.join(map(str, FLOATS))}"
+        return (
+            f"the parameter is {w.p.dtype} and its gradient {w.g.dtype}: the Triton kernels take "
+            f"{', '.join(map(str, FLOATS))}"
+        )
     if not is_rows(w.p) or not is_rows(w.g):
-        return "a layout whose rows are not contiguous"
-    return None
+        return "the numbers of a row of the parameter or of its gradient are not adjacent in memory"
+    if w.after and w.first and isinstance(w.first[0], CountSketch):
+        # It is written with the gradient itself, before anything is divided.
+        return "the Triton kernels do not keep a first moment of what was divided by the denominator in a count-sketch"
+    return misread(w)
 
 
 def prepare(works: Sequence[Work]) -> list[tuple[list[int], Callable[[], None]]]:
@@ -211,10 +217,7 @@ def _flat(w: Work) -> Work:
     def view(pair: Any) -> Any:
         return pair and (pair[0], {k: t.view(n) for k, t in pair[1].items()})
 
-    return Work(
-        w.p.view(n), w.g.view(n), None, False, view(w.first), view(w.second), w.numbers, w.after, w.measure,
-        w.stochastic, w.seed, w.flags, w.emas, w.last,
-    )  # fmt: skip
+    return replace(w, p=w.p.view(n), g=w.g.view(n), first=view(w.first), second=view(w.second))
 
 
 def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Action]:
@@ -234,7 +237,7 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Actio
     }  # fmt: skip
     if plan.kernel == "buckets":
         kernel: Any = step.buckets
-        extra: dict[str, Any] = {"SINGLE": plan.single}
+        extra: dict[str, Any] = {"SINGLE": plan.single, "AFTER": plan.after}
         before, after = FOLD | MEASURE, APPLY
     else:
         kernel = step.tiles
@@ -244,7 +247,8 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Actio
         }  # fmt: skip
         before, after = MEASURE, FOLD | APPLY
     once = plan.kept and not plan.measure
-    partial_ = torch.empty(2 * begin, dtype=torch.float32, device=device) if plan.measure or once else table
+    # float64: squares of what float32 holds.
+    partial_ = torch.empty(2 * begin, dtype=torch.float64, device=device) if plan.measure or once else table
     actions: list[_Action] = []
 
     def sweep(row_of_numbers: Tensor, phase: int, **changed: Any) -> None:
@@ -376,7 +380,7 @@ def _fold_dense(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Te
 
 
 def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list[_Action]:
-    """The rows' new scales; ``weights (2, rows)`` takes the weight of a row's squares in its bucket, and its share."""
+    """The rows' new scales; ``weights (2, rows)``: weight of a row's squares in its bucket, and what is kept of it."""
     device, ema, m = w.p.device, w.emas[1], 16
     assert ema is not None
     row, _ = _describe(w, _FOLDING, 0, 0)
@@ -388,14 +392,15 @@ def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list
     )  # fmt: skip
 
     def scale() -> None:
-        means, kept = weights[0], state["row"].squeeze(-1)
-        old = kept if w.rows is None else kept.index_select(0, w.rows)
-        new = old.mul_(ema.decay).add_(means, alpha=ema.gain)
-        if w.rows is not None:
-            kept.index_copy_(0, w.rows, new)
-        weight = torch.where(new > 1e-30, ema.gain / new, 0.0)
-        torch.mul(means, weight, out=weights[1]).clamp_(max=1.0)
-        means.copy_(weight)
+        means, scales = weights[0], state["row"].squeeze(-1)
+        old = (scales if w.rows is None else scales.index_select(0, w.rows)) * ema.decay
+        new = old.add(means, alpha=ema.gain)
+        if w.rows is None:
+            scales.copy_(new)
+        else:
+            scales.index_copy_(0, w.rows, new)
+        weights[0] = torch.where(new > 1e-30, ema.gain / new, 0.0)
+        weights[1] = torch.where(new > 1e-30, old / new, 1.0)
 
     return [measure, scale]
 

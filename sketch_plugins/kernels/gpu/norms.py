@@ -22,14 +22,15 @@ def _measured(table, partial, index, count, programs, s, N: tl.constexpr):
     end = programs.to(tl.int64)
     if index + 1 < count:
         end = tl.load(t + FIELDS + BEGIN)
-    squares = tl.zeros([N], tl.float32)
-    norm = tl.zeros([N], tl.float32)
+    squares = tl.zeros([N], tl.float64)
+    norm = tl.zeros([N], tl.float64)
     for first in range(begin, end, N):
         place = first + tl.arange(0, N)
         squares += tl.load(partial + 2 * place, mask=place < end, other=0.0)
         norm += tl.load(partial + 2 * place + 1, mask=place < end, other=0.0)
-    size = (tl.load(t + COUNT) * tl.load(t + COLUMNS)).to(tl.float32)
-    return tl.sqrt_rn(tl.sum(squares) / size) * tl.load(s + CORRECTION), tl.sqrt_rn(tl.sum(norm) / size)
+    size = (tl.load(t + COUNT) * tl.load(t + COLUMNS)).to(tl.float64)
+    update = tl.sqrt(tl.sum(squares) / size).to(tl.float32) * tl.load(s + CORRECTION)
+    return update, tl.sqrt(tl.sum(norm) / size).to(tl.float32)
 
 
 @triton.jit

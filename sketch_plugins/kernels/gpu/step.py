@@ -43,6 +43,7 @@ from sketch_plugins.kernels.gpu.common import (
     noise,
     parameter,
     rows_at,
+    sum_of_squares,
     to_bf16,
 )
 
@@ -58,12 +59,11 @@ def apply(
     In a phase that measures and applies, the step's size is in neither ``f`` nor ``x``: it comes after the measuring.
     """
     ONCE: tl.constexpr = (MEASURE & PHASE) != 0 and (APPLY & PHASE) != 0
-    squares = 0.0
-    norm = 0.0
+    squares = tl.full([], 0.0, tl.float64)
+    norm = tl.full([], 0.0, tl.float64)
     if AFTER and (MEASURE & PHASE):
         # What is clipped: the update, or where a first moment averages it, what enters there.
-        part = tl.where(mask, x, 0.0)
-        squares = tl.sum(part * part)
+        squares = sum_of_squares(tl.where(mask, x, 0.0))
     if AFTER and ONCE:
         x = x * tl.load(s + INNER)
     m = FIRST(t, s, x, rows, exists, cols, mask, tile, (APPLY & PHASE) != 0, F_TYPE, NOISE, DEPTH, ALIGN)
@@ -73,8 +73,8 @@ def apply(
     update = tl.where(mask, m * f, 0.0)
     if MEASURE & PHASE:
         if not AFTER:
-            squares = tl.sum(update * update)
-        norm = tl.sum(p * p)
+            squares = sum_of_squares(update)
+        norm = sum_of_squares(p)
     if ONCE:
         update = update * tl.load(s + STEP)
     if APPLY & PHASE:
@@ -140,8 +140,8 @@ def tiles(
 def buckets(
     table, numbers, partial, count,
     FIRST: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
-    S_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, L2_ON: tl.constexpr, NOISE: tl.constexpr,
-    ROUND: tl.constexpr, ALIGN: tl.constexpr, SINGLE: tl.constexpr,
+    S_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, AFTER: tl.constexpr, L2_ON: tl.constexpr,
+    NOISE: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, SINGLE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One bucket by ``BLOCK`` columns. ``SINGLE``: its members fit one tile of ``M`` rows, and g is read once."""
@@ -180,23 +180,33 @@ def buckets(
         kept = held(tl.load(s + DECAY2) * v + gain * total, t, s, bucket * columns + cols, TABLE2, S_TYPE)
         tl.store(place, kept, mask=inner)
         v = kept.to(tl.float32)
-    f = factor(v, s, _rate(s, STEP, PHASE))[None, :]
-    squares = 0.0
-    norm = 0.0
+    # What multiplies the gradient before the first moment averages it (AFTER), and what multiplies the numerator.
+    f = _rate(s, STEP, PHASE)
+    if AFTER:
+        preconditioner = factor(v, s, _rate(s, INNER, PHASE))[None, :]
+    else:
+        f = factor(v, s, f)[None, :]
+    squares = tl.full([], 0.0, tl.float64)
+    norm = tl.full([], 0.0, tl.float64)
     if (MEASURE | APPLY) & PHASE:
         if SINGLE:
+            if AFTER:
+                x = x * preconditioner
             squares, norm = apply(
                 t, s, x, f, rows, rows, exists, cols, mask, tile,
-                FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, False, NOISE, ROUND, 1, ALIGN,
+                FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, AFTER, NOISE, ROUND, 1, ALIGN,
             )  # fmt: skip
         else:
             for first in range(0, load, M):
                 rows, exists = members(t, bucket, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
+                if AFTER:
+                    y = y * preconditioner
+                    f = _rate(s, STEP, PHASE)  # held through the loop, it would cost a spill
                 a, b = apply(
                     t, s, y, f, rows, rows, exists, cols, mask, tile,
-                    FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, False, NOISE, ROUND, 1, ALIGN,
+                    FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, AFTER, NOISE, ROUND, 1, ALIGN,
                 )  # fmt: skip
                 squares += a
                 norm += b

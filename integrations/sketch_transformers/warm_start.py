@@ -1,0 +1,84 @@
+"""A checkpoint of Trainer that AdamW wrote: its moments become ours where that was asked for, or it is an error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sketch_plugins import registry
+from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.optim.convert import convert_state, is_foreign
+from sketch_plugins.optim.options import Option
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+#: The key in ``optim_args``.
+WARM_START = Option("warm_start", bool, "convert the state of one of torch's optimizers (default False)")
+
+
+def follow(optimizer: SketchOptimizer, args: TrainingArguments) -> None:
+    """Look at every state dict that Trainer loads into the optimizer. Calling it again does no harm.
+
+    With ``warm_start`` the state of one of torch's optimizers is converted, otherwise loading it is an error.
+    """
+    if getattr(optimizer, "_sketch_looks_at_state", False):
+        return
+    from sketch_transformers.arguments import optimizer_options
+
+    name, options, warm = optimizer_options(args)
+    keep = [key for key in ("betas", "momentum") if key in options]
+
+    def look(_: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if not is_foreign(state_dict):
+            return None
+        kind = type(optimizer).__name__
+        if not warm:
+            how = (
+                f'optim_args="warm_start=true" puts its moments into the stores of {kind}, and so does '
+                f"`sketch-plugins convert CHECKPOINT --optim {name}` in a new checkpoint"
+                if name is not None
+                else "sketch_plugins.convert_state(state_dict, optimizer) makes a state that can be loaded"
+            )
+            raise ValueError(
+                f"the checkpoint holds the state of one of torch's optimizers, not of {kind}, and nothing is converted "
+                f"unasked: {how}. Or load the weights alone and start the optimizer anew"
+            )
+        converted = convert_state(state_dict, optimizer, keep=keep)
+        logger.info("warm start: the checkpoint's moments were put into the stores of %s", kind)
+        return converted  # type: ignore[no-any-return]
+
+    optimizer.register_load_state_dict_pre_hook(look)  # type: ignore[arg-type]
+    optimizer._sketch_looks_at_state = True  # type: ignore[attr-defined]
+
+
+def check(args: TrainingArguments, deepspeed: bool, fsdp: bool) -> None:
+    """Check where a warm start is possible.
+
+    Raises:
+        ValueError: it was asked for under DeepSpeed or FSDP, or with ``optim_target_modules``.
+    """
+    from sketch_transformers.arguments import optimizer_options
+
+    if not optimizer_options(args)[2]:
+        return
+    if deepspeed or fsdp:
+        what = (
+            "DeepSpeed reads its checkpoints itself" if deepspeed else "FSDP reads a checkpoint into the state there is"
+        )
+    elif args.optim_target_modules is not None:
+        what = "optim_target_modules makes other parameter groups than the checkpoint and its schedule have"
+    else:
+        return
+    raise ValueError(
+        f"optim_args={args.optim_args!r}: warm_start=true is not possible here: {what}. It is possible with one "
+        "process, and with DistributedDataParallel. Load the weights alone and start the optimizer anew"
+    )
+
+
+def registered(name: str) -> str | None:
+    """The name of the registry, or None where an optimizer of ours was made in another way than by its name."""
+    return name if name in registry.names() else None

@@ -1,0 +1,405 @@
+"""``sketch-plugins convert``: a checkpoint that AdamW wrote, written anew with the state of an optimizer of ours."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sketch_plugins import registry
+from sketch_plugins.checkpoints import report
+from sketch_plugins.checkpoints.kept import nbytes
+from sketch_plugins.memory.report import format_bytes
+from sketch_plugins.optim import SketchOptimizer, Sketchy
+from sketch_plugins.optim.convert import convert_state, is_foreign
+from sketch_plugins.optim.hyperparameters import carried_over
+
+#: What each of torch's optimizers has in a group, with the values of checkpoints that are older than the key.
+_GROUPS: dict[str, dict[str, Any]] = {
+    "Adam": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
+    "SGD": {"momentum": 0, "dampening": 0, "nesterov": False},
+    "Adagrad": {"lr_decay": 0, "eps": 1e-10, "initial_accumulator_value": 0},
+}
+#: Keys by which a group tells whose it is; the other optimizers that have them have further ones.
+_TELLING = {"Adam": {"betas", "amsgrad"}, "SGD": {"momentum", "dampening"}, "Adagrad": {"lr_decay"}}
+_OTHERS = {"momentum_decay", "alpha", "rho", "beta2_decay", "clip_threshold"}
+
+
+class CannotConvert(ValueError):
+    """What is wrong with the request or the checkpoint; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group: parameters with state, their elements, and bytes of state before and after."""
+
+    parameters: int
+    elements: int
+    before: int
+    after: int
+
+
+@dataclass
+class Converted:
+    """What was done.
+
+    Attributes:
+        output: file or directory that was written.
+        framework: whose checkpoint it is.
+        optimizers: the groups of each optimizer that was converted.
+        notes: what the user should know.
+    """
+
+    output: Path
+    framework: str
+    optimizers: list[list[Group]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def main(
+    checkpoint: str, name: str, optim_args: str | None, out: str | None, force: bool, trust: bool, program: str
+) -> int:
+    """Run the command; its exit status: 0, or 1 where nothing was written."""
+    try:
+        done = convert(checkpoint, name, optim_args, out, force=force, trust=trust)
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
+    console.print(f"{checkpoint} -> {done.output}", soft_wrap=True, highlight=False)
+    console.print(table(done, name))
+    for note in done.notes:
+        console.print(note, soft_wrap=True, highlight=False)
+    return 0
+
+
+def table(done: Converted, name: str) -> Table:
+    """Bytes of state before and after, group by group."""
+    out = Table()
+    out.add_column("state of")
+    for heading in ("parameters", "elements", "before", name, "of it"):
+        out.add_column(heading, justify="right")
+
+    def row(label: str, groups: Sequence[Group], style: str | None = None) -> None:
+        parameters, elements, before, after = (
+            sum(getattr(g, key) for g in groups) for key in ("parameters", "elements", "before", "after")
+        )
+        share = f"{after / before:.1%}" if before else ""
+        out.add_row(
+            label, f"{parameters:,}", f"{elements:,}", format_bytes(before), format_bytes(after), share, style=style
+        )
+
+    for number, groups in enumerate(done.optimizers):
+        prefix = f"optimizer {number}, " if len(done.optimizers) > 1 else ""
+        for index, group in enumerate(groups):
+            row(f"{prefix}group {index}", [group])
+    out.add_section()
+    row("all", [group for groups in done.optimizers for group in groups], "bold")
+    return out
+
+
+def convert(
+    checkpoint: str | os.PathLike[str],
+    name: str,
+    optim_args: str | Mapping[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    force: bool = False,
+    trust: bool = False,
+) -> Converted:
+    """Write a checkpoint of AdamW, Adam, SGD or Adagrad anew, with the state of an optimizer of ours in it.
+
+    The state is what `convert_state` makes of it, bit for bit. Learning rates, betas, epsilons and weight decays of the
+    groups stay. Everything else in the checkpoint stays, too.
+
+    Args:
+        checkpoint: directory of a Trainer's checkpoint (or accelerate's), file of Lightning or of ``torch.save`` with
+            the state dict of an optimizer at any depth.
+        name: of the registry.
+        optim_args: its options, as in Trainer: ``"compression=0.1,seed=1"``. Those that decide how state is kept have
+            to be given to the run that goes on, too.
+        out: what to write: a directory for a directory; for a file a file, or a directory to put it into; None: beside
+            the checkpoint, with ``-NAME`` in its name.
+        force: write over what is there; ``out`` may be the checkpoint itself.
+        trust: unpickle objects that are neither tensors nor plain values.
+
+    Raises:
+        ValueError: an unknown optimizer or option; no such checkpoint, or one that cannot be converted; the output is
+            there. Nothing has been written then.
+    """
+    options = _options(name, optim_args)
+    root = Path(checkpoint)
+    files = _files(root)
+    target = _target(root, name, out, force)
+    done = Converted(target, _framework(root))
+    values = {}
+    for file in files:
+        value = report.load(file, trust)
+        seen = len(done.optimizers)
+
+        def made(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+            new, groups = _converted(saved, name, options, done.notes)
+            done.optimizers.append(groups)
+            return new
+
+        values[file.name] = _replaced(value, made)
+        if len(done.optimizers) == seen:
+            raise CannotConvert(_nothing_in(file, value))
+    _write(root, target, values, force)
+    said = f", optim_args={optim_args!r}" if optim_args else ""
+    if done.framework == "Trainer":
+        done.notes.append(
+            f"go on with TrainingArguments(optim={name!r}{said}) and "
+            f"train(resume_from_checkpoint={os.fspath(target)!r})"
+        )
+    return done
+
+
+def _options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    given: dict[str, Any] = dict(optim_args) if isinstance(optim_args, Mapping) else {}
+    for part in optim_args.split(",") if isinstance(optim_args, str) and optim_args else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise CannotConvert(f"--optim-args {optim_args!r}: {part!r} is not of the form key=value")
+        if key in given:
+            raise CannotConvert(f"--optim-args {optim_args!r}: {key!r} is given twice")
+        given[key] = value
+    if "lr" in given:
+        raise CannotConvert(
+            f"--optim-args has lr={given['lr']!r}: the learning rate is the checkpoint's, and its schedule goes on. "
+            "Leave it out"
+        )
+    parsed = registry.parse_options(name, given)
+    registry.get(name).cls([torch.empty(0)], **parsed)  # the constructor knows which values go together
+    return parsed
+
+
+def _files(root: Path) -> list[Path]:
+    """The files of a checkpoint in which state dicts of optimizers are."""
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise CannotConvert(f"{root} is not there: give a checkpoint's directory or file")
+    for pattern in ("optimizer.pt", "optimizer*.bin"):
+        found = sorted(file for file in root.glob(pattern) if file.is_file())
+        if found:
+            return found
+    anew = "load the weights alone and start the optimizer anew"
+    if (root / ".metadata").is_file() or any(root.glob("optimizer*/.metadata")):
+        raise CannotConvert(f"{root} is a sharded checkpoint of torch.distributed, which cannot be converted: {anew}")
+    if (root / "latest").is_file() or any(root.glob("*_states.pt")) or any(root.glob("global_step*")):
+        raise CannotConvert(f"{root} is a checkpoint of DeepSpeed, which cannot be converted: {anew}")
+    within = sorted(p.name for p in (*root.glob("checkpoint-*"), *root.glob("*.ckpt")))
+    hint = f"; it holds {', '.join(within)}: give one of them" if within else ""
+    raise CannotConvert(f"{root} holds no state of an optimizer: neither optimizer.pt nor optimizer.bin{hint}")
+
+
+def _framework(root: Path) -> str:
+    if root.is_dir():
+        return "Trainer" if (root / "optimizer.pt").is_file() else "accelerate"
+    return "Lightning" if root.suffix == ".ckpt" else "torch"
+
+
+def _target(root: Path, name: str, out: str | os.PathLike[str] | None, force: bool) -> Path:
+    place = root.resolve()
+    label = f"{root.stem}-{name}{root.suffix}" if root.is_file() else f"{place.name}-{name}"
+    target = Path(out) if out is not None else (root if root.name else place).with_name(label)
+    if root.is_file() and target.is_dir():
+        target = target / root.name
+    if target.exists() or target.is_symlink():
+        if not force:
+            raise CannotConvert(f"{target} exists already and is not written over: give another --out, or --force")
+        if target.is_dir() != root.is_dir():
+            raise CannotConvert(
+                f"{target} is {'a directory' if target.is_dir() else 'a file'} and {root} is not: give another --out"
+            )
+    inside, outside = target.resolve(), place
+    if root.is_dir() and (outside in inside.parents or inside in outside.parents):
+        raise CannotConvert(f"{target} and the checkpoint {root} lie in each other: give another --out")
+    return target
+
+
+def _replaced(value: Any, made: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
+    """The value with every state dict of one of torch's optimizers converted; the same object where there is none."""
+    if isinstance(value, Mapping):
+        if report.is_state_dict(value):
+            return made(value) if is_foreign(value) else value
+        new = {key: _replaced(inner, made) for key, inner in value.items()}
+        if all(new[key] is inner for key, inner in value.items()):
+            return value
+        changed = copy.copy(value)
+        for key, inner in new.items():
+            changed[key] = inner  # type: ignore[index]
+        return changed
+    if type(value) in (list, tuple):
+        entries = [_replaced(inner, made) for inner in value]
+        return type(value)(entries) if any(a is not b for a, b in zip(entries, value, strict=True)) else value
+    return value
+
+
+def _nothing_in(file: Path, value: Any) -> str:
+    ours = [saved for saved in report.state_dicts(value)]
+    if ours:
+        return f"{file} holds the state of one of our optimizers already: there is nothing to convert"
+    said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
+    return (
+        f"{file} holds no state dict of an optimizer, which has 'state' and 'param_groups'; it holds "
+        f"{said or 'nothing'}"
+    )
+
+
+def _converted(
+    saved: Mapping[str, Any], name: str, options: Mapping[str, Any], notes: list[str]
+) -> tuple[Mapping[str, Any], list[Group]]:
+    optimizer = _optimizer(saved, name, options, notes)
+    keep = [key for key in ("betas", "momentum") if key in options]
+    new: Mapping[str, Any] = convert_state(saved, optimizer, keep=keep)
+    groups = []
+    for group, old_group, new_group in zip(
+        optimizer.param_groups, saved["param_groups"], new["param_groups"], strict=True
+    ):
+        old = [saved["state"].get(key) or {} for key in old_group["params"]]
+        own = [new["state"].get(key) or {} for key in new_group["params"]]
+        sizes = [p.numel() for p, state in zip(group["params"], old, strict=True) if state]
+        groups.append(Group(len(sizes), sum(sizes), sum(map(nbytes, old)), sum(map(nbytes, own))))
+    return new, groups
+
+
+def _optimizer(saved: Mapping[str, Any], name: str, options: Mapping[str, Any], notes: list[str]) -> SketchOptimizer:
+    """One of ours for parameters of the shapes that the state has, with the hyperparameters of its groups."""
+    cls = registry.get(name).cls
+    groups = []
+    for number, group in enumerate(saved["param_groups"]):
+        kind, whole = _kind(group, number, notes)
+        own = carried_over(cls, name, kind, whole, given=options, how=lambda key, value: f"--optim-args {key}={value}")
+        names = group.get("param_names")
+        members = [_parameter(saved["state"].get(key)) for key in group["params"]]
+        groups.append(
+            {
+                **{key: value for key, value in own.items() if key not in options},
+                "params": list(zip(names, members, strict=True)) if names else members,
+            }
+        )
+    optimizer = cls(groups, **options)
+    for group in optimizer.param_groups:
+        option = _needs_weights(optimizer, group)
+        if option is not None:
+            raise CannotConvert(
+                f"{option}=True of {name} needs the values of the parameters, which are not in the optimizer's state. "
+                'Let the run itself convert it (Trainer: optim_args="warm_start=true"; Lightning: warm_start=True; '
+                f"otherwise sketch_plugins.convert_state), or give --optim-args {option}=false"
+            )
+    return optimizer
+
+
+def _needs_weights(optimizer: SketchOptimizer, group: Mapping[str, Any]) -> str | None:
+    """The option for which `convert_state` looks at the parameters; None: it does not."""
+    if group.get("lagged_rms"):
+        return "lagged_rms"
+    momentum = group.get("first_moment", "none") != "none" and group.get("momentum_placement") != "after"
+    if isinstance(optimizer, Sketchy) and momentum and group.get("scale_parameter"):
+        return "scale_parameter"
+    return None
+
+
+def _kind(group: Mapping[str, Any], number: int, notes: list[str]) -> tuple[str, dict[str, Any]]:
+    """Whose group it is, and the group with all that this optimizer has in it."""
+    found = [kind for kind, telling in _TELLING.items() if telling <= group.keys() and not _OTHERS & group.keys()]
+    if not found:
+        keys = ", ".join(key for key in group if key not in ("params", "param_names"))
+        raise CannotConvert(
+            f"group {number} is not that of AdamW, Adam, SGD or Adagrad, whose state can be converted; it has {keys}"
+        )
+    kind = found[0]
+    if kind == "Adam" and group.get("decoupled_weight_decay") is None:
+        note = (
+            "whether Adam or AdamW wrote it is not in the checkpoint (torch before 2.7): AdamW's weight decay is taken"
+        )
+        if group.get("weight_decay") and note not in notes:
+            notes.append(note)
+        kind = "AdamW"
+    base = {"maximize": False, "weight_decay": 0.0, **_GROUPS["Adam" if kind == "AdamW" else kind]}
+    return "AdamW" if group.get("decoupled_weight_decay") else kind, {**base, **group}
+
+
+def _parameter(state: Mapping[str, Any] | None) -> Tensor:
+    """A parameter of the shape that its state has. Nobody looks at its numbers, and its memory is never touched."""
+    for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum"):
+        kept = (state or {}).get(key)
+        if isinstance(kept, Tensor):
+            return torch.nn.Parameter(torch.empty(kept.shape, dtype=kept.dtype))
+    return torch.nn.Parameter(torch.empty(0))
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> None:
+    """All of it or nothing: what is written gets its name when it is complete."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if root.is_file() or (target.exists() and target.samefile(root)):
+            files = {(target if root.is_file() else target / name): value for name, value in values.items()}
+            with _partial(target.parent if root.is_file() else target, target.name) as folder:
+                written = []
+                for number, (file, value) in enumerate(files.items()):
+                    part = folder / str(number)
+                    _save(value, part)
+                    if file.exists():
+                        shutil.copymode(file, part)
+                    written.append((part, file))
+                for part, file in written:
+                    if file.exists() and not force:  # somebody has made it in the meantime
+                        raise CannotConvert(f"{file} exists already and is not written over: give another --out")
+                    os.replace(part, file)
+            return
+        with _partial(target.parent, target.name) as folder:
+            new = folder / "new"
+            shutil.copytree(root, new, symlinks=True, ignore=lambda d, _: values if Path(d) == root else ())
+            for name, value in values.items():
+                _save(value, new / name)
+            if target.exists():
+                if not force:
+                    raise CannotConvert(f"{target} exists already and is not written over: give another --out")
+                target.rename(folder / "old")
+                try:
+                    new.rename(target)
+                except BaseException:
+                    (folder / "old").rename(target)
+                    raise
+            else:
+                new.rename(target)
+    except OSError as error:
+        raise CannotConvert(f"{target} cannot be written: {error}") from error
+
+
+@contextmanager
+def _partial(parent: Path, name: str) -> Iterator[Path]:
+    """A directory beside what is to be written, on the same file system; it is removed in the end."""
+    folder = parent / f".{name}.{os.getpid()}.partial"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(value: Any, file: Path) -> None:
+    try:
+        with file.open("wb") as stream:
+            torch.save(value, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except RuntimeError as error:  # torch's writer has no common kind of error for a full disk
+        raise CannotConvert(f"{file.name} cannot be written: {error}") from error

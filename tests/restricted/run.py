@@ -1,0 +1,124 @@
+"""The test suite as other machines see it: instruction sets held down, packages hidden. ``make restricted`` runs it.
+
+    python tests/restricted/run.py [--rows NAME,NAME] [--list] [-- PYTEST ARGUMENTS]
+
+Each row is one run of pytest. Before it a process checks that the restriction works here: a row that restricts nothing
+would test nothing, and counts as failed. The table at the end has a line for each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+
+
+class Row(NamedTuple):
+    what: str
+    environment: dict[str, str]
+    #: An expression that is true where the restriction works.
+    check: str
+    x86: bool = True
+
+
+CAPABILITY = "torch.backends.cpu.get_cpu_capability()"
+NO_FLOAT16 = "not torch.ops.mkldnn._is_mkldnn_fp16_supported()"
+#: A float32 root that is not the correctly rounded one: MKL has such roots for processors that are not Intel's.
+ROUGH_ROOTS = (
+    "(x := torch.arange(1.0, 4097.0)).sqrt().ne(x.double().sqrt().float()).sum() > 200 "
+    "if torch.backends.mkl.is_available() else False"
+)
+HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+bmi,+bmi2,+f16c,+lzcnt,+popcnt"}
+NUMBA_IS_HASWELL = (
+    "(c := importlib.import_module('numba').core.config).CPU_NAME == 'haswell' and 'avx512' not in c.CPU_FEATURES"
+)
+ROWS = {
+    "no-float16": Row(
+        "oneDNN without AVX-512, float16 and AMX", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, NO_FLOAT16
+    ),
+    "aten-avx2": Row("torch's own kernels with AVX2", {"ATEN_CPU_CAPABILITY": "avx2"}, f"{CAPABILITY} == 'AVX2'"),
+    "aten-default": Row(
+        "torch's own kernels without AVX", {"ATEN_CPU_CAPABILITY": "default"}, f"{CAPABILITY} == 'DEFAULT'"
+    ),
+    "mkl": Row("MKL without AVX", {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, ROUGH_ROOTS),
+    "numba-haswell": Row("Numba's kernels with AVX2", HASWELL, NUMBA_IS_HASWELL),
+    "oldest": Row(
+        "all of these together",
+        {
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "ATEN_CPU_CAPABILITY": "default",
+            "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+            **HASWELL,
+        },
+        f"{NO_FLOAT16} and {CAPABILITY} == 'DEFAULT' and {NUMBA_IS_HASWELL}",
+    ),
+    "no-numba": Row(
+        "Numba is not installed",
+        {"SKETCH_TESTS_WITHOUT": "numba,llvmlite"},
+        "importlib.util.find_spec('numba') is None",
+        x86=False,
+    ),
+    "no-triton": Row(
+        "Triton is not installed",
+        {"SKETCH_TESTS_WITHOUT": "triton"},
+        "importlib.util.find_spec('triton') is None",
+        x86=False,
+    ),
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default=",".join(ROWS), help="names of rows, with commas between them; all of them")
+    parser.add_argument("--list", action="store_true", help="list the rows, and run nothing")
+    parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
+    arguments = parser.parse_args()
+    names = arguments.rows.split(",")
+    for name in names:
+        if name not in ROWS:
+            parser.error(f"there is no row {name!r}; the rows are {', '.join(ROWS)}")
+    if arguments.list:
+        for name in names:
+            row = ROWS[name]
+            print(f"{name:14}{row.what}: {' '.join(f'{k}={v}' for k, v in row.environment.items())}")
+        return 0
+    lines = []
+    for name in names:
+        print(f"\n==> {name}: {ROWS[name].what}", flush=True)
+        start = time.monotonic()
+        ok, said = run(ROWS[name], arguments.pytest)
+        lines.append((ok, f"{name:14} {'passed' if ok else 'FAILED'}  {time.monotonic() - start:6.0f} s  {said}"))
+    print("\n" + "\n".join(line for _, line in lines))
+    return 0 if all(ok for ok, _ in lines) else 1
+
+
+def run(row: Row, pytest: list[str]) -> tuple[bool, str]:
+    """Whether the row passed, and pytest's last line, or why it was not run."""
+    if row.x86 and platform.machine() not in ("x86_64", "AMD64"):
+        return True, "not run: this processor has other instruction sets"
+    # First on the path, before a sitecustomize that the system may have.
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **row.environment, "PYTHONPATH": path}
+    check = f"import importlib, importlib.util, sys, torch\nsys.exit(0 if {row.check} else 3)"
+    if subprocess.run([sys.executable, "-c", check], env=environment).returncode:
+        return False, "not run: the restriction does not work here"
+    command = [sys.executable, "-m", "pytest", *pytest]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        last = ""
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            if re.search(r"\d+ (passed|failed|skipped|errors?)\b.* in ", line):
+                last = line.strip(" =\n")
+    return process.returncode == 0, last or f"pytest ended with {process.returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
