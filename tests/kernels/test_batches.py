@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from sketch_plugins import CSAdam, CSMomentum, CSRMSprop
+from sketch_plugins import CSAdam, CSMomentum, CSRMSprop, Sketchy
 from sketch_plugins.optim.fused import interpreted
 
 SHAPE = (3, 18, 20)
@@ -16,6 +16,8 @@ CASES = [
     (CSAdam, {"hash": "affine", "width": 4, "first_moment": "fp32", "bucket": "sum"}),
     (CSAdam, {"second_moment": "row_count_min", "depth": 2}),
     (CSAdam, {"preset": "paper_cs_mv", "allow_dense_count_sketch": True}),
+    # Momentum after the denominator.
+    (Sketchy, {"precondition": "none", "momentum_of": "all", "update_clip": 0.0, "scale_parameter": False, "lr": 1e-3}),
     (CSRMSprop, {"preset": "lean", "lagged_rms": True, "table_dtype": "bf16"}),
 ]
 IDS = {"ids": lambda v: v.__name__ if isinstance(v, type) else str(v)}
