@@ -11,6 +11,7 @@ from torch import Tensor
 from sketch_plugins.comm.base import Compressor
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
+from sketch_plugins.optim.ambient import neutral
 from sketch_plugins.optim.checks import STATES, copied, described, exact_step, is_fake, why_impossible, why_not_plain
 from sketch_plugins.optim.options import COMMON, Option, rate, validate
 
@@ -99,11 +100,12 @@ class MemSGD(torch.optim.Optimizer):
                 if p.grad is not None:
                     _check(p, group)
         number = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._one(p, group, number)
-                number += 1
+        with neutral():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._one(p, group, number)
+                    number += 1
         return loss
 
     def averaged_parameters(self) -> list[Tensor]:
@@ -124,14 +126,17 @@ class MemSGD(torch.optim.Optimizer):
         return out
 
     def _one(self, p: Tensor, group: Mapping[str, Any], number: int) -> None:
-        state, size, kind = self.state[p], p.numel(), _arithmetic(p)
-        if "step" not in state:  # keys of others may be there
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        t = int(state["step"])
-        state["step"] += 1
+        """One parameter's step: everything is computed first, and written when nothing can fail any more."""
+        state, size, kind = self.state.get(p, {}), p.numel(), _arithmetic(p)
+        # Keys of others may be there.
+        with torch.inference_mode(False):  # state has to be changed elsewhere, too
+            new = {"step": state["step"].clone() if "step" in state else torch.zeros((), dtype=torch.float32)}
+        t = int(new["step"])
+        new["step"] += 1
         if group["averaging"]:
-            self._average(p, state, t, group["shift"] or 1.0)
+            new["average"] = self._average(p, state, t, group["shift"] or 1.0)
         if not size:
+            self.state[p].update(new)
             return
         lr = rate(group)
         if group["shift"] is not None:
@@ -146,33 +151,34 @@ class MemSGD(torch.optim.Optimizer):
             # There is nothing to remember: torch's own step, to the last bit.
             alpha: Any = -lr
             p.add_(g, alpha=alpha)
+            self.state[p].update(new)
             return
-        if "error" not in state:
-            state["error"] = torch.zeros(size, dtype=kind, device=p.device)
-        m = state["error"]
+        m = state["error"] if "error" in state else torch.zeros(size, dtype=kind, device=p.device)
         step = g * lr if isinstance(lr, Tensor) else g
-        m.view(p.shape).add_(step, alpha=1 if isinstance(lr, Tensor) else lr)
+        m = torch.add(m.view(p.shape), step, alpha=1 if isinstance(lr, Tensor) else lr).reshape(-1)
         payload = compressor.compress(m, density, step=t, key=number)
         where = compressor.positions(payload.at, size, density)
         flat = p.detach().view(-1) if p.is_contiguous() else p.detach().flatten()
         old = flat[where]
-        new = (old.to(kind) - payload.values).to(p.dtype)
-        flat[where] = new
-        if not p.is_contiguous():
-            p.copy_(flat.view(p.shape))
+        values = (old.to(kind) - payload.values).to(p.dtype)
         if not group["memory"]:
             m.zero_()
         elif p.dtype == kind:
             m.index_fill_(0, where, 0.0)
         else:  # what rounding has kept from the parameter
-            m.index_copy_(0, where, payload.values - (old.to(kind) - new.to(kind)))
+            m.index_copy_(0, where, payload.values - (old.to(kind) - values.to(kind)))
+        new["error"] = m
+        flat[where] = values
+        if not p.is_contiguous():
+            p.copy_(flat.view(p.shape))
+        self.state[p].update(new)
 
-    def _average(self, p: Tensor, state: dict[str, Any], t: int, a: float) -> None:
+    def _average(self, p: Tensor, state: Mapping[str, Any], t: int, a: float) -> Tensor:
         if "average" not in state:
-            state["average"] = p.detach().to(_arithmetic(p), copy=True)
-            return
+            return p.detach().to(_arithmetic(p), copy=True)
         total = (t + 1) * a * a + a * t * (t + 1) + t * (t + 1) * (2 * t + 1) / 6  # the sum of (a + i)^2 up to t
-        state["average"].lerp_(p.detach().to(state["average"].dtype), (a + t) ** 2 / total)
+        kept: Tensor = state["average"]
+        return kept.lerp(p.detach().to(kept.dtype), (a + t) ** 2 / total)
 
     def _check_incoming(self, incoming: Any) -> None:
         for key in ("state", "param_groups"):

@@ -182,7 +182,10 @@ def test_lagged_rms_takes_one_sweep(kernels, request, monkeypatch):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: phases.append(kwargs["PHASE"]) or self.kernel[grid](*args, **kwargs)
+            # A launch of no programs compiles the kernel, and is none.
+            return lambda *args, **kwargs: (
+                (phases.append(kwargs["PHASE"]) if all(grid) else None) or self.kernel[grid](*args, **kwargs)
+            )
 
     monkeypatch.setattr(launch.step, "buckets", Counted(launch.step.buckets))
     train(CSAdam, kernels, True, [(64, 32)], steps=3, preset="lean", lagged_rms=True)
@@ -494,7 +497,8 @@ def test_many_small_tensors_are_one_launch(kernels, request, monkeypatch):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            grids.append(grid)
+            if all(grid):  # a launch of no programs compiles the kernel, and is none
+                grids.append(grid)
             return self.kernel[grid]
 
     monkeypatch.setattr(launch.step, "tiles", Counted(launch.step.tiles))

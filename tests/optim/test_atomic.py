@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
-from sketch_plugins import InBackward, SAdagrad, Sketchy, registry, scratch
+from sketch_plugins import InBackward, MemSGD, SAdagrad, Sketchy, registry, scratch
+from sketch_plugins.comm.randk import RandK
+from sketch_plugins.comm.topk import TopK
 from sketch_plugins.kernels import cpu
 from sketch_plugins.linalg import kronecker
 from sketch_plugins.optim import base, fused, sketchy
@@ -198,6 +200,33 @@ def test_an_error_within_a_step_leaves_each_parameter_stepped_or_not(name, first
                     p.copy_(value)
         tried += 1
     assert tried >= 8
+
+
+@pytest.mark.parametrize("averaging", [False, True])
+@pytest.mark.parametrize("compressor", ["topk", "randk"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_mem_sgd_leaves_each_parameter_stepped_or_not(compressor, averaging, first):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(20, 30)), torch.nn.Parameter(torch.randn(40).to(torch.bfloat16))]
+    optimizer = MemSGD(params, density=0.1, compressor=compressor, averaging=averaging)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    if not first:
+        optimizer.step()
+    calls = [(TopK if compressor == "topk" else RandK, name) for name in ("compress", "positions", "count")]
+    for where, name in [*calls, (torch, "add"), (torch, "zeros"), (torch.Tensor, "to"), (torch.Tensor, "lerp")]:
+        twin, others = duplicate(optimizer, params)
+        with failing(where, name, 0) as counted:
+            twin.step()
+        for call in range(1, len(counted) + 1):
+            own, of = duplicate(optimizer, params)
+            with failing(where, name, call), pytest.raises(Injected):
+                own.step()
+            for old, now, new in zip(params, of, others, strict=True):
+                values = [
+                    (p.detach(), dict(o.state.get(p, {}))) for p, o in ((now, own), (old, optimizer), (new, twin))
+                ]
+                assert equal(values[0], values[1]) or equal(values[0], values[2]), (name, call)
 
 
 LAUNCHES = ["_fold", "_plan", "_launch", "_ready", "_table", "_numbers", "_describe"]
