@@ -39,7 +39,7 @@ from sketch_plugins.optim.options import (
     rate,
 )
 from sketch_plugins.optim.plan import Known
-from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.sharding.blocks import Matrix, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.stores import Ema, Gradient, Store
@@ -156,6 +156,7 @@ class Sketchy(SketchOptimizer):
         width: see `CSAdam`.
         depth: see `CSAdam`.
         hash: see `CSAdam`.
+        batch_dims: see `CSAdam`.
         table_dtype: see `CSAdam`.
         bucket: see `CSAdam`.
         min_compress_size: see `CSAdam`; it concerns the graft's second moment only.
@@ -393,6 +394,7 @@ class Sketchy(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        batch_dims: int | str | None = None,
         table_dtype: str | None = None,
         bucket: str | None = None,
         min_compress_size: int | None = None,
@@ -447,6 +449,9 @@ class Sketchy(SketchOptimizer):
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         return self._moments(p, group, group["momentum_of"] == "all" or self._whole(p, group))
 
+    def _sketches(self, group: Mapping[str, Any]) -> bool:
+        return GRAFTS[group["graft"]] == "count_min"
+
     def _moments(self, p: Shaped, group: Mapping[str, Any], first: bool) -> tuple[Store | None, Store | None]:
         kinds = {"second_moment": GRAFTS[group["graft"]], "first_moment": group["first_moment"] if first else "none"}
         return super()._stores(p, {**group, **kinds})
@@ -469,7 +474,7 @@ class Sketchy(SketchOptimizer):
         dtype, others = torch.float64 if p.dtype == torch.float64 else torch.float32, 0
         if group["budget"]:
             stores = self._moments(p, group, group["momentum_of"] == "all" or all(preconditioned))
-            matrix = shape[0], p.numel() // shape[0]
+            matrix = matrix_shape(shape, self._batch(p, group))
             others = sum(store.nbytes(matrix, dtype) for store in stores if store is not None)
         return _kronecker(
             dims, preconditioned, group["rank"], group["budget"], others, group["max_block_dim"],
@@ -669,7 +674,7 @@ class Sketchy(SketchOptimizer):
         if group["update_clip"]:
             size /= (rms / group["update_clip"]).clamp_(min=1.0)
         if group["scale_parameter"]:
-            matrix, count = Matrix(p.data), p.numel()
+            matrix, count = grad.like(p.data), p.numel()
             # Contiguous: the same bits for any layout.
             parts = [root_mean_square(matrix.get(at).to(grad.dtype).contiguous(), None, count) for at in grad.batches()]
             size *= joined(parts).clamp(min=SCALE_FLOOR)
@@ -853,7 +858,7 @@ def take(
     if isinstance(rule.decay, Tensor) or rule.decay != 0:
         keep = number(1.0 - rule.decay, grad)
     factor = number(size, grad)
-    matrix = Matrix(p)
+    matrix = grad.like(p)
     for at in grad.batches():
         part, in_place = matrix.get(at), matrix.views(at) and p.dtype == grad.dtype
         if not in_place:
