@@ -9,6 +9,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 COMPARE_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 LINT_PATHS := sketch_plugins integrations examples tests $(wildcard benchmarks)
 
 ifeq ($(OS),Windows_NT)
@@ -23,7 +24,7 @@ TEST_THREADS := $(or $(OMP_NUM_THREADS),1)
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compare restricted gpu lint format clean
+.PHONY: help demo test compare restricted soak gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +39,9 @@ test: $(VENV)/.dev ## run the test suite
 
 compare: $(VENV)/.dev ## kernels against the eager definition in 6,000 generated cases (COMPARE_CASES sets another number)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/compare/run.py $(COMPARE_ARGS)
+
+soak: $(VENV)/.dev ## 10,000 steps of every optimizer with saves, schedules and skipped steps: no growth, no drift
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 restricted: $(VENV)/.dev ## the test suite as other processors see it, and without Numba or Triton: ROWS=mkl,no-numba
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/restricted/run.py $(if $(ROWS),--rows $(ROWS)) \

@@ -3,6 +3,9 @@
 A parameter with ``R`` rows is hashed ``depth`` times into ``width`` buckets. Every hash is a *bijection* of the rows
 followed by ``mod width``, so each bucket holds ``R // width`` rows, or one more (the first ``R % width`` buckets), and
 ``width == R`` gives every row a bucket of its own. Nothing here keeps state: all constants derive from one integer.
+
+A batch of E matrices (experts) has the rows of one matrix behind those of another, and so are its buckets: every matrix
+is hashed by itself, with the same constants, so that no bucket holds rows of two matrices.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ class RowHash:
 
     ``a == 1 and b == 0`` is the *strided* hash ``i mod width``: rows ``[q * width, (q + 1) * width)`` fall into the
     buckets in order, so a bucket's members are a plain strided view of the matrix and need no index.
+
+    Of ``matrices`` matrices, whose rows follow each other, each has ``rows / matrices`` of the rows (`height`) and
+    ``width / matrices`` of the buckets (`own`), and the formula holds within each of them.
     """
 
     rows: int
@@ -38,6 +44,17 @@ class RowHash:
     a: int = 1
     b: int = 0
     sign_seed: int = 0
+    matrices: int = 1
+
+    @property
+    def height(self) -> int:
+        """Rows of one matrix."""
+        return self.rows // self.matrices
+
+    @property
+    def own(self) -> int:
+        """Buckets of one matrix."""
+        return self.width // self.matrices
 
     @property
     def strided(self) -> bool:
@@ -46,49 +63,69 @@ class RowHash:
 
     def bucket(self, index: Tensor) -> Tensor:
         """Buckets (int64) of the row numbers ``index`` (int64)."""
+        matrix, row = self._split(index)
         if not self.strided:
-            index = (index * self.a + self.b) % self.rows
-        return index % self.width
+            row = (row * self.a + self.b) % self.height
+        return self._joined(matrix, row % self.own, self.own)
 
     def row(self, place: Tensor) -> Tensor:
-        """The hash run backwards: row numbers of the places ``bucket + k * width``, the k-th member of each bucket."""
+        """The hash run backwards: the row numbers of places.
+
+        Within a matrix the places ``bucket + k * width`` are the members of a bucket, in a fixed order; the places of
+        one matrix follow those of another, as its rows do.
+        """
         if self.strided:
             return place
-        return (place + (self.rows - self.b)) * pow(self.a, -1, self.rows) % self.rows
+        matrix, place = self._split(place)
+        row = (place + (self.height - self.b)) * pow(self.a, -1, self.height) % self.height
+        return self._joined(matrix, row, self.height)
+
+    def bucket_of_place(self, place: int) -> int:
+        """The bucket whose member stands at a place."""
+        matrix, place = divmod(place, self.height)
+        return matrix * self.own + place % self.own
 
     def load(self, bucket: Tensor) -> Tensor:
         """How many of the parameter's rows share each of ``bucket`` (int64, same shape)."""
-        return self.rows // self.width + (bucket < self.rows % self.width).long()
+        return self.height // self.own + (bucket % self.own < self.height % self.own).long()
 
     def sign(self, index: Tensor) -> Tensor:
         """+1 or -1 (int64) for each row number: the sign of the count-sketch."""
-        return 1 - 2 * (mix32(index, self.sign_seed) & 1)
+        return 1 - 2 * (mix32(self._split(index)[1], self.sign_seed) & 1)
+
+    def _split(self, index: Tensor) -> tuple[Tensor | int, Tensor]:
+        """Which matrix, and the number within it."""
+        return (0, index) if self.matrices == 1 else (index // self.height, index % self.height)
+
+    def _joined(self, matrix: Tensor | int, number: Tensor, each: int) -> Tensor:
+        return number if self.matrices == 1 else number + matrix * each
 
 
 @lru_cache(maxsize=4096)
-def row_hashes(rows: int, width: int, depth: int, hash: str, seed: int) -> tuple[RowHash, ...]:
+def row_hashes(rows: int, width: int, depth: int, hash: str, seed: int, matrices: int = 1) -> tuple[RowHash, ...]:
     """The ``depth`` hashes of a parameter with ``rows`` rows.
 
     Args:
-        rows: number of rows, >= 1.
-        width: buckets of each hash, 1 <= width <= rows.
+        rows: number of rows, >= 1, of all matrices.
+        width: buckets of each hash, 1 <= width <= rows, of all matrices.
         depth: number of hashes.
         hash: ``"strided"``: the first hash is ``i mod width`` and only the others are drawn from the seed (measured
             to train as well as a random bijection); ``"affine"``: all are.
         seed: any integer; equal seeds give equal hashes on every machine.
+        matrices: how many matrices the rows and the buckets belong to; it divides both.
     """
     stream = _splitmix64(seed ^ 0x5EED_5EED)
-    hashes = []
+    hashes, height = [], rows // matrices
     for j in range(depth):
         a, b, sign_seed = next(stream), next(stream), next(stream) & _MASK32
-        if (j == 0 and hash == "strided") or rows == 1:
+        if (j == 0 and hash == "strided") or height == 1:
             a, b = 1, 0
         else:
-            # Any a coprime to `rows` makes i -> a * i + b a bijection mod `rows`; a = 1 would repeat the strided hash.
-            a, b = 1 + a % max(1, rows - 1), b % rows
-            while math.gcd(a, rows) != 1 or (a == 1 and rows > 3):
-                a = a % rows + 1
-        hashes.append(RowHash(rows, width, a, b, sign_seed))
+            # Any a coprime to R makes i -> a * i + b a bijection mod R; a = 1 would repeat the strided hash.
+            a, b = 1 + a % max(1, height - 1), b % height
+            while math.gcd(a, height) != 1 or (a == 1 and height > 3):
+                a = a % height + 1
+        hashes.append(RowHash(rows, width, a, b, sign_seed, matrices))
     return tuple(hashes)
 
 

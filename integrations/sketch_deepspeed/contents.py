@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sketch_deepspeed.reshard import _MODEL, _find, _load, _read
-from sketch_plugins.sharding.pieces import is_key, pieces
+from sketch_plugins.checkpoints.kept import CannotReshard, Kept
+from sketch_plugins.sharding.pieces import Fragment, Piece, is_key, pieces
 
 
 def contents(
@@ -23,11 +24,19 @@ def contents(
     if not any(directory.glob("*_optim_states.pt")) and (directory / _MODEL).is_file():
         return _without_zero(directory, trust)
     old = _read(directory, trust)
+    groups = old.base(0)["param_groups"]
+    try:
+        cut: Callable[..., Sequence[Piece]] = Kept(groups).pieces
+    except CannotReshard:  # another optimizer's, which sees a vector; its pieces are counted
+
+        def cut(fragments: Sequence[Fragment], group: int) -> Sequence[Piece]:
+            return list(pieces(fragments))
+
     found: list[tuple[str | None, int, Mapping[str, Any], int | None]] = []
     for rank in range(old.world):
         for number, buffer in enumerate(old.buffers):
             state = old.base(rank)["state"].get(number) or {}
-            held = list(pieces(buffer.fragments(rank)))
+            held = cut(buffer.fragments(rank), buffer.group)
             ours = {key: inner for key, inner in state.items() if is_key(key) and isinstance(inner, Mapping)}
             if ours and len(ours) == len(held):
                 for piece, inner in zip(held, ours.values(), strict=True):
@@ -36,7 +45,7 @@ def contents(
             elif state:  # another optimizer's: a vector
                 name = f"partition {number} (rank {rank}) of {len(held)} pieces"
                 found.append((name, buffer.group, state, sum(piece.numel for piece in held)))
-    return old.base(0)["param_groups"], found
+    return groups, found
 
 
 def _without_zero(

@@ -35,7 +35,7 @@ from sketch_plugins.checkpoints.kept import (
     save,
     whole_or_not_at_all,
 )
-from sketch_plugins.sharding.pieces import Fragment, index_of, is_key, pieces
+from sketch_plugins.sharding.pieces import Fragment, index_of, is_key
 from sketch_plugins.sharding.recut import Held
 
 _MODEL = "mp_rank_00_model_states.pt"
@@ -291,7 +291,7 @@ class _State:
                 self._take(rank, key, buffer, states.get(key) or {}, old.flats(rank)[key].dtype)
 
     def _take(self, rank: int, key: int, buffer: Buffer, states: Mapping[str, Any], dtype: torch.dtype) -> None:
-        expected = list(pieces(buffer.fragments(rank)))
+        expected = self.kept.pieces(buffer.fragments(rank), buffer.group)
         others = [name for name in states if not is_key(name)]
         if others:
             raise CannotReshard(
@@ -313,7 +313,7 @@ class _State:
     def cut(self, buffer: Buffer, fragments: Sequence[Fragment], dtype: torch.dtype, report: Report) -> dict[str, Any]:
         """Key -> state of the pieces in a new flat tensor; nothing where no step was taken."""
         out: dict[str, Any] = {}
-        for piece in pieces(fragments):
+        for piece in self.kept.pieces(fragments, buffer.group):
             parameter = buffer.parameters[piece.index].name
             state = self.kept.recut(self.held[parameter], piece, buffer.group, dtype, report)
             if state:

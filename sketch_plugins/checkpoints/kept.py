@@ -18,7 +18,7 @@ from sketch_plugins import optim
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.parts import PLACE, Part
-from sketch_plugins.sharding.pieces import Piece
+from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
 from sketch_plugins.sharding.recut import Held, recut
 
 #: Called with the steps done, their number, and what is at hand.
@@ -84,6 +84,8 @@ class Kept:
         # It only says how state is kept; its own parameter has no part in it.
         self.optimizer: SketchOptimizer = cls([torch.zeros(1)])
         for group in self.groups:
+            if "batch_dims" in self.optimizer.OPTIONS:  # older state has no matrix with buckets of its own
+                group.setdefault("batch_dims", 0)
             for name, value in self.optimizer.defaults.items():
                 group.setdefault(name, value)  # an option that is younger than the checkpoint
             for name, option in self.optimizer.OPTIONS.items():
@@ -118,7 +120,11 @@ class Kept:
         # S-AdaGrad has no such option, and the paper's tail.
         tail = options.get("tail", "paper")
         present = {name: store for name, store in stores.items() if store is not None}
-        return Held(piece, present, plan, state or {}, tail)
+        return Held(piece, present, plan, state or {}, tail, self.optimizer.batch_axes(piece.whole, options))
+
+    def pieces(self, fragments: Sequence[Fragment], group: int) -> list[Piece]:
+        """What a flat tensor holds of the parameters of a group, in the pieces that the optimizer cuts them into."""
+        return list(pieces(fragments, lambda f: self.optimizer.batch_axes(f.whole, self.groups[group])))
 
     def layout(self, piece: Piece, group: int, dtype: torch.dtype) -> dict[str, Any]:
         """Name -> (size, dtype), nested, of all that a piece keeps, but for the number of steps."""

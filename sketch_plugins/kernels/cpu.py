@@ -99,14 +99,14 @@ def prepare(w: Work) -> Task:
     (first, state1), (second, state2) = w.first or (None, {}), w.second or (None, {})
     kind = sweeps.INT8 if isinstance(first, Int8) else sweeps.DENSE if first else sweeps.NONE
     block = min(first.block_size, columns) if isinstance(first, Int8) else SPAN
-    sweep, width, band, column = sweeps.exact, 0, 0, 0
+    sweep, width, band, column, matrices = sweeps.exact, 0, 0, 0, 1
     table = state2["dense"].data_ptr() if isinstance(second, Dense) else 0
     if isinstance(second, CountMin):
         sweep, table = sweeps.count_min, state2["table"].data_ptr()
-        width = second.buckets(rows)
+        matrices, width = second.matrices, second.buckets(rows) // second.matrices
         apart = w.measure and (kind == sweeps.NONE or w.after)
-        band = max(1, min(width, LONG // columns if apart else BAND // (-(-rows // width) * columns)))
-        units = -(-width // band)
+        band = max(1, min(width, LONG // columns if apart else BAND // (-(-rows // (matrices * width)) * columns)))
+        units = matrices * -(-width // band)
     elif isinstance(second, Cover):
         sweep, table, column, units = sweeps.cover, state2["axis_0"].data_ptr(), state2["axis_1"].data_ptr(), rows
     else:
@@ -122,6 +122,7 @@ def prepare(w: Work) -> Task:
             w.p.data_ptr(), w.g.data_ptr(), size, columns, int(kind),
             0 if moment is None else moment.data_ptr(), state1["scales"].data_ptr() if "scales" in state1 else 0, block,
             table, column, width, band, units, 0, int(w.after), 0, 0 if w.last is None else w.last.data_ptr(),
+            matrices,
         ),
         w.measure,
     )  # fmt: skip

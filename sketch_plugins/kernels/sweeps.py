@@ -71,15 +71,16 @@ NONE, DENSE, INT8 = np.uint64(0), np.uint64(1), np.uint64(2)
     BLOCK,  # columns that share a scale
     TABLE2,  # of the second moment: table, dense numbers (0: there is none), covers of the rows
     COLUMN,  # covers of the columns
-    WIDTH,  # buckets
+    WIDTH,  # buckets of one matrix
     BAND,  # buckets of a unit
     UNITS,
     BASE,  # where its units begin in `squares` and `norms`
     AFTER,  # the first moment averages the preconditioned gradient
     NEW,  # where its rows begin in `rows`
     LAST,  # address of the RMS that the last step measured (0: nobody keeps them)
-) = range(17)
-PLACES = 17
+    MATRICES,  # matrices (experts) that rows, buckets and units belong to, those of one behind those of another
+) = range(18)
+PLACES = 18
 # Places in a piece.
 TASK, BEGIN, END, PHASE, MAXIMA = range(5)
 
@@ -382,11 +383,15 @@ def _bucket_body(table, o, f, j, part, most, s, n):
 
 
 @_part
-def _fold(g, first, height, rows, width, columns, table, f, p, norm, s):
-    """Squares of a band's members into the table, and in ``f``; the sum of the parameter's squares if ``norm``."""
+def _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, before):
+    """Squares of a band's members into the table, and in ``f``; the sum of the parameter's squares if ``norm``.
+
+    ``rows`` and ``width`` are those of one matrix; ``above`` and ``before`` are the rows and the buckets of those that
+    come before it.
+    """
     out = np.float64(0.0)
     for i in range(first, rows, width):
-        o, n = i * columns, min(height, rows - i) * columns
+        o, n = (above + i) * columns, min(height, rows - i) * columns
         for lo in range(_ZERO, n, _SPAN):
             length, part = min(_SPAN, n - lo), splat(_0)
             whole = length - length % LANES
@@ -406,7 +411,7 @@ def _fold(g, first, height, rows, width, columns, table, f, p, norm, s):
     for b in range(height):
         load_ = (rows - first - b + width - _ONE) // width
         gain = s[GAIN2] if s[MEAN] == _0 else s[GAIN2] / np.float32(load_)
-        o, q, whole = (first + b) * columns, b * columns, columns - columns % LANES
+        o, q, whole = (before + first + b) * columns, b * columns, columns - columns % LANES
         for j in range(_ZERO, whole, LANES):
             _table_body(table, o + j, f, q + j, s[DECAY2], gain, LANES)
         if whole < columns:
@@ -459,7 +464,9 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
         after, wide = task[AFTER], max(block, _SPAN // block * block)
         behind = U(buffer.ctypes.data) + U(4) * band * columns
         x, ones = at_address(like_f, behind), at_address(like_f, behind + U(4) * wide)
-        rows, blocks = task[SIZE] // columns, (columns + block - _ONE) // block
+        # Rows, buckets and bands of one matrix.
+        rows, blocks = task[SIZE] // columns // task[MATRICES], (columns + block - _ONE) // block
+        bands = (width + band - _ONE) // band
         # Where blocks end with a row, one run for all rows; else row by row.
         even = kind != INT8 or columns % block == 0
         s = _numbers(numbers[t])
@@ -478,12 +485,13 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
             for one in range(begin, end):
                 # Back again: what was looked at last is still in the cache.
                 unit = one if now & FOLD else begin + (end - _ONE - one)
-                first = unit * band
+                matrix = unit // bands
+                first, above, before = (unit - matrix * bands) * band, matrix * rows, matrix * width
                 height = min(band, width - first)
-                o, n = first * columns, height * columns
+                o, n = (before + first) * columns, height * columns
                 square, measured = np.float64(0.0), False
                 if now & FOLD:
-                    norms_ = _fold(g, first, height, rows, width, columns, table, f, p, norm, s)
+                    norms_ = _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, before)
                     if now & MEASURE:
                         norms[task[BASE] + unit] = norms_
                         if kind == NONE or after:
@@ -495,7 +503,7 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
                     if not now & look or (look == MEASURE and measured):
                         continue
                     rate = _1 if look == MEASURE else s[INNER] if after else s[STEP]
-                    _factors(table, first * columns, f, n, s, rate)
+                    _factors(table, (before + first) * columns, f, n, s, rate)
                     # Back again here, too, but where the fold has just gone forth in the same band.
                     back = now == APPLY
                     for one_ in range(members):
@@ -504,7 +512,8 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
                         runs, length = (_ONE, high * columns) if even else (high, columns)
                         for r in range(runs):
                             for lo in range(_ZERO, length, wide if after else length):
-                                o, q, at = (i + r) * columns + lo, r * columns + lo, (i + r) * blocks + lo // block
+                                row = above + i + r
+                                o, q, at = row * columns + lo, r * columns + lo, row * blocks + lo // block
                                 part = min(wide, length - lo) if after else length
                                 square += _span(
                                     p, o, part, g, x, f, q, ones, kind, dense, codes, scales, at, block, s, look, after

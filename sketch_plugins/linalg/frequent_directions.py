@@ -3,7 +3,8 @@ r"""Frequent Directions: a sketch of rank k of a decayed covariance, for any num
 The covariance of a stream of matrices :math:`A_1, A_2, \ldots` of shape ``(d, n)`` is
 :math:`L_t = \beta L_{t-1} + A_t A_t^\top`, a ``(d, d)`` matrix. Its sketch keeps k orthonormal directions V, what L
 weighs in them, and two numbers for the rest. Everything here is a pure function of tensors with leading batch
-dimensions ``*``; nothing waits for a device, but for what `torch.linalg` itself does.
+dimensions ``*``. A device is waited for by decompositions only: `torch.linalg` does that itself, and one flag is read
+beside it, whether all numbers of the result are finite. `torch.autocast` has no effect on any of it.
 
 Sources: Liberty 2013 (https://arxiv.org/abs/1206.0594); with a decay and escaped mass, Feinberg et al. 2023, "Sketchy"
 (https://arxiv.org/abs/2302.03764, Alg. 1 and section 5); Nystrom's form of an accumulated product, Tropp et al. 2017
@@ -13,7 +14,8 @@ Sources: Liberty 2013 (https://arxiv.org/abs/1206.0594); with a decay and escape
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -47,6 +49,27 @@ class Covariance(NamedTuple):
     trace: Tensor
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def in_full_precision(function: _F) -> _F:
+    """A function whose products `torch.autocast` leaves alone.
+
+    Covariances of products in bfloat16 have three digits, and a decomposition would take the rest for directions.
+    """
+
+    @wraps(function)
+    def run(first: Any, *args: Any, **kwargs: Any) -> Any:
+        tensor = first.values if isinstance(first, Covariance) else first
+        kind = tensor.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return function(first, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return cast(_F, run)
+
+
 def start(batch: tuple[int, ...], d: int, k: int, dtype: torch.dtype, device: torch.device) -> Covariance:
     """The sketch of a covariance that is 0: directions of no weight, the same ones on every machine."""
     none = torch.zeros(batch, dtype=dtype, device=device)
@@ -55,6 +78,7 @@ def start(batch: tuple[int, ...], d: int, k: int, dtype: torch.dtype, device: to
     return Covariance(vectors, torch.zeros(*batch, k, dtype=dtype, device=device), none, none.clone())
 
 
+@in_full_precision
 def fold(
     old: Covariance,
     columns: Tensor,
@@ -94,9 +118,12 @@ def fold(
             bound holds for the other two. Matrices of few rows or columns (`SMALL`) are left to ``"eigh"``.
         mass: ``(*)``, the trace that ``columns`` stand for, where they are themselves an approximation.
 
+    Returns:
+        The new sketch. A member of the batch that cannot be decomposed in any way, or whose numbers overflow, is not
+        finite (`finite`), and the others are as they would be without it: the caller keeps what it has.
+
     Raises:
         ValueError: an unknown ``tail`` or ``solver``.
-        torch.linalg.LinAlgError: no decomposition in float64 either. Check for NaN and infinities before.
     """
     if tail not in TAILS:
         raise ValueError(f"tail={tail!r} is not one of {', '.join(map(repr, TAILS))}")
@@ -119,6 +146,7 @@ def fold(
     return Covariance(vectors, values, rest, trace)
 
 
+@in_full_precision
 def accumulate(buffer: Tensor, vectors: Tensor, x: Tensor, decay: float) -> None:
     r"""``buffer <- decay * buffer + sum of x @ (x.T @ vectors)``, in place: :math:`\sum_s \beta^{t-s} A_s A_s^\top V`.
 
@@ -131,6 +159,7 @@ def accumulate(buffer: Tensor, vectors: Tensor, x: Tensor, decay: float) -> None
         buffer.mul_(decay).add_((x @ (x.mT @ vectors)).sum(0))
 
 
+@in_full_precision
 def drain(buffer: Tensor, vectors: Tensor) -> Tensor:
     r"""Columns B, ``(*, d, k)``, with :math:`B B^\top = Y (V^\top Y + \nu)^{-1} Y^\top`: Nystrom's approximation.
 
@@ -181,10 +210,8 @@ def inverse_root(
     that is 0 (below the smallest normal number) both are 1.
     """
     inside, outside = spectrum(sketch, tail)
-    top = inside.amax(-1)
-    nothing = top < torch.finfo(top.dtype).tiny
-    top = torch.where(nothing, 1.0, top)
-    floor = (sketch.vectors.shape[-2] if units is None else units) * torch.finfo(inside.dtype).eps / 2
+    top, nothing = _top(inside)
+    floor = floor_of(sketch.vectors.shape[-2] if units is None else units, inside.dtype)
     shift = eps if relative else eps / top.unsqueeze(-1)
     inner = ((inside / top.unsqueeze(-1)).clamp_min(floor) + shift).pow(exponent)
     outer = ((outside / top).clamp_min(floor) + (eps if relative else eps / top)).pow(exponent)
@@ -194,6 +221,23 @@ def inverse_root(
     return torch.where(nothing.unsqueeze(-1), 1.0, inner), torch.where(nothing, 1.0, outer)
 
 
+def floor_of(units: float, dtype: torch.dtype) -> float:
+    """What part of the largest eigenvalue the others are at least taken for, see `inverse_root`."""
+    return units * torch.finfo(dtype).eps / 2
+
+
+def largest(sketch: Covariance, tail: str) -> Tensor:
+    """``(*)``: the largest eigenvalue, as `inverse_root` has it: 1 where the covariance is 0."""
+    return _top(spectrum(sketch, tail)[0])[0]
+
+
+def _top(inside: Tensor) -> tuple[Tensor, Tensor]:
+    top = inside.amax(-1)
+    nothing = top < torch.finfo(top.dtype).tiny
+    return torch.where(nothing, 1.0, top), nothing
+
+
+@in_full_precision
 def multiply(x: Tensor, vectors: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
     r"""``x <- V inside V^T x + outside (x - V V^T x)``, in place, for ``x`` of shape ``(d, n)`` or ``(m, d, n)``.
 
@@ -207,6 +251,18 @@ def multiply(x: Tensor, vectors: Tensor, inside: Tensor, outside: Tensor) -> Ten
     return x.baddbmm_(scaled.expand(len(x), *scaled.shape), projected)
 
 
+def finite(sketch: Covariance) -> list[bool]:
+    """Whether all numbers of a sketch are finite, for each of a batch (of one dimension, or none: one flag).
+
+    A device is waited for once. Of meta tensors the answer is yes.
+    """
+    count = sketch.tail.numel()
+    if sketch.tail.is_meta:
+        return [True] * count
+    ends = sketch.tail.isfinite() & sketch.trace.isfinite() & sketch.values.isfinite().all(-1)
+    return (ends & sketch.vectors.isfinite().flatten(-2).all(-1)).reshape(-1).tolist()
+
+
 def _squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(-2, -1)).square()  # no memory for the squares
 
@@ -217,7 +273,7 @@ def _squares(x: Tensor) -> Tensor:
 
 def _svd(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     k = old.shape[-1]
-    u, s, _ = _robust(lambda m: torch.linalg.svd(m, full_matrices=False), torch.cat([kept, new], -1))
+    s, u = _robust(_singular, torch.cat([kept, new], -1))
     return u[..., :k], s[..., : k + 1].square()
 
 
@@ -232,12 +288,12 @@ def _eigh(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     upper, lower = torch.cat([kept.mT @ kept, cross], -1), torch.cat([cross.mT, new.mT @ new], -1)
     values, inner = _eigenpairs(torch.cat([upper, lower], -2))
     values, inner = values.flip(-1)[..., : k + 1], inner.flip(-1)[..., :k]
-    # What is smaller has lost all its digits in the product.
-    seen = values > values[..., :1] * (m * torch.finfo(new.dtype).eps)
+    # What is smaller has lost all its digits in the product. (NaN is not smaller: it must not pass for 0.)
+    seen = ~(values <= values[..., :1] * (m * torch.finfo(new.dtype).eps))
     # Descending, so what is badly known leaves the others alone; QR does not mind the columns' lengths. Present
     # directions fill up what was not seen, and if they were seen already, any others.
     u = kept @ inner[..., :k, :] + new @ inner[..., k:, :]
-    return torch.linalg.qr(torch.where(seen[..., None, :k], u, old)).Q, torch.where(seen, values, 0.0)
+    return _basis(torch.where(seen[..., None, :k], u, old)), torch.where(seen, values, 0.0)
 
 
 def _power(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,25 +306,113 @@ def _power(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         # As long as the others: squares of squares are taken.
         top = torch.linalg.vector_norm(fresh, float("inf"), (-2, -1), keepdim=True)
         guess = torch.cat([old, fresh / torch.where(top > 0, top, 1.0)], -1)
-    q = torch.linalg.qr(kept @ (kept.mT @ guess) + new @ (new.mT @ guess)).Q
+    q = _basis(kept @ (kept.mT @ guess) + new @ (new.mT @ guess))
     a, b = kept.mT @ q, new.mT @ q
     values, w = _eigenpairs(a.mT @ a + b.mT @ b)
     values, w = values.flip(-1).clamp_min(0), w.flip(-1)
     return q @ w[..., :k], values[..., : k + 1]
 
 
+# -- decompositions that do not fail in silence ----------------------------------------------------------------------
+
+
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    return _robust(torch.linalg.eigh, matrix)
+    """Ascending eigenvalues and eigenvectors of symmetric matrices."""
+    return _robust(_symmetric, matrix)
 
 
-def _robust(decompose: Callable[[Tensor], Any], matrix: Tensor) -> Any:
-    """In the matrix's own precision, and where that does not converge in float64."""
-    try:
+def _basis(matrix: Tensor) -> Tensor:
+    """Orthonormal columns that span, one after the other, what the columns of the matrix span."""
+    return _robust(_orthogonal, matrix)[1]
+
+
+def _symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+def _singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return values, left
+
+
+def _orthogonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    q, r = torch.linalg.qr(matrix)
+    return r, q
+
+
+def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``decompose`` makes of each matrix of a batch: a part that grows with the matrix, and one that does not.
+
+    LAPACK's divide and conquer fails for finite matrices, in MKL for one in six of float32 with many zero rows: it
+    does not converge, or returns NaN and says nothing. Whatever is not finite is therefore computed again, for the
+    members of the batch concerned (`_rescued`). One that nothing helps comes out as NaN.
+    """
+    if matrix.is_meta:  # a rehearsal: there are no numbers to look at
         return decompose(matrix)
+    size, vectors, good = None, None, None
+    try:
+        size, vectors = decompose(matrix)
+        # The matrix, too: of some matrices eigh reads one half only.
+        good = _finite_members(size, vectors) & matrix.isfinite().flatten(-2).all(-1)
+        if bool(good.all()):
+            return size, vectors
     except torch.linalg.LinAlgError:
-        if matrix.dtype == torch.float64:
-            raise
-        return tuple(part.to(matrix.dtype) for part in decompose(matrix.double()))
+        pass
+    batch = matrix.shape[:-2]
+    members = matrix.reshape(-1, *matrix.shape[-2:])
+    # After an exception nobody knows which members it was about.
+    fine = [False] * len(members) if good is None else good.reshape(-1).tolist()
+    found: list[tuple[Tensor, Tensor]] = []
+    for i, one in enumerate(members):
+        if fine[i]:
+            assert size is not None and vectors is not None
+            found.append((size.reshape(-1, *size.shape[len(batch) :])[i], vectors.reshape(-1, *vectors.shape[-2:])[i]))
+        else:
+            found.append(_rescued(decompose, one, good is None and len(members) > 1))
+    parts = [torch.stack(part) for part in zip(*found, strict=True)]
+    return parts[0].reshape(*batch, *parts[0].shape[1:]), parts[1].reshape(*batch, *parts[1].shape[1:])
+
+
+def _rescued(
+    decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor, untried: bool
+) -> tuple[Tensor, Tensor]:
+    """One matrix: as it is where that is ``untried``, in float64 scaled to 1, then with a little more on its diagonal.
+
+    The last moves eigenvalues by some units in float64's last place: the algorithms fail where numbers are exactly 0.
+    """
+    top = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
+    if bool(top.isfinite()):
+        exact = matrix.double() / torch.where(top > 0, top, 1.0).double()
+        off = exact.clone()
+        off.diagonal().add_(max(matrix.shape) * torch.finfo(torch.float64).eps)
+        own: list[tuple[Tensor, Tensor | None]] = [(matrix, None)] if untried else []
+        for attempt, scale in [*own, (exact, top), (off, top)]:
+            try:
+                size, vectors = decompose(attempt)
+            except torch.linalg.LinAlgError:
+                continue
+            if scale is not None:
+                size, vectors = (size * scale.double()).to(matrix.dtype), vectors.to(matrix.dtype)
+            if bool(_finite_members(size, vectors)):
+                return size, vectors
+    return _nothing(decompose, matrix)
+
+
+def _nothing(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """NaN of the shapes that ``decompose`` returns."""
+    d, n = matrix.shape[-2:]
+    least = min(d, n)
+    shape = (least, n) if decompose is _orthogonal else (least,)
+    return matrix.new_full(shape, torch.nan), matrix.new_full((d, least), torch.nan)
+
+
+def _finite_members(size: Tensor, vectors: Tensor) -> Tensor:
+    """``(*)``, a flag for each member of a batch."""
+    numbers = size.isfinite()
+    for _ in range(size.ndim - vectors.ndim + 2):
+        numbers = numbers.all(-1)
+    return numbers & vectors.isfinite().flatten(-2).all(-1)
 
 
 def _noise(d: int, k: int, like: Tensor) -> Tensor:

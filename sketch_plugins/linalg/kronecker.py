@@ -96,24 +96,65 @@ class Kronecker:
         """The unfoldings ``(d, n)`` themselves; views where the layout allows it."""
         return {side: part.transpose(0, 1).reshape(side.size, -1) for side, part in self._unfolded(x)}
 
-    def precondition(
-        self, state: State, x: Tensor, exponent: float, eps: float, tail: str, absolute: bool = True
-    ) -> None:
-        """``x``, contiguous and of the tensor's shape, times the inverse roots along every axis, in place.
+    def precondition(self, state: State, x: Tensor, exponent: float, eps: float, tail: str) -> None:
+        """``x``, contiguous and of the tensor's shape, times the inverse roots along every axis, in place."""
+        log, power = self.turn(state, x, exponent, eps, tail, sizes=True)
+        x.mul_(log.exp().to(x.dtype)).ldexp_(-power.to(x.dtype))
 
-        Not ``absolute``: each over that of its largest eigenvalue, where only the direction matters.
+    def turn(
+        self, state: State, x: Tensor, exponent: float, eps: float, tail: str, sizes: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`precondition` but for a positive factor, the same for all of ``x``.
+
+        The roots themselves have any size (of a covariance of 1e-30 an exponent of -1 makes 1e30 along each axis), and
+        so have gradients. ``x`` is made of numbers of moderate size, whose squares neither overflow nor vanish, and
+        along each axis it is multiplied by the root over that of the largest eigenvalue.
+
+        Args:
+            state: the covariances.
+            x: contiguous and of the tensor's shape; changed in place.
+            exponent: of the covariances, at most 0.
+            eps: see `frequent_directions.inverse_root`.
+            tail: see `frequent_directions.fold`.
+            sizes: whether the logarithm is wanted. Without it 0 is returned, and nothing is computed for it where
+                there are no blocks that have to be comparable.
+
+        Returns:
+            ``(log, power)``, 0-d, float64 where the device has that: what is missing is a factor of
+            ``exp(log) / 2**power``.
         """
         x = x.view(self.dims)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        sides = [(side, side.get(state)) for side in self.sides]
+        logs = torch.zeros(len(self.blocks), dtype=wide, device=x.device)
+        sizes = sizes or len(self.blocks) > 1
+        if sizes:
+            for side, covariance in sides:
+                logs[side.block] += exponent * fd.largest(covariance, tail).to(wide).log()
+        common = logs.amax() if sizes else logs.new_zeros(())
+        # A power of 2 changes no digit. No entry grows by more than this: by `floor` in every `inverse_root`.
+        smallest, largest = x.aminmax()
+        top = torch.maximum(-smallest, largest)
+        growth = max(
+            sum(exponent * math.log2(fd.floor_of(s.size, x.dtype)) for s, _ in sides if s.block == number)
+            for number in range(len(self.blocks))
+        )
+        # Times the root's largest factor it has to be a number itself.
+        limit = int(0.8 * math.log2(torch.finfo(x.dtype).max))
+        power = (-round(growth / 2) - torch.frexp(top).exponent.to(wide)).clamp(-limit, limit)
+        scale = torch.ldexp(torch.ones_like(top), power.to(x.dtype))
         for number, block in enumerate(self.blocks):
             part = x[block]
             whole = part if part.ndim == 2 or part.is_contiguous() else part.contiguous()
-            for side in self.sides:
+            factor = scale * (logs[number] - common).exp().to(x.dtype) if len(self.blocks) > 1 else scale
+            for side, covariance in sides:
                 if side.block == number:
-                    covariance = side.get(state)
-                    inside, outside = fd.inverse_root(covariance, exponent, eps, tail, absolute=absolute)
-                    _along(whole, side.axis, covariance.vectors, inside, outside)
+                    inside, outside = fd.inverse_root(covariance, exponent, eps, tail, absolute=False)
+                    _along(whole, side.axis, covariance.vectors, inside * factor, outside * factor)
+                    factor = torch.ones_like(scale)
             if whole is not part:
                 part.copy_(whole)
+        return common, power
 
     def _unfolded(self, x: Tensor) -> Iterator[tuple[Side, Tensor]]:
         """``(m, d, n)``: m matrices whose columns are the vectors along the axis."""
@@ -166,15 +207,22 @@ class Side:
             state[self.key(name)].copy_(tensor)
 
 
-def solve(due: Iterable[tuple[Side, State, Tensor | None]], decay: float, tail: str, solver: str) -> None:
+#: A covariance, its state, and new columns; without them what was gathered is folded.
+Due = tuple[Side, State, Tensor | None]
+
+
+def solve(due: Iterable[Due], decay: float, tail: str, solver: str) -> list[Due]:
     """Fold what was gathered (or the columns given) into the covariances: equal shapes in one batched call.
 
-    Everything is computed before anything is written. A stack is bounded by `STACK` numbers.
+    A stack is bounded by `STACK` numbers; all of it is computed before anything of it is written. One flag is read for
+    each: whether everything is finite.
 
-    Raises:
-        torch.linalg.LinAlgError: no decomposition in float64 either; those written before are whole.
+    Returns:
+        Those that could not be folded. Their covariances are the last ones, and what was gathered waits for the next
+        solve, unless it is not finite itself: then it is dropped.
     """
-    stacks: dict[tuple[object, ...], list[tuple[Side, State, Tensor | None]]] = {}
+    stacks: dict[tuple[object, ...], list[Due]] = {}
+    failed: list[Due] = []
     for item in due:
         side, state, columns = item
         vectors = state[side.key("vectors")]
@@ -185,10 +233,11 @@ def solve(due: Iterable[tuple[Side, State, Tensor | None]], decay: float, tail: 
         numbers = side.size * (2 * side.rank if columns is None else side.rank + columns.shape[-1])
         most = max(1, STACK // numbers)
         for first in range(0, len(members), most):
-            _solve(members[first : first + most], decay, tail, solver)
+            failed += _solve(members[first : first + most], decay, tail, solver)
+    return failed
 
 
-def _solve(members: Sequence[tuple[Side, State, Tensor | None]], decay: float, tail: str, solver: str) -> None:
+def _solve(members: Sequence[Due], decay: float, tail: str, solver: str) -> list[Due]:
     def stacked(name: str) -> Tensor:
         return torch.stack([state[side.key(name)] for side, state, _ in members])
 
@@ -200,12 +249,18 @@ def _solve(members: Sequence[tuple[Side, State, Tensor | None]], decay: float, t
     else:
         gathered = fd.drain(stacked("buffer"), old.vectors)
         new = fd.fold(old, gathered, stacked("decay"), tail=tail, solver=solver, mass=stacked("mass"))
+    fine = fd.finite(new)
     for i, (side, state, _) in enumerate(members):
-        side.keep(state, Covariance(*(tensor[i] for tensor in new)))
-        if not columns:
+        if fine[i]:
+            side.keep(state, Covariance(*(tensor[i] for tensor in new)))
+        # What was gathered is used up, or of no use. Else it waits for the next solve.
+        if not columns and (
+            fine[i] or not all(bool(state[side.key(name)].isfinite().all()) for name in ("buffer", "mass"))
+        ):
             state[side.key("buffer")].zero_()
             state[side.key("mass")].zero_()
             state[side.key("decay")].fill_(1.0)
+    return [item for item, well in zip(members, fine, strict=True) if not well]
 
 
 def merged(shape: Sequence[int], most: int) -> tuple[int, ...]:

@@ -144,7 +144,7 @@ def sharded_cost(choice: Choice, subject: Subject, cuda: bool, stage: int, world
     most = 0
     optimizer = choice.build([torch.nn.Parameter(torch.empty(1, device="meta"))], cuda)
     for rank in range(world):
-        held = list(_pieces(shapes, stage, rank, world))
+        held = list(_pieces(optimizer, shapes, stage, rank, world))
         elements = sum(piece.numel for piece in held)
         if isinstance(optimizer, SketchOptimizer):
             group = optimizer.param_groups[0]
@@ -256,8 +256,15 @@ def _step(optimizer: torch.optim.Optimizer, subject: Subject, cuda: bool) -> Cos
     return Cost(sum(left.values()), max(passing, default=0))
 
 
-def _pieces(shapes: Sequence[tuple[int, ...]], stage: int, rank: int, world: int) -> Iterator[Piece]:
+def _pieces(
+    optimizer: torch.optim.Optimizer, shapes: Sequence[tuple[int, ...]], stage: int, rank: int, world: int
+) -> Iterator[Piece]:
     start = 0
+
+    def batch(f: Fragment) -> int:
+        ours = isinstance(optimizer, SketchOptimizer)
+        return optimizer.batch_axes(f.whole, optimizer.param_groups[0]) if ours else 0  # type: ignore[attr-defined]
+
     share = -(-sum(map(prod, shapes)) // world)
     low, high = rank * share, (rank + 1) * share
     for index, shape in enumerate(shapes):
@@ -268,7 +275,7 @@ def _pieces(shapes: Sequence[tuple[int, ...]], stage: int, rank: int, world: int
         else:
             first, last = max(low - start, 0), min(high - start, n)
         if first < last:
-            yield from pieces([Fragment(index, shape, first, last - first, 0)])
+            yield from pieces([Fragment(index, shape, first, last - first, 0)], batch)
         start += n
 
 

@@ -47,17 +47,24 @@ class SecondMomentProbe:
         for key, p, group, index in self._sample():
             if p.grad is None:
                 continue
-            shape = matrix_shape(p.shape)
+            batch = self.optimizer._batch(p, group)
+            shape = matrix_shape(p.shape, batch)
             state = self.optimizer.state.get(p, {})  # which may hold keys of others alone
             step = int(state["step"]) if "step" in state else 0
             ema = self.optimizer._rule(group, step + 1, False).second
             if ema is None:
                 continue
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            if p.grad.is_sparse:
+            if p.grad.is_sparse and batch:  # it has whole matrices
+                matrices = index.div(shape[0] // p.shape[0], rounding_mode="floor").tolist()
+                rows = (index % (shape[0] // p.shape[0])).tolist()
+                g = torch.stack([p.grad[i].to_dense()[j].reshape(-1) for i, j in zip(matrices, rows, strict=True)]).to(
+                    dtype
+                )
+            elif p.grad.is_sparse:
                 g = torch.stack([p.grad[i].to_dense().reshape(-1) for i in index.tolist()]).to(dtype)
             else:
-                g = Matrix(p.grad).get(Rows(shape[0], index, 0, shape[1])).to(dtype)
+                g = Matrix(p.grad, batch).get(Rows(shape[0], index, 0, shape[1])).to(dtype)
             old = self._exact.get(key)
             if old is not None:
                 old = old.to(g.device)  # a probe restored from a checkpoint
@@ -89,7 +96,7 @@ class SecondMomentProbe:
     def _estimate(self, p: Tensor, group: dict[str, Any], index: Tensor) -> Tensor:
         store = self.optimizer._stores(p, group)[1]
         assert store is not None
-        shape = matrix_shape(p.shape)
+        shape = self.optimizer._matrix_shape(p, group)
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         return store.read(self.optimizer.state[p]["second_moment"], Rows(shape[0], index, 0, shape[1]), dtype).clone()
 
@@ -105,7 +112,7 @@ class SecondMomentProbe:
         found.sort(key=lambda f: -f[0])
         out = []
         for _, key, p, group in found[: self.params]:
-            total = matrix_shape(p.shape)[0]
+            total = self.optimizer._matrix_shape(p, group)[0]
             h = row_hashes(total, total, 1, "affine", self.seed)[0]
             picked = h.bucket(torch.arange(min(self.rows, total))).sort().values
             out.append((key, p, group, picked.to(p.device)))

@@ -43,6 +43,7 @@ class CSAdagrad(SketchOptimizer):
         width: see `CSAdam`.
         depth: see `CSAdam`.
         hash: see `CSAdam`.
+        batch_dims: see `CSAdam`.
         table_dtype: see `CSAdam`.
         bucket: ``"sum"`` (default) or ``"mean"``.
         clean_every: see `CSAdam`.
@@ -107,6 +108,7 @@ class CSAdagrad(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        batch_dims: int | str | None = None,
         table_dtype: str | None = None,
         bucket: str | None = None,
         clean_every: int | None = None,

@@ -26,6 +26,7 @@ _SHARED = {
     "width": 0,
     "depth": 1,
     "hash": "strided",
+    "batch_dims": "auto",
     "table_dtype": "fp32",
     "seed": 0,
     "min_compress_size": 4096,
@@ -58,7 +59,8 @@ class CSAdam(SketchOptimizer):
     r"""AdamW whose moments are compressed: by default 1.24 bytes of state a parameter instead of 8.
 
     Every parameter with 2 or more dimensions and at least ``min_compress_size`` elements is an :math:`R \times D`
-    matrix (dimension 0 by the rest); vectors, scalars and small tensors keep exact float32 moments. At step :math:`t`
+    matrix (dimension 0 by the rest; the experts of a mixture, :math:`E \times R \times D`, are E such matrices).
+    Vectors, scalars and small tensors keep exact float32 moments. At step :math:`t`
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad
@@ -116,6 +118,12 @@ class CSAdam(SketchOptimizer):
         width: number of buckets, instead of ``compression``; more than R is R.
         depth: number of hashes; the estimate is the minimum (second moment) or median (first moment).
         hash: ``"strided"`` or ``"affine"`` (a seeded bijection); see `sketch_plugins.hashing`.
+        batch_dims: how many of a tensor's first axes are a batch of matrices. With 1 a tensor of three or more
+            dimensions is a batch of matrices, and each of them has buckets of its own (``compression`` and ``width``
+            are those of one matrix): no expert shares a bucket with another one. With 0 dimension 0 is the rows.
+            ``"auto"`` (default): 1 for a tensor ``(E, R, D)`` whose R and D are 16 or more, if E is at most R and D, or
+            if D is 256 or more; 0 for all others, such as convolutions. Where no moment is kept in a sketch, nothing
+            depends on it.
         table_dtype: numbers of the sketches' tables (``count_sketch``, ``count_min`` and the profiles of
             ``row_count_min``): ``"fp32"`` (default) or ``"bf16"``, half the bytes. A bfloat16 table is rounded
             stochastically at every write, so that its expected value is the float32 table's; the noise is a function
@@ -193,6 +201,7 @@ class CSAdam(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        batch_dims: int | str | None = None,
         table_dtype: str | None = None,
         bucket: str | None = None,
         clean_every: int | None = None,
@@ -247,6 +256,7 @@ class CSRMSprop(SketchOptimizer):
         width: see `CSAdam`.
         depth: see `CSAdam`.
         hash: see `CSAdam`.
+        batch_dims: see `CSAdam`.
         table_dtype: see `CSAdam`.
         bucket: see `CSAdam`.
         clean_every: see `CSAdam`.
@@ -304,6 +314,7 @@ class CSRMSprop(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        batch_dims: int | str | None = None,
         table_dtype: str | None = None,
         bucket: str | None = None,
         clean_every: int | None = None,

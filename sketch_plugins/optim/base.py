@@ -38,7 +38,7 @@ from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import NoEffect, Option, misspelt, unknown_option, validate
 from sketch_plugins.optim.plan import Known, Plan, group_marks
 from sketch_plugins.optim.written import MARK, modernize, renew, written_by, written_with
-from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape, tiles
+from sketch_plugins.sharding.blocks import At, Matrix, Rows, is_batch, matrix_shape, tiles
 from sketch_plugins.sharding.parts import (
     PLACE,
     Part,
@@ -307,7 +307,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._parts.add(self.param_groups[-1], len(self.param_groups) - 1)
+        self._parts.add(self.param_groups[-1], len(self.param_groups) - 1, self.batch_axes)
         if self._plan is not None:
             self._plan.large = None
 
@@ -417,7 +417,7 @@ class SketchOptimizer(torch.optim.Optimizer):
     def planned_state(self, p: Shaped, group: Mapping[str, Any]) -> dict[str, tuple[Store | Further, int]]:
         """Name -> (store, bytes) of the state of a parameter (or part), whether or not it exists yet."""
         first, second = self._stores(p, group)
-        shape, dtype = matrix_shape(p.shape), _arithmetic(p)
+        shape, dtype = self._matrix_shape(p, group), _arithmetic(p)
         named = {"first_moment": first, "second_moment": second}
         return {
             **{name: (store, store.nbytes(shape, dtype)) for name, store in named.items() if store is not None},
@@ -485,7 +485,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                 renew(type(self).__name__, self.OPTIONS, group)
         if self._parts_of is None:  # a copy: its parameters are those that it was given
             for number, group in enumerate(self.param_groups):
-                self._parts.add(group, number)
+                self._parts.add(group, number, self.batch_axes)
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; what belongs to the shard of a DTensor is a DTensor, too.
@@ -540,7 +540,9 @@ class SketchOptimizer(torch.optim.Optimizer):
         dtype = _arithmetic(p)
         stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
         layout: dict[str, Any] = {
-            name: store.layout(matrix_shape(p.shape), dtype) for name, store in stores.items() if store is not None
+            name: store.layout(self._matrix_shape(p, group), dtype)
+            for name, store in stores.items()
+            if store is not None
         }
         layout |= {name: further.layout(dtype) for name, further in self._beside(p, group).items()}
         if part.piece is not None:
@@ -708,7 +710,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             if one.p.numel():
                 self._clean(one)
             if one.group.get("lagged_rms") and one.step == 1:  # no row to measure, and the next step is not the first
-                one.state["rms"]["last"][1] = _rms(Matrix(one.p.data), one.grad)
+                one.state["rms"]["last"][1] = _rms(one.grad.like(one.p.data), one.grad)
             self._keep(one)
         for one in eager:
             with self._undone_by_an_error(one):
@@ -716,7 +718,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                 one.state["step"] += 1
                 self._clean(one)
                 with opened(one.p) as p:
-                    grad = one.grad if p is one.p else one.grad.of(Matrix(p.data))
+                    grad = one.grad if p is one.p else one.grad.of(one.grad.like(p.data))
                     self._eager(p, grad, one.rule, one.state, one.named, one.group)
             self._keep(one)
         for members, known, take in takes:
@@ -792,8 +794,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         assert one.rule is not None
         p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
         p.owner = p.data
-        gradient, state = Matrix(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
-        grad = one.grad.of(Matrix(p.data), gradient)
+        gradient, state = one.grad.like(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
+        grad = one.grad.of(one.grad.like(p.data), gradient)
         # Nobody can ask a fake tensor for its number; `sketch_plugins.plan` answers for it that this is no first step.
         state["step"] = torch.full((), 2.0) if fake else one.state["step"] + 1
         with scratch.scratch():
@@ -942,7 +944,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             ema = rule.first if name == "first_moment" else rule.second
             if store.write_first and ema is not None:
                 store.write(state[name], grad, ema)
-        self._apply(Matrix(p.data), grad, rule, state, first, second, group)
+        self._apply(grad.like(p.data), grad, rule, state, first, second, group)
 
     def _apply(
         self,
@@ -1036,7 +1038,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
         if not self._numbers_are_answered:
             _refuse_fake(p.data, g, label)
-        rows, packed, values = None, False, g
+        rows, packed, values, batch = None, False, g, self._batch(p, group)
         if g.layout == torch.sparse_coo:
             if g.sparse_dim() != 1 or p.ndim < 1:
                 raise ValueError(
@@ -1045,21 +1047,27 @@ class SketchOptimizer(torch.optim.Optimizer):
                 )
             g = g.coalesce()
             rows, packed, values = g.indices()[0], True, g.values()
+            if batch:  # a touched matrix has touched rows
+                height = math.prod(p.shape[1 : batch + 1])
+                rows = (rows.unsqueeze(-1) * height + torch.arange(height, device=rows.device)).flatten()
         elif g.layout != torch.strided:
             raise ValueError(f"{label} has a gradient of layout {g.layout}; allowed are strided and sparse_coo")
-        shape, dtype = matrix_shape(p.shape), _arithmetic(p)
+        shape, dtype = matrix_shape(p.shape, batch), _arithmetic(p)
         state = self._state_of(p)
         if state:
             self._check_state(p, group, state, label, "present")
         chunk = group["chunk_size"] or (CPU_CHUNK if p.device.type == "cpu" else ACCELERATOR_CHUNK)
-        l2 = (Matrix(p.data), group["weight_decay"]) if self._couples(group) else None
+        l2 = (Matrix(p.data, batch), group["weight_decay"]) if self._couples(group) else None
         # Vectors and small tensors cost calls, not arithmetic: compiled, they would only cost more. Ragged blocks fuse
         # badly.
         ragged = shape[1] > group.get("block_size", 1) and shape[1] % group.get("block_size", 1) != 0
         compile = group["compile"] and g.layout == torch.strided and not _exact(p, group) and not ragged
         if compile and not group["chunk_size"]:
             chunk = COMPILED_CHUNK
-        grad = Gradient(Matrix(values), rows, dtype, chunk, shape, packed, group["maximize"], l2, compile)
+        matrices = math.prod(p.shape[:batch])
+        grad = Gradient(
+            Matrix(values, batch), rows, dtype, chunk, shape, packed, group["maximize"], l2, compile, matrices
+        )
         row_sparse = False if rows is not None or p.ndim < 2 else self._row_sparse(p, group)
         if row_sparse is not False:
             touched = _touched_rows(grad)
@@ -1133,7 +1141,8 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         """(first, second) moment stores of a parameter, or of a part of one."""
-        exact = _exact(p, group)
+        exact, batch = _exact(p, group), self._batch(p, group)
+        matrix = matrix_shape(p.shape, batch)
         # An optimizer that offers no sketch has no options for one.
         sketch = (
             group.get("compression", 1.0),
@@ -1142,21 +1151,48 @@ class SketchOptimizer(torch.optim.Optimizer):
             group.get("hash", "strided"),
             group["seed"],
             group.get("table_dtype", "fp32") == "bf16",
+            max(1, math.prod(p.shape[:batch])),  # a shard may have none of the matrices
         )
         second_moment = group.get("second_moment", "none")
         # Only what a store depends on: other stores are the same object for every shape.
-        cover = (tuple(p.shape), group.get("variant", "II")) if second_moment == "cover" and not exact else ((), "II")
+        dims = matrix if batch else tuple(p.shape)
+        cover = (dims, group.get("variant", "II")) if second_moment == "cover" and not exact else ((), "II")
         return (
             _first_store(
                 group.get("first_moment", "none"),
                 exact,
-                matrix_shape(p.shape)[1],
+                matrix[1],
                 group.get("block_size", 128),
                 group.get("first_moment_rounding", "nearest") == "stochastic",
                 sketch,
             ),
             _second_store(second_moment, exact, group.get("bucket", "mean"), sketch, cover),
         )
+
+    def batch_axes(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> int:
+        """How many of the first axes of a parameter of this shape are a batch of matrices: see ``batch_dims``.
+
+        It is asked of the whole parameter: shards and pieces of it follow. Only sketches depend on it; without one a
+        parameter has dimension 0 for rows.
+        """
+        option = group.get("batch_dims", 0)
+        if option == 0 or len(whole) < 3 or math.prod(whole) < group["min_compress_size"] or not self._sketches(group):
+            return 0
+        return int(option == 1 or is_batch(whole))
+
+    def _sketches(self, group: Mapping[str, Any]) -> bool:
+        """Whether a moment of the group's parameters is kept in a sketch."""
+        return (
+            group.get("second_moment") in ("count_min", "row_count_min") or group.get("first_moment") == "count_sketch"
+        )
+
+    def _batch(self, p: Shaped, group: Mapping[str, Any]) -> int:
+        """The same of a parameter, or of a part of one; a piece of one matrix of a batch is no batch."""
+        whole = whole_shape(p)
+        return self.batch_axes(whole, group) if len(p.shape) == len(whole) else 0
+
+    def _matrix_shape(self, p: Shaped, group: Mapping[str, Any]) -> tuple[int, int]:
+        return matrix_shape(p.shape, self._batch(p, group))
 
     # -- options and state dicts ---------------------------------------------------------------------------------
 
@@ -1244,6 +1280,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                 if name not in group:
                     continue
                 if name not in saved:  # an option that is younger than the checkpoint
+                    if name == "batch_dims":
+                        self._check_batches(group, saved, incoming["state"])
                     saved[name] = group[name]
                 saved[name] = self._group_value(name, saved[name])
                 if option.structural and saved[name] != group[name]:
@@ -1285,6 +1323,19 @@ class SketchOptimizer(torch.optim.Optimizer):
                     )
                 for part in parts if ours else ():
                     self._check_state(part, group, state[part.key], self._label(group, part))
+
+    def _check_batches(self, group: Mapping[str, Any], saved: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
+        """Raise ValueError where state is from the time when all the matrices of a batch shared their buckets."""
+        for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            for part in self._parts.of(index, p) if state.get(key) else ():
+                if self.batch_axes(part.whole, group):
+                    raise ValueError(
+                        "the state dict was written before the option batch_dims existed: in its state of "
+                        f"{self._label(group, part)} the {part.whole[0]} matrices share their buckets. With "
+                        f"batch_dims={group['batch_dims']!r} each matrix has buckets of its own. Build the optimizer "
+                        "with batch_dims=0 (in this group at least) to continue with the old layout, or start with "
+                        "new state"
+                    )
 
     def _check_state(self, p: Part, group: Mapping[str, Any], saved: Any, label: str, which: str = "saved") -> None:
         """Raise ValueError unless ``saved`` is the state that the group's options describe; others may have keys in it.
@@ -1338,7 +1389,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         dtype = _arithmetic(p)
         for name, store in stores.items():
             if store is not None:
-                layout = store.layout(matrix_shape(p.shape), dtype)
+                layout = store.layout(self._matrix_shape(p, group), dtype)
                 _check_tensors(saved.get(name), layout, f"the {which} {name}", label)
                 if which == "saved":
                     _check_numbers(p, saved[name], name, label)
@@ -1431,7 +1482,7 @@ class Factors:
         assert self.second is not None and self.rule.second is not None and self.rule.denominator is not None
         place = None
         if self.second.by_bucket and self.period and not isinstance(at, Rows):
-            place = (at.start % self.period, at.rows, at.lo)
+            place = (self.second.bucket_of(at), at.rows, at.lo)
         if self._factor is None or place is None or place != self._place:
             look = self.second.peek if self.peek else self.second.advance
             v = look(self.state["second_moment"], at, g, self.rule.second)
@@ -1445,15 +1496,15 @@ class Factors:
         return self._factor
 
 
-# compression, width, depth, hash, seed, and whether tables are bfloat16
-_SketchOptions = tuple[float, int, int, str, int, bool]
+# compression, width, depth, hash, seed, whether tables are bfloat16, and how many matrices have buckets of their own
+_SketchOptions = tuple[float, int, int, str, int, bool, int]
 
 
 @lru_cache(maxsize=1024)
 def _first_store(
     kind: str, exact: bool, columns: int, block_size: int, stochastic: bool, sketch: _SketchOptions
 ) -> Store | None:
-    compression, width, depth, hash, seed, bf16 = sketch
+    compression, width, depth, hash, seed, bf16, matrices = sketch
     if kind == "none":
         return None
     # One column: code and scale of a block of one element would take more than the number itself.
@@ -1463,7 +1514,9 @@ def _first_store(
         return Int8(block_size=block_size, stochastic=stochastic, seed=seed)
     if kind == "bf16":
         return Dense(order=1, bf16=True)
-    return CountSketch(compression=compression, width=width, depth=depth, hash=hash, seed=seed, bf16=bf16)
+    return CountSketch(
+        compression=compression, width=width, depth=depth, hash=hash, seed=seed, bf16=bf16, matrices=matrices
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -1474,7 +1527,6 @@ def _second_store(
     sketch: _SketchOptions,
     cover: tuple[tuple[int, ...], str],
 ) -> Store | None:
-    compression, width, depth, hash, seed, bf16 = sketch
     if kind == "none":
         return None
     if exact or kind == "dense":
@@ -1482,7 +1534,11 @@ def _second_store(
     if kind == "cover":
         return Cover(dims=cover[0], variant=cover[1])
     store = RowCountMin if kind == "row_count_min" else CountMin
-    return store(compression=compression, width=width, depth=depth, hash=hash, bucket=bucket, seed=seed, bf16=bf16)
+    compression, width, depth, hash, seed, bf16, matrices = sketch
+    return store(
+        compression=compression, width=width, depth=depth, hash=hash, bucket=bucket, seed=seed, bf16=bf16,
+        matrices=matrices,
+    )  # fmt: skip
 
 
 def _one_of_width_and_compression(given: Mapping[str, Any]) -> None:

@@ -229,7 +229,8 @@ def _part_state(
     optimizer: SketchOptimizer, group: Mapping[str, Any], part: Part, source: _Source, label: str
 ) -> dict[str, Any]:
     dtype = torch.float64 if part.dtype == torch.float64 else torch.float32
-    matrix = matrix_shape(part.shape)
+    batch = optimizer._batch(part, group)
+    matrix = matrix_shape(part.shape, batch)
     stores = dict(zip(("first_moment", "second_moment"), optimizer._stores(part, group), strict=True))
     state: dict[str, Any] = {"step": torch.tensor(source.step, dtype=torch.float32)}
     for name, store in stores.items():
@@ -251,11 +252,11 @@ def _part_state(
                 "CSMomentum can go on from SGD"
             )
         second = source.second.under(rule.second, source.step)
-        second_store.assign(state["second_moment"], second)
+        second_store.assign(state["second_moment"], second.flatten(0, batch))
     if first_store is not None and source.first is not None:
         first = _first(optimizer, group, part, source, second)
         if first is not None:
-            first_store.assign(state["first_moment"], first)
+            first_store.assign(state["first_moment"], first.flatten(0, batch))
     if "rms" in state:  # lagged_rms
         state["rms"]["last"].copy_(_measured(optimizer, group, part, source, second))
     return state

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.work import NUMBERS, Work
-from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.stores import Gradient, Store
 
@@ -111,7 +110,7 @@ def describe(
 
     ``new``: no step has measured anything yet (`lagged_rms`).
     """
-    parameter, gradient = Matrix(p)._flat, grad.matrix._flat
+    parameter, gradient = grad.like(p)._flat, grad.matrix._flat
     if parameter is None or gradient is None or grad.dtype != torch.float32:
         return None
     first, second = stores

@@ -41,6 +41,7 @@ class CSMomentum(SketchOptimizer):
         width: see `CSAdam`.
         depth: see `CSAdam`.
         hash: see `CSAdam`.
+        batch_dims: see `CSAdam`.
         table_dtype: see `CSAdam`.
         block_size: see `CSAdam`.
         first_moment_rounding: see `CSAdam`.
@@ -113,6 +114,7 @@ class CSMomentum(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        batch_dims: int | str | None = None,
         table_dtype: str | None = None,
         block_size: int | None = None,
         first_moment_rounding: str | None = None,

@@ -244,6 +244,14 @@ COMMON = _table(
         structural=True,
     ),
     Option(
+        "batch_dims",
+        str,
+        "how many first axes are a batch of matrices, each with buckets of its own: 'auto' (default): 1 for weights of "
+        "three dimensions whose shape is no convolution's (experts), else 0; or 0, or 1",
+        choices=("auto", 0, 1),
+        structural=True,
+    ),
+    Option(
         "table_dtype",
         str,
         "numbers of the sketches' tables: 'fp32' (default), or 'bf16', rounded stochastically",

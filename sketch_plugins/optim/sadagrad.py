@@ -12,7 +12,7 @@ from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.optim.base import Further, Members, Rule, SketchOptimizer
 from sketch_plugins.optim.options import COMMON, Option, rate
-from sketch_plugins.optim.sketchy import check_finite, take
+from sketch_plugins.optim.sketchy import check_finite, take, warn_of
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Part, Shaped
 from sketch_plugins.stores import Gradient, Store
@@ -51,6 +51,9 @@ class SAdagrad(SketchOptimizer):
 
     Raises:
         ValueError: as `CSAdam`; in `step`, a gradient that is not finite: nothing has been changed then.
+
+    Warns:
+        RuntimeWarning: as `Sketchy`.
 
     Source: https://arxiv.org/abs/2302.03764, Alg. 1 and 2. Deviations: no projection onto a bounded set; one sketch for
     each parameter; where the sum is singular a floor at round-off in place of the pseudo-inverse: as the gradient is in
@@ -134,7 +137,11 @@ class SAdagrad(SketchOptimizer):
             # The root mixes the numbers: every one of them takes a step.
             grad = Gradient(whole, None, grad.dtype, grad.chunk, grad.shape)
         covariance = fd.fold(side.get(state["preconditioner"]), vector, 1.0, tail="paper", solver=group["solver"])
-        side.keep(state["preconditioner"], covariance)
+        if all(fd.finite(covariance)):
+            side.keep(state["preconditioner"], covariance)
+        else:
+            covariance = side.get(state["preconditioner"])
+            warn_of([(p, group)], self)
         # What the decomposition of rank + 1 columns resolves. Not d: of 100,000 numbers that is 0.6 % of the largest.
         units = 2.0 * (side.rank + 1)
         inside, outside = fd.inverse_root(covariance, -0.5, group["eps"], "paper", relative=False, units=units)

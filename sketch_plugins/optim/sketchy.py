@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -12,7 +14,7 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, update
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
-from sketch_plugins.linalg.kronecker import Kronecker, Side, cut, merged, solve
+from sketch_plugins.linalg.kronecker import Due, Kronecker, cut, merged, solve
 from sketch_plugins.optim.adam import _SHARED
 from sketch_plugins.optim.base import (
     SCALE_FLOOR,
@@ -37,7 +39,7 @@ from sketch_plugins.optim.options import (
     rate,
 )
 from sketch_plugins.optim.plan import Known
-from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.sharding.blocks import Matrix, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.stores import Ema, Gradient, Store
@@ -49,10 +51,6 @@ INPUTS = ("update", "gradient")
 STATISTICS = ("accumulate", "sample")
 PLACES = ("before", "after")
 FIXED = {"compile": False, "capturable": False, "lagged_rms": False}
-
-
-# A side of a tensor's preconditioner, its state, and new columns, as `solve` takes them.
-_Solve = tuple[Side, Mapping[str, Tensor], Tensor | None]
 
 
 def _count(name: str, doc: str, least: int, structural: bool = False) -> Option:
@@ -158,6 +156,7 @@ class Sketchy(SketchOptimizer):
         width: see `CSAdam`.
         depth: see `CSAdam`.
         hash: see `CSAdam`.
+        batch_dims: see `CSAdam`.
         table_dtype: see `CSAdam`.
         bucket: see `CSAdam`.
         min_compress_size: see `CSAdam`; it concerns the graft's second moment only.
@@ -178,8 +177,10 @@ class Sketchy(SketchOptimizer):
 
     Raises:
         ValueError: as `CSAdam`; options that contradict each other; in `step`, a gradient that is not finite.
-        torch.linalg.LinAlgError: a covariance could not be decomposed in float64 either (not seen). The step has been
-            taken then; the preconditioner is the last one.
+
+    Warns:
+        RuntimeWarning: a covariance could not be decomposed, in float64 neither. The step has been taken with the last
+            preconditioner, which stays; the warning names the parameter.
 
     Source: https://arxiv.org/abs/2302.03764. Deviations of the default from it, each measured (docs/benchmarks.md): the
     trace-matched tail; covariances of the graft's update rather than of the gradient, gathered in every step; momentum
@@ -190,8 +191,8 @@ class Sketchy(SketchOptimizer):
 
     # Decompositions are neither compiled nor captured; what preconditions a tensor is a sweep of its own anyway.
     FIXED: ClassVar[dict[str, Any]] = FIXED
-    # Until `_complete`: parameter, (tail, solver), what is to be decomposed.
-    _solves: tuple[tuple[Tensor, tuple[str, str], list[_Solve]], ...] = ()
+    # Until `_complete`: part of a parameter, its group, (tail, solver), what is to be decomposed.
+    _solves: tuple[tuple[Part, Mapping[str, Any], tuple[str, str], list[Due]], ...] = ()
     OPTIONS: ClassVar[dict[str, Option]] = {
         **{name: option for name, option in COMMON.items() if name not in FIXED},
         **{name: option for name, option in FIRST_MOMENT.items() if name != "allow_dense_count_sketch"},
@@ -393,6 +394,7 @@ class Sketchy(SketchOptimizer):
         width: int | None = None,
         depth: int | None = None,
         hash: str | None = None,
+        batch_dims: int | str | None = None,
         table_dtype: str | None = None,
         bucket: str | None = None,
         min_compress_size: int | None = None,
@@ -447,6 +449,9 @@ class Sketchy(SketchOptimizer):
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         return self._moments(p, group, group["momentum_of"] == "all" or self._whole(p, group))
 
+    def _sketches(self, group: Mapping[str, Any]) -> bool:
+        return GRAFTS[group["graft"]] == "count_min"
+
     def _moments(self, p: Shaped, group: Mapping[str, Any], first: bool) -> tuple[Store | None, Store | None]:
         kinds = {"second_moment": GRAFTS[group["graft"]], "first_moment": group["first_moment"] if first else "none"}
         return super()._stores(p, {**group, **kinds})
@@ -469,7 +474,7 @@ class Sketchy(SketchOptimizer):
         dtype, others = torch.float64 if p.dtype == torch.float64 else torch.float32, 0
         if group["budget"]:
             stores = self._moments(p, group, group["momentum_of"] == "all" or all(preconditioned))
-            matrix = shape[0], p.numel() // shape[0]
+            matrix = matrix_shape(shape, self._batch(p, group))
             others = sum(store.nbytes(matrix, dtype) for store in stores if store is not None)
         return _kronecker(
             dims, preconditioned, group["rank"], group["budget"], others, group["max_block_dim"],
@@ -536,8 +541,8 @@ class Sketchy(SketchOptimizer):
             step = int(held["step"].item())
             if _due(step, group["update_freq"]) and _sampled(step, group["statistics_freq"]):
                 solver = group["tail"], _solver(step, group)
-                sides: list[_Solve] = [(side, held["preconditioner"], None) for side in plan.sides]
-                self._solves = (*self._solves, (p.owner, solver, sides))
+                sides: list[Due] = [(side, held["preconditioner"], None) for side in plan.sides]
+                self._solves = (*self._solves, (p, group, solver, sides))
 
     def _complete(self) -> None:
         if not self._solves:
@@ -546,11 +551,14 @@ class Sketchy(SketchOptimizer):
         # Those who came in another order, during backward, are decomposed in the same batches all the same.
         members = [p for group in self.param_groups for p in group["params"]]
         order = {id(p): number for number, p in enumerate(members)}
-        due: dict[tuple[str, str], list[_Solve]] = {}
-        for _, solver, sides in sorted(solves, key=lambda one: order.get(id(one[0]), 0)):
+        due: dict[tuple[str, str], list[Due]] = {}
+        whose: dict[int, tuple[Part, Mapping[str, Any]]] = {}
+        for p, group, solver, sides in sorted(solves, key=lambda one: order.get(id(one[0].owner), 0)):
             due.setdefault(solver, []).extend(sides)
+            whose |= {id(state): (p, group) for _, state, _ in sides}
         for (tail, how), sides in due.items():
-            solve(sides, 1.0, tail, how)
+            failed = solve(sides, 1.0, tail, how)
+            warn_of([whose[id(state)] for _, state, _ in failed], self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What was to be decomposed belonged to other state."""
@@ -583,7 +591,7 @@ class Sketchy(SketchOptimizer):
         whole = Matrix(x)
 
         if of_gradient:
-            self._gather(plan, covariances, _full(grad, whole).view(p.shape), step, group)
+            self._gather(p, plan, covariances, _full(grad, whole).view(p.shape), step, group)
         rms, root = self._graft(grad, rule, state, named, whole, not of_gradient or not started), p.numel() ** 0.5
         if grafted:
             scale = self._scale(p, grad, rms, group)
@@ -591,36 +599,43 @@ class Sketchy(SketchOptimizer):
             if not of_gradient or not started:
                 x.mul_(scale)
         if not of_gradient:
-            self._gather(plan, covariances, x.view(p.shape), step, group)
+            self._gather(p, plan, covariances, x.view(p.shape), step, group)
         if first is not None and before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             if not of_gradient and grafted:
                 norm = _norm(whole, grad) * size  # that of the averaged update
+        missing = None
         if started:
             exponent = -(group["exponent"] or 0.5 / len(plan.dims))
-            # Blocks of one tensor have to be comparable; then the size of all is the graft's.
-            absolute = not grafted or len(plan.blocks) > 1
-            plan.precondition(covariances, x, exponent, group["matrix_eps"], group["tail"], absolute)
+            missing = plan.turn(covariances, x, exponent, group["matrix_eps"], group["tail"], sizes=not grafted)
         now = _norm(whole, grad)
-        if grafted:
-            x.mul_(torch.where(now > 0, norm / now, 0.0))
-        else:
-            x.mul_(size if before else 1.0)
-            x.mul_(self._scale(p, grad, now * ((size if before else 1.0) / root), group))
+        if not grafted:
+            # As a logarithm: roots of covariances have any size, and what is left of it is up to `update_clip`.
+            length = now.to(torch.float64 if missing is None else missing[0].dtype).log()
+            if missing is not None:
+                length = length + missing[0] - missing[1] * math.log(2.0)
+            if before:
+                length = length + math.log(size)
+            if group["update_clip"]:
+                length = length.clamp(max=math.log(group["update_clip"]) + math.log(p.numel()) / 2)
+            norm = length.clamp(max=math.log(torch.finfo(x.dtype).max) / 2).exp().to(x.dtype)
+            norm = norm * self._scale(p, grad, torch.zeros_like(norm), group)
+        x.mul_(torch.where(now > 0, norm / now, 0.0))
         if first is not None and not before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             x.mul_(size)
         take(p.data, grad, whole, rate(group), rule, state, group)
 
     def _gather(
-        self, plan: Kronecker, state: dict[str, Tensor], x: Tensor, step: int, group: Mapping[str, Any]
+        self, p: Part, plan: Kronecker, state: dict[str, Tensor], x: Tensor, step: int, group: Mapping[str, Any]
     ) -> None:
         if group["statistics"] == "accumulate":
             if _sampled(step, group["statistics_freq"]):
                 plan.gather(state, x, group["shampoo_beta"])
         elif _due(step, group["update_freq"]):
             sides = [(side, state, columns) for side, columns in plan.columns(x).items()]
-            solve(sides, group["shampoo_beta"], group["tail"], _solver(step, group))
+            failed = solve(sides, group["shampoo_beta"], group["tail"], _solver(step, group))
+            warn_of([(p, group)] if failed else [], self)
 
     def _graft(
         self,
@@ -659,7 +674,7 @@ class Sketchy(SketchOptimizer):
         if group["update_clip"]:
             size /= (rms / group["update_clip"]).clamp_(min=1.0)
         if group["scale_parameter"]:
-            matrix, count = Matrix(p.data), p.numel()
+            matrix, count = grad.like(p.data), p.numel()
             # Contiguous: the same bits for any layout.
             parts = [root_mean_square(matrix.get(at).to(grad.dtype).contiguous(), None, count) for at in grad.batches()]
             size *= joined(parts).clamp(min=SCALE_FLOOR)
@@ -843,7 +858,7 @@ def take(
     if isinstance(rule.decay, Tensor) or rule.decay != 0:
         keep = number(1.0 - rule.decay, grad)
     factor = number(size, grad)
-    matrix = Matrix(p)
+    matrix = grad.like(p)
     for at in grad.batches():
         part, in_place = matrix.get(at), matrix.views(at) and p.dtype == grad.dtype
         if not in_place:
@@ -851,6 +866,21 @@ def take(
         update(part, whole.get(at), {}, factor, keep, None, None, None)
         if not in_place:
             write_tile(matrix, at, part, group, state)
+
+
+def warn_of(failed: Sequence[tuple[Part, Mapping[str, Any]]], optimizer: SketchOptimizer) -> None:
+    """One warning of the parts, with their groups, whose covariances could not be decomposed."""
+    if not failed:
+        return
+    labels = list(dict.fromkeys(optimizer._label(group, part).rstrip(",") for part, group in failed))
+    more = f" and of {len(labels) - 1} other parameters" if len(labels) > 1 else ""
+    warnings.warn(
+        f"no decomposition of the covariance of {labels[0]}{more} is finite, neither in its own precision nor in "
+        "float64: the last preconditioner stays in use. If this comes again, the gradients may be too large (their "
+        "squares add up beyond the numbers of float32): scale the loss or clip",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:

@@ -13,7 +13,7 @@ from sketch_plugins.optim.options import COMMON, DECOUPLES, FIRST_MOMENT, FIRST_
 from sketch_plugins.stores import Ema
 from sketch_plugins.stores.cover import VARIANTS
 
-_NO_SKETCH = ("compression", "width", "depth", "hash", "table_dtype")
+_NO_SKETCH = ("compression", "width", "depth", "hash", "batch_dims", "table_dtype")
 
 
 class SM3(SketchOptimizer):

@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
+# The least side of the matrices that a tensor of three dimensions is taken to be a batch of, and a number of columns
+# that no convolution's kernel has: kernels of 16 and less are common, one of 128 positions is known (wav2vec 2.0).
+LEAST_SIDE, NO_KERNEL = 16, 256
 
-def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+
+def is_batch(shape: torch.Size | tuple[int, ...]) -> bool:
+    """Whether a parameter of this shape is taken for a batch of matrices ``(E, R, D)``, such as the experts of a layer.
+
+    The weight of a 1-d convolution, ``(out, in, kernel)``, has three dimensions, too. It is told by its short kernel,
+    or by fewer rows and columns in a "matrix" than there would be matrices: ``(768, 48, 128)``.
+    """
+    if len(shape) != 3:
+        return False
+    number, rows, columns = shape
+    return min(rows, columns) >= LEAST_SIDE and (number <= min(rows, columns) or columns >= NO_KERNEL)
+
+
+def matrix_shape(shape: torch.Size | tuple[int, ...], batch: int = 0) -> tuple[int, int]:
     """``(R, D)`` of a parameter: rows are dimension 0, columns everything after it; vectors have one column.
 
     A convolution weight ``(out, in, kh, kw)`` is ``(out, in * kh * kw)``; a 0-d parameter is ``(1, 1)``.
+
+    Args:
+        shape: of the parameter.
+        batch: how many of its first axes are a batch of matrices, whose rows follow each other: with 1 a parameter of
+            shape ``(E, R, D)`` is ``(E * R, D)``.
     """
     if len(shape) == 0:
         return 1, 1
-    columns = 1
-    for n in shape[1:]:
-        columns *= n
-    return shape[0], columns
+    return prod(shape[: batch + 1]), prod(shape[batch + 1 :])
 
 
 @dataclass(frozen=True)
@@ -103,11 +122,17 @@ class Matrix:
 
     Tiles are views where the layout allows it; of n-d tensors whose rows are not contiguous (channels_last, transposed)
     the tile's whole rows are copied, so a step's temporaries stay tiles as long as a row fits a tile.
+
+    Args:
+        tensor: the parameter or the gradient.
+        batch: how many of its first axes are a batch of matrices, see `matrix_shape`.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    batch = 0
+
+    def __init__(self, tensor: Tensor, batch: int = 0) -> None:
         self.tensor = tensor
-        self.shape = matrix_shape(tensor.shape)
+        self.shape, self.batch = matrix_shape(tensor.shape, batch), batch
         self.dtype, self.device = tensor.dtype, tensor.device
         self._base = tensor if tensor.ndim else tensor.view(1)
         try:
@@ -123,7 +148,9 @@ class Matrix:
         """The tile (a view where there is one) or the rows (a copy)."""
         if self._flat is not None:
             return at.get(self._flat)
-        if isinstance(at, Rows):
+        if self.batch:
+            rows = self._base[self._places(at)]
+        elif isinstance(at, Rows):
             rows = self._base.index_select(0, at.rows)
         else:
             rows = self._base[at.start : at.start + at.cycles * at.rows]
@@ -136,18 +163,27 @@ class Matrix:
             return
         rows = value.reshape(-1, value.shape[-1]).to(self.dtype)
         if at.hi - at.lo < self.shape[1]:
-            whole = self._base[at.start : at.start + len(rows)] if isinstance(at, Tile) else self._base[at.rows]
+            if self.batch:
+                whole = self._base[self._places(at)]
+            else:
+                whole = self._base[at.start : at.start + len(rows)] if isinstance(at, Tile) else self._base[at.rows]
             full = whole.reshape(len(rows), -1).clone()
             full[:, at.lo : at.hi] = rows
             rows = full
-        rows = rows.view(len(rows), *self._base.shape[1:])
-        if isinstance(at, Rows):
+        rows = rows.view(len(rows), *self._base.shape[self.batch + 1 :])
+        if self.batch:
+            self._base[self._places(at)] = rows
+        elif isinstance(at, Rows):
             self._base.index_copy_(0, at.rows, rows)
         else:
             self._base[at.start : at.start + len(rows)].copy_(rows)
 
+    def _places(self, at: At) -> tuple[Tensor, ...]:
+        """An index for each axis of the batch and for the rows of its matrices."""
+        return torch.unravel_index(at.index(self.device), self._base.shape[: self.batch + 1])
 
-def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1) -> Iterator[Tile]:
+
+def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1, matrices: int = 1) -> Iterator[Tile]:
     """Cut ``(rows, columns)`` into tiles of about ``chunk`` elements (never fewer than one row of ``align`` columns).
 
     Args:
@@ -158,7 +194,14 @@ def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1) 
             one cycle, so that a slice of the table fits them without an index; those over one slice follow each other,
             the last one may be shorter.
         align: block size of quantized state: a tile's columns are whole blocks, or one shorter block at the end.
+        matrices: how many matrices the rows belong to. Each of them has cycles of its own.
     """
+    if matrices > 1 and period:
+        height = rows // matrices
+        for first in range(0, rows, height):
+            for at in tiles(height, columns, chunk, period, align):
+                yield replace(at, total=rows, start=first + at.start)
+        return
     for lo, hi in column_cuts(columns, chunk, align):
         n = max(1, chunk // (hi - lo))
         if not period or period >= rows:

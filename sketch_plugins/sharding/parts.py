@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -92,6 +92,7 @@ class Part:
 
 
 Shaped = Tensor | Part
+BatchAxes = Callable[[tuple[int, ...], Mapping[str, Any]], int]
 
 
 def whole_shape(p: Shaped) -> tuple[int, ...]:
@@ -127,14 +128,18 @@ class Parts:
         self._found: dict[int, Tensor] | None = None
         self._looking = 0
 
-    def add(self, group: Mapping[str, Any], number: int) -> None:
-        """Remember the parameters of a new group: a framework may put other tensors in their place."""
+    def add(self, group: Mapping[str, Any], number: int, batch_axes: BatchAxes = lambda whole, group: 0) -> None:
+        """Remember the parameters of a new group: a framework may put other tensors in their place.
+
+        ``batch_axes`` says how many of the first axes of a parameter of the group are a batch of matrices.
+        """
         self._found = None
         names = group.get("param_names")
         for i, p in enumerate(group["params"]):
             name = names[i] if names else f"{number}.{i}"
             shape = deepspeed.whole_shape(p)
-            self.originals.append(Original(partial(self._find, id(p)), shape, len(self.originals), name))
+            batch = batch_axes(shape, group)
+            self.originals.append(Original(partial(self._find, id(p)), shape, len(self.originals), name, batch))
             self._groups.append(number)
             # A parameter of a lazy module gets its shape later.
             self._given[id(p)] = None if is_lazy(p) else shape
@@ -197,7 +202,7 @@ class Parts:
     def _pieces(self, flat: Tensor) -> list[Piece] | None:
         """What lies in a flat partition; None: it is an ordinary parameter."""
         fragments = deepspeed.fragments(flat, self.originals)
-        return list(pieces(fragments)) if fragments else None
+        return list(pieces(fragments, lambda f: self.originals[f.index].batch)) if fragments else None
 
     def group_of(self, piece: Piece) -> int:
         """Number of the group that the piece's parameter was given in."""

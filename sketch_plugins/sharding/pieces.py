@@ -4,13 +4,17 @@ A parameter of shape ``(R, ...)`` is an R x D matrix (`sketch_plugins.sharding.b
 a part of it holds a few rectangles of that matrix: the local shard of a DTensor is one; the consecutive elements that a
 flat partition of DeepSpeed's ZeRO keeps are a part of a first row, a body of whole rows, a part of a last row. Each
 piece is handled as a tensor of its own shape, so that covers, sketches and preconditioners keep their structure.
+
+Of a batch of matrices ``(E, R, D)`` (experts) a row of that matrix is a whole matrix of its own, and what a rank holds
+of one is cut likewise: a part of a first row, a body of whole rows, a part of a last row. No piece has rows of two
+matrices unless it consists of whole ones.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -35,12 +39,14 @@ class Original:
         shape: of the whole parameter.
         index: its number among all the parameters of the optimizer.
         name: what to call it.
+        batch: how many of its first axes are a batch of matrices.
     """
 
     ref: Callable[[], Tensor | None]
     shape: tuple[int, ...]
     index: int
     name: str = ""
+    batch: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ class Piece:
     Attributes:
         index: number of the parameter among all those of its optimizer.
         whole: shape of the whole parameter.
-        shape: of the piece: ``(rows, *whole[1:])`` for whole rows, else ``(rows, columns)``; vectors: ``(n,)``.
+        shape: of the piece: ``(rows, *whole[1:])`` for whole rows, else ``(rows, columns)``; vectors: ``(n,)``. Of a
+            matrix of a batch the rows and columns are those of that matrix: all of it lies within one row.
         row: first row in the parameter's matrix.
         column: first column.
         offset: where it starts in the flat tensor that holds it; 0 where there is none.
@@ -117,26 +124,47 @@ def index_of(key: str) -> int:
     return int(key.partition("[")[0])
 
 
-def pieces(fragments: Sequence[Fragment]) -> Iterator[Piece]:
-    """Fragments as pieces: of each a part of a first row, a body of whole rows, a part of a last row."""
+def pieces(fragments: Sequence[Fragment], batch: Callable[[Fragment], int] = lambda f: 0) -> Iterator[Piece]:
+    """Fragments as pieces: of each a part of a first row, a body of whole rows, a part of a last row.
+
+    Args:
+        fragments: of any parameters.
+        batch: how many of the first axes of a fragment's parameter are a batch of matrices. Then the parts of the
+            first and of the last matrix are cut once more, at the rows of the matrix.
+    """
     for f in fragments:
-        if f.numel == 0:
-            continue
-        if len(f.whole) < 2:
-            yield Piece(f.index, f.whole, (f.numel,) if f.whole else (), f.start, 0, f.offset)
-            continue
-        columns = matrix_shape(f.whole)[1]
-        end = f.start + f.numel
-        first, last = -(-f.start // columns), end // columns  # whole rows: [first, last)
-        if first > last:  # within one row
-            yield Piece(f.index, f.whole, (1, f.numel), last, f.start - last * columns, f.offset)
-            continue
-        if f.start < first * columns:
-            n = first * columns - f.start
-            yield Piece(f.index, f.whole, (1, n), first - 1, columns - n, f.offset)
-        if first < last:
-            at = f.offset + first * columns - f.start
-            yield Piece(f.index, f.whole, (last - first, *f.whole[1:]), first, 0, at)
-        if last * columns < end:
-            at = f.offset + last * columns - f.start
-            yield Piece(f.index, f.whole, (1, end - last * columns), last, 0, at)
+        for piece in _cut(f):
+            if batch(f) and piece.shape[1:] != f.whole[1:]:
+                yield from _within(piece, f.whole[batch(f) :])
+            else:
+                yield piece
+
+
+def _within(run: Piece, matrix: tuple[int, ...]) -> Iterator[Piece]:
+    """Consecutive elements of one matrix of a batch, cut at the rows of the matrix."""
+    for piece in _cut(Fragment(run.index, matrix, run.column, run.numel, run.offset)):
+        column = piece.row * matrix_shape(matrix)[1] + piece.column
+        yield replace(piece, whole=run.whole, row=run.row, column=column)
+
+
+def _cut(f: Fragment) -> Iterator[Piece]:
+    if f.numel == 0:
+        return
+    if len(f.whole) < 2:
+        yield Piece(f.index, f.whole, (f.numel,) if f.whole else (), f.start, 0, f.offset)
+        return
+    columns = matrix_shape(f.whole)[1]
+    end = f.start + f.numel
+    first, last = -(-f.start // columns), end // columns  # whole rows: [first, last)
+    if first > last:  # within one row
+        yield Piece(f.index, f.whole, (1, f.numel), last, f.start - last * columns, f.offset)
+        return
+    if f.start < first * columns:
+        n = first * columns - f.start
+        yield Piece(f.index, f.whole, (1, n), first - 1, columns - n, f.offset)
+    if first < last:
+        at = f.offset + first * columns - f.start
+        yield Piece(f.index, f.whole, (last - first, *f.whole[1:]), first, 0, at)
+    if last * columns < end:
+        at = f.offset + last * columns - f.start
+        yield Piece(f.index, f.whole, (1, end - last * columns), last, 0, at)

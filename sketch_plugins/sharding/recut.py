@@ -73,6 +73,7 @@ class Held:
         plan: of its preconditioner; None where it has none.
         state: of an old piece: ``{"step": ..., "first_moment": {...}, ...}`` or nothing; of a new one it is filled.
         tail: what the covariances' tails mean, see `frequent_directions.fold`.
+        batch: how many of the first axes of the whole parameter are a batch of matrices.
     """
 
     piece: Piece
@@ -80,17 +81,36 @@ class Held:
     plan: Kronecker | None = None
     state: dict[str, Any] = field(default_factory=dict)
     tail: str = "trace"
+    batch: int = 0
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """``(rows, columns)`` of the piece."""
-        return matrix_shape(self.piece.shape)
+        """``(rows, columns)`` of the piece, as its moments have them: rows of all its matrices."""
+        return matrix_shape(self.piece.shape, 0 if self._within else self.batch)
 
     @property
     def rectangle(self) -> tuple[Span, Span]:
         """Its rows and its columns in the parameter's matrix."""
-        (rows, columns), row, column = self.matrix, self.piece.row, self.piece.column
+        rows, columns = (1, self.piece.numel) if self._within else matrix_shape(self.piece.shape)
+        row, column = self.piece.row, self.piece.column
         return Span(row, row + rows), Span(column, column + columns)
+
+    @property
+    def box(self) -> Box:
+        """Its matrices, and its rows and columns in each of them. What is no batch is one matrix."""
+        rows, columns = self.rectangle
+        if not self.batch:
+            return Box(Span(0, 1), rows, columns)
+        width = matrix_shape(self.piece.whole[1:])[1]
+        first = columns.lo // width
+        if columns.lo % width == 0 and columns.hi % width == 0:
+            return Box(rows, Span(first, columns.hi // width), Span(0, width))
+        return Box(rows, Span(first, first + 1), Span(columns.lo - first * width, columns.hi - first * width))
+
+    @property
+    def _within(self) -> bool:
+        """Whether it lies within one row of the parameter's matrix, and its shape says how it is cut in there."""
+        return len(self.piece.shape) < len(self.piece.whole)
 
 
 class Span(NamedTuple):
@@ -111,6 +131,42 @@ class Span(NamedTuple):
     def within(self, other: Span) -> slice:
         """As a slice of the other one."""
         return slice(self.lo - other.lo, self.hi - other.lo)
+
+
+class Box(NamedTuple):
+    """Rows and columns of some of a parameter's matrices.
+
+    Attributes:
+        matrices: which of them.
+        rows: of each.
+        columns: of each.
+    """
+
+    matrices: Span
+    rows: Span
+    columns: Span
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return prod(span.size for span in self)
+
+    def meet(self, other: Box) -> Box:
+        """What both have."""
+        return Box(*(a.meet(b) for a, b in zip(self, other, strict=True)))
+
+    def split(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrices, and the rows in them, of row numbers of the box itself."""
+        return number // self.rows.size + self.matrices.lo, number % self.rows.size + self.rows.lo
+
+    def number(self, matrix: Tensor, row: Tensor) -> Tensor:
+        """The row numbers of the box itself."""
+        return (matrix - self.matrices.lo) * self.rows.size + row - self.rows.lo
+
+    def has(self, matrix: Tensor, row: Tensor) -> Tensor:
+        """Which of the rows lie in it."""
+        (first, last), (lo, hi) = self.matrices, self.rows
+        return (matrix >= first) & (matrix < last) & (row >= lo) & (row < hi)
 
 
 def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.float32) -> list[set[str]]:
@@ -182,7 +238,7 @@ def _check(old: Sequence[Held], new: Sequence[Held]) -> None:
     for h in new:
         if h.state:
             raise ValueError(f"the new piece at {_at(h)} has state already: {', '.join(h.state)}")
-        covered = sum(prod(s.size for s in _overlap(o, h)) for o in old)
+        covered = sum(o.box.meet(h.box).size for o in old)
         if covered != h.piece.numel:
             raise ValueError(
                 f"the new piece at {_at(h)} has {h.piece.numel} elements, and the old pieces hold {covered} of them"
@@ -216,11 +272,6 @@ def _at(h: Held) -> str:
 
 def _same(one: Held, other: Held) -> bool:
     return one.piece.shape == other.piece.shape and one.rectangle == other.rectangle
-
-
-def _overlap(one: Held, other: Held) -> tuple[Span, Span]:
-    a, b = one.rectangle, other.rectangle
-    return a[0].meet(b[0]), a[1].meet(b[1])
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -258,15 +309,16 @@ class _Old(Matrix):
     def get(self, at: At) -> Tensor:
         """Their estimates, until the next call; 0 where none of them has any."""
         out = scratch.empty("recut", at.shape, self.dtype, self.device).zero_()
-        matrix, rows = out.flatten(0, -2), at.index(self.device) + self.of.piece.row
-        first = self.of.piece.column
-        wanted = Span(first + at.lo, first + at.hi)
+        matrix, box = out.flatten(0, -2), self.of.box
+        numbers, rows = box.split(at.index(self.device))
+        wanted = Span(box.columns.lo + at.lo, box.columns.lo + at.hi)
         for source in self.sources:
-            (lo, hi), columns = source.held.rectangle
-            meet = wanted.meet(columns)
-            here = ((rows >= lo) & (rows < hi)).nonzero().squeeze(-1)
+            there = source.held.box
+            meet = wanted.meet(there.columns)
+            here = there.has(numbers, rows).nonzero().squeeze(-1)
             if meet.size and len(here):
-                values = _read(source, rows[here] - lo, meet.within(columns), self.dtype)
+                theirs = there.number(numbers[here], rows[here])
+                values = _read(source, theirs, meet.within(there.columns), self.dtype)
                 matrix[:, meet.within(wanted)].index_copy_(0, here, values)
         return out
 
@@ -286,7 +338,7 @@ def _moment(
     """The state of one moment, and whether it is bit for bit that of the old pieces."""
     sources = []
     for o in old:
-        if not prod(s.size for s in _overlap(o, h)):
+        if not o.box.meet(h.box).size:
             continue
         if name in o.stores:
             state = o.state[name]
@@ -310,28 +362,29 @@ def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) 
     Returns:
         How many codes.
     """
-    (rows, columns), (old_rows, old_columns) = h.rectangle, source.held.rectangle
-    both = rows.meet(old_rows)
+    box, there = h.box, source.held.box
+    columns, old_columns, both = box.columns, there.columns, box.meet(there)
     shift = columns.lo - old_columns.lo
     if not both.size or shift % size:
         return 0
     blocks = []
     for number in range(-(-columns.size // size)):
-        there = number + shift // size
+        other = number + shift // size
         end = min(columns.lo + (number + 1) * size, columns.hi)
-        if there >= 0 and old_columns.lo + there * size < old_columns.hi:
-            if end == min(old_columns.lo + (there + 1) * size, old_columns.hi):
+        if other >= 0 and old_columns.lo + other * size < old_columns.hi:
+            if end == min(old_columns.lo + (other + 1) * size, old_columns.hi):
                 blocks.append(number)
     if not blocks:
         return 0
     # They follow each other: only at the ends can blocks differ.
     mine = Span(blocks[0], blocks[-1] + 1)
     theirs = Span(mine.lo + shift // size, mine.hi + shift // size)
-    to, origin = both.within(rows), both.within(old_rows)
+    common = both.split(torch.arange(both.matrices.size * both.rows.size, device=state["codes"].device))
+    to, origin = box.number(*common), there.number(*common)
     ends = min(mine.hi * size, columns.size), min(theirs.hi * size, old_columns.size)
     state["scales"][to, mine.lo : mine.hi] = source.state["scales"][origin, theirs.lo : theirs.hi]
     state["codes"][to, mine.lo * size : ends[0]] = source.state["codes"][origin, theirs.lo * size : ends[1]]
-    return both.size * (ends[0] - mine.lo * size)
+    return len(to) * (ends[0] - mine.lo * size)
 
 
 # -- covariances -------------------------------------------------------------------------------------------------------
@@ -361,7 +414,13 @@ def _preconditioner(
                     state[side.key(name)].copy_(o.state[PRECONDITIONER][theirs.key(name)])
                 continue
         if parts:
-            side.keep(state, _covariance(parts, side, box, h.tail, drained))
+            new = _covariance(parts, side, box, h.tail, drained)
+            if not all(fd.finite(new)):
+                raise ValueError(
+                    f"the old covariances under the new piece at {_at(h)} have no finite decomposition together: they "
+                    "cannot be cut. Use the checkpoint of another step"
+                )
+            side.keep(state, new)
     return state
 
 
@@ -447,6 +506,10 @@ def _drained(o: Held, drained: dict[int, Mapping[str, Tensor]]) -> Mapping[str, 
         for side in o.plan.sides:
             if float(state[side.key("mass")]) != 0 or float(state[side.key("decay")]) != 1:
                 due.append((side, state, None))
-        solve(due, 1.0, o.tail, "eigh")
+        if solve(due, 1.0, o.tail, "eigh"):
+            raise ValueError(
+                f"the statistics that the old piece at {_at(o)} has gathered have no finite decomposition: they cannot "
+                "be cut. Use the checkpoint of another step"
+            )
         drained[id(o)] = state
     return drained[id(o)]

@@ -53,6 +53,7 @@ class Gradient:
         packed: ``matrix`` holds the touched rows only (a sparse gradient), in the order of ``rows``.
         negate: ascend instead of descend (``maximize``).
         compile: run the tile functions through torch.compile.
+        matrices: how many matrices the rows of the parameter belong to, one behind the other.
         l2: ``(parameter, weight)`` adds ``weight * p`` to the gradient (coupled weight decay).
     """
 
@@ -67,9 +68,11 @@ class Gradient:
         negate: bool = False,
         l2: tuple[Matrix, float] | None = None,
         compile: bool = False,
+        matrices: int = 1,
     ) -> None:
         self.matrix, self.rows, self.dtype, self.chunk, self.shape = matrix, rows, dtype, chunk, shape
         self.packed, self.negate, self.l2, self.compile = packed, negate, l2, compile
+        self.matrices = matrices
         self.device = matrix.device
 
     def of(self, parameter: Matrix, matrix: Matrix | None = None) -> Gradient:
@@ -77,16 +80,20 @@ class Gradient:
         l2 = None if self.l2 is None else (parameter, self.l2[1])
         return Gradient(
             matrix or self.matrix, self.rows, self.dtype, self.chunk, self.shape, self.packed, self.negate, l2,
-            self.compile,
+            self.compile, self.matrices,
         )  # fmt: skip
 
     def batches(self, period: int = 0, align: int = 1) -> Iterator[At]:
         """Where to look, a chunk at a time: tiles of a dense gradient, batches of the touched rows of a sparse one."""
         if self.rows is None:
-            yield from tiles(*self.shape, self.chunk, period, align)
+            yield from tiles(*self.shape, self.chunk, period, align, self.matrices)
         else:
             for part, at in row_batches(self.shape[0], self.rows, self.shape[1], self.chunk, align):
                 yield Touched(at.total, at.rows, at.lo, at.hi, part)
+
+    def like(self, tensor: Tensor) -> Matrix:
+        """A tensor of the parameter's shape as the same matrix."""
+        return Matrix(tensor, self.matrix.batch)
 
     def run(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The tile function itself, or its compiled form where that was asked for."""
@@ -204,8 +211,12 @@ class Store:
         return total
 
     def period(self, rows: int) -> int:
-        """Buckets of a strided hash that tiles should respect; 0 where there is none."""
+        """Buckets of a strided hash (of each matrix) that tiles should respect; 0 where there is none."""
         return 0
+
+    def bucket_of(self, at: Tile) -> int:
+        """The bucket of the first row of a tile that respects the period."""
+        raise NotImplementedError
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """The estimate, broadcastable to ``at.shape``. Read-only: it may be a view of the state."""

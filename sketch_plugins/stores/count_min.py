@@ -11,7 +11,7 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.hashing import RowHash
 from sketch_plugins.kernels.tile import fold_squares
-from sketch_plugins.sharding.blocks import Tile
+from sketch_plugins.sharding.blocks import tiles
 from sketch_plugins.stores.base import Ema, Gradient, State
 from sketch_plugins.stores.sketch import Sketch, mean_weight
 
@@ -45,9 +45,8 @@ class CountMin(Sketch):
         weights = torch.as_tensor(mean_weight(h, grad.device) if mean else 1.0, dtype=torch.float64)
         weights = weights.mul(ema.gain).to(table)
         fold = grad.run(fold_squares)
-        for at in grad.batches(h.width):
-            assert isinstance(at, Tile)
-            first = at.start % h.width
+        for at in tiles(*grad.shape, grad.chunk, h.own, matrices=h.matrices):
+            first = h.bucket_of_place(at.start)
             part = slice(first, first + at.rows)
             fold(table[part, at.lo : at.hi], grad.get(at), weights[part] if weights.ndim else weights)
 

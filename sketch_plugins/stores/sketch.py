@@ -35,6 +35,9 @@ class Sketch(Store):
     ``width = ceil(compression * R)``, at least 1 and at most R. ``compression = 1`` hashes injectively and reproduces
     the dense method. Bytes: ``4 * depth * width / R`` a parameter, with ``bf16`` 2 in place of 4.
 
+    Of ``matrices`` matrices, whose rows follow each other, R and ``width`` are those of one: each has buckets of its
+    own, which follow each other, too.
+
     Dense gradients: every table decays once a step and each bucket takes the mean (or the sum) of its rows' x. Sparse
     gradients: only the buckets of touched rows change, by the order-free rule of `Ema.repeated`.
 
@@ -58,15 +61,17 @@ class Sketch(Store):
     bucket: str = "mean"
     seed: int = 0
     bf16: bool = False
+    matrices: int = 1
 
     def buckets(self, rows: int) -> int:
-        """Width of each table for a parameter with ``rows`` rows."""
+        """Width of each table for a parameter with ``rows`` rows, of all matrices."""
+        rows //= self.matrices
         width = self.width or math.ceil(self.compression * rows - 1e-9)
-        return max(1, min(rows, width))
+        return self.matrices * max(1, min(rows, width))
 
     def hashes(self, rows: int) -> tuple[RowHash, ...]:
         """The hash of each table."""
-        return row_hashes(rows, self.buckets(rows), self.depth, self.hash, self.seed)
+        return row_hashes(rows, self.buckets(rows), self.depth, self.hash, self.seed, self.matrices)
 
     @property
     def noise_seed(self) -> int:
@@ -79,7 +84,12 @@ class Sketch(Store):
 
     def period(self, rows: int) -> int:
         """Tiles follow the buckets of the strided hash where it is the only one."""
-        return self.buckets(rows) if self.depth == 1 and self.hashes(rows)[0].strided else 0
+        hash = self.hashes(rows)[0]
+        return hash.own if self.depth == 1 and hash.strided else 0
+
+    def bucket_of(self, at: Tile) -> int:
+        """The bucket of the first row of a tile that respects the period."""
+        return self.hashes(at.total)[0].bucket_of_place(at.start)
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """The combined estimate of the rows' buckets."""
@@ -180,7 +190,8 @@ class Sketch(Store):
         # The noise is made of int64.
         chunk = grad.chunk // 2 if self.bf16 else grad.chunk
         for (first, lo, hi), places in groupby(
-            tiles(*grad.shape, max(1, chunk), h.width), lambda at: (at.start % h.width, at.lo, at.hi)
+            tiles(*grad.shape, max(1, chunk), h.own, matrices=h.matrices),
+            lambda at: (h.bucket_of_place(at.start), at.lo, at.hi),
         ):
             total: Tensor | None = None
             for place in places:
@@ -281,7 +292,7 @@ class Sketch(Store):
     def _estimate(self, tables: Tensor, at: At, dtype: torch.dtype) -> Tensor:
         hashes = self.hashes(at.total)
         if isinstance(at, Tile) and self.period(at.total):
-            first = at.start % hashes[0].width
+            first = hashes[0].bucket_of_place(at.start)
             estimate = tables[0, first : first + at.rows, at.lo : at.hi]
             if estimate.dtype != dtype:
                 estimate = scratch.cast(f"estimate {self.order}", estimate, dtype)

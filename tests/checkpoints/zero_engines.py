@@ -41,6 +41,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "2 exact aligned bf16": ({**stage(2, parameter_alignment=True), **BF16}, CSAdam, EXACT),
     "3 exact sub-groups groups back": (stage(3, sub_group_size=60), CSAdam, EXACT),
     "2 sketch": (stage(2), CSAdam, SKETCH),
+    # The convolution as a batch of matrices, which is how experts are kept.
+    "1 exact experts": (stage(1), CSAdam, {**SKETCH, "first_moment": "fp32", "compression": 1.0, "batch_dims": 1}),
+    "3 sketch experts": (stage(3), CSAdam, {**SKETCH, "first_moment": "fp32", "batch_dims": 1}),
     "3 sketch sketchy": (stage(3), Sketchy, {"lr": 1e-2, "min_compress_size": 1, "rank": 4, "update_freq": 2}),
     "3 vector sadagrad": (stage(3), SAdagrad, {"lr": 1e-2}),
 }

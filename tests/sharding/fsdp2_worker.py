@@ -124,6 +124,42 @@ def check_equal(name):
         assert same(full(alone), full(model))
 
 
+def check_experts(name):
+    """Experts in one parameter: each has its own buckets, so that a rank with whole experts takes the steps of one.
+
+    Of fewer experts than ranks some have none. Shard(1) and Shard(2) cut the experts themselves.
+    """
+    if "batch_dims" not in registry.get(name).options:
+        return
+    mesh = init_device_mesh("cpu", (WORLD,))
+    g = torch.Generator().manual_seed(0)
+    # What is common to all of a parameter would tell a shard from the whole; Sketchy's covariances are that.
+    options = {"sketchy": {"precondition": "none", "update_clip": 0.0, "scale_parameter": False}}.get(name, {})
+    for experts, cut in ((2 * WORLD, 0), (WORLD + 1, 0), (1, 0), (3, 1), (3, 2)):
+        whole = torch.randn(experts, 18, 20, generator=g)
+        p = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(cut)]))
+        q = torch.nn.Parameter(whole.clone())
+        made = {"min_compress_size": 64, "fused": False, "compression": 0.2, **options}
+        ours, alone = (registry.get(name).cls([x], **made) for x in (p, q))
+        for step in range(3):
+            q.grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(step))
+            p.grad = distribute_tensor(q.grad, mesh, [Shard(cut)])
+            ours.step()
+            alone.step()
+        local, state = p.to_local(), ours.state[p]
+        for moment in (m for m in state.values() if local.numel() and isinstance(m, dict) and "table" in m):
+            rows = -(-local.shape[1] // 5)  # a fifth of each matrix
+            assert moment["table"].shape[1:] == (local.shape[0] * rows, local.shape[2])
+        full = p.full_tensor()
+        if cut == 0:
+            assert torch.equal(full, q), (experts, (full - q).abs().max())
+        assert torch.isfinite(full).all() and not torch.equal(full, whole)
+        # Through a state dict, whose tensors have the size of the largest shard's.
+        again = registry.get(name).cls([torch.nn.Parameter(p.detach().clone())], **made)
+        again.load_state_dict(copy.deepcopy(ours.state_dict()))
+        assert same_state(ours, again)
+
+
 def check_trains(name):
     """The ranks' mean gradient: close to one process that sees all batches; how close is the method's own."""
     single, alone = build(name, {}, shard=False)

@@ -8,7 +8,7 @@ WORKER = Path(__file__).with_name("fsdp2_worker.py")
 
 
 def test_two_ranks(launch_ranks, tmp_path):
-    launch_ranks(WORKER, "equal,trains,bytes,placements,nan,errors,fsdp1", world=2)
+    launch_ranks(WORKER, "equal,experts,trains,bytes,placements,nan,errors,fsdp1", world=2)
 
 
 def test_checkpoints(launch_ranks, tmp_path):
@@ -16,4 +16,4 @@ def test_checkpoints(launch_ranks, tmp_path):
 
 
 def test_four_ranks(launch_ranks, tmp_path):
-    launch_ranks(WORKER, "equal,sharded_checkpoint,meshes,tensor_parallel", tmp_path / "checkpoints", world=4)
+    launch_ranks(WORKER, "equal,experts,sharded_checkpoint,meshes,tensor_parallel", tmp_path / "checkpoints", world=4)

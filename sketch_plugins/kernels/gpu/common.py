@@ -10,12 +10,13 @@ from sketch_plugins.kernels import work
 
 # A launch covers many tensors. Each is a row of int64 in a table: pointers, shapes, and the first program it owns.
 # LAST: where what the last step measured is kept, 0: nowhere.
+# HEIGHT, OWN: rows and buckets of one matrix; ROWS and WIDTH are those of all matrices (experts) of the parameter.
 # AXES: how far behind the row the axes of a cover are, (pointer, length, numbers of one slice) for each but the first.
 (
     P, G, FIRST_A, FIRST_B, SECOND_A, SECOND_B, NEW, INDEX, HASHES, WEIGHTS,
-    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, COUNT, SEED, AXES, LAST,
-) = (tl.constexpr(i) for i in range(21))  # fmt: skip
-FIELDS = tl.constexpr(21)
+    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, COUNT, SEED, AXES, LAST, HEIGHT, OWN,
+) = (tl.constexpr(i) for i in range(23))  # fmt: skip
+FIELDS = tl.constexpr(23)
 
 NUMBERS = tl.constexpr(work.NUMBERS)
 DECAY1, GAIN1, DECAY2, GAIN2 = (tl.constexpr(i) for i in (work.DECAY1, work.GAIN1, work.DECAY2, work.GAIN2))
@@ -80,6 +81,32 @@ def rows_at(t, first, M: tl.constexpr, MODE: tl.constexpr):
     if MODE == PACKED:
         return rows, position, position, exists
     return rows, rows, position, exists
+
+
+@triton.jit
+def buckets_of(t, rows, hashes):
+    """The buckets of rows: `sketch_plugins.hashing.RowHash.bucket`."""
+    height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
+    matrix = rows // height
+    place = ((rows - matrix * height) * tl.load(hashes) + tl.load(hashes + 1)) % height
+    return matrix * own + place % own
+
+
+@triton.jit
+def members(t, bucket, first, hashes, M: tl.constexpr):
+    """``M`` rows of a bucket, from the ``first``-th member on, and which of them exist: the hash run backwards."""
+    height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
+    matrix = bucket // own
+    place = bucket - matrix * own + (first + tl.arange(0, M).to(tl.int64)) * own
+    row = ((place + height - tl.load(hashes + 1)) % height) * tl.load(hashes + 2) % height
+    return tl.where(place < height, matrix * height + row, 0), place < height
+
+
+@triton.jit
+def load_of(t, bucket):
+    """How many rows share a bucket."""
+    height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
+    return (height - bucket % own + own - 1) // own
 
 
 @triton.jit

@@ -12,11 +12,12 @@ from sketch_plugins.kernels.gpu.common import (
     FIRST_B,
     GAIN1,
     HASHES,
+    HEIGHT,
     PLAIN,
-    ROWS,
     TILES,
     WIDTH,
     address,
+    buckets_of,
     extent,
     mix32,
     noise,
@@ -113,11 +114,9 @@ def int8(
 @triton.jit
 def _signed(t, rows, exists, cols, mask, j, bucket_columns, F_TYPE: tl.constexpr):
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + j * 4
-    total = tl.load(t + ROWS)
-    bucket = ((rows * tl.load(hashes) + tl.load(hashes + 1)) % total) % tl.load(t + WIDTH)
-    sign = 1.0 - 2.0 * (
-        mix32(rows.to(tl.uint64, bitcast=True), tl.load(hashes + 3).to(tl.uint64, bitcast=True)) & 1
-    ).to(tl.float32)
+    bucket = buckets_of(t, rows, hashes)
+    own = (rows % tl.load(t + HEIGHT)).to(tl.uint64, bitcast=True)
+    sign = 1.0 - 2.0 * (mix32(own, tl.load(hashes + 3).to(tl.uint64, bitcast=True)) & 1).to(tl.float32)
     table = (
         tl.load(t + FIRST_A).to(tl.pointer_type(F_TYPE)) + (j * tl.load(t + WIDTH) + bucket)[:, None] * bucket_columns
     )

@@ -11,6 +11,7 @@ from sketch_plugins.kernels.gpu.common import (
     COUNT,
     FIELDS,
     HASHES,
+    HEIGHT,
     INDEX,
     MEAN,
     NUMBERS,
@@ -24,16 +25,18 @@ from sketch_plugins.kernels.gpu.common import (
     find,
     gradient,
     held,
+    load_of,
+    members,
     mix32,
     rows_at,
 )
 
 
 @triton.jit
-def _cell(x, rows, hashes, SIGNED: tl.constexpr):
+def _cell(t, x, rows, hashes, SIGNED: tl.constexpr):
     if SIGNED:
         seed = tl.load(hashes + 3).to(tl.uint64, bitcast=True)
-        odd = mix32(rows.to(tl.uint64, bitcast=True), seed) & 1
+        odd = mix32((rows % tl.load(t + HEIGHT)).to(tl.uint64, bitcast=True), seed) & 1
         return x * (1.0 - 2.0 * odd.to(tl.float32))[:, None]
     return x * x
 
@@ -68,16 +71,14 @@ def dense(
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + 4 * j
     cols = tile * N + tl.arange(0, N)
     inner = cols < columns
-    load = (total - bucket + width - 1) // width
+    load = load_of(t, bucket)
     sums = tl.zeros([N], tl.float32)
     kept = 0.0
     weights = tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32))
     for first in range(0, load, M):
-        position = bucket + (first + tl.arange(0, M).to(tl.int64)) * width
-        exists = position < total
-        rows = tl.where(exists, ((position + total - tl.load(hashes + 1)) % total) * tl.load(hashes + 2) % total, 0)
+        rows, exists = members(t, bucket, first, hashes, M)
         mask = exists[:, None] & inner[None, :]
-        x = _cell(gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
+        x = _cell(t, gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
         if WEIGHTED:
             x = x * tl.load(weights + rows, mask=exists, other=0.0)[:, None]
             kept += tl.sum(tl.load(weights + total + rows, mask=exists, other=0.0))
@@ -155,7 +156,7 @@ def touched(
             if MODE == PACKED:
                 g_rows = at
             mask = exists[:, None] & inner[None, :]
-            x = _cell(gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
+            x = _cell(t, gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
             if WEIGHTED:
                 x = x * tl.load(weights + at, mask=exists, other=0.0)[:, None]
                 kept += tl.sum(tl.load(weights + n + at, mask=exists, other=0.0))

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_plugins.hashing import row_hashes
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.gpu import common, first, fold, norms, second, step
 from sketch_plugins.kernels.work import APPLY, FLOATS, FOLD, MEASURE, NUMBERS, Work, is_rows, misread
@@ -154,7 +153,7 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
     n = triton.next_power_of_2(block)
     if owned:
         assert sketch is not None
-        load = -(-r // sketch.buckets(r))
+        load = -(-(r // sketch.matrices) // (sketch.buckets(r) // sketch.matrices))
         rows = triton.next_power_of_2(load)
         single = rows * n <= TILE
         rows = rows if single else max(1, TILE // 2 // n)
@@ -296,15 +295,15 @@ def _describe(w: Work, plan: _Plan, begin: int, new: int) -> tuple[list[int], in
     across = -(-d // plan.block)
     count = _count(w)
     sketch = next((s[0] for s in (w.second, w.first) if s and isinstance(s[0], Sketch)), None)
-    width, hashes = 0, 0
+    width, hashes, matrices = 0, 0, 1
     if sketch is not None:
-        width, hashes = sketch.buckets(r), _hashes(sketch, r, w.p.device).data_ptr()
+        width, hashes, matrices = sketch.buckets(r), _hashes(sketch, r, w.p.device).data_ptr(), sketch.matrices
     along = width if plan.kernel == "buckets" else -(-count // plan.rows)
     row = [
         w.p.data_ptr(), w.g.data_ptr(), a1, b1, a2, b2, new,
         0 if w.rows is None else w.rows.data_ptr(), hashes, 0,
         r, d, w.p.stride(0), w.g.stride(0), width, begin, across, count, _signed64(w.seed), 0,
-        0 if w.last is None else w.last.data_ptr(),
+        0 if w.last is None else w.last.data_ptr(), r // matrices, width // matrices,
     ]  # fmt: skip
     return row, along * across
 
@@ -352,7 +351,9 @@ def _folding(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tenso
     """The one row that describes ``w``, and what both kernels are compiled for."""
     row, _ = _describe(w, _FOLDING, 0, 0)
     row[common.TILES.value] = -(-w.p.shape[1] // _fold_columns(w))  # read by `fold.dense`
-    row[common.WIDTH.value] = store.buckets(w.p.shape[0])
+    row[common.WIDTH.value] = width = store.buckets(w.p.shape[0])
+    row[common.HEIGHT.value] = w.p.shape[0] // store.matrices
+    row[common.OWN.value] = width // store.matrices
     row[common.HASHES.value] = _hashes(store, w.p.shape[0], w.p.device).data_ptr()
     row[common.WEIGHTS.value] = 0 if weights is None else weights.data_ptr()
     return _table(w.p.device, [row]), {
@@ -369,7 +370,8 @@ def _fold_columns(w: Work) -> int:
 def _fold_dense(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> _Action:
     width, (r, d) = store.buckets(w.p.shape[0]), w.p.shape
     description, shared = _folding(w, store, table, signed, weights)
-    m, n = min(16, triton.next_power_of_2(-(-r // width))), shared["N"]
+    most = -(-(r // store.matrices) // (width // store.matrices))
+    m, n = min(16, triton.next_power_of_2(most)), shared["N"]
     return _ready(
         fold.dense, (width * -(-d // n), store.depth), description, _numbers([w], w.p.device), 1,
         DECAY=places.DECAY1 if signed else places.DECAY2, GAIN=places.GAIN1 if signed else places.GAIN2,
@@ -406,9 +408,10 @@ def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list
 def _fold_touched(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> _Action:
     ema, (r, d) = w.emas[0 if signed else 1], w.p.shape
     assert w.rows is not None and ema is not None
-    width, hashes = store.buckets(r), _hashes(store, r, w.p.device)
-    bucket, order = ((w.rows * hashes[:, :1] + hashes[:, 1:2]) % r % width).sort(dim=1, stable=True)
-    powers = _powers(ema.decay, ema.gain, -(-r // width), w.p.device)
+    hashes, height, own = _hashes(store, r, w.p.device), r // store.matrices, store.buckets(r) // store.matrices
+    place = (w.rows % height * hashes[:, :1] + hashes[:, 1:2]) % height
+    bucket, order = (w.rows // height * own + place % own).sort(dim=1, stable=True)
+    powers = _powers(ema.decay, ema.gain, -(-height // own), w.p.device)
     description, shared = _folding(w, store, table, signed, weights)
     n = shared["N"] = min(256, triton.next_power_of_2(d))  # few rows: longer pieces of them
     return _ready(
@@ -511,9 +514,9 @@ def _numbers(works: Sequence[Work], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _hashes(store: Sketch, rows: int, device: torch.device) -> Tensor:
-    """``(depth, 4)``: a, b, the inverse of a modulo the rows, and the seed of the signs."""
-    hashes = row_hashes(rows, store.buckets(rows), store.depth, store.hash, store.seed)
-    values = [[h.a, h.b, pow(h.a, -1, rows) if rows > 1 else 0, h.sign_seed] for h in hashes]
+    """``(depth, 4)``: a, b, the inverse of a modulo the rows of a matrix, and the seed of the signs."""
+    hashes = store.hashes(rows)
+    values = [[h.a, h.b, pow(h.a, -1, h.height) if h.height > 1 else 0, h.sign_seed] for h in hashes]
     return _upload(values, torch.int64, device)
 
 

@@ -14,11 +14,11 @@ from sketch_plugins.kernels.gpu.common import (
     HASHES,
     NEW,
     RANGE,
-    ROWS,
     SECOND_A,
     SECOND_B,
     WIDTH,
     address,
+    buckets_of,
     extent,
 )
 
@@ -44,12 +44,12 @@ def count_min(
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The minimum over the tables, which `fold` has written before."""
-    columns, width, total = tl.load(t + COLUMNS), tl.load(t + WIDTH), tl.load(t + ROWS)
+    columns, width = tl.load(t + COLUMNS), tl.load(t + WIDTH)
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64))
     table = tl.load(t + SECOND_A).to(tl.pointer_type(S_TYPE))
     least = tl.zeros_like(square)
     for j in tl.static_range(DEPTH):
-        bucket = ((rows * tl.load(hashes + 4 * j) + tl.load(hashes + 4 * j + 1)) % total) % width
+        bucket = buckets_of(t, rows, hashes + 4 * j)
         at = table + (j * width + bucket)[:, None] * columns + cols[None, :]
         v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if j == 0:

@@ -27,12 +27,10 @@ from sketch_plugins.kernels.gpu.common import (
     NUMBERS,
     P_STRIDE,
     PLAIN,
-    ROWS,
     SECOND_A,
     STEP,
     TABLE2,
     TILES,
-    WIDTH,
     P,
     address,
     extent,
@@ -40,6 +38,8 @@ from sketch_plugins.kernels.gpu.common import (
     find,
     gradient,
     held,
+    load_of,
+    members,
     noise,
     parameter,
     rows_at,
@@ -137,16 +137,6 @@ def tiles(
 
 
 @triton.jit
-def _members(t, bucket, first, M: tl.constexpr):
-    """Rows of a bucket, from the ``first``-th member on: the hash run backwards."""
-    total, width = tl.load(t + ROWS), tl.load(t + WIDTH)
-    hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64))
-    place = bucket + (first + tl.arange(0, M).to(tl.int64)) * width
-    rows = ((place + total - tl.load(hashes + 1)) % total) * tl.load(hashes + 2) % total
-    return tl.where(place < total, rows, 0), place < total
-
-
-@triton.jit
 def buckets(
     table, numbers, partial, count,
     FIRST: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
@@ -165,11 +155,12 @@ def buckets(
     cols = tile * BLOCK + inside
     columns = extent(t, COLUMNS, ALIGN)
     inner = (inside < BLOCK) & (cols < columns)
-    load = (tl.load(t + ROWS) - bucket + tl.load(t + WIDTH) - 1) // tl.load(t + WIDTH)
+    load = load_of(t, bucket)
+    hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64))
     place = address(t, SECOND_A, S_TYPE, ALIGN) + bucket * columns + cols
 
     v = tl.load(place, mask=inner, other=0.0).to(tl.float32)
-    rows, exists = _members(t, bucket, 0, M)
+    rows, exists = members(t, bucket, 0, hashes, M)
     mask = exists[:, None] & inner[None, :]
     if SINGLE:
         x = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
@@ -179,7 +170,7 @@ def buckets(
         else:
             total = tl.zeros([N], tl.float32)
             for first in range(0, load, M):
-                rows, exists = _members(t, bucket, first, M)
+                rows, exists = members(t, bucket, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
                 total += tl.sum(y * y, 0)
@@ -207,7 +198,7 @@ def buckets(
             )  # fmt: skip
         else:
             for first in range(0, load, M):
-                rows, exists = _members(t, bucket, first, M)
+                rows, exists = members(t, bucket, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
                 if AFTER:

@@ -1,0 +1,122 @@
+"""Kernels on a batch of matrices (experts): each matrix's own buckets, as the eager step has them."""
+
+import warnings
+
+import pytest
+import torch
+
+from sketch_plugins import CSAdam, CSMomentum, CSRMSprop, Sketchy
+from sketch_plugins.optim.fused import interpreted
+
+SHAPE = (3, 18, 20)
+CASES = [
+    (CSAdam, {}),
+    (CSAdam, {"preset": "lean", "compression": 0.3}),
+    (CSAdam, {"depth": 2, "hash": "affine", "first_moment": "none"}),
+    (CSAdam, {"hash": "affine", "width": 4, "first_moment": "fp32", "bucket": "sum"}),
+    (CSAdam, {"second_moment": "row_count_min", "depth": 2}),
+    (CSAdam, {"preset": "paper_cs_mv", "allow_dense_count_sketch": True}),
+    # Momentum after the denominator.
+    (Sketchy, {"precondition": "none", "momentum_of": "all", "update_clip": 0.0, "scale_parameter": False, "lr": 1e-3}),
+    (CSRMSprop, {"preset": "lean", "lagged_rms": True, "table_dtype": "bf16"}),
+]
+IDS = {"ids": lambda v: v.__name__ if isinstance(v, type) else str(v)}
+
+
+def train(cls, device, fused, tensors, gradients, **options):
+    """Two steps."""
+    params = [torch.nn.Parameter(t.clone().to(device)) for t in tensors]
+    optimizer = cls(params, fused=fused, **{"min_compress_size": 0, **options})
+    for step in gradients:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone().to(device)
+        with warnings.catch_warnings():
+            # Triton's kernels take all of these; Numba's leave some to the eager path.
+            triton = device.type == "cuda" or interpreted()
+            warnings.filterwarnings("error" if triton else "ignore", message="fused=True: a parameter of shape")
+            optimizer.step()
+    return params, [dict(moments(optimizer, p)) for p in params]
+
+
+def moments(optimizer, p):
+    for name, moment in optimizer.state[p].items():
+        if isinstance(moment, dict):
+            for key, tensor in moment.items():
+                yield f"{name}.{key}", tensor
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def compare(ours, eager):
+    for p, one, q, other in zip(*ours, *eager, strict=True):
+        # Kernels and eager torch round products and sums in another order; a step is 1e-3 of numbers around 1.
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
+        for name, a in one.items():
+            b = other[name]
+            if name.endswith("codes"):
+                # A code of the other neighbour where the number lay half-way between two.
+                assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 0.02, name
+            elif a.dtype == torch.bfloat16:
+                # The same noise: a cell rounds the other way where the unrounded numbers lie on its two sides.
+                assert (a != b).float().mean() < 0.02, name
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("cls", "options"), CASES, **IDS)
+def test_is_the_eager_definition(kernels, cls, options):
+    given = [random(*SHAPE)], [[random(*SHAPE, seed=s)] for s in (1, 2)]
+    compare(*(train(cls, kernels, fused, *given, **options) for fused in (True, False)))
+
+
+@pytest.mark.parametrize(("cls", "options"), [case for case in CASES if "preset" not in case[1]], **IDS)
+def test_trains_as_its_matrices_do_bit_for_bit(kernels, cls, options):
+    """No RMS is common to all of them: nothing of a matrix depends on the others."""
+    whole, steps = random(*SHAPE), [random(*SHAPE, seed=s) for s in (1, 2)]
+    (p,), (state,) = train(cls, kernels, True, [whole], [[g] for g in steps], **options)
+    matrices, states = train(cls, kernels, True, list(whole), [list(g) for g in steps], **options)
+    assert torch.equal(p, torch.stack(list(matrices)))
+    for name, tensor in state.items():
+        apart = [one[name] for one in states]
+        assert torch.equal(tensor, torch.cat(apart, 1 if name.endswith("table") else 0)), name
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (CSAdam, {}),
+        (CSAdam, {"depth": 2, "hash": "affine"}),
+        (CSMomentum, {"first_moment": "count_sketch", "depth": 2}),
+    ],
+    **IDS,
+)
+def test_row_sparse_gradients(kernels, cls, options):
+    whole, steps = random(*SHAPE), [random(*SHAPE, seed=s) for s in (1, 2)]
+    for step, g in enumerate(steps):
+        g[0] = 0
+        g[2, step::2] = 0
+    options = {"row_sparse": True, "weight_decay": 0.0, **options}
+    ours, eager = (train(cls, kernels, f, [whole], [[g] for g in steps], **options) for f in (True, False))
+    compare(ours, eager)
+    assert torch.equal(ours[0][0][0].cpu(), whole[0]) and (ours[0][0][1].cpu() != whole[1]).all()
+
+
+def test_many_bands_of_many_matrices():
+    """Numba cuts matrices into bands and deals them out to threads: no band may reach into the next matrix."""
+    pytest.importorskip("numba")
+    shapes = [(5, 130, 300), (40, 70)]
+    given = [random(*s) for s in shapes], [[random(*s, seed=n) for s in shapes] for n in (1, 2, 3)]
+    threads = torch.get_num_threads()
+    try:
+        for options in ({}, {"preset": "lean"}, {"preset": "lean", "lagged_rms": True}):
+            options = {"compression": 0.3, **options}
+            runs = []
+            for n in (1, 3):
+                torch.set_num_threads(n)
+                runs.append(train(CSAdam, torch.device("cpu"), True, *given, **options))
+            assert all(map(torch.equal, runs[0][0], runs[1][0]))
+            compare(runs[0], train(CSAdam, torch.device("cpu"), False, *given, **options))
+    finally:
+        torch.set_num_threads(threads)

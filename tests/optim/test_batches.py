@@ -1,0 +1,335 @@
+"""Experts: a parameter (E, R, D) is E matrices, and each of them has its own buckets."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sketch_plugins import CSAdagrad, CSAdam, CSMomentum, CSRMSprop, Sketchy, convert_state, state_report
+from sketch_plugins.memory.plan_optimizers import choices, sharded_cost
+from sketch_plugins.memory.plan_trace import Subject
+from sketch_plugins.memory.probe import SecondMomentProbe
+from sketch_plugins.sharding.blocks import Matrix, Rows, Tile, is_batch, tiles
+from sketch_plugins.stores import CountMin
+
+E, R, D = 3, 23, 20
+SKETCHES = [
+    (CSAdam, {"first_moment": "fp32"}),
+    (CSAdam, {"first_moment": "int8", "compression": 0.3, "block_size": 8}),
+    (CSAdam, {"first_moment": "none", "depth": 2, "hash": "affine"}),
+    (CSAdam, {"first_moment": "none", "width": 5, "clean_every": 2}),
+    (CSAdam, {"first_moment": "fp32", "second_moment": "row_count_min", "depth": 2}),
+    (CSAdam, {"preset": "paper_cs_mv", "allow_dense_count_sketch": True}),
+    (CSRMSprop, {"hash": "affine"}),
+    (CSRMSprop, {"width": 100}),
+    (CSAdagrad, {"weight_decay": 0.1}),
+    (CSMomentum, {"first_moment": "count_sketch", "allow_dense_count_sketch": True, "depth": 3}),
+]
+INPUTS = st.integers(1, 5), st.integers(1, 40), st.integers(0, 45), st.floats(0.01, 1.0), st.integers(1, 3)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def train(cls, tensors, gradients, fused=False, **options):
+    params = [torch.nn.Parameter(t.clone()) for t in tensors]
+    optimizer = cls(params, fused=fused, **{"min_compress_size": 0, **options})
+    for step in gradients:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    return params, optimizer
+
+
+@given(*INPUTS, st.sampled_from(["strided", "affine"]), st.integers(0, 3))
+def test_no_bucket_holds_rows_of_two_matrices(number, rows, width, compression, depth, hash, seed):
+    store = CountMin(compression=compression, width=width, depth=depth, hash=hash, seed=seed, matrices=number)
+    alone = CountMin(compression=compression, width=width, depth=depth, hash=hash, seed=seed)
+    index = torch.arange(number * rows)
+    for h, single in zip(store.hashes(number * rows), alone.hashes(rows), strict=True):
+        buckets = h.bucket(index)
+        assert buckets.min() >= 0 and buckets.max() < store.buckets(number * rows) == number * alone.buckets(rows)
+        for b in range(h.width):
+            members = index[buckets == b]
+            assert len(members) == h.load(torch.tensor(b)) >= 1
+            assert len(set((members // rows).tolist())) == 1
+        # Each matrix is hashed as it would be alone.
+        own = torch.arange(rows)
+        for m in range(number):
+            assert torch.equal(h.bucket(own + m * rows), single.bucket(own) + m * single.width)
+            assert torch.equal(h.sign(own + m * rows), single.sign(own))
+        assert torch.equal(h.row(index).sort().values, index)
+        assert torch.equal(h.bucket(h.row(index)), torch.tensor([h.bucket_of_place(i) for i in index.tolist()]))
+
+
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 9), st.integers(1, 9), st.integers(1, 99))
+def test_tiles_with_a_period_stay_within_a_matrix(number, rows, columns, period, chunk):
+    seen = torch.zeros(number * rows, columns)
+    for at in tiles(number * rows, columns, chunk, period, matrices=number):
+        at.get(seen).add_(1)
+        assert at.start // rows == (at.start + at.cycles * at.rows - 1) // rows
+        assert at.cycles == 1 or (at.start % rows % period == 0 and at.rows == period)
+        assert at.start % rows % period + at.rows <= period
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "last axis first"])
+def test_a_batch_as_a_matrix_whatever_its_strides(layout):
+    x = random(E, R, D)
+    expected = x.reshape(E * R, D).clone()
+    if layout == "transposed":
+        x = x.mT.contiguous().mT
+    elif layout == "last axis first":
+        x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    matrix = Matrix(x, 1)
+    rows = torch.tensor([0, 22, 23, 50, 68])
+    for at in (
+        Tile(E * R, 20, 1, 30, 3, 17),
+        Tile(E * R, 23, 2, 5, 0, D),
+        Rows(E * R, rows, 0, D),
+        Rows(69, rows, 5, 9),
+    ):
+        assert torch.equal(matrix.get(at), at.get(expected))
+        new = random(*at.shape, seed=1)
+        matrix.put(at, new)
+        at.put(expected, new)
+        assert torch.equal(x.reshape(E * R, D), expected)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 64])
+@pytest.mark.parametrize(("cls", "options"), SKETCHES, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
+def test_a_batch_trains_as_its_matrices_do_bit_for_bit(cls, options, chunk_size):
+    options = {**options, "chunk_size": chunk_size}
+    whole, steps = random(E, R, D), [random(E, R, D, seed=s) for s in (1, 2, 3)]
+    (p,), one = train(cls, [whole], [[g] for g in steps], **options)
+    matrices, several = train(cls, list(whole), [list(g) for g in steps], **options)
+    assert torch.equal(p, torch.stack(list(matrices)))
+    for name, moment in one.state[p].items():
+        if isinstance(moment, dict):
+            for key, tensor in moment.items():
+                apart = [several.state[q][name][key] for q in matrices]
+                assert torch.equal(tensor, torch.cat(apart, 1 if key == "table" else 0)), (name, key)
+    assert one.state[p][name]["table"].shape[1] % E == 0
+
+
+def test_row_sparse_gradients_of_a_batch():
+    """A row that is not touched stays; a gradient with whole experts means all their rows."""
+    whole, g = random(E, R, D), random(E, R, D, seed=1)
+    g[0] = 0
+    g[2, ::2] = 0
+    options = {"row_sparse": True, "first_moment": "fp32", "depth": 2, "weight_decay": 0.0}
+    (p,), _ = train(CSAdam, [whole], [[g], [g]], **options)
+    matrices, _ = train(CSAdam, list(whole), [list(g)] * 2, **options)
+    assert torch.equal(p, torch.stack(list(matrices)))
+    assert torch.equal(p[0], whole[0]) and torch.equal(p[2, ::2], whole[2, ::2]) and (p[1] != whole[1]).all()
+
+    index = torch.tensor([[2, 1]])
+    sparse = torch.sparse_coo_tensor(index, g[index[0]] + 1, (E, R, D))
+    dense = torch.zeros(E, R, D).index_copy_(0, index[0], g[index[0]] + 1)
+    (a,), first = train(CSAdam, [whole], [[sparse], [sparse]], **options)
+    (b,), second = train(CSAdam, [whole], [[dense], [dense]], **options)
+    assert torch.equal(a, b) and torch.equal(a[0], whole[0])
+    assert torch.equal(first.state[a]["second_moment"]["table"], second.state[b]["second_moment"]["table"])
+    probe = SecondMomentProbe(first, rows=40)
+    probe.update()
+    assert 0 <= probe.relative_error() < 10
+
+
+def experts(make, d=16, h=32, number=8, steps=200):
+    """Losses of experts that are used in the frequencies 1/2, 1/4, ..., 1/128."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.nn.Parameter(torch.randn(number, a, b, generator=generator) * 0.1) for a, b in ((d, h), (h, d)))
+    target = torch.randn(number, d, d, generator=generator) / d**0.5
+    often = torch.tensor([0.5 ** min(k + 1, number - 1) for k in range(number)])
+    optimizer = make([up, down])
+
+    def loss(x, e, chosen):
+        out = torch.zeros_like(x)
+        for k in chosen:
+            mine = (e == k).nonzero().squeeze(-1)
+            out = out.index_copy(0, mine, torch.nn.functional.gelu(x[mine] @ up[k]) @ down[k] - x[mine] @ target[k])
+        return out.square().mean()
+
+    for _ in range(steps):
+        x = torch.randn(256, d, generator=generator)
+        e = torch.multinomial(often, 256, True, generator=generator)
+        optimizer.zero_grad()
+        loss(x, e, range(number)).backward()
+        optimizer.step()
+    x = torch.randn(512, d, generator=generator)
+    with torch.no_grad():
+        return [float(loss(x, torch.full((512,), k), [k])) for k in range(number)]
+
+
+def test_the_rarest_expert_trains_as_with_adamw():
+    adamw = experts(lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0))
+    ours = experts(lambda p: CSAdam(p, lr=3e-3, weight_decay=0.0, fused=False))
+    mixed = experts(lambda p: CSAdam(p, lr=3e-3, weight_decay=0.0, fused=False, batch_dims=0))
+    assert ours[-1] < 1.1 * adamw[-1], (ours, adamw)
+    assert mixed[-1] > 1.1 * adamw[-1], (mixed, adamw)  # the test can tell
+
+
+def test_what_is_a_batch():
+    batches = [(8, 28672, 4096), (8, 4096, 14336), (128, 2880, 5760), (512, 1024, 512), (1024, 512, 512), (3, 16, 16)]
+    others = [
+        (768, 48, 128), (1024, 64, 128), (512, 512, 3), (512, 512, 10), (1536, 768, 16), (512, 1, 10), (8192, 1, 4),
+        (32, 3, 5, 5), (4096, 4096), (1, 1, 8192), (7,), (), (1024, 16, 64),
+    ]  # fmt: skip
+    assert all(map(is_batch, batches)) and not any(map(is_batch, others))
+    optimizer = CSAdam([torch.nn.Parameter(torch.zeros(1))])
+    (group,) = optimizer.param_groups
+    for shape in batches + others:
+        large = torch.tensor(shape).prod() >= group["min_compress_size"]
+        assert optimizer.batch_axes(shape, group) == int(is_batch(shape) and bool(large))
+        assert optimizer.batch_axes(shape, {**group, "batch_dims": 0}) == 0
+        assert optimizer.batch_axes(shape, {**group, "batch_dims": 1}) == int(len(shape) > 2 and bool(large))
+        # Without a sketch there are no buckets.
+        assert optimizer.batch_axes(shape, {**group, "second_moment": "dense"}) == 0
+    assert optimizer.batch_axes((8, 64, 64), {**group, "second_moment": "cover", "first_moment": "count_sketch"}) == 1
+    with pytest.raises(ValueError, match=r"batch_dims=2 is not one of 'auto', 0, 1"):
+        CSAdam([torch.nn.Parameter(torch.zeros(1))], batch_dims=2)
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, id="numba")])
+def test_a_convolution_is_what_it_was_bit_for_bit(fused):
+    """The same numbers as a matrix (out, in * kernel) take the same steps."""
+    if fused and importlib.util.find_spec("numba") is None:
+        pytest.skip("needs Numba")
+    x, g = random(40, 24, 5), random(40, 24, 5, seed=1)
+    (conv,), a = train(CSAdam, [x], [[g], [g]], fused=fused)
+    (matrix,), b = train(CSAdam, [x.flatten(1)], [[g.flatten(1)]] * 2, fused=fused)
+    assert torch.equal(conv.flatten(1), matrix)
+    assert (
+        a.state[conv]["second_moment"]["table"].shape == b.state[matrix]["second_moment"]["table"].shape == (1, 2, 120)
+    )
+
+
+def test_bytes_of_a_layer_of_mixtral():
+    shapes = [(8, 2 * 14336, 4096), (8, 4096, 14336)]
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    optimizer = CSAdam(params)
+    (group,) = optimizer.param_groups
+    for p in params:
+        planned = optimizer.planned_state(p, group)
+        expected = {
+            "first_moment": p.numel() * (1 + 4 / 128),
+            "second_moment": 4 * 8 * -(-p.shape[1] // 20) * p.shape[2],
+        }
+        assert {name: size for name, (_, size) in planned.items()} == expected
+    report = state_report(optimizer)
+    assert report.planned and report.bytes_per_param < 1.3
+    with torch.no_grad():
+        assert state_report(CSAdam(params, batch_dims=0)).bytes_per_param > 1.5  # one bucket for 8 experts, and dearer
+
+
+def test_plan_counts_the_pieces_of_experts():
+    """Under ZeRO every rank's pieces have buckets of their own; a rank with whole experts has what they have."""
+    shape = (4, 64, 64)
+    (choice,) = choices("cs_adam", "fp32")
+    subject = Subject(lambda: torch.nn.ParameterList([torch.nn.Parameter(torch.empty(shape))]))
+    expert = 64 * 64 * (1 + 4 / 64) + 4 * 4 * 64  # int8 codes and scales, and 4 buckets of 64 numbers
+    # The state of two experts, and 4 bytes an element for the partition.
+    assert sharded_cost(choice, subject, True, 1, 2).state == 2 * (expert + 4 * 64 * 64)
+
+
+def test_checkpoints():
+    whole, g = random(E, R, D), random(E, R, D, seed=1)
+    (p,), optimizer = train(CSAdam, [whole], [[g], [g]])
+    (q,), again = train(CSAdam, [p.detach()], [])
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, o in ((p, optimizer), (q, again)):
+        one.grad = g.clone()
+        o.step()
+    assert torch.equal(p, q)
+
+    # Before there was the option.
+    (old,), writer = train(CSAdam, [whole], [[g]], batch_dims=0)
+    saved = writer.state_dict()
+    assert saved["state"][0]["second_moment"]["table"].shape == (1, 1, R * D)
+    del saved["param_groups"][0]["batch_dims"]
+    before = again.state_dict()["state"][0]["second_moment"]["table"].clone()
+    with pytest.raises(ValueError, match=r"shape \(3, 23, 20\).*the 3 matrices share their buckets.*batch_dims=0"):
+        again.load_state_dict(saved)
+    assert torch.equal(again.state_dict()["state"][0]["second_moment"]["table"], before)
+    (q,), reader = train(CSAdam, [old.detach()], [], batch_dims=0)
+    reader.load_state_dict(saved)
+    for one, o in ((old, writer), (q, reader)):
+        one.grad = g.clone()
+        o.step()
+    assert torch.equal(old, q)
+
+    # What has no batch goes on as ever, and so does what is exact.
+    for shape, options in (((40, 30), {}), ((E, R, D), {"preset": "exact"}), ((E, R, D), {"min_compress_size": 4096})):
+        (x,), writer = train(CSAdam, [random(*shape)], [[random(*shape, seed=1)]], **options)
+        saved = writer.state_dict()
+        del saved["param_groups"][0]["batch_dims"]
+        train(CSAdam, [x.detach()], [], **options)[1].load_state_dict(saved)
+
+    with pytest.raises(ValueError, match=r"batch_dims='auto'.*batch_dims=0"):
+        reader.load_state_dict(optimizer.state_dict())
+
+
+def test_converted_state():
+    whole, g = random(E, R, D), random(E, R, D, seed=1)
+    p = torch.nn.Parameter(whole.clone())
+    adamw = torch.optim.AdamW([p])
+    for _ in range(2):
+        p.grad = g
+        adamw.step()
+    for options in ({"compression": 1.0, "first_moment": "fp32"}, {"compression": 0.2}):
+        ours = CSAdam([p], min_compress_size=0, fused=False, **options)
+        ours.load_state_dict(convert_state(adamw.state_dict(), ours))
+        v = adamw.state[p]["exp_avg_sq"]
+        if options["compression"] == 1.0:
+            assert torch.equal(ours.state[p]["first_moment"]["dense"], adamw.state[p]["exp_avg"].flatten(0, 1))
+            assert torch.equal(ours.state[p]["second_moment"]["table"][0], v.flatten(0, 1))
+        else:
+            width = 5  # a fifth of 23 rows
+            means = torch.stack([v[m, b::width].mean(0) for m in range(E) for b in range(width)])
+            torch.testing.assert_close(ours.state[p]["second_moment"]["table"][0], means)
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 3.0}, {"preset": "paper", "graft": "cs"}], ids=str)
+def test_the_graft_of_sketchy(options):
+    """Covariances are those of the whole tensor; the graft's buckets are each expert's."""
+    options = {"lr": 0.01, **options}
+    whole, steps = random(E, R, D), [[random(E, R, D, seed=s)] for s in (1, 2, 3)]
+    (p,), optimizer = train(Sketchy, [whole], steps, **options)
+    assert optimizer.state[p]["second_moment"]["table"].shape == (1, E * 2, D)
+    (flat,), other = train(Sketchy, [whole], steps, batch_dims=0, **options)
+    assert other.state[flat]["second_moment"]["table"].shape == (1, 1, R * D)
+    assert torch.isfinite(p).all() and not torch.equal(p, whole)
+
+
+def test_mixtral_of_transformers():
+    """Which parameters of the real class have three dimensions, and a step of them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
+    batches = {name: p for name, p in model.named_parameters() if p.ndim == 3}
+    if not batches:
+        pytest.skip(f"transformers {transformers.__version__} keeps each expert as a parameter of its own")
+    assert {tuple(p.shape) for p in batches.values()} == {(4, 96, 32), (4, 32, 48)}
+    optimizer = CSAdam(model.named_parameters(), lr=1e-2, fused=False)
+    before = {name: p.detach().clone() for name, p in batches.items()}
+    x = torch.randint(0, 64, (2, 16))
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=x, labels=x).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    for name, p in batches.items():
+        width = -(-p.shape[1] // 20)
+        assert optimizer.state[p]["second_moment"]["table"].shape == (1, 4 * width, p.shape[2])
+        assert not torch.equal(p, before[name])
