@@ -93,7 +93,7 @@ class _Carrying:
         extra = {
             key: value for key, value in group.items() if key not in self.said and key not in ("params", "param_names")
         }
-        return {**extra, **self._own(group), "params": members}
+        return {**self._own(group), **extra, "params": members}  # what is said in our words wins
 
     def follow(self, made: SketchOptimizer) -> None:
         """Let groups that are added to ``made`` later say what they say in the words of the replaced optimizer.

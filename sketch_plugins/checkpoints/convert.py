@@ -372,6 +372,7 @@ def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> 
             if target.exists():
                 if not force:
                     raise CannotConvert(f"{target} exists already and is not written over: give another --out")
+                _check_replaceable(target, root)
                 target.rename(folder / "old")
                 try:
                     new.rename(target)
@@ -382,6 +383,19 @@ def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> 
                 new.rename(target)
     except OSError as error:
         raise CannotConvert(f"{target} cannot be written: {error}") from error
+
+
+def _check_replaceable(target: Path, root: Path) -> None:
+    """Raise `CannotConvert` unless a folder holds a checkpoint as ``root`` does: all that is in it would be lost."""
+    own = {path.name for path in root.iterdir()}
+    there = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+    others = sorted(there - own)
+    if others:
+        some = ", ".join(others[:5]) + (" and more" if len(others) > 5 else "")
+        raise CannotConvert(
+            f"{target} holds {some}, which {root} does not: --force replaces a checkpoint that was written before, and "
+            f"all that is in it, but nothing else. Give --out {target / (root.name + '-new')}"
+        )
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sketch_plugins.sharding.parts import has_address
+
 if TYPE_CHECKING:
     from sketch_plugins.stores.base import Ema, State, Store
 
@@ -97,6 +99,8 @@ def misread(w: Work) -> str | None:
     state = [tensor for pair in (w.first, w.second) if pair for tensor in pair[1].values()]
     if w.last is not None:
         state.append(w.last)
+    if not all(has_address(tensor) for tensor in (w.p, w.g, *state)):
+        return "one of its tensors has no memory of its own, which a kernel would read by its address"
     if any(tensor.is_neg() for tensor in (w.p, w.g, *state)):
         return "torch.is_neg is true of one of its tensors: a kernel would read every number with the wrong sign"
     if not all(tensor.is_contiguous() and tensor.device == w.p.device for tensor in state):

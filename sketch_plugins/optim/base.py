@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, round_to_bf16, update
 from sketch_plugins.kernels.work import Work
-from sketch_plugins.optim.ambient import neutral
+from sketch_plugins.optim.ambient import neutral, outside_graphs, uninterrupted
 from sketch_plugins.optim.checks import (
     copied,
     described,
@@ -47,6 +47,7 @@ from sketch_plugins.sharding.parts import (
     check_writable,
     has_address,
     is_dtensor,
+    is_freed,
     is_ours,
     largest,
     leading,
@@ -169,13 +170,8 @@ class Rule:
     precondition_first: bool = False
 
 
-# torch.compile leaves the step alone, as it does torch.optim's. The public decorator imports the compiler at once, two
-# seconds that few scripts need; torch.optim's own one does so when something is compiled.
-_outside_graphs: Callable[..., Any] = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
-
-
 @dataclass(eq=False)
-class _Pending:
+class Pending:
     """One part's step, resolved before anything changes.
 
     Attributes:
@@ -206,8 +202,8 @@ class _Pending:
 
     @property
     def undone(self) -> list[Tensor]:
-        """All that an eager step changes, to be put back after an error; nothing for more than `UNDO` elements."""
-        if self.p.numel() > UNDO:
+        """All that an eager step changes, to be put back after an error; nothing of more than a tile."""
+        if self.p.numel() > min(UNDO, self.grad.chunk):
             return []
         changed = [self.p.data] if has_address(self.p.data) or is_fake(self.p.data) else []
         return changed + list(_tensors({name: value for name, value in self.state.items() if name != "step"}))
@@ -311,7 +307,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         if self._plan is not None:
             self._plan.large = None
 
-    @_outside_graphs
+    @outside_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step. Every gradient is looked at before the first parameter changes: an error leaves all as it was.
@@ -340,13 +336,15 @@ class SketchOptimizer(torch.optim.Optimizer):
                     if owner.grad is not None and owner.numel() > 0:
                         self._look_at(taking, group, index, owner, options)
             with scratch.scratch():
-                if self._may_step(taking.members, self.param_groups):
-                    self._update(taking.work, taking.known)
-                self._complete()
+                try:
+                    if self._may_step(taking.members, self.param_groups):
+                        self._update(taking.work, taking.known)
+                finally:
+                    self._complete()
         plan.trim()
         return loss
 
-    @_outside_graphs
+    @outside_graphs
     @torch.no_grad()
     def step_parameter(self, number: int, index: int) -> None:
         """The step of one parameter, whose gradient is complete: of its group's number and its own in the group.
@@ -601,7 +599,7 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    @_outside_graphs
+    @outside_graphs
     def _update(
         self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known], only: int | None = None
     ) -> None:
@@ -612,14 +610,14 @@ class SketchOptimizer(torch.optim.Optimizer):
         large = self._has_large()
         rules: dict[tuple[int, int, bool], Rule] = {}
         pending = [self._resolve(p, group, grad, rules, large) for p, group, grad in work]
-        fused: dict[Backend, list[_Pending]] = {one.backend: [] for one in known}
-        eager: list[_Pending] = []
+        fused: dict[Backend, list[Pending]] = {one.backend: [] for one in known}
+        eager: list[Pending] = []
         for one in pending:
             if one.backend is not None:
                 fused.setdefault(one.backend, []).append(one)
             elif not one.idle:
                 eager.append(one)
-        takes: list[tuple[list[_Pending], list[Known], Callable[[], None]]] = []
+        takes: list[tuple[list[Pending], list[Known], Callable[[], None]]] = []
         for backend, members in fused.items():
             self._fill_numbers(members)
             if backend.prepare_tasks is not None:
@@ -629,12 +627,13 @@ class SketchOptimizer(torch.optim.Optimizer):
                 launches = backend.prepare([one.work for one in members if one.work is not None])
                 takes += [([members[i] for i in places], [], take) for places, take in launches]
         slots = self._reserve(eager)
-        owners = {id(one.p.owner): one.p.owner for one in pending}
-        owners |= {id(one.p.owner): one.p.owner for one in known}
+        parts = [one.p for one in pending] + [one.p for one in known]
+        changed = {id(tensor): tensor for part in parts for tensor in (part.owner, part.data)}
         # Kernels write to addresses, and shards are written in place of their parameter: autograd has to be told, or a
         # backward through a graph that needs the old weights would be silently wrong.
-        torch.autograd.graph.increment_version(list(owners.values()))
-        self._commit([one for one in pending if one.idle], eager, takes)
+        torch.autograd.graph.increment_version(list(changed.values()))
+        with uninterrupted():
+            self._commit([one for one in pending if one.idle], eager, takes)
         if slots is not None:
             slots.update(scratch.used())
 
@@ -645,7 +644,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         grad: Gradient,
         rules: dict[tuple[int, int, bool], Rule],
         large: bool,
-    ) -> _Pending:
+    ) -> Pending:
         """Everything that a part's step needs; nothing has changed afterwards, not even the optimizer's state."""
         first, second = self._stores(p, group)
         named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
@@ -657,7 +656,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         if not all(map(is_ours, state)):  # what others keep beside it takes no part in a step
             own = self._expected(p, group)
             state = {name: value for name, value in state.items() if name in own}
-        one = _Pending(p, group, grad, state, fresh, named)
+        one = Pending(p, group, grad, state, fresh, named)
         if p.numel() == 0:  # the shard of another rank is not: all have the same state
             one.idle = True
             return one
@@ -700,9 +699,9 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     def _commit(
         self,
-        idle: Sequence[_Pending],
-        eager: Sequence[_Pending],
-        takes: Sequence[tuple[list[_Pending], list[Known], Callable[[], None]]],
+        idle: Sequence[Pending],
+        eager: Sequence[Pending],
+        takes: Sequence[tuple[list[Pending], list[Known], Callable[[], None]]],
     ) -> None:
         """Take the steps. A part's number of steps changes with its state: after an error, each has stepped or not."""
         for one in idle:
@@ -732,12 +731,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                 self._keep(one)
 
     @contextmanager
-    def _undone_by_an_error(self, one: _Pending) -> Iterator[None]:
-        """An error (or Ctrl-C) in the block leaves the part as it was before.
-
-        A part of more than `UNDO` elements is not copied for that: its temporaries are there already, and nothing else
-        in its step is known to fail. Its number of steps is put back with the state of its moments half written.
-        """
+    def _undone_by_an_error(self, one: Pending) -> Iterator[None]:
+        """An error in the block leaves the part as it was before, as far as `Pending.undone` goes."""
         copies = [(tensor, scratch.cast(f"undo {i}", tensor, tensor.dtype)) for i, tensor in enumerate(one.undone)]
         step = one.state["step"].clone()
         try:
@@ -748,17 +743,17 @@ class SketchOptimizer(torch.optim.Optimizer):
                 tensor.copy_(copy)
             raise
 
-    def _clean(self, one: _Pending) -> None:
+    def _clean(self, one: Pending) -> None:
         if not one.group["capturable"] and one.cleans:
             one.named["second_moment"].clean(one.state["second_moment"], one.group["clean_factor"], one.step)
 
-    def _keep(self, one: _Pending) -> None:
+    def _keep(self, one: Pending) -> None:
         """State that was made for this step becomes the optimizer's."""
         if one.fresh:
             state = self.state[one.p.owner]
             (state if one.p.key is None else state.setdefault(one.p.key, {})).update(one.state)
 
-    def _reserve(self, eager: Sequence[_Pending]) -> dict[scratch.Slot, int] | None:
+    def _reserve(self, eager: Sequence[Pending]) -> dict[scratch.Slot, int] | None:
         """Allocate the temporaries of the eager steps; returns where to note what they have really used."""
         if not eager:
             return None
@@ -777,7 +772,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         scratch.reserve(slots)
         return slots
 
-    def _rehearse(self, one: _Pending) -> dict[scratch.Slot, int]:
+    def _rehearse(self, one: Pending) -> dict[scratch.Slot, int]:
         """The temporaries of an eager step, found by taking it with tensors that have no memory.
 
         With ``compile=True`` it is taken with copies instead: that compiles it. Touched rows are looked at by the host,
@@ -790,7 +785,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         with _disable_current_modes() if fake else contextlib.nullcontext():
             return self._take_without_memory(one, device, fake)
 
-    def _take_without_memory(self, one: _Pending, device: torch.device, fake: bool) -> dict[scratch.Slot, int]:
+    def _take_without_memory(self, one: Pending, device: torch.device, fake: bool) -> dict[scratch.Slot, int]:
         assert one.rule is not None
         p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
         p.owner = p.data
@@ -828,8 +823,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                     continue
             self._group_value(name, value)
             changed = changed or option.structural
-        if changed or len(now) != len(last):
-            self._accept_without_effect(group)
+        self._accept_without_effect(group)
+        if changed or now.keys() != last.keys():
             self._check_structure(number, group)
         if last and any(last.get(name) is not now.get(name) for name in ("fused", "compile", "capturable")):
             for index, p in enumerate(group["params"]):
@@ -870,7 +865,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         return self._plan.large
 
     def _prepare_tasks(
-        self, backend: Backend, pending: list[_Pending], known: list[Known], only: int | None
+        self, backend: Backend, pending: list[Pending], known: list[Known], only: int | None
     ) -> Callable[[], None]:
         assert self._plan is not None and backend.task is not None and backend.prepare_tasks is not None
         plan = self._plan
@@ -909,9 +904,9 @@ class SketchOptimizer(torch.optim.Optimizer):
 
         return take
 
-    def _fill_numbers(self, pending: list[_Pending]) -> None:
+    def _fill_numbers(self, pending: list[Pending]) -> None:
         shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}
-        on_device: dict[tuple[int, bool], list[_Pending]] = {}
+        on_device: dict[tuple[int, bool], list[Pending]] = {}
         for one in pending:
             assert one.work is not None
             sparse = one.grad.rows is not None
@@ -1034,6 +1029,17 @@ class SketchOptimizer(torch.optim.Optimizer):
     def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
         assert g is not None
         label = self._label(group, p)
+        if is_freed(p.data) or is_freed(g):
+            which = "the parameter" if is_freed(p.data) else "its gradient"
+            raise ValueError(
+                f"{label}: {which} has lost its memory (its storage has 0 bytes), as FSDP does between the uses of a "
+                "parameter. Take the step when it is there again"
+            )
+        if not g.is_floating_point():
+            kind = "complex" if g.is_complex() else "not of floating point numbers"
+            raise ValueError(
+                f"{label} has a gradient that is {kind} ({g.dtype}); allowed are gradients of a floating point dtype"
+            )
         check_writable(p.data, label)
         _refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
         if not self._numbers_are_answered:

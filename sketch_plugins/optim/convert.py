@@ -117,7 +117,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
         for index, (p, key, there) in enumerate(zip(group["params"], own["params"], saved["params"], strict=True)):
             state = state_dict["state"].get(there)
             if state:
-                made = _converted(optimizer, {**group, **own, "params": group["params"]}, index, p, state, saved)
+                made = _converted(optimizer, group, {**group, **own, "params": group["params"]}, index, p, state, saved)
                 # What wrappers of the optimizer keep there goes along.
                 made |= {name: value for name, value in state.items() if name not in STATES and not is_ours(name)}
                 if made:
@@ -154,6 +154,7 @@ def _scheduled(
 
 def _converted(
     optimizer: SketchOptimizer,
+    present: dict[str, Any],
     group: dict[str, Any],
     index: int,
     p: Tensor,
@@ -171,7 +172,7 @@ def _converted(
     for part in parts:
         if part.numel() == 0 and not is_dtensor(p):
             continue  # which takes no steps
-        label = optimizer._label(group, part)
+        label = optimizer._label(present, part)  # of the optimizer's own group, which has a number
         new = _part_state(optimizer, group, part, _source(part, state, saved, label), label)
         if part.key is not None:
             made[part.key] = new
@@ -232,7 +233,7 @@ def _part_state(
     batch = optimizer._batch(part, group)
     matrix = matrix_shape(part.shape, batch)
     stores = dict(zip(("first_moment", "second_moment"), optimizer._stores(part, group), strict=True))
-    state: dict[str, Any] = {"step": torch.tensor(source.step, dtype=torch.float32)}
+    state: dict[str, Any] = {"step": torch.tensor(source.step, dtype=torch.float32, device="cpu")}
     for name, store in stores.items():
         if store is not None:
             state[name] = store.allocate(matrix, part.device, dtype)

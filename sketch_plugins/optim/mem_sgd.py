@@ -11,7 +11,7 @@ from torch import Tensor
 from sketch_plugins.comm.base import Compressor
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
-from sketch_plugins.optim.ambient import neutral
+from sketch_plugins.optim.ambient import neutral, outside_graphs
 from sketch_plugins.optim.checks import STATES, copied, described, exact_step, is_fake, why_impossible, why_not_plain
 from sketch_plugins.optim.options import COMMON, Option, rate, validate
 
@@ -87,6 +87,7 @@ class MemSGD(torch.optim.Optimizer):
         _checked({name: param_group[name] for name in _OPTIONS if name in param_group})
         super().add_param_group(param_group)
 
+    @outside_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step; returns what the closure, if there is one, returns."""
@@ -95,7 +96,7 @@ class MemSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _OPTIONS["lr"].validate(group["lr"])  # schedules change it, tensors in place
+            _checked({name: group[name] for name in _OPTIONS})  # anybody may have changed one
             for p in group["params"]:
                 if p.grad is not None:
                     _check(p, group)
@@ -240,6 +241,11 @@ class MemSGD(torch.optim.Optimizer):
 
         def look(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             self._check_incoming(incoming)
+            groups = incoming["param_groups"]
+            if len(groups) == len(self.param_groups):  # else torch says so
+                own = [{name: group[name] for name in _OPTIONS} for group in self.param_groups]
+                groups = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
+            incoming = {**incoming, "param_groups": groups}
             saved = dict(incoming["state"])
             for i, p in _pairs(incoming["param_groups"], self.param_groups):
                 if i in saved:

@@ -158,9 +158,10 @@ def misspelt(name: str, options: Mapping[str, Option]) -> str | None:
     """The option, of this or another of our optimizers, that an unknown parameter-group key was probably meant to be.
 
     Frameworks keep keys of their own in parameter groups ("initial_lr", "name", "lr_scale"), so an unknown key as such
-    cannot be refused there; one that is nearly an option of ours, or an option of another of our optimizers, is.
+    cannot be refused there; one that is nearly an option of ours, or an option of another of our optimizers, is. But
+    for words that frameworks use themselves (layer-wise decay notes the "depth" of a layer).
     """
-    if name in options or not isinstance(name, str):
+    if name in options or not isinstance(name, str) or name in _WORDS_OF_OTHERS:
         return None
     # Another optimizer's options, too: this one would not read them.
     close = difflib.get_close_matches(name, _FAMILY.union(options), n=1, cutoff=0.9)
@@ -398,4 +399,6 @@ _SKETCHY = {
     "graft", "matrix_eps", "momentum_placement", "momentum_of", "merge_dims", "max_block_dim", "max_axis",
     "max_aspect_ratio", "nonfinite",
 }  # fmt: skip
+#: Options of some of our optimizers that are other people's words, too.
+_WORDS_OF_OTHERS = frozenset({"depth", "width", "rank", "budget"})
 _FAMILY = (frozenset({**COMMON, **FIRST_MOMENT, **SECOND_MOMENT}) | _SKETCHY) - {"betas", "eps"}

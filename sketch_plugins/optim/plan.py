@@ -30,6 +30,8 @@ class Known(NamedTuple):
     task: Any
     group: dict[str, Any]
     counter: Tensor
+    # Kernels know addresses only: another thread may replace the state while they run, which has to outlive them.
+    state: dict[str, Any]
     step: int
     gradient: int
 
@@ -65,6 +67,9 @@ class Plan:
         marks = _marks(p.data, grad, options, state)
         if grad is None or marks is None or marks != found[0]:
             return None
+        address = grad.data_ptr()
+        if address == 0 and grad.numel():  # no memory of its own
+            return None
         counter = state["step"]
         if (
             not isinstance(counter, Tensor)
@@ -75,9 +80,9 @@ class Plan:
             return None
         step = counter.item()
         # A first step is no repetition: with lagged_rms it has to measure.
-        return (
-            Known(p, found[1], found[2], group, counter, int(step) + 1, grad.data_ptr()) if 1 <= step < 1e18 else None
-        )
+        if not 1 <= step < 1e18:
+            return None
+        return Known(p, found[1], found[2], group, counter, dict(state), int(step) + 1, address)
 
     def learn(
         self,

@@ -22,6 +22,7 @@ from sketch_plugins.optim.base import (
     Factors,
     Further,
     Members,
+    Pending,
     Rule,
     SketchOptimizer,
     number,
@@ -38,7 +39,6 @@ from sketch_plugins.optim.options import (
     no_effect,
     rate,
 )
-from sketch_plugins.optim.plan import Known
 from sketch_plugins.sharding.blocks import Matrix, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
@@ -528,21 +528,15 @@ class Sketchy(SketchOptimizer):
             return "nonfinite='skip' leaves out the whole step, which has begun by then; allowed is nonfinite='error'"
         return None
 
-    def _update(
-        self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known], only: int | None = None
-    ) -> None:
-        super()._update(work, known, only)
-        for p, group, grad in work:
-            plan = self.preconditioner_of(p, group)
-            if plan is None or grad.rows is not None or group["statistics"] == "sample":
-                continue
-            held = self._state_of(p)
-            assert held is not None
-            step = int(held["step"].item())
-            if _due(step, group["update_freq"]) and _sampled(step, group["statistics_freq"]):
-                solver = group["tail"], _solver(step, group)
-                sides: list[Due] = [(side, held["preconditioner"], None) for side in plan.sides]
-                self._solves = (*self._solves, (p, group, solver, sides))
+    def _keep(self, one: Pending) -> None:
+        super()._keep(one)
+        plan = self.preconditioner_of(one.p, one.group)
+        if plan is None or one.grad.rows is not None or one.idle or one.group["statistics"] == "sample":
+            return
+        if _due(one.step, one.group["update_freq"]) and _sampled(one.step, one.group["statistics_freq"]):
+            solver = one.group["tail"], _solver(one.step, one.group)
+            sides: list[Due] = [(side, one.state["preconditioner"], None) for side in plan.sides]
+            self._solves = (*self._solves, (one.p, one.group, solver, sides))
 
     def _complete(self) -> None:
         if not self._solves:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -177,7 +178,9 @@ class Parts:
         Raises:
             ValueError: it is a flat partition, and what lies where in it cannot be found.
         """
-        if p.ndim != 1 or is_dtensor(p) or not self.originals or self._was_given(p):
+        # Without DeepSpeed there are no flat partitions, and no need to remember which tensors are none.
+        foreign = p.ndim == 1 and "deepspeed" in sys.modules and not self._was_given(p)
+        if not foreign or is_dtensor(p) or not self.originals:
             return [Part(local_of(p), p, index, tuple(p.shape), _shard(p, index))]
         found = self._flat.get(id(p))
         if found is None or found[0]() is not p or found[1] != p.numel():
@@ -257,7 +260,21 @@ def has_address(tensor: Tensor) -> bool:
     tensors, results of collectives that are under way), or keep something else there.
     """
     own = type(tensor) in _PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return own and tensor.layout == torch.strided
+    if not own or tensor.layout != torch.strided or tensor._is_zerotensor():
+        return False
+    try:
+        return tensor.numel() == 0 or tensor.device.type == "meta" or tensor.data_ptr() != 0
+    except RuntimeError:  # within a transformation of torch.func
+        return False
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether an ordinary tensor's memory, or a part of it, was given back (``untyped_storage().resize_(0)``)."""
+    own = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and tensor.layout == torch.strided
+    if not own or tensor.numel() == 0 or tensor.device.type == "meta" or tensor._is_zerotensor():
+        return False
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size()
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -271,7 +288,7 @@ def plain(tensor: Tensor) -> Tensor:
     Raises:
         ValueError: the subclass cannot be copied into an ordinary tensor.
     """
-    if type(tensor) in _PLAIN or has_address(tensor) or tensor.layout != torch.strided or is_fake(tensor):
+    if has_address(tensor) or tensor.layout != torch.strided or is_fake(tensor) or is_freed(tensor):
         return tensor
     try:
         if hasattr(tensor, "wait"):  # of a collective that is under way

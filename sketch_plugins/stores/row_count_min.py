@@ -87,7 +87,7 @@ class RowCountMin(CountMin):
 
     def clean(self, state: State, factor: float, step: int = 0) -> None:
         """Scales the rows, and with them every estimate."""
-        state["row"].mul_(factor)
+        state["row"].mul_(factor) if factor else state["row"].zero_()
 
     def fill(self, state: State, value: float) -> None:
         """Every row's scale, over flat profiles."""

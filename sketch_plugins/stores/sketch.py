@@ -280,7 +280,9 @@ class Sketch(Store):
             where.put(flat, self._rounded(new, where, flat.shape[1], seed, step))
 
     def _cleaned(self, table: Tensor, factor: float, step: int) -> None:
-        self._rewrite(table, lambda cells: cells.mul_(factor), self.noise_seed ^ CLEANING, step)
+        # Not 0 * infinity: cleaning with 0 is a new beginning, also after squares that have overflowed.
+        clean = (lambda cells: cells.mul_(factor)) if factor else Tensor.zero_
+        self._rewrite(table, clean, self.noise_seed ^ CLEANING, step)
 
     def _filled(self, table: Tensor, value: float) -> None:
         self._rewrite(table, lambda cells: cells.fill_(value), self.noise_seed, 0)

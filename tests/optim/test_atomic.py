@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -36,7 +37,7 @@ def build(name, fused=None, large=True, **options):
 def give_gradients(params, seed, sparse):
     generator = torch.Generator().manual_seed(seed)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
     if sparse:
         params[2].grad[4:] = 0
         params[2].grad = params[2].grad.to_sparse(1).coalesce()
@@ -188,10 +189,6 @@ def test_an_error_within_a_step_leaves_each_parameter_stepped_or_not(name, first
         for i, p in enumerate(params):
             now = [p.detach(), dict(state[i]) if i in state else None]
             old, new = ([values[i], saved["state"].get(i)] for values, saved in (before, after))
-            if name == "sketchy" and new[1] and now[1]:
-                # Covariances are decomposed when all parameters have stepped. After an error the last decomposition
-                # stays, and what has been gathered for the next one.
-                now, old, new = ([v, s and {**s, "preconditioner": None}] for v, s in (now, old, new))
             assert equal(now, old) or equal(now, new), f"{what}: parameter {i} has taken half a step"
         if not first:  # back to where it was, for the next call that fails
             optimizer.load_state_dict(before[1])
@@ -200,6 +197,48 @@ def test_an_error_within_a_step_leaves_each_parameter_stepped_or_not(name, first
                     p.copy_(value)
         tried += 1
     assert tried >= 8
+
+
+def test_every_point_is_reached():
+    """No call that is to fail has become one that nobody makes."""
+    reached = set()
+    for name, way, options in [
+        ("cs_adam", None, {}),
+        ("cs_adam", False, {"clean_every": 1, "preset": "paper_cs_v"}),
+        ("cs_adam", False, {"stochastic_rounding": True}),
+        ("sketchy", False, {}),
+    ]:
+        optimizer, params = build(name, way, **options)
+        if "stochastic_rounding" in options:
+            params[0].data = params[0].data.to(torch.bfloat16)
+        for point in {*BEFORE, *WITHIN} - reached:
+            optimizer.state.clear()
+            optimizer._plan = None
+            give_gradients(params, 1, sparse=way is False)
+            with failing(*point, 0) as counted:
+                optimizer.step()
+            if counted:
+                reached.add(point)
+    assert {(where.__name__, name) for where, name in {*BEFORE, *WITHIN} - reached} == set()
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["kernels", "eager"])
+def test_ctrl_c_takes_effect_when_the_step_is_whole(fused, monkeypatch):
+    optimizer, params = build("cs_adam", fused)
+    give_gradients(params, 0, sparse=False)
+    twin, others = duplicate(optimizer, params)
+    twin.step()
+    where, name = (cpu._Batch, "run") if fused is None else (SketchOptimizer, "_clean")
+    original = getattr(where, name)
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert equal(params, others) and equal(optimizer.state_dict()["state"], twin.state_dict()["state"])
 
 
 @pytest.mark.parametrize("averaging", [False, True])
@@ -418,6 +457,33 @@ def test_a_subclass_that_cannot_be_read_is_refused_by_its_type(name, which):
     with pytest.raises(ValueError, match="Unreadable"):
         optimizer.step()
     assert equal(before, [p.detach() for p in params]) and not optimizer.state
+
+
+def test_tensors_that_lost_their_memory_are_refused_by_name(name):
+    for which in ("gradient", "parameter"):
+        optimizer, params = build(name)
+        for step in range(2):
+            give_gradients(params, step, sparse=False)
+            if step:
+                (params[3].grad if which == "gradient" else params[3]).untyped_storage().resize_(0)
+                before = [p.detach().clone() for p in params[:3]]
+                with pytest.raises(ValueError, match="memory"):
+                    optimizer.step()
+                assert equal(before, [p.detach() for p in params[:3]])
+            else:
+                optimizer.step()
+
+
+def test_zero_tensors_and_wrapped_state_do_not_reach_the_kernels(name):
+    ends = []
+    for odd in (False, True):
+        optimizer, params = build(name)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch._efficientzerotensor(p.shape) if odd else torch.zeros(p.shape)
+            optimizer.step()
+        ends.append([p.detach() for p in params])
+    assert equal(*ends)
 
 
 def test_training_in_a_thread_outlives_the_main_one(tmp_path):

@@ -338,6 +338,9 @@ def test_options():
     for key, value in sketch.items():
         with pytest.raises(TypeError, match=key):
             SM3([p], **{key: value})
+        if key in ("width", "depth"):  # words that others use, too: theirs
+            assert SM3([{"params": [p], key: value}]).param_groups[0][key] == value
+            continue
         with pytest.raises(ValueError, match=f"SM3 has no option '{key}'"):
             SM3([{"params": [p], key: value}])
 

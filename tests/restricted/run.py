@@ -107,9 +107,11 @@ def run(row: Row, pytest: list[str]) -> tuple[bool, str]:
     # First on the path, before a sitecustomize that the system may have.
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **row.environment, "PYTHONPATH": path}
-    check = f"import importlib, importlib.util, sys, torch\nsys.exit(0 if {row.check} else 3)"
-    if subprocess.run([sys.executable, "-c", check], env=environment).returncode:
-        return False, "not run: the restriction does not work here"
+    check = f"import importlib, importlib.util, sys, torch\nsys.exit(0 if ({row.check}) else 3)"
+    checked = subprocess.run([sys.executable, "-c", check], env=environment).returncode
+    if checked:
+        why = "the restriction has no effect on this machine" if checked == 3 else f"its check ended with {checked}"
+        return False, f"not run: {why}"
     command = [sys.executable, "-m", "pytest", *pytest]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         last = ""
