@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -292,7 +293,16 @@ class SketchOptimizer(torch.optim.Optimizer):
             own.setdefault("width", 0)
         own = {name: self._group_value(name, value) for name, value in own.items()}
         param_group.update(own)
-        super().add_param_group(param_group)
+        with warnings.catch_warnings():
+            # torch warns that this will be an error, and goes on.
+            warnings.filterwarnings("error", message=".*duplicate parameters.*", category=UserWarning)
+            try:
+                super().add_param_group(param_group)
+            except UserWarning as warning:
+                raise ValueError(
+                    f"a parameter group of {type(self).__name__} holds a parameter more than once; give each parameter "
+                    "once (torch.optim warns here, and takes a step for each time)"
+                ) from warning
         try:
             renew(type(self).__name__, self.OPTIONS, self.param_groups[-1])
             for index, p in enumerate(self.param_groups[-1]["params"]):
@@ -848,7 +858,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             if self.OPTIONS[name].validate(group[name]) != before:
                 raise ValueError(
                     f"{name} of group {number} was {before!r} and is {group[name]!r}: its parameters have state, and "
-                    f"the group's options describe another state. {_OWN_KEY}"
+                    f"the group's options describe another state. Set it back, or build a new optimizer. {_OWN_KEY}"
                 )
 
     def _has_state(self, owner: Tensor) -> bool:
@@ -1273,7 +1283,7 @@ class SketchOptimizer(torch.optim.Optimizer):
             if writer != kind:
                 raise ValueError(
                     f"the state dict was not written by {kind}, but by {writer or 'another optimizer'} (group {number})"
-                    + ("" if writer else f". {_CONVERT}")
+                    + (f". Build {writer}, or load the weights alone" if writer else f". {_CONVERT}")
                 )
             for name, value in self.FIXED.items():
                 saved.setdefault(name, value)
@@ -1433,7 +1443,8 @@ def _check_tensors(have: Any, layout: Layout, what: str, label: str) -> None:
         if tuple(tensor.shape) != tuple(size) or tensor.dtype != kind:
             raise ValueError(
                 f"{what} of {label} has {key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}; "
-                f"expected {tuple(size)}, {kind}: its group's options describe another state"
+                f"expected {tuple(size)}, {kind}: its group's options describe another state, or its shape or dtype "
+                "has changed since"
             )
 
 
