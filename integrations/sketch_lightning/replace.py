@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 from sketch_plugins import registry
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.hyperparameters import carried_over
+from sketch_plugins.optim.written import written_by
 
 #: What is replaced. Subclasses are not: they may do something else.
 REPLACED: tuple[type[torch.optim.Optimizer], ...] = (
@@ -136,7 +137,11 @@ def adopt_groups(optimizer: torch.optim.Optimizer) -> None:
     groups, optimizer.param_groups = optimizer.param_groups, []
     try:
         for group in groups:
-            optimizer.add_param_group(dict(group))
+            if written_by(group) is None:
+                optimizer.add_param_group(dict(group))
+            else:  # ours already, of a version that had fewer options
+                missing = {name: optimizer.defaults[name] for name in options - group.keys()}
+                type(optimizer).add_param_group(optimizer, {**missing, **group})
     except BaseException:
         optimizer.param_groups = groups
         raise
