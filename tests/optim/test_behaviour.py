@@ -459,15 +459,10 @@ def test_an_option_of_the_state_changed_in_a_group_is_an_error_and_nothing_happe
     optimizer = make(name, [{"params": [a]}, {"params": [b]}], **options)
     train(optimizer, [a, b], 1)
     before = a.detach().clone()
-    change, words = {"compression": 0.5}, r"'table' of shape \(1, 13, 64\)"
-    if name == "sm3":
-        change, words = {"second_moment": "dense"}, "holds axis_0, axis_1; expected dense"
+    change = {"second_moment": "dense"} if name == "sm3" else {"compression": 0.5}
     (key, value), was = next(iter(change.items())), optimizer.param_groups[1][next(iter(change))]
-    fresh = copy.deepcopy(optimizer)  # which has not seen the groups as they were
-    for changed, message in (
-        (optimizer, f"{key} of group 1 was {was!r} and is {value!r}.*describe another state"),
-        (fresh, f"parameter 0 of group 1.*{words}"),
-    ):
+    message = f"{key} of group 1 was {was!r} and is {value!r}.*describe another state"
+    for changed in (optimizer, copy.deepcopy(optimizer)):  # a copy knows what its state was written with
         changed.param_groups[1].update(change)
         for group in changed.param_groups:
             group["params"][0].grad = torch.randn(64, 64)
@@ -480,7 +475,7 @@ def test_an_option_of_the_state_changed_in_a_group_is_an_error_and_nothing_happe
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("lr", float("nan"), "lr=nan is not allowed: lr must be a number >= 0"),
+        ("lr", float("nan"), "lr=nan is not allowed: lr must be a finite number >= 0"),
         ("lr", -1.0, r"lr=-1\.0 is not allowed"),
         ("eps", None, "eps=None is not allowed"),
         ("weight_decay", "much", "weight_decay='much' is not allowed"),
