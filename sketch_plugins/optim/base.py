@@ -65,8 +65,8 @@ from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Grad
 SCALE_FLOOR = 1e-3
 # Elements of a tile: large enough to hide the calls, small enough for a CPU's cache (measured, docs/architecture.md).
 CPU_CHUNK, COMPILED_CHUNK, ACCELERATOR_CHUNK = 1 << 20, 1 << 22, 1 << 24
-# Elements of a parameter whose eager step is undone by an error: the copies that this takes are no more than a tile's.
-UNDO = 1 << 20
+# Elements of a parameter whose eager step is undone by an error: what is copied for that has to be next to nothing.
+UNDO = 1 << 14
 # "auto" takes the row-sparse path in steps where at most this fraction of the rows has a gradient.
 AUTO_DENSITY = 0.5
 

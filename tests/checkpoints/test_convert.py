@@ -275,9 +275,13 @@ def test_a_folder_is_copied_whole(tmp_path):
     assert (done.output / "inner" / "optimizer.pt").read_bytes() == b"another"
     with pytest.raises(ValueError, match="exists already"):
         convert(root, "cs_adam", SMALL)
-    (done.output / "old").touch()
+    (done.output / "model.safetensors").write_bytes(b"old")
     convert(root, "sm3", SMALL, done.output, force=True)
-    assert not (done.output / "old").exists()  # it is the new one whole, no mixture
+    assert (done.output / "model.safetensors").read_bytes() != b"old"  # it is the new one whole, no mixture
+    (done.output / "thesis.txt").touch()
+    with pytest.raises(ValueError, match=r"holds thesis\.txt, which .* does not"):
+        convert(root, "sm3", SMALL, done.output, force=True)
+    assert (done.output / "thesis.txt").exists()
     with pytest.raises(ValueError, match="lie in each other"):
         convert(root, "cs_adam", SMALL, root / "below")
     (tmp_path / "file").touch()

@@ -61,7 +61,7 @@ def test_state_and_masters_are_offloaded(stage, ranks):
     ("case", "message"),
     [
         ("unknown", "cs_adam has no option 'compresion'. Did you mean 'compression'?"),
-        ("impossible", "lr=-1.0 is not allowed: lr must be a number >= 0"),
+        ("impossible", "lr=-1.0 is not allowed: lr must be a finite number >= 0"),
         ("type", "lr='fast' is not allowed"),
         ("betas", "betas=[0.9] is not allowed: betas must be two numbers in [0, 1)"),
         ("together", "width=8 and compression=0.1 both set the buckets"),

@@ -324,9 +324,9 @@ def test_options_that_cannot_be_meant_are_errors(options, words):
 
 def test_neither_compiled_nor_captured():
     for option in ("compile", "capturable"):
-        with pytest.raises(TypeError, match=option):
+        with pytest.raises((TypeError, ValueError), match=option):
             Sketchy([torch.nn.Parameter(torch.zeros(8, 8))], **{option: True})
-        with pytest.raises(ValueError, match=f"no option '{option}'"):
+        with pytest.raises(ValueError, match=rf"no option '{option}'( but for False|\.)"):
             Sketchy([{"params": [torch.nn.Parameter(torch.zeros(8, 8))], option: True}])
 
 
@@ -696,7 +696,16 @@ def test_the_lm_head_and_every_hidden_matrix_of_a_model_share_a_budget_below_two
 def test_its_options_are_known_to_the_whole_family():
     """In another optimizer's parameter group they are errors, not keys that nobody reads."""
     p = torch.nn.Parameter(torch.zeros(8, 8))
-    common = {"rank", "tail", "statistics", "input", "exponent", "precondition", "nesterov"}  # frameworks' words, too
+    common = {
+        "rank",
+        "budget",
+        "tail",
+        "statistics",
+        "input",
+        "exponent",
+        "precondition",
+        "nesterov",
+    }  # frameworks' words, too
     for option in set(Sketchy.OPTIONS) - set(CSAdam.OPTIONS) - common:
         with pytest.raises(ValueError, match=f"no option '{option}'"):
             CSAdam([{"params": [p], option: 1}])
