@@ -221,3 +221,27 @@ def test_closure_and_steps_of_nothing():
         q.grad = torch.zeros_like(q)
     optimizer.step()
     assert p.tolist() == [1.0] * 4 and math.isfinite(float(optimizer.state[p]["error"].sum()))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("density", 2.0), ("density", math.nan), ("k", 0), ("compressor", "foo"), ("weight_decay", -1.0)]
+)
+def test_an_option_changed_in_a_group_is_checked_before_the_step(key, value):
+    p = torch.nn.Parameter(torch.ones(6, 4))
+    optimizer = MemSGD([p], density=0.5)
+    optimizer.param_groups[0][key] = value
+    p.grad = torch.ones(6, 4)
+    with pytest.raises(ValueError, match=f"{key}="):
+        optimizer.step()
+    assert bool((p == 1).all()) and not optimizer.state
+
+
+def test_a_saved_group_that_lacks_an_option_takes_the_optimizer_s():
+    p = torch.nn.Parameter(torch.ones(6, 4))
+    optimizer = MemSGD([p], density=0.5)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["compressor"]
+    optimizer.load_state_dict(saved)
+    p.grad = torch.ones(6, 4)
+    optimizer.step()
+    assert optimizer.param_groups[0]["compressor"] == "topk" and not bool((p == 1).all())

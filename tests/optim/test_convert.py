@@ -272,3 +272,15 @@ def test_the_direction_has_to_be_the_same():
     with pytest.raises(ValueError, match="written with maximize=True and this CSAdam has maximize=False"):
         convert_state(theirs.state_dict(), CSAdam([p]))
     assert convert_state(theirs.state_dict(), CSAdam([p], maximize=True))["param_groups"][0]["maximize"] is True
+
+
+def test_messages_name_the_group_by_its_number():
+    params = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+    adamw = torch.optim.AdamW([{"params": [p]} for p in params])
+    for p in params:
+        p.grad = torch.randn_like(p)
+    adamw.step()
+    saved = adamw.state_dict()
+    saved["state"][0]["exp_avg"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="parameter 0 of group 0"):
+        convert_state(saved, CSAdam([{"params": [p]} for p in params]))

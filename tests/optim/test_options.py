@@ -271,3 +271,13 @@ def test_numbers_of_numpy_become_plain_ones():
     np = pytest.importorskip("numpy", reason="numpy is optional for torch")
     group = CSAdam([matrix()], lr=np.float32(0.5), block_size=np.int64(64)).param_groups[0]
     assert type(group["lr"]) is float and type(group["block_size"]) is int
+
+
+def test_a_parameter_twice_in_a_group_is_refused(name):
+    p = matrix()
+    with pytest.raises(ValueError, match="more than once"):
+        registry.get(name).cls([p, p])
+    optimizer = registry.get(name).cls([matrix()])
+    with pytest.raises(ValueError, match="more than once"):
+        optimizer.add_param_group({"params": [p, p]})
+    assert len(optimizer.param_groups) == 1
