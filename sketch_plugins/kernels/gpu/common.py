@@ -93,20 +93,19 @@ def buckets_of(t, rows, hashes):
 
 
 @triton.jit
-def members(t, bucket, first, hashes, M: tl.constexpr):
+def members(t, bucket, matrix, first, hashes, M: tl.constexpr):
     """``M`` rows of a bucket, from the ``first``-th member on, and which of them exist: the hash run backwards."""
     height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
-    matrix = bucket // own
     place = bucket - matrix * own + (first + tl.arange(0, M).to(tl.int64)) * own
     row = ((place + height - tl.load(hashes + 1)) % height) * tl.load(hashes + 2) % height
     return tl.where(place < height, matrix * height + row, 0), place < height
 
 
 @triton.jit
-def load_of(t, bucket):
+def load_of(t, bucket, matrix):
     """How many rows share a bucket."""
     height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
-    return (height - bucket % own + own - 1) // own
+    return (height - (bucket - matrix * own) + own - 1) // own
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from sketch_plugins.kernels.gpu.common import (
     INDEX,
     MEAN,
     NUMBERS,
+    OWN,
     PACKED,
     ROWS,
     TABLE1,
@@ -71,12 +72,13 @@ def dense(
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + 4 * j
     cols = tile * N + tl.arange(0, N)
     inner = cols < columns
-    load = load_of(t, bucket)
+    matrix = bucket // tl.load(t + OWN)
+    load = load_of(t, bucket, matrix)
     sums = tl.zeros([N], tl.float32)
     kept = 0.0
     weights = tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32))
     for first in range(0, load, M):
-        rows, exists = members(t, bucket, first, hashes, M)
+        rows, exists = members(t, bucket, matrix, first, hashes, M)
         mask = exists[:, None] & inner[None, :]
         x = _cell(t, gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
         if WEIGHTED:
@@ -137,12 +139,11 @@ def touched(
     bucket = tl.load(bucket_of + position)
     before = tl.load(bucket_of + tl.maximum(position - 1, 0))
     if (position == 0) | (before != bucket):
-        columns = tl.load(t + COLUMNS)
         hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + 4 * j
         index = tl.load(t + INDEX).to(tl.pointer_type(tl.int64))
         weights = tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32))
         cols = tl.program_id(1) * N + tl.arange(0, N)
-        inner = cols < columns
+        inner = cols < tl.load(t + COLUMNS)
         sums = tl.zeros([N], tl.float32)
         kept = 0.0
         end = position
@@ -166,7 +167,9 @@ def touched(
             same = found == M
         c = end - position
         mean = sums / c.to(tl.float32)
-        cell = (j * tl.load(t + WIDTH) + bucket) * columns + cols
+        # Loaded again: held through the loop, they would cost a spill.
+        bucket = tl.load(bucket_of + position)
+        cell = (j * tl.load(t + WIDTH) + bucket) * tl.load(t + COLUMNS) + cols
         target = tl.load(t + TARGET).to(tl.pointer_type(TYPE)) + cell
         old = tl.load(target, mask=inner, other=0.0).to(tl.float32)
         if WEIGHTED:

@@ -25,6 +25,7 @@ from sketch_plugins.kernels.gpu.common import (
     MEAN,
     MEASURE,
     NUMBERS,
+    OWN,
     P_STRIDE,
     PLAIN,
     SECOND_A,
@@ -155,12 +156,13 @@ def buckets(
     cols = tile * BLOCK + inside
     columns = extent(t, COLUMNS, ALIGN)
     inner = (inside < BLOCK) & (cols < columns)
-    load = load_of(t, bucket)
+    matrix = bucket // tl.load(t + OWN)
+    load = load_of(t, bucket, matrix)
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64))
     place = address(t, SECOND_A, S_TYPE, ALIGN) + bucket * columns + cols
 
     v = tl.load(place, mask=inner, other=0.0).to(tl.float32)
-    rows, exists = members(t, bucket, 0, hashes, M)
+    rows, exists = members(t, bucket, matrix, 0, hashes, M)
     mask = exists[:, None] & inner[None, :]
     if SINGLE:
         x = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
@@ -170,7 +172,7 @@ def buckets(
         else:
             total = tl.zeros([N], tl.float32)
             for first in range(0, load, M):
-                rows, exists = members(t, bucket, first, hashes, M)
+                rows, exists = members(t, bucket, matrix, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
                 total += tl.sum(y * y, 0)
@@ -198,7 +200,7 @@ def buckets(
             )  # fmt: skip
         else:
             for first in range(0, load, M):
-                rows, exists = members(t, bucket, first, hashes, M)
+                rows, exists = members(t, bucket, matrix, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
                 if AFTER:
