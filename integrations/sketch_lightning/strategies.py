@@ -13,9 +13,6 @@ import torch
 from sketch_lightning import _private
 from sketch_lightning.replace import (
     adopt_groups,
-    check_options,
-    counterpart,
-    describe,
     follow,
     has_stepped,
     restored_momentum,
@@ -23,6 +20,7 @@ from sketch_lightning.replace import (
     rewire,
 )
 from sketch_plugins import registry
+from sketch_plugins.counterpart import check_options, counterpart, describe
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
 

@@ -11,8 +11,8 @@ import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.optim import lr_scheduler as schedules
 
-from sketch_lightning.replace import REPLACED, counterpart
 from sketch_plugins import CSAdam, CSMomentum, registry
+from sketch_plugins.counterpart import REPLACED, counterpart
 
 from .conftest import SMALL, equal, make_module, ours, same_state, small, strategy
 
