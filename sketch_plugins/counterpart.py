@@ -189,8 +189,8 @@ class _Carrying:
         return {key: value for key, value in own.items() if key not in self.options}
 
 
-def describe(old: torch.optim.Optimizer, new: SketchOptimizer, options: Mapping[str, Any]) -> str:
+def describe(old: type[torch.optim.Optimizer], new: SketchOptimizer, options: Mapping[str, Any]) -> str:
     """What was replaced by what, for the log."""
     rates = sorted({float(group["lr"]) for group in new.param_groups})
     given = "".join(f", {key}={value!r}" for key, value in options.items())
-    return f"{type(old).__name__} by {type(new).__name__}(lr={', '.join(f'{rate:g}' for rate in rates)}{given})"
+    return f"{old.__name__} by {type(new).__name__}(lr={', '.join(f'{rate:g}' for rate in rates)}{given})"

@@ -99,7 +99,7 @@ class Replacing:
             if has_stepped(old):  # the module keeps its optimizer from one fit to the next
                 made.load_state_dict(self._own(made, old.state_dict()))
             replaced[id(old)] = old, made
-            said.append("replaced " + describe(old, made, self._sketch_options))
+            said.append("replaced " + describe(type(old), made, self._sketch_options))
             new.append(made)
         if replaced:  # or a module with an attribute for an optimizer would train with the old one
             rewire([*schedulers, *follow(self.lightning_module, replaced)], replaced)
