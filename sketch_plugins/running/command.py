@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -96,8 +97,7 @@ def _is_foreign(path: str, command: bool) -> bool:
         return b"\0" in start
     first, _, rest = start.partition(b"\n")
     if first.split() == [b"#!/bin/sh"] and rest.startswith(b"'''exec'"):  # how pip writes a path that is too long
-        interpreter = os.fsdecode(rest[len(b"'''exec'") :].strip()).lstrip('"').partition('"')[0].partition(" ")[0]
-        options = 0
+        interpreter, options = shlex.split(os.fsdecode(rest.partition(b"\n")[0]))[1], 0
     else:
         words = os.fsdecode(first[2:]).split()
         if words and os.path.basename(words[0]) == "env":

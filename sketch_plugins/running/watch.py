@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from sketch_plugins.import_hooks import when_imported
+
 PROGRAM = "sketch-plugins run"
 #: What a line of the file says: an optimizer of ours, or of others, was built; a program was told why it cannot go on.
 OURS, OTHERS, REFUSED = "ours", "others", "refused"
@@ -63,9 +65,28 @@ def watch_constructors(files: Sequence[str]) -> None:
     @functools.wraps(construct)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
-        note(OURS if is_ours(type(self)) else OTHERS, type(self).__name__)
+        if is_ours(type(self)):
+            note(OURS, type(self).__name__)
+        # Frameworks build optimizers that train nothing, as placeholders.
+        elif any(p.requires_grad for group in self.param_groups for p in group["params"]):
+            note(OTHERS, type(self).__name__)
 
     Optimizer.__init__ = __init__  # type: ignore[method-assign]
+    when_imported("sketch_plugins.comm.state", _watch_communication)
+
+
+def _watch_communication() -> None:
+    # Who has gradients sparsified has asked for something of ours, with whatever optimizer.
+    from sketch_plugins.comm.state import MemSGDState
+
+    construct = MemSGDState.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        note(OURS, type(self).__name__)
+
+    MemSGDState.__init__ = __init__  # type: ignore[method-assign]
 
 
 def is_ours(cls: type) -> bool:
