@@ -65,11 +65,9 @@ def watch_constructors(files: Sequence[str]) -> None:
     @functools.wraps(construct)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
-        if is_ours(type(self)):
-            note(OURS, type(self).__name__)
-        # Frameworks build optimizers that train nothing, as placeholders.
-        elif any(p.requires_grad for group in self.param_groups for p in group["params"]):
-            note(OTHERS, type(self).__name__)
+        # Some train nothing: placeholders of frameworks, and those that are built to check options (ours, too).
+        if any(p.requires_grad for group in self.param_groups for p in group["params"]):
+            note(OURS if is_ours(type(self)) else OTHERS, type(self).__name__)
 
     Optimizer.__init__ = __init__  # type: ignore[method-assign]
     when_imported("sketch_plugins.comm.state", _watch_communication)

@@ -120,7 +120,7 @@ def test_which_files_this_python_executes(tmp_path):
         "#!/usr/bin/env -S python -I": (True, True),
         "#!/bin/bash": (True, True),
         f"#!/bin/sh\n'''exec' {own}/python \"$0\" \"$@\"\n' '''": (False, False),
-        f"#!/bin/sh\n'''exec' \"{other}/py thon\" \"$0\" \"$@\"\n' '''": (True, False),
+        f"#!/bin/sh\n'''exec' \"{other}/a b/python\" \"$0\" \"$@\"\n' '''": (True, False),
         "#!": (True, True),
         "import sys": (False, False),
         "": (False, False),
