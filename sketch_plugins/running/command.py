@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-import shlex
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +19,8 @@ from sketch_plugins.running.program import CannotRun, execute_as_main, find_modu
 
 #: What a shell answers when there is no such command.
 NOT_FOUND = 127
+#: How pip begins a script of Python whose interpreter's path is too long for a first line, or has a space in it.
+_LONG_PATH = re.compile(rb"""#!/bin/sh\n'''exec' ("[^"\n]*"|\S+)""")
 
 
 def main(script: str, arguments: Sequence[str], module: bool, optim: str | None, optim_args: str | None) -> int:
@@ -95,22 +97,22 @@ def _is_foreign(path: str, command: bool) -> bool:
         return False
     if not start.startswith(b"#!"):
         return b"\0" in start
-    first, _, rest = start.partition(b"\n")
-    if first.split() == [b"#!/bin/sh"] and rest.startswith(b"'''exec'"):  # how pip writes a path that is too long
-        interpreter, options = shlex.split(os.fsdecode(rest.partition(b"\n")[0]))[1], 0
+    long = _LONG_PATH.match(start)
+    if long is not None:
+        interpreter = os.fsdecode(long[1].strip(b'"'))
     else:
-        words = os.fsdecode(first[2:]).split()
+        words = os.fsdecode(start.partition(b"\n")[0][2:]).split()
         if words and os.path.basename(words[0]) == "env":
             words = words[1:]
-        interpreter, options = (words[0] if words else ""), len(words) - 1
+        interpreter = words[0] if words else ""
     if not os.path.basename(interpreter).startswith("python"):
         return True
     if not command:
         return False
-    # With options of its own (-I, -s, ...) it wants to be started with them; another environment has other packages.
+    # Another environment has other packages. Options of the interpreter (-s, -E) are left out in our own: with them the
+    # command would not be reached.
     own = os.path.realpath(os.path.dirname(sys.executable))
-    elsewhere = os.path.isabs(interpreter) and os.path.realpath(os.path.dirname(interpreter)) != own
-    return bool(options) or elsewhere
+    return os.path.isabs(interpreter) and os.path.realpath(os.path.dirname(interpreter)) != own
 
 
 def _run_command(command: list[str], optim: str | None) -> int:

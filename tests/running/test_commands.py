@@ -116,7 +116,7 @@ def test_which_files_this_python_executes(tmp_path):
         f"#!{own}/python3.11": (False, False),
         f"#!{other}/python3": (True, False),  # as a command of another environment; by its path it is a script
         "#!/usr/bin/env python3": (False, False),
-        f"#!{own}/python -I": (True, False),
+        f"#!{own}/python -I": (False, False),
         "#!/usr/bin/env -S python -I": (True, True),
         "#!/bin/bash": (True, True),
         f"#!/bin/sh\n'''exec' {own}/python \"$0\" \"$@\"\n' '''": (False, False),
