@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,8 @@ class RowCountMin(CountMin):
         P_j[b]' = mean over the bucket's (touched) rows of (decay * r_i * P_j[b] + gain * g_i * g_i) / r_i'
 
     is, for a bucket of one row, exactly ``decay * v + gain * g * g``; rows with ``r_i' < 1e-30`` (`LEAST`) leave the
-    profile alone. State: ``table (depth, width, D)`` and ``row (R, 1)``, ``4 / D`` bytes a parameter more than
-    count-min. ``bucket`` has no meaning here (profiles are always means). Not in the papers; docs/algorithms.md has the
+    profile alone. Squares end at a 512th of the largest number (`largest_square`): an infinite one would make NaN of the
+    quotient. State: ``table (depth, width, D)`` and ``row (R, 1)``, ``4 / D`` bytes a parameter more than count-min. ``bucket`` has no meaning here (profiles are always means). Not in the papers; docs/algorithms.md has the
     figures.
     """
 
@@ -94,6 +95,9 @@ class RowCountMin(CountMin):
         state["row"].fill_(value)
         state["table"].fill_(1.0)  # bfloat16 holds it
 
+    def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
+        return super()._cell(x, sign).clamp_(max=largest_square(x.dtype))
+
     def _row_means(self, grad: Gradient, cell: Cell | None = None) -> Tensor:
         cell = cell or self._cell
         n = grad.shape[0] if grad.rows is None else len(grad.rows)
@@ -105,7 +109,12 @@ class RowCountMin(CountMin):
                 at.get(sums, 0, 1).add_(part)
             else:
                 sums[at.position] += part  # type: ignore[attr-defined]
-        return sums.squeeze(-1).div_(grad.shape[1])
+        return sums.squeeze(-1).div_(grad.shape[1]).clamp_(max=largest_square(grad.dtype))
+
+
+def largest_square(dtype: torch.dtype) -> float:
+    """Where the squares of large gradients end: gain / scale is then no subnormal number, which GPUs take as zero."""
+    return torch.finfo(dtype).max / 512
 
 
 def _unsigned() -> Tensor:

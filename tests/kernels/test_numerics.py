@@ -89,6 +89,20 @@ def test_an_update_is_clipped_where_squares_of_gradients_underflow(kernels, cls,
     torch.testing.assert_close(ours, right, rtol=1e-4 if size > 1e-20 else 2e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e18, 1e20, 5e37])
+@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"first_moment": "none", "update_clip": 1.0}], ids=str)
+def test_profiles_of_rows_hold_where_squares_overflow(kernels, size, options):
+    gradients = normal(1, 2, 3)
+    gradients[1][5] *= size
+    gradients[1][9, 3] = size
+    options = {"second_moment": "row_count_min", "compression": 0.25, **options}
+    ours, right = (moved(CSAdam, kernels, fused, gradients, **options) for fused in (True, False))
+    assert ours[0].isfinite().all() and right[0].isfinite().all()
+    assert torch.allclose(ours[0], right[0], rtol=1e-4, atol=1e-7)
+    for _, value in right[1].state[right[1].param_groups[0]["params"][0]]["second_moment"].items():
+        assert value.isfinite().all()
+
+
 @pytest.mark.parametrize("size", [1e18, 1e25, 3e37])
 @pytest.mark.parametrize(
     "options", [{}, {"first_moment": "none"}, {"first_moment": "fp32"}, {"first_moment": "none", "chunk_size": 100}]

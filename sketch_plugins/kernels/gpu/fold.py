@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -31,15 +32,26 @@ from sketch_plugins.kernels.gpu.common import (
     mix32,
     rows_at,
 )
+from sketch_plugins.stores.row_count_min import largest_square
+
+LARGEST_SQUARE = tl.constexpr(largest_square(torch.float32))
 
 
 @triton.jit
-def _cell(t, x, rows, hashes, SIGNED: tl.constexpr):
+def _cell(t, x, rows, hashes, SIGNED: tl.constexpr, WEIGHTED: tl.constexpr):
     if SIGNED:
         seed = tl.load(hashes + 3).to(tl.uint64, bitcast=True)
         odd = mix32((rows % tl.load(t + HEIGHT)).to(tl.uint64, bitcast=True), seed) & 1
         return x * (1.0 - 2.0 * odd.to(tl.float32))[:, None]
+    if WEIGHTED:
+        return _limited(x * x)
     return x * x
+
+
+@triton.jit
+def _limited(x):
+    """Squares end at a 512th of the largest float32: `sketch_plugins.stores.row_count_min.largest_square`."""
+    return tl.where(x > LARGEST_SQUARE, LARGEST_SQUARE, x)
 
 
 @triton.jit
@@ -80,7 +92,7 @@ def dense(
     for first in range(0, load, M):
         rows, exists = members(t, bucket, matrix, first, hashes, M)
         mask = exists[:, None] & inner[None, :]
-        x = _cell(t, gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
+        x = _cell(t, gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED, WEIGHTED)
         if WEIGHTED:
             x = x * tl.load(weights + rows, mask=exists, other=0.0)[:, None]
             kept += tl.sum(tl.load(weights + total + rows, mask=exists, other=0.0))
@@ -115,8 +127,9 @@ def row_means(
         cols = lo + tl.arange(0, N)
         mask = exists[:, None] & (cols < columns)[None, :]
         x = gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False)
-        sums += tl.sum(x * x, 1)
-    tl.store(tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32)) + place, sums / columns.to(tl.float32), mask=exists)
+        sums += tl.sum(_limited(x * x), 1)
+    means = _limited(sums / columns.to(tl.float32))
+    tl.store(tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32)) + place, means, mask=exists)
 
 
 @triton.jit
@@ -157,7 +170,7 @@ def touched(
             if MODE == PACKED:
                 g_rows = at
             mask = exists[:, None] & inner[None, :]
-            x = _cell(t, gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED)
+            x = _cell(t, gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED, WEIGHTED)
             if WEIGHTED:
                 x = x * tl.load(weights + at, mask=exists, other=0.0)[:, None]
                 kept += tl.sum(tl.load(weights + n + at, mask=exists, other=0.0))
