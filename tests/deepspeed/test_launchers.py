@@ -115,6 +115,25 @@ def test_an_unmodified_script_finds_our_names_in_its_configuration(launcher, tmp
         assert (tmp_path / f"result{rank}").read_text().split() == ["__main__", "2", "CSAdam"]
 
 
+def test_a_script_that_gives_deepspeed_an_adamw(tmp_path):
+    """Under `run --optim`, with the launcher inside: ZeRO wraps ours, and is left alone itself."""
+    block = TRAIN[TRAIN.index('        "optimizer": {') : TRAIN.index("    }\n    engine")]
+    script = TRAIN.replace(block, "").replace(
+        "config=config)", "config=config, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2))"
+    )
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, "-m", "sketch_plugins", "run", "--optim", "cs_adam", "torchrun", "--standalone"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, "--nproc_per_node", "2", "train.py", "--steps", "2"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stderr.count("replaced AdamW by CSAdam(lr=0.01)") == 1
+    for rank in (0, 1):
+        assert (tmp_path / f"result{rank}").read_text().split() == ["__main__", "2", "CSAdam"]
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -50,6 +50,10 @@ def test_one_of_ours_in_one_of_the_processes_is_enough(warnings):
     assert warnings("parent.py", "SGD", "CSAdam,Adagrad") == []
 
 
+def test_a_program_whose_child_was_refused_has_been_told(warnings):
+    assert warnings("--optim", "sm3", "parent.py", "LBFGS", status=1) == []
+
+
 def test_only_one_rank_speaks(warnings):
     assert warnings("build.py", "SGD", env={"RANK": "1", "WORLD_SIZE": "2"}) == []
 
