@@ -66,6 +66,7 @@ def _becoming(cls: type, construct: Callable[..., None], name: str, options: Map
             except ValueError:
                 watch.note(watch.REFUSED, cls.__name__)
                 raise
+            watch.note(watch.OURS, type(self).__name__)  # also one whose parameters are all frozen still
             _say_once(cls, self, options)
 
     return __init__
