@@ -825,9 +825,11 @@ class SketchOptimizer(torch.optim.Optimizer):
         known, last = seen.get(id(group), (None, {}))
         last = last if known is group else {}
         now = {}
-        changed = not last
+        changed, missing = not last, None
         for name, option in self.OPTIONS.items():
             if name not in group:
+                # Groups of old pickles lack what is younger than they, and so do their defaults.
+                missing = name if missing is None and name in self.defaults else missing
                 continue
             value = now[name] = group[name]
             if name in last:
@@ -843,6 +845,12 @@ class SketchOptimizer(torch.optim.Optimizer):
         self._accept_without_effect(group)
         if changed or now.keys() != last.keys():
             self._check_structure(number, group)
+        if missing is not None:
+            raise ValueError(
+                f"{missing} of group {number} is missing: somebody has taken the key out of the group, and no step can "
+                f"be taken without it. Put it back: param_groups[{number}][{missing!r}] = {self.defaults[missing]!r} is "
+                "what the optimizer was built with"
+            )
         if last and any(last.get(name) is not now.get(name) for name in ("fused", "compile", "capturable")):
             for index, p in enumerate(group["params"]):
                 self._check_kernels(p, group, partial(self._label, group, index))

@@ -524,7 +524,7 @@ class Sketchy(SketchOptimizer):
         return check_finite(self, members, among)
 
     def _why_not_alone(self, group: Mapping[str, Any]) -> str | None:
-        if group["nonfinite"] == "skip":
+        if group.get("nonfinite") == "skip":
             return "nonfinite='skip' leaves out the whole step, which has begun by then; allowed is nonfinite='error'"
         return None
 
