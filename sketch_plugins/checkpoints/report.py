@@ -428,7 +428,8 @@ def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequ
             Entry(name or "", number, _elements(state) if elements is None else elements, count, list(_tensors(state)))
         )
     # Before there was the mark, "optimizer" was the key of ours.
-    hidden = [{"params", "param_names", NAMES, MARK} | ({"optimizer"} if kinds and MARK not in g else set()) for g in groups]
+    ours = {"params", "param_names", NAMES, MARK}
+    hidden = [ours | ({"optimizer"} if kinds and MARK not in g else set()) for g in groups]
     options = [{k: v for k, v in g.items() if k not in out} for g, out in zip(groups, hidden, strict=True)]
     return Contents(", ".join(sorted(kinds)) or _guess(entries), options, entries)
 

@@ -169,7 +169,7 @@ class StateReport:
     def __str__(self) -> str:
         """The table as text."""
         text = io.StringIO()
-        Console(width=120, file=text).print(self.table())
+        Console(width=120, file=text, markup=False, emoji=False).print(self.table())
         return text.getvalue()
 
 
@@ -180,8 +180,8 @@ def state_report(optimizer: torch.optim.Optimizer, model: nn.Module | None = Non
 
     Works for any torch optimizer (each key of its state is a store); wrappers with an ``optimizer`` attribute
     (accelerate, LR schedulers) are looked through. Before the first step a sketched optimizer reports what it will
-    allocate, and torch's have no state, which the table says; frozen parameters (``requires_grad=False``) without state are left out. Tensors are counted by their size;
-    the scalar step counters are left out on both sides.
+    allocate, and torch's have no state, which the table says; frozen parameters (``requires_grad=False``) without state
+    are left out. Tensors are counted by their size; the scalar step counters are left out on both sides.
 
     Args:
         optimizer: the optimizer.

@@ -848,8 +848,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         if missing is not None:
             raise ValueError(
                 f"{missing} of group {number} is missing: somebody has taken the key out of the group, and no step can "
-                f"be taken without it. Put it back: param_groups[{number}][{missing!r}] = {self.defaults[missing]!r} is "
-                "what the optimizer was built with"
+                f"be taken without it. Put it back: param_groups[{number}][{missing!r}] = "
+                f"{self.defaults[missing]!r} is what the optimizer was built with"
             )
         if last and any(last.get(name) is not now.get(name) for name in ("fused", "compile", "capturable")):
             for index, p in enumerate(group["params"]):

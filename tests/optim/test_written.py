@@ -275,5 +275,5 @@ def test_an_option_that_is_taken_out_of_a_group_is_named_before_anything_changes
 def test_a_name_that_is_nearly_one(given, meant):
     with pytest.raises(ValueError, match=f"unknown optimizer {given!r}. Did you mean {meant!r}. Known are cs_adam"):
         registry.get(given)
-    with pytest.raises(ValueError, match="unknown optimizer 'lbfgs'. Known are"):
+    with pytest.raises(ValueError, match=r"unknown optimizer 'lbfgs'\. Known are"):
         registry.get("lbfgs")

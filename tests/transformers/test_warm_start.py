@@ -171,5 +171,5 @@ def test_groups_that_are_added_later_are_split_by_target_modules(make_trainer, m
 
 
 def test_a_slip_of_the_pen_is_understood(make_args):
-    with pytest.raises(ValueError, match="has no option 'warm_strat'. Did you mean 'warm_start'"):
+    with pytest.raises(ValueError, match=r"has no option 'warm_strat'\. Did you mean 'warm_start'"):
         make_args(optim_args="warm_strat=true")
