@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
 
 from sketch_plugins.optim import SketchOptimizer
-from sketch_plugins.optim.introduction import hand_over
+from sketch_plugins.optim.introduction import LATER, hand_over
 from sketch_plugins.optim.introduction import logger as ours
 from sketch_plugins.sharding.names import name_parameters
 
@@ -33,12 +33,14 @@ def introduce_in(trainer: Trainer, optimizer: SketchOptimizer) -> None:
     hand_over(optimizer, functools.partial(_logger, weakref.ref(trainer)))
 
 
-def _logger(trainer: weakref.ref[Trainer]) -> logging.Logger | None:
+def _logger(trainer: weakref.ref[Trainer]) -> Any:
     from sketch_transformers.callback import SketchCallback
 
     running = trainer()
     if running is not None:
         callbacks = running.callback_handler.callbacks
+        if any(getattr(callback, "is_trial", False) for callback in callbacks):  # of a batch size
+            return LATER
         if any(isinstance(callback, SketchCallback) and callback.will_report for callback in callbacks):
             return None
     if ours.isEnabledFor(logging.INFO):

@@ -370,6 +370,8 @@ class _TrialOver(Exception):
 class _Stop(TrainerCallback):
     """The only callback of a trial. Ranks agree after each step, and nowhere else."""
 
+    is_trial = True
+
     def __init__(self, trainer: Trainer, steps: int, size: int) -> None:
         self.trainer, self.left, self.size = trainer, steps, size
         self.outcome, self.ran_out = FAILED, False

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: In the place of a logger: these steps are tried out, and the line comes with a later one.
+LATER = object()
+
 ROW_SPARSE = (
     "row_sparse={!r}: rows of an embedding without a gradient neither move nor do their moments decay (lazy Adam). "
     "Where most rows are rare, it learns much more slowly: with cs_adam 60 steps of a sentence-transformers model end "
@@ -38,6 +41,8 @@ def introduce(optimizer: SketchOptimizer) -> bool:
     if not any(optimizer._has_state(p) for p in optimizer.state if isinstance(p, Tensor)):
         return False
     said_to = optimizer._introduces_to() if optimizer._introduces_to is not None else logger
+    if said_to is LATER:
+        return False
     if said_to is None or not said_to.isEnabledFor(logging.INFO) or not _is_first_process():
         return True
     if any(is_lazy(p) for group in optimizer.param_groups for p in group["params"]):
@@ -58,7 +63,8 @@ def hand_over(optimizer: Any, to: Any) -> None:
 
     Args:
         optimizer: whose; nothing happens to one that is not ours.
-        to: called when there is something to say; returns a logger, or None where it is said in another way.
+        to: called when there is something to say; returns a logger, `LATER`, or None where it is said in another
+            way.
     """
     if hasattr(optimizer, "_introduces_to"):
         optimizer._introduces_to = to

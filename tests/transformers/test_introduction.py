@@ -4,11 +4,14 @@ import logging
 
 import pytest
 import torch
+from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 
 from sketch_plugins import CSAdam, cli, state_report
-from sketch_transformers import SketchCallback
+from sketch_transformers import ReclaimBatchSize, SketchCallback
 from sketch_transformers.introduction import logger as theirs
+
+from .conftest import Tokens
 
 NAME = "sketch_plugins.optim.introduction"
 
@@ -73,6 +76,27 @@ def test_other_ways_to_step(optim, make_trainer, shown):
     args = {"max_grad_norm": 0.0} if optim != "adamw_torch" else {"optim_args": None}
     make_trainer(optim, max_steps=3, **args).train()
     assert len(shown()) == (optim != "adamw_torch")
+
+
+class Meter:
+    """Of a machine on which everything fits."""
+
+    def start(self):
+        pass
+
+    def read(self):
+        return 1
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["made by Trainer", "given to Trainer"])
+def test_trials_of_a_batch_size_say_nothing(own, make_args, model, shown):
+    callback = ReclaimBatchSize(budget=10**6, meter=Meter(), max_val=16, init_val=8)
+    optimizers = (CSAdam(model.parameters()) if own else None, None)
+    trainer = Trainer(
+        model, make_args(max_steps=2), train_dataset=Tokens(), callbacks=[callback], optimizers=optimizers
+    )
+    trainer.train()
+    assert len(callback.trials) > 1 and len(shown()) == 1
 
 
 def test_names_are_the_models(make_trainer, tmp_path, capsys):
