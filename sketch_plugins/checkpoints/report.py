@@ -238,7 +238,7 @@ def folded(optimizer: str, group: Mapping[str, Any]) -> str:
 def _defaults(optimizer: str, group: Mapping[str, Any]) -> dict[str, Any]:
     """What one of our optimizers takes where it is told nothing but the group's preset."""
     cls: Any = getattr(importlib.import_module("sketch_plugins.optim"), optimizer, None)
-    if not isinstance(cls, type) or not hasattr(cls, "PRESETS"):
+    if not hasattr(cls, "PRESETS"):
         return {}
     first = next(iter(cls.PRESETS))
     signature = inspect.signature(cls).parameters

@@ -41,7 +41,7 @@ from sketch_plugins.optim.options import NoEffect, Option, misspelt, unknown_opt
 from sketch_plugins.optim.plan import Known, Plan, group_marks
 from sketch_plugins.optim.written import MARK, modernize, renew, written_by, written_with
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, is_batch, matrix_shape, tiles
-from sketch_plugins.sharding.names import names_of
+from sketch_plugins.sharding.names import NAMES, names_of
 from sketch_plugins.sharding.parts import (
     PLACE,
     Part,
@@ -1302,6 +1302,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                 )
             for name, value in self.FIXED.items():
                 saved.setdefault(name, value)
+            if NAMES in group:  # the present model's, and a checkpoint may have none
+                saved[NAMES] = group[NAMES]
             with_state = any(
                 isinstance(state := incoming["state"].get(key), Mapping) and any(map(is_ours, state))
                 for key in saved["params"]

@@ -166,6 +166,10 @@ def test_names_of_a_model(tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "o.pt")
     saved = torch.load(tmp_path / "o.pt", weights_only=True)
     assert saved["param_groups"][1][NAMES] == names[2:]
+    for group in saved["param_groups"]:
+        del group[NAMES]
+    optimizer.load_state_dict(saved)  # from before there were names
+    assert optimizer.param_groups[1][NAMES] == names[2:]
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
     optimizer.param_groups[1]["params"].append(torch.nn.Parameter(torch.zeros(3)))
     assert [p.name for p in state_report(optimizer).parameters][2:] == ["1.0", "1.1", "1.2", "2.0"]
