@@ -74,3 +74,8 @@ def test_the_last_line_of_make_help_names_all_that_is_handed_on():
     said = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     handed_on = set(re.findall(r"^(\w+_ARGS) \?=", ROOT.joinpath("Makefile").read_text(), re.MULTILINE))
     assert handed_on == set(re.findall(r"\w+_ARGS", said.strip().splitlines()[-1]))
+
+
+def test_a_start_without_numpy_is_not_what_the_package_installs():
+    """torch warns on every start without NumPy, so it is a dependency, beside torch and rich."""
+    assert {re.split(r"[>=]", one)[0] for one in project()["dependencies"]} == {"torch", "numpy", "rich"}
