@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from sketch_plugins import registry
 from sketch_plugins.counterpart import check_options, counterpart, describe
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
+from sketch_plugins.optim.introduction import hand_over
 
 #: How DDP may start its processes; "" is Lightning's "ddp".
 _STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
@@ -107,6 +110,8 @@ class Replacing:
                 retire(old, made)
         if said:
             self._info(f"sketch_lightning: {'; '.join(said)}")
+        for made in new:
+            hand_over(made, functools.partial(logging.getLogger, f"{self._namespace}.utilities.rank_zero"))
         return new
 
     def _info(self, message: str) -> None:

@@ -117,7 +117,7 @@ def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> d
         parse_communication({key: given.pop(key) for key in list(given) if key.startswith("comm")})
         if WARM_START.name in given:
             WARM_START.parse(given.pop(WARM_START.name))
-        return registry.parse_options(base_name(name), given)
+        return registry.parse_options(base_name(name), given, {WARM_START.name: WARM_START})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
