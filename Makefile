@@ -29,7 +29,7 @@ TEST_PROCESSES ?= 2
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  DEMO_ARGS and TEST_ARGS are handed on, for example: make demo DEMO_ARGS=--help"
+	@echo "  DEMO_ARGS, TEST_ARGS, COMPARE_ARGS, SOAK_ARGS and BENCH_ARGS (gpu) are handed on: make test TEST_ARGS='tests/optim -x'"
 
 demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare them (about 6 minutes on 2 cores)
 	$(BIN)/python examples/demo_lm.py $(DEMO_ARGS)

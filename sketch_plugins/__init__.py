@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from sketch_plugins.memory.in_backward import InBackward
-from sketch_plugins.memory.report import StateReport, state_report
-from sketch_plugins.optim import (
-    SM3,
-    CSAdagrad,
-    CSAdam,
-    CSMomentum,
-    CSRMSprop,
-    MemSGD,
-    SAdagrad,
-    Sketchy,
-    quadratic_warmup,
-)
-from sketch_plugins.optim.convert import convert_state
-
 if TYPE_CHECKING:
+    from sketch_plugins.memory.in_backward import InBackward
     from sketch_plugins.memory.plan import Plan, plan
+    from sketch_plugins.memory.report import StateReport, state_report
+    from sketch_plugins.optim import (
+        SM3,
+        CSAdagrad,
+        CSAdam,
+        CSMomentum,
+        CSRMSprop,
+        MemSGD,
+        SAdagrad,
+        Sketchy,
+        quadratic_warmup,
+    )
+    from sketch_plugins.optim.convert import convert_state
 
 __version__ = "0.1.0"
 
@@ -42,11 +42,30 @@ __all__ = [
     "state_report",
 ]
 
+#: Names that are not in `sketch_plugins.optim` -> the module that has them.
+_ELSEWHERE = {
+    "InBackward": "memory.in_backward",
+    "Plan": "memory.plan",
+    "StateReport": "memory.report",
+    "convert_state": "optim.convert",
+    "plan": "memory.plan",
+    "state_report": "memory.report",
+}
+#: Packages that are attributes after ``import sketch_plugins`` alone.
+_PACKAGES = ("comm", "kernels", "linalg", "memory", "optim", "sharding", "stores")
+
 
 def __getattr__(name: str) -> Any:
-    # Lazily: fake tensors bring half of torch's compiler with them, which training does without.
-    if name in ("Plan", "plan"):
-        from sketch_plugins.memory import plan as module
+    # Lazily. torch takes seconds to import, and `sketch-plugins run` starts programs that may have no use for it; fake
+    # tensors (`plan`) bring half of torch's compiler with them, which training does without.
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'optim')}"), name)
+    globals()[name] = value
+    return value
 
-        return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

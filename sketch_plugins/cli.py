@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import io
-import os
 import sys
-import zipfile
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType, ModuleType, TracebackType
-from typing import NamedTuple
-
-from sketch_plugins.import_hooks import install_integrations
 
 PROG = "sketch-plugins"
 
@@ -46,29 +37,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "run",
-        help="run an unmodified script, with the optimizers known to the frameworks it imports",
-        description="Run SCRIPT as python would, with every optimizer of sketch-plugins known by name to the training "
-        "frameworks that the script imports, for example: run train.py --optim cs_adam",
-        epilog="Under launchers: torchrun --nproc_per_node 2 -m sketch_plugins run train.py, "
-        "accelerate launch -m sketch_plugins run train.py",
+        help="run an unmodified program, with the optimizers known to the frameworks it imports",
+        description="Run PROGRAM, a script of Python or a command, with every optimizer of sketch-plugins known by "
+        "name to the training frameworks that it and the processes it starts import, for example: run train.py "
+        "--optim cs_adam. With --optim before PROGRAM, an optimizer of sketch-plugins takes the place of those that "
+        "PROGRAM builds itself from torch.optim: run --optim cs_adam train.py",
+        epilog="Under launchers, before or after them: run torchrun --nproc_per_node 2 train.py, "
+        "torchrun --nproc_per_node 2 -m sketch_plugins run train.py, accelerate launch -m sketch_plugins run train.py",
     )
-    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module, as in python -m")
-    parser.add_argument("script", metavar="SCRIPT", help="script, directory or zip file with a __main__.py, or module")
+    parser.add_argument("-m", "--module", action="store_true", help="PROGRAM is the name of a module, as in python -m")
+    parser.add_argument(
+        "--optim",
+        metavar="NAME",
+        help="put cs_adam, sm3, sketchy, ... in the place of torch.optim's AdamW, Adam, SGD and Adagrad",
+    )
+    parser.add_argument(
+        "--optim-args", metavar="K=V,...", help="options of that optimizer, as in Trainer's optim_args: compression=0.1"
+    )
+    parser.add_argument(
+        "script",
+        metavar="PROGRAM",
+        help="script, directory or zip file with a __main__.py, module, or command (trl, torchrun, accelerate, ...)",
+    )
     # REMAINDER: everything after the script belongs to the script, `--help` and `-m` included.
-    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="arguments of the script")
-    parser.set_defaults(execute=_run)
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="arguments of PROGRAM")
+    parser.set_defaults(execute=_run, usage_error=parser.error)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    install_integrations()
-    try:
-        program = (_find_module if arguments.module else _find_script)(arguments.script)
-    except _CannotRun as error:
-        print(f"{PROG} run: {error}", file=sys.stderr)
-        return error.status
-    sys.argv = [program.argv0, *arguments.arguments]
-    _execute_as_main(program)
-    return 0
+    if arguments.optim_args is not None and arguments.optim is None:
+        arguments.usage_error(f"--optim-args {arguments.optim_args!r} are the options of --optim, which is not given")
+    from sketch_plugins.running.command import main as run
+
+    return run(arguments.script, arguments.arguments, arguments.module, arguments.optim, arguments.optim_args)
 
 
 def _add_reshard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -233,112 +234,3 @@ def _info(arguments: argparse.Namespace) -> int:
     from sketch_plugins.info import main as info
 
     return info(arguments.json)
-
-
-class _Program(NamedTuple):
-    code: CodeType | bytes  # compiled, or the source of a script
-    file: str
-    argv0: str
-    spec: ModuleSpec | None  # None for a plain script, as under python
-
-
-class _CannotRun(Exception):
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def _find_script(path: str) -> _Program:
-    if os.path.isdir(path) or zipfile.is_zipfile(path):
-        _replace_first_path(path)
-        spec = PathFinder.find_spec("__main__", [path])
-        if spec is None:
-            raise _CannotRun(f"can't find '__main__' module in {path!r}", status=1)
-        return _Program(_code_of(spec), spec.origin or path, path, spec)
-    file = os.path.abspath(path)
-    try:
-        with io.open_code(file) as stream:
-            source = stream.read()
-    except OSError as error:
-        raise _CannotRun(f"can't open file {file!r}: [Errno {error.errno}] {error.strerror}", status=2) from None
-    _replace_first_path(os.path.dirname(os.path.realpath(path)))
-    return _Program(source, file, path, None)
-
-
-def _find_module(name: str) -> _Program:
-    # `python -m sketch_plugins` has the current directory here already, the console command its own directory.
-    _replace_first_path(os.getcwd())
-    sys.argv = ["-m"]  # what a package sees while it is imported on the way to the module
-    if name.startswith("."):
-        raise _CannotRun(f"relative module names are not supported: {name}", status=1)
-    try:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.submodule_search_locations is not None:
-            spec = importlib.util.find_spec(f"{name}.__main__")
-            if spec is None:
-                raise _CannotRun(f"{name!r} is a package without __main__ and cannot be executed", status=1)
-    except ModuleNotFoundError as error:
-        # A package that fails on one of its own imports is the user's traceback to read.
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        spec = None
-    except ValueError as error:
-        raise _CannotRun(f"{name!r} is not the name of a module ({error})", status=1) from None
-    if spec is None:
-        raise _CannotRun(f"No module named {name}", status=1)
-    file = spec.origin or name
-    return _Program(_code_of(spec), file, file, spec)
-
-
-def _code_of(spec: ModuleSpec) -> CodeType:
-    get_code = getattr(spec.loader, "get_code", None)  # extension modules have none
-    code: CodeType | None = None if get_code is None else get_code(spec.name)
-    if code is None:
-        raise _CannotRun(f"no code object available for {spec.name}", status=1)
-    return code
-
-
-def _execute_as_main(program: _Program) -> None:
-    """Execute ``program`` as the module ``__main__``, which stays in ``sys.modules`` afterwards.
-
-    ``runpy`` would take it away again, and threads, ``atexit`` functions and unpickling would miss it.
-    """
-    spec = program.spec
-    module = ModuleType("__main__")
-    module.__dict__.update(
-        __file__=program.file,
-        __cached__=spec.cached if spec else None,
-        __spec__=spec,
-        __package__=spec.parent if spec else None,
-        __loader__=spec.loader if spec else SourceFileLoader("__main__", program.file),
-    )
-    sys.modules["__main__"] = module
-    try:
-        code = program.code
-        if isinstance(code, bytes):
-            code = compile(code, program.file, "exec", dont_inherit=True)
-        exec(code, module.__dict__)
-    except Exception:
-        _hide_own_frames()
-        raise
-
-
-def _hide_own_frames() -> None:
-    """Show the exception that is about to leave the interpreter from the script's first frame on."""
-    hook = sys.excepthook  # the script may have set its own
-
-    def excepthook(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
-        shown = entry = traceback
-        while entry is not None:
-            if entry.tb_frame.f_code.co_filename == __file__:
-                shown = entry.tb_next
-            entry = entry.tb_next
-        hook(kind, value.with_traceback(shown), shown)
-
-    sys.excepthook = excepthook
-
-
-def _replace_first_path(directory: str) -> None:
-    # `python -P` (3.11) asks that no directory be put on the path unasked.
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = directory

@@ -18,11 +18,29 @@ from types import ModuleType
 GROUP = "sketch_plugins.integrations"
 
 
-def install_integrations() -> None:
-    """Arm one hook per installed entry point of the group :data:`GROUP`."""
-    # A set, because an editable install and a wheel on one path list the same entry twice.
-    for entry in sorted(set(importlib.metadata.entry_points(group=GROUP)), key=lambda e: (e.name, e.value)):
+def install_integrations(trigger: str | None = None) -> bool:
+    """Arm one hook per installed entry point of the group :data:`GROUP`.
+
+    Args:
+        trigger: only those with this name; None: all.
+
+    Returns:
+        Whether there are any.
+    """
+    found = [entry for entry in _entries() if trigger in (None, entry.name)]
+    for entry in found:
         when_imported(entry.name, functools.partial(_activate, entry))
+    return bool(found)
+
+
+def triggers() -> tuple[str, ...]:
+    """The modules whose import imports an integration."""
+    return tuple(dict.fromkeys(entry.name for entry in _entries()))
+
+
+def _entries() -> list[importlib.metadata.EntryPoint]:
+    # A set, because an editable install and a wheel on one path list the same entry twice.
+    return sorted(set(importlib.metadata.entry_points(group=GROUP)), key=lambda e: (e.name, e.value))
 
 
 def when_imported(trigger: str, action: Callable[[], object]) -> None:

@@ -57,7 +57,8 @@ def main(as_json: bool) -> int:
     if as_json:
         print(json.dumps(found, indent=2))
         return 0
-    out = Console(width=None if sys.stdout.isatty() else 120)
+    # The names of extras have brackets, which are no markup.
+    out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     for table in _tables(found):
         out.print(table)
     return 0

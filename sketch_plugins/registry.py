@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SketchOptimizer, Sketchy
@@ -46,17 +48,27 @@ def get(name: str) -> Entry:
     """The entry of a name.
 
     Raises:
-        ValueError: no such optimizer; lists the names.
+        ValueError: no such optimizer; lists the names, and says which one may be meant.
     """
     if name not in _ENTRIES:
-        raise ValueError(f"unknown optimizer {name!r}; known are {', '.join(_ENTRIES)}")
+        raise ValueError(f"unknown optimizer {name!r}.{did_you_mean(name)} Known are {', '.join(_ENTRIES)}")
     return _ENTRIES[name]
 
 
-def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def did_you_mean(name: str, names: Iterable[str] = tuple(_ENTRIES)) -> str:
+    """`` Did you mean 'cs_adam'?`` of a name (or the name of a class) that is nearly one of ``names``, or nothing."""
+    written = {other.replace("_", ""): other for other in names}
+    close = difflib.get_close_matches(str(name).lower().replace("_", ""), written, n=1, cutoff=0.7)
+    return f" Did you mean {written[close[0]]!r}?" if close else ""
+
+
+def parse_options(
+    name: str, values: Mapping[str, Any], also: Mapping[str, Option] = MappingProxyType({})
+) -> dict[str, Any]:
     """Typed keyword arguments for the optimizer ``name`` from text (or values): ``{"compression": "0.05"}``.
 
-    Arguments of torch's optimizers that change nothing (``foreach=false``, ``amsgrad=false``) are left out.
+    Arguments of torch's optimizers that change nothing (``foreach=false``, ``amsgrad=false``) are left out. ``also``:
+    what else could have been given, for the message about a name that is misspelt; the caller has taken it out.
 
     Raises:
         ValueError: an option that does not exist (lists those that do), of the wrong type, or with a value that is
@@ -70,7 +82,7 @@ def parse_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
             entry.cls.NO_EFFECT[key].accept(value, name)
             continue
         if key not in options:
-            raise ValueError(unknown_option(name, key, options))
+            raise ValueError(unknown_option(name, key, {**options, **also}))
         parsed[key] = options[key].parse(value)
     if parsed.get("width") and "compression" in parsed:
         raise ValueError(

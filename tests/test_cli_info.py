@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from sketch_plugins import cli, info, registry
@@ -46,6 +47,30 @@ def test_the_tables(capsys):
     said = capsys.readouterr().out
     for words in ("torch", "numba", "eager", "B/param", "cs_adam", "TrainingArguments(optim="):
         assert words in said
+
+
+def test_extras_keep_their_brackets():
+    """In a process in which Numba cannot be imported: the note names what to install."""
+    script = "import sys\nsys.modules['numba'] = None\nfrom sketch_plugins import cli\ncli.main(['info'])"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "sketch-plugins[cpu]" in said
+
+
+@pytest.mark.parametrize("command", ["", "run", "reshard", "convert", "plan", "report", "info"])
+def test_help_does_not_import_torch(command):
+    """It takes seconds, and whoever asks how a command is called should not wait for it."""
+    script = (
+        "import sys\n"
+        "from sketch_plugins import cli\n"
+        "try:\n"
+        "    cli.main(sys.argv[1:])\n"
+        "except SystemExit as ended:\n"
+        "    assert ended.code == 0, ended.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    arguments = [command, "--help"] if command else ["--help"]
+    ran = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert ran.returncode == 0 and "usage: sketch-plugins" in ran.stdout, ran.stderr
 
 
 def test_what_is_not_installed_is_said():

@@ -22,7 +22,6 @@ import difflib
 import functools
 import importlib
 import sys
-import warnings
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch
 from sketch_deepspeed.configuration import RESHARD, optimizer_from, refuse_impossible
 from sketch_plugins import registry
 from sketch_plugins.import_hooks import is_initializing, when_imported
+from sketch_plugins.notices import warn
 from sketch_plugins.optim import SketchOptimizer
 
 _ENGINE = "deepspeed.runtime.engine"
@@ -302,10 +302,9 @@ def _patch_accelerate() -> None:
     module = sys.modules[ACCELERATE[0]]
     replace = getattr(module, ACCELERATE[1], None)
     if replace is None:
-        warnings.warn(
+        warn(
             f"{'.'.join(ACCELERATE)} is missing: with offload_optimizer, this accelerate may put DeepSpeedCPUAdam in "
-            'the place of our optimizers. Write "zero_force_ds_cpu_optimizer": false and look at the optimizer\'s type',
-            stacklevel=2,
+            'the place of our optimizers. Write "zero_force_ds_cpu_optimizer": false and look at the optimizer\'s type'
         )
         return
     if getattr(replace, _MARK, False):

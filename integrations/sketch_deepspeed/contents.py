@@ -8,6 +8,7 @@ from typing import Any
 
 from sketch_deepspeed.reshard import _MODEL, _find, _load, _read
 from sketch_plugins.checkpoints.kept import CannotReshard, Kept
+from sketch_plugins.sharding.names import names_of
 from sketch_plugins.sharding.pieces import Fragment, Piece, is_key, pieces
 
 
@@ -58,8 +59,9 @@ def _without_zero(
         raise ValueError(f"{directory} holds no state of an optimizer: it was saved without")
     found: list[tuple[str | None, int, Mapping[str, Any], int | None]] = []
     for number, group in enumerate(saved["param_groups"]):
+        names = names_of(group)
         for index, key in enumerate(group["params"]):
             state = saved["state"].get(key)
             if state:
-                found.append((f"{number}.{index}", number, state, None))
+                found.append((names[index] if names else f"{number}.{index}", number, state, None))
     return saved["param_groups"], found

@@ -16,6 +16,7 @@ from sketch_plugins import scratch, state_report
 from sketch_plugins.memory.in_backward import in_backward
 from sketch_plugins.memory.probe import SecondMomentProbe
 from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.optim.introduction import hand_over
 from sketch_plugins.sharding.parts import is_dtensor
 from sketch_plugins.stores import Store
 
@@ -89,7 +90,8 @@ class OptimizerStateMonitor:
             return
         info = _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")
         for _, _, optimizer in _named(trainer):
-            info(str(state_report(optimizer)))
+            info(str(state_report(optimizer, pl_module)))
+            hand_over(optimizer, lambda: None)  # the table says more than the line of the first step
         if self.sampled:
             self._remove()
             for number, prefix, optimizer in _named(trainer):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +15,6 @@ import torch
 from sketch_lightning import _private
 from sketch_lightning.replace import (
     adopt_groups,
-    check_options,
-    counterpart,
-    describe,
     follow,
     has_stepped,
     restored_momentum,
@@ -23,8 +22,10 @@ from sketch_lightning.replace import (
     rewire,
 )
 from sketch_plugins import registry
+from sketch_plugins.counterpart import check_options, counterpart, describe
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
+from sketch_plugins.optim.introduction import hand_over
 
 #: How DDP may start its processes; "" is Lightning's "ddp".
 _STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
@@ -101,7 +102,7 @@ class Replacing:
             if has_stepped(old):  # the module keeps its optimizer from one fit to the next
                 made.load_state_dict(self._own(made, old.state_dict()))
             replaced[id(old)] = old, made
-            said.append("replaced " + describe(old, made, self._sketch_options))
+            said.append("replaced " + describe(type(old), made, self._sketch_options))
             new.append(made)
         if replaced:  # or a module with an attribute for an optimizer would train with the old one
             rewire([*schedulers, *follow(self.lightning_module, replaced)], replaced)
@@ -109,6 +110,8 @@ class Replacing:
                 retire(old, made)
         if said:
             self._info(f"sketch_lightning: {'; '.join(said)}")
+        for made in new:
+            hand_over(made, functools.partial(logging.getLogger, f"{self._namespace}.utilities.rank_zero"))
         return new
 
     def _info(self, message: str) -> None:

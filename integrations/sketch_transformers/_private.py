@@ -11,7 +11,8 @@ These things are changed, each once; what does not concern our optimizers behave
 * ``Trainer.create_optimizer`` keeps accelerate and DeepSpeed from putting DeepSpeedCPUAdam in the place of an optimizer
   of ours, however it was asked for, where its state is offloaded.
 * ``Trainer.create_optimizer`` and ``Trainer.create_scheduler`` let an optimizer of ours look at the state that Trainer
-  loads after them: that of AdamW is converted (``warm_start``), or is an error that says how. The second is for
+  loads after them: that of AdamW is converted (``warm_start``), or is an error that says how. Its parameters get the
+  names that they have in the model, and the line of its first step goes to transformers' log. The second is for
   subclasses that override the first.
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
   cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback. The norm of
@@ -230,9 +231,11 @@ def _follow(trainer: Any) -> None:
     while not isinstance(optimizer, SketchOptimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # accelerate's wrapper
     if isinstance(optimizer, SketchOptimizer):
+        from sketch_transformers.introduction import introduce_in
         from sketch_transformers.warm_start import follow
 
         follow(optimizer, trainer.args)
+        introduce_in(trainer, optimizer)
 
 
 def _reporting(log: Callable[..., None]) -> Callable[..., None]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sketch_plugins import registry
+from sketch_plugins.import_hooks import install_integrations
 from sketch_transformers import warm_start
 from sketch_transformers._private import base_name
 from sketch_transformers.targets import only_on, select_parameters
@@ -116,7 +117,7 @@ def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> d
         parse_communication({key: given.pop(key) for key in list(given) if key.startswith("comm")})
         if WARM_START.name in given:
             WARM_START.parse(given.pop(WARM_START.name))
-        return registry.parse_options(base_name(name), given)
+        return registry.parse_options(base_name(name), given, {WARM_START.name: WARM_START})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -261,14 +262,17 @@ def check_deepspeed_block(args: TrainingArguments) -> None:
     """Check an optimizer block of the DeepSpeed configuration that names one of ours, whatever ``optim`` is.
 
     Raises:
-        ValueError: DeepSpeed does not know the name, for sketch_deepspeed was not imported; ``"auto"`` would give
-            Adam's betas or eps to an optimizer that has its own; ``optim_args`` or ``optim_target_modules`` beside it.
+        ValueError: DeepSpeed does not know the name, for sketch_deepspeed was neither imported nor installed;
+            ``"auto"`` would give Adam's betas or eps to an optimizer that has its own; ``optim_args`` or
+            ``optim_target_modules`` beside it.
     """
     block = _deepspeed_config(args).get("optimizer") or {}
     name = block.get("type")
     if name not in registry.names():
         return
-    if "sketch_deepspeed" not in sys.modules:
+    # The import of DeepSpeed's engine, which may be yet to come, then registers the name: it need not be known which of
+    # the two this process imports first.
+    if "sketch_deepspeed" not in sys.modules and not install_integrations("deepspeed.runtime.engine"):
         raise ValueError(
             f'the DeepSpeed configuration has {{"type": "{name}"}}, which DeepSpeed knows after '
             "`import sketch_deepspeed`"

@@ -113,8 +113,15 @@ class SketchCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report once, as soon as there is state."""
         if not self.reported and state.is_world_process_zero:
-            logger.info("optimizer state after step %d\n%s", state.global_step, state_report(kwargs["optimizer"]))
+            if logger.isEnabledFor(logging.INFO):
+                report = state_report(kwargs["optimizer"], kwargs.get("model"))
+                logger.info("optimizer state after step %d\n%s", state.global_step, report)
         self.reported = True
+
+    @property
+    def will_report(self) -> bool:
+        """Whether the table is going to be logged, after the first step."""
+        return not self.reported and logger.isEnabledFor(logging.INFO)
 
     def state(self) -> dict[str, Any]:
         """What Trainer saves in ``trainer_state.json``."""

@@ -166,7 +166,7 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
     def __str__(self) -> str:
         """The table as text."""
         text = io.StringIO()
-        Console(width=120, file=text).print(self.table())
+        Console(width=120, file=text, markup=False, emoji=False).print(self.table())
         return text.getvalue()
 
     # -- the search --------------------------------------------------------------------------------------------------
@@ -369,6 +369,8 @@ class _TrialOver(Exception):
 
 class _Stop(TrainerCallback):
     """The only callback of a trial. Ranks agree after each step, and nowhere else."""
+
+    is_trial = True
 
     def __init__(self, trainer: Trainer, steps: int, size: int) -> None:
         self.trainer, self.left, self.size = trainer, steps, size

@@ -32,7 +32,7 @@ def main(checkpoint: str, world_size: int, output: str | None, trust: bool, prog
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     before, after = map(format_bytes, report.nbytes)
-    out = Console()
+    out = Console(markup=False, emoji=False)  # paths may have brackets
     # Not the title and caption of the table, which is no wider than its columns.
     out.print(f"{report.output}: {report.before} -> {report.after} processes", soft_wrap=True, highlight=False)
     out.print(f"{report.framework}, {report.optimizer}, {report.parameters:,} parameters", highlight=False)

@@ -20,6 +20,7 @@ from torch import Tensor
 from sketch_plugins import registry
 from sketch_plugins.checkpoints import report
 from sketch_plugins.checkpoints.kept import nbytes
+from sketch_plugins.counterpart import split_options
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.optim import SketchOptimizer, Sketchy
 from sketch_plugins.optim.convert import convert_state, is_foreign
@@ -167,14 +168,10 @@ def convert(
 
 
 def _options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    given: dict[str, Any] = dict(optim_args) if isinstance(optim_args, Mapping) else {}
-    for part in optim_args.split(",") if isinstance(optim_args, str) and optim_args else ():
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise CannotConvert(f"--optim-args {optim_args!r}: {part!r} is not of the form key=value")
-        if key in given:
-            raise CannotConvert(f"--optim-args {optim_args!r}: {key!r} is given twice")
-        given[key] = value
+    try:
+        given = dict(optim_args) if isinstance(optim_args, Mapping) else dict[str, Any](split_options(optim_args))
+    except ValueError as error:
+        raise CannotConvert(f"--optim-args {optim_args!r}: {error}") from None
     if "lr" in given:
         raise CannotConvert(
             f"--optim-args has lr={given['lr']!r}: the learning rate is the checkpoint's, and its schedule goes on. "

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from sketch_plugins.checkpoints.kept import (
     CannotReshard,
@@ -84,10 +84,10 @@ def reshard(
             report.nbytes = report.nbytes[0] + done.nbytes[0], report.nbytes[1] + done.nbytes[1]
         progress(number + 1, len(found), "writing")
     assert report is not None
-    with whole_or_not_at_all(target) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # by one process, yes
+    with whole_or_not_at_all(target) as partial:
         try:
-            dcp.save(loaded, checkpoint_id=partial, no_dist=True)
+            # Not `save`: torch 2.6 has no no_dist there.
+            _save_state_dict(loaded, dcp.FileSystemWriter(partial), no_dist=True)
         except CheckpointException as error:
             raise CannotReshard(f"{target} cannot be written: {_inner(error)}") from error
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.optim.written import MARK, written_by
+from sketch_plugins.sharding.names import NAMES, names_of
 from sketch_plugins.sharding.parts import PLACE, is_ours
 
 #: Files of optimizers in directories: transformers' Trainer, accelerate.
@@ -141,8 +143,7 @@ def main(checkpoint: str, rows: int, as_json: bool, trust: bool, program: str) -
     for one in found:
         out.print(f"{checkpoint}: {one.optimizer}", soft_wrap=True, highlight=False)
         for number, group in enumerate(one.groups):
-            said = ", ".join(f"{key}={value}" for key, value in group.items())
-            out.print(f"group {number}: {said}", soft_wrap=True, highlight=False, style="dim")
+            out.print(f"group {number}: {folded(one.optimizer, group)}", soft_wrap=True, highlight=False, style="dim")
         out.print(table(one, rows))
         out.print(summary(one), soft_wrap=True, highlight=False)
     return 0
@@ -215,6 +216,42 @@ def table(found: Contents, rows: int = 20) -> Table:
         out.add_row("all", store, "", "", format_bytes(size))
     out.add_row("total", "", "", "", format_bytes(found.nbytes), style="bold")
     return out
+
+
+def folded(optimizer: str, group: Mapping[str, Any]) -> str:
+    """The options of a group in a line: the rate, and those that are not as their optimizer has them by default.
+
+    Of an optimizer that is not known here, the values that ask for nothing (None, False) are left out.
+    """
+    defaults = _defaults(optimizer, group)
+    shown = {}
+    for key, value in group.items():
+        same = defaults[key] == _plain(value) if key in defaults else value is None or value is False
+        if key == "lr" or not same:
+            shown[key] = value
+    said = ", ".join(f"{key}={value}" for key, value in shown.items()) or "nothing"
+    left = len(group) - len(shown)
+    kind = "option" if left == 1 else "options"
+    return said if not left else f"{said}; {left} other {kind} at {'its default' if left == 1 else 'their defaults'}"
+
+
+def _defaults(optimizer: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What one of our optimizers takes where it is told nothing but the group's preset."""
+    cls: Any = getattr(importlib.import_module("sketch_plugins.optim"), optimizer, None)
+    if not hasattr(cls, "PRESETS"):
+        return {}
+    first = next(iter(cls.PRESETS))
+    signature = inspect.signature(cls).parameters
+    out = {name: p.default for name, p in signature.items() if p.default is not inspect.Parameter.empty}
+    out |= {**cls.PRESETS[first], **cls.PRESETS.get(str(group.get("preset")), {}), **cls.FIXED, "preset": first}
+    return {key: _plain(value) for key, value in out.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Comparable, whatever has become of it in a checkpoint."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def summary(found: Contents) -> str:
@@ -342,7 +379,7 @@ def _named(saved: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]) -> 
     counts: dict[int, int] = {}
     for (number, group, key), guess in zip(members, guessed, strict=True):
         index = counts[number] = counts.get(number, -1) + 1
-        names = group.get("param_names")
+        names = names_of(group)
         name: str | None = names[index] if names else key if isinstance(key, str) else guess
         state = saved["state"].get(key)
         if isinstance(state, Mapping) and state:
@@ -391,7 +428,8 @@ def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequ
             Entry(name or "", number, _elements(state) if elements is None else elements, count, list(_tensors(state)))
         )
     # Before there was the mark, "optimizer" was the key of ours.
-    hidden = [{"params", "param_names", MARK} | ({"optimizer"} if kinds and MARK not in g else set()) for g in groups]
+    ours = {"params", "param_names", NAMES, MARK}
+    hidden = [ours | ({"optimizer"} if kinds and MARK not in g else set()) for g in groups]
     options = [{k: v for k, v in g.items() if k not in out} for g, out in zip(groups, hidden, strict=True)]
     return Contents(", ".join(sorted(kinds)) or _guess(entries), options, entries)
 

@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from sketch_plugins.comm.base import take_all
 from sketch_plugins.comm.state import MemSGDState, Sent
 
-# By its newer name where there is one: the older one warns there.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+# By its newer name where there is one: the older one warns there. Of any type: newer annotations allow for no work,
+# which there always is with async_op=True.
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 _ATTACHED: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
+from sketch_plugins.sharding.names import names_in, names_of
 from sketch_plugins.sharding.parts import PLACE, is_ours, local_of
 
 
@@ -91,6 +92,11 @@ class StateReport:
         """Some of the state does not exist yet."""
         return any(p.planned for p in self.parameters)
 
+    @property
+    def stateless(self) -> bool:
+        """There is no state, and nothing says what there will be: another's optimizer before its first step."""
+        return not self.planned and not self.state_bytes and bool(self.params)
+
     def by_store(self) -> dict[str, int]:
         """Bytes by store."""
         total: dict[str, int] = {}
@@ -124,8 +130,10 @@ class StateReport:
     def table(self, rows: int = 12) -> Table:
         """A rich table: the ``rows`` parameters with the most state, the rest summed, totals."""
         stores = list(self.by_store())
-        when = "state to be allocated" if self.planned else "state"
-        table = Table(title=f"{self.optimizer}: {when}, beside AdamW")
+        when = "state to be allocated, beside AdamW" if self.planned else "state, beside AdamW"
+        if self.stateless:
+            when = "no state. What it keeps is known after its first step"
+        table = Table(title=f"{self.optimizer}: {when}")
         table.add_column("parameter", overflow="fold")
         table.add_column("shape")
         table.add_column("group", justify="right")
@@ -146,7 +154,7 @@ class StateReport:
                 format_bytes(state),
                 f"{state / params:.3f}" if params else "-",
                 format_bytes(adamw),
-                f"{1 - state / adamw:.1%}" if adamw else "-",
+                f"{1 - state / adamw:.1%}" if adamw and not self.stateless else "-",
                 style=style,
             )
 
@@ -161,32 +169,41 @@ class StateReport:
     def __str__(self) -> str:
         """The table as text."""
         text = io.StringIO()
-        Console(width=120, file=text).print(self.table())
+        Console(width=120, file=text, markup=False, emoji=False).print(self.table())
         return text.getvalue()
 
 
-def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
+def state_report(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> StateReport:
     """Bytes of an optimizer's state, for each store, parameter and group, compared with AdamW.
 
     Where parameters are spread over ranks (FSDP2, DeepSpeed's ZeRO) everything is counted for this rank.
 
     Works for any torch optimizer (each key of its state is a store); wrappers with an ``optimizer`` attribute
     (accelerate, LR schedulers) are looked through. Before the first step a sketched optimizer reports what it will
-    allocate; frozen parameters (``requires_grad=False``) without state are left out. Tensors are counted by their size;
-    the scalar step counters are left out on both sides.
+    allocate, and torch's have no state, which the table says; frozen parameters (``requires_grad=False``) without state
+    are left out. Tensors are counted by their size; the scalar step counters are left out on both sides.
 
     Args:
         optimizer: the optimizer.
+        model: whose parameters they are, for their names; not needed where the optimizer was given
+            ``named_parameters()``.
 
     Returns:
         A `StateReport`.
+
+    Raises:
+        TypeError: ``optimizer`` is no torch optimizer, or ``model`` is no module.
+        ValueError: a parameter of a lazy module has no shape yet.
     """
     # Wrappers may be torch optimizers themselves (accelerate's), and several deep (accelerate around DeepSpeed).
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"state_report takes a torch optimizer, not {type(optimizer).__name__}")
-    held = _parts(optimizer) if hasattr(optimizer, "held") else _parameters(optimizer)
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"state_report takes a module as model, for its names, not {type(model).__name__}")
+    known = {} if model is None else names_in(model)
+    held = _parts(optimizer, known) if hasattr(optimizer, "held") else _parameters(optimizer, known)
     found: dict[tuple[int, int], ParameterState] = {}
     for number, index, name, owner, shape, params, stores, planned in held:
         one = ParameterState(
@@ -206,19 +223,17 @@ def state_report(optimizer: torch.optim.Optimizer) -> StateReport:
 _Row = tuple[int, int, str | None, Tensor, tuple[int, ...], int, dict[str, int], bool]
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[_Row]:
+def _parameters(optimizer: torch.optim.Optimizer, known: Mapping[int, str]) -> Iterator[_Row]:
     for number, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names")
         for index, p in enumerate(group["params"]):
             state = optimizer.state.get(p, {})
             if state or p.requires_grad:  # frozen: no optimizer will keep anything for it
-                name = names[index] if names else None
+                name = _name(group, index, p, known)
                 yield number, index, name, p, tuple(p.shape), local_of(p).numel(), _kept(state), False
 
 
-def _parts(optimizer: Any) -> Iterator[_Row]:
+def _parts(optimizer: Any, known: Mapping[int, str]) -> Iterator[_Row]:
     for number, group, part, state in optimizer.held():
-        names = group.get("param_names")
         if not state and not part.owner.requires_grad and part.key is None:
             continue
         planned = not state and part.numel() > 0
@@ -226,10 +241,16 @@ def _parts(optimizer: Any) -> Iterator[_Row]:
         stores = _kept({key: value for key, value in (state or {}).items() if is_ours(key)})
         if planned:
             stores = {name: n for name, (_, n) in optimizer.planned_state(part, group).items()}
-        name, index = names[part.index] if names and part.key is None else None, part.index
         if part.key is not None:  # a flat partition holds pieces of several parameters
-            name, index = part.name, part.piece.index
+            name, index = optimizer._parts.name_of(part.piece, known), part.piece.index
+        else:
+            name, index = _name(group, part.index, part.owner, known), part.index
         yield number, index, name, part.data, part.whole, part.numel(), stores, planned
+
+
+def _name(group: Mapping[str, Any], index: int, p: Tensor, known: Mapping[int, str]) -> str | None:
+    names = names_of(group)
+    return known.get(id(p)) or (names[index] if names else None)
 
 
 def _kept(state: Mapping[str, Any]) -> dict[str, int]:

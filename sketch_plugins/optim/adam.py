@@ -136,7 +136,8 @@ class CSAdam(SketchOptimizer):
         block_size: columns that share one scale of the int8 first moment; costs ``4 / block_size`` bytes a parameter.
         first_moment_rounding: ``"nearest"`` or ``"stochastic"``, for int8.
         min_compress_size: smaller tensors are exact.
-        row_sparse: False, True or ``"auto"``.
+        row_sparse: False, True or ``"auto"``. The last two learn much more slowly where most rows are rare: 60 steps of
+            a sentence-transformers model end at a loss of 1.90 with ``"auto"``, and at 0.12 with False.
         update_clip: divide the update by ``max(1, RMS(update) / update_clip)`` (Adafactor's d; 0: off).
         scale_parameter: multiply the step by ``max(1e-3, RMS(parameter))`` (Adafactor's relative step).
         lagged_rms: both RMS are those of the step before, measured while it was taken: of its update as it would have

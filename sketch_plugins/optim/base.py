@@ -36,10 +36,12 @@ from sketch_plugins.optim.checks import (
 )
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, numbers, vector
 from sketch_plugins.optim.fused import backend as fused_backend
+from sketch_plugins.optim.introduction import introduce
 from sketch_plugins.optim.options import NoEffect, Option, misspelt, unknown_option, validate
 from sketch_plugins.optim.plan import Again, Counters, Plan, group_marks
 from sketch_plugins.optim.written import MARK, modernize, renew, written_by, written_with
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, is_batch, matrix_shape, tiles
+from sketch_plugins.sharding.names import NAMES, names_of
 from sketch_plugins.sharding.parts import (
     PLACE,
     Part,
@@ -256,6 +258,9 @@ class SketchOptimizer(torch.optim.Optimizer):
     _numbers_are_answered = False
     # An `InBackward`, where there is one; it stays with this object.
     _in_backward: Any = None
+    # Whether the line of the first step has been logged; who logs it, where a framework does.
+    _introduced = False
+    _introduces_to: Any = None
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
@@ -364,6 +369,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                 finally:
                     self._complete()
         plan.trim()
+        if not self._introduced:
+            self._introduced = introduce(self)
         return loss
 
     @outside_graphs
@@ -822,9 +829,11 @@ class SketchOptimizer(torch.optim.Optimizer):
         known, last = seen.get(id(group), (None, {}))
         last = last if known is group else {}
         now = {}
-        changed = not last
+        changed, missing = not last, None
         for name, option in self.OPTIONS.items():
             if name not in group:
+                # Groups of old pickles lack what is younger than they, and so do their defaults.
+                missing = name if missing is None and name in self.defaults else missing
                 continue
             value = now[name] = group[name]
             if name in last:
@@ -840,6 +849,12 @@ class SketchOptimizer(torch.optim.Optimizer):
         self._accept_without_effect(group)
         if changed or now.keys() != last.keys():
             self._check_structure(number, group)
+        if missing is not None:
+            raise ValueError(
+                f"{missing} of group {number} is missing: somebody has taken the key out of the group, and no step can "
+                f"be taken without it. Put it back: param_groups[{number}][{missing!r}] = "
+                f"{self.defaults[missing]!r} is what the optimizer was built with"
+            )
         if last and any(last.get(name) is not now.get(name) for name in ("fused", "compile", "capturable")):
             for index, p in enumerate(group["params"]):
                 self._check_kernels(p, group, partial(self._label, group, index))
@@ -1294,7 +1309,7 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     def _label(self, group: Mapping[str, Any], p: int | Part) -> str:
         """How messages name a parameter, by its number in the group, or a part of one."""
-        names = group.get("param_names")
+        names = names_of(group)
         part, index = (p, p.index) if isinstance(p, Part) else (None, p)
         if part is not None and part.key is not None:
             return f"parameter {part.name!r} of shape {part.whole} (its part {tuple(part.shape)} on this rank)"
@@ -1304,7 +1319,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         else:
             said = str(part.whole)
         at = next((i for i, other in enumerate(self.param_groups) if other is group), len(self.param_groups))
-        name = names[index] if names is not None and index < len(names) else None
+        name = names[index] if index < len(names) else None
         label = f"parameter {index} of group {at}," if name is None else f"parameter {name!r}"
         label += f" of shape {said}"
         if part is not None and part.piece is not None and not part.piece.complete:
@@ -1332,6 +1347,8 @@ class SketchOptimizer(torch.optim.Optimizer):
                 )
             for name, value in self.FIXED.items():
                 saved.setdefault(name, value)
+            if NAMES in group:  # the present model's, and a checkpoint may have none
+                saved[NAMES] = group[NAMES]
             with_state = any(
                 isinstance(state := incoming["state"].get(key), Mapping) and any(map(is_ours, state))
                 for key in saved["params"]

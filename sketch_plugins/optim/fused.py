@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.work import NUMBERS, Work
+from sketch_plugins.notices import warn
 from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.stores import Gradient, Store
 
@@ -148,10 +148,9 @@ def choose(
     if kernels is not None and not (has_address(p) and has_address(grad.matrix.tensor)):
         if group["fused"]:
             odd = p if not has_address(p) else grad.matrix.tensor
-            warnings.warn(
+            warn(
                 f"fused=True: a parameter of shape {tuple(p.shape)} takes the eager path: kernels read memory by its "
-                f"address, and a {type(odd).__name__} has none of its own",
-                stacklevel=5,
+                f"address, and a {type(odd).__name__} has none of its own"
             )
         return None, None
     if kernels is None or (p.device.type == "cpu" and not group["fused"] and not large):
@@ -161,7 +160,7 @@ def choose(
     if why is None:
         return kernels, work
     if group["fused"]:
-        warnings.warn(f"fused=True: a parameter of shape {tuple(p.shape)} takes the eager path ({why})", stacklevel=5)
+        warn(f"fused=True: a parameter of shape {tuple(p.shape)} takes the eager path ({why})")
     return None, None
 
 

@@ -272,7 +272,8 @@ COMMON = _table(
         "row_sparse",
         str,
         "dense gradients: False (default) updates every row; True skips rows that are all zero; 'auto' does so in a "
-        "step where at least half of the rows are",
+        "step where at least half of the rows are. Skipping (lazy Adam) learns much more slowly where most rows are "
+        "rare",
         choices=(False, True, "auto"),
     ),
     Option(

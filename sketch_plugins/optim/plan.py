@@ -82,8 +82,8 @@ class Remembered:
                 if len(moment) != size:
                     return False
                 for key, known, place in tensors:
-                    tensor = moment[key]
-                    if known() is not tensor or _ADDRESS(tensor) != place:
+                    tensor: Any = moment[key]
+                    if known() is not tensor or tensor.data_ptr() != place:
                         return False
             return self.counter() is state["step"]
         except (KeyError, TypeError):  # another layout of the state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, update
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
 from sketch_plugins.linalg.kronecker import Due, Kronecker, cut, merged, solve
+from sketch_plugins.notices import warn
 from sketch_plugins.optim.adam import _SHARED
 from sketch_plugins.optim.base import (
     SCALE_FLOOR,
@@ -524,7 +524,7 @@ class Sketchy(SketchOptimizer):
         return check_finite(self, members, among)
 
     def _why_not_alone(self, group: Mapping[str, Any]) -> str | None:
-        if group["nonfinite"] == "skip":
+        if group.get("nonfinite") == "skip":
             return "nonfinite='skip' leaves out the whole step, which has begun by then; allowed is nonfinite='error'"
         return None
 
@@ -868,12 +868,11 @@ def warn_of(failed: Sequence[tuple[Part, Mapping[str, Any]]], optimizer: SketchO
         return
     labels = list(dict.fromkeys(optimizer._label(group, part).rstrip(",") for part, group in failed))
     more = f" and of {len(labels) - 1} other parameters" if len(labels) > 1 else ""
-    warnings.warn(
+    warn(
         f"no decomposition of the covariance of {labels[0]}{more} is finite, neither in its own precision nor in "
         "float64: the last preconditioner stays in use. If this comes again, the gradients may be too large (their "
         "squares add up beyond the numbers of float32): scale the loss or clip",
         RuntimeWarning,
-        stacklevel=2,
     )
 
 

@@ -124,6 +124,7 @@ class Parts:
     def __init__(self) -> None:
         self.originals: list[Original] = []
         self._groups: list[int] = []
+        self._identities: list[int] = []  # of the given parameters, as in `originals`
         self._given: dict[int, tuple[int, ...] | None] = {}  # identity of a given parameter -> its shape
         self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Piece] | None]] = {}
         self._found: dict[int, Tensor] | None = None
@@ -142,6 +143,7 @@ class Parts:
             batch = batch_axes(shape, group)
             self.originals.append(Original(partial(self._find, id(p)), shape, len(self.originals), name, batch))
             self._groups.append(number)
+            self._identities.append(id(p))
             # A parameter of a lazy module gets its shape later.
             self._given[id(p)] = None if is_lazy(p) else shape
 
@@ -206,6 +208,17 @@ class Parts:
         """What lies in a flat partition; None: it is an ordinary parameter."""
         fragments = deepspeed.fragments(flat, self.originals)
         return list(pieces(fragments, lambda f: self.originals[f.index].batch)) if fragments else None
+
+    def rename(self, names: Mapping[int, str]) -> None:
+        """Call given parameters otherwise: identity -> name."""
+        self.originals = [
+            replace(one, name=names.get(identity, one.name))
+            for one, identity in zip(self.originals, self._identities, strict=True)
+        ]
+
+    def name_of(self, piece: Piece, names: Mapping[int, str]) -> str:
+        """What to call the piece's parameter: its name among these (identity -> name), or the one that it has."""
+        return names.get(self._identities[piece.index], self.originals[piece.index].name)
 
     def group_of(self, piece: Piece) -> int:
         """Number of the group that the piece's parameter was given in."""

@@ -201,7 +201,7 @@ def test_help():
     ("make", "arguments", "message"),
     [
         (None, {}, "is not there: give a checkpoint's directory or file"),
-        ("adamw", {"name": "cs_adm"}, "unknown optimizer 'cs_adm'; known are cs_adam"),
+        ("adamw", {"name": "cs_adm"}, "unknown optimizer 'cs_adm'. Did you mean 'cs_adam'. Known are cs_adam"),
         ("adamw", {"optim_args": "compression"}, "'compression' is not of the form key=value"),
         ("adamw", {"optim_args": "compresion=0.1"}, "compression"),
         ("adamw", {"optim_args": "compression=2"}, r"a number in \(0, 1\]"),

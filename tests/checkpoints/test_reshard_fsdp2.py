@@ -52,12 +52,14 @@ def refused(capsys, tmp_path, *arguments):
     return " ".join(err.split())
 
 
-def test_the_command(folder, tmp_path, capsys):
+def test_the_command(folder, tmp_path, capsys, monkeypatch, recwarn):
+    monkeypatch.delattr(dcp, "save")  # torch 2.6's has no ``no_dist``: one process writes, whatever group there is
     path = Path(shutil.copytree(folder / "sketch", tmp_path / "run"))
     before = {p: p.read_bytes() for p in path.rglob("*")}
     assert main(["reshard", str(path), "--world-size", "5"]) == 0
     said = capsys.readouterr().out
     assert "2 -> 5 processes" in said and "first moment (Int8)" in said
+    assert not [w for w in recwarn if "torch.distributed" in str(w.message)]
     # Shards are whole rows, so every block of int8 is what it was.
     assert next(line for line in said.splitlines() if "Int8" in line).split()[-2] == "0"
     assert {p: p.read_bytes() for p in path.rglob("*")} == before

@@ -49,6 +49,40 @@ if __name__ == "__main__":
 """
 
 
+# A block of ours under Trainer. What is imported first is an argument.
+TRAINER = """
+import importlib
+import sys
+
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+
+import deepspeed
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+params = {"lr": "auto", "weight_decay": "auto", "compression": 0.2, "min_compress_size": 256}
+config = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "cs_adam", "params": params},
+}
+args = TrainingArguments("out", max_steps=2, use_cpu=True, report_to="none", save_strategy="no", deepspeed=config,
+                         learning_rate=3e-3)
+rows = torch.arange(16 * 32).reshape(32, 16) % 64
+trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+trainer.train()
+optimizer = trainer.model_wrapped.basic_optimizer
+state = sum(t.nbytes for s in optimizer.state.values() for t in torch.utils._pytree.tree_leaves(s)
+            if isinstance(t, torch.Tensor))
+with open(f"result{torch.distributed.get_rank()}", "w") as file:
+    print(torch.distributed.get_world_size(), type(optimizer).__name__, optimizer.param_groups[0]["compression"], state,
+          file=file)
+"""
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,3 +113,54 @@ def test_an_unmodified_script_finds_our_names_in_its_configuration(launcher, tmp
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for rank in (0, 1):
         assert (tmp_path / f"result{rank}").read_text().split() == ["__main__", "2", "CSAdam"]
+
+
+def test_a_script_that_gives_deepspeed_an_adamw(tmp_path):
+    """Under `run --optim`, with the launcher inside: ZeRO wraps ours, and is left alone itself."""
+    block = TRAIN[TRAIN.index('        "optimizer": {') : TRAIN.index("    }\n    engine")]
+    script = TRAIN.replace(block, "").replace(
+        "config=config)", "config=config, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2))"
+    )
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, "-m", "sketch_plugins", "run", "--optim", "cs_adam", "torchrun", "--standalone"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, "--nproc_per_node", "2", "train.py", "--steps", "2"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stderr.count("replaced AdamW by CSAdam(lr=0.01)") == 1
+    for rank in (0, 1):
+        assert (tmp_path / f"result{rank}").read_text().split() == ["__main__", "2", "CSAdam"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sketch_plugins", "run", "train.py"),
+        ("sketch_plugins", "run", "train.py", "deepspeed"),
+        ("train", "sketch_transformers"),
+    ],
+    ids=["run", "run, DeepSpeed first", "the integration of transformers alone"],
+)
+def test_a_block_of_ours_under_trainer(command, tmp_path):
+    """Whatever was imported first: DeepSpeed's engine is imported by Trainer, long after the configuration is read."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    (tmp_path / "train.py").write_text(TRAINER)
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(tmp_path)])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
+    done = subprocess.run(
+        [*launchers()["torchrun"], *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    adamw = 8 * sum(p.numel() for p in _gpt2().parameters()) / 2
+    for rank in (0, 1):
+        world, kind, compression, state = (tmp_path / f"result{rank}").read_text().split()
+        assert (world, kind, compression) == ("2", "CSAdam", "0.2")
+        assert 0 < int(state) < 0.7 * adamw
+
+
+def _gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2))

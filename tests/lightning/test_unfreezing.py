@@ -9,8 +9,8 @@ import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.optim import lr_scheduler as schedules
 
-from sketch_lightning.replace import counterpart
 from sketch_plugins import registry
+from sketch_plugins.counterpart import counterpart
 
 from .conftest import SMALL, data, equal, ours, same_state, strategy
 

@@ -603,6 +603,7 @@ def test_the_last_preconditioner_stays_where_nothing_helps(options, silent, monk
     ) as warned:
         train(a, params, 1, first=3)
     assert len(warned) == 1
+    assert warned[0].filename == __file__  # the line that takes the step, not one of ours
     monkeypatch.undo()
     monkeypatch.setattr(sketchy, "solve", lambda *_: [])
     train(b, others, 1, first=3)

@@ -246,3 +246,34 @@ def test_state_of_adamw_is_refused_with_the_way_to_convert_it(name):
         ValueError, match=r"by another optimizer .*sketch_plugins\.convert_state\(state_dict, optimizer"
     ):
         optimizer.load_state_dict(adamw.state_dict())
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["step", "step_parameter"])
+def test_an_option_that_is_taken_out_of_a_group_is_named_before_anything_changes(name, alone):
+    cls = registry.get(name).cls
+    always = [option for option in cls.OPTIONS if option in cls(parameters(SHAPES, torch.float32)).defaults]
+    assert len(always) >= len(cls.OPTIONS) - 1  # cs_momentum has betas where they are given
+    for option in always:
+        params = parameters(SHAPES, torch.float32)
+        optimizer = cls([{"params": params[:1]}, {"params": params[1:]}])
+        for p in params:
+            p.grad = torch.ones_like(p)
+        before = [p.detach().clone() for p in params]
+        value = optimizer.param_groups[1].pop(option)
+        with pytest.raises(ValueError, match=rf"{option} of group 1 is missing.*Put it back.*\[{option!r}\]") as caught:
+            optimizer.step_parameter(1, 0) if alone else optimizer.step()
+        assert repr(value) in str(caught.value)
+        assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True)) and not optimizer.state
+        optimizer.param_groups[1][option] = value
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("cs_adm", "cs_adam"), ("CSAdam", "cs_adam"), ("cs-adagrad", "cs_adagrad"), ("scetchy", "sketchy")],
+)
+def test_a_name_that_is_nearly_one(given, meant):
+    with pytest.raises(ValueError, match=f"unknown optimizer {given!r}. Did you mean {meant!r}. Known are cs_adam"):
+        registry.get(given)
+    with pytest.raises(ValueError, match=r"unknown optimizer 'lbfgs'\. Known are"):
+        registry.get("lbfgs")

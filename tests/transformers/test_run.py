@@ -9,8 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from sketch_plugins import cli, import_hooks
+from sketch_plugins.running import children, watch
 
 # A script as its author wrote it: nothing of this project in it.
 TRAIN = """
@@ -66,6 +68,14 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path.copy())
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", torch.optim.Optimizer.__init__)
+    # `run` is for one program in a process: no child of later tests is one of it, and nothing is said in the end.
+    for variable in ("PYTHONPATH", children.VARIABLE):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))
+    monkeypatch.setattr(children, "_joined", False)
+    monkeypatch.setattr(watch, "_files", ())
+    monkeypatch.setattr(watch, "_own_file", None)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     return tmp_path
 
@@ -118,9 +128,9 @@ def test_wherever_a_script_begins_to_import(imports, here):
 
 def test_a_script_without_a_framework_imports_none(here):
     (here / "script.py").write_text(
-        "import sys\nprint('transformers' in sys.modules, 'sketch_transformers' in sys.modules)"
+        "import sys\nprint([name in sys.modules for name in ('torch', 'transformers', 'sketch_transformers')])"
     )
-    assert run("-m", "sketch_plugins", "run", "script.py", cwd=here).stdout.split() == ["False", "False"]
+    assert run("-m", "sketch_plugins", "run", "script.py", cwd=here).stdout == "[False, False, False]\n"
 
 
 def test_a_script_sees_what_python_shows_it(here):
@@ -191,7 +201,8 @@ def test_directories_and_archives(archive, here, capsys):
         (["empty"], 1, "can't find '__main__' module in 'empty'"),
         (["-m", "nowhere"], 1, "No module named nowhere"),
         (["-m", "os.nowhere"], 1, "No module named os.nowhere"),
-        (["-m", "empty"], 1, "'empty' is a package without __main__ and cannot be executed"),
+        (["-m", "empty"], 1, "'empty' is a package without __main__ and cannot be executed. A module in it may be: "),
+        (["nowhere"], 127, "there is no file '{here}/nowhere', and no command 'nowhere' beside "),
         (["-m", ".relative"], 1, "relative module names are not supported: .relative"),
     ],
     ids=str,
@@ -213,7 +224,14 @@ def test_what_the_deepspeed_launcher_puts_first_is_for_the_script(here):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["fly"], ["run"], ["run", "-x", "script.py"], ["--local_rank=0", "reshard", "x", "--world-size", "2"]],
+    [
+        [],
+        ["fly"],
+        ["run"],
+        ["run", "-x", "script.py"],
+        ["run", "--optim-args", "lr=1", "x.py"],
+        ["--local_rank=0", "reshard", "x", "--world-size", "2"],
+    ],
     ids=str,
 )
 def test_usage_errors(command, here, capsys):

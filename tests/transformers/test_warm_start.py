@@ -168,3 +168,8 @@ def test_groups_that_are_added_later_are_split_by_target_modules(make_trainer, m
     assert [group["preset"] for group in added] == ["exact"] and added[0]["params"] == [fresh]
     with pytest.raises(TypeError, match="must be a dict"):
         optimizer.add_param_group([fresh])
+
+
+def test_a_slip_of_the_pen_is_understood(make_args):
+    with pytest.raises(ValueError, match=r"has no option 'warm_strat'\. Did you mean 'warm_start'"):
+        make_args(optim_args="warm_strat=true")

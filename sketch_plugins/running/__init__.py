@@ -1,0 +1,1 @@
+"""``sketch-plugins run``: other people's programs, and the processes that they start, with our optimizers known."""

@@ -1,0 +1,92 @@
+"""How processes that a program starts get what ``sketch-plugins run`` gives to the program itself.
+
+``run`` sets two environment variables, which processes inherit: ``SKETCH_PLUGINS_RUN`` with its settings, and a folder
+in front of ``PYTHONPATH``. The ``sitecustomize`` there (``on_path``) waits for the import of a framework, then calls
+`join`. A Python that heeds no ``PYTHONPATH`` or imports no ``sitecustomize`` (``-I``, ``-E``, ``-S``) is not reached.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import secrets
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sketch_plugins import import_hooks
+from sketch_plugins.running import watch
+
+VARIABLE = "SKETCH_PLUGINS_RUN"
+FOLDER = str(Path(__file__).parent / "on_path")
+
+_joined = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the processes of a run have in common.
+
+    Attributes:
+        optim: the optimizer that takes the place of torch's; None: torch's stay.
+        optim_args: its options, as text.
+        notes: files that processes write into what they have built (`sketch_plugins.running.watch`). The last one is
+            that of the innermost ``run``.
+    """
+
+    optim: str | None = None
+    optim_args: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def begin(optim: str | None = None, optim_args: str | None = None) -> Settings:
+    """Let this process and those it starts have the integrations, and ``optim`` in the place of torch's optimizers.
+
+    A run within a run goes on with the outer one's ``optim`` unless it is given one of its own.
+    """
+    outer = inherited() or Settings()
+    if optim is None:
+        optim, optim_args = outer.optim, outer.optim_args
+    # A name only: whoever is the first to have something to note makes the file.
+    name = f"sketch-plugins-run-{os.getpid()}-{secrets.token_hex(8)}"
+    settings = Settings(optim, optim_args, (*outer.notes, os.path.join(tempfile.gettempdir(), name)))
+    # The triggers stand in front, for the child to read without a parser. They contain neither commas nor spaces.
+    triggers = sorted({"torch", *import_hooks.triggers()})
+    os.environ[VARIABLE] = f"{','.join(triggers)} {json.dumps(asdict(settings))}"
+    path = os.environ.get("PYTHONPATH", "")
+    if FOLDER not in path.split(os.pathsep):
+        # An empty entry means the current directory: one that is there stays, and none is added.
+        os.environ["PYTHONPATH"] = f"{FOLDER}{os.pathsep}{path}" if path else FOLDER
+    watch.begin(settings.notes[-1])
+    join(settings)
+    return settings
+
+
+def join(settings: Settings | None = None) -> None:
+    """Arm the hooks of this process; ``settings``: None: those that it has inherited. Calling it again does nothing."""
+    global _joined
+    settings = inherited() if settings is None else settings
+    if _joined or settings is None:
+        return
+    _joined = True
+    import_hooks.install_integrations()
+    import_hooks.when_imported("torch", functools.partial(_torch_is_there, settings))
+
+
+def inherited() -> Settings | None:
+    """The settings of the ``run`` that has started this process, or one above it; None: there is none."""
+    _, _, text = os.environ.get(VARIABLE, "").partition(" ")
+    try:
+        values = json.loads(text)
+        return Settings(values["optim"], values["optim_args"], tuple(values["notes"]))
+    except (ValueError, KeyError, TypeError):  # unset, or of another version
+        return None
+
+
+def _torch_is_there(settings: Settings) -> None:
+    watch.watch_constructors(settings.notes)
+    if settings.optim is not None:
+        from sketch_plugins.running import replacing
+
+        replacing.begin(settings.optim, settings.optim_args)

@@ -1,0 +1,165 @@
+"""``sketch-plugins run``: which program is meant, and how it is run."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+from sketch_plugins.running import children, watch
+from sketch_plugins.running.program import CannotRun, execute_as_main, find_module, find_script
+
+#: What a shell answers when there is no such command.
+NOT_FOUND = 127
+#: How pip begins a script of Python whose interpreter's path is too long for a first line, or has a space in it.
+_LONG_PATH = re.compile(rb"""#!/bin/sh\n'''exec' ("[^"\n]*"|\S+)""")
+
+
+def main(script: str, arguments: Sequence[str], module: bool, optim: str | None, optim_args: str | None) -> int:
+    """Run a program and return its exit status.
+
+    Python is executed in this process: its ``SystemExit`` and its exceptions pass through. Any other command gets a
+    process, whose signals and end become those of this one.
+
+    Args:
+        script: a file, directory or zip file, the name of a module or of a command.
+        arguments: of the program.
+        module: whether ``script`` is the name of a module.
+        optim: see ``sketch-plugins run --optim``; None: torch's optimizers stay.
+        optim_args: its options, as text.
+    """
+    settings = children.begin(optim, optim_args)
+    # Functions are called in the reverse order: the program's own, which may train still, come before this one.
+    atexit.register(watch.end, settings.optim)
+    try:
+        path = script if module else _path_of(script)
+        if not module and _is_foreign(path, command=path != script):
+            return _run_command([path, *arguments], settings.optim)
+        program = (find_module if module else find_script)(path)
+    except CannotRun as error:
+        atexit.unregister(watch.end)  # nothing has run
+        print(f"{watch.PROGRAM}: {error}", file=sys.stderr)
+        return error.status
+    sys.argv = [program.argv0, *arguments]
+    execute_as_main(program)
+    return 0
+
+
+def _path_of(script: str) -> str:
+    """``script`` if that is a program of Python or looks like a path, else the command of that name.
+
+    The commands of this Python's environment come before others of the same name: those may have an environment without
+    this package.
+
+    Raises:
+        CannotRun: there is neither.
+    """
+    if os.path.isfile(script) or os.path.isfile(os.path.join(script, "__main__.py")):
+        return script
+    if os.path.dirname(script) or script.endswith((".py", ".pyz", ".zip")):
+        return script  # the message is that of a file which is missing
+    places = [os.path.dirname(sys.executable), sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    found = shutil.which(script, path=os.pathsep.join(filter(None, places)))
+    if found is not None:
+        return found
+    if os.path.isdir(script):
+        return script
+    raise CannotRun(
+        f"there is no file {os.path.abspath(script)!r}, and no command {script!r} beside {sys.executable} or on PATH. "
+        f"A module is run with -m: {watch.PROGRAM} -m {script}",
+        NOT_FOUND,
+    )
+
+
+def _is_foreign(path: str, command: bool) -> bool:
+    """Whether this Python cannot execute ``path`` itself: a program for another interpreter, or for none.
+
+    A script without a first line that names its interpreter is taken for Python, as ``python script`` does. One whose
+    path was given is executed by this Python, too, whichever Python its first line names; a ``command`` that was found
+    belongs to the environment of that Python.
+    """
+    if os.path.isdir(path) or zipfile.is_zipfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1024)
+    except OSError:
+        return False  # whoever opens it next says what is wrong
+    if not os.access(path, os.X_OK):
+        return False
+    if not start.startswith(b"#!"):
+        return b"\0" in start
+    long = _LONG_PATH.match(start)
+    if long is not None:
+        interpreter = os.fsdecode(long[1].strip(b'"'))
+    else:
+        words = os.fsdecode(start.partition(b"\n")[0][2:]).split()
+        if words and os.path.basename(words[0]) == "env":
+            words = words[1:]
+        interpreter = words[0] if words else ""
+    if not os.path.basename(interpreter).startswith("python"):
+        return True
+    if not command:
+        return False
+    # Another environment has other packages. Options of the interpreter (-s, -E) are left out in our own: with them the
+    # command would not be reached.
+    own = os.path.realpath(os.path.dirname(sys.executable))
+    return os.path.isabs(interpreter) and os.path.realpath(os.path.dirname(interpreter)) != own
+
+
+def _run_command(command: list[str], optim: str | None) -> int:
+    try:
+        child = subprocess.Popen(command)
+    except OSError as error:
+        raise CannotRun(f"can't run {command[0]!r}: [Errno {error.errno}] {error.strerror}", 126) from None
+    before = {}
+    for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT"):
+        number = getattr(signal, name, None)
+        if number is not None:
+            before[number] = signal.signal(number, lambda number, _: _pass_on(child, number))
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if status >= 0:
+        return status
+    atexit.unregister(watch.end)
+    watch.end(optim)
+    return _die_of(-status)
+
+
+def _pass_on(child: subprocess.Popen[Any], number: int) -> None:
+    # A terminal sends these to all processes in front of it: the child has it already.
+    if number in (signal.SIGINT, getattr(signal, "SIGQUIT", None)) and _is_in_front():
+        return
+    child.send_signal(number)
+
+
+def _is_in_front() -> bool:
+    try:
+        return os.tcgetpgrp(sys.__stdin__.fileno()) == os.getpgrp()  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):  # no terminal
+        return False
+
+
+def _die_of(number: int) -> int:
+    """End by the signal that the command ended by, for whoever waits for this process."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has left its own
+        signal.signal(number, signal.SIG_DFL)
+    except (ImportError, OSError, ValueError):  # SIGKILL has no handler
+        pass
+    sys.stdout.flush()
+    os.kill(os.getpid(), number)
+    return 128 + number

@@ -1,0 +1,152 @@
+"""Find a program as python finds it, and execute it in this process as its ``__main__``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import io
+import os
+import sys
+import zipfile
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType, ModuleType, TracebackType
+from typing import NamedTuple
+
+
+class Program(NamedTuple):
+    """What is to be executed."""
+
+    code: CodeType | bytes  # compiled, or the source of a script
+    file: str
+    argv0: str
+    spec: ModuleSpec | None  # None for a plain script, as under python
+
+
+class CannotRun(Exception):
+    """There is no such program, or it cannot be executed; ``status`` is for the shell."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def find_script(path: str) -> Program:
+    """A file of Python, or a directory or zip file with a ``__main__.py``; changes ``sys.path`` as python does.
+
+    Raises:
+        CannotRun: it cannot be read, or there is no ``__main__.py``.
+    """
+    if os.path.isdir(path) or zipfile.is_zipfile(path):
+        _replace_first_path(path)
+        spec = PathFinder.find_spec("__main__", [path])
+        if spec is None:
+            raise CannotRun(f"can't find '__main__' module in {path!r}", status=1)
+        return Program(_code_of(spec), spec.origin or path, path, spec)
+    file = os.path.abspath(path)
+    try:
+        with io.open_code(file) as stream:
+            source = stream.read()
+    except OSError as error:
+        raise CannotRun(f"can't open file {file!r}: [Errno {error.errno}] {error.strerror}", status=2) from None
+    _replace_first_path(os.path.dirname(os.path.realpath(path)))
+    return Program(source, file, path, None)
+
+
+def find_module(name: str) -> Program:
+    """A module, as after ``python -m``; changes ``sys.path`` as python does.
+
+    Raises:
+        CannotRun: there is no such module, or none that can be executed.
+    """
+    # `python -m sketch_plugins` has the current directory here already, the console command its own directory.
+    _replace_first_path(os.getcwd())
+    sys.argv = ["-m"]  # what a package sees while it is imported on the way to the module
+    if name.startswith("."):
+        raise CannotRun(f"relative module names are not supported: {name}", status=1)
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+            if spec is None:
+                raise CannotRun(
+                    f"{name!r} is a package without __main__ and cannot be executed. {_instead_of(name)}", status=1
+                )
+    except ModuleNotFoundError as error:
+        # A package that fails on one of its own imports is the user's traceback to read.
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        spec = None
+    except ValueError as error:
+        raise CannotRun(f"{name!r} is not the name of a module ({error})", status=1) from None
+    if spec is None:
+        raise CannotRun(f"No module named {name}", status=1)
+    file = spec.origin or name
+    return Program(_code_of(spec), file, file, spec)
+
+
+def _instead_of(package: str) -> str:
+    """A hint for who has asked for a package that cannot be executed."""
+    commands = sorted(
+        {
+            entry.name
+            for entry in importlib.metadata.entry_points(group="console_scripts")
+            if f"{entry.module}.".startswith(f"{package}.")
+        }
+    )
+    if commands:
+        return f"Its commands can: sketch-plugins run {' or '.join(commands)}"
+    return f"A module in it may be: sketch-plugins run -m {package}.MODULE"
+
+
+def _code_of(spec: ModuleSpec) -> CodeType:
+    get_code = getattr(spec.loader, "get_code", None)  # extension modules have none
+    code: CodeType | None = None if get_code is None else get_code(spec.name)
+    if code is None:
+        raise CannotRun(f"no code object available for {spec.name}", status=1)
+    return code
+
+
+def execute_as_main(program: Program) -> None:
+    """Execute ``program`` as the module ``__main__``, which stays in ``sys.modules`` afterwards.
+
+    ``runpy`` would take it away again, and threads, ``atexit`` functions and unpickling would miss it.
+    """
+    spec = program.spec
+    module = ModuleType("__main__")
+    module.__dict__.update(
+        __file__=program.file,
+        __cached__=spec.cached if spec else None,
+        __spec__=spec,
+        __package__=spec.parent if spec else None,
+        __loader__=spec.loader if spec else SourceFileLoader("__main__", program.file),
+    )
+    sys.modules["__main__"] = module
+    try:
+        code = program.code
+        if isinstance(code, bytes):
+            code = compile(code, program.file, "exec", dont_inherit=True)
+        exec(code, module.__dict__)
+    except Exception:
+        _hide_own_frames()
+        raise
+
+
+def _hide_own_frames() -> None:
+    """Show the exception that is about to leave the interpreter from the script's first frame on."""
+    hook = sys.excepthook  # the script may have set its own
+
+    def excepthook(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        shown = entry = traceback
+        while entry is not None:
+            if entry.tb_frame.f_code.co_filename == __file__:
+                shown = entry.tb_next
+            entry = entry.tb_next
+        hook(kind, value.with_traceback(shown), shown)
+
+    sys.excepthook = excepthook
+
+
+def _replace_first_path(directory: str) -> None:
+    # `python -P` (3.11) asks that no directory be put on the path unasked.
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = directory

@@ -1,0 +1,123 @@
+"""``sketch-plugins run --optim NAME``: a sketched optimizer wherever the program builds one of torch's.
+
+The classes stay what they are, so that ``from torch.optim import AdamW``, subclasses and annotations go on working,
+before and after. Their constructors end by turning the new object into the counterpart, which is a
+``torch.optim.Optimizer`` and no ``AdamW``: programs and frameworks that ask for one mean its state, too (accelerate
+would put DeepSpeedCPUAdam in its place).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from sketch_plugins import counterpart, registry
+from sketch_plugins.running import watch
+
+WORDS = counterpart.Wording(
+    options="--optim-args",
+    owner="the program",
+    instead="Use one of these in the program, or run it without --optim",
+    set_option="--optim-args {key}={value}",
+)
+
+_said = False
+_looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def begin(name: str, optim_args: str | None) -> None:
+    """Replace torch's optimizers by ``name`` from now on, in this process.
+
+    Raises:
+        SystemExit: of status 2, after a line that says why: an unknown optimizer or option, or a value that is not
+            allowed.
+    """
+    try:
+        registry.get(name)
+        try:
+            given = counterpart.split_options(optim_args)
+        except ValueError as error:
+            raise ValueError(f"--optim-args {optim_args!r}: {error}") from None
+        options = counterpart.check_options(name, given, WORDS)
+    except ValueError as error:
+        watch.note(watch.REFUSED, name)
+        if watch.is_first_rank():
+            print(f"{watch.PROGRAM}: --optim {name}: {error}", file=sys.stderr)
+        # Not an exception of the program's: it has done nothing wrong, and might take one for a missing torch.
+        raise SystemExit(2) from None
+    for cls in counterpart.REPLACED:
+        cls.__init__ = _becoming(cls, cls.__init__, name, options)  # type: ignore[method-assign]
+    Optimizer.__init__ = _refusing(Optimizer.__init__)  # type: ignore[method-assign]
+
+
+def _becoming(cls: type, construct: Callable[..., None], name: str, options: Mapping[str, Any]) -> Callable[..., None]:
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        # Not from within the constructor of a subclass: AdamW is one of Adam.
+        if type(self) is cls:
+            try:
+                counterpart.become(self, name, options, WORDS)
+            except ValueError:
+                watch.note(watch.REFUSED, cls.__name__)
+                raise
+            watch.note(watch.OURS, type(self).__name__)  # also one whose parameters are all frozen still
+            _say_once(cls, self, options)
+
+    return __init__
+
+
+def _refusing(construct: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        cls = type(self)
+        if watch.is_ours(cls) or cls in counterpart.REPLACED:
+            construct(self, *args, **kwargs)
+            return
+        if any(base is not Optimizer and base.__module__.startswith("torch.optim.") for base in cls.__mro__):
+            _refuse(cls)
+        construct(self, *args, **kwargs)
+        # It may be a wrapper around an optimizer, which is known when it has been built.
+        self.register_step_pre_hook(_at_first_step)
+
+    return __init__
+
+
+def _at_first_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Refuse the first step of an optimizer without counterpart; wrappers and placeholders take theirs."""
+    if optimizer in _looked_at:
+        return
+    wraps = any(isinstance(held, Optimizer) and held is not optimizer for held in _held(optimizer))
+    trains = any(p.requires_grad for group in optimizer.param_groups for p in group["params"])
+    if trains and not wraps:
+        _refuse(type(optimizer))
+    _looked_at.add(optimizer)
+
+
+def _held(optimizer: Any) -> Iterator[Any]:
+    for key, value in vars(optimizer).items():
+        if key in ("state", "param_groups", "defaults"):
+            continue
+        if isinstance(value, (list, tuple, set)):
+            yield from value
+        elif isinstance(value, dict):
+            yield from value.values()
+        else:
+            yield value
+
+
+def _refuse(cls: type) -> None:
+    watch.note(watch.REFUSED, cls.__name__)
+    raise ValueError(counterpart.without_counterpart(cls, WORDS))
+
+
+def _say_once(old: type, new: Any, options: Mapping[str, Any]) -> None:
+    global _said
+    if not _said and watch.is_first_rank():
+        watch.say("INFO", f"replaced {counterpart.describe(old, new, options)}")
+    _said = True

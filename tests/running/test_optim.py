@@ -1,0 +1,293 @@
+"""`run --optim`: a sketched optimizer in the place of the one that the program builds, or an error that names it."""
+
+import pytest
+import torch
+
+from sketch_plugins import counterpart, registry
+from sketch_plugins.counterpart import REPLACED
+
+# A plain loop, for one optimizer after the other. They are expressions of the command line.
+LOOP = """
+import sys
+from torch.optim import AdamW, Optimizer
+import torch
+
+class Subclass(AdamW):
+    pass
+
+class Foreign(Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure=None):
+        sys.stdout.write("stepped\\n")
+
+class Outer(Optimizer):  # a wrapper, as accelerate's and ZeroRedundancyOptimizer are
+    def __init__(self, params, cls, early=False):
+        params = list(params)
+        self.inner = cls(params, lr=0.01) if early else None
+        super().__init__(params, {})
+        self.inner = self.inner or cls(self.param_groups, lr=0.01)
+
+    def step(self, closure=None):
+        self.inner.step()
+
+class Idle(Optimizer):  # a placeholder, as Lightning's for modules without an optimizer
+    def __init__(self):
+        super().__init__([torch.zeros(1)], {})
+
+    def step(self, closure=None):
+        pass
+
+def train(expression):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+    optimizer = eval(expression, {**globals(), "params": model.parameters()})
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10) if "0.05" in expression else None
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 64) + step).square().mean().backward()
+        optimizer.step()
+        if schedule:
+            schedule.step()
+    inner = getattr(optimizer, "inner", optimizer)
+    digest = sum(p.double().abs().sum() for p in model.parameters()).item()
+    print("RESULT", type(inner).__name__, isinstance(inner, Optimizer), isinstance(inner, AdamW), repr(digest))
+
+
+def main():
+    for expression in sys.argv[2:]:
+        try:
+            train(expression)
+        except ValueError as error:
+            if sys.argv[1] == "raise":
+                raise
+            print("REFUSED", error)
+
+
+main()
+"""
+OPTIONS = ("--optim-args", "compression=0.25,min_compress_size=256")
+GIVEN = "compression=0.25, min_compress_size=256)"
+#: Name of the registry, optimizer of the program, what it becomes. The rate 0.05 gets a schedule.
+SAME = (
+    ("cs_adam", "AdamW(params, lr=0.01)", "CSAdam(params, lr=0.01, weight_decay=0.01, "),
+    ("cs_adam", "torch.optim.Adam(params, 0.02, (0.8, 0.9))", "CSAdam(params, 0.02, (0.8, 0.9), weight_decay=0.0, "),
+    ("cs_adam", "AdamW(params, lr=0.02, fused=True)", "CSAdam(params, lr=0.02, weight_decay=0.01, "),
+    ("cs_adam", "AdamW(params, lr=0.05)", "CSAdam(params, lr=0.05, weight_decay=0.01, "),
+    ("cs_momentum", "torch.optim.SGD(params, 0.1, 0.9)", "CSMomentum(params, lr=0.1, momentum=0.9, "),
+    ("cs_adagrad", "torch.optim.Adagrad(params)", "CSAdagrad(params, lr=0.01, "),
+)
+
+
+def lines(done):
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_a_plain_loop_trains_as_if_it_had_built_the_counterpart(run, write):
+    write("loop.py", LOOP)
+    direct = [f"__import__('sketch_plugins').{call}{GIVEN}" for _, _, call in SAME]
+    expected = lines(run("loop.py", "raise", *direct))
+    assert len({digest for *_, digest in expected}) == len(SAME)  # no two of them train alike
+    got = []
+    for name in dict.fromkeys(name for name, *_ in SAME):
+        built = [built for known, built, _ in SAME if known == name]
+        done = run("--optim", name, *OPTIONS, "loop.py", "raise", *built)
+        got += lines(done)
+        (said,) = done.stderr.splitlines()  # once, whatever the number of optimizers
+        old, new = built[0].partition("(")[0].removeprefix("torch.optim."), registry.get(name).cls.__name__
+        assert said.startswith(f"INFO sketch-plugins run: replaced {old} by {new}(lr=") and "compression=0.25" in said
+    assert got == expected
+    assert [line[2:4] for line in got] == [["True", "False"]] * len(SAME)  # an Optimizer, and no AdamW
+
+
+REFUSED = {
+    "torch.optim.LBFGS(params)": "torch.optim.lbfgs.LBFGS has no sketched counterpart",
+    "torch.optim.RMSprop(params)": "torch.optim.rmsprop.RMSprop has no sketched counterpart",
+    "AdamW(params, amsgrad=True)": "AdamW(amsgrad=True) cannot be carried over to cs_adam",
+    "torch.optim.SGD(params, 0.1, dampening=0.5)": "SGD(dampening=0.5) cannot be carried over to cs_adam",
+    "Subclass(params)": "__main__.Subclass has no sketched counterpart",
+    "Foreign(params)": "__main__.Foreign has no sketched counterpart",
+}
+
+
+def test_what_has_no_counterpart_is_refused_by_name(run, write):
+    write("loop.py", LOOP)
+    done = run("--optim", "cs_adam", "loop.py", "catch", *REFUSED)
+    said = done.stdout.splitlines()
+    assert done.returncode == 0 and len(said) == len(REFUSED)  # none has taken a step
+    for line, named in zip(said, REFUSED.values(), strict=True):
+        assert line.startswith(f"REFUSED {named}")
+    done = run("--optim", "cs_adam", "loop.py", "raise", "Foreign(params)")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert REFUSED["Foreign(params)"] in done.stderr.splitlines()[-1]  # nothing is added at the end of the run
+
+
+def test_wrappers_around_an_optimizer_are_left_alone(run, write):
+    write("loop.py", LOOP)
+    wrappers = ("Outer(params, AdamW)", "Outer(params, AdamW, early=True)")
+    kinds = [line[1] for line in lines(run("--optim", "sm3", "loop.py", "raise", *wrappers))]
+    assert kinds == ["SM3", "SM3"]
+
+
+def test_a_placeholder_is_left_alone_and_no_optimizer(run, write):
+    write("loop.py", LOOP)
+    done = run("loop.py", "raise", "Idle()")
+    assert lines(done)[0][1] == "Idle" and done.stderr == ""
+
+
+def test_one_of_ours_is_left_alone(run, write):
+    write("loop.py", LOOP)
+    done = run("--optim", "sm3", "loop.py", "raise", "__import__('sketch_plugins').CSAdam(params)", "Idle()")
+    assert [line[1] for line in lines(done)] == ["CSAdam", "Idle"] and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--optim", "cs_adma"), "unknown optimizer 'cs_adma'"),
+        (("--optim", "cs_adam", "--optim-args", "lr=0.1"), "--optim-args has lr=0.1: the learning rate is that of the"),
+        (("--optim", "cs_adam", "--optim-args", "eps"), "--optim-args 'eps': 'eps' is not of the form key=value"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line_and_no_program_takes_it_for_a_missing_torch(options, message, run, write):
+    write("train.py", "try:\n    import torch\nexcept Exception:\n    torch = None\nprint('went on')")
+    done = run(*options, "train.py")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"sketch-plugins run: --optim {options[1]}: ") and message in line
+
+
+@pytest.mark.parametrize("cls", REPLACED)
+@pytest.mark.parametrize("name", registry.names())
+def test_becoming_is_what_building_is(cls, name):
+    """The same object, with the groups, options and updates of the counterpart."""
+
+    def trained(make):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64)
+        old = cls([{"params": model.weight}, {"params": model.bias, "lr": 0.3}], lr=0.1)
+        new = make(old)
+        for _ in range(2):
+            model(torch.ones(2, 64)).square().mean().backward()
+            new.step()
+        return old, new, [p.detach().clone() for p in model.parameters()]
+
+    def become(old):
+        counterpart.become(old, name, {"preset": "default"})
+        return old
+
+    _, built, expected = trained(lambda old: counterpart.counterpart(old, name, {"preset": "default"}))
+    same, became, weights = trained(become)
+    assert became is same and type(became) is type(built) is registry.get(name).cls
+    assert became.__dict__.keys() == built.__dict__.keys()
+    for ours, theirs in zip(became.param_groups, built.param_groups, strict=True):
+        assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in theirs.items() if k != "params"}
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_the_classes_stay_what_they_are(run, write):
+    """`inspect.signature` is how programs find out about `fused`, command lines about every argument."""
+    write(
+        "look.py",
+        """
+        import inspect, torch
+        from torch.optim import *
+        for cls in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad, torch.optim.Optimizer):
+            print(cls, inspect.signature(cls), cls.__mro__, inspect.getsource(cls.__init__)[:60], cls.__init__.__doc__)
+        print([name for name in dir(torch.optim)])
+        """,
+    )
+    theirs = run("look.py", python=True)
+    for options in ((), ("--optim", "cs_adam")):
+        ours = run(*options, "look.py")
+        assert "fused" in ours.stdout and ours.stdout == theirs.stdout
+
+
+TRAINER = """
+import sys
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments
+
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+torch.manual_seed(0)
+model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+rows = torch.arange(16 * 32).reshape(32, 16) % 64
+trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+trainer.train()
+digest = sum(p.double().abs().sum() for p in model.parameters()).item()
+optimizer = trainer.optimizer.optimizer
+print("RESULT", type(optimizer).__name__, optimizer.param_groups[0]["weight_decay"], repr(digest))
+"""
+
+
+def test_trainer_that_is_told_nothing_trains_as_if_it_had_been_told(run, write, results):
+    pytest.importorskip("transformers")
+    write("train.py", TRAINER)
+    training = (
+        *("--output_dir", "out", "--max_steps", "3", "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
+        *("--weight_decay", "0.1"),
+    )
+    told = results(run("train.py", *training, "--optim", "cs_adam", "--optim_args", OPTIONS[1]))
+    assert results(run("--optim", "cs_adam", *OPTIONS, "train.py", *training)) == told
+    assert told[0][:2] == ["CSAdam", "0.1"]
+
+
+def test_a_program_of_accelerate_that_builds_adamw(run, write, results):
+    """Its wrapper is an optimizer, too, and loads a state that it has been given."""
+    pytest.importorskip("accelerate")
+    write(
+        "train.py",
+        """
+        import sys
+        import torch
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(accelerator.process_index)
+        model = torch.nn.Linear(64, 8)
+        optimizer = torch.optim.AdamW(params=model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
+        data = torch.utils.data.DataLoader(torch.ones(8, 64), batch_size=2)
+        model, optimizer, data, schedule = accelerator.prepare(model, optimizer, data, schedule)
+        for batch in data:
+            accelerator.backward(model(batch).square().mean())
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        digest = sum(p.double().abs().sum() for p in model.parameters()).item()
+        line = f"RESULT {accelerator.num_processes} {type(optimizer.optimizer).__name__} {digest!r}\\n"
+        sys.stdout.write(line)
+        sys.stdout.flush()
+        """,
+    )
+    done = run("--optim", "cs_adam", "torchrun", "--standalone", "--nproc_per_node", "2", "train.py")
+    first, second = results(done)
+    assert first[:2] == ["2", "CSAdam"] and first == second
+    assert done.stderr.count("replaced AdamW by CSAdam") == 1  # of the first of two processes
+
+
+def test_zero_redundancy_optimizer_shards_ours(run, write, results):
+    write(
+        "train.py",
+        """
+        import sys
+        import torch
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        torch.distributed.init_process_group("gloo")
+        torch.manual_seed(0)
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 8))
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-2)
+        for _ in range(2):
+            model(torch.ones(2, 64)).square().mean().backward()
+            optimizer.step()
+        digest = sum(p.double().abs().sum() for p in model.parameters()).item()
+        sys.stdout.write(f"RESULT {type(optimizer.optim).__name__} {digest!r}\\n")
+        sys.stdout.flush()
+        torch.distributed.destroy_process_group()
+        """,
+    )
+    first, second = results(run("--optim", "sm3", "torchrun", "--standalone", "--nproc_per_node", "2", "train.py"))
+    assert first[0] == "SM3" and first == second
