@@ -222,17 +222,25 @@ class _Taking:
     """What takes part in a step, looked at before anything changes.
 
     Attributes:
-        members: (group, index) of each parameter.
+        groups: (group, gradients of all its parameters, None where there is none) of those recalled as a whole.
+        single: (group, index) of each other parameter.
         work: those of their parts that have to be described,
         again: and those that look as they did in the last step, by backend.
         kept: kernels know addresses only: gradients that were made for this step have to outlive it.
     """
 
     def __init__(self) -> None:
-        self.members: list[tuple[dict[str, Any], int]] = []
+        self.groups: list[tuple[dict[str, Any], list[Any]]] = []
+        self.single: list[tuple[dict[str, Any], int]] = []
         self.work: list[tuple[Part, dict[str, Any], Gradient]] = []
         self.again: dict[Backend, Again] = {}
         self.kept: list[Tensor | None] = []
+
+    @property
+    def members(self) -> Members:
+        """(group, index) of each parameter."""
+        whole = [(group, i) for group, grads in self.groups for i, grad in enumerate(grads) if grad is not None]
+        return [*whole, *self.single]
 
 
 class SketchOptimizer(torch.optim.Optimizer):
@@ -343,20 +351,25 @@ class SketchOptimizer(torch.optim.Optimizer):
         plan = self._plan = self._plan or Plan()
         plan.large = None
         taking, recall, state = _Taking(), plan.recall, self.state
+        asks = type(self)._may_step is not SketchOptimizer._may_step
         with neutral(), self._parts.looking():
             for place, group in enumerate(self.param_groups):
                 self._check_options(plan.options, place, group)
                 options = plan.marks(self.OPTIONS, group)
-                grads = [owner.grad for owner in group["params"]]
-                indices = [index for index, grad in enumerate(grads) if grad is not None]
-                given, grads = [group["params"][index] for index in indices], [grads[index] for index in indices]
-                if given and plan.recall_group(taking.again, given, grads, group, options, state):
-                    taking.members += [(group, index) for index in indices]
+                given = group["params"]
+                grads = [owner.grad for owner in given]
+                present = [grad for grad in grads if grad is not None]
+                if len(present) < len(given):
+                    given = [owner for owner, grad in zip(given, grads, strict=True) if grad is not None]
+                if given and plan.recall_group(taking.again, given, present, group, options, state):
+                    taking.groups.append((group, grads))
                     continue
                 recalled = 0
-                for index, owner, grad in zip(indices, given, grads, strict=True):
+                for index, (owner, grad) in enumerate(zip(group["params"], grads, strict=True)):
+                    if grad is None:
+                        continue
                     if recall(taking.again, id(owner), owner, owner, grad, group, options, state.get(owner)):
-                        taking.members.append((group, index))
+                        taking.single.append((group, index))
                         recalled += 1
                     elif owner.numel() > 0:
                         self._look_at(taking, group, index, owner, options)
@@ -364,7 +377,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                     plan.learn_group(given, group, state)
             with scratch.scratch():
                 try:
-                    if self._may_step(taking.members, self.param_groups):
+                    if not asks or self._may_step(taking.members, self.param_groups):
                         self._update(taking.work, taking.again)
                 finally:
                     self._complete()
@@ -407,7 +420,7 @@ class SketchOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Add a parameter that has a gradient to a step."""
         assert self._plan is not None
-        taking.members.append((group, index))
+        taking.single.append((group, index))
         for p in self._parts.of(index, owner):
             grad = p.grad
             taking.kept.append(grad)

@@ -9,6 +9,7 @@ alive, and none of this is state: a copy of the optimizer starts without.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 from weakref import ref
 
@@ -82,8 +83,8 @@ class Remembered:
                 if len(moment) != size:
                     return False
                 for key, known, place in tensors:
-                    tensor: Any = moment[key]
-                    if known() is not tensor or tensor.data_ptr() != place:
+                    tensor = moment[key]
+                    if tensor.data_ptr() != place or known() is not tensor:
                         return False
             return self.counter() is state["step"]
         except (KeyError, TypeError):  # another layout of the state
@@ -160,6 +161,23 @@ class Again:
         self.which.append(place)
 
 
+class Counters:
+    """The numbers of steps of the parts of one launch, in one piece of memory: they are counted by one operation.
+
+    The tensors stay what they are, and each may be changed by itself.
+    """
+
+    def __init__(self, counters: list[Tensor]) -> None:
+        self.all = torch.stack(counters)
+        for i, counter in enumerate(counters):
+            counter.set_(self.all.untyped_storage(), i, (), ())  # type: ignore[call-overload]
+        self.addresses = list(map(_ADDRESS, counters))
+
+    def holds(self, counters: list[Tensor]) -> bool:
+        """Whether the counters are these, in this order."""
+        return list(map(_ADDRESS, counters)) == self.addresses
+
+
 class RememberedGroup:
     """The steps of all parameters of a group that have a gradient; each of them has been recalled in the last step.
 
@@ -178,12 +196,22 @@ class RememberedGroup:
         self.entries = list(map(len, states))
         tensors, counters = self._tensors(states), [one["step"] for one in states]
         self.tensors, self.addresses = list(map(id, [*tensors, *counters])), list(map(_ADDRESS, tensors))
+        self.counted: list[int] = []
+        self.order: list[int] = []
+        self.pieces: list[Counters] = []
         # An identity says nothing any more when its tensor is gone: another one may have it now.
         self.gone: list[Any] = []
         self.alive = [ref(tensor, self.gone.append) for tensor in [*tensors, *counters]]
 
     def recall(
-        self, again: Again, given: Sequence[Tensor], grads: list[Any], group: dict[str, Any], options: Any, state: Any
+        self,
+        again: Again,
+        given: Sequence[Tensor],
+        grads: list[Any],
+        group: dict[str, Any],
+        options: Any,
+        state: Any,
+        pieces: Sequence[Counters],
     ) -> bool:
         """Add the steps of the group to those that are taken again, if everything looks as it did.
 
@@ -194,6 +222,7 @@ class RememberedGroup:
             group: the group,
             options: and what `Plan.marks` says of it.
             state: parameter -> state.
+            pieces: memory that counters may lie in.
         """
         if (
             options is not self.options
@@ -224,11 +253,25 @@ class RememberedGroup:
             return False
         if list(map(_ADDRESS, tensors)) != self.addresses:
             return False
-        steps = list(map(_ITEM, counters))
+        steps = self._steps(counters, pieces)
         if min(steps) < 1 or max(steps) >= 1e18:
             return False
         again.extend(self.tasks, places, counters, steps, group, given, [*grads, *tensors])
         return True
+
+    def _steps(self, counters: list[Tensor], pieces: Sequence[Counters]) -> list[float]:
+        """The numbers of steps: read a piece at a time, where they all lie in pieces of memory that are known."""
+        places = list(map(_ADDRESS, counters))
+        if places != self.counted:
+            at = {place: (piece, i) for piece in pieces for i, place in enumerate(piece.addresses)}
+            if not all(place in at for place in places):
+                return list(map(_ITEM, counters))
+            used = [piece for piece in pieces if any(at[place][0] is piece for place in places)]
+            starts = dict(zip(map(id, used), accumulate([0, *(len(piece.addresses) for piece in used)]), strict=False))
+            self.counted, self.pieces = places, used
+            self.order = [starts[id(piece)] + i for piece, i in map(at.__getitem__, places)]
+        steps = [step for piece in self.pieces for step in piece.all.tolist()]
+        return [steps[i] for i in self.order]
 
     def _tensors(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
         return [
@@ -241,23 +284,6 @@ class RememberedGroup:
 
 def _facts(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     return [(t.shape, t.dtype, t.is_cpu, t.is_contiguous()) for t in tensors]
-
-
-class Counters:
-    """The numbers of steps of the parts of one launch, in one piece of memory: they are counted by one operation.
-
-    The tensors stay what they are, and each may be changed by itself.
-    """
-
-    def __init__(self, counters: list[Tensor]) -> None:
-        self.all = torch.stack(counters)
-        for i, counter in enumerate(counters):
-            counter.set_(self.all.untyped_storage(), i, (), ())  # type: ignore[call-overload]
-        self.addresses = list(map(_ADDRESS, counters))
-
-    def holds(self, counters: list[Tensor]) -> bool:
-        """Whether the counters are these, in this order."""
-        return list(map(_ADDRESS, counters)) == self.addresses
 
 
 class Plan:
@@ -307,7 +333,7 @@ class Plan:
         those = again.get(known.backend)
         if those is None:
             those = again[known.backend] = Again()
-        if known.recall(those, given, grads, group, options, state):
+        if known.recall(those, given, grads, group, options, state, [*self.counters.values()]):
             return True
         if not those.tasks:
             del again[known.backend]

@@ -96,10 +96,10 @@ def dense(
     local = pid - tl.load(t + BEGIN)
     across = tl.load(t + TILES)
     tile, bucket = local % across, local // across
-    columns, total, width = tl.load(t + COLUMNS), tl.load(t + ROWS), tl.load(t + WIDTH)
+    total = tl.load(t + ROWS)
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + 4 * j
     cols = tile * N + tl.arange(0, N)
-    inner = cols < columns
+    inner = cols < tl.load(t + COLUMNS)
     matrix = bucket // tl.load(t + OWN)
     load = load_of(t, bucket, matrix)
     sums = tl.zeros([N], tl.float32)
@@ -114,7 +114,8 @@ def dense(
             x = x * tl.load(weights + rows, mask=exists, other=0.0)[:, None]
             kept += tl.sum(tl.load(weights + total + rows, mask=exists, other=0.0))
         sums += tl.sum(x, 0)
-    cell = (j * width + bucket) * columns + cols
+    # Loaded again: held through the loop, they would cost a spill.
+    cell = (j * tl.load(t + WIDTH) + bucket) * tl.load(t + COLUMNS) + cols
     place = tl.load(t + TARGET).to(tl.pointer_type(TYPE)) + cell
     old = tl.load(place, mask=inner, other=0.0).to(tl.float32)
     if WEIGHTED:
