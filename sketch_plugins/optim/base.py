@@ -956,6 +956,8 @@ class SketchOptimizer(torch.optim.Optimizer):
             counters.append(new.state["step"])
         program, takes = backend.prepare_tasks(tasks, rows, which, gradients, plan.programs.get((backend, only)))
 
+        marks = {id(new.group): plan.marks(self.OPTIONS, new.group) for new, _ in described}
+
         def learning(take: Callable[[], None], members: list[tuple[Pending, Any]], count: int) -> None:
             take()
             plan.programs[backend, only] = program
@@ -964,7 +966,7 @@ class SketchOptimizer(torch.optim.Optimizer):
                 assert new.work is not None
                 if new.work.last is not None and not new.work.once:
                     continue  # a first step with lagged_rms is unlike those that follow
-                options = plan.marks(self.OPTIONS, new.group)
+                options = marks[id(new.group)]
                 # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
                 plan.learn(new.p.identity, new.p.data, new.grad.matrix.tensor, options, new.state, backend, task)
 

@@ -168,9 +168,11 @@ class Counters:
     """
 
     def __init__(self, counters: list[Tensor]) -> None:
-        self.all = torch.stack(counters)
-        for i, counter in enumerate(counters):
-            counter.set_(self.all.untyped_storage(), i, (), ())  # type: ignore[call-overload]
+        # Inference tensors could not be changed by a step outside of torch.inference_mode.
+        with torch.inference_mode(False):
+            self.all = torch.stack(counters)
+            for i, counter in enumerate(counters):
+                counter.set_(self.all.untyped_storage(), i, (), ())  # type: ignore[call-overload]
         self.addresses = list(map(_ADDRESS, counters))
 
     def holds(self, counters: list[Tensor]) -> bool:
