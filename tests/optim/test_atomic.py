@@ -289,8 +289,8 @@ def test_mem_sgd_leaves_each_parameter_stepped_or_not(compressor, averaging, fir
 
 
 LAUNCHES = [
-    "_fold", "_plan", "_launch", "_ready", "_table", "_numbers", "_describe", "_task", "_laid_out", "_actions", "_compile",
-    "_pinned", "_Covers", "_CoverLayout", "_Device", "Program",
+    "_fold", "_plan", "_launch", "_ready", "_table", "_numbers", "_describe", "_task", "_laid_out", "_actions",
+    "_compile", "_pinned", "_Covers", "_CoverLayout", "_Device", "Program",
 ]  # fmt: skip
 
 
