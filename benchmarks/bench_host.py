@@ -67,13 +67,10 @@ def free_kernels() -> Iterator[None]:
     saved = []
     for module in (launch.step, launch.fold, launch.norms):
         for name, value in list(vars(module).items()):
-            if isinstance(getattr(value, "fn", None), object) and type(value).__name__ in (
-                "JITFunction",
-                "InterpretedFunction",
-            ):
-                if value.fn.__module__ == module.__name__ and not name.startswith("_"):
-                    saved.append((module, name, value))
-                    setattr(module, name, Free())
+            function = getattr(value, "fn", None)
+            if not name.startswith("_") and getattr(function, "__module__", "") == module.__name__:
+                saved.append((module, name, value))
+                setattr(module, name, Free())
     try:
         yield
     finally:
