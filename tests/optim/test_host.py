@@ -223,3 +223,46 @@ def test_a_group_that_changes_all_the_time_is_given_up(free):
         optimizer.step()
     assert optimizer._plan._failed == {id(optimizer.param_groups[0]): 20}
     assert all(float(optimizer.state[p]["step"]) < 200 for p in params)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "most"),
+    [
+        ({}, torch.float32, 14.7),
+        ({"preset": "lean", "lagged_rms": True}, torch.float32, 12.6),
+        ({}, torch.bfloat16, 8.7),
+        ({"preset": "lean", "lagged_rms": True}, torch.bfloat16, 6.6),
+    ],
+    ids=["cs_adam", "lean", "cs_adam bf16", "lean bf16"],
+)
+def test_bytes_that_a_kernel_moves(options, dtype, most, monkeypatch):
+    """Read and written for each parameter, by the elements of loads and stores. AdamW moves 28 (float32)."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="needs Triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    p = torch.nn.Parameter(torch.ones(1000, 768, dtype=dtype))
+    optimizer = CSAdam([p], lr=1e-3, fused=True, **options)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    moved = 0
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def loads(self, ptrs, mask, *rest):
+        nonlocal moved
+        out = load(self, ptrs, mask, *rest)
+        moved += int(mask.data.sum()) * out.data.dtype.itemsize
+        return out
+
+    def stores(self, ptrs, value, mask, *rest):
+        nonlocal moved
+        moved += int(mask.data.sum()) * value.data.dtype.itemsize
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", loads)
+    monkeypatch.setattr(builder, "create_masked_store", stores)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert most - 1 < moved / p.numel() <= most
