@@ -348,6 +348,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._check_capture()
         plan = self._plan = self._plan or Plan()
         plan.large = None
         taking, recall, state = _Taking(), plan.recall, self.state
@@ -1194,6 +1196,16 @@ class SketchOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"capturable=True and clean_every={group['clean_every']}: a captured step is the same every time; "
                     "clean_every must be 0"
+                )
+
+    def _check_capture(self) -> None:
+        """Raise ValueError within the capture of a graph, unless every group is made for that."""
+        for number, group in enumerate(self.param_groups):
+            if not group["capturable"]:
+                raise ValueError(
+                    f"step() of {type(self).__name__} is being captured in a CUDA graph, and group {number} has "
+                    "capturable=False: replays would repeat the numbers of this step (its learning rate and bias "
+                    "correction). Build the optimizer with capturable=True, or leave the step out of the capture"
                 )
 
     def _check_capturable(self, p: Part, group: Mapping[str, Any], grad: Gradient, label: str) -> None:
