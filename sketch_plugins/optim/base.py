@@ -73,6 +73,9 @@ UNDO = 1 << 14
 AUTO_DENSITY = 0.5
 
 
+# In the place of an option that a group does not have.
+NO_OPTION = object()
+
 # Options that torch's optimizers have, too: nobody means something else by them.
 COMMON_NAMES = frozenset({
     "lr", "betas", "eps", "weight_decay", "maximize", "momentum", "nesterov", "fused", "capturable", "lr_decay",
@@ -843,6 +846,9 @@ class SketchOptimizer(torch.optim.Optimizer):
         # Not by number: DeepSpeed takes the steps of its groups one by one, each as the optimizer's only group.
         known, last = seen.get(id(group), (None, {}))
         last = last if known is group else {}
+        if last and self._only_the_rate_changed(group, last):
+            self._accept_without_effect(group)
+            return
         now = {}
         changed, missing = not last, None
         for name, option in self.OPTIONS.items():
@@ -874,6 +880,20 @@ class SketchOptimizer(torch.optim.Optimizer):
             for index, p in enumerate(group["params"]):
                 self._check_kernels(p, group, partial(self._label, group, index))
         seen[id(group)] = group, now
+
+    def _only_the_rate_changed(self, group: Mapping[str, Any], last: dict[str, Any]) -> bool:
+        """Whether everything else is the same object as in the last step: so it is in nearly all of them."""
+        new = [
+            name for name in self.OPTIONS
+            if (value := group.get(name, NO_OPTION)) is not last.get(name, NO_OPTION) or isinstance(value, Tensor)
+        ]  # fmt: skip
+        if not new:
+            return True
+        if new != ["lr"] or type(group["lr"]) is not float or "lr" not in last:
+            return False
+        self._group_value("lr", group["lr"])
+        last["lr"] = group["lr"]
+        return True
 
     def _check_structure(self, number: int, group: Mapping[str, Any]) -> None:
         """Refuse options that describe another state than the one that the group's parameters have."""

@@ -453,27 +453,28 @@ def _laid_out(rows: list[list[int]], more: Sequence[Sequence[int]]) -> list[int]
     return list(chain(*rows, *more))
 
 
+@lru_cache(maxsize=256)
+def _constants(plan: _Plan) -> dict[str, Any]:
+    """What the kernel of a plan is compiled for, but for the phase."""
+    shared: dict[str, Any] = {
+        "FIRST": plan.first, "P_TYPE": TYPES[plan.p], "G_TYPE": TYPES[plan.g], "F_TYPE": TYPES[plan.f],
+        "S_TYPE": TYPES[plan.s], "AHEAD": plan.ahead, "L2_ON": plan.l2, "NOISE": plan.noise, "ROUND": plan.round,
+        "ALIGN": plan.align, "M": plan.rows, "N": plan.columns, "BLOCK": plan.block, "AFTER": plan.after,
+        "num_warps": max(1, min(16, plan.rows * plan.columns // 256)),
+    }  # fmt: skip
+    if plan.kernel == "buckets":
+        return {**shared, "SINGLE": plan.single}
+    return {**shared, "SECOND": plan.second, "MODE": plan.mode, "DEPTH1": plan.depth1, "DEPTH2": plan.depth2}
+
+
 def _actions(
     plan: _Plan, count: int, programs: int, table: Tensor, numbers: Tensor, covers: _Covers | None, ready: bool = False
 ) -> list[_Action]:
     """The launches of ``count`` tensors. ``ready``: they have been compiled."""
-    shared: dict[str, Any] = {
-        "FIRST": plan.first, "P_TYPE": TYPES[plan.p], "G_TYPE": TYPES[plan.g], "F_TYPE": TYPES[plan.f],
-        "S_TYPE": TYPES[plan.s], "AHEAD": plan.ahead, "L2_ON": plan.l2, "NOISE": plan.noise, "ROUND": plan.round,
-        "ALIGN": plan.align, "M": plan.rows, "N": plan.columns, "BLOCK": plan.block,
-        "num_warps": max(1, min(16, plan.rows * plan.columns // 256)),
-    }  # fmt: skip
-    if plan.kernel == "buckets":
-        kernel: Any = step.buckets
-        extra: dict[str, Any] = {"SINGLE": plan.single, "AFTER": plan.after}
-        before, after = FOLD | MEASURE, APPLY
-    else:
-        kernel = step.tiles
-        extra = {
-            "SECOND": plan.second, "MODE": plan.mode, "AFTER": plan.after, "DEPTH1": plan.depth1,
-            "DEPTH2": plan.depth2,
-        }  # fmt: skip
-        before, after = MEASURE, FOLD | APPLY
+    constants, owned = _constants(plan), plan.kernel == "buckets"
+    kernel = step.buckets if owned else step.tiles
+    # A program that owns a bucket writes it while it measures.
+    before, after = (FOLD | MEASURE, APPLY) if owned else (MEASURE, FOLD | APPLY)
     once = plan.kept and not plan.measure
     # float64: squares of what float32 holds.
     partial_ = table
@@ -484,9 +485,7 @@ def _actions(
 
     def sweep(row_of_numbers: Tensor, phase: int, **changed: Any) -> None:
         actions.append(
-            launch(
-                kernel, (programs,), table, row_of_numbers, partial_, count, PHASE=phase, **shared, **extra | changed
-            )
+            launch(kernel, (programs,), table, row_of_numbers, partial_, count, PHASE=phase, **{**constants, **changed})
         )
 
     if covers and plan.second is second.cover_estimate:
