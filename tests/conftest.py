@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -133,6 +134,24 @@ def once(tmp_path_factory):
         return folder
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_objects_thaw():
+    """In the end, or libraries would take for leaks what nobody collects."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_of_this_file_only(frozen_objects_thaw):
+    """Modules and what other files have left are not looked through again.
+
+    Trainer, accelerate and Lightning collect garbage several times a run, which takes a third of a second among the
+    600,000 objects of the frameworks that the tests import, and next to nothing without them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 #: What frameworks put into the environment of a process that they take for one of several.

@@ -1,6 +1,5 @@
 """A short soak: benchmarks/soak.py has the long one (`make soak`)."""
 
-import gc
 import importlib.util
 import sys
 from pathlib import Path
@@ -16,11 +15,7 @@ def soak():
     module = importlib.util.module_from_spec(spec)
     sys.modules["soak"] = module  # where its dataclasses look for it
     spec.loader.exec_module(module)
-    # What other tests have left is none of this one's, and would be looked through at each of its measurements.
-    gc.collect()
-    gc.freeze()
     yield module
-    gc.unfreeze()
     del sys.modules["soak"]
 
 
