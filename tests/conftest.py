@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]  # or fused=True on a CPU would mean the interpreter everywhere
 
 from sketch_plugins import registry
+
+ROOT = Path(__file__).parents[1]
+LONGEST = {line: place for place, line in enumerate((ROOT / "tests" / "longest.txt").read_text().splitlines())}
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first: one that began last would be waited for alone, on one of the cores."""
+    items.sort(key=lambda item: LONGEST.get(item.path.relative_to(ROOT).as_posix(), len(LONGEST)))
 
 
 @pytest.fixture(params=registry.names())
