@@ -1,4 +1,4 @@
-"""Three steps under accelerate and under DeepSpeed, in one process, beside the plain loop. Run by test_one_process.py."""
+"""Three steps under accelerate or DeepSpeed in one process, beside the plain loop. Run by test_one_process.py."""
 
 import json
 import logging
@@ -71,16 +71,20 @@ def under_deepspeed():
     return engine.module, engine.optimizer.optimizer
 
 
+def apart(one, other):
+    """The largest difference of two weights."""
+    return max(float((p - q).abs().max()) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
 def main():
     logging.disable(logging.WARNING)
     model, _ = plain()
     framework = {"accelerate": under_accelerate, "deepspeed": under_deepspeed}[sys.argv[1]]
     other, optimizer = framework()
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
     found = {
         "optimizer": type(optimizer).__name__,
-        "apart": max(float((p - q).abs().max()) for p, q in pairs),
-        "moved": max(float((p - q).abs().max()) for p, q in zip(model.parameters(), model_of().parameters())),
+        "apart": apart(model, other),
+        "moved": apart(model, model_of()),
     }
     print(json.dumps(found))
 
