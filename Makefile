@@ -22,9 +22,11 @@ endif
 # what its fixtures start (ranks of a process group, engines) is started once.
 TEST_THREADS := $(or $(OMP_NUM_THREADS),1)
 TEST_PROCESSES ?= 2
+# In the order of tests/longest.txt, which xdist would give up for one by the number of tests.
+DIST := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compare restricted soak gpu lint format clean
+.PHONY: help demo quick test compare restricted soak gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,8 +36,11 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train a language model with AdamW and cs_adam and compare them (about 6 minutes on 2 cores)
 	$(BIN)/python examples/demo_lm.py $(DEMO_ARGS)
 
-test: $(VENV)/.dev ## run the test suite
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
+quick: $(VENV)/.dev ## for every change: mathematics, stores, options, one process of each framework
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(DIST) $(TEST_ARGS) @tests/quick.txt
+
+test: $(VENV)/.dev ## run the whole test suite
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(DIST) $(TEST_ARGS)
 
 compare: $(VENV)/.dev ## kernels against the eager definition in 6,000 generated cases (COMPARE_CASES sets another number)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/compare/run.py $(COMPARE_ARGS)
@@ -45,7 +50,7 @@ soak: $(VENV)/.dev ## 10,000 steps of every optimizer with saves, schedules and 
 
 restricted: $(VENV)/.dev ## the test suite as other processors see it, and without Numba or Triton: ROWS=mkl,no-numba
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/restricted/run.py $(if $(ROWS),--rows $(ROWS)) \
-	  -- -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
+	  -- -n $(TEST_PROCESSES) $(DIST) $(TEST_ARGS)
 
 gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one, and the benchmark on both precisions
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)

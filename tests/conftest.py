@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,14 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]  # or fused=True on a CPU would mean the interpreter everywhere
 
 from sketch_plugins import registry
+
+ROOT = Path(__file__).parents[1]
+LONGEST = {line: place for place, line in enumerate((ROOT / "tests" / "longest.txt").read_text().splitlines())}
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first: one that began last would be waited for alone, on one of the cores."""
+    items.sort(key=lambda item: LONGEST.get(item.path.relative_to(ROOT).as_posix(), len(LONGEST)))
 
 
 @pytest.fixture(params=registry.names())
@@ -133,6 +143,24 @@ def once(tmp_path_factory):
         return folder
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_objects_thaw():
+    """In the end, or libraries would take for leaks what nobody collects."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_of_this_file_only(frozen_objects_thaw):
+    """Modules and what other files have left are not looked through again.
+
+    Trainer, accelerate and Lightning collect garbage several times a run, which takes a third of a second among the
+    600,000 objects of the frameworks that the tests import, and next to nothing without them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 #: What frameworks put into the environment of a process that they take for one of several.

@@ -167,7 +167,7 @@ def check_reference():
         alone = copy.deepcopy(ddp.module)
         reference = Reference(alone, compressor)
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.3) for m in (ddp, alone)]
-        for step in range(12):
+        for step in range(8):
             ddp.zero_grad()
             loss_of(ddp, step, RANK).backward()
             expected = reference.gradients()
@@ -182,7 +182,7 @@ def check_reference():
             for optimizer in optimizers:
                 optimizer.step()
         same_everywhere(weights(ddp))
-        assert state.iteration == 12 and state.last_wire_bytes < state.last_dense_bytes
+        assert state.iteration == 8 and state.last_wire_bytes < state.last_dense_bytes
 
 
 def check_telescopes():
@@ -191,7 +191,7 @@ def check_telescopes():
         ddp, state = build(dtype=torch.float64, compressor=compressor, density=0.05)
         alone = copy.deepcopy(ddp.module)
         applied = total = 0.0
-        for step in range(40):
+        for step in range(20):
             ddp.zero_grad()
             alone.zero_grad()
             loss_of(ddp, step, RANK).backward()
@@ -326,12 +326,12 @@ class Small(torch.nn.Module):
 
 
 def check_replicas():
-    """Thousands of steps with each compressor: every replica has the same bits, and the loss has fallen."""
+    """Hundreds of steps with each compressor: every replica has the same bits, and the loss has fallen."""
     for name, steps, options in (
-        ("block_topk", 2000, {"momentum": 0.9, "warmup": 100, "clip": 1.0}),
-        ("topk", 1000, {"memory_dtype": "bf16", "clip": 10.0}),
-        ("randk", 1000, {}),
-        ("count_sketch", 1000, {}),
+        ("block_topk", 600, {"momentum": 0.9, "warmup": 100, "clip": 1.0}),
+        ("topk", 400, {"memory_dtype": "bf16", "clip": 10.0}),
+        ("randk", 400, {}),
+        ("count_sketch", 400, {}),
     ):
         torch.manual_seed(0)
         ddp = DDP(Small())
@@ -345,7 +345,7 @@ def check_replicas():
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-            if (step + 1) % 250 == 0:
+            if (step + 1) % 100 == 0:
                 same_everywhere(weights(ddp))
         first, last = float(sum(losses[:50]) / 50), float(sum(losses[-50:]) / 50)
         assert last < 0.93 * first, (name, first, last)
@@ -384,7 +384,7 @@ def check_registry():
             own = {"min_compress_size": 64} if "min_compress_size" in registry.get(name).options else {}
             optimizer = cls(ddp.parameters(), lr=0.02, **own)
         before = measured(ddp)
-        train(ddp, optimizer, 30)
+        train(ddp, optimizer, 12)
         assert measured(ddp) < before, name
         same_everywhere(weights(ddp))
         assert state.compression < 0.5

@@ -54,10 +54,11 @@ def test_language_model(tmp_path):
     text.write_text("".join(f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(60)))
     size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 6, "--seq-len", 32, "--batch-size", 2)
     out = tmp_path / "out"
-    finished = start("demo_lm.py", "--quick", "--text", text, "--out", out, *size)
-    runs = check(finished, out, ["AdamW", "cs_adam", "cs_adam preset=lean", "sm3 preset=ema", "sketchy"])
+    # A process for each optimizer. All that the demo runs by default are run by .ci/run.
+    optimizers = ("--optimizers", "adamw_torch_fused,cs_adam,sm3:preset=ema")
+    finished = start("demo_lm.py", "--quick", "--text", text, "--out", out, *optimizers, *size)
+    runs = check(finished, out, ["AdamW", "cs_adam", "sm3 preset=ema"])
     check_bytes(runs)
-    assert runs["cs_adam preset=lean"]["bytes_per_param"] < 0.5
     # int8 blocks and one number a row and column; biases and norms exact.
     assert runs["sm3 preset=ema"]["bytes_per_param"] < 0.1
     # Same weights, same data, same learning rate: the first loss is the same before the first update.

@@ -183,7 +183,12 @@ WAYS = pytest.mark.parametrize(
 @pytest.mark.parametrize("name", NAMES)
 def test_an_error_before_the_first_write_leaves_everything_as_it_was(name, fused, first):
     tried = 0
-    for optimizer, params, _, what in injections(name, fused, first, BEFORE, sparse=False):
+    if name == "sadagrad" and fused is None:
+        pytest.skip("it has no kernels: its eager steps are the other case")
+    # Only kernels need the large matrix, and only without a preconditioner; one of any rank fails in the same places.
+    options = {"rank": 4, "max_axis": 64} if name == "sketchy" else {}
+    large = fused is None
+    for optimizer, params, _, what in injections(name, fused, first, BEFORE, sparse=False, large=large, **options):
         before = snapshot(optimizer, params)
         with pytest.raises(Injected):
             optimizer.step()
@@ -196,7 +201,9 @@ def test_an_error_before_the_first_write_leaves_everything_as_it_was(name, fused
 @pytest.mark.parametrize("name", NAMES)
 def test_an_error_within_a_step_leaves_each_parameter_stepped_or_not(name, first):
     tried = 0
-    for optimizer, params, (twin, others), what in injections(name, False, first, WITHIN, sparse=True, large=False):
+    options = {"rank": 4} if name == "sketchy" else {}
+    calls = injections(name, False, first, WITHIN, sparse=True, large=False, **options)
+    for optimizer, params, (twin, others), what in calls:
         before = snapshot(optimizer, params)
         with pytest.raises(Injected):
             optimizer.step()

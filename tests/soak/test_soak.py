@@ -27,11 +27,11 @@ def backends():
 @pytest.mark.parametrize("name", ["cs_adam", "sketchy"])
 def test_nothing_grows_or_drifts(name, soak, monkeypatch):
     """Twice through everything a long run has: saved and loaded, skipped, a parameter replaced."""
-    monkeypatch.setattr(soak, "SAVE", 12)
-    monkeypatch.setattr(soak, "REPLACE", 16)
+    monkeypatch.setattr(soak, "SAVE", 6)
+    monkeypatch.setattr(soak, "REPLACE", 8)
     # So few steps still warm up Python's own bookkeeping, and their losses may go either way; tensors, caches and the
     # backends' agreement may not.
-    rows, wrong = soak.soak([name], backends(), 192, soak.Bounds(python_bytes=256 << 10))
+    rows, wrong = soak.soak([name], backends(), 96, soak.Bounds(python_bytes=256 << 10))
     assert [row["finite"] for row in rows] == [True] * len(rows)
     assert [line for line in wrong if "the loss was" not in line] == []
 
