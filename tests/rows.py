@@ -31,9 +31,7 @@ class CannotInstall(Exception):
     """pip did not install what a row needs; the text is pip's own reason."""
 
 
-def main(
-    description: str, rows: Mapping[str, str], run: Callable[[str, list[str]], Outcome]
-) -> int:
+def main(description: str, rows: Mapping[str, str], run: Callable[[str, list[str]], Outcome]) -> int:
     """The command line of a script with rows; the exit status.
 
     It is 1 if a row failed, and if no row could be run: then nothing was tested.

@@ -91,8 +91,8 @@ def trained(ran, processes, optimizer=CS_ADAM, steps=2, compression=0.25, share=
         optimizer: the class that took every step, of whatever kind.
         steps: how many each process took.
         compression: the option of the optimizer's groups; None: it has none.
-        share: the most that the state may be of AdamW's 8 bytes a weight. It is more than 1 byte: the first moment takes
-            as much, what is too small for a sketch 8.
+        share: the most that the state may be of AdamW's 8 bytes a weight. It is more than 1 byte: the first moment
+            takes as much, what is too small for a sketch 8.
     """
     assert ran.status == 0, ran.output[-6000:]
     assert {step["optimizer"] for step in ran.steps} == {optimizer}, ran.output[-3000:]

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
 
+HERE = Path(__file__).resolve().parent
 TORCH = os.environ.get("TORCH") or "torch==2.13.0"
 
 
@@ -40,8 +40,8 @@ ROWS = {
         ("torchtune",),
         ("test_torchtune.py",),
     ),
-    # It holds down NumPy (which newer pyarrows refuse), transformers, TRL, PEFT and accelerate. 0.9.4 and 0.9.5 import torchaudio, of which there is no release
-    # for torch 2.13.
+    # It holds down NumPy (which newer pyarrows refuse), transformers, TRL, PEFT and accelerate. 0.9.4 and 0.9.5 import
+    # torchaudio, of which there is no release for torch 2.13.
     "llamafactory": Row(
         "LLaMA-Factory, with the transformers that it allows",
         ("llamafactory==0.9.3", "pyarrow<20"),

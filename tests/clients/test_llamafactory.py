@@ -25,7 +25,7 @@ def configured(tmp_path):
     """``configured(...)``: a configuration of LLaMA-Factory's, with a model and a data set of its own."""
     llama(tmp_path / "model")
     (tmp_path / "data").mkdir()
-    rows = [{"instruction": text, "output": text} for text in texts()]
+    rows = [{"instruction": text, "input": "", "output": text} for text in texts()]
     (tmp_path / "data" / "tiny.json").write_text(json.dumps(rows))
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"tiny": {"file_name": "tiny.json"}}))
 

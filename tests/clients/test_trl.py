@@ -1,4 +1,4 @@
-"""TRL's supervised finetuning by its own command, which starts Python with accelerate's launcher; PEFT's adapters in it."""
+"""TRL's supervised finetuning by its own command, which starts Python by accelerate's launcher; LoRA in it."""
 
 import sys
 from pathlib import Path

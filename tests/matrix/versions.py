@@ -1,4 +1,4 @@
-"""The versions that this package promises to work with: one list for pyproject.toml, docs/versions.md and the matrix."""
+"""The versions that this package promises to work with: the list that pyproject.toml and docs/versions.md agree with."""
 
 from __future__ import annotations
 

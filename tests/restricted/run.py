@@ -76,7 +76,9 @@ ROWS = {
 
 
 def main() -> int:
-    what = {name: f"{row.what}: {' '.join(f'{k}={v}' for k, v in row.environment.items())}" for name, row in ROWS.items()}
+    what = {
+        name: f"{row.what}: {' '.join(f'{k}={v}' for k, v in row.environment.items())}" for name, row in ROWS.items()
+    }
     return rows.main((__doc__ or "").splitlines()[0], what, run)
 
 
