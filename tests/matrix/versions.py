@@ -1,4 +1,4 @@
-"""The versions that this package promises to work with: the list that pyproject.toml and docs/versions.md agree with."""
+"""The versions that this package promises to work with: what pyproject.toml and docs/versions.md have, too."""
 
 from __future__ import annotations
 

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
+
+HERE = Path(__file__).resolve().parent
 
 
 class Row(NamedTuple):
@@ -76,9 +77,8 @@ ROWS = {
 
 
 def main() -> int:
-    what = {
-        name: f"{row.what}: {' '.join(f'{k}={v}' for k, v in row.environment.items())}" for name, row in ROWS.items()
-    }
+    settings = {name: " ".join(f"{k}={v}" for k, v in row.environment.items()) for name, row in ROWS.items()}
+    what = {name: f"{row.what}: {settings[name]}" for name, row in ROWS.items()}
     return rows.main((__doc__ or "").splitlines()[0], what, run)
 
 
