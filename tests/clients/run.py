@@ -65,7 +65,8 @@ def run(name: str, pytest: list[str]) -> rows.Outcome:
     except rows.CannotInstall as error:
         return rows.Outcome(rows.FAILED, f"not run: {error}")
     print(rows.installed(python, ("torch", "transformers", *row.modules)), flush=True)
-    environment = {"CLIENTS_INSTALLED": ",".join(row.modules)}
+    # Another checkout on PYTHONPATH would be tested in the place of this one.
+    environment = {"CLIENTS_INSTALLED": ",".join(row.modules), "PYTHONPATH": ""}
     return rows.run_pytest(python, [*(str(HERE / file) for file in row.files), *pytest], environment)
 
 
