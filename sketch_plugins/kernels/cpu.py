@@ -56,6 +56,10 @@ class Task(NamedTuple):
         """See `Work.once`."""
         return self.row[sweeps.LAST] != 0 and not self.measure
 
+    def fits(self, gradient: int) -> bool:
+        """Whether a gradient at this address can be read as the task says: any can."""
+        return True
+
     sweep: Callable[..., Any]
     dtypes: tuple[Any, Any, Any]
     row: tuple[int, ...]
@@ -224,7 +228,7 @@ def prepare_step(
     which: Sequence[int],
     gradients: Sequence[int],
     last: Program | None = None,
-) -> tuple[Program, Callable[[], None]]:
+) -> tuple[Program, list[tuple[Sequence[int], Callable[[], None]]]]:
     """Make the steps ready: nothing but the call of what is returned changes anything, and nothing in it allocates.
 
     Args:
@@ -235,12 +239,12 @@ def prepare_step(
         last: the program of another step, used again if it was made for the same tasks.
 
     Returns:
-        The program, for the next step, and what takes the steps.
+        The program, for the next step; and once, the places of the tasks (all of them) and what takes the steps.
     """
     threads = torch.get_num_threads()
     if last is None or last.threads != threads or len(tasks) != len(last.tasks) or not all(map(is_, tasks, last.tasks)):
         last = Program(tasks, threads)
-    return last, last.prepare(np.array(rows, np.float32)[which], gradients)
+    return last, [(range(len(tasks)), last.prepare(np.array(rows, np.float32)[which], gradients))]
 
 
 class _Call(NamedTuple):

@@ -38,7 +38,7 @@ from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose, describe, 
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.introduction import introduce
 from sketch_plugins.optim.options import NoEffect, Option, misspelt, unknown_option, validate
-from sketch_plugins.optim.plan import Known, Plan, group_marks
+from sketch_plugins.optim.plan import Again, Counters, Plan, group_marks
 from sketch_plugins.optim.written import MARK, modernize, renew, written_by, written_with
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, is_batch, matrix_shape, tiles
 from sketch_plugins.sharding.names import NAMES, names_of
@@ -222,17 +222,25 @@ class _Taking:
     """What takes part in a step, looked at before anything changes.
 
     Attributes:
-        members: (group, index) of each parameter.
+        groups: (group, gradients of all its parameters, None where there is none) of those recalled as a whole.
+        single: (group, index) of each other parameter.
         work: those of their parts that have to be described,
-        known: and those that look as they did in the last step.
+        again: and those that look as they did in the last step, by backend.
         kept: kernels know addresses only: gradients that were made for this step have to outlive it.
     """
 
     def __init__(self) -> None:
-        self.members: list[tuple[dict[str, Any], int]] = []
+        self.groups: list[tuple[dict[str, Any], list[Any]]] = []
+        self.single: list[tuple[dict[str, Any], int]] = []
         self.work: list[tuple[Part, dict[str, Any], Gradient]] = []
-        self.known: list[Known] = []
+        self.again: dict[Backend, Again] = {}
         self.kept: list[Tensor | None] = []
+
+    @property
+    def members(self) -> Members:
+        """(group, index) of each parameter."""
+        whole = [(group, i) for group, grads in self.groups for i, grad in enumerate(grads) if grad is not None]
+        return [*whole, *self.single]
 
 
 class SketchOptimizer(torch.optim.Optimizer):
@@ -340,20 +348,39 @@ class SketchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._check_capture()
         plan = self._plan = self._plan or Plan()
         plan.large = None
-        taking = _Taking()
+        taking, recall, state = _Taking(), plan.recall, self.state
+        asks = type(self)._may_step is not SketchOptimizer._may_step
         with neutral(), self._parts.looking():
             for place, group in enumerate(self.param_groups):
                 self._check_options(plan.options, place, group)
-                options = group_marks(self.OPTIONS, group)
-                for index, owner in enumerate(group["params"]):
-                    if owner.grad is not None and owner.numel() > 0:
+                options = plan.marks(self.OPTIONS, group)
+                given = group["params"]
+                grads = [owner.grad for owner in given]
+                present = [grad for grad in grads if grad is not None]
+                if len(present) < len(given):
+                    given = [owner for owner, grad in zip(given, grads, strict=True) if grad is not None]
+                if given and plan.recall_group(taking.again, given, present, group, options, state):
+                    taking.groups.append((group, grads))
+                    continue
+                recalled = 0
+                for index, (owner, grad) in enumerate(zip(group["params"], grads, strict=True)):
+                    if grad is None:
+                        continue
+                    if recall(taking.again, id(owner), owner, owner, grad, group, options, state.get(owner)):
+                        taking.single.append((group, index))
+                        recalled += 1
+                    elif owner.numel() > 0:
                         self._look_at(taking, group, index, owner, options)
+                if given and recalled == len(given):
+                    plan.learn_group(given, group, state)
             with scratch.scratch():
                 try:
-                    if self._may_step(taking.members, self.param_groups):
-                        self._update(taking.work, taking.known)
+                    if not asks or self._may_step(taking.members, self.param_groups):
+                        self._update(taking.work, taking.again)
                 finally:
                     self._complete()
         plan.trim()
@@ -385,24 +412,21 @@ class SketchOptimizer(torch.optim.Optimizer):
         self._check_options(plan.options, number, group)
         taking = _Taking()
         with neutral(), self._parts.looking():
-            self._look_at(taking, group, index, owner, group_marks(self.OPTIONS, group))
+            self._look_at(taking, group, index, owner, plan.marks(self.OPTIONS, group))
             with scratch.scratch():
                 if self._may_step(taking.members, [{**group, "params": [owner]}]):
-                    self._update(taking.work, taking.known, id(owner))
+                    self._update(taking.work, taking.again, id(owner))
 
     def _look_at(
         self, taking: _Taking, group: dict[str, Any], index: int, owner: Tensor, options: tuple[Any, ...] | None
     ) -> None:
         """Add a parameter that has a gradient to a step."""
         assert self._plan is not None
-        taking.members.append((group, index))
+        taking.single.append((group, index))
         for p in self._parts.of(index, owner):
             grad = p.grad
             taking.kept.append(grad)
-            again = self._plan.recall(p, grad, group, options, self._state_of(p))
-            if again is not None:
-                taking.known.append(again)
-            else:
+            if not self._plan.recall(taking.again, p.identity, p.data, owner, grad, group, options, self._state_of(p)):
                 taking.work.append((p, group, self._gradient(p, grad, group)))
 
     def held(self) -> Iterator[tuple[int, dict[str, Any], Part, dict[str, Any] | None]]:
@@ -618,37 +642,33 @@ class SketchOptimizer(torch.optim.Optimizer):
 
     @outside_graphs
     def _update(
-        self, work: list[tuple[Part, dict[str, Any], Gradient]], known: list[Known], only: int | None = None
+        self, work: list[tuple[Part, dict[str, Any], Gradient]], again: dict[Backend, Again], only: int | None = None
     ) -> None:
         """Change state and parameters; ``only``: id of the one parameter that all of it belongs to.
 
         Whatever can fail comes first: until `_commit` nothing has changed.
         """
-        large = self._has_large()
+        large = self._has_large() if work else False
         rules: dict[tuple[int, int, bool], Rule] = {}
         pending = [self._resolve(p, group, grad, rules, large) for p, group, grad in work]
-        fused: dict[Backend, list[Pending]] = {one.backend: [] for one in known}
+        fused: dict[Backend, list[Pending]] = {backend: [] for backend in again}
         eager: list[Pending] = []
         for one in pending:
             if one.backend is not None:
                 fused.setdefault(one.backend, []).append(one)
             elif not one.idle:
                 eager.append(one)
-        takes: list[tuple[list[Pending], list[Known], Callable[[], None]]] = []
+        takes: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
         for backend, members in fused.items():
             self._fill_numbers(members)
-            if backend.prepare_tasks is not None:
-                again = [one for one in known if one.backend is backend]
-                takes.append((members, again, self._prepare_tasks(backend, members, again, only)))
-            elif backend.prepare is not None:
-                launches = backend.prepare([one.work for one in members if one.work is not None])
-                takes += [([members[i] for i in places], [], take) for places, take in launches]
+            takes += self._prepare(backend, members, again.get(backend), only)
         slots = self._reserve(eager)
-        parts = [one.p for one in pending] + [one.p for one in known]
-        changed = {id(tensor): tensor for part in parts for tensor in (part.owner, part.data)}
+        changed = [tensor for one in pending for tensor in (one.p.owner, one.p.data)]
+        for those in again.values():
+            changed += those.changed
         # Kernels write to addresses, and shards are written in place of their parameter: autograd has to be told, or a
         # backward through a graph that needs the old weights would be silently wrong.
-        torch.autograd.graph.increment_version(list(changed.values()))
+        torch.autograd.graph.increment_version(changed)
         with uninterrupted():
             self._commit([one for one in pending if one.idle], eager, takes)
         if slots is not None:
@@ -718,7 +738,7 @@ class SketchOptimizer(torch.optim.Optimizer):
         self,
         idle: Sequence[Pending],
         eager: Sequence[Pending],
-        takes: Sequence[tuple[list[Pending], list[Known], Callable[[], None]]],
+        takes: Sequence[tuple[list[Pending], list[Tensor], Callable[[], None]]],
     ) -> None:
         """Take the steps. A part's number of steps changes with its state: after an error, each has stepped or not."""
         for one in idle:
@@ -737,11 +757,10 @@ class SketchOptimizer(torch.optim.Optimizer):
                     grad = one.grad if p is one.p else one.grad.of(one.grad.like(p.data))
                     self._eager(p, grad, one.rule, one.state, one.named, one.group)
             self._keep(one)
-        for members, known, take in takes:
+        for members, counters, take in takes:
             for one in members:
                 self._clean(one)
             take()
-            counters = [one.state["step"] for one in members] + [one.counter for one in known]
             if counters:
                 torch._foreach_add_(counters, 1.0)
             for one in members:
@@ -889,45 +908,88 @@ class SketchOptimizer(torch.optim.Optimizer):
             )
         return self._plan.large
 
-    def _prepare_tasks(
-        self, backend: Backend, pending: list[Pending], known: list[Known], only: int | None
-    ) -> Callable[[], None]:
-        assert self._plan is not None and backend.task is not None and backend.prepare_tasks is not None
-        plan = self._plan
-        rows: list[list[float]] = []
-        shared: dict[tuple[int, int], int] = {}
-        tasks, which, gradients = [], [], []
-        for one in known:
-            key = (id(one.group), one.step)
-            if key not in shared:
-                rule = self._rule(one.group, one.step, False)
-                row, _ = vector(numbers(rule, one.group, one.step), torch.device("cpu"))
-                shared[key] = len(rows)
-                rows.append(row.tolist() if isinstance(row, Tensor) else row)
-            tasks.append(one.task)
-            which.append(shared[key])
-            gradients.append(one.gradient)
+    def _prepare(
+        self, backend: Backend, pending: list[Pending], known: Again | None, only: int | None
+    ) -> list[tuple[list[Pending], list[Tensor], Callable[[], None]]]:
+        """(parts, the counters of their steps, what takes the steps) for each launch."""
+        alone, described = [], []
         for new in pending:
             assert new.work is not None
-            tasks.append(backend.task(new.work))
-            which.append(len(rows))
-            rows.append(new.work.numbers.tolist() if isinstance(new.work.numbers, Tensor) else new.work.numbers)
-            gradients.append(new.work.g.data_ptr())
-        program, run = backend.prepare_tasks(tasks, rows, which, gradients, plan.programs.get((backend, only)))
+            # Steps that will not come again like this are not described for the next ones.
+            likely = backend.prepare is None or (new.rule is not None and group_marks(self.OPTIONS, new.group))
+            task = backend.task(new.work) if likely else None
+            if task is None:
+                alone.append(new)
+            else:
+                described.append((new, task))
+        takes = []
+        if known or described:
+            takes += self._prepare_tasks(backend, described, known or Again(), only)
+        if alone:
+            assert backend.prepare is not None
+            for places, take in backend.prepare([one.work for one in alone if one.work is not None]):
+                members = [alone[i] for i in places]
+                takes.append((members, [one.state["step"] for one in members], take))
+        return takes
 
-        def take() -> None:
-            run()
+    def _prepare_tasks(
+        self, backend: Backend, described: list[tuple[Pending, Any]], known: Again, only: int | None
+    ) -> list[tuple[list[Pending], list[Tensor], Callable[[], None]]]:
+        assert self._plan is not None
+        plan = self._plan
+        rows: list[list[float]] = []
+        for group, step in known.rules:
+            l2 = group["weight_decay"] if self._couples(group) else None
+            row, _ = vector(numbers(self._rule(group, step, False), group, step, l2), torch.device("cpu"))
+            rows.append(row.tolist() if isinstance(row, Tensor) else row)
+        tasks, which = list(known.tasks), list(known.which)
+        gradients, counters = list(known.gradients), list(known.counters)
+        before = len(tasks)
+        given: dict[int, int] = {}  # parts of one group share their numbers
+        for new, task in described:
+            assert new.work is not None
+            values = new.work.numbers
+            if id(values) not in given:
+                given[id(values)] = len(rows)
+                rows.append(values.tolist() if isinstance(values, Tensor) else values)
+            tasks.append(task)
+            which.append(given[id(values)])
+            gradients.append(new.work.g.data_ptr())
+            counters.append(new.state["step"])
+        program, takes = backend.prepare_tasks(tasks, rows, which, gradients, plan.programs.get((backend, only)))
+
+        marks = {id(new.group): plan.marks(self.OPTIONS, new.group) for new, _ in described}
+
+        def learning(take: Callable[[], None], members: list[tuple[Pending, Any]], count: int) -> None:
+            take()
             plan.programs[backend, only] = program
-            plan.used += len(tasks)
-            for new, task in zip(pending, tasks[len(known) :], strict=True):
+            plan.used += count
+            for new, task in members:
                 assert new.work is not None
                 if new.work.last is not None and not new.work.once:
                     continue  # a first step with lagged_rms is unlike those that follow
-                options = group_marks(self.OPTIONS, new.group)
+                options = marks[id(new.group)]
                 # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
                 plan.learn(new.p.identity, new.p.data, new.grad.matrix.tensor, options, new.state, backend, task)
 
-        return take
+        out: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
+        again = not described and program is plan.programs.get((backend, only))
+        for number, (places, take) in enumerate(takes):
+            members = [described[i - before] for i in places if i >= before] if described else []
+            run = partial(learning, take, members, len(places))
+            steps = [counters[i] for i in places]
+            if again and len(steps) > 1:
+                steps = self._counted_at_once((backend, only, number), steps)
+            out.append(([new for new, _ in members], steps, run))
+        return out
+
+    def _counted_at_once(self, launch: Any, counters: list[Tensor]) -> list[Tensor]:
+        """One tensor in place of the counters of a launch that comes again and again."""
+        assert self._plan is not None
+        known = self._plan.counters.get(launch)
+        if known is None or not known.holds(counters):
+            known = self._plan.counters[launch] = Counters(counters)
+        return [known.all]
 
     def _fill_numbers(self, pending: list[Pending]) -> None:
         shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}
@@ -1134,6 +1196,16 @@ class SketchOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"capturable=True and clean_every={group['clean_every']}: a captured step is the same every time; "
                     "clean_every must be 0"
+                )
+
+    def _check_capture(self) -> None:
+        """Raise ValueError within the capture of a graph, unless every group is made for that."""
+        for number, group in enumerate(self.param_groups):
+            if not group["capturable"]:
+                raise ValueError(
+                    f"step() of {type(self).__name__} is being captured in a CUDA graph, and group {number} has "
+                    "capturable=False: replays would repeat the numbers of this step (its learning rate and bias "
+                    "correction). Build the optimizer with capturable=True, or leave the step out of the capture"
                 )
 
     def _check_capturable(self, p: Part, group: Mapping[str, Any], grad: Gradient, label: str) -> None:

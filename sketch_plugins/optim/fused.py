@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -24,26 +24,25 @@ if TYPE_CHECKING:
 CPU_MIN_SIZE = 1 << 15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
     """One set of kernels.
 
     Attributes:
         name: of the compiler.
         unsupported: why the kernels cannot take a step; None if they can.
-        prepare: makes the steps of a list of works ready, without changing anything. Returns, for each launch, the
-            places of its works in the list and what takes their steps.
-        task: a work as a task, which holds for the next steps, too. Such a backend has ``prepare_tasks`` in place of
-            ``prepare``.
+        task: a work as a task, which holds for the next steps, too; None: it is like none that follow.
         prepare_tasks: (tasks, rows of numbers, each task's row, addresses of the gradients, the last program): makes
-            the steps ready; returns the program, for the next step, and what takes the steps.
+            the steps ready, without changing anything. Returns the program, for the next step, and for each launch the
+            places of its tasks in the list and what takes their steps.
+        prepare: the same of a list of works, for this step alone. A backend that has none has a task for every work.
     """
 
     name: str
     unsupported: Callable[[Work], str | None]
+    task: Callable[[Work], Any]
+    prepare_tasks: Callable[..., tuple[Any, Sequence[tuple[Sequence[int], Callable[[], None]]]]]
     prepare: Callable[[list[Work]], list[tuple[list[int], Callable[[], None]]]] | None = None
-    task: Callable[[Work], Any] | None = None
-    prepare_tasks: Callable[..., tuple[Any, Callable[[], None]]] | None = None
 
 
 def backend(device: torch.device, fused: bool | None) -> Backend | None:
@@ -83,7 +82,7 @@ def _triton() -> Backend:
         raise ImportError(f"Triton cannot be imported ({error})") from error
     from sketch_plugins.kernels.gpu import launch
 
-    return Backend("triton", launch.unsupported, launch.prepare)
+    return Backend("triton", launch.unsupported, launch.task, launch.prepare_step, launch.prepare)
 
 
 @lru_cache(maxsize=1)
@@ -94,7 +93,7 @@ def _numba() -> Backend:
         raise ImportError(f"Numba cannot be imported ({error}): pip install 'sketch-plugins[cpu]'") from error
     from sketch_plugins.kernels import cpu
 
-    return Backend("numba", cpu.unsupported, task=cpu.prepare, prepare_tasks=cpu.prepare_step)
+    return Backend("numba", cpu.unsupported, cpu.prepare, cpu.prepare_step)
 
 
 def describe(

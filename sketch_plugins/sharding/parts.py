@@ -87,9 +87,9 @@ class Part:
         return local_grad(self.owner)
 
     @property
-    def identity(self) -> tuple[int, str | None]:
+    def identity(self) -> Any:
         """The same from step to step; the tensors may be others."""
-        return id(self.owner), self.key
+        return id(self.owner) if self.key is None else (id(self.owner), self.key)
 
 
 Shaped = Tensor | Part

@@ -27,8 +27,9 @@ class RowCountMin(CountMin):
         P_j[b]' = mean over the bucket's (touched) rows of (decay * r_i * P_j[b] + gain * g_i * g_i) / r_i'
 
     is, for a bucket of one row, exactly ``decay * v + gain * g * g``; rows with ``r_i' < 1e-30`` (`LEAST`) leave the
-    profile alone. Squares end at a 512th of the largest number (`largest_square`): an infinite one would make NaN of the
-    quotient. State: ``table (depth, width, D)`` and ``row (R, 1)``, ``4 / D`` bytes a parameter more than count-min. ``bucket`` has no meaning here (profiles are always means). Not in the papers; docs/algorithms.md has the
+    profile alone. Squares end at a 512th of the largest number (`largest_square`): an infinite one would make NaN of
+    the quotient. State: ``table (depth, width, D)`` and ``row (R, 1)``, ``4 / D`` bytes a parameter more than
+    count-min. ``bucket`` has no meaning here (profiles are always means). Not in the papers; docs/algorithms.md has the
     figures.
     """
 

@@ -485,6 +485,18 @@ def test_a_captured_graph_replays_the_training():
     assert torch.equal(*results)
 
 
+@pytest.mark.gpu
+def test_a_capture_needs_capturable():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    p = torch.nn.Parameter(torch.ones(64, 128, device="cuda"))
+    p.grad = torch.zeros_like(p)
+    optimizer = CSAdam([p], fused=True, min_compress_size=0)
+    optimizer.step()
+    with pytest.raises(ValueError, match="group 0 has capturable=False"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
 def test_many_small_tensors_are_one_launch(kernels, request, monkeypatch):
     if "numba" in request.node.name:
         pytest.skip("launches are Triton's")
@@ -617,19 +629,22 @@ def test_numbers_that_live_on_a_device_are_not_looked_at(kernels, cls, options, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("rate", ["number", "tensor"])
 @pytest.mark.parametrize(("cls", "options"), ON_DEVICE, ids=str)
-def test_a_step_does_not_wait_for_the_gpu(cls, options, sparse):
+def test_a_step_does_not_wait_for_the_gpu(cls, options, rate, sparse):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
     params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in [(256, 128), (64, 33), (9,)]]
-    optimizer = cls(params, torch.tensor(0.01, device=device), fused=True, min_compress_size=0, **options)
+    rate = torch.tensor(0.01, device=device) if rate == "tensor" else 0.01
+    optimizer = cls(params, rate, fused=True, min_compress_size=0, **options)
     for p in params:
         p.grad = torch.randn_like(p)
         if sparse:
             index = torch.arange(0, len(p), 3, device=device)
             p.grad = torch.sparse_coo_tensor(index.unsqueeze(0), p.grad[index], p.shape, is_coalesced=True)
-    optimizer.step()  # compiles
+    for _ in range(3):
+        optimizer.step()  # compiles, and remembers
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):

@@ -16,7 +16,7 @@ from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.kernels import cpu
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.optim import base, fused, sketchy
+from sketch_plugins.optim import base, fused, plan, sketchy
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.sharding import parts
 from sketch_plugins.stores import CountMin, Int8
@@ -88,6 +88,12 @@ BEFORE = [
     (SketchOptimizer, "_allocate"),
     (SketchOptimizer, "_resolve"),
     (SketchOptimizer, "_reserve"),
+    (SketchOptimizer, "_prepare"),
+    (SketchOptimizer, "_prepare_tasks"),
+    (plan.Plan, "marks"),
+    (plan.Plan, "recall"),
+    (plan.Plan, "recall_group"),
+    (plan.Counters, "holds"),
     (cpu, "misread"),
     (cpu.Program, "__init__"),
     (cpu.Program, "prepare"),
@@ -227,6 +233,8 @@ def test_every_point_is_reached():
             give_gradients(params, 1, sparse=way is False)
             with failing(*point, 0) as counted:
                 optimizer.step()
+                for _ in range(3 if point[0] is plan.Counters else 0):  # a step that has been remembered for a while
+                    optimizer.step()
                 params[3].grad = params[3].grad.t().contiguous().t()  # another layout: described anew
                 optimizer.step()
             if counted:
@@ -280,7 +288,10 @@ def test_mem_sgd_leaves_each_parameter_stepped_or_not(compressor, averaging, fir
                 assert equal(values[0], values[1]) or equal(values[0], values[2]), (name, call)
 
 
-LAUNCHES = ["_fold", "_plan", "_launch", "_ready", "_table", "_numbers", "_describe"]
+LAUNCHES = [
+    "_fold", "_plan", "_launch", "_ready", "_table", "_numbers", "_describe", "_task", "_laid_out", "_actions",
+    "_compile", "_pinned", "_Covers", "_CoverLayout", "_Device", "Program",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from sketch_plugins.kernels import work
 # A launch covers many tensors. Each is a row of int64 in a table: pointers, shapes, and the first program it owns.
 # LAST: where what the last step measured is kept, 0: nowhere.
 # HEIGHT, OWN: rows and buckets of one matrix; ROWS and WIDTH are those of all matrices (experts) of the parameter.
+# G, NEW: how far behind the row the addresses of the gradient and of the new covers are: they change in every step.
+# ROW: which vector of numbers is the tensor's; tensors of one group share theirs.
 # AXES: how far behind the row the axes of a cover are, (pointer, length, numbers of one slice) for each but the first.
 (
     P, G, FIRST_A, FIRST_B, SECOND_A, SECOND_B, NEW, INDEX, HASHES, WEIGHTS,
-    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, COUNT, SEED, AXES, LAST, HEIGHT, OWN,
-) = (tl.constexpr(i) for i in range(23))  # fmt: skip
-FIELDS = tl.constexpr(23)
+    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, COUNT, SEED, AXES, LAST, HEIGHT, OWN, ROW,
+) = (tl.constexpr(i) for i in range(24))  # fmt: skip
+FIELDS = tl.constexpr(24)
 
 NUMBERS = tl.constexpr(work.NUMBERS)
 DECAY1, GAIN1, DECAY2, GAIN2 = (tl.constexpr(i) for i in (work.DECAY1, work.GAIN1, work.DECAY2, work.GAIN2))
@@ -113,7 +115,9 @@ def gradient(
     t, s, rows, g_rows, cols, mask, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, L2_ON: tl.constexpr, ALIGN: tl.constexpr
 ):
     """The gradient in float32, ascending where asked for, with the coupled weight decay."""
-    g = address(t, G, G_TYPE, ALIGN)
+    g = tl.load(t + tl.load(t + G)).to(tl.pointer_type(G_TYPE))
+    if ALIGN:
+        g = tl.multiple_of(g, 16)
     stride = extent(t, G_STRIDE, ALIGN)
     x = tl.load(g + g_rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     x = x * tl.load(s + SIGN)

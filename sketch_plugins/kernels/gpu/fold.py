@@ -7,18 +7,24 @@ import triton
 import triton.language as tl
 
 from sketch_plugins.kernels.gpu.common import (
+    AXES,
     BEGIN,
     COLUMNS,
     COUNT,
+    DECAY2,
     FIELDS,
+    GAIN2,
     HASHES,
     HEIGHT,
     INDEX,
     MEAN,
+    NEW,
     NUMBERS,
     OWN,
     PACKED,
+    ROW,
     ROWS,
+    SECOND_A,
     TABLE1,
     TABLE2,
     TILES,
@@ -38,11 +44,20 @@ LARGEST_SQUARE = tl.constexpr(largest_square(torch.float32))
 
 
 @triton.jit
-def _cell(t, x, rows, hashes, SIGNED: tl.constexpr, WEIGHTED: tl.constexpr):
+def _signs(t, rows, hashes, SIGNED: tl.constexpr):
+    """Of each row, 1 or -1. Found before the gradient is loaded: held through the division, that would cost a spill."""
     if SIGNED:
         seed = tl.load(hashes + 3).to(tl.uint64, bitcast=True)
         odd = mix32((rows % tl.load(t + HEIGHT)).to(tl.uint64, bitcast=True), seed) & 1
-        return x * (1.0 - 2.0 * odd.to(tl.float32))[:, None]
+        return 1.0 - 2.0 * odd.to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _cell(x, signs, SIGNED: tl.constexpr, WEIGHTED: tl.constexpr):
+    if SIGNED:
+        return x * signs[:, None]
     if WEIGHTED:
         return _limited(x * x)
     return x * x
@@ -76,14 +91,15 @@ def dense(
     """
     pid, j = tl.program_id(0), tl.program_id(1)
     index = find(table, count, pid)
-    t, s = table + index * FIELDS, numbers + index * NUMBERS
+    t = table + index * FIELDS
+    s = numbers + tl.load(t + ROW) * NUMBERS
     local = pid - tl.load(t + BEGIN)
     across = tl.load(t + TILES)
     tile, bucket = local % across, local // across
-    columns, total, width = tl.load(t + COLUMNS), tl.load(t + ROWS), tl.load(t + WIDTH)
+    total = tl.load(t + ROWS)
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + 4 * j
     cols = tile * N + tl.arange(0, N)
-    inner = cols < columns
+    inner = cols < tl.load(t + COLUMNS)
     matrix = bucket // tl.load(t + OWN)
     load = load_of(t, bucket, matrix)
     sums = tl.zeros([N], tl.float32)
@@ -92,12 +108,14 @@ def dense(
     for first in range(0, load, M):
         rows, exists = members(t, bucket, matrix, first, hashes, M)
         mask = exists[:, None] & inner[None, :]
-        x = _cell(t, gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED, WEIGHTED)
+        signs = _signs(t, rows, hashes, SIGNED)
+        x = _cell(gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), signs, SIGNED, WEIGHTED)
         if WEIGHTED:
             x = x * tl.load(weights + rows, mask=exists, other=0.0)[:, None]
             kept += tl.sum(tl.load(weights + total + rows, mask=exists, other=0.0))
         sums += tl.sum(x, 0)
-    cell = (j * width + bucket) * columns + cols
+    # Loaded again: held through the loop, they would cost a spill.
+    cell = (j * tl.load(t + WIDTH) + bucket) * tl.load(t + COLUMNS) + cols
     place = tl.load(t + TARGET).to(tl.pointer_type(TYPE)) + cell
     old = tl.load(place, mask=inner, other=0.0).to(tl.float32)
     if WEIGHTED:
@@ -119,7 +137,8 @@ def row_means(
     """Means of the rows' squares, ``M`` rows a program, into the weights' buffer."""
     pid = tl.program_id(0)
     index = find(table, count, pid)
-    t, s = table + index * FIELDS, numbers + index * NUMBERS
+    t = table + index * FIELDS
+    s = numbers + tl.load(t + ROW) * NUMBERS
     columns = tl.load(t + COLUMNS)
     rows, g_rows, place, exists = rows_at(t, (pid - tl.load(t + BEGIN)) * M, M, MODE)
     sums = tl.zeros([M], tl.float32)
@@ -170,7 +189,8 @@ def touched(
             if MODE == PACKED:
                 g_rows = at
             mask = exists[:, None] & inner[None, :]
-            x = _cell(t, gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), rows, hashes, SIGNED, WEIGHTED)
+            signs = _signs(t, rows, hashes, SIGNED)
+            x = _cell(gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), signs, SIGNED, WEIGHTED)
             if WEIGHTED:
                 x = x * tl.load(weights + at, mask=exists, other=0.0)[:, None]
                 kept += tl.sum(tl.load(weights + n + at, mask=exists, other=0.0))
@@ -190,3 +210,32 @@ def touched(
         else:
             new = tl.load(powers + 2 * c) * old + tl.load(powers + 2 * c + 1) * mean
         tl.store(target, _held(new, t, s, cell, SIGNED, TYPE), mask=inner)
+
+
+@triton.jit
+def covers(table, numbers, AVERAGE: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr):
+    """The covers of every tensor take their new values; ``AVERAGE`` (SM3-I): the new maxima enter an average.
+
+    A row of programs for each tensor, which share its axes.
+    """
+    t = table + tl.program_id(0) * FIELDS
+    s = numbers + tl.load(t + ROW) * NUMBERS
+    new = tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.float32))
+    axis = t + tl.load(t + AXES)
+    for k in tl.static_range(DEPTH):
+        if k == 0:
+            old = tl.load(t + SECOND_A).to(tl.pointer_type(tl.float32))
+            length = tl.load(t + COUNT)
+        else:
+            old = tl.load(axis).to(tl.pointer_type(tl.float32))
+            length = tl.load(axis + 1)
+            axis += 3
+        for first in range(tl.program_id(1) * N, length, tl.num_programs(1) * N):
+            place = first + tl.arange(0, N)
+            inside = place < length
+            value = tl.load(new + place, mask=inside, other=0.0)
+            if AVERAGE:
+                before = tl.load(old + place, mask=inside, other=0.0)
+                value = tl.load(s + DECAY2) * before + tl.load(s + GAIN2) * value
+            tl.store(old + place, value, mask=inside)
+        new += length

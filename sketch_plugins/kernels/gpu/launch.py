@@ -12,9 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import accumulate, chain
+from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +36,8 @@ COLUMNS = 128
 FLAT = 1024
 TABLES = 32
 
+_Action = Callable[[], Any]
+
 
 def unsupported(w: Work) -> str | None:
     """Why these kernels cannot take this parameter's step; None if they can."""
@@ -48,6 +52,60 @@ def unsupported(w: Work) -> str | None:
         # It is written with the gradient itself, before anything is divided.
         return "the Triton kernels do not keep a first moment of what was divided by the denominator in a count-sketch"
     return misread(w)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One parameter's step as the launches of later steps take it, too: addresses, no tensors.
+
+    Attributes:
+        plan: what the kernel is compiled for.
+        device: of the parameter.
+        row: its fields (see `common`); those that depend on the launch are 0.
+        programs: how many programs its step takes.
+        axes: of its cover, if it has one: pointer, length and numbers of one slice, for each axis but the first.
+        lengths: of the buffers for the new covers.
+        cover: the store of its covers.
+        gradient: address of the gradient that it was described with.
+    """
+
+    plan: _Plan
+    device: torch.device
+    row: tuple[int, ...]
+    programs: int
+    axes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    cover: Cover | None
+    gradient: int
+
+    @property
+    def once(self) -> bool:
+        """See `Work.once`."""
+        return self.plan.kept and not self.plan.measure
+
+    def fits(self, gradient: int) -> bool:
+        """Whether a gradient at this address can be read as the task says."""
+        return not self.plan.align or gradient % 16 == 0
+
+
+def task(w: Work) -> Task | None:
+    """The task of a work that is supported. It holds as long as addresses, shapes and dtypes of the tensors do.
+
+    None where other launches come before the step: sketches of several tables, and touched rows, are written first.
+    """
+    if w.rows is not None or isinstance(w.numbers, Tensor) or _folds(w):
+        return None
+    return _task(*_plan(w))
+
+
+def _task(plan: _Plan, w: Work) -> Task:
+    row, programs = _describe(w, plan)
+    cover = w.second[0] if w.second and isinstance(w.second[0], Cover) else None
+    # Of row-sparse gradients a maximum for each touched row.
+    lengths = (_count(w), *cover.dims[1:]) if cover else ()
+    return Task(
+        plan, w.p.device, tuple(row), programs, tuple(_axes(w)) if cover else (), lengths, cover, w.g.data_ptr()
+    )
 
 
 def prepare(works: Sequence[Work]) -> list[tuple[list[int], Callable[[], None]]]:
@@ -83,7 +141,145 @@ def _run(device: torch.device, actions: Iterable[_Action]) -> None:
             action()
 
 
-_Action = Callable[[], Any]
+class Program:
+    """The launches of a step of certain tasks. Valid as long as the tasks are.
+
+    What is the same in every step is on the device already: the table. The gradients' addresses and the numbers travel
+    behind it, in one copy.
+    """
+
+    def __init__(self, tasks: Sequence[Task], which: Sequence[int]) -> None:
+        self.tasks, self.which = list(tasks), list(which)
+        places: dict[torch.device, list[int]] = {}
+        for place, one in enumerate(tasks):
+            places.setdefault(one.device, []).append(place)
+        self.devices = [_Device(device, at, self.tasks, self.which) for device, at in places.items()]
+
+    def prepare(self, rows: Sequence[Sequence[float]], gradients: Sequence[int]) -> list[tuple[list[int], _Action]]:
+        """The steps, as `prepare` returns them."""
+        return [take for device in self.devices for take in device.prepare(rows, gradients)]
+
+
+def prepare_step(
+    tasks: Sequence[Task],
+    rows: Sequence[Sequence[float]],
+    which: Sequence[int],
+    gradients: Sequence[int],
+    last: Program | None = None,
+) -> tuple[Program, list[tuple[list[int], _Action]]]:
+    """Make the steps ready: nothing but the calls of what is returned changes anything.
+
+    Args:
+        tasks: one for each parameter.
+        rows: vectors of numbers.
+        which: the place of its numbers in ``rows``, for each task.
+        gradients: address of its gradient, for each task.
+        last: the program of another step, used again if it was made for the same tasks.
+
+    Returns:
+        The program, for the next step; and for each launch, the places of its tasks, and what takes their steps.
+    """
+    if last is None or len(tasks) != len(last.tasks) or which != last.which or not all(map(is_, tasks, last.tasks)):
+        last = Program(tasks, which)
+    return last, last.prepare(rows, gradients)
+
+
+class _Device:
+    """The part of a program that one device takes.
+
+    Its buffer of int64: the tables of all launches, rows and axes; for each task its place among the numbers; for each
+    task the gradient's address, for each with covers that of the new ones, and the numbers.
+    """
+
+    def __init__(self, device: torch.device, places_: list[int], tasks: list[Task], which: list[int]) -> None:
+        self.device, self.places = device, places_
+        groups: dict[_Plan, list[int]] = {}
+        for place in places_:
+            groups.setdefault(tasks[place].plan, []).append(place)
+        values: list[int] = []
+        self.launches = []
+        slots: list[tuple[int, int, int]] = []  # where a row begins, its task's place, and where the launch does
+        for plan, members in groups.items():
+            start, rows, axes, begin = len(values), [], [], 0
+            for i, place in enumerate(members):
+                row = list(tasks[place].row)
+                row[common.BEGIN.value], begin = begin, begin + tasks[place].programs
+                # What a sweep measures goes into a tensor's own numbers.
+                row[common.ROW.value] = i if plan.measure or plan.kept else which[place]
+                slots.append((start + i * common.FIELDS.value, place, start))
+                rows.append(row)
+                axes.append(tasks[place].axes)
+            values += _laid_out(rows, axes)
+            self.launches.append(_Launch(plan, members, [tasks[place] for place in members], start, begin))
+            values += [0] * (-len(values) % 2)  # tables begin on 16 bytes
+        for one in self.launches:
+            one.index = len(values)
+            values += [which[place] for place in one.places]
+        self.order = [place for _, place, _ in slots]
+        self.changing = len(values)
+        new = self.changing + len(slots)
+        for i, (at, place, _) in enumerate(slots):
+            values[at + common.G.value] = self.changing + i - at
+            if tasks[place].lengths:
+                values[at + common.NEW.value] = new - at
+                new += 1
+        self.numbers = new + new % 2
+        self.fixed = values
+        self.buffer: Tensor | None = None
+
+    def prepare(self, rows: Sequence[Sequence[float]], gradients: Sequence[int]) -> list[tuple[list[int], _Action]]:
+        with _on(self.device):
+            covers = [_Covers(one.covers, self.device) if one.covers else None for one in self.launches]
+            size = -(-len(rows) * NUMBERS // 2)
+            first = self.buffer is None or self.buffer.numel() < self.numbers + size
+            begin = 0 if first else self.changing
+            host = np.zeros(self.numbers + size - begin, np.int64)
+            if first:
+                host[: self.changing] = self.fixed
+                self.buffer = torch.empty(len(host), dtype=torch.int64, device=self.device)
+            at = self.changing - begin
+            host[at : at + len(self.order)] = [gradients[place] for place in self.order]
+            at += len(self.order)
+            for one in covers:
+                for address in one.places if one else ():
+                    host[at] = address
+                    at += 1
+            floats = host[self.numbers - begin :].view(np.float32)
+            floats[: len(rows) * NUMBERS] = np.array(rows, np.float32).reshape(-1)
+            assert self.buffer is not None
+            self.buffer[begin : begin + len(host)].copy_(_pinned(host, self.device), non_blocking=True)
+            numbers = self.buffer[self.numbers :].view(torch.float32)[: len(rows) * NUMBERS].view(-1, NUMBERS)
+            return [
+                (one.places, partial(_run, self.device, one.actions(self.buffer, numbers, cover)))
+                for one, cover in zip(self.launches, covers, strict=True)
+            ]
+
+
+class _Launch:
+    """The tasks that share a launch."""
+
+    def __init__(self, plan: _Plan, places_: list[int], tasks: list[Task], start: int, programs: int) -> None:
+        self.plan, self.places, self.start, self.programs = plan, places_, start, programs
+        self.covers = _CoverLayout(tasks) if tasks[0].lengths else None
+        self.index = 0
+        self.ready = False
+
+    def actions(self, buffer: Tensor, numbers: Tensor, covers: _Covers | None) -> list[_Action]:
+        """All kernels of the launch, in order."""
+        table = buffer[self.start :]
+        if self.plan.measure or self.plan.kept:
+            numbers = numbers.index_select(0, buffer[self.index : self.index + len(self.places)])
+        launched = _actions(self.plan, len(self.places), self.programs, table, numbers, covers, self.ready)
+        self.ready = True
+        return launched
+
+
+def _pinned(values: np.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(values)
+    # torch's allocator of pinned memory does not give a block away before the copy out of it has been made.
+    return host.pin_memory() if device.type == "cuda" else host
+
+
 # What has been compiled: kernel, constants, and what Triton compiles its arguments for.
 _COMPILED: set[tuple[Any, ...]] = set()
 
@@ -94,6 +290,16 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def _ready(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> _Action:
     """A launch, compiled and loaded already: one of no programs does that, and nothing else."""
+    _compile(kernel, grid, args, constants)
+    return partial(kernel[grid], *args, **constants)
+
+
+def _again(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> _Action:
+    """The same where a program has had it made ready before."""
+    return partial(kernel[grid], *args, **constants)
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
     key = (
         kernel, tuple(constants.items()),
         tuple(
@@ -104,7 +310,6 @@ def _ready(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if key not in _COMPILED:
         kernel[(0,) * len(grid)](*args, **constants)
         _COMPILED.add(key)
-    return partial(kernel[grid], *args, **constants)
 
 
 @dataclass(frozen=True)
@@ -221,14 +426,37 @@ def _flat(w: Work) -> Work:
 
 
 def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Action]:
-    covers = _Covers(works, device) if plan.second in (second.cover, second.cover_estimate) else None
-    rows, begin = [], 0
-    for i, w in enumerate(works):
-        row, programs = _describe(w, plan, begin, covers.places[i] if covers else 0)
+    """The actions of works that share a launch, in this step alone."""
+    tasks = [_task(plan, w) for w in works]
+    covers = _Covers(_CoverLayout(tasks), device, works) if tasks[0].lengths else None
+    rows, axes, begin = [], [], 0
+    for i, one in enumerate(tasks):
+        row = list(one.row)
+        row[common.BEGIN.value], begin, row[common.ROW.value] = begin, begin + one.programs, i
         rows.append(row)
-        begin += programs
-    table = _table(device, rows, [_axes(w) for w in works] if covers else ())
-    numbers = _numbers(works, device)
+        axes.append((*one.axes, one.gradient, *([covers.places[i]] if covers else ())))
+    values = _laid_out(rows, axes)
+    for i, row in enumerate(rows):
+        at = row[common.AXES.value]
+        behind = at + len(tasks[i].axes)
+        values[i * common.FIELDS.value + common.G.value] = behind
+        values[i * common.FIELDS.value + common.NEW.value] = behind + 1
+    return _actions(plan, len(works), begin, _table(device, values), _numbers(works, device), covers)
+
+
+def _laid_out(rows: list[list[int]], more: Sequence[Sequence[int]]) -> list[int]:
+    """The rows of a table, one after the other, and behind them what they refer to as their axes."""
+    behind = len(rows) * common.FIELDS.value
+    for i, values in enumerate(more):
+        rows[i][common.AXES.value] = behind - i * common.FIELDS.value
+        behind += len(values)
+    return list(chain(*rows, *more))
+
+
+def _actions(
+    plan: _Plan, count: int, programs: int, table: Tensor, numbers: Tensor, covers: _Covers | None, ready: bool = False
+) -> list[_Action]:
+    """The launches of ``count`` tensors. ``ready``: they have been compiled."""
     shared: dict[str, Any] = {
         "FIRST": plan.first, "P_TYPE": TYPES[plan.p], "G_TYPE": TYPES[plan.g], "F_TYPE": TYPES[plan.f],
         "S_TYPE": TYPES[plan.s], "AHEAD": plan.ahead, "L2_ON": plan.l2, "NOISE": plan.noise, "ROUND": plan.round,
@@ -248,20 +476,23 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Actio
         before, after = MEASURE, FOLD | APPLY
     once = plan.kept and not plan.measure
     # float64: squares of what float32 holds.
-    partial_ = torch.empty(2 * begin, dtype=torch.float64, device=device) if plan.measure or once else table
+    partial_ = table
+    if plan.measure or once:
+        partial_ = torch.empty(2 * programs, dtype=torch.float64, device=table.device)
     actions: list[_Action] = []
+    launch = _again if ready else _ready
 
     def sweep(row_of_numbers: Tensor, phase: int, **changed: Any) -> None:
         actions.append(
-            _ready(
-                kernel, (begin,), table, row_of_numbers, partial_, len(works), PHASE=phase, **shared, **extra | changed
+            launch(
+                kernel, (programs,), table, row_of_numbers, partial_, count, PHASE=phase, **shared, **extra | changed
             )
         )
 
     if covers and plan.second is second.cover_estimate:
         # Variant I reads the new covers: the maxima of g * g come first.
         sweep(numbers, FOLD, SECOND=second.cover_maxima)
-        actions.append(covers.keep)
+        actions.append(covers.keep(launch, table, numbers, plan))
         covers = None
     if plan.measure:
         measured = numbers.clone()
@@ -269,25 +500,26 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Actio
         measured[:, places.INNER] = 1.0
         sweep(measured, before)
         actions.append(
-            _ready(
-                norms.step_sizes, (len(works),), table, numbers, measured, partial_, len(works), begin,
+            launch(
+                norms.step_sizes, (count,), table, numbers, measured, partial_, count, programs,
                 AFTER=plan.after, KEPT=plan.kept, N=256,
             )
         )  # fmt: skip
     elif once:
-        actions.append(_ready(norms.recall, (len(works),), table, numbers, AFTER=plan.after))
+        actions.append(launch(norms.recall, (count,), table, numbers, AFTER=plan.after))
         after = FOLD | MEASURE | APPLY
     else:
         after = FOLD | APPLY
     sweep(numbers, after)
     if once:
-        actions.append(_ready(norms.keep, (len(works),), table, numbers, partial_, len(works), begin, N=256))
+        actions.append(launch(norms.keep, (count,), table, numbers, partial_, count, programs, N=256))
     if covers:
-        actions.append(covers.keep)
+        actions.append(covers.keep(launch, table, numbers, plan))
     return actions
 
 
-def _describe(w: Work, plan: _Plan, begin: int, new: int) -> tuple[list[int], int]:
+def _describe(w: Work, plan: _Plan) -> tuple[list[int], int]:
+    """Its fields, and how many programs its step takes; what depends on the launch or on the step is 0."""
     r, d = w.p.shape
     state1, state2 = (w.first[1] if w.first else {}), (w.second[1] if w.second else {})
     a1, b1 = (*(t.data_ptr() for t in state1.values()), 0, 0)[:2]
@@ -300,10 +532,10 @@ def _describe(w: Work, plan: _Plan, begin: int, new: int) -> tuple[list[int], in
         width, hashes, matrices = sketch.buckets(r), _hashes(sketch, r, w.p.device).data_ptr(), sketch.matrices
     along = width if plan.kernel == "buckets" else -(-count // plan.rows)
     row = [
-        w.p.data_ptr(), w.g.data_ptr(), a1, b1, a2, b2, new,
+        w.p.data_ptr(), 0, a1, b1, a2, b2, 0,
         0 if w.rows is None else w.rows.data_ptr(), hashes, 0,
-        r, d, w.p.stride(0), w.g.stride(0), width, begin, across, count, _signed64(w.seed), 0,
-        0 if w.last is None else w.last.data_ptr(), r // matrices, width // matrices,
+        r, d, w.p.stride(0), w.g.stride(0), width, 0, across, count, _signed64(w.seed), 0,
+        0 if w.last is None else w.last.data_ptr(), r // matrices, width // matrices, 0,
     ]  # fmt: skip
     return row, along * across
 
@@ -331,6 +563,13 @@ def _signed64(value: int) -> int:
 # -- sketches that several programs read: written before --------------------------------------------------------------
 
 
+def _folds(w: Work) -> bool:
+    """Whether a sketch of a dense gradient is written before the step."""
+    signed = w.first is not None and isinstance(w.first[0], Sketch)
+    store = w.second[0] if w.second else None
+    return signed or isinstance(store, RowCountMin) or (isinstance(store, Sketch) and store.depth > 1)
+
+
 def _fold(w: Work) -> list[_Action]:
     actions: list[_Action] = []
     for pair, signed in ((w.first, True), (w.second, False)):
@@ -349,18 +588,24 @@ def _fold(w: Work) -> list[_Action]:
 
 def _folding(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> tuple[Tensor, Any]:
     """The one row that describes ``w``, and what both kernels are compiled for."""
-    row, _ = _describe(w, _FOLDING, 0, 0)
+    row, _ = _describe(w, _FOLDING)
     row[common.TILES.value] = -(-w.p.shape[1] // _fold_columns(w))  # read by `fold.dense`
     row[common.WIDTH.value] = width = store.buckets(w.p.shape[0])
     row[common.HEIGHT.value] = w.p.shape[0] // store.matrices
     row[common.OWN.value] = width // store.matrices
     row[common.HASHES.value] = _hashes(store, w.p.shape[0], w.p.device).data_ptr()
     row[common.WEIGHTS.value] = 0 if weights is None else weights.data_ptr()
-    return _table(w.p.device, [row]), {
+    return _alone(w, row), {
         "P_TYPE": TYPES[w.p.dtype], "G_TYPE": TYPES[w.g.dtype], "TYPE": TYPES[table.dtype],
         "TARGET": common.FIRST_A.value if signed else common.SECOND_A.value,
         "SIGNED": signed, "WEIGHTED": weights is not None, "L2_ON": _has(w, places.L2), "N": _fold_columns(w),
     }  # fmt: skip
+
+
+def _alone(w: Work, row: list[int]) -> Tensor:
+    """The table of one tensor."""
+    row[common.G.value] = common.FIELDS.value
+    return _table(w.p.device, [*row, w.g.data_ptr()])
 
 
 def _fold_columns(w: Work) -> int:
@@ -383,10 +628,10 @@ def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list
     """The rows' new scales; ``weights (2, rows)``: weight of a row's squares in its bucket, and what is kept of it."""
     device, ema, m = w.p.device, w.emas[1], 16
     assert ema is not None
-    row, _ = _describe(w, _FOLDING, 0, 0)
+    row, _ = _describe(w, _FOLDING)
     row[common.WEIGHTS.value] = weights.data_ptr()
     measure = _ready(
-        fold.row_means, (-(-_count(w) // m),), _table(device, [row]), _numbers([w], device), 1,
+        fold.row_means, (-(-_count(w) // m),), _alone(w, row), _numbers([w], device), 1,
         P_TYPE=TYPES[w.p.dtype], G_TYPE=TYPES[w.g.dtype], MODE=_mode(w), L2_ON=_has(w, places.L2), M=m,
         N=_fold_columns(w), num_warps=4,
     )  # fmt: skip
@@ -431,42 +676,69 @@ _FOLDING = _Plan(
 )  # fmt: skip
 
 
+class _CoverLayout:
+    """Where the new covers of one launch lie in a buffer: for each task a length for each axis, one after the other."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.lengths = [one.lengths for one in tasks]
+        sizes = list(map(sum, self.lengths))
+        self.offsets, self.size = [0, *accumulate(sizes)][:-1], sum(sizes)
+        self.longest = max(map(max, self.lengths))
+        assert tasks[0].cover is not None
+        self.variant = tasks[0].cover.variant
+
+
 class _Covers:
     """Buffers for the maxima of one launch (of one variant, dense or row-sparse): the old covers are still read.
 
     What becomes of them is said in `stores.cover`.
+
+    Args:
+        layout: of the covers.
+        device: of them.
+        works: whose they are, where rows are touched.
     """
 
-    def __init__(self, works: Sequence[Work], device: torch.device) -> None:
-        self.works, self.old = works, [list(w.second[1].values()) for w in works]  # type: ignore[index]
-        # Of row-sparse gradients a maximum for each touched row.
-        sizes = [[_count(w), *map(len, covers[1:])] for w, covers in zip(works, self.old, strict=True)]
-        buffer = torch.zeros(sum(map(sum, sizes)), dtype=torch.float32, device=device)
-        parts = iter(buffer.split([n for lengths in sizes for n in lengths]))
-        self.new = [[next(parts) for _ in lengths] for lengths in sizes]
-        self.places = [covers[0].data_ptr() for covers in self.new]
+    def __init__(self, layout: _CoverLayout, device: torch.device, works: Sequence[Work] = ()) -> None:
+        self.layout, self.works = layout, works if works and works[0].rows is not None else ()
+        self.buffer = torch.zeros(layout.size, dtype=torch.float32, device=device)
+        first = self.buffer.data_ptr()
+        self.places = [first + 4 * offset for offset in layout.offsets]
 
-    def keep(self) -> None:
-        """The covers take their new values."""
-        old, new = (list(chain.from_iterable(covers)) for covers in (self.old, self.new))
-        sparse, store = self.works[0].rows is not None, self.works[0].second[0]  # type: ignore[index]
-        if isinstance(store, Cover) and store.variant == "I":
-            present = list(old)
+    def keep(self, launch: Callable[..., _Action], table: Tensor, numbers: Tensor, plan: _Plan) -> _Action:
+        """What gives the covers their new values."""
+        if self.works:
+            return self._keep_touched
+        n = 256
+        grid = (len(self.places), max(1, min(64, -(-self.layout.longest // (4 * n)))))
+        kernel = launch(
+            fold.covers, grid, table, numbers, AVERAGE=self.layout.variant == "I", DEPTH=plan.depth2, N=n, num_warps=4
+        )
+        return partial(self._keep, kernel)
+
+    def _keep(self, kernel: _Action) -> None:
+        # Kernels know the address of the buffer only: as a method of its owner, this keeps it until they are launched.
+        kernel()
+
+    def _keep_touched(self) -> None:
+        """Touched rows have a cover each; the other axes keep what is larger."""
+        parts = iter(self.buffer.split([n for lengths in self.layout.lengths for n in lengths]))
+        old = [list(w.second[1].values()) for w in self.works]  # type: ignore[index]
+        new = [[next(parts) for _ in lengths] for lengths in self.layout.lengths]
+        if self.layout.variant == "I":
+            present, (flat_old, flat_new) = [], (list(chain.from_iterable(covers)) for covers in (old, new))
+            present = flat_old
             decays, gains, first = [], [], 0
-            for w, covers in zip(self.works, self.old, strict=True):
+            for w, covers in zip(self.works, old, strict=True):
                 ema = w.emas[1]
-                assert ema is not None
+                assert ema is not None and w.rows is not None
                 decays += [ema.decay] * len(covers)
                 gains += [ema.gain] * len(covers)
-                if w.rows is not None:
-                    present[first] = covers[0].index_select(0, w.rows)
+                present[first] = covers[0].index_select(0, w.rows)
                 first += len(covers)
-            torch._foreach_mul_(new, gains)
-            torch._foreach_add_(new, torch._foreach_mul(present, decays))
-        if not sparse:
-            torch._foreach_copy_(old, new)
-            return
-        for w, before, after in zip(self.works, self.old, self.new, strict=True):
+            torch._foreach_mul_(flat_new, gains)
+            torch._foreach_add_(flat_new, torch._foreach_mul(present, decays))
+        for w, before, after in zip(self.works, old, new, strict=True):
             before[0].index_copy_(0, w.rows, after[0])  # type: ignore[arg-type]
             torch._foreach_maximum_(before[1:], after[1:])
 
@@ -476,17 +748,12 @@ class _Covers:
 _TABLES: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
 
-def _table(device: torch.device, rows: list[list[int]], axes: Sequence[list[int]] = ()) -> Tensor:
-    """A row for each tensor; the axes of their covers, as long as they may be, come behind the last one."""
-    fields = common.FIELDS.value
-    behind = len(rows) * fields
-    for i, more in enumerate(axes):
-        rows[i][common.AXES.value] = behind - i * fields
-        behind += len(more)
-    key = (device, *map(tuple, rows), *map(tuple, axes))
+def _table(device: torch.device, values: list[int]) -> Tensor:
+    """A table on the device, kept for a few steps."""
+    key = (device, *values)
     found = _TABLES.get(key)
     if found is None:
-        host = torch.tensor([value for row in (*rows, *axes) for value in row], dtype=torch.int64)
+        host = torch.tensor(values, dtype=torch.int64)
         if device.type == "cuda":
             host = host.pin_memory()
         # The host's copy is kept: a captured graph reads it again at every replay.

@@ -85,7 +85,7 @@ def _slices(axis, cols, K: tl.constexpr, DEPTH: tl.constexpr):
 def _collect(t, values, place, exists, cols, mask, DEPTH: tl.constexpr):
     """Raise the maxima of this step. Rows count as they are touched: of all of them, by their number."""
     # Integer maxima of the bits of numbers >= 0: no order of the atomics changes them, and NaN is above all.
-    new = tl.load(t + NEW).to(tl.pointer_type(tl.int32))
+    new = tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.int32))
     inner = cols < tl.load(t + COLUMNS)
     bits = tl.where(mask, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     by_column = tl.max(bits, 0)

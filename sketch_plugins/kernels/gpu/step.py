@@ -28,6 +28,7 @@ from sketch_plugins.kernels.gpu.common import (
     OWN,
     P_STRIDE,
     PLAIN,
+    ROW,
     SECOND_A,
     STEP,
     TABLE2,
@@ -110,7 +111,8 @@ def tiles(
     """``M`` rows by ``BLOCK`` columns (``N`` is the power of two above it)."""
     pid = tl.program_id(0)
     index = find(table, count, pid)
-    t, s = table + index * FIELDS, numbers + index * NUMBERS
+    t = table + index * FIELDS
+    s = numbers + tl.load(t + ROW) * NUMBERS
     local = pid - tl.load(t + BEGIN)
     across = tl.load(t + TILES)
     tile = local % across
@@ -148,7 +150,8 @@ def buckets(
     """One bucket by ``BLOCK`` columns. ``SINGLE``: its members fit one tile of ``M`` rows, and g is read once."""
     pid = tl.program_id(0)
     index = find(table, count, pid)
-    t, s = table + index * FIELDS, numbers + index * NUMBERS
+    t = table + index * FIELDS
+    s = numbers + tl.load(t + ROW) * NUMBERS
     local = pid - tl.load(t + BEGIN)
     across = tl.load(t + TILES)
     tile, bucket = local % across, local // across

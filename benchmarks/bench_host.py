@@ -1,0 +1,172 @@
+"""Host time of one optimizer step: what Python and the dispatcher take while a GPU would wait.
+
+    python benchmarks/bench_host.py [--models bert-base,llama-1b,many] [--optimizers cs_adam,sm3] [--csv FILE]
+
+Every kernel launch is replaced by one that does nothing; everything else runs as it would on a GPU: the gradients are
+looked at, options and state are compared, tables and numbers are uploaded. The tensors have the shapes of the model
+at a small part of its width, as host time depends on their number and kind alone. Gradients have new addresses in each
+step, as a training loop's have. In the same run and in turn with each optimizer ``torch.optim.AdamW(fused=True)`` takes
+steps over as many tensors of one element. Figures are medians of the process' CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from sketch_plugins.kernels.gpu import launch
+
+import torch
+import triton
+from bench_step import SHAPES, build, hardware, shapes
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+DEFAULT = "cs_adam,cs_adam:preset=lean,cs_adam:preset=lean;lagged_rms=true,sm3,cs_adam:capturable=true"
+FIELDS = (
+    "optimizer",
+    "model",
+    "tensors",
+    "step_ms",
+    "adamw_ms",
+    "x_adamw",
+    "us_per_tensor",
+    "launches",
+    "hardware",
+    "torch",
+)
+
+
+class Free:
+    """Stands in the place of a kernel: a launch costs a call, and nothing is computed."""
+
+    count = 0
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, **constants: Any) -> None:
+        Free.count += 1
+
+
+@contextlib.contextmanager
+def free_kernels() -> Iterator[None]:
+    """Within the block no kernel of the package computes anything."""
+    saved = []
+    for module in (launch.step, launch.fold, launch.norms):
+        for name, value in list(vars(module).items()):
+            function = getattr(value, "fn", None)
+            if not name.startswith("_") and getattr(function, "__module__", "") == module.__name__:
+                saved.append((module, name, value))
+                setattr(module, name, Free())
+    try:
+        yield
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)
+
+
+def model(name: str, divisor: int) -> list[tuple[int, ...]]:
+    """The shapes of a model's tensors, each dimension a part of what it is; ``many``: 1,000 tensors."""
+    if name == "many":
+        return [(256, 64), (64,), (64, 64, 3, 3), (64,)] * 250
+    return [tuple(max(2, n // divisor) for n in shape) for shape in shapes(name)]
+
+
+def new_gradients(params: list[torch.nn.Parameter]) -> None:
+    old = [p.grad for p in params]  # kept alive until the new ones have their addresses
+    for p in params:
+        p.grad = torch.ones_like(p)
+    del old
+
+
+def host_times(
+    takes: dict[str, Callable[[], None]], before: dict[str, Callable[[], None]], steps: int
+) -> dict[str, float]:
+    """Median CPU milliseconds of each, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in takes}
+    for step in range(steps + 5):
+        for name, take in takes.items():
+            before[name]()
+            start = time.process_time()
+            take()
+            if step >= 5:
+                times[name].append(1e3 * (time.process_time() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(optimizer: str, name: str, divisor: int, steps: int, device: torch.device) -> dict[str, object]:
+    sizes = model(name, divisor)
+    params = [torch.nn.Parameter(torch.zeros(size, device=device)) for size in sizes]
+    ones = [torch.nn.Parameter(torch.zeros(1, device=device)) for _ in sizes]
+    if "fused=" not in optimizer:
+        optimizer += (";" if ":" in optimizer else ":") + "fused=true"
+    ours, adamw = build(optimizer, params), torch.optim.AdamW(ones, lr=1e-4, fused=True)
+    with free_kernels() if device.type == "cpu" else contextlib.nullcontext():
+        found = host_times(
+            {"ours": ours.step, "adamw": adamw.step},
+            {"ours": lambda: new_gradients(params), "adamw": lambda: new_gradients(ones)},
+            steps,
+        )
+        new_gradients(params)
+        Free.count = 0
+        ours.step()
+    return {
+        "optimizer": optimizer.replace(":fused=true", "").replace(";fused=true", ""),
+        "model": name, "tensors": len(sizes),
+        "step_ms": round(found["ours"], 3), "adamw_ms": round(found["adamw"], 3),
+        "x_adamw": round(found["ours"] / found["adamw"], 2),
+        "us_per_tensor": round(1e3 * found["ours"] / len(sizes), 2), "launches": Free.count,
+        "hardware": hardware(device), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", default="bert-base,llama-1b,many")
+    parser.add_argument("--optimizers", default=DEFAULT)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--divisor", type=int, default=4, help="dimensions are this part of the model's")
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    unknown = [name for name in args.models.split(",") if name not in (*SHAPES, "many")]
+    if unknown:
+        parser.error(f"unknown models: {', '.join(unknown)}; there are {', '.join((*SHAPES, 'many'))}")
+    torch.set_num_threads(1)
+    rows = []
+    cases = [(o, m) for m in args.models.split(",") for o in args.optimizers.split(",")]
+    with Progress() as progress:
+        task = progress.add_task("steps", total=len(cases))
+        for optimizer, name in cases:
+            rows.append(measure(optimizer, name, args.divisor, args.steps, torch.device("cpu")))
+            progress.advance(task)
+    table = Table(
+        title="host time of a step, kernels free",
+        caption=f"{rows[0]['hardware']}, torch {torch.__version__}, triton {triton.__version__}",
+    )
+    for field in FIELDS[:-2]:
+        table.add_column(field, justify="left" if field in ("optimizer", "model") else "right")
+    for row in rows:
+        table.add_row(*(str(row[field]) for field in FIELDS[:-2]))
+    Console().print(table)
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

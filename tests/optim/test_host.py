@@ -1,0 +1,268 @@
+"""What a remembered step costs on the host: calls for each tensor, launches, and what of it may not be trusted."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+from sketch_plugins import SM3, CSAdam
+from sketch_plugins.optim.plan import Plan, RememberedGroup
+
+# BERT's kinds of tensors, small.
+LAYER = [(96, 64), (64,), (96,), (64, 96)]
+
+
+class Free:
+    """Stands in the place of a kernel, counts its launches and computes nothing."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __getitem__(self, grid):
+        return self._launch
+
+    def _launch(self, *args, **constants):
+        self.count += 1
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Triton's path on a CPU, its kernels replaced."""
+    launch = pytest.importorskip("sketch_plugins.kernels.gpu.launch", reason="needs Triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernel = Free()
+    for module in (launch.step, launch.fold, launch.norms):
+        for name, value in list(vars(module).items()):
+            if not name.startswith("_") and getattr(getattr(value, "fn", None), "__module__", "") == module.__name__:
+                monkeypatch.setattr(module, name, kernel)
+    return kernel
+
+
+def build(cls, layers, fused, **options):
+    params = [torch.nn.Parameter(torch.ones(shape)) for _ in range(layers) for shape in LAYER]
+    return params, cls(params, lr=1e-3, fused=fused, min_compress_size=0, **options)
+
+
+def give(params):
+    old = [p.grad for p in params]  # alive until the new ones have their addresses
+    for p in params:
+        p.grad = torch.full_like(p, 0.1)
+    del old
+
+
+def calls(optimizer, params):
+    """Calls of Python and of C functions, as the interpreter reports them."""
+    give(params)
+    count = 0
+
+    def see(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(see)
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+KINDS = pytest.mark.parametrize(
+    ("cls", "options"),
+    [(CSAdam, {}), (CSAdam, {"preset": "lean", "lagged_rms": True}), (SM3, {})],
+    ids=["cs_adam", "lean", "sm3"],
+)
+
+
+@KINDS
+def test_calls_for_each_tensor_and_launches(cls, options, free):
+    counts = []
+    for layers in (10, 30):
+        params, optimizer = build(cls, layers, True, **options)
+        for _ in range(5):
+            give(params)
+            optimizer.step()
+        free.count = 0
+        counts.append(calls(optimizer, params))
+        assert 1 <= free.count <= 10
+    # Measured: 6 to 8. A step that describes its tensors makes about 600 calls for each.
+    assert (counts[1] - counts[0]) / (20 * len(LAYER)) <= 12
+    assert counts[0] <= 1500
+
+
+@KINDS
+def test_calls_for_each_tensor_on_a_cpu(cls, options):
+    pytest.importorskip("numba")
+    counts = []
+    for layers in (10, 30):
+        params, optimizer = build(cls, layers, True, **options)
+        for _ in range(5):
+            give(params)
+            optimizer.step()
+        counts.append(calls(optimizer, params))
+    assert (counts[1] - counts[0]) / (20 * len(LAYER)) <= 40
+
+
+def changed_rate(optimizer, params):
+    optimizer.param_groups[0]["weight_decay"] = 0.3
+
+
+def replaced_state(optimizer, params):
+    moments = optimizer.state[params[0]]["second_moment"]
+    moments["table"] = moments["table"] * 3
+
+
+def freed_state(optimizer, params):
+    """The new tensor may get the old one's identity and address."""
+    for p in params:
+        moments = optimizer.state[p]["second_moment"]
+        for name in list(moments):
+            value = moments[name].tolist()
+            del moments[name]
+            moments[name] = torch.tensor(value) * 2
+
+
+def moved_parameter(optimizer, params):
+    params[0].data = params[0].data.clone()
+
+
+def transposed_parameter(optimizer, params):
+    square = torch.nn.Parameter(torch.arange(16.0).view(4, 4))
+    optimizer.add_param_group({"params": [square]})
+    square.grad = torch.ones(4, 4)
+
+
+def changed_counter(optimizer, params):
+    optimizer.state[params[1]]["step"].fill_(100.0)
+
+
+def replaced_counter(optimizer, params):
+    optimizer.state[params[2]]["step"] = torch.tensor(7.0)
+
+
+def no_gradient(optimizer, params):
+    params[3].grad = None
+
+
+def transposed_gradient(optimizer, params):
+    params[0].grad = params[0].grad.t().contiguous().t()
+
+
+def negative_gradient(optimizer, params):
+    params[0].grad = torch._neg_view(params[0].grad)
+
+
+def wider_gradient(optimizer, params):
+    params[0].grad.data = params[0].grad.data.clone()[:, :64].contiguous()
+
+
+CHANGES = [
+    changed_rate, replaced_state, freed_state, moved_parameter, transposed_parameter, changed_counter,
+    replaced_counter, no_gradient, transposed_gradient, negative_gradient, wider_gradient,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("fused", [True, None], ids=["triton_interpreter", "numba"])
+def test_what_is_remembered_is_not_trusted(change, fused, monkeypatch):
+    """After any change the step is that of an optimizer which remembers nothing."""
+    pytest.importorskip("triton" if fused else "numba")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if fused else "0")
+    results = []
+    for forgets in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in [*LAYER, (300, 128)]]
+        optimizer = CSAdam(params, lr=1e-2, fused=fused, min_compress_size=0)
+        given = []
+        for step in range(8):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            given.append([p.grad for p in params])  # every gradient has an address of its own
+            if step == 5:
+                change(optimizer, params)
+            if forgets:
+                optimizer._plan = None
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="fused=True: a parameter of shape")
+                optimizer.step()
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        steps = [float(optimizer.state[p]["step"]) for p in every]
+        results.append(([p.detach().clone() for p in every], steps))
+    (ours, steps), (right, expected) = results
+    assert steps == expected
+    for a, b in zip(ours, right, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_groups_are_recalled_whole_and_no_tensor_is_kept(free):
+    params, optimizer = build(CSAdam, 4, True)
+    for _ in range(4):
+        give(params)
+        optimizer.step()
+    assert isinstance(optimizer._plan, Plan)
+    (group,) = optimizer._plan._groups.values()
+    assert isinstance(group, RememberedGroup) and len(group.tasks) == len(params)
+    state = optimizer.state[params[0]]["second_moment"].pop("table")
+    alive = [reference() is state for reference in group.alive]
+    assert sum(alive) == 1
+    del state
+    assert any(reference() is None for reference in group.alive)
+
+
+def test_a_group_that_changes_all_the_time_is_given_up(free):
+    params, optimizer = build(CSAdam, 4, True)
+    for step in range(200):
+        give(params)
+        if step % 3 == 0:
+            params[step % len(params)].grad = None
+        optimizer.step()
+    assert optimizer._plan._failed == {id(optimizer.param_groups[0]): 20}
+    assert all(float(optimizer.state[p]["step"]) < 200 for p in params)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "most"),
+    [
+        ({}, torch.float32, 14.7),
+        ({"preset": "lean", "lagged_rms": True}, torch.float32, 12.6),
+        ({}, torch.bfloat16, 8.7),
+        ({"preset": "lean", "lagged_rms": True}, torch.bfloat16, 6.6),
+    ],
+    ids=["cs_adam", "lean", "cs_adam bf16", "lean bf16"],
+)
+def test_bytes_that_a_kernel_moves(options, dtype, most, monkeypatch):
+    """Read and written for each parameter, by the elements of loads and stores. AdamW moves 28 (float32)."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="needs Triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    p = torch.nn.Parameter(torch.ones(1000, 768, dtype=dtype))
+    optimizer = CSAdam([p], lr=1e-3, fused=True, **options)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    moved = 0
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def loads(self, ptrs, mask, *rest):
+        nonlocal moved
+        out = load(self, ptrs, mask, *rest)
+        moved += int(mask.data.sum()) * out.data.dtype.itemsize
+        return out
+
+    def stores(self, ptrs, value, mask, *rest):
+        nonlocal moved
+        moved += int(mask.data.sum()) * value.data.dtype.itemsize
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", loads)
+    monkeypatch.setattr(builder, "create_masked_store", stores)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert most - 1 < moved / p.numel() <= most
