@@ -26,7 +26,7 @@ TEST_PROCESSES ?= 2
 DIST := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test compare restricted soak gpu lint format clean
+.PHONY: help demo quick test compare restricted matrix clients soak gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,15 @@ restricted: $(VENV)/.dev ## the test suite as other processors see it, and witho
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/restricted/run.py $(if $(ROWS),--rows $(ROWS)) \
 	  -- -n $(TEST_PROCESSES) $(DIST) $(TEST_ARGS)
 
+# These two make environments of their own, with any Python that has venv.
+matrix: ## the quick tests on every Python here, with the oldest and the newest versions promised: ROWS=oldest,py3.12
+	OMP_NUM_THREADS=$(TEST_THREADS) $(PYTHON) tests/matrix/run.py $(if $(ROWS),--rows $(ROWS)) \
+	  -- -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
+
+clients: ## other people's programs (TRL, PEFT, sentence-transformers, torchtune, LLaMA-Factory): ROWS=torchtune
+	OMP_NUM_THREADS=$(TEST_THREADS) TORCH="$(TORCH)" $(PYTHON) tests/clients/run.py $(if $(ROWS),--rows $(ROWS)) \
+	  -- $(TEST_ARGS)
+
 gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one, and the benchmark on both precisions
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 	if command -v compute-sanitizer >/dev/null; then \
@@ -71,7 +80,7 @@ format: $(VENV)/.dev ## let ruff fix and format the sources
 	$(BIN)/ruff format $(LINT_PATHS)
 
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) build dist demo_out bert_out accelerate_out extreme_out larger_batch_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-matrix .venv-clients build dist demo_out bert_out accelerate_out extreme_out larger_batch_out .pytest_cache .mypy_cache .ruff_cache
 	find sketch_plugins integrations examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: it is pinned here, while the package itself accepts a range.

@@ -8,15 +8,16 @@ would test nothing, and counts as failed. The table at the end has a line for ea
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rows
 
 HERE = Path(__file__).resolve().parent
 
@@ -76,50 +77,24 @@ ROWS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default=",".join(ROWS), help="names of rows, with commas between them; all of them")
-    parser.add_argument("--list", action="store_true", help="list the rows, and run nothing")
-    parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
-    arguments = parser.parse_args()
-    names = arguments.rows.split(",")
-    for name in names:
-        if name not in ROWS:
-            parser.error(f"there is no row {name!r}; the rows are {', '.join(ROWS)}")
-    if arguments.list:
-        for name in names:
-            row = ROWS[name]
-            print(f"{name:14}{row.what}: {' '.join(f'{k}={v}' for k, v in row.environment.items())}")
-        return 0
-    lines = []
-    for name in names:
-        print(f"\n==> {name}: {ROWS[name].what}", flush=True)
-        start = time.monotonic()
-        ok, said = run(ROWS[name], arguments.pytest)
-        lines.append((ok, f"{name:14} {'passed' if ok else 'FAILED'}  {time.monotonic() - start:6.0f} s  {said}"))
-    print("\n" + "\n".join(line for _, line in lines))
-    return 0 if all(ok for ok, _ in lines) else 1
+    settings = {name: " ".join(f"{k}={v}" for k, v in row.environment.items()) for name, row in ROWS.items()}
+    what = {name: f"{row.what}: {settings[name]}" for name, row in ROWS.items()}
+    return rows.main((__doc__ or "").splitlines()[0], what, run)
 
 
-def run(row: Row, pytest: list[str]) -> tuple[bool, str]:
-    """Whether the row passed, and pytest's last line, or why it was not run."""
+def run(name: str, pytest: list[str]) -> rows.Outcome:
+    row = ROWS[name]
     if row.x86 and platform.machine() not in ("x86_64", "AMD64"):
-        return True, "not run: this processor has other instruction sets"
+        return rows.Outcome(rows.NOT_RUN, "this processor has other instruction sets")
     # First on the path, before a sitecustomize that the system may have.
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, **row.environment, "PYTHONPATH": path}
+    environment = {**row.environment, "PYTHONPATH": path}
     check = f"import importlib, importlib.util, sys, torch\nsys.exit(0 if ({row.check}) else 3)"
-    checked = subprocess.run([sys.executable, "-c", check], env=environment).returncode
+    checked = subprocess.run([sys.executable, "-c", check], env={**os.environ, **environment}).returncode
     if checked:
         why = "the restriction has no effect on this machine" if checked == 3 else f"its check ended with {checked}"
-        return False, f"not run: {why}"
-    command = [sys.executable, "-m", "pytest", *pytest]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
-        last = ""
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            if re.search(r"\d+ (passed|failed|skipped|errors?)\b.* in ", line):
-                last = line.strip(" =\n")
-    return process.returncode == 0, last or f"pytest ended with {process.returncode}"
+        return rows.Outcome(rows.FAILED, f"not run: {why}")
+    return rows.run_pytest(sys.executable, pytest, environment)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""The quick tests on every Python, with the oldest and the newest versions that are promised. ``make matrix`` runs it.
+
+    python tests/matrix/run.py [--rows NAME,NAME] [--list] [-- PYTEST ARGUMENTS]
+
+Each row makes an environment in ``.venv-matrix``, which stays for the next time, installs what the tests need, and runs
+the tests that are marked ``quick``. A Python that is not on this machine is a row that is not run. Versions that cannot
+be installed are a row that failed: nobody could use what is promised. MATRIX_MINUTES limits the installation of a row.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rows
+from versions import PACKAGES, PYTHONS, TORCH, first_of
+
+
+class Row(NamedTuple):
+    python: str
+    #: Packages that are held, and pip's words for how; of the others pip takes the newest.
+    held: Mapping[str, str]
+
+
+OLDEST = {name: first_of(versions.oldest) for name, versions in PACKAGES.items()}
+ROWS = {
+    "oldest": Row(PYTHONS[0], OLDEST),
+    **{f"py{python}": Row(python, {"torch": f"=={TORCH}"}) for python in PYTHONS},
+    "newest": Row(PYTHONS[-1], {}),
+}
+
+
+def main() -> int:
+    what = {
+        name: f"Python {row.python}, {', '.join(f'{k}{v}' for k, v in row.held.items()) or 'the newest of everything'}"
+        for name, row in ROWS.items()
+    }
+    return rows.main((__doc__ or "").splitlines()[0], what, run)
+
+
+def run(name: str, pytest: list[str]) -> rows.Outcome:
+    row = ROWS[name]
+    python = rows.find_python(row.python)
+    if python is None:
+        return rows.Outcome(rows.NOT_RUN, f"Python {row.python} is neither on PATH nor among pyenv's versions")
+    folder = rows.ROOT / ".venv-matrix" / name
+    held = [f"{package}{how}" for package, how in row.held.items()]
+    try:
+        minutes = float(os.environ.get("MATRIX_MINUTES") or 60)
+        # One call, so that pip sees all that has to go together.
+        inside = rows.environment(folder, python, [[*held, "-e", ".[dev]"]], minutes)
+    except rows.CannotInstall as error:
+        return rows.Outcome(rows.FAILED, f"cannot be installed: {error}")
+    has = rows.installed(inside, tuple(PACKAGES))
+    print(has, flush=True)
+    # Another checkout on this variable would be tested in the place of this one.
+    outcome = rows.run_pytest(inside, ["-m", "quick", *pytest], {"PYTHONPATH": ""})
+    return outcome._replace(said=f"{outcome.said}; {has}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
