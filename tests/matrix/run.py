@@ -3,7 +3,7 @@
     python tests/matrix/run.py [--rows NAME,NAME] [--list] [-- PYTEST ARGUMENTS]
 
 Each row makes an environment in ``.venv-matrix``, which stays for the next time, installs what the tests need, and runs
-the tests that are marked ``quick``. A Python that is not on this machine is a row that is not run. Versions that cannot
+the tests of `tests/quick.txt`. A Python that is not on this machine is a row that is not run. Versions that cannot
 be installed are a row that failed: nobody could use what is promised. MATRIX_MINUTES limits the installation of a row.
 """
 
@@ -57,7 +57,7 @@ def run(name: str, pytest: list[str]) -> rows.Outcome:
     has = rows.installed(inside, tuple(PACKAGES))
     print(has, flush=True)
     # Another checkout on this variable would be tested in the place of this one.
-    outcome = rows.run_pytest(inside, ["-m", "quick", *pytest], {"PYTHONPATH": ""})
+    outcome = rows.run_pytest(inside, ["@tests/quick.txt", *pytest], {"PYTHONPATH": ""})
     return outcome._replace(said=f"{outcome.said}; {has}")
 
 
