@@ -376,8 +376,9 @@ def taken(backend, w):
             for _, run in backend.prepare([w]):
                 run()
         else:
-            _, run = backend.prepare_tasks([backend.task(w)], [w.numbers], [0], [w.g.data_ptr()], None)
-            run()
+            _, takes = backend.prepare_tasks([backend.task(w)], [w.numbers], [0], [w.g.data_ptr()], None)
+            for _, run in takes:
+                run()
     return [w.p, *(t for pair in (w.first, w.second) if pair for t in pair[1].values())]
 
 

@@ -319,7 +319,8 @@ def peak(optimizer_of, dtype, in_back=False):
             optimizer.step()
             optimizer.zero_grad()
 
-    step()  # allocates the state, compiles kernels
+    for _ in range(4):  # allocate the state, compile kernels, and are remembered
+        step()
     before = [p.detach().clone() for p in net.parameters()]
     meter = AllocatorMeter()
     meter.start()
