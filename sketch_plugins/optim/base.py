@@ -990,7 +990,9 @@ class SketchOptimizer(torch.optim.Optimizer):
                     continue  # a first step with lagged_rms is unlike those that follow
                 options = marks[id(new.group)]
                 # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
-                plan.learn(new.p.identity, new.p.data, new.grad.matrix.tensor, options, new.state, backend, task)
+                # With what others keep beside it; state that was made for this step is not there yet.
+                state = self._state_of(new.p) or new.state
+                plan.learn(new.p.identity, new.p.data, new.grad.matrix.tensor, options, state, backend, task)
 
         out: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
         again = not described and program is plan.programs.get((backend, only))
