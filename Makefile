@@ -26,7 +26,7 @@ TEST_PROCESSES ?= 2
 DIST := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test compare restricted matrix clients soak gpu lint format clean
+.PHONY: help demo quick test slow compare restricted matrix clients soak gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ quick: $(VENV)/.dev ## for every change: mathematics, stores, options, one proce
 
 test: $(VENV)/.dev ## run the whole test suite
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(DIST) $(TEST_ARGS)
+
+slow: $(VENV)/.dev ## the tests that start many processes, again and again (tests/slow.txt)
+	SLOW=1 OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(DIST) $(TEST_ARGS) @tests/slow.txt
 
 compare: $(VENV)/.dev ## kernels against the eager definition in 6,000 generated cases (COMPARE_CASES sets another number)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/compare/run.py $(COMPARE_ARGS)

@@ -30,11 +30,20 @@ from sketch_plugins import registry
 
 ROOT = Path(__file__).parents[1]
 LONGEST = {line: place for place, line in enumerate((ROOT / "tests" / "longest.txt").read_text().splitlines())}
+SLOW = (ROOT / "tests" / "slow.txt").read_text().splitlines()
 
 
-def pytest_collection_modifyitems(items):
-    """Files that take minutes come first: one that began last would be waited for alone, on one of the cores."""
+def pytest_collection_modifyitems(config, items):
+    """Files that take minutes come first: one that began last would be waited for alone, on one of the cores.
+
+    Those of `tests/slow.txt` are skipped unless SLOW is set (`make slow`), or they are named on the command line.
+    """
     items.sort(key=lambda item: LONGEST.get(item.path.relative_to(ROOT).as_posix(), len(LONGEST)))
+    named = [argument.partition("::")[0] for argument in config.args]
+    left_out = set() if os.environ.get("SLOW") else {path for path in SLOW if not any(n.endswith(path) for n in named)}
+    for item in items:
+        if item.path.relative_to(ROOT).as_posix() in left_out:
+            item.add_marker(pytest.mark.skip(reason="one of tests/slow.txt: make slow, or name the file"))
 
 
 @pytest.fixture(params=registry.names())

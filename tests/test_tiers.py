@@ -8,15 +8,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 QUICK = (ROOT / "tests" / "quick.txt").read_text().splitlines()
 LONGEST = (ROOT / "tests" / "longest.txt").read_text().splitlines()
+SLOW = (ROOT / "tests" / "slow.txt").read_text().splitlines()
 
 
-@pytest.mark.parametrize("line", [*QUICK, *LONGEST])
+@pytest.mark.parametrize("line", [*QUICK, *LONGEST, *SLOW])
 def test_every_listed_file_and_test_exists(line):
     """pytest ends with an error where one is missing; this test says so in the whole suite, too."""
     path, _, function = line.partition("::")
     assert (ROOT / path).is_file(), f"{path} is listed in tests/quick.txt or tests/longest.txt, and is not there"
     if function:
         assert re.search(rf"^def {function}\(", (ROOT / path).read_text(), re.MULTILINE), f"{line} is not there"
+
+
+def test_no_slow_file_is_quick():
+    assert not {line.partition("::")[0] for line in QUICK} & set(SLOW) and len(set(SLOW)) == len(SLOW)
 
 
 def test_lists_name_each_once():
