@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -50,6 +51,17 @@ def pytest_collection_modifyitems(config, items):
 def name(request):
     """Every optimizer of the registry: a new one inherits these tests."""
     return request.param
+
+
+@pytest.fixture
+def write(tmp_path):
+    """``write(name, source)``: a file in ``tmp_path``."""
+
+    def to(name, source):
+        (tmp_path / name).write_text(textwrap.dedent(source))
+        return name
+
+    return to
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch
 
 from sketch_plugins.kernels import sweeps
 from sketch_plugins.kernels.sweeps import SPAN
-from sketch_plugins.kernels.work import APPLY, FOLD, L2, MEASURE, Work, is_rows, misread
+from sketch_plugins.kernels.work import APPLY, FOLD, L2, MEASURE, Work, is_rows, misread, same_tasks
 from sketch_plugins.stores import CountMin, Cover, Dense, Int8, Store
 from sketch_plugins.stores.base import State
 
@@ -242,7 +241,7 @@ def prepare_step(
         The program, for the next step; and once, the places of the tasks (all of them) and what takes the steps.
     """
     threads = torch.get_num_threads()
-    if last is None or last.threads != threads or len(tasks) != len(last.tasks) or not all(map(is_, tasks, last.tasks)):
+    if last is None or last.threads != threads or not same_tasks(tasks, last.tasks):
         last = Program(tasks, threads)
     return last, [(range(len(tasks)), last.prepare(np.array(rows, np.float32)[which], gradients))]
 

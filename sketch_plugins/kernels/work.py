@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -106,6 +108,11 @@ def misread(w: Work) -> str | None:
     if not all(tensor.is_contiguous() and tensor.device == w.p.device for tensor in state):
         return "its state is not contiguous, or is on another device than the parameter"
     return None
+
+
+def same_tasks(tasks: Sequence[Any], last: Sequence[Any]) -> bool:
+    """Whether a program that was made for ``last`` is one for ``tasks``: the same objects in the same order."""
+    return len(tasks) == len(last) and all(map(is_, tasks, last))
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

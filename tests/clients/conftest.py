@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,14 +53,3 @@ def client(tmp_path):
         return Ran(done.returncode, done.stdout, [json.loads(line) for line in lines])
 
     return run
-
-
-@pytest.fixture
-def write(tmp_path):
-    """``write(name, source)``: a file in ``tmp_path``."""
-
-    def to(name, source):
-        (tmp_path / name).write_text(textwrap.dedent(source))
-        return name
-
-    return to

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -25,17 +24,6 @@ def run(tmp_path):
         )
 
     return start
-
-
-@pytest.fixture
-def write(tmp_path):
-    """``write(name, source)``: a file in ``tmp_path``."""
-
-    def to(name, source):
-        (tmp_path / name).write_text(textwrap.dedent(source))
-        return name
-
-    return to
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, chain
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.gpu import common, first, fold, norms, second, step
-from sketch_plugins.kernels.work import APPLY, FLOATS, FOLD, MEASURE, NUMBERS, Work, is_rows, misread
+from sketch_plugins.kernels.work import APPLY, FLOATS, FOLD, MEASURE, NUMBERS, Work, is_rows, misread, same_tasks
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8, RowCountMin
 from sketch_plugins.stores.sketch import Sketch
 
@@ -179,7 +178,7 @@ def prepare_step(
     Returns:
         The program, for the next step; and for each launch, the places of its tasks, and what takes their steps.
     """
-    if last is None or len(tasks) != len(last.tasks) or which != last.which or not all(map(is_, tasks, last.tasks)):
+    if last is None or which != last.which or not same_tasks(tasks, last.tasks):
         last = Program(tasks, which)
     return last, last.prepare(rows, gradients)
 
