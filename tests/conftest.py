@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .interpreter import patch_once
+
 # Triton decides when it is imported whether kernels are interpreted, and other libraries import it. Without a GPU they
 # are here; tests that compile them do so in a process of their own.
 if not torch.cuda.is_available():
@@ -23,6 +25,7 @@ if not torch.cuda.is_available():
         warnings.simplefilter("ignore")
         try:
             importlib.import_module("sketch_plugins.kernels.gpu.launch")
+            patch_once(importlib.import_module("triton.runtime.interpreter"))
         except ImportError:  # no Triton on this platform
             pass
     del os.environ["TRITON_INTERPRET"]  # or fused=True on a CPU would mean the interpreter everywhere
@@ -182,6 +185,14 @@ def garbage_of_this_file_only(frozen_objects_thaw):
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_is_left():
+    """Lightning and accelerate leave theirs when they have trained: the next file makes its own, or is no rank."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 #: What frameworks put into the environment of a process that they take for one of several.
