@@ -17,8 +17,8 @@ from torch import Tensor
 from sketch_plugins import registry
 from sketch_plugins.memory.plan_trace import CUDA_BLOCK, Recorder, Subject, without_collector
 from sketch_plugins.optim import SketchOptimizer, Sketchy
-from sketch_plugins.optim.base import ACCELERATOR_CHUNK, CPU_CHUNK
 from sketch_plugins.optim.fused import CPU_MIN_SIZE
+from sketch_plugins.optim.gradients import ACCELERATOR_CHUNK, CPU_CHUNK
 from sketch_plugins.sharding.parts import PLACE, Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sketch_plugins.optim.adam import _ADAFACTOR_DEVICES, _SECOND, _SHARED, PAPER_SKETCH
-from sketch_plugins.optim.base import Denominator, Rule, SketchOptimizer
+from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.options import COMMON, DECOUPLED, SECOND_MOMENT, TORCHS, NoEffect, Option, rate
+from sketch_plugins.optim.rule import Denominator, Rule
 from sketch_plugins.stores import Ema, Store
 
 

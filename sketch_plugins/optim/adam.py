@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sketch_plugins.optim.base import Denominator, Rule, SketchOptimizer
+from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.options import (
     COMMON,
     DECOUPLES,
@@ -19,6 +19,7 @@ from sketch_plugins.optim.options import (
     no_effect,
     rate,
 )
+from sketch_plugins.optim.rule import Denominator, Rule
 from sketch_plugins.stores import Ema
 
 _SHARED = {

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sketch_plugins.optim.base import SCALE_FLOOR, SketchOptimizer
+from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.checks import STATES
 from sketch_plugins.optim.options import COMMON
+from sketch_plugins.optim.rule import SCALE_FLOOR
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.blocks import matrix_shape

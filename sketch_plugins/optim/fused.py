@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from torch import Tensor
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.work import NUMBERS, Work
 from sketch_plugins.notices import warn
+from sketch_plugins.optim.rule import Rule
 from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.stores import Gradient, Store
-
-if TYPE_CHECKING:
-    from sketch_plugins.optim.base import Rule
 
 # On a CPU, and unless told otherwise, an optimizer of nothing but smaller tensors takes the eager path.
 CPU_MIN_SIZE = 1 << 15

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sketch_plugins.optim.adam import _FIRST, _SHARED, PAPER_SKETCH
-from sketch_plugins.optim.base import Rule, SketchOptimizer
+from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.options import COMMON, DECOUPLED, FIRST_MOMENT, TORCHS, NoEffect, Option, no_effect, rate
+from sketch_plugins.optim.rule import Rule
 from sketch_plugins.stores import Ema
 
 _SHARED_FIRST = {k: v for k, v in _SHARED.items() if not k.startswith("clean_")}

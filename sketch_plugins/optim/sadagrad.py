@@ -10,9 +10,11 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.kronecker import Kronecker
-from sketch_plugins.optim.base import Further, Members, Rule, SketchOptimizer
+from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.options import COMMON, Option, rate
+from sketch_plugins.optim.rule import Further, Rule
 from sketch_plugins.optim.sketchy import check_finite, take, warn_of
+from sketch_plugins.optim.taking import Members
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Part, Shaped
 from sketch_plugins.stores import Gradient, Store

@@ -16,18 +16,8 @@ from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
 from sketch_plugins.linalg.kronecker import Due, Kronecker, cut, merged, solve
 from sketch_plugins.notices import warn
 from sketch_plugins.optim.adam import _SHARED
-from sketch_plugins.optim.base import (
-    SCALE_FLOOR,
-    Denominator,
-    Factors,
-    Further,
-    Members,
-    Pending,
-    Rule,
-    SketchOptimizer,
-    number,
-    write_tile,
-)
+from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.optim.eager import Factors, number, write_tile
 from sketch_plugins.optim.options import (
     COMMON,
     DECOUPLES,
@@ -39,6 +29,9 @@ from sketch_plugins.optim.options import (
     no_effect,
     rate,
 )
+from sketch_plugins.optim.resolved import Pending
+from sketch_plugins.optim.rule import SCALE_FLOOR, Denominator, Further, Rule
+from sketch_plugins.optim.taking import Members
 from sketch_plugins.sharding.blocks import Matrix, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy

@@ -22,7 +22,7 @@ from collections import Counter
 import torch
 
 from sketch_plugins import registry
-from sketch_plugins.optim import base
+from sketch_plugins.optim import resolved
 from sketch_plugins.optim.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -76,7 +76,7 @@ if HAS_TRITON:
 @contextlib.contextmanager
 def counted(taken):
     """Count in ``taken`` the steps of single parameters that kernels take."""
-    choose, recall = base.choose, Plan.recall
+    choose, recall = resolved.choose, Plan.recall
 
     def choosing(*args, **kwargs):
         out = choose(*args, **kwargs)
@@ -89,11 +89,11 @@ def counted(taken):
             taken["kernel"] += 1
         return out
 
-    base.choose, Plan.recall = choosing, recalling
+    resolved.choose, Plan.recall = choosing, recalling
     try:
         yield
     finally:
-        base.choose, Plan.recall = choose, recall
+        resolved.choose, Plan.recall = choose, recall
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------

@@ -604,9 +604,9 @@ def test_numbers_that_live_on_a_device_are_not_looked_at(kernels, cls, options, 
     if "numba" in request.node.name:
         pytest.skip("on a CPU there is nothing to wait for")
     from sketch_plugins.kernels.gpu import launch
-    from sketch_plugins.optim import base
+    from sketch_plugins.optim import taking
 
-    plain = base.vector
+    plain = taking.vector
     options = {"shapes": [(24, 33), (50, 4, 3)], "gradients": touch(True) if sparse else None, **options}
     expected, _ = train(cls, kernels, True, **options)
 
@@ -617,7 +617,7 @@ def test_numbers_that_live_on_a_device_are_not_looked_at(kernels, cls, options, 
 
         return vector
 
-    monkeypatch.setattr(base, "vector", placed(torch.Tensor))
+    monkeypatch.setattr(taking, "vector", placed(torch.Tensor))
     ours, _ = train(cls, kernels, True, **options)
     assert all(map(torch.equal, ours, expected))
 
@@ -632,7 +632,7 @@ def test_numbers_that_live_on_a_device_are_not_looked_at(kernels, cls, options, 
         (launch.fold, "row_means"), (launch.norms, "step_sizes"), (launch.norms, "recall"), (launch.norms, "keep"),
     ]:  # fmt: skip
         monkeypatch.setattr(module, name, Nothing())
-    monkeypatch.setattr(base, "vector", placed(Unread))
+    monkeypatch.setattr(taking, "vector", placed(Unread))
     with pytest.raises(AssertionError, match="tolist of a number"):
         placed(Unread)({}, kernels)[0].tolist()
     train(cls, kernels, True, **options)

@@ -16,7 +16,7 @@ from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.kernels import cpu
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.optim import base, fused, plan, sketchy
+from sketch_plugins.optim import eager, fused, gradients, plan, resolved, sketchy, taking
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.sharding import parts
 from sketch_plugins.stores import CountMin, Int8
@@ -74,10 +74,10 @@ class Injected(Exception):
 
 #: (where, name) of what a step calls before its first write: resolution, memory, compilation, threads, checks.
 BEFORE = [
-    (base, "choose"),
-    (base, "numbers"),
-    (base, "vector"),
-    (base, "check_writable"),
+    (resolved, "choose"),
+    (taking, "numbers"),
+    (taking, "vector"),
+    (gradients, "check_writable"),
     (fused, "describe"),
     (fused, "backend"),
     (stores.Store, "allocate"),
@@ -105,10 +105,10 @@ BEFORE = [
 ]
 #: And in the middle of one, where each parameter has taken its step or not.
 WITHIN = [
-    (base, "numerator_of"),
-    (base, "update"),
-    (base, "number"),
-    (base, "write_tile"),
+    (eager, "numerator_of"),
+    (eager, "update"),
+    (eager, "number"),
+    (eager, "write_tile"),
     (SketchOptimizer, "_eager"),
     (SketchOptimizer, "_clean"),
     (Sketchy, "_gather"),

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from sketch_plugins import CSAdam, MemSGD, Sketchy, convert_state, registry, state_report
 from sketch_plugins.checkpoints.report import contents
 from sketch_plugins.memory.probe import SecondMomentProbe
-from sketch_plugins.optim import base
+from sketch_plugins.optim import resolved
 
 from .conftest import parameters, train
 
@@ -78,7 +78,7 @@ def test_kernels_remember_a_parameter_beside_them(monkeypatch):
     wrap(optimizer, params)
     train(optimizer, params, 1)
     described = []
-    monkeypatch.setattr(base, "choose", lambda *arguments: described.append(arguments))
+    monkeypatch.setattr(resolved, "choose", lambda *arguments: described.append(arguments))
     train(optimizer, params, 1)
     assert not described and optimizer.state[params[0]]["step"] == 3
 

@@ -1,0 +1,181 @@
+"""The eager step, which defines what the kernels compute: a parameter after the other, in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import scratch
+from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, round_to_bf16, update
+from sketch_plugins.optim.rule import SCALE_FLOOR, Rule
+from sketch_plugins.sharding.blocks import At, Matrix, Rows, tiles
+from sketch_plugins.sharding.parts import (
+    Part,
+)
+from sketch_plugins.stores import Gradient, Store
+
+
+class Factors:
+    """``step_size / denominator`` of each tile; consecutive tiles over the same buckets share one."""
+
+    def __init__(
+        self,
+        second: Store | None,
+        rule: Rule,
+        state: Mapping[str, Any],
+        period: int,
+        step_size: float | Tensor = 1.0,
+        peek: bool = False,
+        slot: str = "factor",
+    ) -> None:
+        self.second, self.rule, self.state, self.period, self.slot = second, rule, state, period, slot
+        self.step_size, self.peek = step_size, peek
+        self._factor: Tensor | None = None
+        self._place: tuple[int, int, int] | None = None
+
+    def get(self, at: At, g: Tensor) -> Tensor:
+        """For one tile; the second moment is read, and written where its store has cells of its own."""
+        assert self.second is not None and self.rule.second is not None and self.rule.denominator is not None
+        place = None
+        if self.second.by_bucket and self.period and not isinstance(at, Rows):
+            place = (self.second.bucket_of(at), at.rows, at.lo)
+        if self._factor is None or place is None or place != self._place:
+            look = self.second.peek if self.peek else self.second.advance
+            v = look(self.state["second_moment"], at, g, self.rule.second)
+            if self.rule.floor:
+                root = torch.add(v, self.rule.floor, **scratch.out(self.slot, v)).sqrt_()
+            else:
+                root = torch.sqrt(v, **scratch.out(self.slot, v))
+            self._factor, self._place = self.rule.denominator.of(root).reciprocal_(), place
+            if isinstance(self.step_size, Tensor) or self.step_size != 1.0:
+                self._factor.mul_(self.step_size)
+        return self._factor
+
+
+def take(
+    p: Part,
+    grad: Gradient,
+    rule: Rule,
+    state: Mapping[str, Any],
+    named: Mapping[str, Store],
+    group: Mapping[str, Any],
+) -> None:
+    """Write the moments that are written before they are read, then take the step in tiles."""
+    first, second = named.get("first_moment"), named.get("second_moment")
+    for name, store in named.items():
+        ema = rule.first if name == "first_moment" else rule.second
+        if store.write_first and ema is not None:
+            store.write(state[name], grad, ema)
+    apply(grad.like(p.data), grad, rule, state, first, second, group)
+
+
+def apply(
+    p: Matrix,
+    grad: Gradient,
+    rule: Rule,
+    state: Mapping[str, Any],
+    first: Store | None,
+    second: Store | None,
+    group: Mapping[str, Any],
+) -> None:
+    """Change the parameter and its state, a tile after the other."""
+    period = max((s.period(p.shape[0]) for s in (first, second) if s is not None), default=0)
+    align = max((s.align for s in (first, second) if s is not None), default=1)
+    step_size: float | Tensor = rule.step_size * rule.correction
+    # What the tiles' factors hold: without a first moment the order of the two makes no difference.
+    before = rule.precondition_first and first is not None
+    inner_scale: float | Tensor = 1.0
+    lagged = group.get("lagged_rms", False)
+    # A first step has nothing to go by, and touched rows are others in every step.
+    once = lagged and grad.rows is None and int(state["step"]) > 1
+    looks = Factors(second, rule, state, period, peek=True, slot="peeked factor" if once else "factor")
+
+    # Of touched rows only, where they are given.
+    count = (grad.shape[0] if grad.rows is None else len(grad.rows)) * grad.shape[1]
+
+    def size_of_update(at: At, g: Tensor) -> Tensor:
+        m = None
+        if first and rule.first and not before:
+            m = first.peek(state["first_moment"], at, g, rule.first)
+        numerator = numerator_of(g, m, rule.lookahead)
+        return root_mean_square(numerator, looks.get(at, g) if rule.denominator else None, count, grad.run)
+
+    updates: list[Tensor] = []
+    sizes: list[Tensor] = []
+    rms: Any
+    size: Any
+    rms, size = state["rms"]["last"].unbind() if once else (None, None)
+    if not once and (lagged or group.get("scale_parameter")):
+        sizes = [root_mean_square(p.get(at).to(grad.dtype), None, count) for at in grad.batches()]
+        size = joined(sizes)
+    if not once and (lagged or group.get("update_clip")):
+        updates = [size_of_update(at, grad.get(at)) for at in grad.batches(period, align)]
+        rms = joined(updates) * rule.correction
+    if group.get("scale_parameter"):
+        step_size = size.clamp(min=SCALE_FLOOR) * step_size
+    if group.get("update_clip"):
+        clip = (rms / group["update_clip"]).clamp_(min=1.0)
+        if before:
+            inner_scale = clip.reciprocal_()
+        else:
+            step_size = step_size / clip
+    keep = None
+    if isinstance(rule.decay, Tensor) or rule.decay != 0:
+        keep = number(1.0 - rule.decay, grad)
+    ema = rule.first and rule.first._replace(step=0)  # a step number would be compiled anew every step
+    working = dict(state)
+    if second and not second.write_first:
+        working["second_moment"] = second.begin(state["second_moment"], grad)
+    factors = Factors(second, rule, working, period, step_size=inner_scale if before else step_size)
+    factor = number(step_size, grad)
+    run = grad.run(update)
+    for at in grad.batches(period, align):
+        g = grad.get(at)
+        slices = first.slices(state["first_moment"], at, rule.first.step) if first and rule.first else {}
+        part, in_place = p.get(at), p.views(at) and p.dtype == grad.dtype
+        if not in_place:
+            part = scratch.cast("parameter", part, grad.dtype)
+        if once:
+            updates.append(size_of_update(at, g))
+            sizes.append(root_mean_square(part, None, count))
+        scaled = factors.get(at, g) if rule.denominator else factor
+        if first:
+            scaled = first.view(scaled) if scaled.ndim else scaled
+            scaled, inner = (factor, scaled) if before else (scaled, None)
+            run(first.view(part), first.view(g), slices, scaled, keep, first, ema, rule.lookahead, inner)
+        else:
+            run(part, g, slices, scaled, keep, None, None, None)
+        if first and slices:
+            first.keep(state["first_moment"], at, slices)
+        if not in_place:
+            write_tile(p, at, part, group, state)
+    if second and not second.write_first:
+        second.finish(state["second_moment"], working["second_moment"], grad)
+    if lagged:
+        torch.stack([joined(updates) * rule.correction, joined(sizes)], out=state["rms"]["last"])
+
+
+def number(value: float | Tensor, grad: Gradient) -> Tensor:
+    """0-d, in the arithmetic dtype and on the device of a gradient.
+
+    A Python number is filled in, not copied: a device would have to be waited for.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device=grad.device, dtype=grad.dtype)
+    return torch.full((), float(value), dtype=grad.dtype, device=grad.device)
+
+
+def write_tile(p: Matrix, at: At, part: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write a tile of the new parameter, ``part`` in the arithmetic dtype, rounded as the group asks for."""
+    if group["stochastic_rounding"] and p.dtype == torch.bfloat16:
+        part = round_to_bf16(part, at, p.shape[1], group["seed"], int(state["step"]))
+    p.put(at, part)
+
+
+def rms_of(p: Matrix, grad: Gradient) -> Tensor:
+    """Of a whole parameter, whichever rows have a gradient."""
+    count = grad.shape[0] * grad.shape[1]
+    return joined([root_mean_square(p.get(at).to(grad.dtype), None, count) for at in tiles(*grad.shape, grad.chunk)])

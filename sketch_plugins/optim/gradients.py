@@ -1,0 +1,172 @@
+"""A gradient, looked at before anything changes: what cannot be used is refused, by the parameter's name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.optim.checks import (
+    is_fake,
+)
+from sketch_plugins.optim.fused import backend as fused_backend
+from sketch_plugins.optim.fused import describe
+from sketch_plugins.optim.groups import refuse_fsdp1
+from sketch_plugins.optim.layout import arithmetic, is_exact
+from sketch_plugins.optim.rule import Rule
+from sketch_plugins.optim.state_dicts import StateDicts
+from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
+from sketch_plugins.sharding.parts import (
+    Part,
+    Shaped,
+    check_writable,
+    is_freed,
+)
+from sketch_plugins.stores import CountSketch, Gradient
+
+# Elements of a tile: large enough to hide the calls, small enough for a CPU's cache (measured, docs/architecture.md).
+CPU_CHUNK, COMPILED_CHUNK, ACCELERATOR_CHUNK = 1 << 20, 1 << 22, 1 << 24
+
+# "auto" takes the row-sparse path in steps where at most this fraction of the rows has a gradient.
+AUTO_DENSITY = 0.5
+
+
+class Gradients(StateDicts):
+    """From the gradient of a part to the `Gradient` that stores and kernels read."""
+
+    # Whether somebody answers for the numbers of fake tensors, as `sketch_plugins.plan` does for its own steps.
+    _numbers_are_answered = False
+
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
+        """The update in this step: a number, or with ``capturable`` a tensor with the steps of several parameters."""
+        raise NotImplementedError
+
+    def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
+        """The option ``row_sparse``, as far as it goes for this parameter: False, True or ``"auto"``."""
+        return group["row_sparse"]
+
+    def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
+        assert g is not None
+        label = self._label(group, p)
+        if is_freed(p.data) or is_freed(g):
+            which = "the parameter" if is_freed(p.data) else "its gradient"
+            raise ValueError(
+                f"{label}: {which} has lost its memory (its storage has 0 bytes), as FSDP does between the uses of a "
+                "parameter. Take the step when it is there again"
+            )
+        if not g.is_floating_point():
+            kind = "complex" if g.is_complex() else "not of floating point numbers"
+            raise ValueError(
+                f"{label} has a gradient that is {kind} ({g.dtype}); allowed are gradients of a floating point dtype"
+            )
+        check_writable(p.data, label)
+        refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
+        if not self._numbers_are_answered:
+            _refuse_fake(p.data, g, label)
+        rows, packed, values, batch = None, False, g, self._batch(p, group)
+        if g.layout == torch.sparse_coo:
+            if g.sparse_dim() != 1 or p.ndim < 1:
+                raise ValueError(
+                    f"{label} has a sparse gradient with {g.sparse_dim()} sparse dimensions; only row-sparse "
+                    "gradients (1 sparse dimension, as from nn.Embedding(sparse=True)) are supported"
+                )
+            g = g.coalesce()
+            rows, packed, values = g.indices()[0], True, g.values()
+            if batch:  # a touched matrix has touched rows
+                height = math.prod(p.shape[1 : batch + 1])
+                rows = (rows.unsqueeze(-1) * height + torch.arange(height, device=rows.device)).flatten()
+        elif g.layout != torch.strided:
+            raise ValueError(f"{label} has a gradient of layout {g.layout}; allowed are strided and sparse_coo")
+        shape, dtype = matrix_shape(p.shape, batch), arithmetic(p)
+        state = self._state_of(p)
+        if state:
+            self._check_state(p, group, state, label, "present")
+        chunk = group["chunk_size"] or (CPU_CHUNK if p.device.type == "cpu" else ACCELERATOR_CHUNK)
+        l2 = (Matrix(p.data, batch), group["weight_decay"]) if self._couples(group) else None
+        # Vectors and small tensors cost calls, not arithmetic: compiled, they would only cost more. Ragged blocks fuse
+        # badly.
+        ragged = shape[1] > group.get("block_size", 1) and shape[1] % group.get("block_size", 1) != 0
+        compile = group["compile"] and g.layout == torch.strided and not is_exact(p, group) and not ragged
+        if compile and not group["chunk_size"]:
+            chunk = COMPILED_CHUNK
+        matrices = math.prod(p.shape[:batch])
+        grad = Gradient(
+            Matrix(values, batch), rows, dtype, chunk, shape, packed, group["maximize"], l2, compile, matrices
+        )
+        row_sparse = False if rows is not None or p.ndim < 2 else self._row_sparse(p, group)
+        if row_sparse is not False:
+            touched = _touched_rows(grad)
+            if row_sparse is True or len(touched) <= AUTO_DENSITY * shape[0]:
+                grad.rows, grad.compile = touched, False
+        first = self._stores(p, group)[0]
+        if group["fused"] and not group["compile"]:
+            fused_backend(p.device, True)  # a loaded group, or a model that was moved: there may be no kernels here
+        if group["capturable"]:
+            self._check_capturable(p, group, grad, label)
+        if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:
+            raise ValueError(
+                f"{label} has a dense gradient, and first_moment='count_sketch' of a dense gradient does not train: "
+                "the rows that share a bucket are as large as the row itself (measured: divergence at depth 1, far "
+                "behind at depth 3). Use first_moment='int8', 'bf16', 'fp32' or 'none' for this parameter; or row-"
+                "sparse gradients (nn.Embedding(sparse=True), row_sparse='auto'); or allow_dense_count_sketch=True "
+                "to insist"
+            )
+        return grad
+
+    def _couples(self, group: Mapping[str, Any]) -> bool:
+        return group.get("decoupled_weight_decay", True) is False and group["weight_decay"] != 0
+
+    def _check_capture(self) -> None:
+        """Raise ValueError within the capture of a graph, unless every group is made for that."""
+        for number, group in enumerate(self.param_groups):
+            if not group["capturable"]:
+                raise ValueError(
+                    f"step() of {type(self).__name__} is being captured in a CUDA graph, and group {number} has "
+                    "capturable=False: replays would repeat the numbers of this step (its learning rate and bias "
+                    "correction). Build the optimizer with capturable=True, or leave the step out of the capture"
+                )
+
+    def _check_capturable(self, p: Part, group: Mapping[str, Any], grad: Gradient, label: str) -> None:
+        if grad.rows is not None:
+            raise ValueError(f"{label} has a row-sparse gradient, whose rows a captured step cannot know")
+        if group.get("lagged_rms") and not self._state_of(p) and is_capturing(p.device):
+            raise ValueError(
+                f"{label} has no state yet, and its first step with lagged_rms=True is unlike those that a graph would "
+                "replay: it measures before it steps. Take one step (or load a state) before the capture"
+            )
+        stores = self._stores(p, group)
+        named: dict[str, Any] = {
+            n: {} for n, s in zip(("first_moment", "second_moment"), stores, strict=True) if s is not None
+        }
+        task = describe(p.data, group, grad, self._rule(group, 1, False), stores, self._state_of(p) or named)
+        backend = fused_backend(p.device, group["fused"])
+        why = backend.unsupported(task) if backend and task else "a layout or a dtype that no kernel takes"
+        if why is not None:
+            raise ValueError(f"{label} cannot be captured: {why}")
+
+
+def _refuse_fake(p: Tensor, g: Tensor, label: str) -> None:
+    if is_fake(p) or is_fake(g):
+        raise ValueError(
+            f"{label} or its gradient is a fake tensor (FakeTensorMode), which has no numbers, and a step reads some. "
+            "What a step takes in memory is found out without numbers by sketch_plugins.plan (sketch-plugins plan)"
+        )
+
+
+def _touched_rows(grad: Gradient) -> Tensor:
+    """Rows with an element that is not zero (NaN is not), ascending."""
+    touched = torch.zeros(grad.shape[0], 1, dtype=torch.bool, device=grad.device)
+    l2, grad.l2 = grad.l2, None
+    for at in grad.batches():
+        assert not isinstance(at, Rows)
+        at.get(touched, 0, 1).logical_or_((grad.get(at) != 0).any(-1, keepdim=True))
+    grad.l2 = l2
+    return touched.squeeze(-1).nonzero().squeeze(-1)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,254 @@
+"""Parameter groups: values of options, what may change between steps, and how messages name a parameter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.optim.fused import backend as fused_backend
+from sketch_plugins.optim.options import NoEffect, Option
+from sketch_plugins.optim.written import MARK, renew, written_with
+from sketch_plugins.sharding.names import names_of
+from sketch_plugins.sharding.parts import (
+    Part,
+    Parts,
+    is_dtensor,
+    is_ours,
+)
+from sketch_plugins.sharding.pieces import is_lazy
+
+# In the place of an option that a group does not have.
+NO_OPTION = object()
+
+# Options that torch's optimizers have, too: nobody means something else by them.
+COMMON_NAMES = frozenset({
+    "lr", "betas", "eps", "weight_decay", "maximize", "momentum", "nesterov", "fused", "capturable", "lr_decay",
+    "initial_accumulator_value",
+})  # fmt: skip
+
+OWN_KEY = "A key of your own in a parameter group needs another name"
+
+
+class Groups(torch.optim.Optimizer):
+    """Options of every parameter group, validated when it is added and again when somebody has changed one."""
+
+    OPTIONS: ClassVar[dict[str, Option]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Arguments of torch's optimizers that are accepted where they change nothing; they are no options.
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {}
+    #: A framework's settings for Adam (betas, epsilon) mean the same here, defaults included.
+    ADAM_SETTINGS: ClassVar[bool] = True
+    #: Keys of a parameter group that are no options of this optimizer, but have a value that is read here.
+    FIXED: ClassVar[dict[str, Any]] = {}
+    _parts_of: Parts | None = None
+
+    @classmethod
+    def _preset(cls, name: str) -> dict[str, Any]:
+        if name not in cls.PRESETS:
+            raise ValueError(f"preset={name!r} is not one of {', '.join(map(repr, cls.PRESETS))} ({cls.__name__})")
+        return cls.PRESETS[name]
+
+    @classmethod
+    def _arguments(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the local variables of a constructor those that are options, or are accepted without effect."""
+        return {name: value for name, value in given.items() if name in cls.OPTIONS or name in cls.NO_EFFECT}
+
+    @classmethod
+    def _accept_without_effect(cls, given: Mapping[str, Any]) -> None:
+        for name, argument in cls.NO_EFFECT.items():
+            if name in given:
+                argument.accept(given[name], cls.__name__)
+
+    @classmethod
+    def _group_value(cls, name: str, value: Any) -> Any:
+        """The value of an option in a parameter group, where users have keys of their own, too."""
+        try:
+            return cls.OPTIONS[name].validate(value)
+        except ValueError as error:
+            if name in COMMON_NAMES:
+                raise
+            raise ValueError(f"{error}. {name!r} is an option of {cls.__name__}. {OWN_KEY}") from None
+
+    @classmethod
+    def _group_preset(cls, name: str) -> dict[str, Any]:
+        """What a preset means in a group: every option that any preset sets; the others stay the constructor's."""
+        base, *others = (cls._preset(n) for n in cls.PRESETS)
+        return {key: base[key] for preset in others for key in preset if key in base} | {
+            key: value for key, value in cls._preset(name).items() if name != next(iter(cls.PRESETS))
+        }
+
+    def _check_options(
+        self, seen: dict[int, tuple[Any, dict[str, Any]]], number: int, group: Mapping[str, Any]
+    ) -> None:
+        """Whoever changes a group between steps is told at once; only what is new is looked at."""
+        # Not by number: DeepSpeed takes the steps of its groups one by one, each as the optimizer's only group.
+        known, last = seen.get(id(group), (None, {}))
+        last = last if known is group else {}
+        if last and self._only_the_rate_changed(group, last):
+            self._accept_without_effect(group)
+            return
+        now = {}
+        changed, missing = not last, None
+        for name, option in self.OPTIONS.items():
+            if name not in group:
+                # Groups of old pickles lack what is younger than they, and so do their defaults.
+                missing = name if missing is None and name in self.defaults else missing
+                continue
+            value = now[name] = group[name]
+            if name in last:
+                before = last[name]
+                if isinstance(value, Tensor):
+                    # It may have been changed in place; reading it where it is on a device would wait for that.
+                    if value is before and value.device.type != "cpu":
+                        continue
+                elif value is before or (type(value) is type(before) and value == before):
+                    continue
+            self._group_value(name, value)
+            changed = changed or option.structural
+        self._accept_without_effect(group)
+        if changed or now.keys() != last.keys():
+            self._check_structure(number, group)
+        if missing is not None:
+            raise ValueError(
+                f"{missing} of group {number} is missing: somebody has taken the key out of the group, and no step can "
+                f"be taken without it. Put it back: param_groups[{number}][{missing!r}] = "
+                f"{self.defaults[missing]!r} is what the optimizer was built with"
+            )
+        if last and any(last.get(name) is not now.get(name) for name in ("fused", "compile", "capturable")):
+            for index, p in enumerate(group["params"]):
+                self._check_kernels(p, group, partial(self._label, group, index))
+        seen[id(group)] = group, now
+
+    def _only_the_rate_changed(self, group: Mapping[str, Any], last: dict[str, Any]) -> bool:
+        """Whether everything else is the same object as in the last step: so it is in nearly all of them."""
+        new = [
+            name for name in self.OPTIONS
+            if (value := group.get(name, NO_OPTION)) is not last.get(name, NO_OPTION) or isinstance(value, Tensor)
+        ]  # fmt: skip
+        if not new:
+            return True
+        if new != ["lr"] or type(group["lr"]) is not float or "lr" not in last:
+            return False
+        self._group_value("lr", group["lr"])
+        last["lr"] = group["lr"]
+        return True
+
+    def _check_structure(self, number: int, group: Mapping[str, Any]) -> None:
+        """Refuse options that describe another state than the one that the group's parameters have."""
+        assert isinstance(group, dict)
+        if MARK not in group or not any(self._has_state(p) for p in group["params"]):
+            renew(type(self).__name__, self.OPTIONS, group)
+            return
+        for name, before in written_with(group).items():
+            if name not in self.OPTIONS:
+                continue
+            if name not in group:
+                raise ValueError(
+                    f"{name} of group {number} was {before!r} and is missing: its parameters have state, which cannot "
+                    "be used without it"
+                )
+            if self.OPTIONS[name].validate(group[name]) != before:
+                raise ValueError(
+                    f"{name} of group {number} was {before!r} and is {group[name]!r}: its parameters have state, and "
+                    f"the group's options describe another state. Set it back, or build a new optimizer. {OWN_KEY}"
+                )
+
+    def _has_state(self, owner: Tensor) -> bool:
+        """Whether a tensor in a parameter group has state of ours."""
+        return any(map(is_ours, self.state.get(owner, ())))
+
+    def _label(self, group: Mapping[str, Any], p: int | Part) -> str:
+        """How messages name a parameter, by its number in the group, or a part of one."""
+        names = names_of(group)
+        part, index = (p, p.index) if isinstance(p, Part) else (None, p)
+        if part is not None and part.key is not None:
+            return f"parameter {part.name!r} of shape {part.whole} (its part {tuple(part.shape)} on this rank)"
+        if part is None:
+            owner = group["params"][index]
+            said = "not known yet" if is_lazy(owner) else str(tuple(owner.shape))
+        else:
+            said = str(part.whole)
+        at = next((i for i, other in enumerate(self.param_groups) if other is group), len(self.param_groups))
+        name = names[index] if index < len(names) else None
+        label = f"parameter {index} of group {at}," if name is None else f"parameter {name!r}"
+        label += f" of shape {said}"
+        if part is not None and part.piece is not None and not part.piece.complete:
+            label += f" (its part {tuple(part.shape)} on this rank)"
+        return label if name is not None else label + ","
+
+    def _check_kernels(self, p: Tensor, group: Mapping[str, Any], label: Callable[[], str]) -> None:
+        """Raise ValueError where the options ask for kernels that are not there."""
+        if group["fused"] and group["compile"]:
+            raise ValueError("fused=True and compile=True are two ways to speed up a step: give one")
+        backend = fused_backend(p.device, group["fused"])
+        if group["capturable"]:
+            if backend is None or backend.name != "triton":
+                raise ValueError(
+                    f"capturable=True needs the Triton kernels, which {label()} on {p.device} with "
+                    f"fused={group['fused']!r} does not use: move it to a CUDA device before building the optimizer"
+                )
+            if group.get("clean_every"):
+                raise ValueError(
+                    f"capturable=True and clean_every={group['clean_every']}: a captured step is the same every time; "
+                    "clean_every must be 0"
+                )
+
+    @property
+    def _parts(self) -> Parts:
+        if self._parts_of is None:
+            self._parts_of = Parts()
+        return self._parts_of
+
+
+def one_of_width_and_compression(given: Mapping[str, Any]) -> None:
+    """Raise ValueError where both are given."""
+    if given.get("width") and given.get("compression") is not None:
+        raise ValueError(
+            f"width={given['width']!r} and compression={given['compression']!r} both set the buckets: give one"
+        )
+
+
+def check_parameter(p: Any, label: Callable[[], str], kind: str) -> None:
+    """Raise ValueError where an optimizer of this kind cannot take a parameter, whatever its gradient will be."""
+    if is_dtensor(p):
+        odd = [str(one) for one in p.placements if one.is_partial()]
+        if odd:
+            raise ValueError(
+                f"{label()} is a DTensor placed {', '.join(odd)}; {kind} takes Shard and Replicate: redistribute it"
+            )
+    refuse_fsdp1(p, label, kind)
+    if p.is_complex():
+        raise ValueError(
+            f"{label()} is complex ({p.dtype}); {kind} takes real parameters: pass torch.view_as_real of it"
+        )
+    if not p.is_floating_point():
+        raise ValueError(f"{label()} has dtype {p.dtype}; {kind} takes floating point parameters")
+    if p.layout != torch.strided:
+        raise ValueError(f"{label()} has layout {p.layout}; {kind} takes strided parameters")
+
+
+def refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
+    """Raise ValueError for a piece of a flat parameter of FSDP1."""
+    # Also with use_orig_params=True: the tensors are then the model's own, with a piece of one dimension in each.
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{label()} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the "
+            "shapes in it. Use FSDP2, torch.distributed.fsdp.fully_shard"
+        )
+
+
+def check_compiler() -> None:
+    """Raise ValueError where ``compile=True`` would find no C++ compiler."""
+    # Before the first step, which would otherwise fail half-way with a page of torch's internals.
+    wanted = os.environ.get("CXX", "g++")
+    if not any(shutil.which(name) for name in (wanted, "clang++", "cl")):
+        raise ValueError(
+            f"compile=True needs a C++ compiler on a CPU, and {wanted} is not to be found: install one, set CXX, "
+            "or use compile=False"
+        )

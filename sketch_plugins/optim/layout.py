@@ -1,0 +1,210 @@
+"""What a parameter's state consists of: the stores of its moments, and the tensors that they keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.optim.groups import Groups
+from sketch_plugins.optim.rule import Further, LastRms
+from sketch_plugins.sharding.blocks import is_batch, matrix_shape
+from sketch_plugins.sharding.parts import (
+    PLACE,
+    Part,
+    Shaped,
+    is_ours,
+    whole_shape,
+)
+from sketch_plugins.sharding.pieces import is_lazy
+from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Int8, RowCountMin, Store
+
+
+class StateLayout(Groups):
+    """Which stores the options of a group mean for a parameter, or for a part of one."""
+
+    def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
+        """State beside the two moments. A parameter that has any takes its step in `_eager`, not in a fused kernel."""
+        return {}
+
+    def _beside(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
+        """All state beside the two moments: the further one, and what kernels keep, too."""
+        return {**self._further(p, group), **({"rms": LastRms()} if group.get("lagged_rms") else {})}
+
+    def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
+        """(first, second) moment stores of a parameter, or of a part of one."""
+        exact, batch = is_exact(p, group), self._batch(p, group)
+        matrix = matrix_shape(p.shape, batch)
+        # An optimizer that offers no sketch has no options for one.
+        sketch = (
+            group.get("compression", 1.0),
+            group.get("width", 0),
+            group.get("depth", 1),
+            group.get("hash", "strided"),
+            group["seed"],
+            group.get("table_dtype", "fp32") == "bf16",
+            max(1, math.prod(p.shape[:batch])),  # a shard may have none of the matrices
+        )
+        second_moment = group.get("second_moment", "none")
+        # Only what a store depends on: other stores are the same object for every shape.
+        dims = matrix if batch else tuple(p.shape)
+        cover = (dims, group.get("variant", "II")) if second_moment == "cover" and not exact else ((), "II")
+        return (
+            _first_store(
+                group.get("first_moment", "none"),
+                exact,
+                matrix[1],
+                group.get("block_size", 128),
+                group.get("first_moment_rounding", "nearest") == "stochastic",
+                sketch,
+            ),
+            _second_store(second_moment, exact, group.get("bucket", "mean"), sketch, cover),
+        )
+
+    def batch_axes(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> int:
+        """How many of the first axes of a parameter of this shape are a batch of matrices: see ``batch_dims``.
+
+        It is asked of the whole parameter: shards and pieces of it follow. Only sketches depend on it; without one a
+        parameter has dimension 0 for rows.
+        """
+        option = group.get("batch_dims", 0)
+        if option == 0 or len(whole) < 3 or math.prod(whole) < group["min_compress_size"] or not self._sketches(group):
+            return 0
+        return int(option == 1 or is_batch(whole))
+
+    def _sketches(self, group: Mapping[str, Any]) -> bool:
+        """Whether a moment of the group's parameters is kept in a sketch."""
+        return (
+            group.get("second_moment") in ("count_min", "row_count_min") or group.get("first_moment") == "count_sketch"
+        )
+
+    def _batch(self, p: Shaped, group: Mapping[str, Any]) -> int:
+        """The same of a parameter, or of a part of one; a piece of one matrix of a batch is no batch."""
+        whole = whole_shape(p)
+        return self.batch_axes(whole, group) if len(p.shape) == len(whole) else 0
+
+    def _matrix_shape(self, p: Shaped, group: Mapping[str, Any]) -> tuple[int, int]:
+        return matrix_shape(p.shape, self._batch(p, group))
+
+    def planned_state(self, p: Shaped, group: Mapping[str, Any]) -> dict[str, tuple[Store | Further, int]]:
+        """Name -> (store, bytes) of the state of a parameter (or part), whether or not it exists yet."""
+        first, second = self._stores(p, group)
+        shape, dtype = self._matrix_shape(p, group), arithmetic(p)
+        named = {"first_moment": first, "second_moment": second}
+        return {
+            **{name: (store, store.nbytes(shape, dtype)) for name, store in named.items() if store is not None},
+            **{name: (part, part.nbytes(dtype)) for name, part in self._beside(p, group).items()},
+        }
+
+    def _expected(self, part: Part, group: Mapping[str, Any]) -> set[str]:
+        """Names in the state of a part."""
+        names = zip(("first_moment", "second_moment"), self._stores(part, group), strict=True)
+        out = {"step", *(name for name, store in names if store is not None), *self._beside(part, group)}
+        return out if part.piece is None else out | {PLACE}
+
+    def _layout(self, p: Shaped, group: Mapping[str, Any], part: Part) -> dict[str, Any]:
+        """Name -> layout of the state of a tensor of this shape, as a shard of the part's parameter."""
+        if not isinstance(p, Part):
+            p = Part(p, p, part.index, part.whole, part.piece)
+        dtype = arithmetic(p)
+        stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
+        layout: dict[str, Any] = {
+            name: store.layout(self._matrix_shape(p, group), dtype)
+            for name, store in stores.items()
+            if store is not None
+        }
+        layout |= {name: further.layout(dtype) for name, further in self._beside(p, group).items()}
+        if part.piece is not None:
+            layout[PLACE] = ((2 + len(part.whole),), torch.int64)
+        return layout
+
+    def _state_of(self, part: Part) -> dict[str, Any] | None:
+        """The state of a part, where it has one: keys of others alone are none."""
+        state = self.state.get(part.owner)
+        if part.key is not None and state is not None:
+            state = state.get(part.key)
+        return state if state and ("step" in state or any(map(is_ours, state))) else None
+
+    def held(self) -> Iterator[tuple[int, dict[str, Any], Part, dict[str, Any] | None]]:
+        """``(group's number, group, part, state)`` of everything that takes a step of its own on this rank.
+
+        A parameter is one part, and so is the local shard of a DTensor; a flat partition (DeepSpeed's ZeRO) has a few
+        for each of its parameters. State is None before the first step.
+        """
+        seen = set()
+        for number, group in enumerate(self.param_groups):
+            for index, owner in enumerate(group["params"]):
+                seen.add(id(owner))
+                if is_lazy(owner):
+                    raise ValueError(
+                        f"{self._label(group, index)} has no shape yet, as its lazy module has seen no input: run a "
+                        "batch first"
+                    )
+                for part in self._parts.of(index, owner):
+                    yield number, group, part, self._state_of(part)
+        # ZeRO-3 leaves groups empty between steps, and puts one flat partition after the other in for a step.
+        for owner in [p for p in self.state if isinstance(p, Tensor) and id(p) not in seen]:
+            for part in self._parts.of(0, owner):
+                if part.piece is not None and part.key is not None:
+                    number = min(self._parts.group_of(part.piece), len(self.param_groups) - 1)
+                    yield number, self.param_groups[number], part, self._state_of(part)
+
+
+# compression, width, depth, hash, seed, whether tables are bfloat16, and how many matrices have buckets of their own
+_SketchOptions = tuple[float, int, int, str, int, bool, int]
+
+
+@lru_cache(maxsize=1024)
+def _first_store(
+    kind: str, exact: bool, columns: int, block_size: int, stochastic: bool, sketch: _SketchOptions
+) -> Store | None:
+    compression, width, depth, hash, seed, bf16, matrices = sketch
+    if kind == "none":
+        return None
+    # One column: code and scale of a block of one element would take more than the number itself.
+    if exact or kind == "fp32" or (kind == "int8" and columns == 1):
+        return Dense(order=1)
+    if kind == "int8":
+        return Int8(block_size=block_size, stochastic=stochastic, seed=seed)
+    if kind == "bf16":
+        return Dense(order=1, bf16=True)
+    return CountSketch(
+        compression=compression, width=width, depth=depth, hash=hash, seed=seed, bf16=bf16, matrices=matrices
+    )
+
+
+@lru_cache(maxsize=1024)
+def _second_store(
+    kind: str,
+    exact: bool,
+    bucket: str,
+    sketch: _SketchOptions,
+    cover: tuple[tuple[int, ...], str],
+) -> Store | None:
+    if kind == "none":
+        return None
+    if exact or kind == "dense":
+        return Dense(order=2)
+    if kind == "cover":
+        return Cover(dims=cover[0], variant=cover[1])
+    store = RowCountMin if kind == "row_count_min" else CountMin
+    compression, width, depth, hash, seed, bf16, matrices = sketch
+    return store(
+        compression=compression, width=width, depth=depth, hash=hash, bucket=bucket, seed=seed, bf16=bf16,
+        matrices=matrices,
+    )  # fmt: skip
+
+
+def arithmetic(p: Shaped) -> torch.dtype:
+    """The dtype that a parameter's step is computed in: float64 for float64, else float32."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def is_exact(p: Shaped, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter, or a part of one, is a vector or too small to be compressed."""
+    whole = whole_shape(p)  # or all but a few ranks' parts would be small
+    return len(whole) < 2 or math.prod(whole) < group["min_compress_size"]

@@ -1,0 +1,241 @@
+"""A part's step, resolved before anything changes: its stores, its state, its rule, and the kernels that take it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sketch_plugins import scratch
+from sketch_plugins.kernels.work import Work
+from sketch_plugins.optim import eager
+from sketch_plugins.optim.checks import (
+    is_fake,
+)
+from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose
+from sketch_plugins.optim.gradients import Gradients
+from sketch_plugins.optim.plan import Plan
+from sketch_plugins.optim.rule import Rule
+from sketch_plugins.sharding.parts import (
+    PLACE,
+    Part,
+    has_address,
+    is_ours,
+)
+from sketch_plugins.sharding.pieces import is_lazy
+from sketch_plugins.stores import Gradient, Store
+
+# Elements of a parameter whose eager step is undone by an error: what is copied for that has to be next to nothing.
+UNDO = 1 << 14
+
+
+@dataclass(eq=False)
+class Pending:
+    """One part's step, resolved before anything changes.
+
+    Attributes:
+        p: the part.
+        group: its options.
+        grad: its gradient.
+        state: its state, with the number of steps before this one.
+        fresh: the state is made for this step, and no part of the optimizer's yet.
+        named: the stores of its moments, by name.
+        step: number of this step; with ``capturable`` it is on the device, and so is everything that depends on it.
+        rule: the update; None with ``capturable``, and where no row has a gradient.
+        backend: kernels that take the step; None: it is eager.
+        work: the step as the kernels are given it.
+        idle: nothing but the number of steps changes: the part has no elements, or no row of it has a gradient.
+    """
+
+    p: Part
+    group: dict[str, Any]
+    grad: Gradient
+    state: dict[str, Any]
+    fresh: bool
+    named: dict[str, Store]
+    step: Any = 0
+    rule: Rule | None = None
+    backend: Backend | None = None
+    work: Work | None = None
+    idle: bool = False
+
+    @property
+    def undone(self) -> list[Tensor]:
+        """All that an eager step changes, to be put back after an error; nothing of more than a tile."""
+        if self.p.numel() > min(UNDO, self.grad.chunk):
+            return []
+        changed = [self.p.data] if has_address(self.p.data) or is_fake(self.p.data) else []
+        return changed + list(tensors_in({name: value for name, value in self.state.items() if name != "step"}))
+
+    @property
+    def cleans(self) -> bool:
+        """Whether the second moment is cleaned in this step (the paper's ``clean_every``)."""
+        every = self.group.get("clean_every", 0)
+        return bool(every) and "second_moment" in self.named and self.step % every == 0
+
+
+class Resolution(Gradients):
+    """Finds out everything that a step needs, with its errors; nothing has changed afterwards."""
+
+    # Of the last step; copies and pickles go without.
+    _plan: Plan | None = None
+
+    def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
+        """Called once for freshly allocated state."""
+
+    def _eager(
+        self,
+        p: Part,
+        grad: Gradient,
+        rule: Rule,
+        state: Mapping[str, Any],
+        named: Mapping[str, Store],
+        group: Mapping[str, Any],
+    ) -> None:
+        """The step of one part without kernels."""
+        eager.take(p, grad, rule, state, named, group)
+
+    def _resolve(
+        self,
+        p: Part,
+        group: dict[str, Any],
+        grad: Gradient,
+        rules: dict[tuple[int, int, bool], Rule],
+        large: bool,
+    ) -> Pending:
+        """Everything that a part's step needs; nothing has changed afterwards, not even the optimizer's state."""
+        first, second = self._stores(p, group)
+        named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
+        state = self._state_of(p)
+        fresh = not state or "step" not in state
+        if fresh:
+            state = self._allocate(p, group, grad, named)
+        assert state is not None
+        if not all(map(is_ours, state)):  # what others keep beside it takes no part in a step
+            own = self._expected(p, group)
+            state = {name: value for name, value in state.items() if name in own}
+        one = Pending(p, group, grad, state, fresh, named)
+        if p.numel() == 0:  # the shard of another rank is not: all have the same state
+            one.idle = True
+            return one
+        sparse = grad.rows is not None
+        if group["capturable"]:
+            # The graph's replays take the number of the step from the device; nothing here may look at it.
+            one.step = state["step"]
+            one.backend, one.work = choose(
+                p.data, group, grad, self._rule(group, 1, sparse), (first, second), state, large, fresh
+            )
+            assert one.backend is not None and one.work is not None
+            return one
+        one.step = step = int(state["step"].item()) + 1  # a CPU tensor: no synchronisation
+        if grad.rows is not None and len(grad.rows) == 0:
+            one.idle = True
+            return one
+        key = (id(group), step, sparse)
+        if key not in rules:
+            rules[key] = self._rule(group, step, sparse)
+        one.rule = rules[key]
+        if not self._further(p, group):
+            one.backend, one.work = choose(p.data, group, grad, one.rule, (first, second), state, large, step == 1)
+        return one
+
+    def _allocate(
+        self, p: Part, group: Mapping[str, Any], grad: Gradient, named: Mapping[str, Store]
+    ) -> dict[str, Any]:
+        # Inference tensors could not be changed by a step outside of torch.inference_mode.
+        with torch.inference_mode(False):
+            place = p.device if group["capturable"] else torch.device("cpu")
+            state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=place)}
+            for name, store in named.items():
+                state[name] = store.allocate(grad.shape, p.device, grad.dtype)
+            for name, part in self._beside(p, group).items():
+                state[name] = part.allocate(p.device, grad.dtype)
+            if p.piece is not None:
+                state[PLACE] = p.piece.place
+            self._new_state(group, named, state)
+        return state
+
+    def _has_large(self) -> bool:
+        """Small tensors follow the large ones into the kernels: compiling for their sake alone would not pay."""
+        assert self._plan is not None
+        if self._plan.large is None:
+            self._plan.large = any(
+                not is_lazy(p) and p.numel() >= CPU_MIN_SIZE for group in self.param_groups for p in group["params"]
+            )
+        return self._plan.large
+
+    def _reserve(self, eager: Sequence[Pending]) -> dict[scratch.Slot, int] | None:
+        """Allocate the temporaries of the eager steps; returns where to note what they have really used."""
+        if not eager:
+            return None
+        assert self._plan is not None
+        key = tuple([one.p.identity for one in eager])
+        slots = self._plan.temporaries.get(key)
+        if slots is None:
+            slots = {}
+            for one in eager:
+                copies = {(f"undo {i}", t.dtype, t.device): t.numel() for i, t in enumerate(one.undone)}
+                for slot, n in (*self._rehearse(one).items(), *copies.items()):
+                    slots[slot] = max(n, slots.get(slot, 0))
+            if len(self._plan.temporaries) > 1000:  # parameters that are replaced all the time leave entries
+                self._plan.temporaries.clear()
+            self._plan.temporaries[key] = slots
+        scratch.reserve(slots)
+        return slots
+
+    def _rehearse(self, one: Pending) -> dict[scratch.Slot, int]:
+        """The temporaries of an eager step, found by taking it with tensors that have no memory.
+
+        With ``compile=True`` it is taken with copies instead: that compiles it. Touched rows are looked at by the host,
+        which such tensors have nothing to show to: their temporaries are allocated in the step itself.
+        """
+        if one.grad.rows is not None or one.rule is None:
+            return {}
+        device = one.p.device if one.grad.compile else torch.device("meta")
+        fake = is_fake(one.p.data)
+        with _disable_current_modes() if fake else contextlib.nullcontext():
+            return self._take_without_memory(one, device, fake)
+
+    def _take_without_memory(self, one: Pending, device: torch.device, fake: bool) -> dict[scratch.Slot, int]:
+        assert one.rule is not None
+        p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
+        p.owner = p.data
+        gradient, state = one.grad.like(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
+        grad = one.grad.of(one.grad.like(p.data), gradient)
+        # Nobody can ask a fake tensor for its number; `sketch_plugins.plan` answers for it that this is no first step.
+        state["step"] = torch.full((), 2.0) if fake else one.state["step"] + 1
+        with scratch.scratch():
+            try:
+                self._eager(p, grad, one.rule, state, one.named, one.group)
+            except NotImplementedError:  # an operation that has no form without memory
+                return {}
+            return {(name, dtype, one.p.device): n for (name, dtype, _), n in scratch.used().items()}
+
+
+def _twin(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the same layout: without memory on the meta device, with the same numbers elsewhere."""
+    if device.type != "meta":
+        return tensor.detach().clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _twins(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: _twins(value, device) if isinstance(value, Mapping) else value if name == "step" else _twin(value, device)
+        for name, value in state.items()
+    }
+
+
+def tensors_in(state: Mapping[str, Any]) -> Iterator[Tensor]:
+    """All tensors of a state, at whatever level."""
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from tensors_in(value)
+        elif isinstance(value, Tensor):
+            yield value

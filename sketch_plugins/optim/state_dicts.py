@@ -1,0 +1,364 @@
+"""State dicts: what is saved, and what is looked at before a saved state is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.optim.checks import (
+    copied,
+    described,
+    exact_step,
+    has_numbers,
+    is_fake,
+    why_impossible,
+    why_not_plain,
+)
+from sketch_plugins.optim.layout import StateLayout, arithmetic
+from sketch_plugins.optim.rule import Layout
+from sketch_plugins.optim.written import modernize, renew, written_by, written_with
+from sketch_plugins.sharding.names import NAMES
+from sketch_plugins.sharding.parts import (
+    PLACE,
+    Part,
+    is_dtensor,
+    is_ours,
+    largest,
+    leading,
+    trim,
+    unwrap,
+    wrap,
+)
+from sketch_plugins.sharding.pieces import is_key, is_lazy
+
+_CONVERT = (
+    "State of torch.optim's AdamW, Adam, SGD or Adagrad is converted by sketch_plugins.convert_state(state_dict, "
+    "optimizer), whose result can be loaded"
+)
+
+
+class StateDicts(StateLayout):
+    """Saving and loading. A state dict is found good as a whole before anything of it is taken."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; what belongs to the shard of a DTensor is a DTensor, too.
+
+        A state tensor of size s is saved as one of size (W, *s) over the W shards: `sharding.parts.wrap`.
+        """
+
+        def finish(_: Any, out: dict[str, Any]) -> None:
+            for group, saved in zip(self.param_groups, out["param_groups"], strict=True):
+                for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                    if is_dtensor(p) and leading(p):
+                        own, others = self._split(out["state"].get(key, {}), group, index, p)
+                        if own:
+                            (part,) = self._parts.of(index, p)
+                            layout = self._layout(largest(p), group, part)
+                            out["state"][key] = {"step": own["step"], **wrap(p, own, layout), **others}
+
+        # The first to act after: hooks of others may return what they like, and see what is saved.
+        after = self.register_state_dict_post_hook(finish, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            after.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned. State keeps its own dtypes, whatever the parameter's.
+
+        (torch casts every state tensor to the parameter's dtype: tables, codes and scales would not survive bf16.)
+
+        Raises:
+            ValueError: the state was written with other options (compression, depth, seed, ...; both values are
+                named), by another kind of optimizer, or for other shapes. Nothing has been changed then.
+        """
+        made: dict[Any, Any] = {}
+
+        def look(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            for key in ("state", "param_groups"):
+                if key not in incoming:
+                    found = ", ".join(map(str, incoming)) or "nothing"
+                    raise ValueError(f"the state dict has no {key!r}; it has {found}")
+            # The caller's groups stay as they are; the copies get the values of options younger than they.
+            groups = [dict(group) for group in incoming["param_groups"]]
+            incoming = {**incoming, "param_groups": groups, "state": self._local_state(incoming["state"], groups)}
+            self._check_incoming(incoming)
+            # Copies are made before anything changes: a tensor that cannot be copied, or that no memory is left for,
+            # leaves the optimizer as it was.
+            made.update(self._copies(incoming))
+            return {**incoming, "state": {}}  # torch would copy and cast what is restored below
+
+        def restore(_: Any) -> None:
+            self.state.update(made)
+
+        # The last to look before, the first to act after: hooks of others see the whole state on both sides.
+        before = self.register_load_state_dict_pre_hook(look)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            # Tensors made in inference mode could not be changed by a step outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _copies(self, incoming: Mapping[str, Any]) -> dict[Any, Any]:
+        """The state of a state dict that was found good, as this optimizer keeps it."""
+        out, known = {}, set()
+        for group, saved in zip(self.param_groups, incoming["param_groups"], strict=True):
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                known.add(key)
+                if key in incoming["state"]:
+                    device = p.to_local().device if is_dtensor(p) else p.device
+                    out[p] = _restored(incoming["state"][key], device, saved["capturable"])
+        # What belongs to no parameter is another's.
+        return {**out, **{key: value for key, value in incoming["state"].items() if key not in known}}
+
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        """The groups as in a state dict, whatever the hooks of others make of that."""
+        out, first = [], 0
+        for group in self.param_groups:
+            last = first + len(group["params"])
+            out.append({**{k: v for k, v in group.items() if k != "params"}, "params": list(range(first, last))})
+            first = last
+        return out
+
+    def _split(
+        self, state: Mapping[str, Any], group: Mapping[str, Any], index: int, p: Tensor
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is ours in the state of a parameter, and what is another's."""
+        names = {name for part in self._parts.of(index, p) for name in self._expected(part, group)}
+        own = {name: value for name, value in state.items() if is_ours(name) or name in names}
+        return own, {name: value for name, value in state.items() if name not in own}
+
+    def _local_state(self, saved: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
+        """The state of a state dict as this rank keeps it: of DTensors the local part, cut to the shard's size."""
+        state = dict(saved)
+        for group, saved_group in zip(self.param_groups, groups, strict=False):
+            for index, (p, key) in enumerate(zip(group["params"], saved_group.get("params", ()), strict=False)):
+                if is_dtensor(p) and leading(p) and isinstance(state.get(key), Mapping) and state[key]:
+                    own, others = self._split(state[key], group, index, p)
+                    (part,) = self._parts.of(index, p)
+                    local = unwrap(own, leading(p))
+                    step = {"step": local["step"]} if "step" in local else {}
+                    state[key] = {**step, **trim(local, self._layout(part, group, part)), **others}
+        return state
+
+    def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
+        kind = type(self).__name__
+        saved_groups = incoming["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                f"the state dict has {len(saved_groups)} parameter groups, this {kind} {len(self.param_groups)}"
+            )
+        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            if len(saved.get("params", ())) != len(group["params"]):
+                raise ValueError(
+                    f"group {number} of the state dict has {len(saved.get('params', ()))} parameters, this {kind}'s "
+                    f"{len(group['params'])}"
+                )
+            writer = written_by(saved)
+            if writer != kind:
+                raise ValueError(
+                    f"the state dict was not written by {kind}, but by {writer or 'another optimizer'} (group {number})"
+                    + (f". Build {writer}, or load the weights alone" if writer else f". {_CONVERT}")
+                )
+            for name, value in self.FIXED.items():
+                saved.setdefault(name, value)
+            if NAMES in group:  # the present model's, and a checkpoint may have none
+                saved[NAMES] = group[NAMES]
+            with_state = any(
+                isinstance(state := incoming["state"].get(key), Mapping) and any(map(is_ours, state))
+                for key in saved["params"]
+            )
+            written = written_with(saved) if with_state else {}
+            for name, option in self.OPTIONS.items():
+                if name not in group:
+                    continue
+                if name not in saved:  # an option that is younger than the checkpoint
+                    if name == "batch_dims":
+                        self._check_batches(group, saved, incoming["state"])
+                    saved[name] = group[name]
+                saved[name] = self._group_value(name, saved[name])
+                if option.structural and saved[name] != group[name]:
+                    raise ValueError(
+                        f"the state dict was written with {name}={saved[name]!r} and group {number} of this {kind} has "
+                        f"{name}={group[name]!r}: the state cannot be used. Build the optimizer with the saved value"
+                    )
+                if option.structural and written.get(name, saved[name]) != saved[name]:
+                    raise ValueError(
+                        f"group {number} of the state dict has {name}={saved[name]!r}, but its state was written with "
+                        f"{name}={written[name]!r}: the option was changed before it was saved, and the state cannot "
+                        "be used with it. Build the optimizer with the value that the state was written with, and "
+                        "write that into the group of the state dict"
+                    )
+            modernize(saved)
+            renew(kind, self.OPTIONS, saved)
+            for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                if saved["capturable"] and not group["capturable"]:  # a checkpoint from a machine with kernels
+                    self._check_kernels(p, saved, partial(self._label, group, index))
+                state = incoming["state"].get(key)
+                if key not in incoming["state"] or (isinstance(state, Mapping) and not state):
+                    continue
+                if is_lazy(p):
+                    raise ValueError(
+                        f"{self._label(group, index)} has no shape yet, as its lazy module has seen no input, and the "
+                        "state dict has state for it: run a batch before it is loaded"
+                    )
+                parts = self._parts.of(index, p)
+                if parts and parts[0].key is None:
+                    self._check_state(parts[0], group, state, self._label(group, parts[0]))
+                    continue
+                ours = set(filter(is_ours, state)) if isinstance(state, Mapping) else {"no mapping"}
+                if ours and ours != {part.key for part in parts}:
+                    raise ValueError(
+                        f"the saved state of group {number} does not hold what its flat partition on this rank holds "
+                        f"({len(parts)} pieces of parameters): it was written with another number of processes, "
+                        "another ZeRO stage or other settings of it. Load it as it was saved, or convert the "
+                        "checkpoint: sketch-plugins reshard CHECKPOINT --world-size N"
+                    )
+                for part in parts if ours else ():
+                    self._check_state(part, group, state[part.key], self._label(group, part))
+
+    def _check_batches(self, group: Mapping[str, Any], saved: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
+        """Raise ValueError where state is from the time when all the matrices of a batch shared their buckets."""
+        for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            for part in self._parts.of(index, p) if state.get(key) else ():
+                if self.batch_axes(part.whole, group):
+                    raise ValueError(
+                        "the state dict was written before the option batch_dims existed: in its state of "
+                        f"{self._label(group, part)} the {part.whole[0]} matrices share their buckets. With "
+                        f"batch_dims={group['batch_dims']!r} each matrix has buckets of its own. Build the optimizer "
+                        "with batch_dims=0 (in this group at least) to continue with the old layout, or start with "
+                        "new state"
+                    )
+
+    def _check_state(self, p: Part, group: Mapping[str, Any], saved: Any, label: str, which: str = "saved") -> None:
+        """Raise ValueError unless ``saved`` is the state that the group's options describe; others may have keys in it.
+
+        Args:
+            p: whose state it is.
+            group: its group.
+            saved: the state.
+            label: what to call the part.
+            which: "saved", of a state dict, every number of which is looked at; or "present".
+        """
+        stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
+        further = self._beside(p, group)
+        expected = self._expected(p, group)
+        if isinstance(saved, Mapping):
+            ours = {name for name in saved if is_ours(name) or name in expected}
+            if not ours:
+                return
+        if not isinstance(saved, Mapping) or ours != expected:
+            found = ", ".join(map(str, ours)) if isinstance(saved, Mapping) else repr(saved)
+            raise ValueError(f"the {which} state of {label} holds {found}; expected {', '.join(sorted(expected))}")
+        step = saved["step"]
+        if which == "saved":
+            if exact_step(step) is None:
+                raise ValueError(
+                    f"the saved step of {label} is {described(step)}; expected a tensor of one whole number >= 0 "
+                    "that float32 holds exactly"
+                )
+        elif not (
+            isinstance(step, Tensor)
+            and step.numel() == 1
+            and step.dtype == torch.float32
+            and step.device.type != "meta"
+            # What lives on a device (capturable) is looked at when it is loaded, not in every step.
+            and (step.device.type != "cpu" or is_fake(step) or 0 <= float(step) < 1e18)
+        ):
+            raise ValueError(
+                f"the {which} step of {label} is {described(step)}; expected a float32 tensor of one number >= 0"
+            )
+        if p.piece is not None and (
+            not isinstance(saved[PLACE], Tensor)
+            or why_not_plain(saved[PLACE]) is not None
+            or saved[PLACE].tolist() != p.piece.place.tolist()
+        ):
+            raise ValueError(
+                f"the {which} state of {label} belongs to another part of it (row, column and the whole shape are "
+                f"{_listed(saved[PLACE])}; expected {p.piece.place.tolist()}): it was written with another number of "
+                "processes or another layout. Convert a sharded checkpoint: sketch-plugins reshard CHECKPOINT "
+                "--world-size N"
+            )
+        dtype = arithmetic(p)
+        for name, store in stores.items():
+            if store is not None:
+                layout = store.layout(self._matrix_shape(p, group), dtype)
+                _check_tensors(saved.get(name), layout, f"the {which} {name}", label)
+                if which == "saved":
+                    _check_numbers(p, saved[name], name, label)
+        for name, part in further.items():
+            _check_tensors(saved.get(name), part.layout(dtype), f"the {which} {name}", label)
+            if which == "saved":
+                _check_numbers(p, saved[name], name, label)
+
+
+def _check_tensors(have: Any, layout: Layout, what: str, label: str) -> None:
+    if not isinstance(have, Mapping) or set(have) != set(layout):
+        found = ", ".join(map(str, have)) if isinstance(have, Mapping) else "none"
+        raise ValueError(f"{what} of {label} holds {found}; expected {', '.join(layout)}")
+    for key, (size, kind) in layout.items():
+        tensor = have[key]
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{what} of {label} has {key!r} = {tensor!r}; expected a tensor")
+        if tuple(tensor.shape) != tuple(size) or tensor.dtype != kind:
+            raise ValueError(
+                f"{what} of {label} has {key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}; "
+                f"expected {tuple(size)}, {kind}: its group's options describe another state, or its shape or dtype "
+                "has changed since"
+            )
+
+
+def _check_numbers(p: Part, have: Mapping[str, Tensor], name: str, label: str) -> None:
+    """Raise ValueError where a saved tensor cannot be copied, or holds numbers that no step leaves behind."""
+    for key, tensor in have.items():
+        why = why_not_plain(tensor)
+        if why is not None:
+            # Parameters without numbers have state without numbers.
+            if (tensor.device.type == "meta" and p.device.type == "meta") or (is_fake(tensor) and is_fake(p.data)):
+                continue
+            raise ValueError(
+                f"the saved {name} of {label} has {key!r} {why}; expected a plain tensor: strided, and with its numbers"
+            )
+        if not tensor.is_floating_point() or not has_numbers(tensor):
+            continue
+        squares = name in ("second_moment", "rms")
+        # Squares of large gradients overflow, and such a run goes on. What they are multiplied by may not be infinite:
+        # infinity times 0 is NaN.
+        least, infinite = (0.0 if squares or key == "scales" else None), squares and key != "row"
+        wrong = why_impossible(tensor, least, infinite)
+        if wrong is not None:
+            allowed = "finite numbers" if not infinite else "numbers"
+            raise ValueError(
+                f"the saved {name} of {label} has {key!r} with numbers that are not allowed: {wrong}; allowed are "
+                f"{allowed}"
+                f"{'' if least is None else ' >= 0'}. A checkpoint of a run that had diverged is not loaded: take an "
+                "earlier one"
+            )
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) and why_not_plain(value) is None else described(value)
+
+
+def _restored(saved: Mapping[str, Any], device: torch.device, capturable: bool) -> dict[str, Any]:
+    """A copy of a state that was found good: or one state dict would tie two optimizers together."""
+    out: dict[str, Any] = {}
+    # The step counter lives on the CPU, or reading it would wait for a device; with capturable nobody reads it.
+    cpu = torch.device("cpu")
+    for key, value in saved.items():
+        if is_key(key):
+            out[key] = _restored(value, device, capturable)
+        elif key == "step":
+            out[key] = exact_step(value)
+            assert out[key] is not None
+            out[key] = out[key].to(device if capturable else cpu)
+        else:
+            out[key] = copied(value, cpu if key == PLACE else device)
+    return out

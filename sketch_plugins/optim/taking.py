@@ -1,0 +1,255 @@
+"""The steps of all parts: prepared by what takes them, and taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import scratch
+from sketch_plugins.optim.ambient import outside_graphs, uninterrupted
+from sketch_plugins.optim.eager import rms_of
+from sketch_plugins.optim.fused import Backend, numbers, vector
+from sketch_plugins.optim.plan import Again, Counters, group_marks
+from sketch_plugins.optim.resolved import Pending, Resolution
+from sketch_plugins.optim.rule import Rule
+from sketch_plugins.sharding.parts import (
+    Part,
+    opened,
+)
+from sketch_plugins.stores import Gradient
+
+# (group, number in the group) of parameters with a gradient.
+Members = Sequence[tuple[dict[str, Any], int]]
+
+
+class StepOfAll:
+    """What takes part in a step, looked at before anything changes.
+
+    Attributes:
+        groups: (group, gradients of all its parameters, None where there is none) of those recalled as a whole.
+        single: (group, index) of each other parameter.
+        work: those of their parts that have to be described,
+        again: and those that look as they did in the last step, by backend.
+        kept: kernels know addresses only: gradients that were made for this step have to outlive it.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[dict[str, Any], list[Any]]] = []
+        self.single: list[tuple[dict[str, Any], int]] = []
+        self.work: list[tuple[Part, dict[str, Any], Gradient]] = []
+        self.again: dict[Backend, Again] = {}
+        self.kept: list[Tensor | None] = []
+
+    @property
+    def members(self) -> Members:
+        """(group, index) of each parameter."""
+        whole = [(group, i) for group, grads in self.groups for i, grad in enumerate(grads) if grad is not None]
+        return [*whole, *self.single]
+
+
+class Taking(Resolution):
+    """Takes the steps that have been resolved, and those that look as they did in the last step."""
+
+    @outside_graphs
+    def _update(
+        self, work: list[tuple[Part, dict[str, Any], Gradient]], again: dict[Backend, Again], only: int | None = None
+    ) -> None:
+        """Change state and parameters; ``only``: id of the one parameter that all of it belongs to.
+
+        Whatever can fail comes first: until `_commit` nothing has changed.
+        """
+        large = self._has_large() if work else False
+        rules: dict[tuple[int, int, bool], Rule] = {}
+        pending = [self._resolve(p, group, grad, rules, large) for p, group, grad in work]
+        fused: dict[Backend, list[Pending]] = {backend: [] for backend in again}
+        eager: list[Pending] = []
+        for one in pending:
+            if one.backend is not None:
+                fused.setdefault(one.backend, []).append(one)
+            elif not one.idle:
+                eager.append(one)
+        takes: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
+        for backend, members in fused.items():
+            self._fill_numbers(members)
+            takes += self._prepare(backend, members, again.get(backend), only)
+        slots = self._reserve(eager)
+        changed = [tensor for one in pending for tensor in (one.p.owner, one.p.data)]
+        for those in again.values():
+            changed += those.changed
+        # Kernels write to addresses, and shards are written in place of their parameter: autograd has to be told, or a
+        # backward through a graph that needs the old weights would be silently wrong.
+        torch.autograd.graph.increment_version(changed)
+        with uninterrupted():
+            self._commit([one for one in pending if one.idle], eager, takes)
+        if slots is not None:
+            slots.update(scratch.used())
+
+    def _prepare(
+        self, backend: Backend, pending: list[Pending], known: Again | None, only: int | None
+    ) -> list[tuple[list[Pending], list[Tensor], Callable[[], None]]]:
+        """(parts, the counters of their steps, what takes the steps) for each launch."""
+        alone, described = [], []
+        for new in pending:
+            assert new.work is not None
+            # Steps that will not come again like this are not described for the next ones.
+            likely = backend.prepare is None or (new.rule is not None and group_marks(self.OPTIONS, new.group))
+            task = backend.task(new.work) if likely else None
+            if task is None:
+                alone.append(new)
+            else:
+                described.append((new, task))
+        takes = []
+        if known or described:
+            takes += self._prepare_tasks(backend, described, known or Again(), only)
+        if alone:
+            assert backend.prepare is not None
+            for places, take in backend.prepare([one.work for one in alone if one.work is not None]):
+                members = [alone[i] for i in places]
+                takes.append((members, [one.state["step"] for one in members], take))
+        return takes
+
+    def _prepare_tasks(
+        self, backend: Backend, described: list[tuple[Pending, Any]], known: Again, only: int | None
+    ) -> list[tuple[list[Pending], list[Tensor], Callable[[], None]]]:
+        assert self._plan is not None
+        plan = self._plan
+        rows: list[list[float]] = []
+        for group, step in known.rules:
+            l2 = group["weight_decay"] if self._couples(group) else None
+            row, _ = vector(numbers(self._rule(group, step, False), group, step, l2), torch.device("cpu"))
+            rows.append(row.tolist() if isinstance(row, Tensor) else row)
+        tasks, which = list(known.tasks), list(known.which)
+        gradients, counters = list(known.gradients), list(known.counters)
+        before = len(tasks)
+        given: dict[int, int] = {}  # parts of one group share their numbers
+        for new, task in described:
+            assert new.work is not None
+            values = new.work.numbers
+            if id(values) not in given:
+                given[id(values)] = len(rows)
+                rows.append(values.tolist() if isinstance(values, Tensor) else values)
+            tasks.append(task)
+            which.append(given[id(values)])
+            gradients.append(new.work.g.data_ptr())
+            counters.append(new.state["step"])
+        program, takes = backend.prepare_tasks(tasks, rows, which, gradients, plan.programs.get((backend, only)))
+
+        marks = {id(new.group): plan.marks(self.OPTIONS, new.group) for new, _ in described}
+
+        def learning(take: Callable[[], None], members: list[tuple[Pending, Any]], count: int) -> None:
+            take()
+            plan.programs[backend, only] = program
+            plan.used += count
+            for new, task in members:
+                assert new.work is not None
+                if new.work.last is not None and not new.work.once:
+                    continue  # a first step with lagged_rms is unlike those that follow
+                options = marks[id(new.group)]
+                # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
+                # With what others keep beside it; state that was made for this step is not there yet.
+                state = self._state_of(new.p) or new.state
+                plan.learn(new.p.identity, new.p.data, new.grad.matrix.tensor, options, state, backend, task)
+
+        out: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
+        again = not described and program is plan.programs.get((backend, only))
+        for number, (places, take) in enumerate(takes):
+            members = [described[i - before] for i in places if i >= before] if described else []
+            run = partial(learning, take, members, len(places))
+            steps = [counters[i] for i in places]
+            if again and len(steps) > 1:
+                steps = self._counted_at_once((backend, only, number), steps)
+            out.append(([new for new, _ in members], steps, run))
+        return out
+
+    def _counted_at_once(self, launch: Any, counters: list[Tensor]) -> list[Tensor]:
+        """One tensor in place of the counters of a launch that comes again and again."""
+        assert self._plan is not None
+        known = self._plan.counters.get(launch)
+        if known is None or not known.holds(counters):
+            known = self._plan.counters[launch] = Counters(counters)
+        return [known.all]
+
+    def _fill_numbers(self, pending: list[Pending]) -> None:
+        shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}
+        on_device: dict[tuple[int, bool], list[Pending]] = {}
+        for one in pending:
+            assert one.work is not None
+            sparse = one.grad.rows is not None
+            if one.rule is None:
+                on_device.setdefault((id(one.group), sparse), []).append(one)
+                continue
+            key = (id(one.group), one.step, sparse, one.work.p.device)
+            if key not in shared:
+                shared[key] = vector(numbers(one.rule, one.group, one.step, _l2(one.grad)), one.work.p.device)
+            one.work.numbers, one.work.flags = shared[key]
+        for (_, sparse), members in on_device.items():
+            group, steps = members[0].group, torch.stack([one.step for one in members]) + 1
+            rule = self._rule(group, steps.double(), sparse)
+            rows, flags = vector(numbers(rule, group, steps, _l2(members[0].grad)), steps.device, len(members))
+            for one, row in zip(members, rows, strict=True):
+                assert one.work is not None
+                one.work.numbers, one.work.flags = row, flags
+
+    def _commit(
+        self,
+        idle: Sequence[Pending],
+        eager: Sequence[Pending],
+        takes: Sequence[tuple[list[Pending], list[Tensor], Callable[[], None]]],
+    ) -> None:
+        """Take the steps. A part's number of steps changes with its state: after an error, each has stepped or not."""
+        for one in idle:
+            one.state["step"] += 1
+            if one.p.numel():
+                self._clean(one)
+            if one.group.get("lagged_rms") and one.step == 1:  # no row to measure, and the next step is not the first
+                one.state["rms"]["last"][1] = rms_of(one.grad.like(one.p.data), one.grad)
+            self._keep(one)
+        for one in eager:
+            with self._undone_by_an_error(one):
+                assert one.rule is not None
+                one.state["step"] += 1
+                self._clean(one)
+                with opened(one.p) as p:
+                    grad = one.grad if p is one.p else one.grad.of(one.grad.like(p.data))
+                    self._eager(p, grad, one.rule, one.state, one.named, one.group)
+            self._keep(one)
+        for members, counters, take in takes:
+            for one in members:
+                self._clean(one)
+            take()
+            if counters:
+                torch._foreach_add_(counters, 1.0)
+            for one in members:
+                self._keep(one)
+
+    @contextmanager
+    def _undone_by_an_error(self, one: Pending) -> Iterator[None]:
+        """An error in the block leaves the part as it was before, as far as `Pending.undone` goes."""
+        copies = [(tensor, scratch.cast(f"undo {i}", tensor, tensor.dtype)) for i, tensor in enumerate(one.undone)]
+        step = one.state["step"].clone()
+        try:
+            yield
+        except BaseException:
+            one.state["step"].copy_(step)
+            for tensor, copy in copies:
+                tensor.copy_(copy)
+            raise
+
+    def _clean(self, one: Pending) -> None:
+        if not one.group["capturable"] and one.cleans:
+            one.named["second_moment"].clean(one.state["second_moment"], one.group["clean_factor"], one.step)
+
+    def _keep(self, one: Pending) -> None:
+        """State that was made for this step becomes the optimizer's."""
+        if one.fresh:
+            state = self.state[one.p.owner]
+            (state if one.p.key is None else state.setdefault(one.p.key, {})).update(one.state)
+
+
+def _l2(grad: Gradient) -> float | None:
+    return None if grad.l2 is None else grad.l2[1]
