@@ -2,7 +2,7 @@
 
 Weights are DTensors there, which torch itself loads on any mesh. State of our optimizers belongs to a shard: a tensor
 of size s is kept as one of size ``(W, *s)`` for W shards (`sketch_plugins.sharding.parts.wrap`), and torch refuses it
-for another W, for sizes differ. Here each shard's state is cut anew (`sketch_plugins.sharding.recut`) and put into
+for another W, for sizes differ. Here each shard's state is cut anew (`sketch_plugins.checkpoints.recut`) and put into
 tensors for N shards. The shards are those of ``Shard(0)``, FSDP2's default: ``ceil(R / W)`` rows each.
 """
 
@@ -37,7 +37,7 @@ from sketch_plugins.checkpoints.kept import (
 )
 from sketch_plugins.sharding.parts import PLACE, is_ours, trim
 from sketch_plugins.sharding.pieces import Piece
-from sketch_plugins.sharding.recut import Held
+from sketch_plugins.checkpoints.recut import Held
 
 
 def reshard(

@@ -19,7 +19,7 @@ from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.parts import PLACE, Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
-from sketch_plugins.sharding.recut import Held, recut
+from sketch_plugins.checkpoints.recut import Held, recut
 
 #: Called with the steps done, their number, and what is at hand.
 Progress = Callable[[int, int, str], None]
@@ -137,7 +137,7 @@ class Kept:
         """The state of a new piece; nothing where no step was taken.
 
         Raises:
-            CannotReshard: see `sketch_plugins.sharding.recut.recut`.
+            CannotReshard: see `sketch_plugins.checkpoints.recut.recut`.
         """
         new = self.held(piece, group, dtype)
         near = [h for h in old if all(a.meet(b).size for a, b in zip(h.rectangle, new.rectangle, strict=True))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.hashing import TABLE1, TABLE2
-from sketch_plugins.kernels.tile import ACCELERATOR_NOISE, CPU_NOISE, round_stochastically
+from sketch_plugins.kernels.rounding import ACCELERATOR_NOISE, CPU_NOISE, round_stochastically
 
 # Adds a tensor over all ranks, in place.
 Reduce = Callable[[Tensor], None]

@@ -108,7 +108,7 @@ class BlockTopK(Compressor):
         )
 
     def _has_kernel(self, memory: Tensor) -> bool:
-        from sketch_plugins.optim.fused import interpreted  # later: optimizers import compressors
+        from sketch_plugins.kernels.interpretation import interpreted
 
         if self.fused is False:
             return False

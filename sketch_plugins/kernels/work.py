@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sketch_plugins.sharding.parts import has_address
-
-if TYPE_CHECKING:
-    from sketch_plugins.stores.base import Ema, State, Store
+from sketch_plugins.stores.base import Ema, State, Store
 
 # A sweep may fold the gradient into the second moment, measure the update (and the parameter), and apply the step.
 FOLD, MEASURE, APPLY = 1, 2, 4

@@ -35,9 +35,6 @@ class SketchOptimizer(Taking):
 
     # An `InBackward`, where there is one; it stays with this object.
     _in_backward: Any = None
-    # Whether the line of the first step has been logged; who logs it, where a framework does.
-    _introduced = False
-    _introduces_to: Any = None
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""

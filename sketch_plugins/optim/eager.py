@@ -9,13 +9,48 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, round_to_bf16, update
+from sketch_plugins.kernels.rounding import round_to_bf16
+from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square
 from sketch_plugins.optim.rule import SCALE_FLOOR, Rule
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, tiles
 from sketch_plugins.sharding.parts import (
     Part,
 )
 from sketch_plugins.stores import Gradient, Store
+
+
+def update(
+    p: Tensor,
+    g: Tensor,
+    slices: State,
+    factor: Tensor,
+    keep: Tensor | None,
+    first: Store | None,
+    ema: Ema | None,
+    lookahead: float | None,
+    inner: Tensor | None = None,
+) -> None:
+    """``p <- keep * p - factor * numerator`` with the numerator m, g (no first moment) or ``g + lookahead * m``.
+
+    With ``inner`` (a preconditioner that comes before the momentum) g is replaced by ``inner * g`` throughout.
+
+    Args:
+        p: tile of the parameter, ``(cycles, rows, columns)`` or ``(n, columns)``, in the arithmetic dtype.
+        g: tile of the gradient, of the same shape.
+        slices: the first moment's state there; changed in place.
+        factor: learning rate over the denominator, broadcastable to ``p``.
+        keep: 0-d, one minus the decoupled weight decay; None for one.
+        first: store of the first moment.
+        ema: its average.
+        lookahead: Nesterov's momentum.
+        inner: None, or broadcastable to ``g``.
+    """
+    if inner is not None:
+        g = torch.mul(g, inner, **scratch.out("preconditioned", g))
+    numerator = numerator_of(g, first.blend(slices, g, ema) if first and ema else None, lookahead)
+    if keep is not None:
+        p.mul_(keep)
+    p.addcmul_(numerator, factor, value=-1.0)
 
 
 class Factors:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.kernels import work as places
+from sketch_plugins.kernels.interpretation import interpreted
 from sketch_plugins.kernels.work import NUMBERS, Work
 from sketch_plugins.notices import warn
 from sketch_plugins.optim.rule import Rule
@@ -65,11 +66,6 @@ def backend(device: torch.device, fused: bool | None) -> Backend | None:
     if fused:
         raise ValueError(f"fused=True on {device}: there are kernels for cuda (Triton) and cpu (Numba) only")
     return None
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels in this process."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @lru_cache(maxsize=1)

@@ -47,6 +47,9 @@ class Groups(torch.optim.Optimizer):
     #: Keys of a parameter group that are no options of this optimizer, but have a value that is read here.
     FIXED: ClassVar[dict[str, Any]] = {}
     _parts_of: Parts | None = None
+    # Whether the line of the first step has been logged; who logs it, where a framework does.
+    _introduced = False
+    _introduces_to: Any = None
 
     @classmethod
     def _preset(cls, name: str) -> dict[str, Any]:

@@ -6,17 +6,15 @@ import logging
 import os
 from collections.abc import Iterator
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sketch_plugins.memory.report import ParameterState, StateReport, format_bytes, state_report
+from sketch_plugins.optim.gradients import Gradients
 from sketch_plugins.sharding.parts import is_fake
 from sketch_plugins.sharding.pieces import is_lazy
-
-if TYPE_CHECKING:
-    from sketch_plugins.optim.base import SketchOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +28,7 @@ ROW_SPARSE = (
 )
 
 
-def introduce(optimizer: SketchOptimizer) -> bool:
+def introduce(optimizer: Gradients) -> bool:
     """Log a line at level INFO once the optimizer has state; whether there is nothing left to say.
 
     It goes to the logger of this module, or to that of the framework that runs the optimizer (`hand_over`), from the
@@ -120,7 +118,7 @@ def _rates(groups: list[dict[str, Any]]) -> str:
     return f"{now}" if initial in (None, now) else f"{now} ({initial} before its schedule)"
 
 
-def _row_sparse(optimizer: SketchOptimizer) -> Iterator[Any]:
+def _row_sparse(optimizer: Gradients) -> Iterator[Any]:
     """The values of ``row_sparse`` that skip rows: True, "auto"."""
     for _, group, part, _ in optimizer.held():
         if len(part.whole) > 1 and (value := optimizer._row_sparse(part, group)) is not False:
@@ -133,7 +131,7 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"  # a launcher's
 
 
-def _is_whole(optimizer: SketchOptimizer, parts: list[tuple[int, dict[str, Any], Any, dict[str, Any] | None]]) -> bool:
+def _is_whole(optimizer: Gradients, parts: list[tuple[int, dict[str, Any], Any, dict[str, Any] | None]]) -> bool:
     """Whether all that will have state has been seen: ZeRO-3 hands an optimizer one part after the other for a step."""
     pieces = [(part, state) for _, _, part, state in parts if part.key is not None]
     if not pieces or len({part.piece.index for part, _ in pieces}) == len(optimizer._parts.originals):

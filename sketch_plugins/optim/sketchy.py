@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square, update
+from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
 from sketch_plugins.linalg.kronecker import Due, Kronecker, cut, merged, solve
 from sketch_plugins.notices import warn
 from sketch_plugins.optim.adam import _SHARED
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.eager import Factors, number, write_tile
+from sketch_plugins.optim.eager import Factors, number, update, write_tile
 from sketch_plugins.optim.options import (
     COMMON,
     DECOUPLES,

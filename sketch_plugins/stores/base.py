@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.tile import compiled
+from sketch_plugins.kernels.compilation import compiled
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, Tile, matrix_shape, row_batches, tiles
 
 State = dict[str, Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.hashing import CLEANING, TABLE1, TABLE2, RowHash, row_hashes
-from sketch_plugins.kernels.tile import round_to_bf16
+from sketch_plugins.kernels.rounding import round_to_bf16
 from sketch_plugins.sharding.blocks import At, Rows, Tile, column_cuts, tiles
 from sketch_plugins.stores.base import CHUNK, Ema, Estimates, Gradient, State, Store, Touched, given
 

@@ -8,7 +8,7 @@ import torch
 
 from sketch_plugins.comm import COMPRESSORS, BlockTopK, CountSketchTopK, DensitySchedule, RandK, TopK
 from sketch_plugins.comm.base import keep, take_all
-from sketch_plugins.kernels.tile import round_stochastically
+from sketch_plugins.kernels.rounding import round_stochastically
 from sketch_plugins.memory.meter import AllocatorMeter
 
 SIZES = (1, 2, 31, 33, 1024, 1025, 5000)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sketch_plugins import CSAdam, CSMomentum, CSRMSprop, Sketchy
-from sketch_plugins.optim.fused import interpreted
+from sketch_plugins.kernels.interpretation import interpreted
 
 SHAPE = (3, 18, 20)
 CASES = [

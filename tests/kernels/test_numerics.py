@@ -120,7 +120,7 @@ def test_an_update_is_clipped_where_its_squares_overflow(kernels, size, options)
 @pytest.mark.parametrize("options", [{}, {"preset": "lean"}, {"preset": "lean", "lagged_rms": True}], ids=str)
 def test_the_size_of_a_parameter_is_measured_where_its_squares_overflow(kernels, options):
     """``scale_parameter``: the step is lr * RMS(p) times an update of size 1, also from 1e20 on."""
-    if kernels.type == "cuda" or fused_steps.interpreted() or not options:
+    if kernels.type == "cuda" or interpreted() or not options:
         shape = SHAPE
     else:
         shape = (400, 100)
@@ -391,7 +391,7 @@ def test_the_table_names_all_that_a_kernel_may_be_told():
 
 @pytest.mark.parametrize(("first", "second"), STORES, ids=lambda v: str(v).replace(", ", ","))
 def test_a_kernel_reads_all_that_it_is_told_or_refuses_the_step(kernels, first, second):
-    if fused_steps.interpreted() and (first, second) not in INTERPRETED:
+    if interpreted() and (first, second) not in INTERPRETED:
         pytest.skip("interpreted kernels are slow: each of them is run with one or two stores")
     backend = fused_steps.backend(kernels, True)
     present = {

@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sketch_plugins import CSAdam, InBackward, MemSGD, SAdagrad, Sketchy, registry, state_report
-from sketch_plugins.kernels.tile import round_stochastically, round_to_bf16
+from sketch_plugins.kernels.rounding import round_stochastically, round_to_bf16
 from sketch_plugins.memory.in_backward import in_backward
 from sketch_plugins.memory.meter import AllocatorMeter
 from sketch_plugins.sharding.blocks import Rows, Tile

@@ -1,0 +1,10 @@
+"""Whether Triton interprets its kernels in this process."""
+
+from __future__ import annotations
+
+import os
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels in this process (``TRITON_INTERPRET``): on a CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
