@@ -2,7 +2,7 @@
 
 DeepSpeed loads the optimizer state of a checkpoint with as many ranks as have written it. This reads the files of all
 ranks and writes those of N others, which ``engine.load_checkpoint`` takes for ones that were saved there: weights and
-fp32 master weights bit for bit, state of the optimizers of sketch-plugins cut anew by `sketch_plugins.checkpoints.recut`,
+fp32 master weights bit for bit, state of our optimizers cut anew by `sketch_plugins.checkpoints.recut`,
 which says what stays exact and what does not; all else (scheduler, loss scale, step numbers, client state) as it was.
 """
 
@@ -35,8 +35,8 @@ from sketch_plugins.checkpoints.kept import (
     save,
     whole_or_not_at_all,
 )
-from sketch_plugins.sharding.pieces import Fragment, index_of, is_key
 from sketch_plugins.checkpoints.recut import Held
+from sketch_plugins.sharding.pieces import Fragment, index_of, is_key
 
 _MODEL = "mp_rank_00_model_states.pt"
 _RANK = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")

@@ -35,9 +35,9 @@ from sketch_plugins.checkpoints.kept import (
     output_of,
     whole_or_not_at_all,
 )
+from sketch_plugins.checkpoints.recut import Held
 from sketch_plugins.sharding.parts import PLACE, is_ours, trim
 from sketch_plugins.sharding.pieces import Piece
-from sketch_plugins.checkpoints.recut import Held
 
 
 def reshard(

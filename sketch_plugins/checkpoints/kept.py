@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import optim
+from sketch_plugins.checkpoints.recut import Held, recut
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.parts import PLACE, Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
-from sketch_plugins.checkpoints.recut import Held, recut
 
 #: Called with the steps done, their number, and what is at hand.
 Progress = Callable[[int, int, str], None]

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.hashing import random32
-
-
 
 
 def numerator_of(g: Tensor, m: Tensor | None, lookahead: float | None) -> Tensor:

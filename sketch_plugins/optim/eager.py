@@ -16,7 +16,8 @@ from sketch_plugins.sharding.blocks import At, Matrix, Rows, tiles
 from sketch_plugins.sharding.parts import (
     Part,
 )
-from sketch_plugins.stores import Gradient, Store
+from sketch_plugins.stores import Ema, Gradient, Store
+from sketch_plugins.stores.base import State
 
 
 def update(

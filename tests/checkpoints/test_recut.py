@@ -6,10 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from sketch_plugins.checkpoints.recut import Held, recut
 from sketch_plugins.linalg.kronecker import Kronecker, cut, solve
 from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
-from sketch_plugins.checkpoints.recut import Held, recut
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, RowCountMin
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import torch
 
 from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop
 from sketch_plugins.kernels import work as places
-from sketch_plugins.kernels.work import Work
 from sketch_plugins.kernels.interpretation import interpreted
+from sketch_plugins.kernels.work import Work
 
 SHAPES = [(24, 48), (37, 33), (70, 7), (1, 40), (40, 1), (3, 1025), (5,), (), (4, 3, 2, 2), (6, 5, 7), (0, 3)]
 # Sign hashes in several rows are slow to interpret: a matrix, a ragged batch, vectors and what is empty.

@@ -9,6 +9,7 @@ import torch
 
 from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, Sketchy, registry
 from sketch_plugins.kernels import work as places
+from sketch_plugins.kernels.interpretation import interpreted
 from sketch_plugins.kernels.work import Work
 from sketch_plugins.optim import fused as fused_steps
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8, RowCountMin
