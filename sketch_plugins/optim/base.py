@@ -39,6 +39,7 @@ from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.introduction import introduce
 from sketch_plugins.optim.options import NoEffect, Option, misspelt, unknown_option, validate
 from sketch_plugins.optim.plan import Again, Counters, Plan, group_marks
+from sketch_plugins.optim.self_check import confirm
 from sketch_plugins.optim.written import MARK, modernize, renew, written_by, written_with
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, is_batch, matrix_shape, tiles
 from sketch_plugins.sharding.names import NAMES, names_of
@@ -654,6 +655,8 @@ class SketchOptimizer(torch.optim.Optimizer):
         large = self._has_large() if work else False
         rules: dict[tuple[int, int, bool], Rule] = {}
         pending = [self._resolve(p, group, grad, rules, large) for p, group, grad in work]
+        if pending:
+            confirm(self, pending)
         fused: dict[Backend, list[Pending]] = {backend: [] for backend in again}
         eager: list[Pending] = []
         for one in pending:

@@ -1,0 +1,95 @@
+"""How far a fused step may be from the eager definition: the bounds of the tests and of every check.
+
+Both compute the same numbers in another order. Compiled, interpreted and eager arithmetic differ by how products and
+sums are rounded, and a GPU rounds a product and a sum once (fma). A float32 number may therefore be a few units in its
+last place apart, a bfloat16 number or a code of int8 one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Codes, or cells of bfloat16 tables, that may round to the other neighbour: where a number lies half-way, or on the
+#: two sides of the noise that rounds it.
+NEIGHBOURS = 0.02
+#: Of a parameter that a step has to be large for, to be seen.
+HALF = (torch.bfloat16, torch.float16)
+
+
+def moments(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """``(name, tensor)`` of the moments in a parameter's state."""
+    for name, moment in state.items():
+        if isinstance(moment, dict):
+            for key, tensor in moment.items():
+                yield f"{name}.{key}", tensor
+
+
+def parameter_difference(ours: Tensor, eager: Tensor, rounded: bool, rate: float = 1e-3) -> str | None:
+    """What is wrong with a parameter after two or three steps; None: nothing.
+
+    Args:
+        ours: as the kernels left it.
+        eager: as the definition left it.
+        rounded: some moment is kept in bfloat16.
+        rate: about the size of a step. In half precision it has to be a large part of the parameter, or nothing of a
+            step would be seen behind the rounding.
+    """
+    if eager.dtype in HALF:
+        # A step or two of rounding apart: a unit in the last place is 2**-8 of the number, or 2**-11, and Triton's
+        # interpreter truncates where hardware rounds. A moment that is a unit apart moves a parameter by a few
+        # hundredths of a step.
+        rtol, atol = 2**-6 if eager.dtype == torch.bfloat16 else 2**-9, 0.1 * rate
+    else:
+        # Moments a unit in their last place apart, times the learning rate and a few steps.
+        rtol, atol = 2e-5, (0.1 if rounded else 2e-3) * rate
+    return _apart("the parameter", ours, eager, rtol, atol)
+
+
+def moment_difference(name: str, ours: Tensor, eager: Tensor) -> str | None:
+    """What is wrong with a tensor of a moment; None: nothing. ``name``: as `moments` has it."""
+    if name.endswith("codes"):
+        # A code of the other neighbour where the number lay half-way between two.
+        difference = (ours.int() - eager.int()).abs()
+        if difference.numel() and difference.max() > 1:
+            return f"{name}: codes differ by up to {int(difference.max())}; 1 is allowed"
+        return _often(name, difference > 0)
+    if eager.dtype == torch.bfloat16:
+        found = _apart(name, ours, eager, 2**-7, 2**-8)
+        # The same noise: a cell rounds the other way where the unrounded numbers lie on its two sides.
+        return found or (_often(name, ours != eager) if name.endswith("table") else None)
+    return _apart(name, ours, eager, 1e-4, 1e-6)
+
+
+def state_difference(ours: Mapping[str, Any], eager: Mapping[str, Any]) -> str | None:
+    """`moment_difference` of the first moment that differs in a parameter's state."""
+    for (name, a), (other, b) in zip(moments(ours), moments(eager), strict=True):
+        assert name == other
+        found = moment_difference(name, a, b)
+        if found is not None:
+            return found
+    return None
+
+
+def is_rounded(state: Mapping[str, Any]) -> bool:
+    """Whether a moment in a parameter's state is kept in bfloat16."""
+    return any(tensor.dtype == torch.bfloat16 for _, tensor in moments(state))
+
+
+def _often(name: str, differs: Tensor) -> str | None:
+    share = differs.float().mean().item() if differs.numel() else 0.0
+    if share < NEIGHBOURS:
+        return None
+    return f"{name}: {share:.1%} of its numbers round to another neighbour; less than {NEIGHBOURS:.0%} is allowed"
+
+
+def _apart(name: str, ours: Tensor, eager: Tensor, rtol: float, atol: float) -> str | None:
+    try:
+        torch.testing.assert_close(ours, eager, rtol=rtol, atol=atol)
+    except AssertionError as error:
+        said = " ".join(str(error).split())
+        return f"{name}: {said}"
+    return None
