@@ -180,9 +180,9 @@ def _said(names: Sequence[str], key: _Key) -> str:
 
 def _advice(key: _Key) -> str:
     return (
-        "Run `sketch-plugins check`, which compares all kernels, and report what it prints; other versions of torch and "
-        f"Triton may be right. fused=False says nothing, {SWITCH}=0 uses the kernels in spite of this, and the finding "
-        f"is forgotten when {verdicts.path(key[0])} is removed"
+        "Run `sketch-plugins check`, which compares all kernels, and report what it prints; other versions of torch "
+        f"and Triton may be right. fused=False says nothing, {SWITCH}=0 uses the kernels in spite of this, and the "
+        f"finding is forgotten when {verdicts.path(key[0])} is removed"
     )
 
 
@@ -279,10 +279,21 @@ _Kind = tuple[tuple[int, ...], bool, int]
 
 
 def _like(optimizer: SketchOptimizer, one: Pending, text: str) -> _Kind | None:
-    """The smallest kind of tensor whose step has this specialisation; None: none was found."""
-    kinds = sorted(_kinds(one), key=lambda kind: _size(kind[0]))[:_TRIED]
-    for begin in range(0, len(kinds), 32):
-        small, given = _small(optimizer, one, kinds[begin : begin + 32], False)
+    """The smallest kind of tensor whose step has this specialisation; None: none was found.
+
+    Those come first that have several buckets and several tiles, as the part has.
+    """
+    rows = -2 if one.grad.matrices > 1 else 0
+    whole = tuple(one.p.shape)
+
+    def worth(kind: _Kind) -> tuple[bool, int]:
+        shape = kind[0]
+        few = len(shape) > 1 and (shape[rows] < min(whole[rows], 80) or _size(shape[1:]) <= 128 < _size(whole[1:]))
+        return few, _size(shape)
+
+    kinds = sorted(_kinds(one), key=worth)[:_TRIED]
+    for begin in range(0, len(kinds), 8):
+        small, given = _small(optimizer, one, kinds[begin : begin + 8], False)
         _give_gradients(small, one, 0)
         if one.work is not None and one.work.once:
             # No first step is like this one, which goes by what another one has measured.
@@ -311,7 +322,11 @@ def _kinds(one: Pending) -> Iterator[_Kind]:
     work = one.work
     assert work is not None
     plain = work.p.is_contiguous() and work.g.is_contiguous()
-    for small in _shapes(shape, one.group.get("block_size", 1)):
+    block = one.group.get("block_size", 1)
+    small_shapes = _shapes(shape, block)
+    if one.grad.matrices > 1:  # a batch: two of its matrices, made smaller
+        small_shapes = ((*(min(n, 2) for n in shape[:-2]), *small) for small in _shapes(shape[-2:], block))
+    for small in small_shapes:
         if _size(small) <= _LARGEST:
             for compressed in (True, False):
                 yield (small, compressed, 0)
@@ -364,6 +379,8 @@ def _small(
         "lr": _HALF_RATE if dtype in HALF else _RATE, "fused": fused, "compile": False, "capturable": False,
         "row_sparse": one.grad.rows is not None,
     }  # fmt: skip
+    if one.grad.matrices > 1:
+        options["batch_dims"] = 1
     if "precondition" in options:
         options["precondition"] = "none"  # of Sketchy; tensors with covariances have no kernels
     groups = [
@@ -371,11 +388,13 @@ def _small(
         for compressed, size in ((True, 0), (False, 1 << 62))
     ]
     small: Any = object.__new__(type(optimizer))
-    small.__setstate__({
-        "defaults": dict(optimizer.defaults),
-        "state": defaultdict(dict),
-        "param_groups": [group for group in groups if group["params"]],
-    })
+    small.__setstate__(
+        {
+            "defaults": dict(optimizer.defaults),
+            "state": defaultdict(dict),
+            "param_groups": [group for group in groups if group["params"]],
+        }
+    )
     small._introduced = True
     return small, given
 
@@ -395,7 +414,6 @@ def _give_gradients(small: Any, one: Pending, step: int) -> None:
         elif not p.is_contiguous():
             values = torch.empty_strided(p.shape, p.stride(), dtype=values.dtype, device=p.device).copy_(values)
         p.grad = values
-
 
 
 def _take_step(small: Any) -> None:
