@@ -266,7 +266,7 @@ def _difference(ours: Any, eager: Any) -> str | None:
             continue  # options under which nothing can be told
         found = parameter_difference(
             p.detach(), q.detach(), is_rounded(eager.state[q]), _HALF_RATE if q.dtype in HALF else _RATE
-        ) or state_difference(ours.state[p], eager.state[q])
+        ) or state_difference(ours.state[p], eager.state[q], q.dtype)
         if found is not None:
             return found
     return None
