@@ -245,7 +245,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "optimizer both ways, and time a step on BERT-base's tensors beside torch.optim.AdamW(fused=True). A kernel "
         "that differs or does not compile is named, and the exit status is 1 (docs/check.md).",
     )
-    parser.add_argument("--device", default="cuda", help="cuda (the default: Triton's kernels), cuda:N or cpu (Numba's)")
+    parser.add_argument("--device", default="cuda", help="cuda (the default: Triton's kernels), cuda:N, cpu (Numba's)")
     parser.add_argument("--only", metavar="WORD", help="cases with WORD in their name, and no times")
     parser.add_argument("--no-times", action="store_true", help="leave the times out")
     parser.add_argument(

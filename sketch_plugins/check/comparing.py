@@ -14,7 +14,7 @@ from torch import Tensor
 from sketch_plugins import registry
 from sketch_plugins.check.cases import Case
 from sketch_plugins.comm.block_topk import BlockTopK
-from sketch_plugins.kernels.agreement import HALF, is_rounded, parameter_difference, state_difference
+from sketch_plugins.kernels.agreement import HALF, is_rounded, parameter_difference, rate_for, state_difference
 from sketch_plugins.optim.fused import backend, interpreted
 from sketch_plugins.optim.self_check import Recorder, watching
 
@@ -98,14 +98,11 @@ class _Training:
     def __init__(self, case: Case, device: torch.device, fused: bool) -> None:
         self.case, self.device = case, device
         generator = torch.Generator().manual_seed(0)
-        half = case.dtype in HALF
-        #: In half precision a step of 1e-3 could not be told from the rounding of numbers around 1.
-        self.rate = 5e-2 if half else 1e-3
         self.params = []
         for shape in case.shapes:
-            values = torch.randn(shape, generator=generator) * (0.1 if half else 1.0)
+            values = torch.randn(shape, generator=generator) * (0.1 if case.dtype in HALF else 1.0)
             self.params.append(torch.nn.Parameter(self._place(values)))
-        options = {"lr": self.rate, "min_compress_size": 0, **case.options}
+        options = {"lr": rate_for(case.dtype), "min_compress_size": 0, **case.options}
         if not fused:
             options.pop("capturable", None)
         cls: Any = registry.get(case.optimizer).cls
@@ -138,7 +135,7 @@ class _Training:
             if p.numel() == 0:
                 continue
             state = eager.optimizer.state[q]
-            found = parameter_difference(p.detach(), q.detach(), is_rounded(state), self.rate)
+            found = parameter_difference(p.detach(), q.detach(), is_rounded(state))
             found = found or state_difference(self.optimizer.state[p], state, q.dtype)
             if found is not None:
                 return f"shape {tuple(q.shape)}: {found}"

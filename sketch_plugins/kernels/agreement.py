@@ -28,25 +28,36 @@ def moments(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{key}", tensor
 
 
-def parameter_difference(ours: Tensor, eager: Tensor, rounded: bool, rate: float = 1e-3) -> str | None:
-    """What is wrong with a parameter after two or three steps; None: nothing.
+def rate_for(dtype: torch.dtype) -> float:
+    """The learning rate that the bounds are made for.
+
+    In half precision a step has to be a large part of the parameter (whose numbers are to be around 0.1 then, and
+    around 1 otherwise), or nothing of it would be seen behind the rounding.
+    """
+    return 5e-2 if dtype in HALF else 1e-3
+
+
+def parameter_difference(ours: Tensor, eager: Tensor, rounded: bool) -> str | None:
+    """What is wrong with a parameter after two or three steps at `rate_for` its dtype; None: nothing.
 
     Args:
         ours: as the kernels left it.
         eager: as the definition left it.
         rounded: some moment is kept in bfloat16.
-        rate: about the size of a step. In half precision it has to be a large part of the parameter, or nothing of a
-            step would be seen behind the rounding.
     """
-    if eager.dtype in HALF:
+    rtol, atol = _parameter_bounds(eager.dtype, rounded)
+    return _apart("the parameter", ours, eager, rtol, atol)
+
+
+def _parameter_bounds(dtype: torch.dtype, rounded: bool) -> tuple[float, float]:
+    rate = rate_for(dtype)
+    if dtype in HALF:
         # A step or two of rounding apart: a unit in the last place is 2**-8 of the number, or 2**-11, and Triton's
         # interpreter truncates where hardware rounds. A moment that is a unit apart moves a parameter by a few
         # hundredths of a step.
-        rtol, atol = 2**-6 if eager.dtype == torch.bfloat16 else 2**-9, 0.1 * rate
-    else:
-        # Moments a unit in their last place apart, times the learning rate and a few steps.
-        rtol, atol = 2e-5, (0.1 if rounded else 2e-3) * rate
-    return _apart("the parameter", ours, eager, rtol, atol)
+        return (2**-6 if dtype == torch.bfloat16 else 2**-9), 0.1 * rate
+    # Moments a unit in their last place apart, times the learning rate and a few steps.
+    return 2e-5, (0.1 if rounded else 2e-3) * rate
 
 
 def moment_difference(name: str, ours: Tensor, eager: Tensor) -> str | None:
@@ -69,8 +80,8 @@ def state_difference(ours: Mapping[str, Any], eager: Mapping[str, Any], dtype: t
     for (name, a), (other, b) in zip(moments(ours), moments(eager), strict=True):
         assert name == other
         if name == "rms.last" and dtype in HALF:
-            # Of a parameter that each step may leave half a unit in its last place smaller, as the interpreter does.
-            found = _apart(name, a, b, 2**-7, 1e-6)
+            # The RMS of a parameter is as far apart as its numbers may be.
+            found = _apart(name, a, b, *_parameter_bounds(dtype, True))
         else:
             found = moment_difference(name, a, b)
         if found is not None:

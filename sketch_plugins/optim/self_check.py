@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.kernels import work as places
-from sketch_plugins.kernels.agreement import HALF, is_rounded, parameter_difference, state_difference
+from sketch_plugins.kernels.agreement import HALF, is_rounded, parameter_difference, rate_for, state_difference
 from sketch_plugins.kernels.work import Work
 from sketch_plugins.notices import warn
 from sketch_plugins.optim import verdicts
@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 SWITCH = "SKETCH_PLUGINS_CHECK"
 # Elements of a tensor that is tried out, and how many kinds of tensors are looked at to find one.
 _LARGEST, _TRIED = 1 << 20, 1 << 9
-# One learning rate for what has any: bounds are about the size of a step.
-_RATE, _HALF_RATE = 1e-3, 5e-2
 
 _Key = tuple[tuple[tuple[str, str], ...], str]
 
@@ -264,9 +262,8 @@ def _difference(ours: Any, eager: Any) -> str | None:
     for p, q in zip(ours.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True):
         if not q.isfinite().all():
             continue  # options under which nothing can be told
-        found = parameter_difference(
-            p.detach(), q.detach(), is_rounded(eager.state[q]), _HALF_RATE if q.dtype in HALF else _RATE
-        ) or state_difference(ours.state[p], eager.state[q], q.dtype)
+        found = parameter_difference(p.detach(), q.detach(), is_rounded(eager.state[q]))
+        found = found or state_difference(ours.state[p], eager.state[q], q.dtype)
         if found is not None:
             return found
     return None
@@ -376,7 +373,7 @@ def _small(
         given.append((torch.nn.Parameter(place.copy_(values)), kind))
     options = {name: value for name, value in group.items() if name not in ("params", MARK, "param_names")}
     options |= {
-        "lr": _HALF_RATE if dtype in HALF else _RATE, "fused": fused, "compile": False, "capturable": False,
+        "lr": rate_for(dtype), "fused": fused, "compile": False, "capturable": False,
         "row_sparse": one.grad.rows is not None,
     }  # fmt: skip
     if one.grad.matrices > 1:
