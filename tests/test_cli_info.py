@@ -56,7 +56,7 @@ def test_extras_keep_their_brackets():
     assert "sketch-plugins[cpu]" in said
 
 
-@pytest.mark.parametrize("command", ["", "run", "reshard", "convert", "plan", "report", "info"])
+@pytest.mark.parametrize("command", ["", "run", "reshard", "convert", "plan", "report", "info", "check"])
 def test_help_does_not_import_torch(command):
     """It takes seconds, and whoever asks how a command is called should not wait for it."""
     script = (

@@ -121,7 +121,7 @@ class _Training:
             rows = torch.randperm(p.shape[0], generator=generator)[: (12, 3, 7)[step % 3]] if p.ndim else None
             if self.case.gradients == "packed" and rows is not None:
                 index = torch.cat([rows, rows[:2]]).to(self.device)  # repeated: coalescing is part of the step
-                values = torch.sparse_coo_tensor(index.unsqueeze(0), values[index], p.shape)
+                values = torch.sparse_coo_tensor(index.unsqueeze(0), values[index], p.shape, check_invariants=False)
             elif self.case.gradients == "rows" and rows is not None:
                 touched = torch.zeros_like(values)
                 touched[rows.to(self.device)] = values[rows.to(self.device)]
