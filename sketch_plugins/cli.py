@@ -252,7 +252,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--jobs",
         type=int,
         metavar="N",
-        help="processes that compile and compare; 0: this one (default: one for each core, 8 at most; on a cpu 0)",
+        help="processes that compile and compare; 0: this one (default: one for each core, 12 at most; on a cpu 0)",
     )
     parser.add_argument("--json", action="store_true", help="write JSON in place of the tables")
     parser.set_defaults(execute=_check)

@@ -19,7 +19,7 @@ from sketch_plugins.check.workers import compare_all
 from sketch_plugins.optim.fused import interpreted
 
 # Compiling is divided by as many processes; each holds some hundred megabytes of the device.
-_MOST_JOBS = 8
+_MOST_JOBS = 12
 
 
 def main(arguments: argparse.Namespace, program: str) -> int:

@@ -7,11 +7,13 @@ one starts anew.
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 
 from sketch_plugins.check.cases import Case, cases
-from sketch_plugins.check.comparing import FAILS, Row, compare
+from sketch_plugins.check.comparing import FAILS, LEFT_OUT, Row, compare
 
 #: Seconds that one case may take: to be compiled, a few times over.
 PATIENCE = 120.0
@@ -27,7 +29,12 @@ _SOURCE = Path(__file__).resolve().parents[2]
 
 
 def compare_all(
-    chosen: Sequence[Case], device: torch.device, jobs: int, done: Callable[[Row], None], patience: float = PATIENCE
+    chosen: Sequence[Case],
+    device: torch.device,
+    jobs: int,
+    done: Callable[[Row], None],
+    patience: float = PATIENCE,
+    until: float = math.inf,
 ) -> list[Row]:
     """The rows of cases, in their order.
 
@@ -37,11 +44,12 @@ def compare_all(
         jobs: processes beside this one; 0: in this process.
         done: called in one thread at a time with each row, as they come.
         patience: seconds that one case may take in another process.
+        until: of `time.monotonic`; cases that have not begun by then are left out.
     """
     if jobs == 0:
         out = []
         for case in chosen:
-            out.append(compare(case, device))
+            out.append(compare(case, device) if time.monotonic() < until else _too_late(case))
             done(out[-1])
         return out
     waiting: queue.SimpleQueue[Case] = queue.SimpleQueue()
@@ -58,7 +66,7 @@ def compare_all(
                     case = waiting.get_nowait()
                 except queue.Empty:
                     return
-                row = worker.compare(case)
+                row = worker.compare(case) if time.monotonic() < until else _too_late(case)
                 with lock:
                     rows[case.name] = row
                     done(row)
@@ -71,6 +79,10 @@ def compare_all(
     for thread in threads:
         thread.join()
     return [rows[case.name] for case in chosen]
+
+
+def _too_late(case: Case) -> Row:
+    return Row(case.name, LEFT_OUT, note="no time was left")
 
 
 class _Worker:

@@ -24,7 +24,7 @@ def interpreted(monkeypatch, tmp_path):
 
 @pytest.fixture
 def broken(interpreted, monkeypatch):
-    """``broken("arithmetic")``: the denominator is a hundredth too large; ``broken("compiler")``: a kernel that fails."""
+    """``broken("arithmetic")``: steps are a hundredth too small; ``broken("compiler")``: a kernel does not compile."""
     import triton
 
     launch = importlib.import_module("sketch_plugins.kernels.gpu.launch")
