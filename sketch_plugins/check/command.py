@@ -16,7 +16,7 @@ from sketch_plugins.check.cases import cases
 from sketch_plugins.check.comparing import LEFT_OUT, Row, describe
 from sketch_plugins.check.times import TIMED, Time, bert_base, measure
 from sketch_plugins.check.workers import compare_all
-from sketch_plugins.optim.fused import interpreted
+from sketch_plugins.optim.fused import backend, interpreted
 
 # Compiling is divided by as many processes; each holds some hundred megabytes of the device.
 _MOST_JOBS = 12
@@ -64,6 +64,7 @@ def _device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA or ROCm device here")
+    backend(device, True)  # says why there are no kernels, where there are none
     return device
 
 

@@ -80,8 +80,10 @@ def compare(case: Case, device: torch.device) -> Row:
 def _steps(case: Case, device: torch.device) -> tuple[str, str]:
     if case.options.get("capturable") and (device.type == "cpu" and not interpreted()):
         return LEFT_OUT, "capturable=True needs the Triton kernels"
-    if backend(device, True) is None:
-        return LEFT_OUT, f"there are no kernels for {device.type}"
+    try:
+        backend(device, True)
+    except ValueError as error:
+        return LEFT_OUT, str(error)
     if case.dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return LEFT_OUT, "this device has no bfloat16"
     ours, eager = _Training(case, device, True), _Training(case, device, False)
@@ -157,7 +159,8 @@ def _message(case: Case, device: torch.device) -> tuple[str, str]:
         for kind, memory, momentum in zip(kinds, memories, momenta, strict=True):
             payload = kind.take(memory, g, gain, 0.05, step=step, key=3, momentum=momentum, beta=0.5)
             sent.append(kind.decompress(payload, size, 0.05))
-        for name, (a, b) in (("message", sent), ("memory", memories), ("momentum", momenta)):  # type: ignore[misc]
+        found: list[tuple[str, list[Any]]] = [("message", sent), ("memory", memories), ("momentum", momenta)]
+        for name, (a, b) in found:
             # Products with 0.5 are exact, and each number is rounded once: all bits are equal.
             if a is not None and not torch.equal(a, b):
                 return DIFFERS, f"step {step + 1}: {int((a != b).sum())} numbers of the {name} are other bits"

@@ -148,8 +148,8 @@ def confirm(optimizer: SketchOptimizer, pending: Sequence[Pending]) -> None:
         said = "; ".join(dict.fromkeys(_said(names, key) for key, names in new.items()))
         warn(
             f"{type(optimizer).__name__} takes the eager path on {dict(first[0])['device']}: kernels of sketch-plugins "
-            f"do not compute there what their definition computes ({said}). The numbers of the step are right, and it "
-            f"is slower. {_advice(first)}"
+            f"differ from their definition there, or do not compile ({said}). The numbers of the step are right, and "
+            f"it is slower. {_advice(first)}"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from sketch_plugins import cli, registry
 from sketch_plugins.check import times, workers
 from sketch_plugins.check.cases import cases
+from sketch_plugins.optim import fused
 
 
 def check(capsys, *arguments):
@@ -77,7 +78,18 @@ def test_numba(capsys):
     assert left_out["result"] == "left out" and "do not keep the second moment" in left_out["note"]
 
 
+def test_no_kernels_at_all(capsys, monkeypatch):
+    """As if Numba were not installed: nothing was compared, and that is no success."""
+    fused._numba.cache_clear()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "numba", None)
+        assert cli.main(["check", "--device", "cpu"]) == 2
+        assert "Numba cannot be imported" in capsys.readouterr().err
+    fused._numba.cache_clear()
+
+
 def test_what_is_refused(capsys):
+    pytest.importorskip("numba", reason="Numba is not installed")
     for arguments, words in (
         (["--device", "tpu"], "--device 'tpu' is not one of"),
         (["--device", "cpu", "--only", "nothing like it"], "in the name of no case"),
