@@ -16,7 +16,7 @@ from sketch_plugins.optim.hyperparameters import carried_over
 
 @dataclass(frozen=True)
 class Wording:
-    """How messages call what the user wrote; the defaults are those of Lightning's strategies.
+    """How messages call what the user wrote; the defaults are those of a caller in Python.
 
     Attributes:
         options: where the options of the new optimizer are given.
@@ -25,17 +25,17 @@ class Wording:
         set_option: a pattern for what the user writes to set an option, with ``{key}`` and ``{value}``.
     """
 
-    options: str = "optimizer_kwargs"
-    owner: str = "the module"
-    instead: str = "Or let configure_optimizers build the sketched optimizer itself, which is then left alone"
-    set_option: str = "optimizer_kwargs={{{key!r}: {value}}}"
+    options: str = "options"
+    owner: str = "the program"
+    instead: str = "Build one of these, or the sketched optimizer itself"
+    set_option: str = "options={{{key!r}: {value}}}"
 
     def how(self, key: str, value: Any) -> str:
         """What the user writes to set an option."""
         return self.set_option.format(key=key, value=value)
 
 
-LIGHTNING = Wording()
+PLAIN = Wording()
 
 #: What is replaced. Subclasses are not: they may do something else.
 REPLACED: tuple[type[torch.optim.Optimizer], ...] = (
@@ -63,12 +63,12 @@ def split_options(text: str | None) -> dict[str, str]:
     return given
 
 
-def check_options(name: str, options: Mapping[str, Any], words: Wording = LIGHTNING) -> dict[str, Any]:
+def check_options(name: str, options: Mapping[str, Any], words: Wording = PLAIN) -> dict[str, Any]:
     """Options for every parameter group, typed; values may be text.
 
     Raises:
         ValueError: no such optimizer; an unknown option, or one with a value that is not allowed; ``lr``, which belongs
-            to the program (in Lightning the module), because its schedule starts from it.
+            to who builds torch's optimizer, because its schedule starts from it.
     """
     given = registry.parse_options(name, options)
     if "lr" in given:
@@ -84,7 +84,7 @@ def check_options(name: str, options: Mapping[str, Any], words: Wording = LIGHTN
 
 
 def counterpart(
-    optimizer: torch.optim.Optimizer, name: str, options: Mapping[str, Any], words: Wording = LIGHTNING
+    optimizer: torch.optim.Optimizer, name: str, options: Mapping[str, Any], words: Wording = PLAIN
 ) -> SketchOptimizer:
     """The optimizer ``name`` for the parameter groups of one of torch's, with their hyperparameters.
 
@@ -109,7 +109,7 @@ def counterpart(
     return made
 
 
-def become(optimizer: Any, name: str, options: Mapping[str, Any], words: Wording = LIGHTNING) -> None:
+def become(optimizer: Any, name: str, options: Mapping[str, Any], words: Wording = PLAIN) -> None:
     """Turn one of torch's optimizers that has just been built into its counterpart, the same object.
 
     Whoever holds the object holds the counterpart: for constructors, which cannot return another object.
@@ -131,7 +131,7 @@ def become(optimizer: Any, name: str, options: Mapping[str, Any], words: Wording
     carry.follow(optimizer)
 
 
-def without_counterpart(cls: type, words: Wording = LIGHTNING) -> str:
+def without_counterpart(cls: type, words: Wording = PLAIN) -> str:
     """The message for an optimizer that has none."""
     return (
         f"{cls.__module__}.{cls.__qualname__} has no sketched counterpart: allowed are "

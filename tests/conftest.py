@@ -72,12 +72,13 @@ def launch_ranks():
     """`launch_ranks(script, *arguments)` runs a script in two processes that find each other as under torchrun."""
 
     def run(script, *arguments, world=2, timeout=400, env=None):
-        with ranks_of(script, arguments, world, env) as ranks:
+        start = forked_ranks if sys.platform == "linux" and not torch.cuda.is_available() else ranks_of
+        with start(script, arguments, world, env) as ranks:
             for rank, _ in ranks:
                 rank.wait(timeout)
             outputs = [said(file) for _, file in ranks]
-            for (rank, _), output in zip(ranks, outputs, strict=True):
-                assert rank.returncode == 0, output[-5000:]
+            for rank, _ in ranks:
+                assert rank.returncode == 0, "\n".join(output[-5000:] for output in outputs)
         return outputs
 
     return run
@@ -110,19 +111,15 @@ def kill_ranks():
 @contextlib.contextmanager
 def ranks_of(script, arguments, world, env):
     """(process, file with its output) of each rank; whatever still runs in the end is killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(script), *map(str, arguments)]
     with contextlib.ExitStack() as stack:
         # Files, not pipes: a rank that fills its pipe would wait while the other one is read.
         files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)]
+        shared = environment_of_ranks(world, env)
         ranks = [
             subprocess.Popen(
                 command,
-                env={**os.environ, **quiet, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})},
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})},
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
@@ -134,6 +131,37 @@ def ranks_of(script, arguments, world, env):
             for rank in ranks:
                 rank.kill()
                 rank.wait()
+
+
+@contextlib.contextmanager
+def forked_ranks(script, arguments, world, env):
+    """As `ranks_of`, but imports are made once for all: see ranks.py. The process is the one that waits for them."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)]
+        outputs = [file.fileno() for file in files]
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "ranks.py", ",".join(map(str, outputs)), script, *map(str, arguments)],
+            env=environment_of_ranks(world, env),
+            stdout=files[0],
+            stderr=subprocess.STDOUT,
+            pass_fds=outputs,
+            start_new_session=True,
+        )
+        try:
+            yield [(process, file) for file in files]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def environment_of_ranks(world, env):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, **quiet, **shared, **(env or {})}
 
 
 def said(file):

@@ -32,6 +32,7 @@ from sketch_plugins import registry
 from sketch_plugins.import_hooks import is_initializing, when_imported
 from sketch_plugins.notices import warn
 from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.sharding.names import name_parameters
 
 _ENGINE = "deepspeed.runtime.engine"
 _STAGES = (
@@ -207,7 +208,11 @@ def _accepting(configure: Callable[..., None]) -> Callable[..., None]:
 
 
 def _accept(engine: Any, optimizer: SketchOptimizer) -> None:
-    """Refuse what cannot work with one of ours; let it be where DeepSpeed would want its own."""
+    """Refuse what cannot work with one of ours; let it be where DeepSpeed would want its own.
+
+    From here on messages and reports call parameters by their names in the model, also when they are pieces of a flat
+    partition.
+    """
     config = engine._config
     refuse_impossible(
         optimizer,
@@ -219,6 +224,7 @@ def _accept(engine: Any, optimizer: SketchOptimizer) -> None:
     # True is DeepSpeed's default; who writes it wants the error.
     if config._param_dict.get("zero_force_ds_cpu_optimizer") is not True:
         config.zero_force_ds_cpu_optimizer = False
+    name_parameters(optimizer, engine.module)
 
 
 def _comparing(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,11 +22,18 @@ from sketch_lightning.replace import (
     rewire,
 )
 from sketch_plugins import registry
-from sketch_plugins.counterpart import check_options, counterpart, describe
+from sketch_plugins.counterpart import Wording, check_options, counterpart, describe
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
 from sketch_plugins.optim.introduction import hand_over
 
+#: How messages call what the user of a strategy writes.
+WORDS = Wording(
+    options="optimizer_kwargs",
+    owner="the module",
+    instead="Or let configure_optimizers build the sketched optimizer itself, which is then left alone",
+    set_option="optimizer_kwargs={{{key!r}: {value}}}",
+)
 #: How DDP may start its processes; "" is Lightning's "ddp".
 _STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
@@ -50,7 +57,7 @@ class Replacing:
         if not isinstance(warm_start, bool):
             raise ValueError(f"warm_start={warm_start!r} is not one of True, False")
         self._sketch_name = registry.get(optimizer).name
-        self._sketch_options = check_options(optimizer, optimizer_kwargs or {})
+        self._sketch_options = check_options(optimizer, optimizer_kwargs or {}, WORDS)
         self._warm_start = warm_start
         super().__init__(**kwargs)
 
@@ -98,7 +105,7 @@ class Replacing:
                     said.append(f"{type(old).__name__} is the module's own and was left alone")
                 new.append(old)
                 continue
-            made = counterpart(old, self._sketch_name, self._sketch_options)
+            made = counterpart(old, self._sketch_name, self._sketch_options, WORDS)
             if has_stepped(old):  # the module keeps its optimizer from one fit to the next
                 made.load_state_dict(self._own(made, old.state_dict()))
             replaced[id(old)] = old, made

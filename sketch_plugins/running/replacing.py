@@ -8,6 +8,7 @@ would put DeepSpeedCPUAdam in its place).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import weakref
@@ -24,6 +25,11 @@ WORDS = counterpart.Wording(
     owner="the program",
     instead="Use one of these in the program, or run it without --optim",
     set_option="--optim-args {key}={value}",
+)
+
+IN_DEEPSPEED = (
+    'Name one of ours in the optimizer block of the DeepSpeed configuration, {"type": "cs_adam"}, which needs no '
+    "--optim; or run the program without --optim"
 )
 
 _said = False
@@ -113,7 +119,11 @@ def _held(optimizer: Any) -> Iterator[Any]:
 
 def _refuse(cls: type) -> None:
     watch.note(watch.REFUSED, cls.__name__)
-    raise ValueError(counterpart.without_counterpart(cls, WORDS))
+    words = WORDS
+    if cls.__module__.startswith("deepspeed."):
+        # What a block like {"type": "AdamW"} becomes; with "torch_adam": true it is torch's, and replaced.
+        words = dataclasses.replace(WORDS, instead=IN_DEEPSPEED)
+    raise ValueError(counterpart.without_counterpart(cls, words))
 
 
 def _say_once(old: type, new: Any, options: Mapping[str, Any]) -> None:

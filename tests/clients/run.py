@@ -41,7 +41,7 @@ ROWS = {
         ("test_torchtune.py",),
     ),
     # It holds down NumPy (which newer pyarrows refuse), transformers, TRL, PEFT and accelerate. 0.9.4 and 0.9.5 import
-    # torchaudio, of which there is no release for torch 2.13.
+    # torchaudio, whose newest release, 2.11.1, is built for torch 2.11.
     "llamafactory": Row(
         "LLaMA-Factory, with the transformers that it allows",
         ("llamafactory==0.9.3", "pyarrow<20"),

@@ -16,10 +16,16 @@ import copy
 import importlib
 import math
 import os
+import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from interpreter import patch_once
 
 from sketch_plugins import registry
 from sketch_plugins.optim import base
@@ -69,6 +75,7 @@ if HAS_TRITON:
     try:
         with using("triton"):
             importlib.import_module("sketch_plugins.kernels.gpu.launch")
+            patch_once(importlib.import_module("triton.runtime.interpreter"))
     except ImportError:
         HAS_TRITON = False
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 import sketch_deepspeed  # noqa: F401
-from sketch_plugins import CSAdam, registry
+from sketch_plugins import CSAdam, registry, state_report
 
 CPU = {"device": "cpu", "pin_memory": False}
 EXACT = {"lr": 1e-2, "weight_decay": 0.1, "preset": "exact", "betas": [0.8, 0.99]}
@@ -94,13 +94,20 @@ def said(config: dict[str, Any], params: Any = None, name: str = "cs_adam", **kw
 
 
 def two_processes(folder: str) -> dict[str, Any]:
-    out: dict[str, Any] = {"classes": {}, "differs": {}}
+    out: dict[str, Any] = {
+        "classes": {},
+        "differs": {},
+        "names": {"model": [n for n, _ in new_model().named_parameters()]},
+    }
     reference, engine = trained(zero(2))
     out["betas"] = engine.basic_optimizer.param_groups[0]["betas"]
     for name in registry.names():
         for key, config in {"1": zero(1), "3": zero(3)}.items():
             engine = engine_of(config, {"type": name, "params": {"lr": 1e-3}})
             out["classes"][f"{name} {key}"] = type(engine.basic_optimizer).__name__
+            if name == "cs_adam":
+                train(engine, range(1))
+                out["names"][key] = [one.name for one in state_report(engine.basic_optimizer).parameters]
             engine.destroy()
     engine = engine_of(zero(1), {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}})
     out["classes"]["AdamW"] = type(engine.basic_optimizer).__name__

@@ -18,6 +18,13 @@ def test_every_name_is_an_optimizer_of_the_configuration(name, stage, ranks):
     assert ranks[0]["classes"][f"{name} {stage}"] == registry.get(name).cls.__name__
 
 
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_parameters_are_called_by_their_names_in_the_model(stage, ranks):
+    """Those of which a rank's flat partition holds a piece; together all of them."""
+    assert all(rank["names"][stage] for rank in ranks)
+    assert {name for rank in ranks for name in rank["names"][stage]} == set(ranks[0]["names"]["model"])
+
+
 def test_other_optimizers_are_left_alone(ranks):
     assert ranks[0]["classes"]["AdamW"] == "AdamW"
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,15 +18,33 @@ for package in ("transformers", "tokenizers", "matplotlib"):
     pytest.importorskip(package, reason="the examples need the extra `demo`")
 
 
-def start(script, *options):
-    environment = {**os.environ, "TQDM_DISABLE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / script), *map(str, options)]
-    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+@pytest.fixture
+def start(monkeypatch, capfd):
+    """``start(script, *options)``: as `python script *options`, here, where what it imports is there already.
+
+    The processes that a script starts, one for each optimizer, are its own.
+    """
+    before = dict(os.environ)
+
+    def run(script, *options):
+        command = [str(EXAMPLES / script), *map(str, options)]
+        monkeypatch.setattr(sys, "argv", command)
+        os.environ.update({"TQDM_DISABLE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"})
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as ended:
+            # A message is what the interpreter prints before it ends with 1.
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            assert not code, f"{ended.code}\n{capfd.readouterr().err}"
+        return subprocess.CompletedProcess(command, 0, *capfd.readouterr())
+
+    yield run
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def check(finished, out, labels):
     """The table, the picture and the figures agree on what was run; returns the figures of each run."""
-    assert finished.returncode == 0, finished.stderr
     assert (out / "comparison.png").read_bytes().startswith(PNG)
     results = json.loads((out / "results.json").read_text())
     runs = {run["label"]: run for run in results["runs"]}
@@ -43,13 +62,14 @@ def check(finished, out, labels):
 
 
 def check_bytes(runs):
-    # Two float32 moments a parameter, and a step counter of 4 bytes for each tensor.
-    assert runs["AdamW"]["bytes_per_param"] == pytest.approx(8, abs=0.02)
+    if "AdamW" in runs:
+        # Two float32 moments a parameter, and a step counter of 4 bytes for each tensor.
+        assert runs["AdamW"]["bytes_per_param"] == pytest.approx(8, abs=0.02)
     # int8 blocks, 5 % of the rows, and the exact state of biases and norms, which weigh more in a tiny model.
     assert runs["cs_adam"]["bytes_per_param"] < 1.5
 
 
-def test_language_model(tmp_path):
+def test_language_model(tmp_path, start):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(60)))
     size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 6, "--seq-len", 32, "--batch-size", 2)
@@ -66,16 +86,18 @@ def test_language_model(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["classify", "mlm"])
-def test_bert(tmp_path, task):
+def test_bert(tmp_path, start, task):
     out = tmp_path / "out"
     size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 4, "--seq-len", 32, "--batch-size", 4)
     texts = []
     for label in ("north", "south"):
         texts += ["--text", tmp_path / f"{label}.txt"]
         texts[-1].write_text("".join(f"{n * n} steps to the {label}, then {n}.\n" for n in range(400)))
-    optimizers = ("--optimizers", "adamw_torch_fused,cs_adam")
-    finished = start("finetune_bert.py", "--task", task, "--quick", "--out", out, *optimizers, *size, *texts)
-    runs = check(finished, out, ["AdamW", "cs_adam"])
+    # A process for each optimizer; what differs between the tasks is the same for all of them.
+    optimizers = {"classify": {"adamw_torch_fused": "AdamW", "cs_adam": "cs_adam"}, "mlm": {"cs_adam": "cs_adam"}}[task]
+    named = ("--optimizers", ",".join(optimizers))
+    finished = start("finetune_bert.py", "--task", task, "--quick", "--out", out, *named, *size, *texts)
+    runs = check(finished, out, [*optimizers.values()])
     check_bytes(runs)
     for run in runs.values():
         assert (run["eval_accuracy"] is not None) == (task == "classify")
@@ -112,12 +134,11 @@ def read_csv(file):
 OURS = "cs_adam:min_compress_size=256"
 
 
-def test_larger_batch(tmp_path):
+def test_larger_batch(tmp_path, start):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("".join(f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(60)))
     options = ("--dim", 64, "--vocab", 300, "--max-batch", 64, "--optimizers", f"adamw_torch_fused,{OURS}@2e-3")
     finished = start("larger_batch.py", "--quick", "--task", "lm", "--text", text, "--out", out, *options)
-    assert finished.returncode == 0, finished.stderr
     assert (out / "larger_batch.png").read_bytes().startswith(PNG)
     adamw, ours = read_csv(out / "larger_batch.csv")
     assert (adamw["optimizer"], ours["optimizer"]) == ("AdamW", "cs_adam min_compress_size=256")
@@ -176,14 +197,13 @@ def test_bad_options_of_larger_batch(options, message, tmp_path, monkeypatch, ca
     assert message in capsys.readouterr().err
 
 
-def test_lightning_language_model(tmp_path):
+def test_lightning_language_model(tmp_path, start):
     pytest.importorskip("lightning", reason="needs the extra `lightning`")
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("".join(f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(60)))
     size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 10, "--seq-len", 32, "--batch-size", 2, "--cpu")
     finished = start("lightning_lm.py", "--quick", "--text", text, "--out", out, "--strategy", "sm3", *size)
     # SM3's betas are no Adam's; those of the module are torch's defaults, so there is nothing to complain of.
-    assert finished.returncode == 0, finished.stderr
     assert (out / "comparison.png").read_bytes().startswith(PNG)
     adamw, sm3 = json.loads((out / "results.json").read_text())["runs"]
     assert (adamw["label"], sm3["label"], sm3["optimizer"]) == ("AdamW", "sm3", "SM3")
@@ -193,11 +213,10 @@ def test_lightning_language_model(tmp_path):
     assert "sketch_lightning: replaced AdamW by SM3" in finished.stderr + finished.stdout
 
 
-def test_lightning_cli(tmp_path):
+def test_lightning_cli(tmp_path, start):
     pytest.importorskip("lightning", reason="needs the extra `lightning`")
     pytest.importorskip("jsonargparse", reason="LightningCLI needs the package `jsonargparse`")
     options = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 4, "--trainer.default_root_dir", tmp_path)
     finished = start("lightning_cli.py", "fit", "--config", EXAMPLES / "lightning_cli.yaml", *options)
-    assert finished.returncode == 0, finished.stderr
     said = finished.stderr + finished.stdout
     assert "replaced AdamW by CSAdam(lr=0.003, compression=0.05)" in said and "beside AdamW" in said

@@ -223,7 +223,7 @@ print(json.dumps(most))
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("cs_adam", {}), ("cs_adam", {"preset": "lean"}), ("cs_momentum", {}), ("cs_adagrad", {"hash": "affine"})],
+    [("cs_adam", {}), ("cs_adam", {"preset": "lean"}), ("cs_adagrad", {"hash": "affine"})],
 )
 def test_resident_memory_of_a_process(name, options):
     """40 MB of parameters: what the operating system saw, temporaries inside torch's own operators included."""

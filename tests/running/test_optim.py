@@ -291,3 +291,30 @@ def test_zero_redundancy_optimizer_shards_ours(run, write, results):
     )
     first, second = results(run("--optim", "sm3", "torchrun", "--standalone", "--nproc_per_node", "2", "train.py"))
     assert first[0] == "SM3" and first == second
+
+
+def test_an_optimizer_of_deepspeed_is_refused_with_what_to_write_in_its_configuration(run, write):
+    """Its own kernels for {"type": "AdamW"} take minutes to compile: the class that they are in is enough."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    write(
+        "train.py",
+        """
+        import torch
+        from deepspeed.ops.adam import FusedAdam
+
+        class Uncompiled(FusedAdam):
+            def __init__(self, params):
+                torch.optim.Optimizer.__init__(self, params, {"lr": 0.1})
+
+            def step(self):
+                raise SystemExit("it was not refused")
+
+        Uncompiled.__module__ = FusedAdam.__module__
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.ones(3)
+        Uncompiled([weight]).step()
+        """,
+    )
+    out = run("--optim", "cs_adam", "train.py")
+    assert out.returncode == 1 and "deepspeed.ops.adam.fused_adam.Uncompiled has no sketched counterpart" in out.stderr
+    assert '{"type": "cs_adam"}' in out.stderr

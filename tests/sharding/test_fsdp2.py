@@ -8,11 +8,8 @@ WORKER = Path(__file__).with_name("fsdp2_worker.py")
 
 
 def test_two_ranks(launch_ranks, tmp_path):
-    launch_ranks(WORKER, "equal,experts,trains,bytes,placements,nan,errors,fsdp1", world=2)
-
-
-def test_checkpoints(launch_ranks, tmp_path):
-    launch_ranks(WORKER, "sharded_checkpoint,full_checkpoint", tmp_path / "checkpoints", world=2)
+    checks = "equal,experts,trains,bytes,placements,nan,errors,sharded_checkpoint,full_checkpoint,fsdp1"
+    launch_ranks(WORKER, checks, tmp_path / "checkpoints", world=2)
 
 
 def test_four_ranks(launch_ranks, tmp_path):
