@@ -26,7 +26,7 @@ TEST_PROCESSES ?= 2
 DIST := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test slow compare restricted matrix clients soak gpu lint format clean
+.PHONY: help demo quick test slow compare restricted matrix clients soak gpu sanitizer lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,14 +64,12 @@ clients: ## other people's programs (TRL, PEFT, sentence-transformers, torchtune
 	OMP_NUM_THREADS=$(TEST_THREADS) TORCH="$(TORCH)" $(PYTHON) tests/clients/run.py $(if $(ROWS),--rows $(ROWS)) \
 	  -- $(TEST_ARGS)
 
-gpu: $(VENV)/.dev ## with a GPU: its tests, compute-sanitizer where there is one, and the benchmark on both precisions
-	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
-	if command -v compute-sanitizer >/dev/null; then \
-	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/kernels -k "eager_definition or row_sparse"; fi
-	$(BIN)/python benchmarks/bench_step.py --device cuda --shapes bert-base,bert-large,gpt2-medium,llama-1b $(BENCH_ARGS)
-	$(BIN)/python benchmarks/bench_step.py --device cuda --shapes bert-base,bert-large,gpt2-medium,llama-1b \
-	  --dtype bfloat16 $(BENCH_ARGS)
-	$(BIN)/python benchmarks/bench_training.py --device cuda --layers 12 --dtype bfloat16
+# Nothing is installed for it: with the environment if that is there, else with any Python that has torch and Triton.
+gpu: ## with a GPU, in ten minutes: its kernels and their tests, steps and training steps beside fused AdamW
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(BENCH_ARGS)
+
+sanitizer: $(VENV)/.dev ## with a GPU and compute-sanitizer: the kernels' tests under it
+	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/kernels -k "eager_definition or row_sparse"
 
 lint: $(VENV)/.dev ## ruff, ruff format and mypy, nothing changed
 	$(BIN)/ruff check $(LINT_PATHS)

@@ -28,13 +28,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from sketch_plugins import registry, state_report
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = (
@@ -81,6 +82,10 @@ def main() -> None:
 
 
 def compare(shapes: str, args: argparse.Namespace) -> None:
+    # Here, as `gpu.py` measures where there may be nothing but torch and Triton.
+    from rich.console import Console
+    from rich.progress import Progress
+
     out = args.out or RESULTS / f"step_{args.device}_{shapes}_{args.dtype}.csv"
     rows, missing = [], []
     names = args.optimizers.split(",")
@@ -251,6 +256,8 @@ def hardware(device: torch.device) -> str:
 
 
 def table(rows: list[dict[str, object]]) -> Table:
+    from rich.table import Table
+
     first = rows[0]
     where = f"{first['hardware']}, {first['threads']} threads" if first["threads"] != "" else str(first["hardware"])
     out = Table(

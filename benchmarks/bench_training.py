@@ -13,17 +13,19 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from bench_step import build, hardware, timed
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from sketch_plugins import state_report
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
@@ -44,8 +46,16 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="a multiple of update_freq")
     parser.add_argument("--out", type=Path, help="CSV (default: benchmarks/results/training_<device>_<dtype>.csv)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.one:
+        print(json.dumps(measure(args.one, args, lambda: None)))
+        return
+    # Here, as `gpu.py` measures where there may be nothing but torch and Triton.
+    from rich.console import Console
+    from rich.progress import Progress
+
     rows = []
     names = args.optimizers.split(",")
     with Progress(console=Console(stderr=True)) as progress:
@@ -112,6 +122,8 @@ def measure(name: str, args: argparse.Namespace, tick) -> dict[str, object]:
 
 
 def table(rows: list[dict[str, object]]) -> Table:
+    from rich.table import Table
+
     first = rows[0]
     out = Table(
         title=f"training steps: {first['layers']} layers of BERT-base, {first['batch']} x {first['length']}, "

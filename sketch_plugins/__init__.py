@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sketch_plugins.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from sketch_plugins.memory.in_backward import InBackward
     from sketch_plugins.memory.plan import Plan, plan
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
         quadratic_warmup,
     )
     from sketch_plugins.optim.convert import convert_state
-
-__version__ = "0.1.0"
 
 __all__ = [
     "SM3",

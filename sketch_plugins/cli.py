@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_plan(commands)
     _add_report(commands)
     _add_info(commands)
+    _add_check(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
     # DeepSpeed's launcher, unless told --no_local_rank, puts this before everything; it is for the script.
     local_rank = [argv.pop(0)] if argv and argv[0].startswith("--local_rank=") else []
@@ -234,3 +235,30 @@ def _info(arguments: argparse.Namespace) -> int:
     from sketch_plugins.info import main as info
 
     return info(arguments.json)
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="compare every kernel with its definition on this device, and time a step beside AdamW",
+        description="Compare every kernel with its eager definition on small tensors, train a few steps with each "
+        "optimizer both ways, and time a step on BERT-base's tensors beside torch.optim.AdamW(fused=True). A kernel "
+        "that differs or does not compile is named, and the exit status is 1 (docs/check.md).",
+    )
+    parser.add_argument("--device", default="cuda", help="cuda (the default: Triton's kernels), cuda:N, cpu (Numba's)")
+    parser.add_argument("--only", metavar="WORD", help="cases with WORD in their name, and no times")
+    parser.add_argument("--no-times", action="store_true", help="leave the times out")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes that compile and compare; 0: this one (default: one for each core, 12 at most; on a cpu 0)",
+    )
+    parser.add_argument("--json", action="store_true", help="write JSON in place of the tables")
+    parser.set_defaults(execute=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from sketch_plugins.check.command import main as check
+
+    return check(arguments, f"{PROG} check")

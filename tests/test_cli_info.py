@@ -49,7 +49,7 @@ def test_the_tables(capsys):
         assert words in said
 
 
-@pytest.mark.parametrize("command", ["", "run", "reshard", "convert", "plan", "report", "info"])
+@pytest.mark.parametrize("command", ["", "run", "reshard", "convert", "plan", "report", "info", "check"])
 def test_help_does_not_import_torch(command):
     """It takes seconds, and whoever asks how a command is called should not wait for it."""
     script = (

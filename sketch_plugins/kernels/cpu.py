@@ -352,3 +352,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     if _POOL is None or _POOL[:2] != (os.getpid(), threads):
         _POOL = (os.getpid(), threads, ThreadPoolExecutor(threads - 1, "sketch-plugins"))
     return _POOL[2]
+
+
+def specialisation(w: Work) -> tuple[tuple[str, ...], str]:
+    """The loop that takes a step which is supported, and what it is compiled for."""
+    task = prepare(w)
+    name = f"sweeps.{task.sweep.__name__}"
+    dtypes = " ".join(dtype.__name__ for dtype in task.dtypes)
+    return (name,), f"{name} {dtypes} moment={task.row[sweeps.KIND]} after={w.after} measure={w.measure} once={w.once}"

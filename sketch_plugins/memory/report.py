@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from sketch_plugins.sharding.names import names_in, names_of
 from sketch_plugins.sharding.parts import PLACE, is_ours, local_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ class StateReport:
         when = "state to be allocated, beside AdamW" if self.planned else "state, beside AdamW"
         if self.stateless:
             when = "no state. What it keeps is known after its first step"
+        from rich.table import Table  # here: optimizers import this file, and need none
+
         table = Table(title=f"{self.optimizer}: {when}")
         table.add_column("parameter", overflow="fold")
         table.add_column("shape")
@@ -169,6 +172,8 @@ class StateReport:
     def __str__(self) -> str:
         """The table as text."""
         text = io.StringIO()
+        from rich.console import Console
+
         Console(width=120, file=text, markup=False, emoji=False).print(self.table())
         return text.getvalue()
 

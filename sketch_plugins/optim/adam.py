@@ -155,7 +155,8 @@ class CSAdam(SketchOptimizer):
         fused: one kernel that reads parameter and gradient once: None (default): Triton's on CUDA and ROCm, Numba's on
             a CPU (with the extra ``cpu`` installed, and a tensor of 32768 elements or more), else eager torch. True:
             an error where there is none; a tensor that the kernels cannot take still goes the eager way, with a
-            warning. False: eager torch. The bits of the three differ; each of them repeats its own.
+            warning. False: eager torch. The bits of the three differ; each of them repeats its own. Kernels that
+            differ from eager torch on a GPU are not used there, with a warning (docs/check.md).
         capturable: keep step counters on the device, so that the step can be captured in a CUDA graph (Triton kernels
             only; not with clean_every or row-sparse gradients).
         stochastic_rounding: bfloat16 parameters are rounded up or down with probabilities that make the rounding

@@ -18,6 +18,7 @@ from sketch_plugins.optim.plan import group_marks
 from sketch_plugins.optim.remembered import Again, Counters
 from sketch_plugins.optim.resolved import Pending, Resolution
 from sketch_plugins.optim.rule import Rule
+from sketch_plugins.optim.self_check import confirm
 from sketch_plugins.sharding.parts import (
     Part,
     opened,
@@ -67,6 +68,8 @@ class Taking(Resolution):
         large = self._has_large() if work else False
         rules: dict[tuple[int, int, bool], Rule] = {}
         pending = [self._resolve(p, group, grad, rules, large) for p, group, grad in work]
+        if pending:
+            confirm(self, pending)
         fused: dict[Backend, list[Pending]] = {backend: [] for backend in again}
         eager: list[Pending] = []
         for one in pending:

@@ -791,3 +791,38 @@ def _powers(decay: float, gain: float, most: int, device: torch.device) -> Tenso
     c = torch.arange(most + 1)
     decays, gains = Ema(decay, gain).repeated(c)
     return _upload(torch.stack([decays, gains], 1), torch.float32, device)
+
+
+# -- what is compiled -------------------------------------------------------------------------------------------------
+
+
+def specialisation(w: Work) -> tuple[tuple[str, ...], str]:
+    """The kernels that take a step which is supported, and what they are compiled for.
+
+    Tensors of other sizes are compiled for the same where the texts are equal, in this process and in any other one.
+    """
+    plan, _ = _plan(w)
+    names, folds = [], []
+    for pair, signed in ((w.first, True), (w.second, False)):
+        if pair is None or not isinstance(pair[0], Sketch):
+            continue
+        store, columns = pair[0], w.p.shape[1]
+        if isinstance(store, RowCountMin):
+            names.append("fold.row_means")
+            folds.append((_fold_columns(w), _mode(w)))
+        if w.rows is not None:
+            names.append("fold.touched")
+            folds.append((min(256, triton.next_power_of_2(columns)), _mode(w)))
+        elif store.depth > 1 or signed or isinstance(store, RowCountMin):
+            names.append("fold.dense")
+            load = -(-w.p.shape[0] // store.buckets(w.p.shape[0]))
+            folds.append((_fold_columns(w), min(16, triton.next_power_of_2(load))))
+    names.append(f"step.{plan.kernel}")
+    if plan.measure:
+        names.append("norms.step_sizes")
+    elif plan.kept:
+        names += ["norms.recall", "norms.keep"]
+    if w.second is not None and isinstance(w.second[0], Cover) and w.rows is None:
+        names.append("fold.covers")
+    fields = [f"{key}={getattr(getattr(value, 'fn', value), '__name__', value)}" for key, value in vars(plan).items()]
+    return tuple(dict.fromkeys(names)), " ".join([*fields, f"folds={folds}"])
