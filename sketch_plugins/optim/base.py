@@ -132,17 +132,18 @@ class SketchOptimizer(Taking):
                 if given and plan.recall_group(taking.again, given, present, group, options, state):
                     taking.groups.append((group, grads))
                     continue
-                recalled = 0
+                recalled, whole = [], True
                 for index, (owner, grad) in enumerate(zip(group["params"], grads, strict=True)):
-                    if grad is None:
+                    if grad is None or owner.numel() == 0:
                         continue
                     if recall(taking.again, id(owner), owner, owner, grad, group, options, state.get(owner)):
                         taking.single.append((group, index))
-                        recalled += 1
-                    elif owner.numel() > 0:
-                        self._look_at(taking, group, index, owner, options)
-                if given and recalled == len(given):
-                    plan.learn_group(given, group, state)
+                    else:
+                        whole = self._look_at(taking, group, index, owner, options) and whole
+                    recalled.append((index, owner))
+                if given and whole and len(recalled) == len(given):
+                    parts = [part for index, owner in recalled for part in self._parts.of(index, owner)]
+                    plan.learn_group(given, parts, group, state)
             with scratch.scratch():
                 try:
                     if not asks or self._may_step(taking.members, self.param_groups):
@@ -185,15 +186,18 @@ class SketchOptimizer(Taking):
 
     def _look_at(
         self, taking: StepOfAll, group: dict[str, Any], index: int, owner: Tensor, options: tuple[Any, ...] | None
-    ) -> None:
-        """Add a parameter that has a gradient to a step."""
+    ) -> bool:
+        """Add a parameter that has a gradient to a step; whether all its parts look as in the last one."""
         assert self._plan is not None
         taking.single.append((group, index))
+        same = True
         for p in self._parts.of(index, owner):
             grad = p.grad
             taking.kept.append(grad)
             if not self._plan.recall(taking.again, p.identity, p.data, owner, grad, group, options, self._state_of(p)):
                 taking.work.append((p, group, self._gradient(p, grad, group)))
+                same = same and p.numel() == 0  # the shard of other ranks is not empty: they take a step, it counts one
+        return same
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Whatever is remembered of the last step was about other groups."""

@@ -14,7 +14,8 @@ from sketch_plugins import scratch
 from sketch_plugins.optim.ambient import outside_graphs, uninterrupted
 from sketch_plugins.optim.eager import rms_of
 from sketch_plugins.optim.fused import Backend, numbers, vector
-from sketch_plugins.optim.plan import Again, Counters, group_marks
+from sketch_plugins.optim.plan import group_marks
+from sketch_plugins.optim.remembered import Again, Counters
 from sketch_plugins.optim.resolved import Pending, Resolution
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.sharding.parts import (
@@ -86,6 +87,9 @@ class Taking(Resolution):
         torch.autograd.graph.increment_version(changed)
         with uninterrupted():
             self._commit([one for one in pending if one.idle], eager, takes)
+            idle = [counter for those in again.values() for counter in those.idle]
+            if idle:
+                torch._foreach_add_(idle, 1.0)
         if slots is not None:
             slots.update(scratch.used())
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -254,6 +255,27 @@ def local_grad(p: Any) -> Tensor:
     if grad.placements != p.placements:  # tensor parallelism may leave sums to be made
         grad = grad.redistribute(p.device_mesh, p.placements)
     return _local(grad)
+
+
+def local_shards(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """What this rank has of DTensors, and how each is laid out: the same object as long as it is.
+
+    DTensor's own names, at a tenth of the time of ``to_local``: they are read for every parameter in every step.
+    """
+    return list(map(_LOCAL, tensors)), list(map(_LAYOUT, tensors))
+
+
+def gradients_of_shards(grads: Sequence[Any], layouts: Sequence[Any]) -> list[Any] | None:
+    """What this rank has of gradients; None unless each is a DTensor that is placed as its parameter is."""
+    try:
+        local, own = local_shards(grads)
+    except AttributeError:  # an ordinary tensor
+        return None
+    same = all(map(is_, own, layouts)) or list(map(_PLACEMENTS, own)) == list(map(_PLACEMENTS, layouts))
+    return local if same else None
+
+
+_LOCAL, _LAYOUT, _PLACEMENTS = attrgetter("_local_tensor"), attrgetter("_spec"), attrgetter("placements")
 
 
 def _local(tensor: Any) -> Tensor:

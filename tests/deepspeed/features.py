@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 import sketch_deepspeed  # noqa: F401
 from sketch_plugins import CSAdam, registry, state_report
+from sketch_plugins.optim import plan
 
 CPU = {"device": "cpu", "pin_memory": False}
 EXACT = {"lr": 1e-2, "weight_decay": 0.1, "preset": "exact", "betas": [0.8, 0.99]}
@@ -93,10 +95,29 @@ def said(config: dict[str, Any], params: Any = None, name: str = "cs_adam", **kw
     return "nothing"
 
 
+def remembered(stage: int) -> dict[str, Any]:
+    """Six steps of an optimizer that remembers them, and of one that remembers nothing: kinds, difference."""
+    found, kinds = [], []
+    plan.GROUP = 1  # a rank has few of this model's parameters
+    for forgets in (False, True):
+        block = {"type": "cs_adam", "params": {"lr": 1e-2, "min_compress_size": 0, "fused": True}}
+        engine = engine_of(zero(stage), block)
+        for step in range(6):
+            if forgets:
+                engine.basic_optimizer._plan = None
+            train(engine, range(step, step + 1))
+        if not forgets:
+            kinds = [type(group).__name__ for group in engine.basic_optimizer._plan._groups.values()]
+        found.append(weights(engine))
+        engine.destroy()
+    return {"kinds": kinds, "differs": difference(*found)}
+
+
 def two_processes(folder: str) -> dict[str, Any]:
     out: dict[str, Any] = {
         "classes": {},
         "differs": {},
+        "remembered": {},
         "names": {"model": [n for n, _ in new_model().named_parameters()]},
     }
     reference, engine = trained(zero(2))
@@ -129,6 +150,10 @@ def two_processes(folder: str) -> dict[str, Any]:
     }
     for key, run in runs.items():
         out["differs"][key] = difference(trained(**run)[0], reference)
+
+    if importlib.util.find_spec("numba"):
+        for stage in (1, 2, 3):
+            out["remembered"][stage] = remembered(stage)
 
     for stage in (2, 3):
         engine = engine_of(zero(stage), {"type": "cs_adam", "params": EXACT})

@@ -25,6 +25,14 @@ def test_parameters_are_called_by_their_names_in_the_model(stage, ranks):
     assert {name for rank in ranks for name in rank["names"][stage]} == set(ranks[0]["names"]["model"])
 
 
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_a_step_of_pieces_that_is_remembered_is_the_same(stage, ranks):
+    pytest.importorskip("numba", reason="Numba is not installed")
+    for rank in ranks:
+        said = rank["remembered"][stage]
+        assert said["differs"] == 0 and set(said["kinds"]) == {"RememberedPieces"}
+
+
 def test_other_optimizers_are_left_alone(ranks):
     assert ranks[0]["classes"]["AdamW"] == "AdamW"
 

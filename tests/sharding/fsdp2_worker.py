@@ -1,9 +1,11 @@
 """One rank of the FSDP2 tests: ``fsdp2_worker.py CHECK[,CHECK...] [FOLDER]``."""
 
 import copy
+import importlib.util
 import os
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -122,6 +124,30 @@ def check_equal(name):
             single.step()
             optimizer.step()
         assert same(full(alone), full(model))
+
+
+def check_remembered(name):
+    """A step that remembers its shards is that of an optimizer which remembers nothing; empty shards count theirs."""
+    if importlib.util.find_spec("numba") is None:
+        print("remembered: not checked, for Numba is not installed")
+        return
+    warnings.filterwarnings("ignore", message="fused=True: a parameter of shape")
+    results = []
+    for forgets in (False, True):
+        model, optimizer = build(name, {"fused": True})
+        for step in range(7):
+            if forgets:
+                optimizer._plan = None
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02 / (1 + step)
+            train(model, optimizer, 1, first=step)
+            if step == 4 and not forgets:
+                kinds = {type(group).__name__ for group in optimizer._plan._groups.values()}
+                assert kinds == ({"RememberedShards"} if name in ("cs_adam", "cs_rmsprop", "cs_adagrad") else kinds)
+        results.append((model, optimizer))
+    (model, optimizer), (other, expected) = results
+    assert same_state(optimizer, expected) and same(full(model), full(other))
+    assert {float(state["step"]) for state in optimizer.state.values()} == {7.0}
 
 
 def check_experts(name):

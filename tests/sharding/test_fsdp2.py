@@ -8,9 +8,11 @@ WORKER = Path(__file__).with_name("fsdp2_worker.py")
 
 
 def test_two_ranks(launch_ranks, tmp_path):
-    checks = "equal,experts,trains,bytes,placements,nan,errors,sharded_checkpoint,full_checkpoint,fsdp1"
+    checks = "equal,remembered,experts,trains,bytes,placements,nan,errors,sharded_checkpoint,full_checkpoint,fsdp1"
     launch_ranks(WORKER, checks, tmp_path / "checkpoints", world=2)
 
 
 def test_four_ranks(launch_ranks, tmp_path):
-    launch_ranks(WORKER, "equal,experts,sharded_checkpoint,meshes,tensor_parallel", tmp_path / "checkpoints", world=4)
+    launch_ranks(
+        WORKER, "equal,remembered,experts,sharded_checkpoint,meshes,tensor_parallel", tmp_path / "checkpoints", world=4
+    )

@@ -1,0 +1,229 @@
+"""The steps of all parameters of a group, remembered together and compared in columns: a list for each fact.
+
+Three kinds of groups differ in what is looked at: parameters themselves, DTensors (their local shards), and flat
+partitions of ZeRO, which hold many parts in one piece of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+
+from sketch_plugins.optim.remembered import ADDRESS, Again, Counters, Remembered
+from sketch_plugins.sharding.parts import Part, gradients_of_shards, local_shards
+
+_ITEM = Tensor.item
+
+
+class RememberedGroup:
+    """The steps of all parameters of a group that have a gradient; each of their parts was recalled in the last step.
+
+    What `Remembered.holds` compares is compared in columns: a list for each fact, and one comparison of lists.
+    """
+
+    def __init__(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered], state: Any) -> None:
+        """Remember the parts of some parameters.
+
+        Args:
+            owners: the parameters.
+            parts: theirs, in this order.
+            found: the step of each part that has elements.
+            state: parameter -> state.
+        """
+        # Of a small parameter some ranks have nothing: they count its steps.
+        everything, parts = parts, [part for part in parts if part.numel()]
+        self.options, self.backend = found[0].options, found[0].backend
+        self.tasks, self.aligned = [one.task for one in found], not all(one.task.fits(1) for one in found)
+        self.owners, self.types = list(map(id, owners)), list(map(type, owners))
+        # For each part which parameter it belongs to, and where its state is in that of the parameter.
+        numbers = {id(owner): i for i, owner in enumerate(owners)}
+        self.where = [(numbers[id(part.owner)], part.key) for part in parts]
+        self.empty = [numbers[id(part.owner)] for part in everything if part.numel() == 0]
+        self.moments = [(*[name for name, _, _ in one.tensors],) for one in found]
+        states = self._states(owners, state)
+        self.entries = list(map(len, states))
+        tensors, counters = self._tensors(states), [one["step"] for one in states]
+        self.tensors, self.addresses = list(map(id, [*tensors, *counters])), list(map(ADDRESS, tensors))
+        self.counted: list[int] = []
+        self.order: list[int] = []
+        self.pieces: list[Counters] = []
+        # An identity says nothing any more when its tensor is gone: another one may have it now.
+        self.gone: list[Any] = []
+        self.alive = [ref(tensor, self.gone.append) for tensor in [*tensors, *counters]]
+        self._look(owners, parts, found)
+
+    def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
+        """Note how the parts look."""
+        tensors = [part.data for part in parts]
+        self.places, self.parts = list(map(ADDRESS, tensors)), _facts(tensors)
+        self.gradients = [
+            (shape, one.gradient, cpu, True, False) for (shape, _, cpu, _), one in zip(self.parts, found, strict=True)
+        ]
+
+    def _gradients(self, given: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
+        """Addresses of the gradients of all parts, and the tensors that a step writes; None: something has changed."""
+        return self._same(given, grads)
+
+    def _same(self, parts: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
+        if set(map(type, grads)) != {Tensor}:
+            return None
+        try:
+            if (
+                [(g.shape, g.dtype, g.is_cpu, g.is_contiguous(), g.is_neg()) for g in grads] != self.gradients
+                or _facts(parts) != self.parts
+                or list(map(ADDRESS, parts)) != self.places
+            ):
+                return None
+            return list(map(ADDRESS, grads)), parts
+        except RuntimeError:  # sparse tensors have no such facts
+            return None
+
+    def recall(
+        self,
+        again: Again,
+        given: Sequence[Tensor],
+        grads: list[Any],
+        group: dict[str, Any],
+        options: Any,
+        state: Any,
+        pieces: Sequence[Counters],
+    ) -> bool:
+        """Add the steps of the group to those that are taken again, if everything looks as it did.
+
+        Args:
+            again: to which.
+            given: the parameters that have a gradient,
+            grads: and the gradients.
+            group: the group,
+            options: and what `Plan.marks` says of it.
+            state: parameter -> state.
+            pieces: memory that counters may lie in.
+        """
+        if (
+            options is not self.options
+            or self.gone
+            or list(map(id, given)) != self.owners
+            or list(map(type, given)) != self.types
+        ):
+            return False
+        found = self._gradients(given, grads)
+        if found is None:
+            return False
+        places, changed = found
+        if 0 in places or (self.aligned and any([place & 15 for place in places])):
+            return False
+        try:
+            states = self._states(given, state)
+            tensors, counters = self._tensors(states), [one["step"] for one in states]
+            idle = [state[given[i]]["step"] for i in self.empty]
+            if list(map(len, states)) != self.entries or list(map(id, [*tensors, *counters])) != self.tensors:
+                return False
+        except (KeyError, TypeError, AttributeError):  # another layout of the state
+            return False
+        if list(map(ADDRESS, tensors)) != self.addresses:
+            return False
+        steps = self._steps(counters, pieces)
+        if min(steps) < 1 or max(steps) >= 1e18:
+            return False
+        again.extend(self.tasks, places, counters, steps, group, changed, [*grads, *tensors])
+        again.idle += idle
+        return True
+
+    def _states(self, given: Sequence[Tensor], state: Any) -> list[Any]:
+        return [state[given[i]] for i, _ in self.where]
+
+    def _steps(self, counters: list[Tensor], pieces: Sequence[Counters]) -> list[float]:
+        """The numbers of steps: read a piece at a time, where they all lie in pieces of memory that are known."""
+        places = list(map(ADDRESS, counters))
+        if places != self.counted:
+            at = {place: (piece, i) for piece in pieces for i, place in enumerate(piece.addresses)}
+            if not all(place in at for place in places):
+                return list(map(_ITEM, counters))
+            used = [piece for piece in pieces if any(at[place][0] is piece for place in places)]
+            starts = dict(zip(map(id, used), accumulate([0, *(len(piece.addresses) for piece in used)]), strict=False))
+            self.counted, self.pieces = places, used
+            self.order = [starts[id(piece)] + i for piece, i in map(at.__getitem__, places)]
+        steps = [step for piece in self.pieces for step in piece.all.tolist()]
+        return [steps[i] for i in self.order]
+
+    def _tensors(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
+        return [
+            tensor
+            for one, names in zip(states, self.moments, strict=True)
+            for name in names
+            for tensor in one[name].values()
+        ]
+
+
+class RememberedShards(RememberedGroup):
+    """DTensors: their local shards take the steps. Where a shard lies in its parameter is the layout's, which is kept.
+
+    A gradient may be another DTensor in each step. It has to be placed as its parameter is, or ranks would have to
+    talk to each other first.
+    """
+
+    def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
+        super()._look(owners, parts, found)
+        self.layouts = local_shards(owners)[1]
+
+    def _gradients(self, given: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
+        shards, layouts = local_shards(given)
+        if list(map(id, layouts)) != list(map(id, self.layouts)):  # they are kept: an identity is theirs
+            return None
+        local = gradients_of_shards(grads, layouts)
+        if local is None:
+            return None
+        if self.empty:
+            if any(shards[i].numel() for i in self.empty):
+                return None
+            shards, local = [shards[i] for i, _ in self.where], [local[i] for i, _ in self.where]
+        same = self._same(shards, local)
+        return None if same is None else (same[0], [*shards, *given])
+
+
+class RememberedPieces(RememberedGroup):
+    """Flat partitions: each is one tensor, its parts lie at fixed distances in it, and so do their gradients."""
+
+    def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
+        self.parts, self.places = _facts(owners), list(map(ADDRESS, owners))
+        dtypes = {i: one.gradient for (i, _), one in zip(self.where, found, strict=True)}
+        self.gradients = [(shape, dtypes[i], cpu, True, False) for i, (shape, _, cpu, _) in enumerate(self.parts)]
+        self.offsets = [
+            part.piece.offset * one.gradient.itemsize for part, one in zip(parts, found, strict=True) if part.piece
+        ]
+
+    def _gradients(self, given: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
+        same = self._same(given, grads)
+        if same is None:
+            return None
+        starts = same[0]
+        if 0 in starts:
+            return None
+        return [starts[i] + offset for (i, _), offset in zip(self.where, self.offsets, strict=True)], given
+
+    def _states(self, given: Sequence[Tensor], state: Any) -> list[Any]:
+        return [state[given[i]][key] for i, key in self.where]
+
+
+def remember(
+    owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered], state: Any
+) -> RememberedGroup | None:
+    """What remembers the steps of these parts; None where they are of more than one kind."""
+    if any(one.backend is not found[0].backend or one.options is not found[0].options for one in found):
+        return None
+    if all(part.data is part.owner and part.numel() for part in parts):
+        return RememberedGroup(owners, parts, found, state)
+    if all(part.key is not None and part.piece is not None for part in parts):
+        # Dtypes are a partition's: all its pieces have gradients of one.
+        return RememberedPieces(owners, parts, found, state)
+    if all(part.key is None and part.data is not part.owner for part in parts) and len(parts) == len(owners):
+        return RememberedShards(owners, parts, found, state)
+    return None
+
+
+def _facts(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(t.shape, t.dtype, t.is_cpu, t.is_contiguous()) for t in tensors]
