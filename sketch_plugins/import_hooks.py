@@ -27,7 +27,7 @@ def install_integrations(trigger: str | None = None) -> bool:
     Returns:
         Whether there are any.
     """
-    found = [entry for entry in _entries() if trigger in (None, entry.name)]
+    found = [entry for entry in entries() if trigger in (None, entry.name)]
     for entry in found:
         when_imported(entry.name, functools.partial(_activate, entry))
     return bool(found)
@@ -35,10 +35,11 @@ def install_integrations(trigger: str | None = None) -> bool:
 
 def triggers() -> tuple[str, ...]:
     """The modules whose import imports an integration."""
-    return tuple(dict.fromkeys(entry.name for entry in _entries()))
+    return tuple(dict.fromkeys(entry.name for entry in entries()))
 
 
-def _entries() -> list[importlib.metadata.EntryPoint]:
+def entries() -> list[importlib.metadata.EntryPoint]:
+    """The installed entry points of the group :data:`GROUP`, in order of their names."""
     # A set, because an editable install and a wheel on one path list the same entry twice.
     return sorted(set(importlib.metadata.entry_points(group=GROUP)), key=lambda e: (e.name, e.value))
 

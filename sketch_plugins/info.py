@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import sys
@@ -15,23 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sketch_plugins import __version__, registry
-from sketch_plugins.import_hooks import GROUP
+from sketch_plugins.import_hooks import entries, triggers
 from sketch_plugins.memory.report import state_report
 from sketch_plugins.optim.fused import backend
 
-#: Distributions that matter to a run, framework by framework.
-PACKAGES = (
-    "torch", "triton", "numba", "numpy", "transformers", "accelerate", "lightning", "pytorch-lightning", "deepspeed",
-    "bitsandbytes", "safetensors", "tokenizers", "rich", "matplotlib",
-)  # fmt: skip
+#: Distributions that matter to a run, beside the frameworks that there are integrations for.
+PACKAGES = ("torch", "triton", "numba", "numpy", "bitsandbytes", "safetensors", "tokenizers", "rich", "matplotlib")
 #: Shapes of the example that bytes for a parameter are given of: a layer of BERT-base.
 EXAMPLE = ((768, 768), (768,)) * 4 + ((3072, 768), (3072,), (768, 3072), (768,)) + ((768,),) * 4
-#: Framework -> (the package that is imported for it, how an optimizer is named there).
-NAMED = {
-    "transformers": ("transformers", 'TrainingArguments(optim="{name}")'),
-    "lightning": ("lightning", 'Trainer(strategy="{name}")'),
-    "deepspeed": ("deepspeed", '"optimizer": {{"type": "{name}"}}'),
-}
 
 
 def information() -> dict[str, Any]:
@@ -40,12 +31,12 @@ def information() -> dict[str, Any]:
         "sketch_plugins": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in (*PACKAGES, *_distributions())},
         "devices": _devices(),
         "kernels": _kernels(),
         "optimizers": _optimizers(),
         "frameworks": _frameworks(),
-        "integrations": sorted({f"{e.name} -> {e.value}" for e in importlib.metadata.entry_points(group=GROUP)}),
+        "integrations": [f"{entry.name} -> {entry.value}" for entry in entries()],
     }
 
 
@@ -118,42 +109,50 @@ def _optimizers() -> dict[str, dict[str, Any]]:
     return out
 
 
+def _distributions() -> list[str]:
+    """Of the frameworks that there are integrations for."""
+    return list(dict.fromkeys(_package(trigger).replace("_", "-") for trigger in triggers()))
+
+
 def _frameworks() -> dict[str, dict[str, Any]]:
-    """Framework -> the names that it knows once its integration is imported, or why it knows none."""
+    """Framework -> the names that it knows once its integration is registered, or why it knows none.
+
+    An integration, the package of an entry point, has ``USAGE``, which says where in its framework ``{name}`` is given,
+    and ``known_names()``.
+    """
     out: dict[str, dict[str, Any]] = {}
-    for framework, (package, usage) in NAMED.items():
-        if _version(package) is None:
-            out[framework] = {"names": [], "usage": usage, "note": "not installed"}
+    integrations: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for entry in entries():
+        integrations.setdefault(entry.module, []).append(entry)
+    for package, found in integrations.items():
+        framework = _package(found[0].name)
+        out[framework] = {"names": [], "usage": "", "note": ""}
+        if all(importlib.util.find_spec(_package(entry.name)) is None for entry in found):
+            out[framework]["note"] = "not installed" + _how(found[0], framework)
             continue
         try:
-            importlib.import_module(f"sketch_{framework}").register()
-            names = _REGISTERED[framework]()
+            found[0].load()()
+            integration = sys.modules[package]
+            names = integration.known_names()
         except Exception as error:  # whatever a framework's import fails with, the rest is worth showing
-            out[framework] = {"names": [], "usage": usage, "note": f"{type(error).__name__}: {error}"}
+            out[framework]["note"] = f"{type(error).__name__}: {error}"
             continue
-        ours = sorted(n for n in names if n.startswith(registry.names()))  # those that end in _layerwise, too
-        out[framework] = {"names": ours, "usage": usage, "note": ""}
+        # Those that end in _layerwise, too.
+        out[framework]["names"] = sorted(name for name in names if name.startswith(registry.names()))
+        out[framework]["usage"] = integration.USAGE
+        if not out[framework]["names"]:
+            out[framework]["note"] = "has no names: it takes the optimizers themselves"
     return out
 
 
-def _in_transformers() -> set[str]:
-    from transformers.training_args import OptimizerNames
-
-    return {str(name.value) for name in OptimizerNames}
-
-
-def _in_lightning() -> set[str]:
-    from lightning.pytorch.strategies import StrategyRegistry
-
-    return set(StrategyRegistry.available_strategies())
+def _how(entry: importlib.metadata.EntryPoint, framework: str) -> str:
+    """What to type to have the framework, if the distribution of its integration has an extra for it."""
+    extras = (entry.dist.metadata.get_all("Provides-Extra") or []) if entry.dist is not None else []
+    return f": pip install '{entry.dist.name}[{framework}]'" if entry.dist is not None and framework in extras else ""
 
 
-def _in_deepspeed() -> set[str]:
-    # Its engine has no list: registered, it asks `sketch_deepspeed` for the name that a configuration gives.
-    return set(registry.names())
-
-
-_REGISTERED = {"transformers": _in_transformers, "lightning": _in_lightning, "deepspeed": _in_deepspeed}
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _tables(found: dict[str, Any]) -> list[Table]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sketch_plugins import cli, info, registry
+from sketch_plugins import cli, import_hooks, registry
 
 
 def test_versions_optimizers_and_kernels(capsys):
@@ -29,11 +29,18 @@ def test_versions_optimizers_and_kernels(capsys):
     assert found["kernels"]["numba"]["available"] is bool(found["packages"]["numba"])
     if not torch.cuda.is_available() and found["packages"]["triton"]:
         assert "no CUDA device" in found["kernels"]["triton"]["note"]
+    assert found["integrations"] == [f"{entry.name} -> {entry.value}" for entry in import_hooks.entries()]
+    assert list(found["frameworks"]) == ["accelerate", "deepspeed", "lightning", "transformers"]
     for name, framework in found["frameworks"].items():
-        if found["packages"][info.NAMED[name][0]]:
-            assert set(registry.names()) <= set(framework["names"]), framework
+        namespaces = ("lightning", "pytorch-lightning") if name == "lightning" else (name,)
+        if not any(found["packages"][namespace] for namespace in namespaces):
+            note = f"not installed: pip install 'sketch-plugins[{name}]'"
+            assert framework == {"names": [], "usage": "", "note": note}
+        elif name == "accelerate":
+            assert framework["names"] == [] and "optimizers themselves" in framework["note"]
         else:
-            assert framework == {"names": [], "usage": info.NAMED[name][1], "note": "not installed"}
+            assert set(registry.names()) <= set(framework["names"]), framework
+            assert "{name}" in framework["usage"] and framework["note"] == ""
 
 
 def test_json_is_all_that_a_program_reads():
@@ -81,5 +88,6 @@ def test_what_is_not_installed_is_said():
     assert "sketch-plugins[cpu]" in "\n".join(tables)  # what to install: an extra keeps its brackets
     found = json.loads(last)
     assert found["kernels"]["numba"]["available"] is False and "cannot be imported" in found["kernels"]["numba"]["note"]
-    assert found["frameworks"]["transformers"]["names"] == [] and found["frameworks"]["transformers"]["note"]
+    note = "not installed: pip install 'sketch-plugins[transformers]'"
+    assert found["frameworks"]["transformers"] == {"names": [], "usage": "", "note": note}
     assert found["optimizers"].keys() == set(registry.names())

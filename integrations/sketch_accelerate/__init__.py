@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sketch_accelerate._private import MovedSymbolError, register
+from sketch_accelerate._private import MovedSymbolError, known_names, register
 
 if TYPE_CHECKING:
     from sketch_accelerate.comm import MemSGDKwargs
 
-__all__ = ["MemSGDKwargs", "MovedSymbolError", "register"]
+__all__ = ["MemSGDKwargs", "MovedSymbolError", "known_names", "register"]
+
+#: Where an optimizer is given.
+USAGE = "Accelerator.prepare(model, optimizer)"
 
 register()
 

@@ -5,11 +5,10 @@ Changed is ``Accelerator.prepare``, which first looks at what it is given and at
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
+from sketch_plugins import patching
 from sketch_plugins.optim import SketchOptimizer
 
 #: Where in accelerate the names are that this package touches: module, then dotted name in it. Not in the package
@@ -22,8 +21,18 @@ TOUCHED = (
 )
 
 
-class MovedSymbolError(RuntimeError):
+class MovedSymbolError(patching.MovedSymbolError):
     """A name of accelerate that this package relies on is not where it was."""
+
+
+_ACCELERATE = patching.Framework(
+    package="accelerate",
+    touched=TOUCHED,
+    purpose="watch over its optimizers",
+    instead="They work without sketch_accelerate; with "
+    'DeepSpeed and offloading set "zero_force_ds_cpu_optimizer": false, or accelerate replaces them.',
+    error=MovedSymbolError,
+)
 
 
 def register() -> None:
@@ -33,13 +42,7 @@ def register() -> None:
         MovedSymbolError: see :func:`check`.
     """
     check()
-    accelerator = _find("accelerate.accelerator", "Accelerator")
-    prepare = accelerator.prepare
-    if getattr(prepare, _MARK, False):
-        return
-    replacement = functools.wraps(prepare)(_looking(prepare))
-    setattr(replacement, _MARK, True)
-    accelerator.prepare = replacement
+    patching.wrap(_ACCELERATE.find("accelerate.accelerator", "Accelerator"), "prepare", _looking)
 
 
 def check() -> None:
@@ -48,8 +51,12 @@ def check() -> None:
     Raises:
         MovedSymbolError: names the first one that is missing and the version of accelerate.
     """
-    for module, name in TOUCHED:
-        _find(module, name)
+    _ACCELERATE.check()
+
+
+def known_names() -> list[str]:
+    """None: accelerate knows no optimizers by name."""
+    return []
 
 
 def _looking(prepare: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +65,7 @@ def _looking(prepare: Callable[..., Any]) -> Callable[..., Any]:
         tell = getattr(getattr(self, "ddp_handler", None), "prepared_by", None)
         if tell is not None:
             tell(self)
-        kinds = _find("accelerate.utils", "DistributedType")
+        kinds = _ACCELERATE.find("accelerate.utils", "DistributedType")
         if self.distributed_type == kinds.DEEPSPEED:
             # The one place where an integration imports another: accelerate is a way to run DeepSpeed. What DeepSpeed
             # and accelerate do to an optimizer there is dealt with in that package, also for those who need no
@@ -83,21 +90,3 @@ def _looking(prepare: Callable[..., Any]) -> Callable[..., Any]:
 def _fsdp_version(accelerator: Any) -> int:
     # There was one version only before accelerate knew the second.
     return int(getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1))
-
-
-def _find(module_name: str, qualname: str) -> Any:
-    found: Any = importlib.import_module(module_name)
-    for part in qualname.split("."):
-        if not hasattr(found, part):
-            import accelerate
-
-            raise MovedSymbolError(
-                f"{module_name}.{qualname} is missing in accelerate {accelerate.__version__}: this version of "
-                "sketch-plugins cannot watch over its optimizers there. They work without sketch_accelerate; with "
-                'DeepSpeed and offloading set "zero_force_ds_cpu_optimizer": false, or accelerate replaces them.'
-            )
-        found = getattr(found, part)
-    return found
-
-
-_MARK = "_sketch_plugins"

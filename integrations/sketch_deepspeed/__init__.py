@@ -11,8 +11,11 @@ optimizers can be given to ``deepspeed.initialize(optimizer=...)``, too; ZeRO kn
 
 from __future__ import annotations
 
-from sketch_deepspeed._private import MovedSymbolError, register
+from sketch_deepspeed._private import MovedSymbolError, known_names, register
 
-__all__ = ["MovedSymbolError", "register"]
+__all__ = ["MovedSymbolError", "known_names", "register"]
+
+#: Where an optimizer is named.
+USAGE = '"optimizer": {{"type": "{name}"}}'
 
 register()

@@ -19,8 +19,6 @@ What does not concern our optimizers behaves as before. Changed are:
 from __future__ import annotations
 
 import difflib
-import functools
-import importlib
 import sys
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -28,7 +26,7 @@ from typing import Any
 import torch
 
 from sketch_deepspeed.configuration import RESHARD, optimizer_from, refuse_impossible
-from sketch_plugins import registry
+from sketch_plugins import patching, registry
 from sketch_plugins.import_hooks import is_initializing, when_imported
 from sketch_plugins.notices import warn
 from sketch_plugins.optim import SketchOptimizer
@@ -40,9 +38,11 @@ _STAGES = (
     ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"),
 )
 
+#: Where DeepSpeed's ZeRO has the classes that it knows.
+SUPPORTED = ("deepspeed.runtime.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS")
 #: Where in DeepSpeed the names are that this package touches: module, then dotted name in it.
 TOUCHED = (
-    ("deepspeed.runtime.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS"),
+    SUPPORTED,
     ("deepspeed.runtime.config", "DEEPSPEED_OPTIMIZERS"),
     (_ENGINE, "DeepSpeedEngine._is_supported_optimizer"),
     (_ENGINE, "DeepSpeedEngine._configure_basic_optimizer"),
@@ -63,8 +63,18 @@ TOUCHED = (
 ACCELERATE = ("accelerate.accelerator", "map_pytorch_optim_to_deepspeed")
 
 
-class MovedSymbolError(RuntimeError):
+class MovedSymbolError(patching.MovedSymbolError):
     """A name of DeepSpeed that this package relies on is not where it was."""
+
+
+_DEEPSPEED = patching.Framework(
+    package="deepspeed",
+    touched=TOUCHED,
+    purpose="register its optimizers",
+    instead='deepspeed.initialize(optimizer=CSAdam(...)) with "zero_allow_untested_optimizer": true and '
+    '"zero_force_ds_cpu_optimizer": false works without registration.',
+    error=MovedSymbolError,
+)
 
 
 def register() -> None:
@@ -81,24 +91,24 @@ def register() -> None:
         when_imported(_ENGINE, register)  # to import more now would be to run into what is half imported
         return
     check()
-    engine = _find(_ENGINE, "DeepSpeedEngine")
+    engine = _DEEPSPEED.find(_ENGINE, "DeepSpeedEngine")
     _refuse_taken_names()
-    supported = _find(*TOUCHED[0])
+    supported = _DEEPSPEED.find(*SUPPORTED)
     for name in registry.names():
         cls = registry.get(name).cls
         if cls not in supported:
             supported.append(cls)
-    _wrap(engine, "_is_supported_optimizer", _knowing)
-    _wrap(engine, "_configure_basic_optimizer", _building)
-    _wrap(engine, "_configure_optimizer", _accepting)
-    _wrap(engine, "_load_zero_checkpoint", _comparing)
-    unfused = _find("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer")
-    _wrap(unfused, "initialize_optimizer_states", _leaving)
+    patching.wrap(engine, "_is_supported_optimizer", _knowing)
+    patching.wrap(engine, "_configure_basic_optimizer", _building)
+    patching.wrap(engine, "_configure_optimizer", _accepting)
+    patching.wrap(engine, "_load_zero_checkpoint", _comparing)
+    unfused = _DEEPSPEED.find("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer")
+    patching.wrap(unfused, "initialize_optimizer_states", _leaving)
     for module, name in _STAGES:
-        stage = _find(module, name)
+        stage = _DEEPSPEED.find(module, name)
         if hasattr(stage, "offload_states"):  # stages 1 and 2 have it in recent versions only
-            _wrap(stage, "offload_states", _offloading)
-            _wrap(stage, "reload_states", _reloading)
+            patching.wrap(stage, "offload_states", _offloading)
+            patching.wrap(stage, "reload_states", _reloading)
     when_imported(ACCELERATE[0], _patch_accelerate)
 
 
@@ -108,54 +118,20 @@ def check() -> None:
     Raises:
         MovedSymbolError: names the first one that is missing and the version of DeepSpeed.
     """
-    for module, name in TOUCHED:
-        found = _find(module, name)
-        if name == "ZERO_SUPPORTED_OPTIMIZERS" and not isinstance(found, list):
-            raise _moved(f"{module}.{name}", "is no longer a list")
+    _DEEPSPEED.check()
+    if not isinstance(_DEEPSPEED.find(*SUPPORTED), list):
+        raise _DEEPSPEED.moved(".".join(SUPPORTED), "is no longer a list")
 
 
-def _find(module_name: str, qualname: str) -> Any:
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name) or error.name == "deepspeed":
-            raise
-        raise _moved(module_name) from error
-    for part in qualname.split("."):
-        if not hasattr(found, part):
-            raise _moved(f"{module_name}.{qualname}")
-        found = getattr(found, part)
-    return found
-
-
-def _moved(symbol: str, what: str = "is missing") -> MovedSymbolError:
-    return MovedSymbolError(
-        f"{symbol} {what} in deepspeed {_version()}: this version of sketch-plugins cannot register its "
-        'optimizers there. deepspeed.initialize(optimizer=CSAdam(...)) with "zero_allow_untested_optimizer": true and '
-        '"zero_force_ds_cpu_optimizer": false works without registration.'
-    )
+def known_names() -> list[str]:
+    """The names of ours that DeepSpeed's configuration takes: its engine has no list and asks for each by itself."""
+    return list(registry.names())
 
 
 def _refuse_taken_names() -> None:
     for name in registry.names():
-        if name in _find("deepspeed.runtime.config", "DEEPSPEED_OPTIMIZERS"):
-            raise ValueError(f"deepspeed {_version()} has an optimizer {name!r} of its own")
-
-
-def _version() -> str:
-    import deepspeed
-
-    return str(getattr(deepspeed, "__version__", "?"))  # not there yet while it is half imported
-
-
-def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace the method ``name`` of ``cls`` by ``wrapper(method)``, once."""
-    method = getattr(cls, name)
-    if getattr(method, _MARK, False):
-        return
-    replacement = functools.wraps(method)(wrapper(method))
-    setattr(replacement, _MARK, True)
-    setattr(cls, name, replacement)
+        if name in _DEEPSPEED.find("deepspeed.runtime.config", "DEEPSPEED_OPTIMIZERS"):
+            raise ValueError(f"deepspeed {_DEEPSPEED.version()} has an optimizer {name!r} of its own")
 
 
 # -- the engine ------------------------------------------------------------------------------------------------------
@@ -256,7 +232,7 @@ def _leaving(initialize: Callable[..., None]) -> Callable[..., None]:
 def _offloading(offload: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, include: Container[Any] | None = None, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.optimizer, SketchOptimizer):
-            kinds = _find("deepspeed.runtime.zero.offload_config", "OffloadStateTypeEnum")
+            kinds = _DEEPSPEED.find("deepspeed.runtime.zero.offload_config", "OffloadStateTypeEnum")
             if (include is None or kinds.optim_states in include) and kinds.optim_states not in self.offloaded_states:
                 _move_state(self.optimizer, torch.device("cpu"))
                 self.offloaded_states.add(kinds.optim_states)  # DeepSpeed then leaves it alone
@@ -275,7 +251,7 @@ def _offloading(offload: Callable[..., None]) -> Callable[..., None]:
 
 def _reloading(reload: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
-        kinds = _find("deepspeed.runtime.zero.offload_config", "OffloadStateTypeEnum")
+        kinds = _DEEPSPEED.find("deepspeed.runtime.zero.offload_config", "OffloadStateTypeEnum")
         ours = isinstance(self.optimizer, SketchOptimizer) and kinds.optim_states in self.offloaded_states
         if ours:
             self.offloaded_states.discard(kinds.optim_states)
@@ -306,22 +282,17 @@ def _moved_to(device: torch.device, state: Any, key: str = "") -> Any:
 
 def _patch_accelerate() -> None:
     module = sys.modules[ACCELERATE[0]]
-    replace = getattr(module, ACCELERATE[1], None)
-    if replace is None:
+    if not hasattr(module, ACCELERATE[1]):
         warn(
             f"{'.'.join(ACCELERATE)} is missing: with offload_optimizer, this accelerate may put DeepSpeedCPUAdam in "
             'the place of our optimizers. Write "zero_force_ds_cpu_optimizer": false and look at the optimizer\'s type'
         )
         return
-    if getattr(replace, _MARK, False):
-        return
+    patching.wrap(module, ACCELERATE[1], _sparing)
 
-    @functools.wraps(replace)
+
+def _sparing(replace: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def wrapped(optimizer: Any) -> Any:
         return optimizer if isinstance(optimizer, SketchOptimizer) else replace(optimizer)
 
-    setattr(wrapped, _MARK, True)
-    setattr(module, ACCELERATE[1], wrapped)
-
-
-_MARK = "_sketch_plugins"
+    return wrapped

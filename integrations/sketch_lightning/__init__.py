@@ -43,8 +43,12 @@ __all__ = [
     "SketchDeepSpeedStrategy",
     "SketchFSDPStrategy",
     "SketchStrategy",
+    "known_names",
     "register",
 ]
+
+#: Where an optimizer is named.
+USAGE = 'Trainer(strategy="{name}")'
 
 
 def register() -> None:
@@ -64,6 +68,11 @@ def register() -> None:
             _add(namespace)  # its import may not have ended, for a hook of `sketch-plugins run` may be calling
         else:
             when_imported(f"{namespace}.strategies", functools.partial(_add, namespace))
+
+
+def known_names() -> list[str]:
+    """Every strategy of Lightning's registry, ours among them once they are registered."""
+    return list(_private.find(_present(), "strategies", "StrategyRegistry").available_strategies())
 
 
 def _add(namespace: str) -> None:

@@ -12,11 +12,11 @@ its registries, and subclasses override
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
-import sys
 from collections.abc import Iterator
 from typing import Any
+
+from sketch_plugins import patching
 
 #: The names under which Lightning may be installed.
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
@@ -49,8 +49,20 @@ CALLBACKS = (
 )
 
 
-class MovedSymbolError(RuntimeError):
+class MovedSymbolError(patching.MovedSymbolError):
     """A name of Lightning that this package relies on is not where it was."""
+
+
+_FRAMEWORKS = {
+    namespace: patching.Framework(
+        package=namespace.partition(".")[0],
+        touched=tuple((f"{namespace}.{module}", name) for module, name in STRATEGIES),
+        purpose="add its strategies",
+        instead="A module whose configure_optimizers returns sketch_plugins.CSAdam(...) works without them.",
+        error=MovedSymbolError,
+    )
+    for namespace in NAMESPACES
+}
 
 
 def check(namespace: str, touched: tuple[tuple[str, str], ...] = STRATEGIES) -> None:
@@ -65,31 +77,12 @@ def check(namespace: str, touched: tuple[tuple[str, str], ...] = STRATEGIES) -> 
 
 def find(namespace: str, module: str, name: str) -> Any:
     """An object of Lightning."""
-    try:
-        found: Any = importlib.import_module(f"{namespace}.{module}" if module else namespace)
-    except ModuleNotFoundError as error:
-        if not module or error.name != f"{namespace}.{module}":
-            raise
-        raise _moved(namespace, module) from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise _moved(namespace, f"{module}.{name}")
-        found = getattr(found, part)
-    return found
-
-
-def _moved(namespace: str, symbol: str) -> MovedSymbolError:
-    package = namespace.partition(".")[0]
-    version = getattr(sys.modules.get(package), "__version__", "?")
-    return MovedSymbolError(
-        f"{namespace}.{symbol} is missing in {package} {version}: this version of sketch-plugins cannot add its "
-        "strategies there. A module whose configure_optimizers returns sketch_plugins.CSAdam(...) works without them."
-    )
+    return _FRAMEWORKS[namespace].find(f"{namespace}.{module}" if module else namespace, name)
 
 
 def is_installed(namespace: str) -> bool:
     """Whether there is such a package; it is not imported."""
-    return importlib.util.find_spec(namespace.partition(".")[0]) is not None
+    return importlib.util.find_spec(_FRAMEWORKS[namespace].package) is not None
 
 
 def is_mock(optimizer: Any) -> bool:

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sketch_transformers._private import register
+from sketch_transformers._private import known_names
+from sketch_transformers.registration import register
 
 if TYPE_CHECKING:
     from sketch_transformers.callback import SketchCallback
     from sketch_transformers.comm import enable_memsgd
     from sketch_transformers.reclaim import ReclaimBatchSize, reclaim_batch_size
 
-__all__ = ["ReclaimBatchSize", "SketchCallback", "enable_memsgd", "reclaim_batch_size", "register"]
+__all__ = ["ReclaimBatchSize", "SketchCallback", "enable_memsgd", "known_names", "reclaim_batch_size", "register"]
+
+#: Where an optimizer is named.
+USAGE = 'TrainingArguments(optim="{name}")'
 
 register()
 

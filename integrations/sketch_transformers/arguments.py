@@ -16,19 +16,14 @@ from sketch_plugins import registry
 from sketch_plugins.import_hooks import install_integrations
 from sketch_transformers import warm_start
 from sketch_transformers._private import base_name
+from sketch_transformers.optim_args import communication_options as communication_options
+from sketch_transformers.optim_args import given_options, name_of, parse_optim_args
 from sketch_transformers.targets import only_on, select_parameters
-from sketch_transformers.warm_start import WARM_START, registered
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
-
-#: Options of the optimizer that have a place of their own; in ``optim_args`` they would contradict it or be ignored.
-ELSEWHERE = {
-    "lr": "TrainingArguments.learning_rate",
-    "weight_decay": "TrainingArguments.weight_decay, which Trainer sets per parameter group",
-}
 
 
 def optimizer_cls_and_kwargs(
@@ -59,7 +54,7 @@ def optimizer_cls_and_kwargs(
         from sketch_transformers.layerwise import clipping_warning, layerwise
 
         cls = layerwise(cls)
-        warning = clipping_warning(args, _name(args))
+        warning = clipping_warning(args, name_of(args))
         if warning is not None:
             logger.warning(warning)
     prepare_deepspeed(args)
@@ -79,91 +74,18 @@ def check_arguments(args: TrainingArguments) -> None:
     try:
         cls([torch.empty(0)], **kwargs)  # the constructor knows best which values go together
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optim={_name(args)!r} with optim_args={args.optim_args!r}: {error}") from error
+        raise ValueError(f"optim={name_of(args)!r} with optim_args={args.optim_args!r}: {error}") from error
     _check_sharding(args)
     deepspeed = bool(_deepspeed_config(args)) or bool(getattr(args, "deepspeed", None))
     warm_start.check(args, deepspeed, _fsdp_version(args) is not None)
     if _is_layerwise(args):
         from sketch_transformers.layerwise import check
 
-        check(args, _name(args), _optim_args(args), deepspeed, _fsdp_version(args))
-
-
-def parse_communication(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """See `sketch_transformers.comm.parse`, which needs Trainer: that may be half imported here."""
-    if not given:
-        return None
-    from sketch_transformers.comm import parse
-
-    return parse(given)
-
-
-def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Typed keyword arguments from ``optim_args``: "key=value,key=value", or a mapping from a JSON or YAML file.
-
-    Args:
-        name: a name of the registry, with or without ``_layerwise``.
-        optim_args: options of that optimizer, without those in :data:`ELSEWHERE`.
-
-    Raises:
-        ValueError: names the offending part and what is allowed.
-    """
-    where = f"optim_args={optim_args!r} of optim={name!r}"
-    given = dict(optim_args) if isinstance(optim_args, Mapping) else _split(name, optim_args, where)
-    for key in given:
-        if key in ELSEWHERE:
-            raise ValueError(f"{where}: {key!r} is set by {ELSEWHERE[key]}")
-    try:
-        parse_communication({key: given.pop(key) for key in list(given) if key.startswith("comm")})
-        if WARM_START.name in given:
-            WARM_START.parse(given.pop(WARM_START.name))
-        return registry.parse_options(base_name(name), given, {WARM_START.name: WARM_START})
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def optimizer_options(args: TrainingArguments) -> tuple[str | None, dict[str, Any], bool]:
-    """The registry's name, the options that ``optim_args`` has, and whether ``optim_args`` asks for a warm start.
-
-    None, no options and False where ``optim`` is not one of ours.
-    """
-    name = registered(base_name(_name(args)))
-    if name is None:
-        return None, {}, False
-    given = _optim_args(args).get(WARM_START.name, False)
-    return name, parse_optim_args(name, args.optim_args), bool(WARM_START.parse(given))
-
-
-def communication_options(args: TrainingArguments) -> dict[str, Any] | None:
-    """Options of `enable_memsgd` that ``optim_args`` has (``comm=block_topk,comm_density=0.01``), None if it has none.
-
-    Raises:
-        ValueError: names the offending part and what is allowed; with an optimizer that is not ours.
-    """
-    if base_name(_name(args)) not in registry.names():
-        given = args.optim_args if isinstance(args.optim_args, str) else ""
-        if any(f"{part}=".lstrip().startswith(("comm=", "comm_")) for part in given.split(",")):  # nobody reads it
-            raise ValueError(
-                f"optim_args={given!r}: 'comm' is there for the optimizers {', '.join(registry.names())}; with "
-                f"optim={_name(args)!r} call sketch_transformers.enable_memsgd(trainer, ...)"
-            )
-        return None
-    try:
-        return parse_communication({key: value for key, value in _optim_args(args).items() if key.startswith("comm")})
-    except ValueError as error:
-        raise ValueError(f"optim_args={args.optim_args!r} of optim={_name(args)!r}: {error}") from error
-
-
-def _optim_args(args: TrainingArguments) -> Mapping[str, Any]:
-    """As given, split."""
-    if isinstance(args.optim_args, Mapping):
-        return args.optim_args
-    name = _name(args)
-    return _split(name, args.optim_args, f"optim_args={args.optim_args!r} of optim={name!r}")
+        check(args, name_of(args), given_options(args), deepspeed, _fsdp_version(args))
 
 
 def _cls_and_kwargs(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    name = _name(args)
+    name = name_of(args)
     cls = registry.get(base_name(name)).cls
     given = parse_optim_args(name, args.optim_args)
     kwargs: dict[str, Any] = {"lr": args.learning_rate}
@@ -188,44 +110,23 @@ def _check_adam_settings(args: TrainingArguments, given: Mapping[str, Any]) -> N
         value = getattr(args, field)
         if key not in given and value != defaults[field]:
             raise ValueError(
-                f"{field}={value!r} is Adam's: optim={_name(args)!r} has {key} of its own and does not read it; give "
+                f"{field}={value!r} is Adam's: optim={name_of(args)!r} has {key} of its own and does not read it; give "
                 f"optim_args={instead!r} instead"
             )
 
 
-def _name(args: TrainingArguments) -> str:
-    # A str Enum after __post_init__, but a plain string may have been assigned since.
-    return str(getattr(args.optim, "value", args.optim))
-
-
 def _is_layerwise(args: TrainingArguments) -> bool:
-    return _name(args) != base_name(_name(args))
-
-
-def _split(name: str, optim_args: Any, where: str) -> dict[str, str]:
-    if optim_args is None or optim_args == "":
-        return {}
-    if not isinstance(optim_args, str):
-        raise ValueError(f"{where}: expected a string 'key=value,key=value', not {type(optim_args).__name__}")
-    given: dict[str, str] = {}
-    for part in optim_args.split(","):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            keys = ", ".join(key for key in registry.get(base_name(name)).options if key not in ELSEWHERE)
-            raise ValueError(f"{where}: {part!r} is not of the form key=value; the keys are {keys}")
-        if key in given:
-            raise ValueError(f"{where}: {key!r} is given twice, {given[key]!r} and {value!r}")
-        given[key] = value
-    return given
+    return name_of(args) != base_name(name_of(args))
 
 
 def _check_sharding(args: TrainingArguments) -> None:
     if getattr(args, "fsdp_config", None) and args.fsdp_config.get("xla", False):
-        raise ValueError(f"optim={_name(args)!r} does not know the flat parameters of FSDP on XLA: use FSDP2")
+        raise ValueError(f"optim={name_of(args)!r} does not know the flat parameters of FSDP on XLA: use FSDP2")
     if _fsdp_version(args) == 1:
         raise ValueError(
-            f"optim={_name(args)!r} and FSDP1: it cuts parameters into pieces without a shape, of which nothing can be "
-            'compressed. Use FSDP2: fsdp_config={"version": 2}, or fsdp_version: 2 in the configuration of accelerate'
+            f"optim={name_of(args)!r} and FSDP1: it cuts parameters into pieces without a shape, of which nothing can "
+            'be compressed. Use FSDP2: fsdp_config={"version": 2}, or fsdp_version: 2 in the configuration of '
+            "accelerate"
         )
     _check_deepspeed(args)
 
@@ -244,7 +145,7 @@ def _fsdp_version(args: TrainingArguments) -> int | None:
 
 
 def _check_deepspeed(args: TrainingArguments) -> None:
-    config, name = _deepspeed_config(args), _name(args)
+    config, name = _deepspeed_config(args), name_of(args)
     block = config.get("optimizer")
     if block is not None and block.get("type") != name:
         raise ValueError(

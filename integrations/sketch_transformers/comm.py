@@ -12,31 +12,15 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from sketch_plugins.comm import COMPRESSORS, MemSGDState, attach, memsgd_hook
+from sketch_plugins.comm import MemSGDState, attach, memsgd_hook
 from sketch_plugins.comm.state import check_options
-from sketch_plugins.optim.options import Option
+from sketch_transformers.optim_args import COMMUNICATION, communication_options
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "memsgd"
-
-#: Keys of ``optim_args``, each an option of `MemSGDState` behind the first underscore.
-OPTIONS = {
-    option.name: option
-    for option in (
-        Option("comm", str, "compressor of the gradients between processes", choices=tuple(COMPRESSORS)),
-        Option("comm_density", float, "fraction that is sent (default 0.01)"),
-        Option("comm_start", int, "steps that send everything (default 2)"),
-        Option("comm_warmup", int, "steps in which the density falls (default 0)"),
-        Option("comm_initial_density", float, "density that it falls from (default 0.25)"),
-        Option("comm_momentum", float, "momentum correction (default 0)"),
-        Option("comm_factor_masking", bool, "clear the velocity of what was sent (default True)"),
-        Option("comm_clip", float, "bound of local gradient norms (default 0: off)"),
-        Option("comm_memory_dtype", str, "numbers of the memory: 'fp32' (default) or 'bf16'"),
-        Option("comm_min_size", int, "smaller parameters are sent whole (default 1024)"),
-        Option("comm_seed", int, "of random entries, hashes and rounding (default 0)"),
-    )
-}
+#: Keys of ``optim_args`` that are options of `enable_memsgd`.
+OPTIONS = COMMUNICATION
 
 
 def enable_memsgd(trainer: Trainer, **options: Any) -> MemSGDCallback:
@@ -59,8 +43,6 @@ def enable_memsgd(trainer: Trainer, **options: Any) -> MemSGDCallback:
         ValueError: an option that is not allowed; it was called before; ``optim_args`` has ``comm=...``; when training
             begins, FSDP or DeepSpeed, which reduce gradients themselves.
     """
-    from sketch_transformers.arguments import communication_options
-
     if communication(trainer.callback_handler.callbacks) is not None:
         raise ValueError("enable_memsgd was called for this trainer before: DistributedDataParallel takes one hook")
     if communication_options(trainer.args) is not None:
@@ -137,32 +119,9 @@ def communication(callbacks: list[TrainerCallback]) -> MemSGDCallback | None:
 
 def before_training(trainer: Trainer, resume_from_checkpoint: Any) -> None:
     """``Trainer.train`` calls this: enable what ``optim_args`` asks for, remember what is resumed."""
-    from sketch_transformers.arguments import communication_options
-
     options = communication_options(trainer.args)
     callback = communication(trainer.callback_handler.callbacks)
     if callback is None and options is not None:
         callback = _enable(trainer, options)
     if callback is not None:
         callback.resume_from = resume_from_checkpoint
-
-
-def parse(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Options of `MemSGDState` from keys of ``optim_args`` that begin with ``comm``; None if there are none.
-
-    Raises:
-        ValueError: an unknown key, a value that is not allowed; ``comm_...`` without ``comm``.
-    """
-    if not given:
-        return None
-    unknown = [key for key in given if key not in OPTIONS]
-    if unknown:
-        raise ValueError(f"there is no {unknown[0]!r}; of communication there are {', '.join(OPTIONS)}")
-    if "comm" not in given:
-        raise ValueError(
-            f"{next(iter(given))!r} without 'comm': add comm=block_topk, or another of {list(COMPRESSORS)}"
-        )
-    parsed = {key: OPTIONS[key].parse(value) for key, value in given.items()}
-    options = {("compressor" if key == "comm" else key.removeprefix("comm_")): v for key, v in parsed.items()}
-    check_options(options)
-    return options

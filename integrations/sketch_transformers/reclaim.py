@@ -24,6 +24,8 @@ from sketch_plugins.memory.meter import AllocatorMeter, Meter, ResidentMeter, me
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.memory.search import check_search, largest
 from sketch_transformers import _private
+from sketch_transformers.comm import communication
+from sketch_transformers.optim_args import communication_options
 from sketch_transformers.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -269,7 +271,8 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
                 raise ValueError(f"ReclaimBatchSize does not go with {what}, {why}")
         if data is None:
             raise ValueError("ReclaimBatchSize: the Trainer has no train_dataset to try batches of")
-        if _private.is_sending(trainer):
+        callbacks = trainer.callback_handler.callbacks
+        if communication(callbacks) is not None or communication_options(args) is not None:
             raise ValueError("ReclaimBatchSize does not go with enable_memsgd, whose error memory a trial has not")
         device = torch.device(args.device).type
         if self.budget is None and device != "cuda":

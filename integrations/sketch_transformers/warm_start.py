@@ -6,18 +6,14 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sketch_plugins import registry
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
-from sketch_plugins.optim.options import Option
+from sketch_transformers.optim_args import optimizer_options
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
-
-#: The key in ``optim_args``.
-WARM_START = Option("warm_start", bool, "convert the state of one of torch's optimizers (default False)")
 
 
 def follow(optimizer: SketchOptimizer, args: TrainingArguments) -> None:
@@ -27,8 +23,6 @@ def follow(optimizer: SketchOptimizer, args: TrainingArguments) -> None:
     """
     if getattr(optimizer, "_sketch_looks_at_state", False):
         return
-    from sketch_transformers.arguments import optimizer_options
-
     name, options, warm = optimizer_options(args)
     keep = [key for key in ("betas", "momentum") if key in options]
 
@@ -61,8 +55,6 @@ def check(args: TrainingArguments, deepspeed: bool, fsdp: bool) -> None:
     Raises:
         ValueError: it was asked for under DeepSpeed or FSDP, or with ``optim_target_modules``.
     """
-    from sketch_transformers.arguments import optimizer_options
-
     if not optimizer_options(args)[2]:
         return
     if deepspeed or fsdp:
@@ -77,8 +69,3 @@ def check(args: TrainingArguments, deepspeed: bool, fsdp: bool) -> None:
         f"optim_args={args.optim_args!r}: warm_start=true is not possible here: {what}. It is possible with one "
         "process, and with DistributedDataParallel. Load the weights alone and start the optimizer anew"
     )
-
-
-def registered(name: str) -> str | None:
-    """The name of the registry, or None where an optimizer of ours was made in another way than by its name."""
-    return name if name in registry.names() else None

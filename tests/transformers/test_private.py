@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from sketch_transformers import _private
+from sketch_transformers import _private, registration
 
 
 @pytest.mark.parametrize(("module", "name"), _private.TOUCHED)
@@ -100,13 +101,40 @@ def test_an_enum_of_another_kind_is_reported(monkeypatch):
 def test_a_name_that_transformers_has_itself_is_not_taken_over(monkeypatch):
     monkeypatch.setattr("sketch_plugins.registry.names", lambda: ("adafactor",))
     with pytest.raises(ValueError, match="has an optimizer 'adafactor' of its own"):
-        _private.register()
+        registration.register()
+
+
+def test_registering_again_changes_nothing():
+    trainer, names = transformers.Trainer, list(transformers.training_args.OptimizerNames)
+    methods = {name: getattr(trainer, name) for name in vars(trainer)}
+    registration.register()
+    assert {name: getattr(trainer, name) for name in vars(trainer)} == methods
+    assert list(transformers.training_args.OptimizerNames) == names
 
 
 def test_only_one_module_touches_private_names():
+    """And one more puts something in the place of transformers' methods."""
     from pathlib import Path
 
+    assert Path(registration.__file__).parent == Path(_private.__file__).parent
     for file in Path(_private.__file__).parent.glob("*.py"):
+        text = file.read_text()
         if file.name != "_private.py":
-            assert "setattr(" not in file.read_text(), file
-            assert "_OPTIMIZER_HANDLERS" not in file.read_text(), file
+            assert "setattr(" not in text, file
+            assert "_OPTIMIZER_HANDLERS" not in text, file
+        if file.name != "registration.py":
+            assert not re.search(r"\bwrap\(", text), file
+
+
+def test_the_private_module_knows_no_other_one():
+    import ast
+    from pathlib import Path
+
+    imported = set()
+    for node in ast.walk(ast.parse(Path(_private.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None
+            imported.add(node.module)
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    assert "sketch_plugins" in imported and not [name for name in imported if name.startswith("sketch_transformers")]
