@@ -123,9 +123,11 @@ def test_the_peak_is_what_the_allocator_counts(pair):
         )  # fmt: skip
     (row,) = found.rows
     # The promise is 5 %. What is seen is next to nothing, but for checkpoints (1 % here: they keep the generator's
-    # state, 5 KB each) and Sketchy's decompositions (0.6 %: workspaces of the kernels).
+    # state, 5 KB each), Sketchy's decompositions (0.6 %: workspaces of the kernels), and convolutions in bfloat16 on
+    # processors without AVX-512 (1.4 %: oneDNN has none there, and torch's own takes more).
+    loose = checkpointing or (kind is Convolutions and precision == "bf16")
     assert row.peak == pytest.approx(
-        measured(*parts, optimizer, precision, batch, accumulation), rel=0.02 if checkpointing else 0.01
+        measured(*parts, optimizer, precision, batch, accumulation), rel=0.02 if loose else 0.01
     )
     assert sum(row.at_peak.values()) == row.peak <= row.parameters + row.gradients + row.state + row.activations
 

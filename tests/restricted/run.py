@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +95,9 @@ def run(name: str, pytest: list[str]) -> rows.Outcome:
     if checked:
         why = "the restriction has no effect on this machine" if checked == 3 else f"its check ended with {checked}"
         return rows.Outcome(rows.FAILED, f"not run: {why}")
-    return rows.run_pytest(sys.executable, pytest, environment)
+    with tempfile.TemporaryDirectory() as cache:
+        # torch.compile would take code from its cache that was generated for this processor's real instructions.
+        return rows.run_pytest(sys.executable, pytest, {**environment, "TORCHINDUCTOR_CACHE_DIR": cache})
 
 
 if __name__ == "__main__":
