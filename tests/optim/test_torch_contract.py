@@ -39,7 +39,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from sketch_plugins import registry
+from sketch_plugins import Sketchy, registry
 from sketch_plugins.optim import MemSGD
 from sketch_plugins.optim.sadagrad import SAdagrad
 
@@ -219,9 +219,11 @@ def test_a_rate_that_is_a_tensor_is_the_number(cls, options, shape):
     a, _ = trained(cls, options, rate=float(torch.tensor(RATE)))
     rate = torch.full(shape, RATE)
     b, optimizer = trained(cls, options, rate=rate)
+    # The product with the rate is rounded once more, or in another order. The roots of Sketchy magnify that: 9e-7 was
+    # seen (MKL without AVX).
+    rtol, atol = (1e-4, 2e-6) if cls is Sketchy else (1e-5, 1e-7)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        # The product with the rate is rounded once more, or in another order.
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
     assert float(optimizer.param_groups[0]["lr"]) == float(rate)
 
 
