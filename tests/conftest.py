@@ -198,6 +198,17 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def signals_arrive():
+    """``nohup`` and a shell's ``&`` make a process and its children ignore signals: some tests send them."""
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (getattr(signal, "SIGHUP", None), signal.SIG_DFL),
+    ):
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def frozen_objects_thaw():
     """In the end, or libraries would take for leaks what nobody collects."""
     yield
