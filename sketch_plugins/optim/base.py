@@ -141,7 +141,7 @@ class SketchOptimizer(Taking):
                     else:
                         whole = self._look_at(taking, group, index, owner, options) and whole
                     recalled.append((index, owner))
-                if given and whole and len(recalled) == len(given):
+                if whole and len(recalled) == len(given) and plan.may_learn(given, group):
                     parts = [part for index, owner in recalled for part in self._parts.of(index, owner)]
                     plan.learn_group(given, parts, group, state)
             with scratch.scratch():
@@ -228,7 +228,3 @@ class SketchOptimizer(Taking):
     def _why_not_alone(self, group: Mapping[str, Any]) -> str | None:
         """Why `step_parameter` is not possible with the options of a group; None: it is."""
         return None
-
-    # -- the step ------------------------------------------------------------------------------------------------
-
-    # -- options and state dicts ---------------------------------------------------------------------------------

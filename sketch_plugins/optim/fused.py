@@ -116,8 +116,9 @@ def describe(
         measure=fresh if last is not None else bool(group.get("scale_parameter") or group.get("update_clip")),
         stochastic=group["stochastic_rounding"] and p.dtype == torch.bfloat16,
         seed=group["seed"],
-        # What decides which kernels can take the step; the other flags come with the numbers.
-        flags=0 if grad.l2 is None else 1 << places.L2,
+        # What decides which kernels can take the step and what they are compiled for; the others come with the numbers.
+        flags=(0 if grad.l2 is None else 1 << places.L2)
+        | (1 << places.LOOKAHEAD if rule.lookahead and rule.first is not None else 0),
         emas=(rule.first, rule.second),
         last=last,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Describing one takes some 70 microseconds of Python or more, and in a training loop nothing changes from step to step
 but the gradient's address. Nothing is trusted: whatever a description was made of is looked at in each step (addresses,
 shapes, dtypes, layouts, options, the tensors of the state), and what differs is described anew. No tensor is kept
-alive, and none of this is state: a copy of the optimizer starts without.
+alive but those that hold numbers of steps, and none of this is state: a copy of the optimizer starts without.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _NUMBERS = ("lr", "betas", "eps")
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Parameters of a group that is remembered as a whole, and how often it may have been in vain.
 GROUP, FAILURES = 4, 20
+# Steps after which earlier failures are forgotten.
+LASTING = 100
 
 
 class Plan:
@@ -35,17 +37,17 @@ class Plan:
         self.programs: dict[tuple[Backend, int | None], Any] = {}
         #: Whether the optimizer has a tensor for whose sake kernels are compiled; None: not known.
         self.large: bool | None = None
-        #: Tasks of the step that is under way.
-        self.used = 0
+        #: Tasks of the step that is under way, and of the largest of the last ones.
+        self.used = self.lately = 0
         #: Identity of a group -> the group, and its options in the last step.
         self.options: dict[int, tuple[Any, dict[str, Any]]] = {}
         #: Parts of an eager step -> the temporaries that it took.
         self.temporaries: dict[tuple[Any, ...], dict[Slot, int]] = {}
         #: (backend, only, number of a launch) -> the counters of its parts.
         self.counters: dict[Any, Counters] = {}
-        #: Identity of a group -> its steps; and how often they were not what they had been.
-        self._groups: dict[int, RememberedGroup] = {}
-        self._failed: dict[int, int] = {}
+        #: Identities of a group and of its first parameter -> its steps; how often they were not what they had been.
+        self._groups: dict[tuple[int, int], RememberedGroup] = {}
+        self._failed: dict[tuple[int, int], int] = {}
         self._tasks: dict[Any, Remembered] = {}
         self._marks: dict[int, tuple[Any, ...] | None] = {}
 
@@ -68,31 +70,37 @@ class Plan:
         state: Any,
     ) -> bool:
         """`recall` of all parameters of a group that have a gradient; nothing is added unless all are recalled."""
-        known = self._groups.get(id(group))
+        key = _key(group)
+        known = self._groups.get(key)
         if known is None:
             return False
         those = again.get(known.backend)
         if those is None:
             those = again[known.backend] = Again()
         if known.recall(those, given, grads, group, options, state, [*self.counters.values()]):
+            if known.times == LASTING:  # what had changed before does not do so all the time
+                self._failed.pop(key, None)
             return True
         if not those.tasks:
             del again[known.backend]
-        del self._groups[id(group)]
-        self._failed[id(group)] = self._failed.get(id(group), 0) + 1
+        del self._groups[key]
+        self._failed[key] = self._failed.get(key, 0) + 1
         return False
 
-    def learn_group(self, given: Sequence[Tensor], parts: Sequence[Part], group: dict[str, Any], state: Any) -> None:
-        """Called when all parts of these parameters have been recalled one by one.
+    def may_learn(self, given: Sequence[Tensor], group: dict[str, Any]) -> bool:
+        """Whether `learn_group` makes sense: not for a group that changes all the time, or cannot be remembered."""
+        return bool(given) and self._failed.get(_key(group), 0) < FAILURES
 
-        Of a group that changes all the time nothing is remembered any more.
-        """
-        full = [part for part in parts if part.numel()]
-        if len(full) < GROUP or self._failed.get(id(group), 0) >= FAILURES:
-            return
-        known = remember(given, parts, [self._tasks[part.identity] for part in full], state)
-        if known is not None:
-            self._groups[id(group)] = known
+    def learn_group(self, given: Sequence[Tensor], parts: Sequence[Part], group: dict[str, Any], state: Any) -> None:
+        """Called when all parts of these parameters have been recalled one by one, where `may_learn` says so."""
+        full, key = [part for part in parts if part.numel()], _key(group)
+        known = None
+        if len(full) >= GROUP:
+            known = remember(given, parts, [self._tasks[part.identity] for part in full], state)
+        if known is None:
+            self._failed[key] = FAILURES
+        else:
+            self._groups[key] = known
 
     def recall(
         self,
@@ -172,10 +180,17 @@ class Plan:
 
     def trim(self) -> None:
         """Forget everything where most of it was not used: parameters that are replaced all the time leave tasks."""
-        if max(len(self._tasks), len(self.programs), len(self._marks)) > 2 * self.used + 1000:
+        # DeepSpeed takes the steps of groups one by one: a small one is not the measure of what is used.
+        self.lately = max(self.used, self.lately * 63 // 64)
+        if max(len(self._tasks), len(self.programs), len(self._marks)) > 2 * self.lately + 1000:
             self._tasks, self.programs, self._marks = {}, {}, {}
             self._groups, self._failed, self.counters = {}, {}, {}
         self.used = 0
+
+
+def _key(group: Mapping[str, Any]) -> tuple[int, int]:
+    """ZeRO-3 takes the steps of several partitions in one group, one by one."""
+    return id(group), id(group["params"][0])
 
 
 def group_marks(options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Any, ...] | None:

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from sketch_plugins.optim.remembered import ADDRESS, Again, Counters, Remembered
@@ -53,6 +54,7 @@ class RememberedGroup:
         self.pieces: list[Counters] = []
         # An identity says nothing any more when its tensor is gone: another one may have it now.
         self.gone: list[Any] = []
+        self.times = 0  # that it was recalled
         self.alive = [ref(tensor, self.gone.append) for tensor in [*tensors, *counters]]
         self._look(owners, parts, found)
 
@@ -120,6 +122,8 @@ class RememberedGroup:
             states = self._states(given, state)
             tensors, counters = self._tensors(states), [one["step"] for one in states]
             idle = [state[given[i]]["step"] for i in self.empty]
+            if not all(map(_is_counter, idle)):
+                return False
             if list(map(len, states)) != self.entries or list(map(id, [*tensors, *counters])) != self.tensors:
                 return False
         except (KeyError, TypeError, AttributeError):  # another layout of the state
@@ -131,6 +135,7 @@ class RememberedGroup:
             return False
         again.extend(self.tasks, places, counters, steps, group, changed, [*grads, *tensors])
         again.idle += idle
+        self.times += 1
         return True
 
     def _states(self, given: Sequence[Tensor], state: Any) -> list[Any]:
@@ -213,6 +218,8 @@ def remember(
     owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered], state: Any
 ) -> RememberedGroup | None:
     """What remembers the steps of these parts; None where they are of more than one kind."""
+    if {id(part.owner) for part in parts} != set(map(id, owners)):  # one of them has no parts
+        return None
     if any(one.backend is not found[0].backend or one.options is not found[0].options for one in found):
         return None
     if all(part.data is part.owner and part.numel() for part in parts):
@@ -223,6 +230,10 @@ def remember(
     if all(part.key is None and part.data is not part.owner for part in parts) and len(parts) == len(owners):
         return RememberedShards(owners, parts, found, state)
     return None
+
+
+def _is_counter(tensor: Any) -> bool:
+    return type(tensor) is Tensor and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.numel() == 1
 
 
 def _facts(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:

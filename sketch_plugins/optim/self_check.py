@@ -9,6 +9,7 @@ whose kernels fail to compile or differ take their steps eagerly.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import threading
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sketch_plugins.kernels import work as places
@@ -37,12 +39,17 @@ SWITCH = "SKETCH_PLUGINS_CHECK"
 # Elements of a tensor that is tried out, and how many kinds of tensors are looked at to find one.
 _LARGEST, _TRIED = 1 << 20, 1 << 9
 
+# In the store of a job's processes.
+_RIGHT = "right"
+
 _Key = tuple[tuple[tuple[str, str], ...], str]
 
 # What is wrong with a specialisation (None: nothing), for each combination.
 _known: dict[_Key, str | None] = {}
 _read: set[tuple[tuple[str, str], ...]] = set()
 _warned: set[_Key] = set()
+# Those of the above that the processes of a job have agreed on.
+_settled: set[_Key] = set()
 # What the specialisation of a work depends on -> (kernels, the specialisation).
 _texts: dict[tuple[Any, ...], tuple[tuple[str, ...], str]] = {}
 
@@ -124,10 +131,14 @@ def confirm(optimizer: Resolution, pending: Sequence[Pending]) -> None:
     found: list[tuple[Pending, tuple[str, ...], _Key]] = []
     for one in pending:
         if one.backend is not None and one.work is not None and (asked == "1" or _compiles_for(one)):
-            names, text = specialisation(one.backend.name, one.work)
-            what = verdicts.combination(one.work.p.device, one.backend.name)
+            try:
+                names, text = specialisation(one.backend.name, one.work)
+                what = verdicts.combination(one.work.p.device, one.backend.name)
+            except Exception as error:  # a check that fails by itself is no reason for a training to stop
+                logger.debug("the kernels of a step could not be named: %r", error)
+                continue
             found.append((one, names, (what, text)))
-    unknown = [entry for entry in found if entry[2] not in _known]
+    unknown = [entry for entry in found if entry[2] not in _settled]
     if unknown and not _is_recording():
         _find_out(optimizer, unknown)
     wrong = [(one, names, key) for one, names, key in found if _known.get(key) is not None]
@@ -156,6 +167,7 @@ def forget() -> None:
     _known.clear()
     _read.clear()
     _warned.clear()
+    _settled.clear()
 
 
 def _compiles_for(one: Pending) -> bool:
@@ -202,13 +214,38 @@ def _find_out(optimizer: Resolution, unknown: Sequence[tuple[Pending, tuple[str,
             logger.debug("%s could not be checked: %r", text, error)
             results = {}
         for seen, (why, lasts) in results.items():
-            _known[what, seen] = why
+            # Of several processes this one alone would go another way: the step itself may fail, and says so then.
+            _known.setdefault((what, seen), why if lasts or not _is_one_of_several() else None)
             if lasts:
                 lasting.setdefault(what, {})[seen] = why
         _known.setdefault(key, None)
     for what, verdict in lasting.items():
         if not verdicts.write(what, verdict):
             logger.debug("%s cannot be written: the kernels are checked once more in the next process", what)
+    for key in dict.fromkeys(key for _, _, key in unknown):
+        _known[key] = _agreed(key[1], _known[key])
+        _settled.add(key)
+
+
+def _is_one_of_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _agreed(text: str, why: str | None) -> str | None:
+    """The verdict of the process that was first: replicas that took different paths would drift apart.
+
+    It is in the store that the processes of a job have found each other by; nobody waits for another one.
+    """
+    if not _is_one_of_several():
+        return why
+    key = f"sketch_plugins/{hashlib.sha256(text.encode()).hexdigest()}"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        said = store.compare_set(key, "", _RIGHT if why is None else why).decode()
+    except Exception as error:  # a store that has no such operation, or a torch without this name
+        logger.debug("the processes could not agree on %s: %r", text, error)
+        return why
+    return None if said == _RIGHT else said
 
 
 def _try_out(optimizer: Resolution, one: Pending, text: str, number: int) -> dict[str, tuple[str | None, bool]]:

@@ -89,10 +89,10 @@ class Taking(Resolution):
         # backward through a graph that needs the old weights would be silently wrong.
         torch.autograd.graph.increment_version(changed)
         with uninterrupted():
-            self._commit([one for one in pending if one.idle], eager, takes)
             idle = [counter for those in again.values() for counter in those.idle]
             if idle:
                 torch._foreach_add_(idle, 1.0)
+            self._commit([one for one in pending if one.idle], eager, takes)
         if slots is not None:
             slots.update(scratch.used())
 

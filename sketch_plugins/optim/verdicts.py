@@ -84,7 +84,7 @@ def read(what: tuple[tuple[str, str], ...]) -> dict[str, str | None]:
         if found["combination"] != dict(what):
             return {}
         return {str(key): None if why is None else str(why) for key, why in found["kernels"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # RuntimeError: no home
         return {}
 
 
@@ -93,16 +93,16 @@ def write(what: tuple[tuple[str, str], ...], found: dict[str, str | None]) -> bo
 
     Of two processes that write at once one may lose what it found: it is then checked once more.
     """
-    place = path(what)
     text = json.dumps({"combination": dict(what), "kernels": {**read(what), **found}}, indent=1)
     temporary = None
     try:
+        place = path(what)
         place.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=place.name)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(temporary, place)
-    except OSError:
+    except (OSError, RuntimeError):
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)

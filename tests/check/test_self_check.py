@@ -162,6 +162,13 @@ def test_what_is_no_fault_of_the_kernel_is_not_remembered(interpreted, asked, mo
     assert train()[1] == [] and [*interpreted.glob("*.json")]
 
 
+def test_kernels_that_are_compiled_apart_have_verdicts_of_their_own(interpreted, asked, tries):
+    """Nesterov's momentum is another kernel, and its number is filled in after the check."""
+    for nesterov in (False, True):
+        train(cls=CSMomentum, nesterov=nesterov)
+    assert len(tries) == len(set(tries)) == 2
+
+
 def test_the_switch(broken, tries, monkeypatch):
     """Off: the kernel is used. Not set: interpreted kernels are not looked at."""
     expected, _ = train(fused=False)

@@ -5,9 +5,13 @@ import warnings
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from sketch_plugins import SM3, CSAdam
-from sketch_plugins.optim.plan import Plan, RememberedGroup
+from sketch_plugins.optim.plan import Plan
+from sketch_plugins.optim.remembered_group import RememberedGroup, RememberedShards
+from sketch_plugins.sharding.parts import Parts
 
 # BERT's kinds of tensors, small.
 LAYER = [(96, 64), (64,), (96,), (64, 96)]
@@ -221,8 +225,91 @@ def test_a_group_that_changes_all_the_time_is_given_up(free):
         if step % 3 == 0:
             params[step % len(params)].grad = None
         optimizer.step()
-    assert optimizer._plan._failed == {id(optimizer.param_groups[0]): 20}
+    assert optimizer._plan._failed == {(id(optimizer.param_groups[0]), id(params[0])): 20}
     assert all(float(optimizer.state[p]["step"]) < 200 for p in params)
+
+
+def test_changes_of_long_ago_are_forgotten(free):
+    """An evaluation that moves everything once in a while does not end what is remembered."""
+    params, optimizer = build(CSAdam, 4, True)
+    for step in range(300):
+        give(params)
+        if step in (10, 20):
+            params[0].grad = None
+        if step == 30:
+            assert list(optimizer._plan._failed.values()) == [4]  # gone, and back again
+        optimizer.step()
+    assert optimizer._plan._failed == {} and len(optimizer._plan._groups) == 1
+
+
+def test_a_group_that_cannot_be_remembered_is_tried_once(free, monkeypatch):
+    """Its parts are not made a second time in every step."""
+    params = [torch.nn.Parameter(torch.ones(96, 64)) for _ in range(3)]  # too few
+    optimizer = CSAdam(params, fused=True, min_compress_size=0)
+    made = []
+    of = Parts.of
+    monkeypatch.setattr(Parts, "of", lambda self, index, p: made.append(index) or of(self, index, p))
+    for _ in range(6):
+        give(params)
+        made.clear()
+        optimizer.step()
+    assert made == []
+
+
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def placed_otherwise(optimizer, params, mesh):
+    params[1].grad = params[1].grad.redistribute(mesh, [Replicate()])
+
+
+def moved_shard(optimizer, params, mesh):
+    params[0].to_local().data = params[0].to_local().clone()
+
+
+def plain_gradient(optimizer, params, mesh):
+    """DTensor refuses to be given one; through `.data` nothing does."""
+    params[2].grad._local_tensor = params[2].grad.to_local().double()
+
+
+def damaged_state(optimizer, params, mesh):
+    moments = optimizer.state[params[0]]["second_moment"]
+    moments["table"] = moments["table"] * 3
+
+
+@pytest.mark.parametrize("change", [placed_otherwise, moved_shard, plain_gradient, damaged_state])
+def test_what_is_remembered_of_shards_is_not_trusted(change, mesh, monkeypatch):
+    """After any change the step is that of an optimizer which remembers nothing (Triton's interpreter, one rank)."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    results = []
+    for forgets in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            torch.nn.Parameter(distribute_tensor(torch.randn(shape, generator=generator), mesh, [Shard(0)]))
+            for shape in LAYER
+        ]
+        optimizer = CSAdam(params, lr=1e-2, fused=True, min_compress_size=0)
+        for step in range(6):
+            for p in params:
+                p.grad = distribute_tensor(torch.randn(p.shape, generator=generator), mesh, [Shard(0)])
+            if step == 4:
+                change(optimizer, params, mesh)
+            if forgets:
+                optimizer._plan = None
+            elif step == 3:
+                assert {type(group) for group in optimizer._plan._groups.values()} == {RememberedShards}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="fused=True: a parameter of shape")
+                optimizer.step()
+        results.append([p.to_local().clone() for p in params])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize(

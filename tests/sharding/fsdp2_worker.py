@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from sketch_plugins import registry, state_report
+from sketch_plugins.optim import self_check
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 SMALL = {"min_compress_size": 64}
@@ -148,6 +149,16 @@ def check_remembered(name):
     (model, optimizer), (other, expected) = results
     assert same_state(optimizer, expected) and same(full(model), full(other))
     assert {float(state["step"]) for state in optimizer.state.values()} == {7.0}
+
+
+def check_agreed(name):
+    """Whichever process is first says whether a kernel is right: replicas may not take different paths."""
+    for first, why in ((0, None), (1, "differs by 3")):
+        text = f"kernel of {name} {first}"
+        if first == RANK:
+            assert self_check._agreed(text, why) == why
+        dist.barrier()
+        assert self_check._agreed(text, None if why else "does not compile") == why
 
 
 def check_experts(name):
