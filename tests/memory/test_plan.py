@@ -1,6 +1,7 @@
 """What is planned, against what torch's allocator has counted; and the arguments that make no sense."""
 
 import contextlib
+import importlib.util
 import json
 
 import pytest
@@ -137,7 +138,10 @@ def test_the_peak_of_steps_in_backward(name, precision):
     pytest.importorskip("sketch_plugins.memory.in_backward", reason="there is no InBackward yet")
     model = HuggingFaceModel(gpt2(), None, 16)
     (row,) = plan(gpt2(), seq_len=16, batch_size=1, precision=precision, optimizers=name, device="cpu").rows
-    assert row.peak == pytest.approx(measured(model.build, model.sample, model.loss, name, precision, 1), rel=0.02)
+    # Without Numba the steps are eager: the plan counts their largest tiles beside the most of all else, which comes at
+    # another time here (4.5 % too much; the promise is 5 %).
+    rel = 0.02 if importlib.util.find_spec("numba") else 0.05
+    assert row.peak == pytest.approx(measured(model.build, model.sample, model.loss, name, precision, 1), rel=rel)
 
 
 def test_gradients_in_backward_are_those_of_the_largest_parameter():
