@@ -15,13 +15,17 @@ from torch.utils._pytree import tree_map, tree_map_only
 from sketch_plugins import InBackward, MemSGD, SAdagrad, Sketchy, registry, scratch
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
-from sketch_plugins.kernels import cpu
 from sketch_plugins.linalg import kronecker
 from sketch_plugins.optim import eager, fused, gradients, plan, resolved, sketchy, taking
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.sharding import parts
 from sketch_plugins.stores import CountMin, Int8
 from sketch_plugins.stores import base as stores
+
+try:
+    from sketch_plugins.kernels import cpu
+except ImportError:  # Numba is not installed
+    cpu = None
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,8 @@ NAMES = [*registry.names(), "sadagrad"]
 
 def build(name, fused=None, large=True, **options):
     """An optimizer of tensors that take each way through a step: matrices, a vector, an embedding with few rows."""
+    if fused is None and cpu is None and name != "sadagrad":
+        pytest.skip("Numba is not installed: no kernel takes a step here, and eager steps have cases of their own")
     torch.manual_seed(0)
     shapes = [(40, 24), (24,), (30, 8), (256, 160)]
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in (shapes if large else shapes[:3])]
@@ -102,11 +108,8 @@ BEFORE = [
     (plan.Plan, "recall"),
     (plan.Plan, "recall_group"),
     (plan.Counters, "holds"),
-    (cpu, "misread"),
-    (cpu.Program, "__init__"),
-    (cpu.Program, "prepare"),
-    (cpu.Program, "_compile"),
-    (cpu, "_pool"),
+    *([] if cpu is None else [(cpu, "misread"), (cpu, "_pool")]),
+    *([] if cpu is None else [(cpu.Program, name) for name in ("__init__", "prepare", "_compile")]),
     (parts.Parts, "of"),
     (scratch, "reserve"),
     (torch, "empty"),
