@@ -83,7 +83,7 @@ if HAS_TRITON:
 @contextlib.contextmanager
 def counted(taken):
     """Count in ``taken`` the steps of single parameters that kernels take."""
-    choose, recall = resolved.choose, Plan.recall
+    choose, recall, recall_group = resolved.choose, Plan.recall, Plan.recall_group
 
     def choosing(*args, **kwargs):
         out = choose(*args, **kwargs)
@@ -92,15 +92,19 @@ def counted(taken):
 
     def recalling(self, *args, **kwargs):
         out = recall(self, *args, **kwargs)
-        if out is not None:
-            taken["kernel"] += 1
+        taken["kernel"] += out
         return out
 
-    resolved.choose, Plan.recall = choosing, recalling
+    def recalling_group(self, again, given, *args, **kwargs):
+        out = recall_group(self, again, given, *args, **kwargs)
+        taken["kernel"] += len(given) * out
+        return out
+
+    resolved.choose, Plan.recall, Plan.recall_group = choosing, recalling, recalling_group
     try:
         yield
     finally:
-        resolved.choose, Plan.recall = choose, recall
+        resolved.choose, Plan.recall, Plan.recall_group = choose, recall, recall_group
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
