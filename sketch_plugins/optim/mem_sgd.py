@@ -13,6 +13,7 @@ from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.optim.ambient import neutral, outside_graphs
 from sketch_plugins.optim.checks import STATES, copied, described, exact_step, is_fake, why_impossible, why_not_plain
+from sketch_plugins.optim.loading import load
 from sketch_plugins.optim.options import COMMON, Option, rate, validate
 
 _OPTIONS = {
@@ -237,15 +238,15 @@ class MemSGD(torch.optim.Optimizer):
             ValueError: as torch's; options that are not allowed; something is missing, of another size or dtype, or
                 not finite. Nothing has changed then.
         """
-        made: dict[Any, Any] = {}
 
-        def look(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+        def prepare(incoming: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
             self._check_incoming(incoming)
             groups = incoming["param_groups"]
             if len(groups) == len(self.param_groups):  # else torch says so
                 own = [{name: group[name] for name in _OPTIONS} for group in self.param_groups]
                 groups = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
             incoming = {**incoming, "param_groups": groups}
+            made: dict[Any, Any] = {}
             saved = dict(incoming["state"])
             for i, p in _pairs(incoming["param_groups"], self.param_groups):
                 if i in saved:
@@ -254,21 +255,9 @@ class MemSGD(torch.optim.Optimizer):
                     step = exact_step(state.get("step"))
                     if step is not None:
                         made[p]["step"] = step.cpu()
-            made.update(saved)  # what belongs to no parameter is another's
-            return {**incoming, "state": {}}  # torch would copy and cast what is restored below
+            return incoming, {**made, **saved}  # what belongs to no parameter is another's
 
-        def restore(_: Any) -> None:
-            self.state.update(made)
-
-        before = self.register_load_state_dict_pre_hook(look)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            # Tensors made in inference mode could not be changed by a step outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
+        load(self, state_dict, prepare)
 
 
 #: Names in the state of a parameter. Wrappers of optimizers keep tensors of their own beside them.

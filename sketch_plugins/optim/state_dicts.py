@@ -19,6 +19,7 @@ from sketch_plugins.optim.checks import (
     why_not_plain,
 )
 from sketch_plugins.optim.layout import StateLayout, arithmetic
+from sketch_plugins.optim.loading import load
 from sketch_plugins.optim.rule import Layout
 from sketch_plugins.optim.written import modernize, renew, written_by, written_with
 from sketch_plugins.sharding.names import NAMES
@@ -76,9 +77,8 @@ class StateDicts(StateLayout):
             ValueError: the state was written with other options (compression, depth, seed, ...; both values are
                 named), by another kind of optimizer, or for other shapes. Nothing has been changed then.
         """
-        made: dict[Any, Any] = {}
 
-        def look(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+        def prepare(incoming: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
             for key in ("state", "param_groups"):
                 if key not in incoming:
                     found = ", ".join(map(str, incoming)) or "nothing"
@@ -89,22 +89,9 @@ class StateDicts(StateLayout):
             self._check_incoming(incoming)
             # Copies are made before anything changes: a tensor that cannot be copied, or that no memory is left for,
             # leaves the optimizer as it was.
-            made.update(self._copies(incoming))
-            return {**incoming, "state": {}}  # torch would copy and cast what is restored below
+            return incoming, self._copies(incoming)
 
-        def restore(_: Any) -> None:
-            self.state.update(made)
-
-        # The last to look before, the first to act after: hooks of others see the whole state on both sides.
-        before = self.register_load_state_dict_pre_hook(look)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            # Tensors made in inference mode could not be changed by a step outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
+        load(self, state_dict, prepare)
 
     def _copies(self, incoming: Mapping[str, Any]) -> dict[Any, Any]:
         """The state of a state dict that was found good, as this optimizer keeps it."""
