@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SketchOptimizer, Sketchy
+from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSLion, CSMomentum, CSRMSprop, SketchOptimizer, Sketchy
 from sketch_plugins.optim.options import Option, unknown_option
 
 
@@ -33,6 +33,8 @@ _ENTRIES = {
         Entry("cs_adagrad", CSAdagrad),
         Entry("cs_momentum", CSMomentum),
         Entry("cs_rmsprop", CSRMSprop),
+        # Not "lion": DeepSpeed has an optimizer of that name.
+        Entry("cs_lion", CSLion),
         Entry("sm3", SM3),
         Entry("sketchy", Sketchy),
     )

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from sketch_plugins.import_hooks import is_initializing, when_imported
 from sketch_plugins.notices import warn
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.sharding.names import name_parameters
+from sketch_plugins.sharding.state_names import PLACE, kind_of
 
 _ENGINE = "deepspeed.runtime.engine"
 _STAGES = (
@@ -267,14 +268,12 @@ def _move_state(optimizer: SketchOptimizer, device: torch.device | None) -> None
     for p, state in optimizer.state.items():
         if not isinstance(p, torch.Tensor):  # an entry that belongs to no parameter
             continue
-        optimizer.state[p] = _moved_to(p.device if device is None else device, state)
-
-
-def _moved_to(device: torch.device, state: Any, key: str = "") -> Any:
-    if isinstance(state, Mapping):
-        return {name: _moved_to(device, value, name) for name, value in state.items()}
-    # Counters and places are at home on the CPU.
-    return state.to(device) if isinstance(state, torch.Tensor) and key not in ("step", "place") else state
+        where = p.device if device is None else device
+        # Counters and places are at home on the CPU.
+        optimizer.state[p] = {
+            name: value.to(where) if isinstance(value, torch.Tensor) and kind_of(name) not in ("step", PLACE) else value
+            for name, value in state.items()
+        }
 
 
 # -- accelerate ------------------------------------------------------------------------------------------------------

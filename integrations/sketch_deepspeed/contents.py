@@ -10,6 +10,7 @@ from sketch_deepspeed.reshard import _MODEL, _find, _load, _read
 from sketch_plugins.checkpoints.kept import CannotReshard, Kept
 from sketch_plugins.sharding.names import names_of
 from sketch_plugins.sharding.pieces import Fragment, Piece, is_key, pieces
+from sketch_plugins.sharding.state_names import nested
 
 
 def contents(
@@ -36,7 +37,7 @@ def contents(
     found: list[tuple[str | None, int, Mapping[str, Any], int | None]] = []
     for rank in range(old.world):
         for number, buffer in enumerate(old.buffers):
-            state = old.base(rank)["state"].get(number) or {}
+            state = nested(old.base(rank)["state"].get(number) or {})
             held = cut(buffer.fragments(rank), buffer.group)
             ours = {key: inner for key, inner in state.items() if is_key(key) and isinstance(inner, Mapping)}
             if ours and len(ours) == len(held):

@@ -37,6 +37,7 @@ from sketch_plugins.checkpoints.kept import (
 )
 from sketch_plugins.checkpoints.recut import Held
 from sketch_plugins.sharding.pieces import Fragment, index_of, is_key
+from sketch_plugins.sharding.state_names import flattened, nested
 
 _MODEL = "mp_rank_00_model_states.pt"
 _RANK = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -288,7 +289,7 @@ class _State:
         for rank in range(old.world):
             states = old.base(rank)["state"]
             for key, buffer in enumerate(old.buffers):
-                self._take(rank, key, buffer, states.get(key) or {}, old.flats(rank)[key].dtype)
+                self._take(rank, key, buffer, nested(states.get(key) or {}), old.flats(rank)[key].dtype)
 
     def _take(self, rank: int, key: int, buffer: Buffer, states: Mapping[str, Any], dtype: torch.dtype) -> None:
         expected = self.kept.pieces(buffer.fragments(rank), buffer.group)
@@ -311,13 +312,13 @@ class _State:
             self.nbytes += nbytes(state)
 
     def cut(self, buffer: Buffer, fragments: Sequence[Fragment], dtype: torch.dtype, report: Report) -> dict[str, Any]:
-        """Key -> state of the pieces in a new flat tensor; nothing where no step was taken."""
+        """The state of a new flat tensor; nothing where no step was taken."""
         out: dict[str, Any] = {}
         for piece in self.kept.pieces(fragments, buffer.group):
             parameter = buffer.parameters[piece.index].name
             state = self.kept.recut(self.held[parameter], piece, buffer.group, dtype, report)
             if state:
-                out[replace(piece, index=self.numbers[parameter]).key] = state
+                out |= flattened(state, replace(piece, index=self.numbers[parameter]).key)
         return out
 
 

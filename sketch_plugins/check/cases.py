@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sketch_plugins import registry
-from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, SketchOptimizer, Sketchy
+from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSLion, CSMomentum, CSRMSprop, SketchOptimizer, Sketchy
 
 #: Options of `CSAdam`.
 ADAM: list[dict[str, Any]] = [
@@ -58,6 +58,8 @@ DENSE: list[tuple[type[SketchOptimizer], dict[str, Any]]] = [
     (CSMomentum, {"weight_decay": 0.1}),
     (CSMomentum, {"nesterov": True}),
     (CSMomentum, {"nesterov": True, "first_moment": "none"}),
+    (CSLion, {"weight_decay": 0.1}),
+    (CSLion, {"preset": "exact", "betas": (0.9, 0.9)}),
     (SM3, {}),
     (SM3, {"preset": "lean", "update_clip": 0.3}),
     (SM3, {"first_moment": "fp32", "update_clip": 0.3, "scale_parameter": True, "betas": (0.8, 0.9)}),

@@ -36,8 +36,9 @@ from sketch_plugins.checkpoints.kept import (
     whole_or_not_at_all,
 )
 from sketch_plugins.checkpoints.recut import Held
-from sketch_plugins.sharding.parts import PLACE, is_ours, trim
+from sketch_plugins.sharding.parts import trim
 from sketch_plugins.sharding.pieces import Piece
+from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours, nested
 
 
 def reshard(
@@ -232,6 +233,7 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         shards = _shards(key, state, path)
         new = _Shards(shards.whole, world)
         # What wrappers of the optimizer keep beside its state is saved whole, and stays.
+        state = nested(state)
         own = {name: value for name, value in state.items() if is_ours(name)}
         others = {name: value for name, value in state.items() if name not in own}
         state = own
@@ -244,7 +246,7 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         for rank in range(world):
             piece = new.piece(rank)
             parts.append(kept.recut(old, piece, number, dtype, report) if piece.numel else {PLACE: piece.place})
-        saved["state"][key] = {"step": state["step"], **_stacked(parts, layout), **others}
+        saved["state"][key] = {"step": state["step"], **flattened(_stacked(parts, layout)), **others}
         report.parameters += prod(shards.whole)
         report.nbytes = (
             report.nbytes[0] + sum(nbytes(h.state) for h in old),

@@ -18,8 +18,9 @@ from sketch_plugins import optim
 from sketch_plugins.checkpoints.recut import Held, recut
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.written import written_by
-from sketch_plugins.sharding.parts import PLACE, Part
+from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
+from sketch_plugins.sharding.state_names import PLACE, kind_of
 
 #: Called with the steps done, their number, and what is at hand.
 Progress = Callable[[int, int, str], None]
@@ -158,7 +159,7 @@ def nbytes(value: Any) -> int:
     """Bytes of the tensors of a state; step numbers and places do not count."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size() if value.ndim else 0
-    return sum(nbytes(v) for key, v in value.items() if key != PLACE) if isinstance(value, Mapping) else 0
+    return sum(nbytes(v) for key, v in value.items() if kind_of(key) != PLACE) if isinstance(value, Mapping) else 0
 
 
 def output_of(root: Path, world_size: int, output: str | os.PathLike[str] | None) -> Path:

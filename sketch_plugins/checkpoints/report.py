@@ -22,7 +22,7 @@ from torch import Tensor
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.optim.written import MARK, written_by
 from sketch_plugins.sharding.names import NAMES, names_of
-from sketch_plugins.sharding.parts import PLACE, is_ours
+from sketch_plugins.sharding.state_names import PLACE, is_ours, nested
 
 #: Files of optimizers in directories: transformers' Trainer, accelerate.
 FILES = ("optimizer.pt", "optimizer.bin")
@@ -391,6 +391,7 @@ def _named(saved: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]) -> 
 
 def _elements(state: Mapping[str, Any]) -> int | None:
     """Of the parameter, as far as its state tells."""
+    state = nested(state)
     place = state.get(PLACE)
     if isinstance(place, Tensor) and place.ndim == 2:  # shards of a DTensor, one row for each
         return prod(place[0, 2:].tolist())
@@ -418,7 +419,7 @@ def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequ
         raise CannotReport(str(error)) from error
     for name, number, state, elements in named:
         if kinds:  # what wrappers of an optimizer of ours keep beside its state is not counted as its
-            state = {key: value for key, value in state.items() if is_ours(key)}
+            state = {key: value for key, value in nested(state).items() if is_ours(key)}
         step = state.get("step")
         number_of_steps = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
         count = (

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sketch_plugins.sharding.state_names import is_ours
+
 #: Codes, or cells of bfloat16 tables, that may round to the other neighbour: where a number lies half-way, or on the
 #: two sides of the noise that rounds it.
 NEIGHBOURS = 0.02
@@ -22,10 +24,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 def moments(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """``(name, tensor)`` of the moments in a parameter's state."""
-    for name, moment in state.items():
-        if isinstance(moment, dict):
-            for key, tensor in moment.items():
-                yield f"{name}.{key}", tensor
+    for name, tensor in state.items():
+        if is_ours(name) and "." in name:
+            yield name, tensor
 
 
 def rate_for(dtype: torch.dtype) -> float:

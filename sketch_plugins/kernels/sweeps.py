@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
-from sketch_plugins.kernels import vector, work
+from sketch_plugins.kernels import tile, vector, work
 from sketch_plugins.kernels.vector import (
     FAST_MATH,
     LANES,
@@ -51,6 +51,7 @@ from sketch_plugins.kernels.work import (
     SHIFT,
     SIGN,
     STEP,
+    UNIT,
 )
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH}
@@ -92,6 +93,7 @@ FOLD, MEASURE, APPLY = U(work.FOLD), U(work.MEASURE), U(work.APPLY)
 # A phase of this and of the others: one sweep measures, for the next step, what it applies.
 ONCE = U(8)
 _0, _1 = np.float32(0.0), np.float32(1.0)
+_LEAST_UNIT = np.float32(tile.LEAST)
 # A sum of squares that float32 cannot hold is summed again, of numbers times DOWN: any sum of theirs is finite.
 _MOST, _DOWN, _UP = np.float64(np.finfo(np.float32).max), np.float32(2.0**-70), np.float64(2.0**140)
 # A sum below LEAST may have lost squares that underflow: it is summed again, of numbers times RAISE.
@@ -104,7 +106,7 @@ _PLAIN, _ENOUGH = np.float32(1e-9), np.float64(1e-10)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled on first use, and kept on disk where there is a folder to write to."""
     # Numba looks for a change in this file only, and in what a function closes over.
-    sources = [Path(str(module.__file__)).read_bytes() for module in (vector, work)]
+    sources = [Path(str(module.__file__)).read_bytes() for module in (vector, work, tile)]
     stamp = CellType(hashlib.sha256(b"".join(sources)).hexdigest())
     code = function.__code__.replace(co_freevars=("_stamp",))
     stamped = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, (stamp,))
@@ -125,7 +127,7 @@ def _numbers(row):
     """A task's numbers as values: nothing that is stored can change them, as it could change an array."""
     return (
         row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9], row[10], row[11], row[12],
-        row[13], row[14], row[15], row[16], row[17], row[18],
+        row[13], row[14], row[15], row[16], row[17], row[18], row[19],
     )  # fmt: skip
 
 
@@ -141,16 +143,23 @@ def _update(p, o, u, keep, n):
 
 
 @_body
-def _plain(p, o, x, xo, sign, f, fo, keep, n):
-    _update(p, o, sign * load(x, xo, n) * load(f, fo, n), keep, n)
+def _numerator(y, v, ahead, unit):
+    u = v if ahead == _0 else y + ahead * v
+    return u if unit == _0 else u / at_least(magnitude(u), _LEAST_UNIT)
 
 
 @_body
-def _averaged(p, o, x, xo, sign, f, fo, dense, decay, gain, ahead, keep, n):
+def _plain(p, o, x, xo, sign, f, fo, unit, keep, n):
+    y = sign * load(x, xo, n)
+    _update(p, o, _numerator(y, y, _0, unit) * load(f, fo, n), keep, n)
+
+
+@_body
+def _averaged(p, o, x, xo, sign, f, fo, dense, decay, gain, ahead, unit, keep, n):
     y = sign * load(x, xo, n)
     v = decay * load(dense, o, n) + gain * y
     store(dense, o, v, n)
-    _update(p, o, (v if ahead == _0 else y + ahead * v) * load(f, fo, n), keep, n)
+    _update(p, o, _numerator(y, v, ahead, unit) * load(f, fo, n), keep, n)
 
 
 @_body
@@ -159,17 +168,17 @@ def _blended(o, x, xo, sign, codes, old, gain, n):
 
 
 @_body
-def _coded(p, o, x, xo, sign, f, fo, codes, old, gain, ahead, keep, inverse, n):
+def _coded(p, o, x, xo, sign, f, fo, codes, old, gain, ahead, unit, keep, inverse, n):
     y = sign * load(x, xo, n)
     v = old * load(codes, o, n) + gain * y
     store(codes, o, v * inverse, n)
-    _update(p, o, (v if ahead == _0 else y + ahead * v) * load(f, fo, n), keep, n)
+    _update(p, o, _numerator(y, v, ahead, unit) * load(f, fo, n), keep, n)
 
 
 @_body
 def _block(p, o, x, xo, sign, f, fo, codes, scales, at, n, s):
     """First moment in int8 and update of one block of ``n`` numbers."""
-    gain, ahead, keep = s[GAIN1], s[LOOKAHEAD], s[KEEP]
+    gain, ahead, unit, keep = s[GAIN1], s[LOOKAHEAD], s[UNIT], s[KEEP]
     old, most, whole = s[DECAY1] * scales[at], splat(_0), n - n % LANES
     for j in range(_ZERO, whole, LANES):
         most = top(most, magnitude(_blended(o + j, x, xo + j, sign, codes, old, gain, LANES)))
@@ -179,10 +188,10 @@ def _block(p, o, x, xo, sign, f, fo, codes, scales, at, n, s):
     scales[at] = scale
     inverse = _1 / scale if scale > np.float32(1e-37) else _0
     for j in range(_ZERO, whole, LANES):
-        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, keep, inverse, LANES)
+        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, unit, keep, inverse, LANES)
     if whole < n:
         j, left = whole, n - whole
-        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, keep, inverse, left)
+        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, unit, keep, inverse, left)
 
 
 @_part
@@ -192,19 +201,19 @@ def _apply(p, o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s
     ``x`` (from ``xo`` on, times ``sign``) is what the first moment averages, ``f`` (from ``fo`` on) what multiplies the
     numerator; ``at`` is the place of the first block's scale.
     """
-    keep, whole = s[KEEP], n - n % LANES
+    keep, unit, whole = s[KEEP], s[UNIT], n - n % LANES
     if kind == NONE:
         for j in range(_ZERO, whole, LANES):
-            _plain(p, o + j, x, xo + j, sign, f, fo + j, keep, LANES)
+            _plain(p, o + j, x, xo + j, sign, f, fo + j, unit, keep, LANES)
         if whole < n:
-            _plain(p, o + whole, x, xo + whole, sign, f, fo + whole, keep, n - whole)
+            _plain(p, o + whole, x, xo + whole, sign, f, fo + whole, unit, keep, n - whole)
     elif kind == DENSE:
         decay, gain, ahead = s[DECAY1], s[GAIN1], s[LOOKAHEAD]
         for j in range(_ZERO, whole, LANES):
-            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, keep, LANES)
+            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, unit, keep, LANES)
         if whole < n:
             j, left = whole, n - whole
-            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, keep, left)
+            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, unit, keep, left)
     elif block == U(128) and n % block == 0:  # the loops over a block whose length is known are unrolled
         for j in range(_ZERO, n, U(128)):
             _block(p, o + j, x, xo + j, sign, f, fo + j, codes, scales, at, U(128), s)
@@ -224,9 +233,7 @@ def _updated(o, x, xo, sign, f, fo, kind, dense, codes, old, s, n):
         u = s[DECAY1] * load(dense, o, n) + s[GAIN1] * y
     elif kind == INT8:
         u = s[DECAY1] * old * load(codes, o, n) + s[GAIN1] * y
-    if s[LOOKAHEAD] != _0:
-        u = y + s[LOOKAHEAD] * u
-    return u * load(f, fo, n)
+    return _numerator(y, u, s[LOOKAHEAD], s[UNIT]) * load(f, fo, n)
 
 
 @_body

@@ -14,14 +14,20 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 
+# Of a numerator's magnitude, where that divides it: 0 over it is 0.
+LEAST = 1e-30
 
-def numerator_of(g: Tensor, m: Tensor | None, lookahead: float | None) -> Tensor:
-    """What the update divides: g, m, or Nesterov's ``g + lookahead * m``."""
-    if m is None:
-        return g
-    if lookahead is None:
-        return m
-    return torch.add(g, m, alpha=lookahead, **scratch.out("numerator", g))
+
+def numerator_of(g: Tensor, m: Tensor | None, lookahead: float | None, sign: bool = False) -> Tensor:
+    """What the update divides: g, m, or Nesterov's ``g + lookahead * m``; or the ``sign`` of that."""
+    out = (
+        g if m is None else m if lookahead is None else torch.add(g, m, alpha=lookahead, **scratch.out("numerator", g))
+    )
+    # Not torch.sign, which makes 0 of NaN.
+    if not sign:
+        return out
+    size = torch.abs(out, **scratch.out("magnitude", out)).clamp_(min=LEAST)
+    return torch.div(out, size, **scratch.out("magnitude", out))
 
 
 def fold_squares(target: Tensor, x: Tensor, weight: Tensor) -> None:

@@ -37,8 +37,9 @@ FOLD, MEASURE, APPLY = 1, 2, 4
     CLIP,  # update_clip; 0: off
     RELATIVE,  # 1: the step is multiplied by max(1e-3, RMS of the parameter)
     NUMBER,  # of the step, from 1: seeds stochastic rounding
-) = range(19)
-NUMBERS = 19
+    UNIT,  # 1: the numerator is divided by its own magnitude, or by tile.LEAST where that is less: its sign
+) = range(20)
+NUMBERS = 20
 
 
 @dataclass(eq=False)
@@ -103,6 +104,8 @@ def misread(w: Work) -> str | None:
         return "one of its tensors has no memory of its own, which a kernel would read by its address"
     if any(tensor.is_neg() for tensor in (w.p, w.g, *state)):
         return "torch.is_neg is true of one of its tensors: a kernel would read every number with the wrong sign"
+    if w.flags & (1 << UNIT) and (w.second is not None or w.after):
+        return "the kernels take the sign of a numerator only where no second moment divides it"
     if not all(tensor.is_contiguous() and tensor.device == w.p.device for tensor in state):
         return "its state is not contiguous, or is on another device than the parameter"
     return None

@@ -19,8 +19,9 @@ from sketch_plugins.memory.plan_trace import CUDA_BLOCK, Recorder, Subject, with
 from sketch_plugins.optim import SketchOptimizer, Sketchy
 from sketch_plugins.optim.fused import CPU_MIN_SIZE
 from sketch_plugins.optim.gradients import ACCELERATOR_CHUNK, CPU_CHUNK
-from sketch_plugins.sharding.parts import PLACE, Part
+from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
+from sketch_plugins.sharding.state_names import PLACE
 
 IN_BACKWARD = "_layerwise"
 #: Optimizers to compare with: class and arguments.

@@ -10,6 +10,7 @@ from torch import Tensor
 from sketch_plugins.hashing import row_hashes
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
+from sketch_plugins.sharding.state_names import nested
 
 
 class SecondMomentProbe:
@@ -98,7 +99,8 @@ class SecondMomentProbe:
         assert store is not None
         shape = self.optimizer._matrix_shape(p, group)
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        return store.read(self.optimizer.state[p]["second_moment"], Rows(shape[0], index, 0, shape[1]), dtype).clone()
+        state = nested(self.optimizer.state[p])["second_moment"]
+        return store.read(state, Rows(shape[0], index, 0, shape[1]), dtype).clone()
 
     def _sample(self) -> list[tuple[str, Tensor, dict[str, Any], Tensor]]:
         found = []

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sketch_plugins.sharding.names import names_in, names_of
-from sketch_plugins.sharding.parts import PLACE, is_ours, local_of
+from sketch_plugins.sharding.parts import local_of
+from sketch_plugins.sharding.state_names import PLACE, is_ours, nested
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -234,7 +235,7 @@ def _parameters(optimizer: torch.optim.Optimizer, known: Mapping[int, str]) -> I
             state = optimizer.state.get(p, {})
             if state or p.requires_grad:  # frozen: no optimizer will keep anything for it
                 name = _name(group, index, p, known)
-                yield number, index, name, p, tuple(p.shape), local_of(p).numel(), _kept(state), False
+                yield number, index, name, p, tuple(p.shape), local_of(p).numel(), _kept(nested(state)), False
 
 
 def _parts(optimizer: Any, known: Mapping[int, str]) -> Iterator[_Row]:

@@ -3,6 +3,7 @@
 from sketch_plugins.optim.adagrad import CSAdagrad
 from sketch_plugins.optim.adam import CSAdam, CSRMSprop
 from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.optim.lion import CSLion
 from sketch_plugins.optim.mem_sgd import MemSGD
 from sketch_plugins.optim.momentum import CSMomentum
 from sketch_plugins.optim.sadagrad import SAdagrad
@@ -14,6 +15,7 @@ __all__ = [
     "SM3",
     "CSAdagrad",
     "CSAdam",
+    "CSLion",
     "CSMomentum",
     "CSRMSprop",
     "MemSGD",

@@ -23,6 +23,7 @@ from sketch_plugins.optim.options import misspelt, unknown_option, validate
 from sketch_plugins.optim.plan import Plan
 from sketch_plugins.optim.taking import Members, StepOfAll, Taking
 from sketch_plugins.optim.written import MARK, modernize, renew
+from sketch_plugins.sharding.state_names import flattened, nested
 
 
 class SketchOptimizer(Taking):
@@ -190,11 +191,11 @@ class SketchOptimizer(Taking):
         """Add a parameter that has a gradient to a step; whether all its parts look as in the last one."""
         assert self._plan is not None
         taking.single.append((group, index))
-        same = True
+        same, state = True, self.state.get(owner)
         for p in self._parts.of(index, owner):
             grad = p.grad
             taking.kept.append(grad)
-            if not self._plan.recall(taking.again, p.identity, p.data, owner, grad, group, options, self._state_of(p)):
+            if not self._plan.recall(taking.again, p.identity, p.data, owner, grad, group, options, state):
                 taking.work.append((p, group, self._gradient(p, grad, group)))
                 same = same and p.numel() == 0  # the shard of other ranks is not empty: they take a step, it counts one
         return same
@@ -203,6 +204,9 @@ class SketchOptimizer(Taking):
         """Whatever is remembered of the last step was about other groups."""
         super().__setstate__(state)
         self.__dict__.pop("_plan", None)
+        for p, own in self.state.items():
+            if isinstance(p, Tensor):  # a pickle of an older version has levels
+                self.state[p] = flattened(nested(own))
         for group in self.param_groups:
             if MARK not in group:  # a pickle that is older than the mark
                 modernize(group)

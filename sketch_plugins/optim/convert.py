@@ -15,7 +15,8 @@ from sketch_plugins.optim.rule import SCALE_FLOOR
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.blocks import matrix_shape
-from sketch_plugins.sharding.parts import PLACE, Part, is_dtensor, is_ours, largest, leading, local_of, wrap
+from sketch_plugins.sharding.parts import Part, is_dtensor, largest, leading, local_of, wrap
+from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours
 from sketch_plugins.stores import Ema
 
 #: Keys of torch's parameter groups that say nothing about a schedule: ours have their own, or none.
@@ -176,11 +177,11 @@ def _converted(
         label = optimizer._label(present, part)  # of the optimizer's own group, which has a number
         new = _part_state(optimizer, group, part, _source(part, state, saved, label), label)
         if part.key is not None:
-            made[part.key] = new
+            made |= flattened(new, part.key)
         elif is_dtensor(p) and leading(p):
-            made = {"step": new["step"], **wrap(p, new, optimizer._layout(largest(p), group, part))}
+            made = {"step": new["step"], **flattened(wrap(p, new, optimizer._layout(largest(p), group, part)))}
         else:
-            made = new
+            made = flattened(new)
     return made
 
 

@@ -30,6 +30,7 @@ def update(
     ema: Ema | None,
     lookahead: float | None,
     inner: Tensor | None = None,
+    sign: bool = False,
 ) -> None:
     """``p <- keep * p - factor * numerator`` with the numerator m, g (no first moment) or ``g + lookahead * m``.
 
@@ -45,10 +46,11 @@ def update(
         ema: its average.
         lookahead: Nesterov's momentum.
         inner: None, or broadcastable to ``g``.
+        sign: of the numerator, in its place.
     """
     if inner is not None:
         g = torch.mul(g, inner, **scratch.out("preconditioned", g))
-    numerator = numerator_of(g, first.blend(slices, g, ema) if first and ema else None, lookahead)
+    numerator = numerator_of(g, first.blend(slices, g, ema) if first and ema else None, lookahead, sign)
     if keep is not None:
         p.mul_(keep)
     p.addcmul_(numerator, factor, value=-1.0)
@@ -136,7 +138,7 @@ def apply(
         m = None
         if first and rule.first and not before:
             m = first.peek(state["first_moment"], at, g, rule.first)
-        numerator = numerator_of(g, m, rule.lookahead)
+        numerator = numerator_of(g, m, rule.lookahead, rule.sign)
         return root_mean_square(numerator, looks.get(at, g) if rule.denominator else None, count, grad.run)
 
     updates: list[Tensor] = []
@@ -181,9 +183,9 @@ def apply(
         if first:
             scaled = first.view(scaled) if scaled.ndim else scaled
             scaled, inner = (factor, scaled) if before else (scaled, None)
-            run(first.view(part), first.view(g), slices, scaled, keep, first, ema, rule.lookahead, inner)
+            run(first.view(part), first.view(g), slices, scaled, keep, first, ema, rule.lookahead, inner, rule.sign)
         else:
-            run(part, g, slices, scaled, keep, None, None, None)
+            run(part, g, slices, scaled, keep, None, None, None, None, rule.sign)
         if first and slices:
             first.keep(state["first_moment"], at, slices)
         if not in_place:

@@ -118,7 +118,8 @@ def describe(
         seed=group["seed"],
         # What decides which kernels can take the step and what they are compiled for; the others come with the numbers.
         flags=(0 if grad.l2 is None else 1 << places.L2)
-        | (1 << places.LOOKAHEAD if rule.lookahead and rule.first is not None else 0),
+        | (1 << places.LOOKAHEAD if rule.lookahead and rule.first is not None else 0)
+        | (1 << places.UNIT if rule.sign else 0),
         emas=(rule.first, rule.second),
         last=last,
     )  # fmt: skip
@@ -185,6 +186,8 @@ def numbers(rule: Rule, group: Mapping[str, Any], step: float | Tensor, l2: floa
         }
     if rule.lookahead and rule.first is not None:
         out[places.LOOKAHEAD] = rule.lookahead
+    if rule.sign:
+        out[places.UNIT] = 1.0
     if l2 is not None:
         out[places.L2] = l2
     return out

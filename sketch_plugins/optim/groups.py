@@ -15,13 +15,9 @@ from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import NoEffect, Option
 from sketch_plugins.optim.written import MARK, renew, written_with
 from sketch_plugins.sharding.names import names_of
-from sketch_plugins.sharding.parts import (
-    Part,
-    Parts,
-    is_dtensor,
-    is_ours,
-)
+from sketch_plugins.sharding.parts import Part, Parts, is_dtensor
 from sketch_plugins.sharding.pieces import is_lazy
+from sketch_plugins.sharding.state_names import is_ours
 
 # In the place of an option that a group does not have.
 NO_OPTION = object()

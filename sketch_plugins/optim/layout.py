@@ -13,14 +13,9 @@ from torch import Tensor
 from sketch_plugins.optim.groups import Groups
 from sketch_plugins.optim.rule import Further, LastRms
 from sketch_plugins.sharding.blocks import is_batch, matrix_shape
-from sketch_plugins.sharding.parts import (
-    PLACE,
-    Part,
-    Shaped,
-    is_ours,
-    whole_shape,
-)
+from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
+from sketch_plugins.sharding.state_names import PLACE, is_ours
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Int8, RowCountMin, Store
 
 
@@ -123,11 +118,13 @@ class StateLayout(Groups):
         return layout
 
     def _state_of(self, part: Part) -> dict[str, Any] | None:
-        """The state of a part, where it has one: keys of others alone are none."""
-        state = self.state.get(part.owner)
-        if part.key is not None and state is not None:
-            state = state.get(part.key)
-        return state if state and ("step" in state or any(map(is_ours, state))) else None
+        """The state of a part, `nested`, where it has one: entries of others alone are none.
+
+        It is made anew for each call; the tensors in it are those of the state.
+        """
+        whole = self.state.get(part.owner)
+        state = self._parts.state_of(part, whole) if whole else {}
+        return state if "step" in state or any(map(is_ours, state)) else None
 
     def held(self) -> Iterator[tuple[int, dict[str, Any], Part, dict[str, Any] | None]]:
         """``(group's number, group, part, state)`` of everything that takes a step of its own on this rank.

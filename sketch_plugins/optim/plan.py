@@ -18,7 +18,8 @@ from sketch_plugins.optim.fused import Backend
 from sketch_plugins.optim.remembered import Again, Counters, Remembered
 from sketch_plugins.optim.remembered_group import RememberedGroup, remember
 from sketch_plugins.scratch import Slot
-from sketch_plugins.sharding.parts import STATE_NAMES, Part
+from sketch_plugins.sharding.parts import Part
+from sketch_plugins.sharding.state_names import is_step
 
 # Read in every step.
 _NUMBERS = ("lr", "betas", "eps")
@@ -123,7 +124,7 @@ class Plan:
             grad: its gradient.
             group: its group,
             options: and what `marks` says of that.
-            state: its state.
+            state: of the owner.
         """
         found = self._tasks.get(key)
         if (
@@ -137,7 +138,7 @@ class Plan:
         address = grad.data_ptr()
         if not found.holds(p, grad, address, state):
             return False
-        counter = state["step"]
+        counter = state[found.step]
         step = counter.item()
         # A first step is no repetition: with lagged_rms it has to measure.
         if not 1 <= step < 1e18 or counter.dtype is not torch.float32:
@@ -145,38 +146,32 @@ class Plan:
         those = again.get(found.backend)
         if those is None:
             those = again[found.backend] = Again()
-        those.kept += (grad, *state.values())
+        those.kept += (grad, *[state[name] for name, _, _ in found.tensors])
         those.add(found.task, address, counter, step, group, p, owner)
         return True
 
     def learn(
         self,
-        key: Any,
-        p: Tensor,
+        part: Part,
         grad: Tensor | None,
         options: tuple[Any, ...] | None,
-        state: Any,
+        state: Mapping[str, Any],
         backend: Backend,
         task: Any,
     ) -> None:
-        """Keep a task for the next step."""
+        """Keep a task for the next step; ``state`` is the part's, with the names that it has in its owner's."""
+        p = part.data
         if (
             options is not None
             and _is_plain(p)
             and type(grad) is Tensor
             and _is_plain(grad)
             and grad.shape == p.shape
-            and type(state) is dict
+            and all(type(tensor) is Tensor for tensor in state.values())
         ):
-            moments = [m for name, m in state.items() if name in STATE_NAMES and type(m) is dict]
-            counter = state.get("step")
-            if (
-                type(counter) is Tensor
-                and counter.numel() == 1
-                and counter.is_cpu
-                and all(type(tensor) is Tensor for moment in moments for tensor in moment.values())
-            ):
-                self._tasks[key] = Remembered(p, grad, options, state, backend, task)
+            counter = state[next(filter(is_step, state))]
+            if counter.numel() == 1 and counter.is_cpu:
+                self._tasks[part.identity] = Remembered(p, grad, options, state, backend, task)
 
     def trim(self) -> None:
         """Forget everything where most of it was not used: parameters that are replaced all the time leave tasks."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.fused import Backend
-from sketch_plugins.sharding.parts import STATE_NAMES
+from sketch_plugins.sharding.state_names import PLACE, is_step, kind_of
 
 ADDRESS = Tensor.data_ptr
 
@@ -24,29 +24,30 @@ class Remembered:
         options: of the group; the same object as long as they are equal.
         address, shape, dtype, cpu: of the part.
         gradient: dtype of the gradient, which has the shape of the part and is contiguous.
-        tensors: for each moment its name, its number of tensors, and (name, weak reference, address) of each.
-        entries: of the state.
-        counter: a weak reference to the number of steps.
+        tensors: (name, weak reference, address) of each tensor of the moments in the owner's state.
+        step, counter: name of the number of steps there, and a weak reference to it.
     """
 
     __slots__ = (
-        "address", "backend", "counter", "cpu", "dtype", "entries", "gradient", "options", "shape", "task", "tensors",
+        "address", "backend", "counter", "cpu", "dtype", "gradient", "options", "shape", "step", "task", "tensors",
     )  # fmt: skip
 
     def __init__(
-        self, p: Tensor, g: Tensor, options: tuple[Any, ...], state: Mapping[str, Any], backend: Backend, task: Any
+        self, p: Tensor, g: Tensor, options: tuple[Any, ...], state: Mapping[str, Tensor], backend: Backend, task: Any
     ) -> None:
         self.backend, self.task, self.options = backend, task, options
         self.address, self.shape, self.dtype, self.cpu = p.data_ptr(), p.shape, p.dtype, p.is_cpu
-        self.gradient, self.entries, self.counter = g.dtype, len(state), ref(state["step"])
+        self.gradient = g.dtype
+        self.step = next(filter(is_step, state))
+        self.counter = ref(state[self.step])
         self.tensors = [
-            (name, len(moment), [(key, ref(tensor), tensor.data_ptr()) for key, tensor in moment.items()])
-            for name, moment in state.items()
-            if name in STATE_NAMES and type(moment) is dict
+            (name, ref(tensor), tensor.data_ptr())
+            for name, tensor in state.items()
+            if kind_of(name) not in ("step", PLACE)
         ]
 
     def holds(self, p: Tensor, g: Tensor, address: int, state: Any) -> bool:
-        """Whether part, gradient (at this address) and state look as they did."""
+        """Whether part, gradient (at this address) and the owner's state look as they did."""
         if (
             p.data_ptr() != self.address
             or address == 0  # no memory of its own
@@ -61,20 +62,15 @@ class Remembered:
             or g.is_neg()
             or not self.task.fits(address)
             or type(state) is not dict
-            or len(state) != self.entries
         ):
             return False
         try:
-            for name, size, tensors in self.tensors:
-                moment = state[name]
-                if len(moment) != size:
+            for name, known, place in self.tensors:
+                tensor = state[name]
+                if tensor.data_ptr() != place or known() is not tensor:
                     return False
-                for key, known, place in tensors:
-                    tensor = moment[key]
-                    if tensor.data_ptr() != place or known() is not tensor:
-                        return False
-            return self.counter() is state["step"]
-        except (KeyError, TypeError):  # another layout of the state
+            return self.counter() is state[self.step]
+        except (KeyError, AttributeError):  # another layout of the state
             return False
 
 

@@ -40,14 +40,13 @@ class RememberedGroup:
         self.options, self.backend = found[0].options, found[0].backend
         self.tasks, self.aligned = [one.task for one in found], not all(one.task.fits(1) for one in found)
         self.owners, self.types = list(map(id, owners)), list(map(type, owners))
-        # For each part which parameter it belongs to, and where its state is in that of the parameter.
+        # For each part which parameter it belongs to, and the names of its tensors in that parameter's state.
         numbers = {id(owner): i for i, owner in enumerate(owners)}
-        self.where = [(numbers[id(part.owner)], part.key) for part in parts]
+        self.where = [numbers[id(part.owner)] for part in parts]
         self.empty = [numbers[id(part.owner)] for part in everything if part.numel() == 0]
-        self.moments = [(*[name for name, _, _ in one.tensors],) for one in found]
-        states = self._states(owners, state)
-        self.entries = list(map(len, states))
-        tensors, counters = self._tensors(states), [one["step"] for one in states]
+        self.names = [(i, name) for i, one in zip(self.where, found, strict=True) for name, _, _ in one.tensors]
+        self.steps = [(i, one.step) for i, one in zip(self.where, found, strict=True)]
+        tensors, counters = self._tensors([state[owner] for owner in owners])
         self.tensors, self.addresses = list(map(id, [*tensors, *counters])), list(map(ADDRESS, tensors))
         self.counted: list[int] = []
         self.order: list[int] = []
@@ -119,12 +118,10 @@ class RememberedGroup:
         if 0 in places or (self.aligned and any([place & 15 for place in places])):
             return False
         try:
-            states = self._states(given, state)
-            tensors, counters = self._tensors(states), [one["step"] for one in states]
-            idle = [state[given[i]]["step"] for i in self.empty]
-            if not all(map(_is_counter, idle)):
-                return False
-            if list(map(len, states)) != self.entries or list(map(id, [*tensors, *counters])) != self.tensors:
+            states = [state[owner] for owner in given]
+            tensors, counters = self._tensors(states)
+            idle = [states[i]["step"] for i in self.empty]
+            if not all(map(_is_counter, idle)) or list(map(id, [*tensors, *counters])) != self.tensors:
                 return False
         except (KeyError, TypeError, AttributeError):  # another layout of the state
             return False
@@ -137,9 +134,6 @@ class RememberedGroup:
         again.idle += idle
         self.times += 1
         return True
-
-    def _states(self, given: Sequence[Tensor], state: Any) -> list[Any]:
-        return [state[given[i]] for i, _ in self.where]
 
     def _steps(self, counters: list[Tensor], pieces: Sequence[Counters]) -> list[float]:
         """The numbers of steps: read a piece at a time, where they all lie in pieces of memory that are known."""
@@ -155,13 +149,9 @@ class RememberedGroup:
         steps = [step for piece in self.pieces for step in piece.all.tolist()]
         return [steps[i] for i in self.order]
 
-    def _tensors(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
-        return [
-            tensor
-            for one, names in zip(states, self.moments, strict=True)
-            for name in names
-            for tensor in one[name].values()
-        ]
+    def _tensors(self, states: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of the moments, and the numbers of steps."""
+        return [states[i][name] for i, name in self.names], [states[i][name] for i, name in self.steps]
 
 
 class RememberedShards(RememberedGroup):
@@ -185,7 +175,7 @@ class RememberedShards(RememberedGroup):
         if self.empty:
             if any(shards[i].numel() for i in self.empty):
                 return None
-            shards, local = [shards[i] for i, _ in self.where], [local[i] for i, _ in self.where]
+            shards, local = [shards[i] for i in self.where], [local[i] for i in self.where]
         same = self._same(shards, local)
         return None if same is None else (same[0], [*shards, *given])
 
@@ -195,7 +185,7 @@ class RememberedPieces(RememberedGroup):
 
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
         self.parts, self.places = _facts(owners), list(map(ADDRESS, owners))
-        dtypes = {i: one.gradient for (i, _), one in zip(self.where, found, strict=True)}
+        dtypes = {i: one.gradient for i, one in zip(self.where, found, strict=True)}
         self.gradients = [(shape, dtypes[i], cpu, True, False) for i, (shape, _, cpu, _) in enumerate(self.parts)]
         self.offsets = [
             part.piece.offset * one.gradient.itemsize for part, one in zip(parts, found, strict=True) if part.piece
@@ -208,10 +198,7 @@ class RememberedPieces(RememberedGroup):
         starts = same[0]
         if 0 in starts:
             return None
-        return [starts[i] + offset for (i, _), offset in zip(self.where, self.offsets, strict=True)], given
-
-    def _states(self, given: Sequence[Tensor], state: Any) -> list[Any]:
-        return [state[given[i]][key] for i, key in self.where]
+        return [starts[i] + offset for i, offset in zip(self.where, self.offsets, strict=True)], given
 
 
 def remember(

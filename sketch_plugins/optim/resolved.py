@@ -22,13 +22,9 @@ from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose
 from sketch_plugins.optim.gradients import Gradients
 from sketch_plugins.optim.plan import Plan
 from sketch_plugins.optim.rule import Rule
-from sketch_plugins.sharding.parts import (
-    PLACE,
-    Part,
-    has_address,
-    is_ours,
-)
+from sketch_plugins.sharding.parts import Part, has_address
 from sketch_plugins.sharding.pieces import is_lazy
+from sketch_plugins.sharding.state_names import PLACE, is_ours
 from sketch_plugins.stores import Gradient, Store
 
 # Elements of a parameter whose eager step is undone by an error: what is copied for that has to be next to nothing.

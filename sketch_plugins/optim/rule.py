@@ -88,6 +88,7 @@ class Rule:
             ``p <- (1 - decay) * p - step_size * numerator``. ``update_clip`` then measures ``g / denominator``, and
             scales it before it is averaged; ``correction`` has to be 1.
         lookahead: Nesterov's momentum: the numerator is then ``g + lookahead * m``; else m, or g where there is no m.
+        sign: the numerator is its own sign: divided by ``max(|numerator|, 1e-30)``.
     """
 
     first: Ema | None
@@ -99,3 +100,4 @@ class Rule:
     denominator: Denominator | None
     floor: float = 0.0
     precondition_first: bool = False
+    sign: bool = False

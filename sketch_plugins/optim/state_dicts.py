@@ -23,18 +23,9 @@ from sketch_plugins.optim.loading import load
 from sketch_plugins.optim.rule import Layout
 from sketch_plugins.optim.written import modernize, renew, written_by, written_with
 from sketch_plugins.sharding.names import NAMES
-from sketch_plugins.sharding.parts import (
-    PLACE,
-    Part,
-    is_dtensor,
-    is_ours,
-    largest,
-    leading,
-    trim,
-    unwrap,
-    wrap,
-)
+from sketch_plugins.sharding.parts import Part, is_dtensor, largest, leading, trim, unwrap, wrap
 from sketch_plugins.sharding.pieces import is_key, is_lazy
+from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours, nested
 
 _CONVERT = (
     "State of torch.optim's AdamW, Adam, SGD or Adagrad is converted by sketch_plugins.convert_state(state_dict, "
@@ -55,11 +46,11 @@ class StateDicts(StateLayout):
             for group, saved in zip(self.param_groups, out["param_groups"], strict=True):
                 for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
                     if is_dtensor(p) and leading(p):
-                        own, others = self._split(out["state"].get(key, {}), group, index, p)
+                        own, others = self._split(nested(out["state"].get(key, {})), group, index, p)
                         if own:
                             (part,) = self._parts.of(index, p)
                             layout = self._layout(largest(p), group, part)
-                            out["state"][key] = {"step": own["step"], **wrap(p, own, layout), **others}
+                            out["state"][key] = {"step": own["step"], **flattened(wrap(p, own, layout)), **others}
 
         # The first to act after: hooks of others may return what they like, and see what is saved.
         after = self.register_state_dict_post_hook(finish, prepend=True)
@@ -85,7 +76,11 @@ class StateDicts(StateLayout):
                     raise ValueError(f"the state dict has no {key!r}; it has {found}")
             # The caller's groups stay as they are; the copies get the values of options younger than they.
             groups = [dict(group) for group in incoming["param_groups"]]
-            incoming = {**incoming, "param_groups": groups, "state": self._local_state(incoming["state"], groups)}
+            # Checkpoints of older versions have levels; here all have.
+            saved = {
+                key: nested(state) if isinstance(state, Mapping) else state for key, state in incoming["state"].items()
+            }
+            incoming = {**incoming, "param_groups": groups, "state": self._local_state(saved, groups)}
             self._check_incoming(incoming)
             # Copies are made before anything changes: a tensor that cannot be copied, or that no memory is left for,
             # leaves the optimizer as it was.
@@ -101,7 +96,7 @@ class StateDicts(StateLayout):
                 known.add(key)
                 if key in incoming["state"]:
                     device = p.to_local().device if is_dtensor(p) else p.device
-                    out[p] = _restored(incoming["state"][key], device, saved["capturable"])
+                    out[p] = flattened(_restored(incoming["state"][key], device, saved["capturable"]))
         # What belongs to no parameter is another's.
         return {**out, **{key: value for key, value in incoming["state"].items() if key not in known}}
 

@@ -19,10 +19,8 @@ from sketch_plugins.optim.remembered import Again, Counters
 from sketch_plugins.optim.resolved import Pending, Resolution
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.self_check import confirm
-from sketch_plugins.sharding.parts import (
-    Part,
-    opened,
-)
+from sketch_plugins.sharding.parts import Part, opened
+from sketch_plugins.sharding.state_names import flattened
 from sketch_plugins.stores import Gradient
 
 # (group, number in the group) of parameters with a gradient.
@@ -158,9 +156,7 @@ class Taking(Resolution):
                     continue  # a first step with lagged_rms is unlike those that follow
                 options = marks[id(new.group)]
                 # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
-                # With what others keep beside it; state that was made for this step is not there yet.
-                state = self._state_of(new.p) or new.state
-                plan.learn(new.p.identity, new.p.data, new.grad.matrix.tensor, options, state, backend, task)
+                plan.learn(new.p, new.grad.matrix.tensor, options, flattened(new.state, new.p.key), backend, task)
 
         out: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
         again = not described and program is plan.programs.get((backend, only))
@@ -254,8 +250,7 @@ class Taking(Resolution):
     def _keep(self, one: Pending) -> None:
         """State that was made for this step becomes the optimizer's."""
         if one.fresh:
-            state = self.state[one.p.owner]
-            (state if one.p.key is None else state.setdefault(one.p.key, {})).update(one.state)
+            self.state[one.p.owner].update(flattened(one.state, one.p.key))
 
 
 def _l2(grad: Gradient) -> float | None:

@@ -17,17 +17,8 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.sharding import deepspeed
-from sketch_plugins.sharding.pieces import Original, Piece, is_key, is_lazy, pieces
-
-# State of a piece that says which one it is.
-PLACE = "place"
-#: Names in the state of a parameter that are ours. Wrappers of optimizers keep tensors of their own beside them.
-STATE_NAMES = frozenset({"step", "first_moment", "second_moment", "preconditioner", "rms", PLACE})
-
-
-def is_ours(name: object) -> bool:
-    """Whether a key in the state of a parameter is ours: of a flat partition there are pieces with states."""
-    return name in STATE_NAMES or is_key(name)
+from sketch_plugins.sharding.pieces import Original, Piece, is_lazy, pieces
+from sketch_plugins.sharding.state_names import is_ours, nested
 
 
 @dataclass(eq=False)
@@ -130,6 +121,25 @@ class Parts:
         self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Piece] | None]] = {}
         self._found: dict[int, Tensor] | None = None
         self._looking = 0
+        # Identity of a flat partition -> entries of its state, and by piece the names of its tensors: there, here.
+        self._names: dict[int, tuple[int, dict[str, list[tuple[str, str]]]]] = {}
+
+    def state_of(self, part: Part, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a part, `nested`, in that of its owner; it may be empty."""
+        if part.key is None:
+            return nested(state)
+        size, names = self._names.get(id(part.owner), (-1, {}))
+        if size != len(state):
+            names = {}
+            for name in filter(is_ours, state):
+                key, _, inner = name.partition(".")
+                names.setdefault(key, []).append((inner, name))
+            self._names[id(part.owner)] = len(state), names
+        try:
+            return nested({inner: state[name] for inner, name in names.get(part.key, ())})
+        except KeyError:  # somebody has put entries in the place of others
+            del self._names[id(part.owner)]
+            return self.state_of(part, state)
 
     def add(self, group: Mapping[str, Any], number: int, batch_axes: BatchAxes = lambda whole, group: 0) -> None:
         """Remember the parameters of a new group: a framework may put other tensors in their place.

@@ -85,8 +85,8 @@ def dense(optimizer: Any) -> dict[str, torch.Tensor]:
     out = {}
     for key, state in optimizer.state_dict()["state"].items():
         for name in ("first_moment", "second_moment"):
-            if "dense" in state.get(name, {}):
-                stacked, places = state[name]["dense"].full_tensor(), state["place"].full_tensor()
+            if f"{name}.dense" in state:
+                stacked, places = state[f"{name}.dense"].full_tensor(), state["place"].full_tensor()
                 ends = [*places[1:, 0].tolist(), int(places[0, 2])]
                 rows = [shard[: end - int(place[0])] for shard, place, end in zip(stacked, places, ends, strict=True)]
                 out[f"{key} {name}"] = torch.cat(rows)

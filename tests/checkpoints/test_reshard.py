@@ -11,6 +11,7 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 from sketch_deepspeed.layout import Parameter, dealt, joint, single, undealt
 from sketch_plugins.cli import main
+from sketch_plugins.sharding.state_names import kind_of
 
 SCRIPT = Path(__file__).with_name("zero_engines.py")
 CONFIGS = [
@@ -200,17 +201,26 @@ def test_state_of_another_optimizer(checkpoint, tmp_path, capsys):
 
 
 def test_state_that_does_not_fit_is_named(checkpoint, tmp_path, capsys):
-    def last(zero):
-        states = zero["base_optimizer_state"]["state"][0]
-        return states[list(states)[-1]]
+    def states(zero):
+        return zero["base_optimizer_state"]["state"][0]
 
-    change(checkpoint, 1, lambda zero: last(zero)["step"].add_(1))
-    change(checkpoint, 1, lambda zero: last(zero)["place"].add_(1))
+    def last(zero, kind):
+        """The last piece's name of this kind of state."""
+        return [name for name in states(zero) if kind_of(name) == kind][-1]
+
+    change(checkpoint, 1, lambda zero: states(zero)[last(zero, "step")].add_(1))
+    change(checkpoint, 1, lambda zero: states(zero)[last(zero, "place")].add_(1))
     assert "belongs to another part" in refused(capsys, tmp_path, checkpoint, "--world-size", 3)
-    change(checkpoint, 1, lambda zero: last(zero)["place"].sub_(1))
-    change(checkpoint, 1, lambda zero: last(zero).pop("second_moment"))
+    change(checkpoint, 1, lambda zero: states(zero)[last(zero, "place")].sub_(1))
+    change(checkpoint, 1, lambda zero: states(zero).pop(last(zero, "second_moment")))
     assert "expected" in refused(capsys, tmp_path, checkpoint, "--world-size", 3)
-    change(checkpoint, 1, lambda zero: zero["base_optimizer_state"]["state"][0].popitem())
+
+    def without_a_piece(zero):
+        gone = last(zero, "step").removesuffix(".step")
+        for name in [name for name in states(zero) if name.startswith(gone)]:
+            del states(zero)[name]
+
+    change(checkpoint, 1, without_a_piece)
     assert "pieces; expected" in refused(capsys, tmp_path, checkpoint, "--world-size", 3)
     change(checkpoint, 1, lambda zero: zero["single_partition_of_fp32_groups"].__setitem__(0, torch.zeros(3)))
     assert "has 3 elements" in refused(capsys, tmp_path, checkpoint, "--world-size", 3)

@@ -30,6 +30,7 @@ from interpreter import patch_once
 from sketch_plugins import registry
 from sketch_plugins.optim import resolved
 from sketch_plugins.optim.plan import Plan
+from sketch_plugins.sharding.state_names import kind_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Relative change of a probe's inputs, in units in the last place of the arithmetic dtype. 8 of them stand clear of the
@@ -265,11 +266,7 @@ class Run:
         out = {}
         for number, p in enumerate(self.params):
             out[number, "parameter"] = p.data
-            for name, value in self.optimizer.state.get(p, {}).items():
-                if isinstance(value, dict):
-                    out.update({(number, f"{name}.{key}"): tensor for key, tensor in value.items()})
-                else:
-                    out[number, name] = value
+            out.update({(number, name): tensor for name, tensor in self.optimizer.state.get(p, {}).items()})
         return out
 
     def snapshot(self):
@@ -479,12 +476,11 @@ def _nudge(case, number, probe, grads, way):
         p.grad = g
         if p.dtype in (torch.float32, torch.float64):
             p.data.copy_(nudged(p.data, PROBE, chance, way))
-        for name, moment in probe.optimizer.state.get(p, {}).items():
+        for name, tensor in probe.optimizer.state.get(p, {}).items():
             # A preconditioner is nothing that kernels see; one that is nudged would have no orthonormal columns.
-            if name in ("first_moment", "second_moment", "rms"):
-                for tensor in moment.values():
-                    if tensor.dtype in (torch.float32, torch.float64):
-                        tensor.copy_(nudged(tensor, PROBE, chance, way if name == "first_moment" else 1))
+            if kind_of(name) in ("first_moment", "second_moment", "rms"):
+                if tensor.dtype in (torch.float32, torch.float64):
+                    tensor.copy_(nudged(tensor, PROBE, chance, way if kind_of(name) == "first_moment" else 1))
 
 
 def _compare(case, where, taken, ours, definition, twin, probes, before, step):

@@ -105,8 +105,8 @@ def spoil(monkeypatch, what):
     ("what", "message"),
     [
         (lambda run: run.params[0].data[3, 5].mul_(1 + 2**-12), r"1 of 1152 numbers differ, the first at \(3, 5\)"),
-        (lambda run: run.optimizer.state[run.params[0]]["first_moment"]["codes"][1, 1].add_(2), "first_moment.codes"),
-        (lambda run: run.optimizer.state[run.params[0]]["second_moment"]["table"].mul_(1.001), "second_moment.table"),
+        (lambda run: run.optimizer.state[run.params[0]]["first_moment.codes"][1, 1].add_(2), "first_moment.codes"),
+        (lambda run: run.optimizer.state[run.params[0]]["second_moment.table"].mul_(1.001), "second_moment.table"),
         (lambda run: run.params[0].data[0, 0].fill_(float("nan")), "nan, by the definition"),
         (lambda run: run.optimizer.state[run.params[0]].pop("second_moment"), "only on one side"),
     ],

@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 
 import sketch_deepspeed  # noqa: F401
 from sketch_plugins import registry
+from sketch_plugins.sharding.state_names import kind_of
 
 VOCABULARY, DIM, LENGTH, BATCH = 1536, 96, 12, 2
 CPU = {"device": "cpu", "pin_memory": False}
@@ -37,9 +38,10 @@ ELEMENTWISE = {
     "cs_adagrad": {"preset": "exact"},
     "cs_momentum": {"preset": "exact"},
     "cs_rmsprop": {"preset": "exact"},
+    "cs_lion": {"preset": "exact"},
     "sm3": {"preset": "exact"},
 }
-RATES = {"cs_momentum": 0.05, "cs_adagrad": 0.02, "sm3": 0.05, "sketchy": 0.02}
+RATES = {"cs_momentum": 0.05, "cs_adagrad": 0.02, "sm3": 0.05, "sketchy": 0.02, "cs_lion": 1e-3}
 OPTIONS: dict[str, Any] = {"sketchy": {"rank": 4, "update_freq": 2}}
 
 
@@ -152,8 +154,8 @@ def of_columns(optimizer: Any) -> int:
     return sum(
         t.numel() * t.element_size()
         for state in optimizer.state.values()
-        for key, t in state.get("preconditioner", {}).items()
-        if key.endswith("_1")
+        for name, t in state.items()
+        if kind_of(name) == "preconditioner" and name.endswith("_1")
     )
 
 
@@ -161,7 +163,7 @@ def without_places(state: Any) -> Any:
     """Without the number of the step and the place of a piece, a few bytes each."""
     if not isinstance(state, dict):
         return state
-    return {key: without_places(value) for key, value in state.items() if key not in ("step", "place")}
+    return {key: without_places(value) for key, value in state.items() if kind_of(key) not in ("step", "place")}
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import sketch_deepspeed  # noqa: F401
 from sketch_plugins import CSAdam, Sketchy, state_report
+from sketch_plugins.sharding.state_names import kind_of
 
 SMALL = {"lr": 1e-2, "min_compress_size": 64}
 
@@ -139,8 +140,8 @@ def poisoned() -> str:
     optimizer = engine.basic_optimizer
     state = copy.deepcopy(optimizer.state_dict())
     for pieces in state["state"].values():
-        for piece in pieces.values():
-            for tensor in piece.get("preconditioner", {}).values():
+        for name, tensor in pieces.items():
+            if kind_of(name) == "preconditioner":
                 tensor.fill_(float("nan"))
     try:
         optimizer.load_state_dict(state)

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum, Sketchy
+from sketch_plugins import SM3, CSAdagrad, CSAdam, CSLion, CSMomentum, Sketchy
 from sketch_plugins.kernels.gpu import (
     block_topk,
     launch,
@@ -59,6 +59,7 @@ CASES = {
     "adam_sparse": (CSAdam, {}, torch.float32, MATRIX, True),
     "adagrad": (CSAdagrad, {"weight_decay": 0.1}, torch.float32, MATRIX, False),
     "momentum": (CSMomentum, {"nesterov": True}, torch.float32, MATRIX, False),
+    "lion": (CSLion, {}, torch.float32, MATRIX, False),
     "sm3": (SM3, {}, torch.float32, MATRIX, False),
     "sm3_lean": (SM3, {"preset": "lean", "update_clip": 0.5}, torch.float32, MATRIX, False),
     "sm3_conv": (SM3, {"preset": "lean"}, torch.float32, (64, 32, 3, 3), False),

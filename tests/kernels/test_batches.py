@@ -39,10 +39,9 @@ def train(cls, device, fused, tensors, gradients, **options):
 
 
 def moments(optimizer, p):
-    for name, moment in optimizer.state[p].items():
-        if isinstance(moment, dict):
-            for key, tensor in moment.items():
-                yield f"{name}.{key}", tensor
+    for name, tensor in optimizer.state[p].items():
+        if name != "step":
+            yield name, tensor
 
 
 def random(*shape, seed=0):

@@ -28,7 +28,7 @@ def test_a_small_update_is_measured_where_its_squares_underflow(kernels, cls, op
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's, in the interpreter
             optimizer.step()
-        kept.append(optimizer.state[p]["rms"]["last"])
+        kept.append(optimizer.state[p]["rms.last"])
     assert 0 < kept[1][0] < 1e-15
     # Sums of 960 squares in another order: 32 units in the last place.
     torch.testing.assert_close(kept[0], kept[1], rtol=4e-6, atol=0)

@@ -82,7 +82,7 @@ def test_lagged_rms_lags_from_the_second_step_on(kernels, cls, options):
     compare(ours, eager)
     for p in ours[0]:
         # As it was in the last step: before it.
-        assert ours[1].state[p]["rms"]["last"].isfinite().all() and (ours[1].state[p]["rms"]["last"] > 0).all()
+        assert ours[1].state[p]["rms.last"].isfinite().all() and (ours[1].state[p]["rms.last"] > 0).all()
     other, _ = train(cls, kernels, True, **options)
     assert not torch.allclose(ours[0][0], other[0], rtol=1e-5, atol=1e-6)
 

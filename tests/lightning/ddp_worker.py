@@ -24,6 +24,7 @@ from sketch_lightning.lightning_pytorch import (  # noqa: E402
 )
 from sketch_plugins import CSAdam, convert_state, registry  # noqa: E402
 from sketch_plugins.sharding.parts import is_dtensor  # noqa: E402
+from sketch_plugins.sharding.state_names import nested  # noqa: E402
 
 SMALL = {"min_compress_size": 256}
 FOLDER = Path(sys.argv[1])
@@ -164,8 +165,8 @@ def warm_start():
     started = train(warm, SketchDDPStrategy(optimizer_kwargs=SMALL, warm_start=True), epochs=1, ckpt_path=path)
     expected = own(warm.parameters())
     expected.load_state_dict(convert_state(made.optimizers[0].state_dict(), expected))
-    tables = [started.optimizers[0].state[p]["second_moment"] for p in warm.parameters()]
-    wanted = [expected.state[p]["second_moment"] for p in warm.parameters()]
+    tables = [nested(started.optimizers[0].state[p])["second_moment"] for p in warm.parameters()]
+    wanted = [nested(expected.state[p])["second_moment"] for p in warm.parameters()]
     assert equal(warm, theirs)
     for table, other in zip(tables, wanted, strict=True):
         assert all(torch.equal(table[key], other[key]) for key in other)
@@ -298,8 +299,8 @@ def fsdp():
     ours.load_state_dict(convert_state(made.optimizers[0].state_dict(), ours))
     for p in theirs.parameters():
         kept, dense = ours.state[p], made.optimizers[0].state[p]
-        assert torch.equal(kept["second_moment"]["dense"].flatten(), dense["exp_avg_sq"].to_local().flatten())
-        assert torch.equal(kept["first_moment"]["dense"].flatten(), dense["exp_avg"].to_local().flatten())
+        assert torch.equal(kept["second_moment.dense"].flatten(), dense["exp_avg_sq"].to_local().flatten())
+        assert torch.equal(kept["first_moment.dense"].flatten(), dense["exp_avg"].to_local().flatten())
 
 
 def in_backward():

@@ -11,7 +11,8 @@ from ddp_worker import SMALL, Module, lightning, own  # noqa: E402
 
 from sketch_lightning.lightning_pytorch import SketchDeepSpeedStrategy  # noqa: E402
 from sketch_plugins import CSAdam  # noqa: E402
-from sketch_plugins.sharding.parts import PLACE  # noqa: E402
+from sketch_plugins.sharding.pieces import is_key  # noqa: E402
+from sketch_plugins.sharding.state_names import PLACE, kind_of  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 
@@ -46,7 +47,8 @@ if __name__ == "__main__":
         reference, _ = flat(train(other := Module(own), stage))
         assert len(weights) and all(map(torch.equal, weights, reference)) and one.rates == other.rates
         # Pieces of matrices, not one long vector.
-        assert all(PLACE in piece for state in inner.state.values() for piece in state.values())
+        assert all(any(kind_of(name) == PLACE for name in state) for state in inner.state.values())
+        assert all(is_key(name.partition(".")[0]) for state in inner.state.values() for name in state)
         if stage > 1:
             first = train(Module(), stage, epochs=1)
             path = FOLDER / f"stage{stage}.ckpt"

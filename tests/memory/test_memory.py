@@ -29,9 +29,8 @@ def held(optimizer):
     return sum(
         t.numel() * t.element_size()
         for state in optimizer.state.values()
-        for moment in state.values()
-        if isinstance(moment, dict)
-        for t in moment.values()
+        for name, t in state.items()
+        if name != "step"
     )
 
 
@@ -53,6 +52,7 @@ EXPECTED = {  # bytes a parameter of a 1000 x 768 matrix
     "cs_rmsprop": 0.2,
     "cs_adagrad": 0.2,
     "cs_momentum": 1 + 4 / 128,
+    "cs_lion": 1 + 4 / 128,
     "sm3": 1 + 4 / 128 + 4 * (1000 + 768) / (1000 * 768),
     # + vectors and a buffer of rank 32, eigenvalues, and four numbers, for each axis
     "sketchy": 1 + 4 / 128 + 0.2 + 4 * (2 * 32 * (1000 + 768) + 2 * (32 + 4)) / (1000 * 768),

@@ -9,6 +9,7 @@ from sketch_plugins import CSAdagrad, CSAdam, CSMomentum, CSRMSprop, Sketchy, co
 from sketch_plugins.optim.convert import is_foreign
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.blocks import Rows, matrix_shape
+from sketch_plugins.sharding.state_names import nested
 
 SHAPES = [(40, 33), (64, 70), (5,), (), (4, 3, 2, 2)]
 TORCHS = {
@@ -54,7 +55,7 @@ def test_dense_stores_continue_exactly(kind):
         dense = {"AdamW": ("exp_avg", "exp_avg_sq"), "Adagrad": (None, "sum"), "SGD": ("momentum_buffer", None)}[kind]
         for name, moment in zip(dense, ("first_moment", "second_moment"), strict=True):
             if name is not None:
-                kept = ours.state[q][moment]["dense"]
+                kept = ours.state[q][f"{moment}.dense"]
                 assert torch.equal(kept.reshape(p.shape), theirs.state[p][name])
     train(theirs, params, 7, 15)
     train(ours, own, 7, 15)
@@ -85,7 +86,7 @@ def whole(optimizer, p, moment):
     store = optimizer._stores(p, group)[0 if moment == "first_moment" else 1]
     rows, columns = matrix_shape(p.shape)
     dtype = torch.promote_types(p.dtype, torch.float32)
-    return store.read(optimizer.state[p][moment], Rows(rows, torch.arange(rows), 0, columns), dtype).expand(
+    return store.read(nested(optimizer.state[p])[moment], Rows(rows, torch.arange(rows), 0, columns), dtype).expand(
         rows, columns
     )
 
@@ -110,7 +111,7 @@ def test_what_each_is_given(make, first, second):
     for p in params:
         m, v, t = adamw.state[p]["exp_avg"], adamw.state[p]["exp_avg_sq"], float(adamw.state[p]["step"])
         for moment, expected in (("first_moment", first), ("second_moment", second)):
-            assert (moment in ours.state[p]) == (expected is not None)
+            assert (moment in nested(ours.state[p])) == (expected is not None)
             if expected is not None:
                 wanted = expected(m, v, t).reshape(matrix_shape(p.shape))
                 torch.testing.assert_close(whole(ours, p, moment), wanted, rtol=1e-12, atol=0)
@@ -161,7 +162,7 @@ def test_sketchy_starts_without_covariances(options):
     ours = Sketchy(params, **options)
     ours.load_state_dict(convert_state(adamw.state_dict(), ours))
     p = params[1]
-    held = ours.state[p]["preconditioner"]
+    held = nested(ours.state[p])["preconditioner"]
     assert all((held[key] == 0).all() for key in held if key.startswith(("values", "trace")))
     if options.get("input") == "gradient" and "preset" not in options:
         error = whole(ours, p, "first_moment") - adamw.state[p]["exp_avg"]
@@ -186,7 +187,7 @@ def test_what_lagged_rms_goes_by(options):
         update = m / (1 - 0.8**t) if options.get("preset") != "lean" else (v / (1 - 0.99**t)).sqrt()
         update = update / ((v / (1 - 0.99**t)).sqrt() + 1e-8)
         wanted = torch.stack([update.square().mean().sqrt(), p.detach().square().mean().sqrt()])
-        torch.testing.assert_close(ours.state[p]["rms"]["last"], wanted, rtol=1e-9, atol=0)
+        torch.testing.assert_close(ours.state[p]["rms.last"], wanted, rtol=1e-9, atol=0)
     train(ours, params, 7, 9)
     for p, old in zip(params, before, strict=True):
         assert torch.isfinite(p).all() and not torch.equal(p, old)

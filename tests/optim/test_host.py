@@ -115,18 +115,18 @@ def changed_rate(optimizer, params):
 
 
 def replaced_state(optimizer, params):
-    moments = optimizer.state[params[0]]["second_moment"]
-    moments["table"] = moments["table"] * 3
+    state = optimizer.state[params[0]]
+    state["second_moment.table"] = state["second_moment.table"] * 3
 
 
 def freed_state(optimizer, params):
     """The new tensor may get the old one's identity and address."""
     for p in params:
-        moments = optimizer.state[p]["second_moment"]
-        for name in list(moments):
-            value = moments[name].tolist()
-            del moments[name]
-            moments[name] = torch.tensor(value) * 2
+        state = optimizer.state[p]
+        for name in [name for name in state if name.startswith("second_moment.")]:
+            value = state[name].tolist()
+            del state[name]
+            state[name] = torch.tensor(value) * 2
 
 
 def moved_parameter(optimizer, params):
@@ -211,7 +211,7 @@ def test_groups_are_recalled_whole_and_no_tensor_is_kept(free):
     assert isinstance(optimizer._plan, Plan)
     (group,) = optimizer._plan._groups.values()
     assert isinstance(group, RememberedGroup) and len(group.tasks) == len(params)
-    state = optimizer.state[params[0]]["second_moment"].pop("table")
+    state = optimizer.state[params[0]].pop("second_moment.table")
     alive = [reference() is state for reference in group.alive]
     assert sum(alive) == 1
     del state
@@ -277,8 +277,8 @@ def plain_gradient(optimizer, params, mesh):
 
 
 def damaged_state(optimizer, params, mesh):
-    moments = optimizer.state[params[0]]["second_moment"]
-    moments["table"] = moments["table"] * 3
+    state = optimizer.state[params[0]]
+    state["second_moment.table"] = state["second_moment.table"] * 3
 
 
 @pytest.mark.parametrize("change", [placed_otherwise, moved_shard, plain_gradient, damaged_state])

@@ -88,7 +88,7 @@ def test_adam_is_the_formula(first_moment, sparse):
         optimizer.step()
     expected, last = adam(start(), gradients(8, sparse), first_moment)
     torch.testing.assert_close(p.detach(), expected, rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(optimizer.state[p]["rms"]["last"], torch.tensor(last, dtype=torch.float64))
+    torch.testing.assert_close(optimizer.state[p]["rms.last"], torch.tensor(last, dtype=torch.float64))
 
 
 def test_sm3_clips_before_the_momentum():
@@ -179,11 +179,11 @@ def test_a_run_resumes_bit_for_bit(cls, options, fused, dtype):
         copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
         fresh = cls(copies, **{"fused": fused, "min_compress_size": 0, "lagged_rms": True, **options})
         fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        assert all(fresh.state[p]["rms"]["last"].dtype == torch.float32 for p in copies)
+        assert all(fresh.state[p]["rms.last"].dtype == torch.float32 for p in copies)
         train(copies, fresh, range(at, 5))
         assert all(map(torch.equal, whole[0], copies))
         for p, q in zip(whole[0], copies, strict=True):
-            assert torch.equal(whole[1].state[p]["rms"]["last"], fresh.state[q]["rms"]["last"])
+            assert torch.equal(whole[1].state[p]["rms.last"], fresh.state[q]["rms.last"])
 
 
 def test_bytes():
@@ -198,7 +198,7 @@ def test_bytes():
         assert report.state_bytes - report.by_store().get("step", 0) == sketched + 4 * (9 + 1) + 8 * len(SHAPES)
         assert report.by_store().get("step", 0) in (0, steps)
         train(params, optimizer, [0])
-    assert all(optimizer.state[p]["rms"]["last"].shape == (2,) for p in params)
+    assert all(optimizer.state[p]["rms.last"].shape == (2,) for p in params)
     params, optimizer = build(CSAdam, {"preset": "lean"}, False, torch.float64)
     assert state_report(optimizer).by_store()["rms"] == 16 * len(SHAPES)
     assert "rms" not in state_report(build(CSAdam, {"lagged_rms": False}, False)[1]).by_store()
@@ -212,10 +212,10 @@ def test_zeros_do_no_harm(fused, eps):
     for p in params[1:]:
         p.data.zero_()
     train(params, optimizer, [0], 0.0)
-    assert all(float(optimizer.state[p]["rms"]["last"][0]) == 0 for p in params)
+    assert all(float(optimizer.state[p]["rms.last"][0]) == 0 for p in params)
     for step, scale in enumerate((1.0, 0.0, 0.0, 1.0), 1):
         train(params, optimizer, [step], scale)
-        assert all(p.isfinite().all() and optimizer.state[p]["rms"]["last"].isfinite().all() for p in params)
+        assert all(p.isfinite().all() and optimizer.state[p]["rms.last"].isfinite().all() for p in params)
     assert all((p != 0).any() for p in params)
 
 
@@ -228,7 +228,7 @@ def test_a_learning_rate_of_0_measures_like_any_other(cls, options, fused):
     for run in runs:
         train(*run, range(3))
     for p, q in zip(*(run[0] for run in runs), strict=True):
-        a, b = runs[0][1].state[p]["rms"]["last"], runs[1][1].state[q]["rms"]["last"]
+        a, b = runs[0][1].state[p]["rms.last"], runs[1][1].state[q]["rms.last"]
         torch.testing.assert_close(a[0], b[0], rtol=1e-6, atol=0)
         assert a[0] > 0 and a[1] > 0
     assert all(map(torch.equal, runs[0][0], build(cls, options, fused)[0]))
@@ -258,7 +258,7 @@ def test_what_is_switched_on_later_finds_its_measure():
         (parameter,) = one.param_groups[0]["params"]
         parameter.grad = g
         one.step()
-    last, before = optimizer.state[p]["rms"]["last"].clone(), p.detach().clone()
+    last, before = optimizer.state[p]["rms.last"].clone(), p.detach().clone()
     torch.testing.assert_close(last, torch.tensor([rms(before - start()) / LR, rms(start())], dtype=torch.float64))
     optimizer.param_groups[0].update(update_clip=CLIP, scale_parameter=True)
     for one in (optimizer, twin):
@@ -285,10 +285,10 @@ def test_errors():
     with pytest.raises(ValueError, match="lagged_rms=True and group 0 of this CSAdam has lagged_rms=False"):
         other.load_state_dict(optimizer.state_dict())
     broken = copy.deepcopy(optimizer.state_dict())
-    broken["state"][0]["rms"]["last"] = torch.zeros(3)
+    broken["state"][0]["rms.last"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"the saved rms of .* has 'last' of shape \(3,\).*expected \(2,\)"):
         optimizer.load_state_dict(broken)
-    del broken["state"][0]["rms"]
+    del broken["state"][0]["rms.last"]
     with pytest.raises(ValueError, match="expected rms, second_moment, step"):
         optimizer.load_state_dict(broken)
     optimizer.param_groups[0]["lagged_rms"] = False

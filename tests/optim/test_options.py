@@ -137,7 +137,7 @@ def test_groups_override_presets_and_constructor():
     for p in optimizer.param_groups[0]["params"] + optimizer.param_groups[1]["params"]:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    tables = [optimizer.state[p]["second_moment"]["table"].shape for g in optimizer.param_groups for p in g["params"]]
+    tables = [optimizer.state[p]["second_moment.table"].shape for g in optimizer.param_groups for p in g["params"]]
     assert tables == [(1, 32, 70), (1, 7, 70)]
 
 

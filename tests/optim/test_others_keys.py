@@ -101,7 +101,7 @@ def test_what_is_ours_is_still_demanded_beside_them():
     train(optimizer, params, 1)
     wrap(optimizer, params)
     saved = copy.deepcopy(optimizer.state_dict())
-    del saved["state"][0]["second_moment"]
+    del saved["state"][0]["second_moment.table"]
     with pytest.raises(ValueError, match=r"holds .*expected first_moment, second_moment, step"):
         optimizer.load_state_dict(saved)
     del optimizer.state[params[0]]["step"]
@@ -214,7 +214,7 @@ def test_dtensors_keep_them_as_they_are(mesh, placement):
     inner = saved["nested"]["state"][0]
     assert type(inner["slow"]).__name__ == "DTensor" and tuple(inner["slow"].shape) == SHAPES[0]
     if placement == Shard(0):
-        assert len(inner["second_moment"]["table"]) == 1  # wrapped, as shards are
+        assert len(inner["second_moment.table"]) == 1  # wrapped, as shards are
     other, other_params = sharded()
     other.load_state_dict(saved)
     for p, q in zip(params, other_params, strict=True):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sketch_plugins import SM3, CSAdam
+from sketch_plugins.sharding.state_names import nested
 
 pytest.importorskip("numba", reason="Numba is not installed")
 
@@ -41,8 +42,7 @@ def step(optimizer):
 def everything(params, optimizer):
     for p in params:
         yield p.detach()
-        for moment in optimizer.state[p].values():
-            yield from moment.values() if isinstance(moment, dict) else (moment,)
+        yield from optimizer.state[p].values()
 
 
 def nothing(params, optimizer):
@@ -82,9 +82,8 @@ def state_reloaded(params, optimizer):
 
 
 def state_replaced(params, optimizer):
-    moment = optimizer.state[params[0]]["second_moment"]
-    for name, tensor in moment.items():
-        moment[name] = tensor * 2
+    state = optimizer.state[params[0]]
+    state.update({name: tensor * 2 for name, tensor in state.items() if name.startswith("second_moment.")})
 
 
 def state_dropped(params, optimizer):
@@ -101,7 +100,7 @@ def counter_set_back(params, optimizer):
 
 def measure_replaced(params, optimizer):
     if "rms" in optimizer.state[params[0]]:
-        optimizer.state[params[0]]["rms"]["last"] = torch.tensor([3.0, 0.5])
+        optimizer.state[params[0]]["rms.last"] = torch.tensor([3.0, 0.5])
 
 
 def model_in_bfloat16(params, optimizer):
@@ -177,10 +176,10 @@ def test_an_error_leaves_all_as_it_was():
     with pytest.raises(ValueError, match="options describe another state"):
         step(optimizer)
     optimizer.param_groups[0]["block_size"] = 128
-    optimizer.state[params[-1]]["first_moment"]["scales"] = torch.ones(3)
+    optimizer.state[params[-1]]["first_moment.scales"] = torch.ones(3)
     with pytest.raises(ValueError, match="has 'scales' of shape"):
         step(optimizer)
-    optimizer.state[params[-1]]["first_moment"]["scales"] = before[-2]
+    optimizer.state[params[-1]]["first_moment.scales"] = before[-2]
     optimizer.state[params[-1]]["step"] = torch.tensor(-1.0)
     with pytest.raises(ValueError, match=r"step of .* is tensor\(-1.\)"):
         step(optimizer)
@@ -195,7 +194,7 @@ def test_it_is_no_state_and_keeps_nothing_alive():
     keys = set(pickle.loads(pickle.dumps(optimizer)).__dict__)
     assert "_plan" not in keys and "_plan" not in copy.deepcopy(optimizer).__dict__
     kept = [weakref.ref(p.grad) for p in params]
-    kept += [weakref.ref(t) for p in params for t in optimizer.state[p]["second_moment"].values()]
+    kept += [weakref.ref(t) for p in params for t in nested(optimizer.state[p])["second_moment"].values()]
     optimizer.zero_grad()
     optimizer.state.clear()
     gc.collect()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sketch_plugins import SAdagrad, state_report
+from sketch_plugins.sharding.state_names import nested
 
 from .conftest import parameters
 
@@ -122,7 +123,7 @@ def test_the_algorithm_of_the_paper_step_by_step(solver, rank):
     optimizer = SAdagrad(params, 0.1, rank=rank, solver=solver)
     compare(optimizer, params, others, 40, 1e-6)  # see above
     for p, other in zip(params, others, strict=True):
-        state = optimizer.state[p]["preconditioner"]
+        state = nested(optimizer.state[p])["preconditioner"]
         assert state["tail_0_0"].item() == pytest.approx(other.alpha, rel=1e-9, abs=1e-12)
         v = state["vectors_0_0"]
         torch.testing.assert_close((v * state["values_0_0"]) @ v.mT, other.b.mT @ other.b, rtol=1e-8, atol=1e-9)
@@ -162,7 +163,7 @@ def test_escaped_mass_bounds_what_the_sketch_misses():
         (p.grad,) = gradients([(12,)], step)
         total += torch.outer(p.grad, p.grad)
         optimizer.step()
-        state = optimizer.state[p]["preconditioner"]
+        state = nested(optimizer.state[p])["preconditioner"]
         v, rho = state["vectors_0_0"], state["tail_0_0"].item()
         missed = torch.linalg.eigvalsh(total - (v * state["values_0_0"]) @ v.mT)
         values = torch.linalg.eigvalsh(total).flip(0)
@@ -182,7 +183,7 @@ def test_bytes_of_state(dtype):
     assert [kept.state_bytes for kept in state_report(optimizer).parameters] == [size * n for n in numbers]
     train(optimizer, params, 1)
     for p, n in zip(params, numbers, strict=True):
-        assert sum(t.nbytes for t in optimizer.state[p].get("preconditioner", {}).values()) == size * n
+        assert sum(t.nbytes for t in nested(optimizer.state[p]).get("preconditioner", {}).values()) == size * n
     assert [kept.state_bytes for kept in state_report(optimizer).parameters] == [size * n for n in numbers]
 
 
@@ -199,7 +200,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(dtype, stop):
     file.seek(0)
     second = SAdagrad(params, 0.1, rank=3)
     second.load_state_dict(torch.load(file, weights_only=True))
-    kinds = {t.dtype for t in second.state[params[0]]["preconditioner"].values()}
+    kinds = {t.dtype for t in nested(second.state[params[0]])["preconditioner"].values()}
     assert kinds == {torch.float64 if dtype == torch.float64 else torch.float32}
     train(second, params, 12 - stop, first=stop)
     assert all(map(torch.equal, params, straight))
@@ -245,13 +246,13 @@ def test_zero_gradients():
     assert all(map(torch.equal, params, before))
     train(optimizer, params, 5)
     kept = [p.detach().clone() for p in params]
-    sketches = copy.deepcopy([optimizer.state[p]["preconditioner"] for p in params])
+    sketches = copy.deepcopy([nested(optimizer.state[p])["preconditioner"] for p in params])
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert all(map(torch.equal, params, kept))
     for p, old in zip(params, sketches, strict=True):
-        new = optimizer.state[p]["preconditioner"]
+        new = nested(optimizer.state[p])["preconditioner"]
         assert all(torch.isfinite(t).all() for t in new.values())
         # Nothing escapes with a zero, and no eigenvalue moves by more than the round-off of its decomposition.
         torch.testing.assert_close(new["tail_0_0"], old["tail_0_0"], rtol=0, atol=1e-5 * old["trace_0_0"].item())
@@ -372,7 +373,7 @@ def test_options_of_a_group():
         together.step()
         by_itself.step()
     assert torch.equal(params[1], alone)
-    assert together.state[params[0]]["preconditioner"]["vectors_0_0"].shape == (9, 9)  # rank 10 by default
+    assert together.state[params[0]]["preconditioner.vectors_0_0"].shape == (9, 9)  # rank 10 by default
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from sketch_plugins import SM3, CSAdagrad, CSAdam, CSRMSprop, quadratic_warmup, state_report
 from sketch_plugins.memory.probe import SecondMomentProbe
+from sketch_plugins.sharding.state_names import nested
 
 from .conftest import known, parameters, train
 
@@ -153,9 +154,9 @@ def test_untouched_rows_keep_parameter_cover_and_momentum_bit_for_bit(variant):
         assert torch.equal(p[rest], before[0][rest]) and (p[rows] != before[0][rows]).any(1).all()
         if t:
             now, old = optimizer.state[p], before[1]
-            assert torch.equal(now["second_moment"]["axis_0"][rest], old["second_moment"]["axis_0"][rest])
+            assert torch.equal(now["second_moment.axis_0"][rest], old["second_moment.axis_0"][rest])
             for key in ("codes", "scales"):
-                assert torch.equal(now["first_moment"][key][rest], old["first_moment"][key][rest])
+                assert torch.equal(now[f"first_moment.{key}"][rest], old[f"first_moment.{key}"][rest])
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (6, 1), (1, 6)])
@@ -197,7 +198,7 @@ def test_elements_that_never_had_a_gradient_stay_where_they_are(options, eps):
         p.grad = torch.zeros(6, 5)
         optimizer.step()
         assert torch.equal(p, before)
-        assert not any(t.any() for t in optimizer.state[p]["second_moment"].values())
+        assert not any(t.any() for t in nested(optimizer.state[p])["second_moment"].values())
     p.grad[2, 3] = 1.0
     optimizer.step()
     changed = (p != before).nonzero().tolist()
@@ -220,7 +221,7 @@ def test_averages_decay():
     for t in range(1, 20):
         p.grad = torch.zeros_like(p)
         optimizer.step()
-        for cover in optimizer.state[p]["second_moment"].values():
+        for cover in nested(optimizer.state[p])["second_moment"].values():
             assert (cover == 32 * 0.5**t).all()
 
 
@@ -233,7 +234,7 @@ def test_the_chunk_size_does_not_change_a_bit(shape, options):
         # Blocks of 4: int8 tiles hold whole ones at every chunk size.
         optimizer = SM3([p], chunk_size=chunk, block_size=4, weight_decay=0.1, **options)
         train(optimizer, [p], 5)
-        results.append((p, optimizer.state[p]["second_moment"]))
+        results.append((p, nested(optimizer.state[p])["second_moment"]))
     for p, covers in results[1:]:
         assert torch.equal(p, results[0][0])
         assert all(torch.equal(covers[k], results[0][1][k]) for k in covers)
@@ -297,7 +298,7 @@ def test_resume_is_bit_for_bit_and_another_structure_is_refused():
             train(o, ps, 3, first=3)
         for p, q in zip(params, copies, strict=True):
             assert torch.equal(p, q)
-            covers = [o.state[x]["second_moment"] for o, x in ((optimizer, p), (other, q))]
+            covers = [nested(o.state[x])["second_moment"] for o, x in ((optimizer, p), (other, q))]
             assert all(
                 torch.equal(covers[0][k], covers[1][k]) and covers[1][k].dtype == torch.float32 for k in covers[0]
             )
@@ -364,7 +365,7 @@ def test_adam_with_covers(shape, first_moment):
         p.grad = g
         optimizer.step()
         torch.testing.assert_close(p.detach(), expected, rtol=1e-11, atol=1e-12)
-    assert list(optimizer.state[p]["second_moment"]) == [f"axis_{k}" for k in range(len(shape))]
+    assert list(nested(optimizer.state[p])["second_moment"]) == [f"axis_{k}" for k in range(len(shape))]
 
 
 def test_rmsprop_and_adagrad_with_covers():
@@ -399,7 +400,7 @@ def test_convolution_weights_in_channels_last(cls):
             p.grad = g.clone(memory_format=layout)
             optimizer.step()
         assert p.is_contiguous(memory_format=layout)
-        results.append((p.detach(), optimizer.state[p]["second_moment"]))
+        results.append((p.detach(), nested(optimizer.state[p])["second_moment"]))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(results[0][1][k], results[1][1][k]) for k in results[0][1])
     assert [len(t) for t in results[0][1].values()] == [6, 4, 3, 3]
@@ -415,7 +416,7 @@ def test_a_signed_sketch_beside_a_cover():
             min_compress_size=0, chunk_size=chunk,
         )  # fmt: skip
         train(optimizer, [p], 4)
-        results.append((p.detach(), optimizer.state[p]["second_moment"]))
+        results.append((p.detach(), nested(optimizer.state[p])["second_moment"]))
     for p, covers in results[1:]:
         torch.testing.assert_close(p, results[0][0], rtol=1e-12, atol=1e-12)  # the sketch adds in another order
         assert all(torch.equal(covers[k], results[0][1][k]) for k in covers)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sketch_plugins import hashing
-from sketch_plugins.kernels import work
+from sketch_plugins.kernels import tile, work
 
 # A launch covers many tensors. Each is a row of int64 in a table: pointers, shapes, and the first program it owns.
 # LAST: where what the last step measured is kept, 0: nowhere.
@@ -28,7 +28,7 @@ MEAN, SCALE, SHIFT, INSIDE, FLOOR = (
 STEP, KEEP, LOOKAHEAD, SIGN, L2, INNER = (
     tl.constexpr(i) for i in (work.STEP, work.KEEP, work.LOOKAHEAD, work.SIGN, work.L2, work.INNER)
 )
-NUMBER = tl.constexpr(work.NUMBER)
+NUMBER, LEAST = tl.constexpr(work.NUMBER), tl.constexpr(tile.LEAST)
 FOLD, MEASURE, APPLY = (tl.constexpr(i) for i in (work.FOLD, work.MEASURE, work.APPLY))
 
 # What a kernel is compiled for besides its stores: named once, handed through.

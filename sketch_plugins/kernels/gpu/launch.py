@@ -324,6 +324,7 @@ class _Plan:
     s: torch.dtype
     mode: int
     ahead: bool
+    unit: bool
     after: bool
     l2: bool
     noise: bool
@@ -376,6 +377,7 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
         s=_dtype(state2),
         mode=_mode(w),
         ahead=_has(w, places.LOOKAHEAD),
+        unit=_has(w, places.UNIT),
         after=w.after,
         l2=_has(w, places.L2),
         noise=isinstance(store1, Int8) and store1.stochastic,
@@ -457,8 +459,9 @@ def _constants(plan: _Plan) -> dict[str, Any]:
     """What the kernel of a plan is compiled for, but for the phase."""
     shared: dict[str, Any] = {
         "FIRST": plan.first, "P_TYPE": TYPES[plan.p], "G_TYPE": TYPES[plan.g], "F_TYPE": TYPES[plan.f],
-        "S_TYPE": TYPES[plan.s], "AHEAD": plan.ahead, "L2_ON": plan.l2, "NOISE": plan.noise, "ROUND": plan.round,
-        "ALIGN": plan.align, "M": plan.rows, "N": plan.columns, "BLOCK": plan.block, "AFTER": plan.after,
+        "S_TYPE": TYPES[plan.s], "AHEAD": plan.ahead, "UNIT": plan.unit, "L2_ON": plan.l2,
+        "NOISE": plan.noise, "ROUND": plan.round, "ALIGN": plan.align, "M": plan.rows, "N": plan.columns,
+        "BLOCK": plan.block, "AFTER": plan.after,
         "num_warps": max(1, min(16, plan.rows * plan.columns // 256)),
     }  # fmt: skip
     if plan.kernel == "buckets":
@@ -670,7 +673,7 @@ def _mode(w: Work) -> int:
 
 _FOLDING = _Plan(
     "tiles", None, None, torch.float32, torch.float32, torch.float32, torch.float32, 0,
-    False, False, False, False, False, 1, 1, False, False, 16, COLUMNS, COLUMNS, False, False,
+    False, False, False, False, False, False, 1, 1, False, False, 16, COLUMNS, COLUMNS, False, False,
 )  # fmt: skip
 
 

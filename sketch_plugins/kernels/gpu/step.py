@@ -21,6 +21,7 @@ from sketch_plugins.kernels.gpu.common import (
     HASHES,
     INNER,
     KEEP,
+    LEAST,
     LOOKAHEAD,
     MEAN,
     MEASURE,
@@ -54,7 +55,8 @@ from sketch_plugins.kernels.gpu.common import (
 def apply(
     t, s, x, f, rows, g_rows, exists, cols, mask, tile,
     FIRST: tl.constexpr, P_TYPE: tl.constexpr, F_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr,
-    AFTER: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
+    UNIT: tl.constexpr, AFTER: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """First moment of ``x``, and ``p <- keep * p - f * numerator``; returns the sums of squares of update and p.
 
@@ -71,6 +73,9 @@ def apply(
     m = FIRST(t, s, x, rows, exists, cols, mask, tile, (APPLY & PHASE) != 0, F_TYPE, NOISE, DEPTH, ALIGN)
     if AHEAD:
         m = x + tl.load(s + LOOKAHEAD) * m
+    if UNIT:
+        size = tl.abs(m)
+        m = tl.div_rn(m, tl.where(size < LEAST, LEAST, size))  # not tl.maximum: a NaN must stay one
     p = parameter(t, rows, cols, mask, P_TYPE, ALIGN)
     update = tl.where(mask, m * f, 0.0)
     if MEASURE & PHASE:
@@ -104,9 +109,9 @@ def _rate(s, PLACE: tl.constexpr, PHASE: tl.constexpr):
 def tiles(
     table, numbers, partial, count,
     FIRST: tl.constexpr, SECOND: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
-    S_TYPE: tl.constexpr, MODE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, AFTER: tl.constexpr,
-    L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH1: tl.constexpr, DEPTH2: tl.constexpr,
-    ALIGN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    S_TYPE: tl.constexpr, MODE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, UNIT: tl.constexpr,
+    AFTER: tl.constexpr, L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH1: tl.constexpr,
+    DEPTH2: tl.constexpr, ALIGN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``M`` rows by ``BLOCK`` columns (``N`` is the power of two above it)."""
     pid = tl.program_id(0)
@@ -132,7 +137,7 @@ def tiles(
     if (MEASURE | APPLY) & PHASE:
         squares, norm = apply(
             t, s, x, f, rows, g_rows, exists, cols, mask, tile,
-            FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, AFTER, NOISE, ROUND, DEPTH1, ALIGN,
+            FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, DEPTH1, ALIGN,
         )  # fmt: skip
         if MEASURE & PHASE:
             tl.store(partial + 2 * pid, squares)
@@ -143,8 +148,8 @@ def tiles(
 def buckets(
     table, numbers, partial, count,
     FIRST: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
-    S_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, AFTER: tl.constexpr, L2_ON: tl.constexpr,
-    NOISE: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, SINGLE: tl.constexpr,
+    S_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, UNIT: tl.constexpr, AFTER: tl.constexpr,
+    L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, SINGLE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One bucket by ``BLOCK`` columns. ``SINGLE``: its members fit one tile of ``M`` rows, and g is read once."""
@@ -199,7 +204,7 @@ def buckets(
                 x = x * preconditioner
             squares, norm = apply(
                 t, s, x, f, rows, rows, exists, cols, mask, tile,
-                FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, AFTER, NOISE, ROUND, 1, ALIGN,
+                FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, 1, ALIGN,
             )  # fmt: skip
         else:
             for first in range(0, load, M):
@@ -211,7 +216,7 @@ def buckets(
                     f = _rate(s, STEP, PHASE)  # held through the loop, it would cost a spill
                 a, b = apply(
                     t, s, y, f, rows, rows, exists, cols, mask, tile,
-                    FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, AFTER, NOISE, ROUND, 1, ALIGN,
+                    FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, 1, ALIGN,
                 )  # fmt: skip
                 squares += a
                 norm += b

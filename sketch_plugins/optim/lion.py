@@ -1,0 +1,131 @@
+"""Lion with a compressed momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sketch_plugins.optim.adam import _FIRST, _SHARED
+from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.optim.options import COMMON, DECOUPLES, FIRST_MOMENT, TORCHS, NoEffect, Option, rate
+from sketch_plugins.optim.rule import Rule
+from sketch_plugins.stores import Ema
+
+_NAMES = (
+    "lr", "weight_decay", "maximize", "min_compress_size", "row_sparse", "chunk_size", "compile", "fused", "capturable",
+    "stochastic_rounding", "seed",
+)  # fmt: skip
+
+
+class CSLion(SketchOptimizer):
+    r"""Lion, whose momentum is kept in int8 blocks: 1.03 bytes of state a parameter instead of 4.
+
+    .. math::
+        c_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t \\
+        \theta_t = (1 - \gamma \lambda) \theta_{t-1} - \gamma \, \mathrm{sign}(c_t)
+
+    Every number of a parameter moves by the learning rate. Use 3 to 10 times less of it than for AdamW, and 3 to 10
+    times its weight decay. Row-sparse gradients move, decay and average touched rows only, as in `CSAdam`.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate (default 1e-4).
+        betas: :math:`(\beta_1, \beta_2)`, with :math:`0 < \beta_1 \le \beta_2 < 1` (default (0.9, 0.99)).
+        eps: no effect; accepted so that one configuration can name any optimizer of the family.
+        weight_decay: decoupled weight decay (default 0).
+        preset: ``"default"`` or ``"exact"`` (a float32 momentum: Lion as published, 4 bytes).
+        first_moment: ``"int8"``, ``"fp32"`` or ``"bf16"``.
+        block_size: see `CSAdam`, as for all that follow.
+        first_moment_rounding: see `CSAdam`.
+        min_compress_size: see `CSAdam`.
+        row_sparse: see `CSAdam`.
+        chunk_size: see `CSAdam`.
+        compile: see `CSAdam`.
+        fused: see `CSAdam`.
+        capturable: see `CSAdam`.
+        stochastic_rounding: see `CSAdam`.
+        seed: see `CSAdam`.
+        maximize: see `CSAdam`.
+        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
+        foreach: None or False.
+        differentiable: only False.
+        decoupled_weight_decay: only True.
+
+    Raises:
+        ValueError: as `CSAdam`.
+
+    Source: https://arxiv.org/abs/2302.06675. Deviations: the momentum is in int8; the sign is taken of
+    :math:`g_t + \beta_1 / (\beta_2 - \beta_1) \, m_t`, which is :math:`c_t` times a positive number (for equal betas of
+    :math:`m_t`); numbers below 1e-30 there are divided by that and have no sign.
+    """
+
+    ADAM_SETTINGS: ClassVar[bool] = False
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        **{name: COMMON[name] for name in (*_NAMES, "eps")},
+        **{name: FIRST_MOMENT[name] for name in ("first_moment_rounding", "block_size")},
+        "betas": Option(
+            "betas",
+            tuple,
+            "decay rates of the momentum as the sign and as the state see it; as text: 0.9:0.99 (default)",
+            allowed="two numbers b1 and b2 with 0 < b1 <= b2 < 1",
+            check=lambda v: len(v) == 2 and 0 < v[0] <= v[1] < 1,
+        ),
+        "first_moment": Option(
+            "first_moment",
+            str,
+            "store of the momentum (default 'int8')",
+            choices=("int8", "fp32", "bf16"),
+            structural=True,
+        ),
+    }
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {**TORCHS, **DECOUPLES}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {
+            **{name: _SHARED[name] for name in _NAMES if name in _SHARED},
+            **{name: _FIRST[name] for name in ("first_moment", "first_moment_rounding", "block_size")},
+        },
+        "exact": {"first_moment": "fp32"},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        preset: str = "default",
+        first_moment: str | None = None,
+        block_size: int | None = None,
+        first_moment_rounding: str | None = None,
+        min_compress_size: int | None = None,
+        row_sparse: bool | str | None = None,
+        chunk_size: int | None = None,
+        compile: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int | None = None,
+        maximize: bool | None = None,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        decoupled_weight_decay: bool = True,
+    ) -> None:
+        super().__init__(params, self._arguments(locals()), preset)
+
+    def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
+        beta1, beta2 = group["betas"]
+        return Rule(
+            first=Ema(beta2, 1.0 - beta2, step),
+            second=None,
+            step_size=rate(group),
+            correction=1.0,
+            decay=rate(group) * group["weight_decay"],
+            lookahead=beta1 / (beta2 - beta1) if beta1 < beta2 else None,
+            denominator=None,
+            sign=True,
+        )

@@ -1,0 +1,82 @@
+"""Names in a parameter's state: one flat mapping from names to tensors, as torch's own optimizers keep.
+
+A store of a moment keeps several tensors, and a flat partition of ZeRO holds pieces of several parameters. The names
+say so, from the outside to the inside, with dots between::
+
+    step    first_moment.codes    first_moment.scales    second_moment.table
+    3[0,0:64x32].step    3[0,0:64x32].first_moment.codes
+
+Whoever walks over a state to count its bytes, to move it or to save it then meets every tensor. The code of a step has
+one part of a parameter at a time before it, and looks at it as a mapping of mappings: `nested`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sketch_plugins.sharding.pieces import is_key
+
+# State of a piece that says which one it is.
+PLACE = "place"
+#: Kinds of state that are ours. Wrappers of optimizers keep tensors of their own beside them.
+STATE_NAMES = frozenset({"step", "first_moment", "second_moment", "preconditioner", "rms", PLACE})
+
+
+def is_ours(name: object) -> bool:
+    """Whether a name in the state of a parameter is ours."""
+    if not isinstance(name, str):
+        return False
+    outermost = name.partition(".")[0]
+    return outermost in STATE_NAMES or is_key(outermost)
+
+
+def kind_of(name: object) -> object:
+    """Which of `STATE_NAMES` a name is of, whatever piece it belongs to: ``"first_moment"`` of first_moment.codes."""
+    if not isinstance(name, str):
+        return name
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if is_key(first) else first
+
+
+def is_step(name: str) -> bool:
+    """Whether it is the name of a part's number of steps."""
+    return kind_of(name) == "step"
+
+
+def flattened(state: Mapping[Any, Any], key: str | None = None) -> dict[Any, Any]:
+    """A state with one level: ``{"first_moment": {"codes": x}}`` is ``{"first_moment.codes": x}``.
+
+    Args:
+        state: of a part of a parameter, or of a whole flat partition. Entries of others stay as they are.
+        key: of the piece that it is the state of; None: of the whole parameter.
+    """
+    return dict(_entries(state, "" if key is None else f"{key}."))
+
+
+def _entries(state: Mapping[Any, Any], before: str) -> Iterator[tuple[Any, Any]]:
+    for name, value in state.items():
+        if isinstance(value, Mapping) and (before or is_ours(name)):
+            yield from _entries(value, f"{before}{name}.")
+        else:
+            yield (f"{before}{name}" if before else name), value
+
+
+def nested(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What `flattened` was made of; checkpoints of older versions have these levels already. The values are the same.
+
+    Entries of others stay as they are.
+    """
+    out: dict[Any, Any] = {}
+    for name, value in state.items():
+        first, dot, rest = name.partition(".") if isinstance(name, str) else (name, "", "")
+        if dot and is_ours(first):
+            out.setdefault(first, {})[rest] = value
+        elif isinstance(value, Mapping) and is_ours(name):
+            out.setdefault(name, {}).update(value)
+        else:
+            out[name] = value
+    for name, value in out.items():
+        if is_key(name) and isinstance(value, Mapping):
+            out[name] = nested(value)
+    return out
