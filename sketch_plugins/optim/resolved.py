@@ -171,7 +171,8 @@ class Resolution(Gradients):
         if not eager:
             return None
         assert self._plan is not None
-        key = tuple([one.p.identity for one in eager])
+        # With lagged_rms a first step is unlike those that follow.
+        key = tuple([(one.p.identity, one.step == 1 and one.group.get("lagged_rms", False)) for one in eager])
         slots = self._plan.temporaries.get(key)
         if slots is None:
             slots = {}

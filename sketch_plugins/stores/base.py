@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from sketch_plugins.kernels.compilation import compiled
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, Tile, matrix_shape, row_batches, tiles
 
 State = dict[str, Tensor]
+T = TypeVar("T")
 
 
 class Ema(NamedTuple):
@@ -86,10 +87,25 @@ class Gradient:
     def batches(self, period: int = 0, align: int = 1) -> Iterator[At]:
         """Where to look, a chunk at a time: tiles of a dense gradient, batches of the touched rows of a sparse one."""
         if self.rows is None:
-            yield from tiles(*self.shape, self.chunk, period, align, self.matrices)
+            yield from self.distinct(tiles(*self.shape, self.chunk, period, align, self.matrices), lambda at: at.shape)
         else:
             for part, at in row_batches(self.shape[0], self.rows, self.shape[1], self.chunk, align):
                 yield Touched(at.total, at.rows, at.lo, at.hi, part)
+
+    def distinct(self, places: Iterable[T], shape: Callable[[T], Any]) -> Iterator[T]:
+        """All of them; of a gradient without memory only the first of each shape.
+
+        A step is rehearsed with such tensors to find out what temporaries it takes, which the shapes decide. torch's
+        operators take half a millisecond each there.
+        """
+        if self.device.type != "meta":
+            yield from places
+            return
+        seen = set()
+        for place in places:
+            if (one := shape(place)) not in seen:
+                seen.add(one)
+                yield place
 
     def like(self, tensor: Tensor) -> Matrix:
         """A tensor of the parameter's shape as the same matrix."""

@@ -45,7 +45,8 @@ class CountMin(Sketch):
         weights = torch.as_tensor(mean_weight(h, grad.device) if mean else 1.0, dtype=torch.float64)
         weights = weights.mul(ema.gain).to(table)
         fold = grad.run(fold_squares)
-        for at in tiles(*grad.shape, grad.chunk, h.own, matrices=h.matrices):
+        places = tiles(*grad.shape, grad.chunk, h.own, matrices=h.matrices)
+        for at in grad.distinct(places, lambda at: at.shape):
             first = h.bucket_of_place(at.start)
             part = slice(first, first + at.rows)
             fold(table[part, at.lo : at.hi], grad.get(at), weights[part] if weights.ndim else weights)

@@ -102,7 +102,8 @@ class Live(TorchDispatchMode):
 
 
 def _strided(t):
-    return isinstance(t, torch.Tensor) and t.layout == torch.strided
+    # A step is rehearsed with tensors of no memory.
+    return isinstance(t, torch.Tensor) and t.layout == torch.strided and t.device.type != "meta"
 
 
 def temporaries(optimizer):
@@ -223,7 +224,7 @@ print(json.dumps(most))
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("cs_adam", {}), ("cs_adam", {"preset": "lean"}), ("cs_adagrad", {"hash": "affine"})],
+    [("cs_adam", {}), ("cs_adagrad", {"hash": "affine"})],
 )
 def test_resident_memory_of_a_process(name, options):
     """40 MB of parameters: what the operating system saw, temporaries inside torch's own operators included."""

@@ -173,7 +173,7 @@ def injections(name, fused, first, calls, sparse, **options):
         if not total:
             continue
         optimizer, params = (None, None) if first else about_to_step()[:2]
-        for call in sorted({1, min(2, total), (total + 1) // 2, total}):
+        for call in sorted({1, (total + 1) // 2, total} if name in ("cs_adam", "sketchy") else {1, total}):
             own, of = duplicate(origin, started) if first else (optimizer, params)
             with failing(where, attribute, call):
                 yield own, of, (twin, others), f"call {call} of the {total} of {attribute}"
