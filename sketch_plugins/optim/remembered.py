@@ -136,7 +136,7 @@ class Again:
         for step in set(steps):
             places[step] = len(self.rules)
             self.rules.append((group, int(step) + 1))
-        self.which += [places[step] for step in steps]
+        self.which += [*places.values()] * len(steps) if len(places) == 1 else [places[step] for step in steps]
 
     def add(
         self, task: Any, address: int, counter: Tensor, step: float, group: dict[str, Any], p: Tensor, owner: Tensor

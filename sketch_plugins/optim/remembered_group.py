@@ -7,17 +7,22 @@ partitions of ZeRO, which hold many parts in one piece of memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
+from sketch_plugins.optim.alike import Alike
 from sketch_plugins.optim.remembered import ADDRESS, Again, Counters, Remembered
 from sketch_plugins.sharding.parts import Part, gradients_of_shards, local_shards
 
 _ITEM = Tensor.item
+# How often `Alike` is made anew. Gradients that differ in what matters to it alone would make it in each step.
+COMPARED = 4
+# Numbers of steps that are read by themselves.
+FEW = 8
 
 
 class RememberedGroup:
@@ -51,10 +56,13 @@ class RememberedGroup:
         self.counted: list[int] = []
         self.order: list[int] = []
         self.pieces: list[Counters] = []
+        self.alone: list[int] = []
         # An identity says nothing any more when its tensor is gone: another one may have it now.
         self.gone: list[Any] = []
         self.times = 0  # that it was recalled
         self.alive = [ref(tensor, self.gone.append) for tensor in [*tensors, *counters]]
+        self._alike: Alike | None = None
+        self._compared = 0  # that it was not enough
         self._look(owners, parts, found)
 
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
@@ -73,11 +81,14 @@ class RememberedGroup:
         if set(map(type, grads)) != {Tensor}:
             return None
         try:
-            if (
-                [(g.shape, g.dtype, g.is_cpu, g.is_contiguous(), g.is_neg()) for g in grads] != self.gradients
-                or _facts(parts) != self.parts
-                or list(map(ADDRESS, parts)) != self.places
-            ):
+            if self._alike is None or not self._alike.holds([*parts, *grads]):
+                facts = [(g.shape, g.dtype, g.is_cpu, g.is_contiguous(), g.is_neg()) for g in grads]
+                if facts != self.gradients or _facts(parts) != self.parts:
+                    return None
+                if self._compared < COMPARED:
+                    self._alike = Alike([*parts, *grads])  # all is as it should be: what looks like it is, too
+                    self._compared += 1
+            if list(map(ADDRESS, parts)) != self.places:
                 return None
             return list(map(ADDRESS, grads)), parts
         except RuntimeError:  # sparse tensors have no such facts
@@ -136,18 +147,25 @@ class RememberedGroup:
         return True
 
     def _steps(self, counters: list[Tensor], pieces: Sequence[Counters]) -> list[float]:
-        """The numbers of steps: read a piece at a time, where they all lie in pieces of memory that are known."""
+        """The numbers of steps: read a piece at a time, where they lie in pieces of memory that are known."""
         places = list(map(ADDRESS, counters))
         if places != self.counted:
             at = {place: (piece, i) for piece in pieces for i, place in enumerate(piece.addresses)}
-            if not all(place in at for place in places):
+            found = [at.get(place) for place in places]
+            # Those of a launch by itself lie in none.
+            self.alone = [i for i, one in enumerate(found) if one is None]
+            if len(self.alone) > FEW:
                 return list(map(_ITEM, counters))
-            used = [piece for piece in pieces if any(at[place][0] is piece for place in places)]
+            used = [piece for piece in pieces if any(one is not None and one[0] is piece for one in found)]
             starts = dict(zip(map(id, used), accumulate([0, *(len(piece.addresses) for piece in used)]), strict=False))
+            behind = count(sum(len(piece.addresses) for piece in used))
             self.counted, self.pieces = places, used
-            self.order = [starts[id(piece)] + i for piece, i in map(at.__getitem__, places)]
+            self.order = [next(behind) if one is None else starts[id(one[0])] + one[1] for one in found]
+            if self.order == list(range(len(counters))):
+                self.order = []  # as they lie there
         steps = [step for piece in self.pieces for step in piece.all.tolist()]
-        return [steps[i] for i in self.order]
+        steps += [counters[i].item() for i in self.alone]
+        return [steps[i] for i in self.order] if self.order else steps
 
     def _tensors(self, states: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
         """Those of the moments, and the numbers of steps."""

@@ -326,7 +326,9 @@ class Segments(NamedTuple):
     def of(cls, h: RowHash, rows: Tensor) -> Segments:
         """Sort them."""
         buckets, order = h.bucket(rows).sort(stable=True)
-        if len(rows) == h.rows:  # all of them: known without a look at the numbers, which a rehearsed step does not have
+        if (
+            len(rows) == h.rows
+        ):  # all of them: known without a look at the numbers, which a rehearsed step does not have
             every = torch.arange(h.width, device=rows.device)
             return cls(order, every, h.load(every))
         return cls(order, *buckets.unique_consecutive(return_counts=True))

@@ -108,7 +108,7 @@ def spoil(monkeypatch, what):
         (lambda run: run.optimizer.state[run.params[0]]["first_moment.codes"][1, 1].add_(2), "first_moment.codes"),
         (lambda run: run.optimizer.state[run.params[0]]["second_moment.table"].mul_(1.001), "second_moment.table"),
         (lambda run: run.params[0].data[0, 0].fill_(float("nan")), "nan, by the definition"),
-        (lambda run: run.optimizer.state[run.params[0]].pop("second_moment"), "only on one side"),
+        (lambda run: run.optimizer.state[run.params[0]].pop("second_moment.table"), "only on one side"),
     ],
 )
 def test_a_small_difference_is_found(monkeypatch, what, message):

@@ -212,7 +212,7 @@ def test_unscaling_and_found_inf_are_left_to_the_scaler(name):
 def test_float16_parameters_and_the_scaler(name):
     """torch does not unscale float16 gradients: its error, before anything changes. Unscaled by hand they train."""
     p, q = (torch.nn.Parameter(torch.ones(16, 16, dtype=torch.float16)) for _ in range(2))
-    scaled, plain = make(name, [p]), make(name, [q])
+    scaled, plain = make(name, [p], lr=0.01), make(name, [q], lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     scaler.scale(p.float().square().sum()).backward()
     before = p.detach().clone()
@@ -234,7 +234,8 @@ def test_a_step_inside_a_compiled_function_has_the_bits_of_one_outside(name, fus
     for compiled in (False, True):
         torch._dynamo.reset()
         p, embedding = (torch.nn.Parameter(t) for t in parameters([(260, 130), (40, 16)], torch.float32))
-        optimizer = make(name, [p, embedding], fused=fused, update_clip=0.5, weight_decay=0.1)
+        options = known(name, {"fused": fused, "update_clip": 0.5, "weight_decay": 0.1})
+        optimizer = make(name, [p, embedding], **options)
         calls = []
         optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
 
@@ -406,7 +407,7 @@ def test_training_diverges_only_where_it_was_said_to():
     ids=str,
 )
 def test_compiled_steps_equal_eager_ones_and_do_not_compile_again(cls, options):
-    shapes = [(70, 256), (64, 128), (33, 100), (9,)]
+    shapes = [(70, 256), (33, 100), (9,)]
     runs, counts = [], []
     for compile in (False, True):
         params = parameters(shapes, torch.float32)
@@ -464,7 +465,7 @@ def test_an_option_of_the_state_changed_in_a_group_is_an_error_and_nothing_happe
     optimizer = make(name, [{"params": [a]}, {"params": [b]}], **options)
     train(optimizer, [a, b], 1)
     before = a.detach().clone()
-    change = {"second_moment": "dense"} if name == "sm3" else {"compression": 0.5}
+    change = {"sm3": {"second_moment": "dense"}, "cs_lion": {"first_moment": "fp32"}}.get(name, {"compression": 0.5})
     (key, value), was = next(iter(change.items())), optimizer.param_groups[1][next(iter(change))]
     message = f"{key} of group 1 was {was!r} and is {value!r}.*describe another state"
     for changed in (optimizer, copy.deepcopy(optimizer)):  # a copy knows what its state was written with

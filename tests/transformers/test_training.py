@@ -35,7 +35,7 @@ def test_every_name_trains(name, make_trainer, new_model):
 def test_arguments_arrive(name, make_trainer):
     adam = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
     options = f"{SMALL},seed=5"
-    if name == "sm3":  # does not read Adam's settings, and says so
+    if name in ("sm3", "cs_lion"):  # do not read Adam's settings, and say so
         adam, options = {}, f"{options},betas=0.8:0.95,eps=1e-6"
     trainer = make_trainer(name, optim_args=options, learning_rate=0.125, **adam)
     decayed, others = trainer.create_optimizer().param_groups

@@ -239,10 +239,8 @@ class _Device:
             at = self.changing - begin
             host[at : at + len(self.order)] = [gradients[place] for place in self.order]
             at += len(self.order)
-            for one in covers:
-                for address in one.places if one else ():
-                    host[at] = address
-                    at += 1
+            new = [address for one in covers if one for address in one.places]
+            host[at : at + len(new)] = new
             floats = host[self.numbers - begin :].view(np.float32)
             floats[: len(rows) * NUMBERS] = np.array(rows, np.float32).reshape(-1)
             assert self.buffer is not None
