@@ -95,7 +95,7 @@ def model(name: str, divisor: int) -> list[tuple[int, ...]]:
 def new_gradients(params: list[torch.nn.Parameter]) -> None:
     old = [p.grad for p in params]  # kept alive until the new ones have their addresses
     for p in params:
-        p.grad = torch.ones_like(p)
+        p.grad = torch.empty_like(p)  # not written: a GPU's gradients pass none of the host's caches
     del old
 
 
@@ -118,7 +118,7 @@ def fsdp2(optimizer: str, sizes: list[tuple[int, ...]], device: torch.device) ->
     def give() -> None:
         old = [p.grad for p in params]
         for p in params:
-            local = torch.ones_like(p.to_local())
+            local = torch.empty_like(p.to_local())
             p.grad = DTensor(local, p._spec, requires_grad=False)
         del old
 

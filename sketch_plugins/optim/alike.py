@@ -26,6 +26,7 @@ class Alike:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._check: Any = None
+        self._count = len(tensors)
         if TensorGuards is not None:
             try:
                 guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
@@ -35,4 +36,4 @@ class Alike:
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """True: these tensors look like those, one by one. False: they may or may not."""
-        return self._check is not None and bool(self._check(*tensors))
+        return self._check is not None and len(tensors) == self._count and bool(self._check(*tensors))

@@ -44,7 +44,7 @@ class RememberedGroup:
         everything, parts = parts, [part for part in parts if part.numel()]
         self.options, self.backend = found[0].options, found[0].backend
         self.tasks, self.aligned = [one.task for one in found], not all(one.task.fits(1) for one in found)
-        self.owners, self.types = list(map(id, owners)), list(map(type, owners))
+        self.owners = list(map(id, owners))
         # For each part which parameter it belongs to, and the names of its tensors in that parameter's state.
         numbers = {id(owner): i for i, owner in enumerate(owners)}
         self.where = [numbers[id(part.owner)] for part in parts]
@@ -68,7 +68,7 @@ class RememberedGroup:
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
         """Note how the parts look."""
         tensors = [part.data for part in parts]
-        self.places, self.parts = list(map(ADDRESS, tensors)), _facts(tensors)
+        self.places, self.parts, self.kinds = list(map(ADDRESS, tensors)), _facts(tensors), list(map(type, tensors))
         self.gradients = [
             (shape, one.gradient, cpu, True, False) for (shape, _, cpu, _), one in zip(self.parts, found, strict=True)
         ]
@@ -78,10 +78,10 @@ class RememberedGroup:
         return self._same(given, grads)
 
     def _same(self, parts: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
-        if set(map(type, grads)) != {Tensor}:
-            return None
         try:
             if self._alike is None or not self._alike.holds([*parts, *grads]):
+                if set(map(type, grads)) != {Tensor} or list(map(type, parts)) != self.kinds:
+                    return None
                 facts = [(g.shape, g.dtype, g.is_cpu, g.is_contiguous(), g.is_neg()) for g in grads]
                 if facts != self.gradients or _facts(parts) != self.parts:
                     return None
@@ -115,12 +115,7 @@ class RememberedGroup:
             state: parameter -> state.
             pieces: memory that counters may lie in.
         """
-        if (
-            options is not self.options
-            or self.gone
-            or list(map(id, given)) != self.owners
-            or list(map(type, given)) != self.types
-        ):
+        if options is not self.options or self.gone or list(map(id, given)) != self.owners:
             return False
         found = self._gradients(given, grads)
         if found is None:
@@ -129,7 +124,7 @@ class RememberedGroup:
         if 0 in places or (self.aligned and any([place & 15 for place in places])):
             return False
         try:
-            states = [state[owner] for owner in given]
+            states = list(map(state.__getitem__, given))
             tensors, counters = self._tensors(states)
             idle = [states[i]["step"] for i in self.empty]
             if not all(map(_is_counter, idle)) or list(map(id, [*tensors, *counters])) != self.tensors:
@@ -181,9 +176,11 @@ class RememberedShards(RememberedGroup):
 
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
         super()._look(owners, parts, found)
-        self.layouts = local_shards(owners)[1]
+        self.layouts, self.types = local_shards(owners)[1], list(map(type, owners))
 
     def _gradients(self, given: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
+        if list(map(type, given)) != self.types:
+            return None
         shards, layouts = local_shards(given)
         if list(map(id, layouts)) != list(map(id, self.layouts)):  # they are kept: an identity is theirs
             return None
@@ -202,7 +199,7 @@ class RememberedPieces(RememberedGroup):
     """Flat partitions: each is one tensor, its parts lie at fixed distances in it, and so do their gradients."""
 
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
-        self.parts, self.places = _facts(owners), list(map(ADDRESS, owners))
+        self.parts, self.places, self.kinds = _facts(owners), list(map(ADDRESS, owners)), list(map(type, owners))
         dtypes = {i: one.gradient for i, one in zip(self.where, found, strict=True)}
         self.gradients = [(shape, dtypes[i], cpu, True, False) for i, (shape, _, cpu, _) in enumerate(self.parts)]
         self.offsets = [
