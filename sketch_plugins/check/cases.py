@@ -44,6 +44,8 @@ ADAM: list[dict[str, Any]] = [
     {"second_moment": "row_count_min", "compression": 0.2},
     {"first_moment": "count_sketch", "allow_dense_count_sketch": True, "depth": 3, "compression": 0.2},
     {"first_moment": "count_sketch", "allow_dense_count_sketch": True, "depth": 2, "second_moment": "dense"},
+    {"second_moment": "log8"},
+    {"second_moment": "log8", "first_moment": "none", "block_size": 64, "update_clip": 0.3},
     {"table_dtype": "bf16"},
     {"table_dtype": "bf16", "width": 1, "preset": "lean"},
     {"table_dtype": "bf16", "depth": 2, "hash": "affine", "bucket": "sum", "first_moment": "none"},

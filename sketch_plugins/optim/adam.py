@@ -75,8 +75,9 @@ class CSAdam(SketchOptimizer):
 
     State bytes a parameter of an R x D matrix (float32 arithmetic; exact counts: `sketch_plugins.state_report`):
     ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / min(block_size, D)``, count_sketch ``4 * depth * compression``,
-    none 0; ``second_moment`` dense 4, count_min ``4 * depth * compression``, row_count_min ``4 / D`` more, cover
-    ``4 * (sum of the dimensions) / (their product)``. With ``table_dtype="bf16"`` a sketch's 4 are 2.
+    none 0; ``second_moment`` dense 4, log8 ``1 + 2 / min(block_size, D)``, count_min ``4 * depth * compression``,
+    row_count_min ``4 / D`` more, cover ``4 * (sum of the dimensions) / (their product)``. With ``table_dtype="bf16"`` a
+    sketch's 4 are 2.
 
     Presets (any option given explicitly wins over the preset):
 
@@ -113,7 +114,8 @@ class CSAdam(SketchOptimizer):
         preset: see above.
         first_moment: ``"int8"``, ``"fp32"``, ``"bf16"``, ``"count_sketch"`` or ``"none"``.
         second_moment: ``"count_min"``, ``"row_count_min"``, ``"cover"`` (SM3-II's maxima over the slices of each axis,
-            as an average; see `SM3`) or ``"dense"``. The options of a sketch mean nothing to the last two.
+            as an average; see `SM3`), ``"log8"`` (8 bits for each number, within a sixteenth of it; see
+            `sketch_plugins.stores.Log8`) or ``"dense"``. The options of a sketch mean nothing to the last three.
         compression: fraction of the rows kept as buckets in each of the ``depth`` tables, in (0, 1]. 1.0 gives every
             row its own bucket: the dense method.
         width: number of buckets, instead of ``compression``; more than R is R.
@@ -134,7 +136,8 @@ class CSAdam(SketchOptimizer):
         bucket: ``"mean"`` or ``"sum"`` of the rows of a bucket, for dense gradients.
         clean_every: every so many steps ...
         clean_factor: ... the sketched second moment is multiplied by this, before the update.
-        block_size: columns that share one scale of the int8 first moment; costs ``4 / block_size`` bytes a parameter.
+        block_size: columns that share one scale of the int8 first moment, which costs ``4 / block_size`` bytes a
+            parameter, or one exponent of the log8 second moment (``2 / block_size``).
         first_moment_rounding: ``"nearest"`` or ``"stochastic"``, for int8.
         min_compress_size: smaller tensors are exact.
         row_sparse: False, True or ``"auto"``. The last two learn much more slowly where most rows are rare: 60 steps of

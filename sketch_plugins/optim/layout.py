@@ -16,7 +16,7 @@ from sketch_plugins.sharding.blocks import is_batch, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import PLACE, is_ours
-from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Int8, RowCountMin, Store
+from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Int8, Log8, RowCountMin, Store
 
 
 class StateLayout(Groups):
@@ -57,7 +57,9 @@ class StateLayout(Groups):
                 group.get("first_moment_rounding", "nearest") == "stochastic",
                 sketch,
             ),
-            _second_store(second_moment, exact, group.get("bucket", "mean"), sketch, cover),
+            _second_store(
+                second_moment, exact, group.get("bucket", "mean"), sketch, cover, group.get("block_size", 128)
+            ),
         )
 
     def batch_axes(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> int:
@@ -181,11 +183,14 @@ def _second_store(
     bucket: str,
     sketch: _SketchOptions,
     cover: tuple[tuple[int, ...], str],
+    block_size: int,
 ) -> Store | None:
     if kind == "none":
         return None
     if exact or kind == "dense":
         return Dense(order=2)
+    if kind == "log8":
+        return Log8(block_size=block_size, seed=sketch[4])
     if kind == "cover":
         return Cover(dims=cover[0], variant=cover[1])
     store = RowCountMin if kind == "row_count_min" else CountMin

@@ -316,7 +316,7 @@ COMMON = _table(
 )
 
 FIRST_MOMENTS = ("int8", "fp32", "bf16", "count_sketch", "none")
-SECOND_MOMENTS = ("count_min", "row_count_min", "cover", "dense")
+SECOND_MOMENTS = ("count_min", "row_count_min", "cover", "log8", "dense")
 
 FIRST_MOMENT = _table(
     Option(
@@ -335,7 +335,7 @@ FIRST_MOMENT = _table(
     Option(
         "block_size",
         int,
-        "columns that share a scale in int8 state (default 128)",
+        "columns that share a scale in int8 state, or an exponent in log8 (default 128)",
         allowed="an integer >= 1",
         check=lambda v: v >= 1,
         structural=True,

@@ -10,7 +10,7 @@ from sketch_plugins.checkpoints.recut import Held, recut
 from sketch_plugins.linalg.kronecker import Kronecker, cut, solve
 from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
-from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, RowCountMin
+from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, Log8, RowCountMin
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 31), (31, 1), (31, 33), (1025, 3), (5, 1025), (12, 4, 5), (40,), ()]
@@ -18,6 +18,7 @@ STORES = {
     "fp32": ("first_moment", Dense(1)),
     "bf16": ("first_moment", Dense(1, bf16=True)),
     "int8": ("first_moment", Int8(block_size=8)),
+    "log8": ("second_moment", Log8(block_size=8)),
     "count_sketch": ("first_moment", CountSketch(compression=0.2, depth=3)),
     "dense": ("second_moment", Dense(2)),
     "count_min": ("second_moment", CountMin(compression=0.2)),

@@ -52,6 +52,7 @@ CASES = {
     "rmsprop_fp16": (CSAdam, {"first_moment": "none"}, torch.float16, MATRIX, False),
     "adam_dense_moment": (CSAdam, {"first_moment": "bf16"}, torch.float32, MATRIX, False),
     "exact": (CSAdam, {"preset": "exact"}, torch.float32, (768,), False),
+    "adam_log8": (CSAdam, {"second_moment": "log8"}, torch.float32, MATRIX, False),
     "adam_cover": (CSAdam, {"second_moment": "cover"}, torch.float32, MATRIX, False),
     "adam_deep": (CSAdam, {"depth": 3, "hash": "affine", "first_moment": "none"}, torch.float32, MATRIX, False),
     "adam_rows": (CSAdam, {"second_moment": "row_count_min", "first_moment": "none"}, torch.float32, MATRIX, False),

@@ -16,8 +16,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 REGISTERS = {"sm_80": 128, "sm_90": 128, "gfx942": 128}
 # Rows of a multiple of 16 numbers: the main path.
 WIDE = {
-    "adam", "adam_bf16", "lean", "adam_dense_moment", "exact", "adam_cover", "momentum", "lion", "sm3", "sm3_lean",
-    "sm3_one", "bf16_tables", "lean_lagged", "lean_lagged_bf16", "adam_lagged", "sm3_lagged",
+    "adam", "adam_bf16", "lean", "adam_dense_moment", "exact", "adam_cover", "adam_log8", "momentum", "lion", "sm3",
+    "sm3_lean", "sm3_one", "bf16_tables", "lean_lagged", "lean_lagged_bf16", "adam_lagged", "sm3_lagged",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sketch_plugins.sharding.blocks import Matrix, Rows, Tile, matrix_shape
-from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, RowCountMin
+from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, Log8, RowCountMin
 from sketch_plugins.stores.base import Estimates
 
 SHAPES = [(1, 1), (1, 31), (31, 1), (31, 33), (1025, 3), (5, 1025)]
@@ -28,6 +28,7 @@ SECOND = {
     "count_min_sum_3": CountMin(compression=0.2, depth=3, bucket="sum"),
     "count_min_bf16": CountMin(compression=0.2, bf16=True),
     "row_count_min": RowCountMin(compression=0.2, depth=2),
+    "log8": Log8(block_size=16),
     "cover_II": "II",
     "cover_I": "I",
 }

@@ -8,7 +8,7 @@ import torch
 
 from sketch_plugins.hashing import row_hashes
 from sketch_plugins.sharding.blocks import Matrix, Rows, Tile, tiles
-from sketch_plugins.stores import CountMin, CountSketch, Dense, Ema, Gradient, Int8, RowCountMin
+from sketch_plugins.stores import CountMin, CountSketch, Dense, Ema, Gradient, Int8, Log8, RowCountMin
 
 SHAPES = [(1, 1), (1, 31), (31, 1), (33, 31), (1025, 3), (5, 1025), (64, 128)]
 STORES = {
@@ -22,6 +22,7 @@ STORES = {
     "count_min_affine": CountMin(compression=0.2, hash="affine"),
     "count_min_3": CountMin(depth=3, compression=0.2, bucket="sum"),
     "row_count_min": RowCountMin(compression=0.2),
+    "log8": Log8(block_size=16),
 }
 
 

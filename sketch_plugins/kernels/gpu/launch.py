@@ -24,7 +24,7 @@ from torch import Tensor
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.gpu import common, first, fold, norms, second, step
 from sketch_plugins.kernels.work import APPLY, FLOATS, FOLD, MEASURE, NUMBERS, Work, is_rows, misread, same_tasks
-from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8, RowCountMin
+from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8, Log8, RowCountMin
 from sketch_plugins.stores.sketch import Sketch
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -47,6 +47,9 @@ def unsupported(w: Work) -> str | None:
         )
     if not is_rows(w.p) or not is_rows(w.g):
         return "the numbers of a row of the parameter or of its gradient are not adjacent in memory"
+    blocks = {pair[0].block_size for pair in (w.first, w.second) if pair and isinstance(pair[0], Int8 | Log8)}
+    if len(blocks) > 1:
+        return "the Triton kernels take blocks of one size"
     if w.after and w.first and isinstance(w.first[0], CountSketch):
         # It is written with the gradient itself, before anything is divided.
         return "the Triton kernels do not keep a first moment of what was divided by the denominator in a count-sketch"
@@ -349,8 +352,9 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
         w = _flat(w)
         state1, state2 = (w.first[1] if w.first else {}), (w.second[1] if w.second else {})
     r, d = w.p.shape
-    if isinstance(store1, Int8):
-        block = min(store1.block_size, d)
+    blocked = next((store for store in (store1, store2) if isinstance(store, Int8 | Log8)), None)
+    if blocked is not None:
+        block = min(blocked.block_size, d)
     else:
         block = FLAT if flat else min(COLUMNS, triton.next_power_of_2(d))
     n = triton.next_power_of_2(block)
@@ -397,7 +401,7 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
 
 
 _FIRST = {type(None): first.none, Dense: first.dense, Int8: first.int8, CountSketch: first.count_sketch}
-_SECOND = {Dense: second.dense, CountMin: second.count_min, RowCountMin: second.row_count_min}
+_SECOND = {Dense: second.dense, Log8: second.log8, CountMin: second.count_min, RowCountMin: second.row_count_min}
 
 
 def _second(store: Any) -> Any:

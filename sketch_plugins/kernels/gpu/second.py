@@ -16,16 +16,23 @@ from sketch_plugins.kernels.gpu.common import (
     RANGE,
     SECOND_A,
     SECOND_B,
+    TABLE2,
+    TILES,
     WIDTH,
     address,
     buckets_of,
     extent,
+    noise,
 )
+from sketch_plugins.stores import log8 as definition
+
+# Bits that are cut off, and a mask of them.
+CUT, LOWER = tl.constexpr(definition.CUT), tl.constexpr((1 << definition.CUT) - 1)
 
 
 @triton.jit
 def dense(
-    t, s, square, rows, place, exists, cols, mask,
+    t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One float32 for each element."""
@@ -39,8 +46,33 @@ def dense(
 
 
 @triton.jit
+def log8(
+    t, s, square, rows, place, exists, cols, mask, tile,
+    STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Upper bits of a float32 and one exponent for each block of a row; a tile's columns are one block."""
+    columns = extent(t, COLUMNS, ALIGN)
+    index = rows[:, None] * columns + cols[None, :]
+    codes = address(t, SECOND_A, tl.uint8, ALIGN) + index
+    tops = tl.load(t + SECOND_B).to(tl.pointer_type(tl.int16)) + rows * tl.load(t + TILES) + tile
+    code = tl.load(codes, mask=mask, other=0).to(tl.int32)
+    top = tl.load(tops, mask=exists, other=0).to(tl.int32)
+    v = tl.where(code == 0, 0, (code + top[:, None] - 255) << CUT).to(tl.float32, bitcast=True)
+    v = tl.load(s + DECAY2) * v + tl.load(s + GAIN2) * square
+    if STORE:
+        bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign
+        random = (noise(t, s, index, TABLE2) & LOWER).to(tl.int32)
+        k = tl.where(mask, (bits + tl.where(bits < 0x7F800000, random, 0)) >> CUT, 0)
+        top = tl.max(k, 1)
+        code = tl.where(k == 0, 0, tl.maximum(k - top[:, None] + 255, 1))
+        tl.store(codes, code.to(tl.uint8), mask=mask)
+        tl.store(tops, top.to(tl.int16), mask=exists)
+    return v
+
+
+@triton.jit
 def count_min(
-    t, s, square, rows, place, exists, cols, mask,
+    t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The minimum over the tables, which `fold` has written before."""
@@ -61,12 +93,12 @@ def count_min(
 
 @triton.jit
 def row_count_min(
-    t, s, square, rows, place, exists, cols, mask,
+    t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The profile's minimum times the row's exact scale."""
     scale = tl.load(tl.load(t + SECOND_B).to(tl.pointer_type(tl.float32)) + rows, mask=exists, other=0.0)
-    v = count_min(t, s, square, rows, place, exists, cols, mask, STORE, S_TYPE, MODE, DEPTH, ALIGN)
+    v = count_min(t, s, square, rows, place, exists, cols, mask, tile, STORE, S_TYPE, MODE, DEPTH, ALIGN)
     return v * scale[:, None]
 
 
@@ -100,7 +132,7 @@ def _collect(t, values, place, exists, cols, mask, DEPTH: tl.constexpr):
 
 @triton.jit
 def cover_estimate(
-    t, s, square, rows, place, exists, cols, mask,
+    t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The minimum over ``DEPTH`` axes, rows the first; of touched rows the row's cover. All that SM3-I reads."""
@@ -119,11 +151,11 @@ def cover_estimate(
 
 @triton.jit
 def cover(
-    t, s, square, rows, place, exists, cols, mask,
+    t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """SM3-II: from the old covers and the gradient; the new maxima go to buffers."""
-    least = cover_estimate(t, s, square, rows, place, exists, cols, mask, STORE, S_TYPE, MODE, DEPTH, ALIGN)
+    least = cover_estimate(t, s, square, rows, place, exists, cols, mask, tile, STORE, S_TYPE, MODE, DEPTH, ALIGN)
     nu = tl.load(s + DECAY2) * least + tl.load(s + GAIN2) * square
     if STORE:
         _collect(t, nu, place, exists, cols, mask, DEPTH)
@@ -132,7 +164,7 @@ def cover(
 
 @triton.jit
 def cover_maxima(
-    t, s, square, rows, place, exists, cols, mask,
+    t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """SM3-I, the sweep before: the maxima of g * g alone."""

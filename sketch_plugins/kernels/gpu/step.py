@@ -129,7 +129,7 @@ def tiles(
     f = _rate(s, STEP, PHASE)
     if SECOND is not None:
         STORE: tl.constexpr = (FOLD & PHASE) != 0
-        v = SECOND(t, s, x * x, rows, place, exists, cols, mask, STORE, S_TYPE, MODE, DEPTH2, ALIGN)
+        v = SECOND(t, s, x * x, rows, place, exists, cols, mask, tile, STORE, S_TYPE, MODE, DEPTH2, ALIGN)
         if AFTER:
             x = x * factor(v, s, _rate(s, INNER, PHASE))
         else:

@@ -1,0 +1,134 @@
+"""Second moments in 8 bits: the leading bits of a float32, with one exponent for each block of a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import scratch
+from sketch_plugins.hashing import TABLE2, random32
+from sketch_plugins.sharding.blocks import At, Rows
+from sketch_plugins.stores.base import Ema, Gradient, State, Store, blend, given
+
+# Bits of a float32 that are cut off: 4 of its 23 bits of mantissa stay, a step of 1/16 to 1/32 of the number.
+CUT = 19
+
+
+@dataclass(frozen=True)
+class Log8(Store):
+    r"""Logarithmically spaced second moment: 1.016 bytes a parameter, each within a sixteenth.
+
+    A number v > 0 of float32 has the bits :math:`b`, which grow as its logarithm does. Of them the upper ones are
+    kept, :math:`k = \lfloor b / 2^{19} \rfloor`: sixteen numbers in each octave. A block of ``block_size`` consecutive
+    columns of a row keeps its largest k, and each of its elements a code c of 8 bits with :math:`k = top - 255 + c`;
+    0 stands for v = 0. Codes reach 16 octaves below the largest number of the block (1/65,000 of it, 1/256 of its
+    root). What is smaller takes code 1: it is then read as too large, which makes a step smaller, never larger.
+
+    A step of an average with ``decay = 0.999`` is smaller than the distance between codes. Numbers are therefore
+    rounded up or down by chance, so that the expectation is the number: 19 random bits are added before the lower ones
+    are cut off. The noise is a function of (seed, step, element). k does not depend on the block's largest number, so
+    a block whose largest number changes leaves the others where they are.
+
+    Args:
+        block_size: columns of a block, >= 1.
+        seed: of the noise.
+    """
+
+    order: int = 2
+    block_size: int = 128
+    seed: int = 0
+
+    @property
+    def align(self) -> int:  # type: ignore[override]
+        """Tiles hold whole blocks."""
+        return self.block_size
+
+    def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Codes of the parameter's shape, and the largest k of each block."""
+        rows, columns = shape
+        return {"codes": (shape, torch.uint8), "tops": ((rows, -(-columns // self.block_size)), torch.int16)}
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """``(..., blocks, columns of a block)``; tiles hold whole blocks or one shorter block, see ``align``."""
+        return tensor.unflatten(-1, (-1, min(self.block_size, tensor.shape[-1])))
+
+    def unview(self, tensor: Tensor) -> Tensor:
+        """The tile with its columns in one dimension again."""
+        return tensor.flatten(-2)
+
+    def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
+        """Decoded values (a copy, until the next read)."""
+        whole = at.lo + (at.hi - at.lo) // self.block_size * self.block_size
+        if at.lo < whole < at.hi:  # not a tile of a step: its last block is shorter
+            parts = [replace(at, lo=lo, hi=hi) for lo, hi in ((at.lo, whole), (whole, at.hi))]
+            return torch.cat([self.read(state, part, dtype).clone() for part in parts], -1)
+        return self.unview(self._decode(self.slices(state, at, 0), dtype))
+
+    def slices(self, state: State, at: At, step: int) -> State:
+        """Codes in blocks, the blocks' largest k, and what is added before bits are cut off."""
+        out = {"codes": self.view(at.get(state["codes"])), "tops": at.get(state["tops"], *self._blocks(at))}
+        if step:
+            out["noise"] = self.view(self._noise(at, state["codes"], step))
+        return out
+
+    def _noise(self, at: At, codes: Tensor, step: int) -> Tensor:
+        """19 random bits for each element. They are made of int64, so of a few rows at a time."""
+        columns, device = codes.shape[1], codes.device
+        out = scratch.empty("noise of codes", at.shape, torch.int32, device)
+        first = at.from_rows(at.index(device).unsqueeze(-1) * columns).reshape(-1, 1)
+        own, flat = torch.arange(at.lo, at.hi, device=device), out.view(-1, at.hi - at.lo)
+        each = max(1, (1 << (14 if device.type == "cpu" else 20)) // max(1, at.hi - at.lo))
+        for lo in range(0, len(flat), each):
+            part = random32(first[lo : lo + each] + own, self.seed ^ TABLE2, step)
+            flat[lo : lo + each] = part.bitwise_and_((1 << CUT) - 1)
+        return out
+
+    def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
+        """Decode, blend, encode; the estimate is the one before rounding."""
+        est = blend(self._decode(slices, g.dtype), g, ema, self.order)
+        number = scratch.cast("number", est, torch.float32)
+        bits = number.view(torch.int32).bitwise_and_(0x7FFFFFFF)  # a NaN may have a sign
+        noise = slices.get("noise")
+        if noise is None:  # to nearest
+            noise = torch.full((), 1 << (CUT - 1), dtype=torch.int32, device=g.device)
+        # An infinity or a NaN stays one.
+        added = torch.where(bits < 0x7F800000, noise, 0)
+        k = bits.add_(added).bitwise_right_shift_(CUT)
+        tops = k.amax(-1)
+        codes = (k - tops.unsqueeze(-1)).add_(255).clamp_(min=1)
+        slices["codes"].copy_(codes.masked_fill_(k == 0, 0))
+        slices["tops"].copy_(tops)
+        return est
+
+    def keep(self, state: State, at: At, slices: State) -> None:
+        """Write slices that were copies back."""
+        if isinstance(at, Rows):
+            at.put(state["codes"], slices["codes"].flatten(-2))
+            at.put(state["tops"], slices["tops"], *self._blocks(at))
+
+    def assign(self, state: State, values: Tensor | Gradient) -> None:
+        """Encode, to nearest."""
+        values = given(values, self.order)
+        for at in values.batches(align=self.align):
+            slices = self.slices(state, at, 0)
+            root = torch.sqrt(self.view(values.get(at)))  # what is blended is a gradient, whose square is averaged
+            self.blend(slices, root, Ema(0.0, 1.0))
+            self.keep(state, at, slices)
+
+    def fill(self, state: State, value: float) -> None:
+        """Every number, to nearest."""
+        number = torch.tensor(value, dtype=torch.float32)
+        k = (int(number.view(torch.int32)) + (1 << (CUT - 1))) >> CUT
+        state["tops"].fill_(k)
+        state["codes"].fill_(255 if k else 0)
+
+    def _decode(self, slices: State, dtype: torch.dtype) -> Tensor:
+        codes = slices["codes"]
+        k = codes.to(torch.int32).add_(slices["tops"].to(torch.int32).unsqueeze(-1)).sub_(255)
+        number = k.bitwise_left_shift_(CUT).masked_fill_(codes == 0, 0).view(torch.float32)
+        return scratch.cast("decoded second", number, dtype)
+
+    def _blocks(self, at: At) -> tuple[int, int]:
+        return at.lo // self.block_size, -(-at.hi // self.block_size)
