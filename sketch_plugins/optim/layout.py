@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from sketch_plugins.sharding.blocks import is_batch, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import PLACE, is_ours
-from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Int8, Log8, RowCountMin, Store
+from sketch_plugins.stores import Store
+from sketch_plugins.stores.kinds import SHAPED, StoreOptions, store_of
 
 
 class StateLayout(Groups):
@@ -34,33 +34,28 @@ class StateLayout(Groups):
         """(first, second) moment stores of a parameter, or of a part of one."""
         exact, batch = is_exact(p, group), self._batch(p, group)
         matrix = matrix_shape(p.shape, batch)
+        first, second = group.get("first_moment", "none"), group.get("second_moment", "none")
+        if exact:
+            first, second = ("fp32" if first != "none" else first), ("dense" if second != "none" else second)
+        # One column: code and scale of a block of one element would take more than the number itself.
+        elif first == "int8" and matrix[1] == 1:
+            first = "fp32"
         # An optimizer that offers no sketch has no options for one.
-        sketch = (
-            group.get("compression", 1.0),
-            group.get("width", 0),
-            group.get("depth", 1),
-            group.get("hash", "strided"),
-            group["seed"],
-            group.get("table_dtype", "fp32") == "bf16",
-            max(1, math.prod(p.shape[:batch])),  # a shard may have none of the matrices
+        options = StoreOptions(
+            compression=group.get("compression", 1.0),
+            width=group.get("width", 0),
+            depth=group.get("depth", 1),
+            hash=group.get("hash", "strided"),
+            bucket=group.get("bucket", "mean"),
+            bf16=group.get("table_dtype", "fp32") == "bf16",
+            matrices=max(1, math.prod(p.shape[:batch])),  # a shard may have none of the matrices
+            seed=group["seed"],
+            block_size=group.get("block_size", 128),
+            stochastic=group.get("first_moment_rounding", "nearest") == "stochastic",
+            variant=group.get("variant", "II"),
         )
-        second_moment = group.get("second_moment", "none")
-        # Only what a store depends on: other stores are the same object for every shape.
-        dims = matrix if batch else tuple(p.shape)
-        cover = (dims, group.get("variant", "II")) if second_moment == "cover" and not exact else ((), "II")
-        return (
-            _first_store(
-                group.get("first_moment", "none"),
-                exact,
-                matrix[1],
-                group.get("block_size", 128),
-                group.get("first_moment_rounding", "nearest") == "stochastic",
-                sketch,
-            ),
-            _second_store(
-                second_moment, exact, group.get("bucket", "mean"), sketch, cover, group.get("block_size", 128)
-            ),
-        )
+        shaped = options._replace(dims=matrix if batch else tuple(p.shape)) if second in SHAPED else options
+        return store_of(1, first, options), store_of(2, second, shaped)
 
     def batch_axes(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> int:
         """How many of the first axes of a parameter of this shape are a batch of matrices: see ``batch_dims``.
@@ -151,54 +146,6 @@ class StateLayout(Groups):
                 if part.piece is not None and part.key is not None:
                     number = min(self._parts.group_of(part.piece), len(self.param_groups) - 1)
                     yield number, self.param_groups[number], part, self._state_of(part)
-
-
-# compression, width, depth, hash, seed, whether tables are bfloat16, and how many matrices have buckets of their own
-_SketchOptions = tuple[float, int, int, str, int, bool, int]
-
-
-@lru_cache(maxsize=1024)
-def _first_store(
-    kind: str, exact: bool, columns: int, block_size: int, stochastic: bool, sketch: _SketchOptions
-) -> Store | None:
-    compression, width, depth, hash, seed, bf16, matrices = sketch
-    if kind == "none":
-        return None
-    # One column: code and scale of a block of one element would take more than the number itself.
-    if exact or kind == "fp32" or (kind == "int8" and columns == 1):
-        return Dense(order=1)
-    if kind == "int8":
-        return Int8(block_size=block_size, stochastic=stochastic, seed=seed)
-    if kind == "bf16":
-        return Dense(order=1, bf16=True)
-    return CountSketch(
-        compression=compression, width=width, depth=depth, hash=hash, seed=seed, bf16=bf16, matrices=matrices
-    )
-
-
-@lru_cache(maxsize=1024)
-def _second_store(
-    kind: str,
-    exact: bool,
-    bucket: str,
-    sketch: _SketchOptions,
-    cover: tuple[tuple[int, ...], str],
-    block_size: int,
-) -> Store | None:
-    if kind == "none":
-        return None
-    if exact or kind == "dense":
-        return Dense(order=2)
-    if kind == "log8":
-        return Log8(block_size=block_size, seed=sketch[4])
-    if kind == "cover":
-        return Cover(dims=cover[0], variant=cover[1])
-    store = RowCountMin if kind == "row_count_min" else CountMin
-    compression, width, depth, hash, seed, bf16, matrices = sketch
-    return store(
-        compression=compression, width=width, depth=depth, hash=hash, bucket=bucket, seed=seed, bf16=bf16,
-        matrices=matrices,
-    )  # fmt: skip
 
 
 def arithmetic(p: Shaped) -> torch.dtype:

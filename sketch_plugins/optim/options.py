@@ -17,6 +17,7 @@ import torch
 
 from sketch_plugins.hashing import HASHES
 from sketch_plugins.optim.checks import has_numbers
+from sketch_plugins.stores.kinds import FIRST_MOMENTS, SECOND_MOMENTS
 from sketch_plugins.stores.sketch import BUCKETS, TABLE_DTYPES
 
 
@@ -315,15 +316,12 @@ COMMON = _table(
     ),
 )
 
-FIRST_MOMENTS = ("int8", "fp32", "bf16", "count_sketch", "none")
-SECOND_MOMENTS = ("count_min", "row_count_min", "cover", "log8", "dense")
-
 FIRST_MOMENT = _table(
     Option(
         "first_moment",
         str,
         "store of the first moment (default 'int8')",
-        choices=FIRST_MOMENTS,
+        choices=tuple(FIRST_MOMENTS),
         structural=True,
     ),
     Option(
@@ -352,7 +350,7 @@ SECOND_MOMENT = _table(
         "second_moment",
         str,
         "store of the second moment (default 'count_min')",
-        choices=SECOND_MOMENTS,
+        choices=tuple(kind for kind in SECOND_MOMENTS if kind != "none"),
         structural=True,
     ),
     Option(

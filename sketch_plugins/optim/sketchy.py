@@ -22,7 +22,6 @@ from sketch_plugins.optim.options import (
     COMMON,
     DECOUPLES,
     FIRST_MOMENT,
-    FIRST_MOMENTS,
     TORCHS,
     NoEffect,
     Option,
@@ -36,6 +35,7 @@ from sketch_plugins.sharding.blocks import Matrix, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.stores import Ema, Gradient, Store
+from sketch_plugins.stores.kinds import FIRST_MOMENTS
 from sketch_plugins.stores.sketch import BUCKETS
 
 # Graft -> how its second moment is kept.

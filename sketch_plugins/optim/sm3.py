@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sketch_plugins.optim.adam import _SHARED
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.options import COMMON, DECOUPLES, FIRST_MOMENT, FIRST_MOMENTS, TORCHS, NoEffect, Option, rate
+from sketch_plugins.optim.options import COMMON, DECOUPLES, FIRST_MOMENT, TORCHS, NoEffect, Option, rate
 from sketch_plugins.optim.rule import Denominator, Rule
 from sketch_plugins.stores import Ema
 from sketch_plugins.stores.cover import VARIANTS
+from sketch_plugins.stores.kinds import FIRST_MOMENTS
 
 _NO_SKETCH = ("compression", "width", "depth", "hash", "batch_dims", "table_dtype")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -274,7 +274,7 @@ class StateDicts(StateLayout):
                 layout = store.layout(self._matrix_shape(p, group), dtype)
                 _check_tensors(saved.get(name), layout, f"the {which} {name}", label)
                 if which == "saved":
-                    _check_numbers(p, saved[name], name, label)
+                    _check_numbers(p, saved[name], name, label, store.why_impossible)
         for name, part in further.items():
             _check_tensors(saved.get(name), part.layout(dtype), f"the {which} {name}", label)
             if which == "saved":
@@ -297,7 +297,13 @@ def _check_tensors(have: Any, layout: Layout, what: str, label: str) -> None:
             )
 
 
-def _check_numbers(p: Part, have: Mapping[str, Tensor], name: str, label: str) -> None:
+def _check_numbers(
+    p: Part,
+    have: Mapping[str, Tensor],
+    name: str,
+    label: str,
+    why_else: Callable[[str, Tensor], str | None] = lambda key, tensor: None,
+) -> None:
     """Raise ValueError where a saved tensor cannot be copied, or holds numbers that no step leaves behind."""
     for key, tensor in have.items():
         why = why_not_plain(tensor)
@@ -308,7 +314,15 @@ def _check_numbers(p: Part, have: Mapping[str, Tensor], name: str, label: str) -
             raise ValueError(
                 f"the saved {name} of {label} has {key!r} {why}; expected a plain tensor: strided, and with its numbers"
             )
-        if not tensor.is_floating_point() or not has_numbers(tensor):
+        if not has_numbers(tensor):
+            continue
+        odd = why_else(key, tensor)
+        if odd is not None:
+            raise ValueError(
+                f"the saved {name} of {label} has {key!r} with numbers that are not allowed: {odd}. No step leaves it "
+                "behind: the checkpoint is damaged, take another one"
+            )
+        if not tensor.is_floating_point():
             continue
         squares = name in ("second_moment", "rms")
         # Squares of large gradients overflow, and such a run goes on. What they are multiplied by may not be infinite:

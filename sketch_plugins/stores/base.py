@@ -197,6 +197,8 @@ class Store:
         by_bucket: rows of one bucket have the same estimate.
         order: 1: the store accumulates x = g; 2: x = g * g.
         align: column tiles start on multiples of this.
+        block_size: columns of a block; 0: the store has no blocks.
+        kernel: name of the function in `kernels/gpu` (first.py or second.py) that keeps it in a step; empty: none.
     """
 
     shared = False
@@ -204,6 +206,12 @@ class Store:
     by_bucket = False
     order = 1
     align = 1
+    block_size = 0
+    kernel = ""
+
+    def why_impossible(self, name: str, tensor: Tensor) -> str | None:
+        """What is wrong with a saved tensor beyond shape, dtype and numbers that are not finite; None: nothing."""
+        return None
 
     def allocate(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         """Zeroed state tensors for an ``(R, D)`` parameter; ``dtype`` is the arithmetic dtype."""

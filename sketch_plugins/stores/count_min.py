@@ -28,6 +28,8 @@ class CountMin(Sketch):
 
     by_bucket = True
 
+    kernel = "count_min"
+
     order: int = 2
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:

@@ -25,6 +25,8 @@ class CountSketch(Sketch):
     gradients.
     """
 
+    kernel = "count_sketch"
+
     order: int = 1
     bucket: str = "sum"
 

@@ -54,6 +54,11 @@ class Cover(Store):
     variant: str = "II"
 
     @property
+    def kernel(self) -> str:  # type: ignore[override]
+        """That of II finds the new covers, too; that of I reads them."""
+        return "cover" if self.variant == "II" else "cover_estimate"
+
+    @property
     def write_first(self) -> bool:  # type: ignore[override]
         """I reads the new covers; II the old ones, together with the gradient."""
         return self.variant == "I"

@@ -20,6 +20,8 @@ class Dense(Store):
     ``decay = 0.999``, whose steps are below half a unit in the last place; second moments are therefore float32.
     """
 
+    kernel = "dense"
+
     order: int = 1
     bf16: bool = False
 

@@ -36,6 +36,8 @@ class Log8(Store):
         seed: of the noise.
     """
 
+    kernel = "log8"
+
     order: int = 2
     block_size: int = 128
     seed: int = 0
@@ -49,6 +51,13 @@ class Log8(Store):
         """Codes of the parameter's shape, and the largest k of each block."""
         rows, columns = shape
         return {"codes": (shape, torch.uint8), "tops": ((rows, -(-columns // self.block_size)), torch.int16)}
+
+    def why_impossible(self, name: str, tensor: Tensor) -> str | None:
+        """An exponent that no float32 has."""
+        if name != "tops" or not tensor.numel():
+            return None
+        low, high = (int(number) for number in torch.aminmax(tensor))
+        return None if 0 <= low and high < 1 << (31 - CUT) else f"{low if low < 0 else high}"
 
     def view(self, tensor: Tensor) -> Tensor:
         """``(..., blocks, columns of a block)``; tiles hold whole blocks or one shorter block, see ``align``."""

@@ -29,6 +29,8 @@ class Int8(Store):
         seed: seed of that noise.
     """
 
+    kernel = "int8"
+
     order: int = 1
     block_size: int = 128
     stochastic: bool = False

@@ -34,6 +34,7 @@ class RowCountMin(CountMin):
     """
 
     by_bucket = False
+    kernel = "row_count_min"
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The profiles and the rows' scales."""

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_round_trips(name, make_args, tmp_path):
     ):
         assert other.optim is OptimizerNames(name)
         assert (other.optim_args, other.optim_target_modules) == ("min_compress_size=99", ["mlp"])
-    assert f"'{name}'" in repr(args) or f"OptimizerNames.{name.upper()}" in repr(args)
+    # 'cs_adam', OptimizerNames.CS_ADAM or cs_adam, as transformers and Python write it.
+    assert re.search(rf"\boptim=[^,]*{name}\b", repr(args), re.IGNORECASE)
     assert args.to_sanitized_dict()["optim"] == name
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.gpu import common, first, fold, norms, second, step
 from sketch_plugins.kernels.work import APPLY, FLOATS, FOLD, MEASURE, NUMBERS, Work, is_rows, misread, same_tasks
-from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8, Log8, RowCountMin
+from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8, RowCountMin
 from sketch_plugins.stores.sketch import Sketch
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -47,8 +47,11 @@ def unsupported(w: Work) -> str | None:
         )
     if not is_rows(w.p) or not is_rows(w.g):
         return "the numbers of a row of the parameter or of its gradient are not adjacent in memory"
-    blocks = {pair[0].block_size for pair in (w.first, w.second) if pair and isinstance(pair[0], Int8 | Log8)}
-    if len(blocks) > 1:
+    stores = [pair[0] for pair in (w.first, w.second) if pair]
+    for store in stores:
+        if not store.kernel:
+            return f"the Triton kernels have none for {store}"
+    if len({store.block_size for store in stores} - {0}) > 1:
         return "the Triton kernels take blocks of one size"
     if w.after and w.first and isinstance(w.first[0], CountSketch):
         # It is written with the gradient itself, before anything is divided.
@@ -352,9 +355,9 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
         w = _flat(w)
         state1, state2 = (w.first[1] if w.first else {}), (w.second[1] if w.second else {})
     r, d = w.p.shape
-    blocked = next((store for store in (store1, store2) if isinstance(store, Int8 | Log8)), None)
-    if blocked is not None:
-        block = min(blocked.block_size, d)
+    blocks = [store.block_size for store in (store1, store2) if store and store.block_size]
+    if blocks:
+        block = min(blocks[0], d)
     else:
         block = FLAT if flat else min(COLUMNS, triton.next_power_of_2(d))
     n = triton.next_power_of_2(block)
@@ -371,8 +374,8 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
     state = [*state1.values(), *state2.values(), w.p, w.g]
     plan = _Plan(
         kernel="buckets" if owned else "tiles",
-        first=_FIRST[type(store1)],
-        second=_second(store2),
+        first=getattr(first, store1.kernel) if store1 else first.none,
+        second=getattr(second, store2.kernel) if store2 else None,
         p=w.p.dtype,
         g=w.g.dtype,
         f=_dtype(state1),
@@ -398,16 +401,6 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
         kept=w.last is not None,
     )
     return plan, w
-
-
-_FIRST = {type(None): first.none, Dense: first.dense, Int8: first.int8, CountSketch: first.count_sketch}
-_SECOND = {Dense: second.dense, Log8: second.log8, CountMin: second.count_min, RowCountMin: second.row_count_min}
-
-
-def _second(store: Any) -> Any:
-    if isinstance(store, Cover):
-        return second.cover if store.variant == "II" else second.cover_estimate
-    return store and _SECOND[type(store)]
 
 
 def _dtype(state: dict[str, Tensor]) -> torch.dtype:
