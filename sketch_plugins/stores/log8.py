@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.hashing import TABLE2, random32
-from sketch_plugins.sharding.blocks import At, Rows
-from sketch_plugins.stores.base import Ema, Gradient, State, Store, blend, given
+from sketch_plugins.sharding.blocks import At
+from sketch_plugins.stores.base import Ema, Gradient, State, blend, given
+from sketch_plugins.stores.blocked import Blocked
 
 # Bits of a float32 that are cut off: 4 of its 23 bits of mantissa stay, a step of 1/16 to 1/32 of the number.
 CUT = 19
 
 
 @dataclass(frozen=True)
-class Log8(Store):
+class Log8(Blocked):
     r"""Logarithmically spaced second moment: 1.016 bytes a parameter, each within a sixteenth.
 
     A number v > 0 of float32 has the bits :math:`b`, which grow as its logarithm does. Of them the upper ones are
@@ -37,15 +38,11 @@ class Log8(Store):
     """
 
     kernel = "log8"
+    shared_by_block = "tops"
 
     order: int = 2
     block_size: int = 128
     seed: int = 0
-
-    @property
-    def align(self) -> int:  # type: ignore[override]
-        """Tiles hold whole blocks."""
-        return self.block_size
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Codes of the parameter's shape, and the largest k of each block."""
@@ -59,25 +56,9 @@ class Log8(Store):
         low, high = (int(number) for number in torch.aminmax(tensor))
         return None if 0 <= low and high < 1 << (31 - CUT) else f"{low if low < 0 else high}"
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """``(..., blocks, columns of a block)``; tiles hold whole blocks or one shorter block, see ``align``."""
-        return tensor.unflatten(-1, (-1, min(self.block_size, tensor.shape[-1])))
-
-    def unview(self, tensor: Tensor) -> Tensor:
-        """The tile with its columns in one dimension again."""
-        return tensor.flatten(-2)
-
-    def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
-        """Decoded values (a copy, until the next read)."""
-        whole = at.lo + (at.hi - at.lo) // self.block_size * self.block_size
-        if at.lo < whole < at.hi:  # not a tile of a step: its last block is shorter
-            parts = [replace(at, lo=lo, hi=hi) for lo, hi in ((at.lo, whole), (whole, at.hi))]
-            return torch.cat([self.read(state, part, dtype).clone() for part in parts], -1)
-        return self.unview(self._decode(self.slices(state, at, 0), dtype))
-
     def slices(self, state: State, at: At, step: int) -> State:
         """Codes in blocks, the blocks' largest k, and what is added before bits are cut off."""
-        out = {"codes": self.view(at.get(state["codes"])), "tops": at.get(state["tops"], *self._blocks(at))}
+        out = super().slices(state, at, step)
         if step:
             out["noise"] = self.view(self._noise(at, state["codes"], step))
         return out
@@ -111,12 +92,6 @@ class Log8(Store):
         slices["tops"].copy_(tops)
         return est
 
-    def keep(self, state: State, at: At, slices: State) -> None:
-        """Write slices that were copies back."""
-        if isinstance(at, Rows):
-            at.put(state["codes"], slices["codes"].flatten(-2))
-            at.put(state["tops"], slices["tops"], *self._blocks(at))
-
     def assign(self, state: State, values: Tensor | Gradient) -> None:
         """Encode, to nearest."""
         values = given(values, self.order)
@@ -138,6 +113,3 @@ class Log8(Store):
         k = codes.to(torch.int32).add_(slices["tops"].to(torch.int32).unsqueeze(-1)).sub_(255)
         number = k.bitwise_left_shift_(CUT).masked_fill_(codes == 0, 0).view(torch.float32)
         return scratch.cast("decoded second", number, dtype)
-
-    def _blocks(self, at: At) -> tuple[int, int]:
-        return at.lo // self.block_size, -(-at.hi // self.block_size)

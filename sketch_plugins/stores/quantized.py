@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.hashing import uniform
-from sketch_plugins.sharding.blocks import At, Rows
-from sketch_plugins.stores.base import Ema, Gradient, State, Store, blend, given
+from sketch_plugins.sharding.blocks import At
+from sketch_plugins.stores.base import Ema, Gradient, State, blend, given
+from sketch_plugins.stores.blocked import Blocked
 
 
 @dataclass(frozen=True)
-class Int8(Store):
+class Int8(Blocked):
     """Block-quantised first moment: ``m = code * scale``, ``scale = max |m| of the block / 127``, code in [-127, 127].
 
     Blocks are ``block_size`` consecutive columns of one row (the last block of a row may be shorter), so a touched row
@@ -30,16 +31,12 @@ class Int8(Store):
     """
 
     kernel = "int8"
+    shared_by_block = "scales"
 
     order: int = 1
     block_size: int = 128
     stochastic: bool = False
     seed: int = 0
-
-    @property
-    def align(self) -> int:  # type: ignore[override]
-        """Tiles hold whole blocks."""
-        return self.block_size
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Codes of the parameter's shape, one scale for each block; a step counter where rounding is stochastic."""
@@ -50,25 +47,9 @@ class Int8(Store):
         }
         return out
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """``(..., blocks, columns of a block)``; tiles hold whole blocks or one shorter block, see ``align``."""
-        return tensor.unflatten(-1, (-1, min(self.block_size, tensor.shape[-1])))
-
-    def unview(self, tensor: Tensor) -> Tensor:
-        """The tile with its columns in one dimension again."""
-        return tensor.flatten(-2)
-
-    def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
-        """Decoded values (a copy, until the next read)."""
-        whole = at.lo + (at.hi - at.lo) // self.block_size * self.block_size
-        if at.lo < whole < at.hi:  # not a tile of a step: its last block is shorter
-            parts = [replace(at, lo=lo, hi=hi) for lo, hi in ((at.lo, whole), (whole, at.hi))]
-            return torch.cat([self.read(state, part, dtype).clone() for part in parts], -1)
-        return self.unview(self._decode(self.slices(state, at, 0), dtype))
-
     def slices(self, state: State, at: At, step: int) -> State:
         """Codes in blocks, their scales, and the noise of a stochastic rounding."""
-        out = {"codes": self.view(at.get(state["codes"])), "scales": at.get(state["scales"], *self._blocks(at))}
+        out = super().slices(state, at, step)
         if self.stochastic and step:
             columns = state["codes"].shape[1]
             index = at.from_rows(at.index(state["codes"].device).unsqueeze(-1) * columns)
@@ -91,18 +72,9 @@ class Int8(Store):
         slices["scales"].copy_(scale)
         return est
 
-    def keep(self, state: State, at: At, slices: State) -> None:
-        """Write slices that were copies back."""
-        if isinstance(at, Rows):
-            at.put(state["codes"], slices["codes"].flatten(-2))
-            at.put(state["scales"], slices["scales"], *self._blocks(at))
-
     def assign(self, state: State, values: Tensor | Gradient) -> None:
         """Encode, to nearest: a step that forgets all before it."""
         self.write(state, given(values, self.order), Ema(0.0, 1.0))
 
     def _decode(self, slices: State, dtype: torch.dtype) -> Tensor:
         return scratch.cast("decoded", slices["codes"], dtype).mul_(slices["scales"].to(dtype).unsqueeze(-1))
-
-    def _blocks(self, at: At) -> tuple[int, int]:
-        return at.lo // self.block_size, -(-at.hi // self.block_size)
