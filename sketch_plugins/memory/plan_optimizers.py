@@ -181,7 +181,7 @@ def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
     return any(
         any(group.get(name, usual) != usual for name, usual in odd.items())
         or group.get("first_moment") == "count_sketch"
-        or group.get("second_moment") == "row_count_min"
+        or group.get("second_moment") in ("row_count_min", "log8")
         for group in groups
     )
 

@@ -205,7 +205,7 @@ class SketchOptimizer(Taking):
         super().__setstate__(state)
         self.__dict__.pop("_plan", None)
         for p, own in self.state.items():
-            if isinstance(p, Tensor):  # a pickle of an older version has levels
+            if isinstance(p, Tensor) and isinstance(own, Mapping):  # a pickle of an older version has levels
                 self.state[p] = flattened(nested(own))
         for group in self.param_groups:
             if MARK not in group:  # a pickle that is older than the mark

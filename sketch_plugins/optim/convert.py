@@ -65,6 +65,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
     CSAdam      m and v; with other betas than Adam's, what averages with those would be if the gradients had been
                 alike
     CSRMSprop   v
+    CSLion      m, under its own second beta
     CSMomentum  :math:`m / (1 - \beta_1)`, which is the sum that SGD keeps
     CSAdagrad   :math:`t \hat v`, which is the sum of squares
     SM3         the same, or v if ``betas[1] < 1``; momentum: m over the root of it, elementwise

@@ -58,7 +58,8 @@ class CSLion(SketchOptimizer):
 
     Source: https://arxiv.org/abs/2302.06675. Deviations: the momentum is in int8; the sign is taken of
     :math:`g_t + \beta_1 / (\beta_2 - \beta_1) \, m_t`, which is :math:`c_t` times a positive number (for equal betas of
-    :math:`m_t`); numbers below 1e-30 there are divided by that and have no sign.
+    :math:`m_t`); numbers below 1e-30 there are divided by that and have no sign, and of an infinity it is NaN (as in
+    AdamW).
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False

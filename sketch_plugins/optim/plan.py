@@ -197,7 +197,15 @@ def group_marks(options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[A
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, Tensor) and not one.is_cpu:  # nobody waits for a device to read it
                 return None
-    return tuple([group.get(name) for name in options if name not in _NUMBERS])
+    return (*[group.get(name) for name in options if name not in _NUMBERS], *_ways(group))
+
+
+def _ways(group: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Where numbers decide what a kernel is compiled for: whether a momentum looks ahead (see `Rule.lookahead`)."""
+    betas = group.get("betas")
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        return ()
+    return bool(betas[0] == 0), bool(betas[0] == betas[1])
 
 
 def _is_plain(tensor: Tensor) -> bool:

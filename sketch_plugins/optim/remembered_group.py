@@ -148,13 +148,13 @@ class RememberedGroup:
             at = {place: (piece, i) for piece in pieces for i, place in enumerate(piece.addresses)}
             found = [at.get(place) for place in places]
             # Those of a launch by itself lie in none.
-            self.alone = [i for i, one in enumerate(found) if one is None]
-            if len(self.alone) > FEW:
+            alone = [i for i, one in enumerate(found) if one is None]
+            if len(alone) > FEW:
                 return list(map(_ITEM, counters))
             used = [piece for piece in pieces if any(one is not None and one[0] is piece for one in found)]
             starts = dict(zip(map(id, used), accumulate([0, *(len(piece.addresses) for piece in used)]), strict=False))
             behind = count(sum(len(piece.addresses) for piece in used))
-            self.counted, self.pieces = places, used
+            self.counted, self.pieces, self.alone = places, used, alone
             self.order = [next(behind) if one is None else starts[id(one[0])] + one[1] for one in found]
             if self.order == list(range(len(counters))):
                 self.order = []  # as they lie there

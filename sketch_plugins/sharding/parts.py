@@ -129,7 +129,7 @@ class Parts:
         if part.key is None:
             return nested(state)
         size, names = self._names.get(id(part.owner), (-1, {}))
-        if size != len(state):
+        if size != len(state) or part.key not in names:
             names = {}
             for name in filter(is_ours, state):
                 key, _, inner = name.partition(".")

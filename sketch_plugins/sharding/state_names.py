@@ -21,14 +21,16 @@ from sketch_plugins.sharding.pieces import is_key
 PLACE = "place"
 #: Kinds of state that are ours. Wrappers of optimizers keep tensors of their own beside them.
 STATE_NAMES = frozenset({"step", "first_moment", "second_moment", "preconditioner", "rms", PLACE})
+#: Those that keep several tensors.
+_GROUPS = STATE_NAMES - {"step", PLACE}
 
 
 def is_ours(name: object) -> bool:
     """Whether a name in the state of a parameter is ours."""
     if not isinstance(name, str):
         return False
-    outermost = name.partition(".")[0]
-    return outermost in STATE_NAMES or is_key(outermost)
+    first, dot, _ = name.partition(".")
+    return first in (_GROUPS if dot else STATE_NAMES) or is_key(first)
 
 
 def kind_of(name: object) -> object:
@@ -56,7 +58,7 @@ def flattened(state: Mapping[Any, Any], key: str | None = None) -> dict[Any, Any
 
 def _entries(state: Mapping[Any, Any], before: str) -> Iterator[tuple[Any, Any]]:
     for name, value in state.items():
-        if isinstance(value, Mapping) and (before or is_ours(name)):
+        if isinstance(value, Mapping) and is_ours(name):
             yield from _entries(value, f"{before}{name}.")
         else:
             yield (f"{before}{name}" if before else name), value
@@ -70,8 +72,8 @@ def nested(state: Mapping[Any, Any]) -> dict[Any, Any]:
     out: dict[Any, Any] = {}
     for name, value in state.items():
         first, dot, rest = name.partition(".") if isinstance(name, str) else (name, "", "")
-        if dot and is_ours(first):
-            out.setdefault(first, {})[rest] = value
+        if dot and is_ours(name) and isinstance(there := out.setdefault(first, {}), dict):
+            there[rest] = value
         elif isinstance(value, Mapping) and is_ours(name):
             out.setdefault(name, {}).update(value)
         else:

@@ -309,6 +309,7 @@ class Store:
         dense         the values; bfloat16: to nearest
         int8          their codes, to nearest. Values that are codes of the same blocks keep their codes, and
                       scales to a unit in the last place
+        log8          the nearest of sixteen numbers in each octave; values that are such numbers stay
         count-min     each bucket the mean of its rows' values; ``bucket="sum"``: their sum, and `read` gives
                       an upper bound, as ever. A bucket of one row is exact. bfloat16: rounded by chance
         count-sketch  the signed sum (or mean)

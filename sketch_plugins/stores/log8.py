@@ -15,6 +15,8 @@ from sketch_plugins.stores.blocked import Blocked
 
 # Bits of a float32 that are cut off: 4 of its 23 bits of mantissa stay, a step of 1/16 to 1/32 of the number.
 CUT = 19
+# The bits of the largest finite number, and of infinity.
+LARGEST, INFINITE = 0x7F7FFFFF, 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Log8(Blocked):
     A step of an average with ``decay = 0.999`` is smaller than the distance between codes. Numbers are therefore
     rounded up or down by chance, so that the expectation is the number: 19 random bits are added before the lower ones
     are cut off. The noise is a function of (seed, step, element). k does not depend on the block's largest number, so
-    a block whose largest number changes leaves the others where they are.
+    a block whose largest number changes leaves the others where they are. (An infinity or a NaN lifts all others of its
+    block but zeros to 16 octaves below it: their steps are next to nothing until it is gone.)
 
     Args:
         block_size: columns of a block, >= 1.
@@ -50,11 +53,13 @@ class Log8(Blocked):
         return {"codes": (shape, torch.uint8), "tops": ((rows, -(-columns // self.block_size)), torch.int16)}
 
     def why_impossible(self, name: str, tensor: Tensor) -> str | None:
-        """An exponent that no float32 has."""
+        """Exponents of NaN, and such that no float32 has."""
         if name != "tops" or not tensor.numel():
             return None
         low, high = (int(number) for number in torch.aminmax(tensor))
-        return None if 0 <= low and high < 1 << (31 - CUT) else f"{low if low < 0 else high}"
+        if INFINITE >> CUT < high < 1 << (31 - CUT):
+            return "NaN"
+        return None if 0 <= low and high <= INFINITE >> CUT else str(low if low < 0 else high)
 
     def slices(self, state: State, at: At, step: int) -> State:
         """Codes in blocks, the blocks' largest k, and what is added before bits are cut off."""
@@ -80,15 +85,12 @@ class Log8(Blocked):
         est = blend(self._decode(slices, g.dtype), g, ema, self.order)
         number = scratch.cast("number", est, torch.float32)
         bits = number.view(torch.int32).bitwise_and_(0x7FFFFFFF)  # a NaN may have a sign
-        noise = slices.get("noise")
-        if noise is None:  # to nearest
-            noise = torch.full((), 1 << (CUT - 1), dtype=torch.int32, device=g.device)
-        # An infinity or a NaN stays one.
-        added = torch.where(bits < 0x7F800000, noise, 0)
-        k = bits.add_(added).bitwise_right_shift_(CUT)
-        tops = k.amax(-1)
-        codes = (k - tops.unsqueeze(-1)).add_(255).clamp_(min=1)
-        slices["codes"].copy_(codes.masked_fill_(k == 0, 0))
+        noise = slices.get("noise", 1 << (CUT - 1))  # without: to nearest
+        k = torch.add(bits, noise, **scratch.out("rounded bits", bits)).clamp_(max=LARGEST)
+        torch.maximum(k, bits, out=k).bitwise_right_shift_(CUT)  # an infinity or a NaN stays one
+        tops = k.amax(-1).clamp_(min=255)
+        codes = torch.sub(k, tops.unsqueeze(-1), **scratch.out("new codes", k)).add_(255).clamp_(min=1)
+        slices["codes"].copy_(torch.minimum(codes, k, out=codes))  # 0 where k is
         slices["tops"].copy_(tops)
         return est
 
@@ -104,12 +106,12 @@ class Log8(Blocked):
     def fill(self, state: State, value: float) -> None:
         """Every number, to nearest."""
         number = torch.tensor(value, dtype=torch.float32)
-        k = (int(number.view(torch.int32)) + (1 << (CUT - 1))) >> CUT
-        state["tops"].fill_(k)
-        state["codes"].fill_(255 if k else 0)
+        k = min(int(number.view(torch.int32)) + (1 << (CUT - 1)), LARGEST) >> CUT
+        state["tops"].fill_(max(k, 255))
+        state["codes"].fill_(min(k, 255))
 
     def _decode(self, slices: State, dtype: torch.dtype) -> Tensor:
         codes = slices["codes"]
-        k = codes.to(torch.int32).add_(slices["tops"].to(torch.int32).unsqueeze(-1)).sub_(255)
-        number = k.bitwise_left_shift_(CUT).masked_fill_(codes == 0, 0).view(torch.float32)
+        k = scratch.cast("k", codes, torch.int32).add_(slices["tops"].to(torch.int32).unsqueeze(-1)).sub_(255)
+        number = k.clamp_(min=0).bitwise_left_shift_(CUT).masked_fill_(codes == 0, 0).view(torch.float32)
         return scratch.cast("decoded second", number, dtype)

@@ -28,6 +28,8 @@ class Row(NamedTuple):
 OLDEST = {name: first_of(versions.oldest) for name, versions in PACKAGES.items()}
 ROWS = {
     "oldest": Row(PYTHONS[0], OLDEST),
+    # On the usual torch, which is small where the package index has a build for CPUs: `.ci/run` has this row.
+    "frameworks": Row(PYTHONS[1], {**{k: v for k, v in OLDEST.items() if k != "triton"}, "torch": f"=={TORCH}"}),
     **{f"py{python}": Row(python, {"torch": f"=={TORCH}"}) for python in PYTHONS},
     "newest": Row(PYTHONS[-1], {}),
 }

@@ -73,7 +73,7 @@ def test_every_row_is_listed_and_an_unknown_one_is_named(script):
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert names
     if script == "matrix":
-        assert set(names) == set(re.findall(r"`((?:py3\.\d+)|oldest|newest)`", PAGE))
+        assert set(names) == set(re.findall(r"`((?:py3\.\d+)|oldest|frameworks|newest)`", PAGE))
     one = subprocess.run([*command, "--rows", names[-1]], capture_output=True, text=True, check=True)
     assert one.stdout == done.stdout.splitlines(keepends=True)[-1]
     done = subprocess.run([*command, "--rows", "nonsense"], capture_output=True, text=True)

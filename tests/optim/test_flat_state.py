@@ -8,6 +8,8 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from sketch_plugins import CSAdam, Sketchy, registry, state_report
+from sketch_plugins.optim.fused import describe
+from sketch_plugins.sharding.parts import Part, Parts
 from sketch_plugins.sharding.state_names import flattened, is_ours, kind_of, nested
 
 SHAPES = [(70, 80), (30,), (4, 48, 40)]
@@ -105,3 +107,39 @@ def test_names_are_taken_apart_and_put_together():
     others = {"slow.weights": 1, "buffer": {"first_moment": 2}, 7: 8}
     assert flattened(others) == nested(others) == others and not any(map(is_ours, others))
     assert not is_ours("first_momentum") and not is_ours(3) and is_ours("first_moment.codes")
+    # What others call their own, with a word of ours before a dot.
+    mixed = {"step": 1, "step.lagged": 2, "place.kept": 3, "rms": 4, "rms.last": 5}
+    assert nested(mixed) == mixed and not is_ours("step.lagged")
+
+
+def test_a_sorted_state_dict_is_loaded_in_the_store_s_order():
+    """Kernels take a store's tensors by their place."""
+    pytest.importorskip("numba")
+    ends = []
+    for order in (list, sorted):
+        optimizer, params = trained(second_moment="row_count_min")
+        saved = optimizer.state_dict()
+        saved["state"] = {key: {name: state[name] for name in order(state)} for key, state in saved["state"].items()}
+        optimizer.load_state_dict(saved)
+        work = []
+        for p in params:
+            stores, group = optimizer._stores(p, optimizer.param_groups[0]), optimizer.param_groups[0]
+            p.grad = torch.ones_like(p)
+            (part,) = optimizer._parts.of(0, p)
+            gradient = optimizer._gradient(part, p.grad, group)
+            found = describe(
+                p.data, group, gradient, optimizer._rule(group, 3, False), stores, optimizer._state_of(part)
+            )
+            work.append([list(pair[1]) for pair in (found.first, found.second)])
+        ends.append(work)
+    assert ends[0] == ends[1] and ["table", "row"] in ends[0][0]
+
+
+def test_a_partition_s_state_is_not_mistaken_for_another_one_s():
+    """The names of its pieces are kept; another state may have as many entries."""
+    parts, data = Parts(), torch.zeros(4)
+    one, other = (Part(data, data, 0, (4,), key=key) for key in ("0[0,0:4]", "1[0,0:4]"))
+    assert parts.state_of(one, flattened({"step": 1}, one.key)) == {"step": 1}
+    assert parts.state_of(other, flattened({"step": 2}, other.key)) == {"step": 2}
+    assert parts.state_of(other, {"of others": 1}) == {}
+    assert parts.state_of(one, flattened({"step": 3}, one.key)) == {"step": 3}

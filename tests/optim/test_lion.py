@@ -119,3 +119,23 @@ def test_it_is_registered_and_its_state_is_small():
 def test_betas_that_have_no_meaning(betas):
     with pytest.raises(ValueError, match="0 < b1 <= b2 < 1"):
         CSLion(parameters(), betas=betas)
+
+
+@pytest.mark.parametrize("then", [(0.95, 0.95), (0.5, 0.9)])
+def test_betas_that_change_after_a_step_was_remembered(then, monkeypatch):
+    """Equal betas do not look ahead, and a kernel is compiled for one or the other."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for first, second in (((0.9, 0.99), then), (then, (0.9, 0.99))):
+        ends = []
+        for fused in (True, False):
+            params = parameters(torch.float32)
+            optimizer = CSLion(params, 0.01, first, preset="exact", fused=fused)
+            train(optimizer, params, 3)
+            optimizer.param_groups[0]["betas"] = second
+            train(optimizer, params, 2, first=3)
+            ends.append([p.detach() for p in params])
+        for a, b in zip(*ends, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

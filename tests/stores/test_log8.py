@@ -143,3 +143,31 @@ def test_bytes():
     p = torch.nn.Parameter(torch.randn(1000, 768))
     assert state_report(CSAdam([p], first_moment="none", second_moment="log8")).bytes_per_param == 1 + 2 / 128
     assert Log8(block_size=64).nbytes((1000, 768)) / 768_000 == 1 + 2 / 64
+
+
+def test_the_largest_numbers_stay_finite():
+    most = torch.finfo(torch.float32).max
+    store, v = Log8(block_size=4), torch.full((1, 4), torch.finfo(torch.float32).max)
+    state = assigned(store, v)
+    for step in range(1, 20):
+        store.write(state, gradient(torch.zeros(1, 4)), Ema(1.0, 1.0, step))
+        assert whole(store, state, v.shape).isfinite().all() and whole(store, state, v.shape).min() > most / 1.1
+
+
+@pytest.mark.parametrize("tops", [-1, 4081, 4095, 5000])
+def test_exponents_that_no_number_has_are_not_loaded(tops):
+    p = torch.nn.Parameter(torch.randn(64, 70))
+    optimizer = CSAdam([p], second_moment="log8", min_compress_size=0)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["second_moment.tops"] = torch.full_like(saved["state"][0]["second_moment.tops"], tops)
+    with pytest.raises(
+        ValueError, match=f"'tops' with numbers that are not allowed: {'NaN' if 4080 < tops < 4096 else tops}"
+    ):
+        optimizer.load_state_dict(saved)
+    # Whatever codes say, nothing that is read is negative.
+    saved["state"][0]["second_moment.tops"] = torch.full_like(saved["state"][0]["second_moment.tops"], 3)
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert p.isfinite().all()

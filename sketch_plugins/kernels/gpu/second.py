@@ -28,6 +28,7 @@ from sketch_plugins.stores import log8 as definition
 
 # Bits that are cut off, and a mask of them.
 CUT, LOWER = tl.constexpr(definition.CUT), tl.constexpr((1 << definition.CUT) - 1)
+LARGEST, INFINITE = tl.constexpr(definition.LARGEST), tl.constexpr(definition.INFINITE)
 
 
 @triton.jit
@@ -57,13 +58,14 @@ def log8(
     tops = tl.load(t + SECOND_B).to(tl.pointer_type(tl.int16)) + rows * tl.load(t + TILES) + tile
     code = tl.load(codes, mask=mask, other=0).to(tl.int32)
     top = tl.load(tops, mask=exists, other=0).to(tl.int32)
-    v = tl.where(code == 0, 0, (code + top[:, None] - 255) << CUT).to(tl.float32, bitcast=True)
+    v = tl.where(code == 0, 0, tl.maximum(code + top[:, None] - 255, 0) << CUT).to(tl.float32, bitcast=True)
     v = tl.load(s + DECAY2) * v + tl.load(s + GAIN2) * square
     if STORE:
         bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign
         random = (noise(t, s, index, TABLE2) & LOWER).to(tl.int32)
-        k = tl.where(mask, (bits + tl.where(bits < 0x7F800000, random, 0)) >> CUT, 0)
-        top = tl.max(k, 1)
+        rounded = tl.where(bits < INFINITE, tl.minimum(bits + random, LARGEST), bits)
+        k = tl.where(mask, rounded >> CUT, 0)
+        top = tl.maximum(tl.max(k, 1), 255)
         code = tl.where(k == 0, 0, tl.maximum(k - top[:, None] + 255, 1))
         tl.store(codes, code.to(tl.uint8), mask=mask)
         tl.store(tops, top.to(tl.int16), mask=exists)
