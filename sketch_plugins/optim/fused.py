@@ -110,8 +110,8 @@ def describe(
     fresh = new or grad.rows is not None
     return Work(
         parameter, gradient, grad.rows, grad.packed,
-        (first, _in_order(first, state["first_moment"])) if first else None,
-        (second, _in_order(second, state["second_moment"])) if second else None,
+        (first, _in_order(first, grad, state["first_moment"])) if first else None,
+        (second, _in_order(second, grad, state["second_moment"])) if second else None,
         after=rule.precondition_first and first is not None,
         measure=fresh if last is not None else bool(group.get("scale_parameter") or group.get("update_clip")),
         stochastic=group["stochastic_rounding"] and p.dtype == torch.bfloat16,
@@ -125,12 +125,11 @@ def describe(
     )  # fmt: skip
 
 
-def _in_order(store: Store, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_order(store: Store, grad: Gradient, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As the store lays them out: kernels take tensors by their place, and a state dict may have been sorted."""
     if len(state) < 2:
         return dict(state)
-    # Of any shape and dtype: the names are the same.
-    return {name: state[name] for name in store.layout((2, 2), torch.float32)}
+    return {name: state[name] for name in store.layout(grad.shape, grad.dtype)}
 
 
 def choose(

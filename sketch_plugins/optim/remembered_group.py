@@ -153,10 +153,12 @@ class RememberedGroup:
                 return list(map(_ITEM, counters))
             used = [piece for piece in pieces if any(one is not None and one[0] is piece for one in found)]
             starts = dict(zip(map(id, used), accumulate([0, *(len(piece.addresses) for piece in used)]), strict=False))
-            behind = count(sum(len(piece.addresses) for piece in used))
+            size = sum(len(piece.addresses) for piece in used)
+            behind = count(size)
             self.counted, self.pieces, self.alone = places, used, alone
             self.order = [next(behind) if one is None else starts[id(one[0])] + one[1] for one in found]
-            if self.order == list(range(len(counters))):
+            # A piece may hold the counters of other groups, too.
+            if self.order == list(range(size + len(alone))):
                 self.order = []  # as they lie there
         steps = [step for piece in self.pieces for step in piece.all.tolist()]
         steps += [counters[i].item() for i in self.alone]

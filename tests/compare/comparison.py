@@ -31,6 +31,7 @@ from sketch_plugins import registry
 from sketch_plugins.optim import resolved
 from sketch_plugins.optim.plan import Plan
 from sketch_plugins.sharding.state_names import kind_of
+from sketch_plugins.stores.log8 import CUT, INFINITE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Relative change of a probe's inputs, in units in the last place of the arithmetic dtype. 8 of them stand clear of the
@@ -506,9 +507,11 @@ def _compare(case, where, taken, ours, definition, twin, probes, before, step):
         arithmetic = torch.float64 if spec["dtype"] == "float64" else torch.float32
         size = old.double().abs().nan_to_num(0.0, 0.0, 0.0) if what == "parameter" else 0.0
         if what.endswith("codes"):
-            scales = mine[index, what.replace("codes", "scales")]
-            if not bool(torch.isfinite(scales).all()):
+            scales, tops = (mine.get((index, what.replace("codes", shared))) for shared in ("scales", "tops"))
+            if scales is not None and not bool(torch.isfinite(scales).all()):
                 continue  # the codes of a block whose scale is NaN or infinite have no meaning
+            if tops is not None and bool((tops >= INFINITE >> CUT).any()):
+                continue
         # Integers and signs have ties in bulk; in Triton's interpreter a cast to bfloat16 may truncate.
         kinds = {one["kind"] for one in step["grads"]}
         flips = not kinds & {"integers", "signs", "single"} and (

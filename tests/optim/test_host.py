@@ -278,6 +278,37 @@ def test_without_it_groups_are_recalled_all_the_same(there, free, monkeypatch):
     assert {float(optimizer.state[p]["step"]) for p in params} == {12.0}
 
 
+@pytest.mark.parametrize("cls", [CSAdam, SM3])
+def test_groups_that_share_a_launch_keep_their_own_numbers(cls):
+    """Several groups with rates and numbers of steps of their own, parameters by the way without a gradient."""
+    pytest.importorskip("numba")
+    ends = []
+    for remembers in (True, False):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3) for shape in [(300, 130), *LAYER]]
+        groups = [
+            {"params": params[i::3], "lr": rate, "weight_decay": decay}
+            for i, (rate, decay) in enumerate([(1e-2, 0.1), (3e-2, 0.0), (1e-3, 0.5)])
+        ]
+        optimizer = cls(groups, min_compress_size=0)
+        for step in range(9):
+            if not remembers:
+                optimizer.__dict__.pop("_plan", None)
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            if step < 2:
+                params[4].grad = None  # is a few steps behind from here on
+            for number, group in enumerate(optimizer.param_groups):
+                group["lr"] *= 1 - 0.1 * number
+            optimizer.step()
+        ends.append((params, optimizer))
+    (ours, one), (theirs, other) = ends
+    assert any(group.times for group in one._plan._groups.values())
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(t, other.state[q][name]) for name, t in one.state[p].items())
+
+
 def test_a_group_that_changes_all_the_time_is_given_up(free):
     params, optimizer = build(CSAdam, 4, True)
     for step in range(200):
