@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -271,9 +271,16 @@ def _move_state(optimizer: SketchOptimizer, device: torch.device | None) -> None
         where = p.device if device is None else device
         # Counters and places are at home on the CPU.
         optimizer.state[p] = {
-            name: value.to(where) if isinstance(value, torch.Tensor) and kind_of(name) not in ("step", PLACE) else value
+            name: value if kind_of(name) in ("step", PLACE) else _moved_to(where, value)
             for name, value in state.items()
         }
+
+
+def _moved_to(device: torch.device, value: Any) -> Any:
+    """Others may keep tensors at any depth."""
+    if isinstance(value, Mapping):
+        return {name: _moved_to(device, inner) for name, inner in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 # -- accelerate ------------------------------------------------------------------------------------------------------

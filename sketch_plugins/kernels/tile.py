@@ -20,12 +20,15 @@ LEAST = 1e-30
 
 def numerator_of(g: Tensor, m: Tensor | None, lookahead: float | None, sign: bool = False) -> Tensor:
     """What the update divides: g, m, or Nesterov's ``g + lookahead * m``; or the ``sign`` of that."""
-    out = (
-        g if m is None else m if lookahead is None else torch.add(g, m, alpha=lookahead, **scratch.out("numerator", g))
-    )
-    # Not torch.sign, which makes 0 of NaN.
+    if m is None:
+        out = g
+    elif lookahead is None:
+        out = m
+    else:
+        out = torch.add(g, m, alpha=lookahead, **scratch.out("numerator", g))
     if not sign:
         return out
+    # Not torch.sign, which makes 0 of NaN.
     size = torch.abs(out, **scratch.out("magnitude", out)).clamp_(min=LEAST)
     return torch.div(out, size, **scratch.out("magnitude", out))
 

@@ -68,7 +68,7 @@ class RememberedGroup:
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
         """Note how the parts look."""
         tensors = [part.data for part in parts]
-        self.places, self.parts, self.kinds = list(map(ADDRESS, tensors)), _facts(tensors), list(map(type, tensors))
+        self.places, self.parts, self.types = list(map(ADDRESS, tensors)), _facts(tensors), list(map(type, tensors))
         self.gradients = [
             (shape, one.gradient, cpu, True, False) for (shape, _, cpu, _), one in zip(self.parts, found, strict=True)
         ]
@@ -80,7 +80,7 @@ class RememberedGroup:
     def _same(self, parts: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
         try:
             if self._alike is None or not self._alike.holds([*parts, *grads]):
-                if set(map(type, grads)) != {Tensor} or list(map(type, parts)) != self.kinds:
+                if set(map(type, grads)) != {Tensor} or list(map(type, parts)) != self.types:
                     return None
                 facts = [(g.shape, g.dtype, g.is_cpu, g.is_contiguous(), g.is_neg()) for g in grads]
                 if facts != self.gradients or _facts(parts) != self.parts:
@@ -178,10 +178,10 @@ class RememberedShards(RememberedGroup):
 
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
         super()._look(owners, parts, found)
-        self.layouts, self.types = local_shards(owners)[1], list(map(type, owners))
+        self.layouts, self.owner_types = local_shards(owners)[1], list(map(type, owners))
 
     def _gradients(self, given: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
-        if list(map(type, given)) != self.types:
+        if list(map(type, given)) != self.owner_types:
             return None
         shards, layouts = local_shards(given)
         if list(map(id, layouts)) != list(map(id, self.layouts)):  # they are kept: an identity is theirs
@@ -201,7 +201,7 @@ class RememberedPieces(RememberedGroup):
     """Flat partitions: each is one tensor, its parts lie at fixed distances in it, and so do their gradients."""
 
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
-        self.parts, self.places, self.kinds = _facts(owners), list(map(ADDRESS, owners)), list(map(type, owners))
+        self.parts, self.places, self.types = _facts(owners), list(map(ADDRESS, owners)), list(map(type, owners))
         dtypes = {i: one.gradient for i, one in zip(self.where, found, strict=True)}
         self.gradients = [(shape, dtypes[i], cpu, True, False) for i, (shape, _, cpu, _) in enumerate(self.parts)]
         self.offsets = [

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.hashing import TABLE2, random32
+from sketch_plugins.kernels.rounding import ACCELERATOR_NOISE, CPU_NOISE
 from sketch_plugins.sharding.blocks import At
 from sketch_plugins.stores.base import Ema, Gradient, State, blend, given
 from sketch_plugins.stores.blocked import Blocked
@@ -74,7 +75,7 @@ class Log8(Blocked):
         out = scratch.empty("noise of codes", at.shape, torch.int32, device)
         first = at.from_rows(at.index(device).unsqueeze(-1) * columns).reshape(-1, 1)
         own, flat = torch.arange(at.lo, at.hi, device=device), out.view(-1, at.hi - at.lo)
-        each = max(1, (1 << (14 if device.type == "cpu" else 20)) // max(1, at.hi - at.lo))
+        each = max(1, (CPU_NOISE if device.type == "cpu" else ACCELERATOR_NOISE) // max(1, at.hi - at.lo))
         for lo in range(0, len(flat), each):
             part = random32(first[lo : lo + each] + own, self.seed ^ TABLE2, step)
             flat[lo : lo + each] = part.bitwise_and_((1 << CUT) - 1)
@@ -105,13 +106,13 @@ class Log8(Blocked):
 
     def fill(self, state: State, value: float) -> None:
         """Every number, to nearest."""
-        number = torch.tensor(value, dtype=torch.float32)
-        k = min(int(number.view(torch.int32)) + (1 << (CUT - 1)), LARGEST) >> CUT
+        bits = int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+        k = min(bits + (1 << (CUT - 1)), LARGEST) >> CUT
         state["tops"].fill_(max(k, 255))
         state["codes"].fill_(min(k, 255))
 
     def _decode(self, slices: State, dtype: torch.dtype) -> Tensor:
-        codes = slices["codes"]
-        k = scratch.cast("k", codes, torch.int32).add_(slices["tops"].to(torch.int32).unsqueeze(-1)).sub_(255)
+        codes, tops = slices["codes"], slices["tops"].to(torch.int32).unsqueeze(-1)
+        k = scratch.cast("k", codes, torch.int32).add_(tops).sub_(255)
         number = k.clamp_(min=0).bitwise_left_shift_(CUT).masked_fill_(codes == 0, 0).view(torch.float32)
         return scratch.cast("decoded second", number, dtype)

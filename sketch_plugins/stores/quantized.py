@@ -39,13 +39,9 @@ class Int8(Blocked):
     seed: int = 0
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Codes of the parameter's shape, one scale for each block; a step counter where rounding is stochastic."""
+        """Codes of the parameter's shape, and one scale for each block."""
         rows, columns = shape
-        out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "codes": (shape, torch.int8),
-            "scales": ((rows, -(-columns // self.block_size)), torch.float32),
-        }
-        return out
+        return {"codes": (shape, torch.int8), "scales": ((rows, -(-columns // self.block_size)), torch.float32)}
 
     def slices(self, state: State, at: At, step: int) -> State:
         """Codes in blocks, their scales, and the noise of a stochastic rounding."""
