@@ -43,7 +43,6 @@ class Log8(Blocked):
 
     kernel = "log8"
     shared_by_block = "tops"
-
     order: int = 2
     block_size: int = 128
     seed: int = 0
