@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.work import Work
 from sketch_plugins.optim import eager
-from sketch_plugins.optim.checks import (
-    is_fake,
-)
-from sketch_plugins.optim.fused import CPU_MIN_SIZE, Backend, choose
+from sketch_plugins.optim.fused import CPU_MIN_SIZE, choose
 from sketch_plugins.optim.gradients import Gradients
+from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.plan import Plan
+from sketch_plugins.optim.rehearsal import rehearse
 from sketch_plugins.optim.rule import Rule
-from sketch_plugins.sharding.parts import Part, has_address
+from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import PLACE, is_ours
 from sketch_plugins.stores import Gradient, Store
-
-# Elements of a parameter whose eager step is undone by an error: what is copied for that has to be next to nothing.
-UNDO = 1 << 14
-
-
-@dataclass(eq=False)
-class Pending:
-    """One part's step, resolved before anything changes.
-
-    Attributes:
-        p: the part.
-        group: its options.
-        grad: its gradient.
-        state: its state, with the number of steps before this one.
-        fresh: the state is made for this step, and no part of the optimizer's yet.
-        named: the stores of its moments, by name.
-        step: number of this step; with ``capturable`` it is on the device, and so is everything that depends on it.
-        rule: the update; None with ``capturable``, and where no row has a gradient.
-        backend: kernels that take the step; None: it is eager.
-        work: the step as the kernels are given it.
-        idle: nothing but the number of steps changes: the part has no elements, or no row of it has a gradient.
-    """
-
-    p: Part
-    group: dict[str, Any]
-    grad: Gradient
-    state: dict[str, Any]
-    fresh: bool
-    named: dict[str, Store]
-    step: Any = 0
-    rule: Rule | None = None
-    backend: Backend | None = None
-    work: Work | None = None
-    idle: bool = False
-
-    @property
-    def undone(self) -> list[Tensor]:
-        """All that an eager step changes, to be put back after an error; nothing of more than a tile."""
-        if self.p.numel() > min(UNDO, self.grad.chunk):
-            return []
-        changed = [self.p.data] if has_address(self.p.data) or is_fake(self.p.data) else []
-        return changed + list(tensors_in({name: value for name, value in self.state.items() if name != "step"}))
-
-    @property
-    def cleans(self) -> bool:
-        """Whether the second moment is cleaned in this step (the paper's ``clean_every``)."""
-        every = self.group.get("clean_every", 0)
-        return bool(every) and "second_moment" in self.named and self.step % every == 0
 
 
 class Resolution(Gradients):
@@ -178,61 +123,10 @@ class Resolution(Gradients):
             slots = {}
             for one in eager:
                 copies = {(f"undo {i}", t.dtype, t.device): t.numel() for i, t in enumerate(one.undone)}
-                for slot, n in (*self._rehearse(one).items(), *copies.items()):
+                for slot, n in (*rehearse(self._eager, type(self), one).items(), *copies.items()):
                     slots[slot] = max(n, slots.get(slot, 0))
             if len(self._plan.temporaries) > 1000:  # parameters that are replaced all the time leave entries
                 self._plan.temporaries.clear()
             self._plan.temporaries[key] = slots
         scratch.reserve(slots)
         return slots
-
-    def _rehearse(self, one: Pending) -> dict[scratch.Slot, int]:
-        """The temporaries of an eager step, found by taking it with tensors that have no memory.
-
-        With ``compile=True`` it is taken with copies instead: that compiles it. Touched rows are looked at by the host,
-        which such tensors have nothing to show to: their temporaries are allocated in the step itself.
-        """
-        if one.grad.rows is not None or one.rule is None:
-            return {}
-        device = one.p.device if one.grad.compile else torch.device("meta")
-        fake = is_fake(one.p.data)
-        with _disable_current_modes() if fake else contextlib.nullcontext():
-            return self._take_without_memory(one, device, fake)
-
-    def _take_without_memory(self, one: Pending, device: torch.device, fake: bool) -> dict[scratch.Slot, int]:
-        assert one.rule is not None
-        p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
-        p.owner = p.data
-        gradient, state = one.grad.like(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
-        grad = one.grad.of(one.grad.like(p.data), gradient)
-        # Nobody can ask a fake tensor for its number; `sketch_plugins.plan` answers for it that this is no first step.
-        state["step"] = torch.full((), 2.0) if fake else one.state["step"] + 1
-        with scratch.scratch():
-            try:
-                self._eager(p, grad, one.rule, state, one.named, one.group)
-            except NotImplementedError:  # an operation that has no form without memory
-                return {}
-            return {(name, dtype, one.p.device): n for (name, dtype, _), n in scratch.used().items()}
-
-
-def _twin(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the same layout: without memory on the meta device, with the same numbers elsewhere."""
-    if device.type != "meta":
-        return tensor.detach().clone()
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-
-
-def _twins(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        name: _twins(value, device) if isinstance(value, Mapping) else value if name == "step" else _twin(value, device)
-        for name, value in state.items()
-    }
-
-
-def tensors_in(state: Mapping[str, Any]) -> Iterator[Tensor]:
-    """All tensors of a state, at whatever level."""
-    for value in state.values():
-        if isinstance(value, Mapping):
-            yield from tensors_in(value)
-        elif isinstance(value, Tensor):
-            yield value

@@ -28,7 +28,8 @@ from sketch_plugins.kernels.agreement import HALF, is_rounded, parameter_differe
 from sketch_plugins.kernels.work import Work
 from sketch_plugins.notices import warn
 from sketch_plugins.optim import verdicts
-from sketch_plugins.optim.resolved import Pending, Resolution
+from sketch_plugins.optim.pending import Pending
+from sketch_plugins.optim.resolved import Resolution
 from sketch_plugins.optim.written import MARK
 from sketch_plugins.sharding.parts import is_fake
 

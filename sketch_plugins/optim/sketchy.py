@@ -28,7 +28,7 @@ from sketch_plugins.optim.options import (
     no_effect,
     rate,
 )
-from sketch_plugins.optim.resolved import Pending
+from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import SCALE_FLOOR, Denominator, Further, Rule
 from sketch_plugins.optim.taking import Members
 from sketch_plugins.sharding.blocks import Matrix, matrix_shape

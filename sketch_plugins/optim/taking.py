@@ -14,9 +14,10 @@ from sketch_plugins import scratch
 from sketch_plugins.optim.ambient import outside_graphs, uninterrupted
 from sketch_plugins.optim.eager import rms_of
 from sketch_plugins.optim.fused import Backend, numbers, vector
+from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.plan import group_marks
 from sketch_plugins.optim.remembered import Again, Counters
-from sketch_plugins.optim.resolved import Pending, Resolution
+from sketch_plugins.optim.resolved import Resolution
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.self_check import confirm
 from sketch_plugins.sharding.parts import Part, opened

@@ -74,13 +74,11 @@ def test_language_model(tmp_path, start):
     text.write_text("".join(f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(60)))
     size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 6, "--seq-len", 32, "--batch-size", 2)
     out = tmp_path / "out"
-    # A process for each optimizer. All that the demo runs by default are run by .ci/run.
-    optimizers = ("--optimizers", "adamw_torch_fused,cs_adam,sm3:preset=ema")
+    # A process for each optimizer. All that the demo runs by default, sm3 with a preset too, are run by .ci/run.
+    optimizers = ("--optimizers", "adamw_torch_fused,cs_adam")
     finished = start("demo_lm.py", "--quick", "--text", text, "--out", out, *optimizers, *size)
-    runs = check(finished, out, ["AdamW", "cs_adam", "sm3 preset=ema"])
+    runs = check(finished, out, ["AdamW", "cs_adam"])
     check_bytes(runs)
-    # int8 blocks and one number a row and column; biases and norms exact.
-    assert runs["sm3 preset=ema"]["bytes_per_param"] < 0.1
     # Same weights, same data, same learning rate: the first loss is the same before the first update.
     assert runs["AdamW"]["train_curve"][0] == runs["cs_adam"]["train_curve"][0]
 

@@ -122,7 +122,7 @@ SCRIPT = """
 import hashlib, torch
 from sketch_plugins import CSAdam
 generator = torch.Generator().manual_seed(0)
-params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in [(512, 128), (384,), (200, 100)]]
+params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in [(200, 100)]]
 optimizer = CSAdam(params, 1e-3, fused=True)
 for _ in range(4):
     for p in params:

@@ -351,8 +351,10 @@ def experts(name):
     return config
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*(("Mixtral", precision) for precision in PRECISIONS), *((name, "bf16") for name in EXPERTS if name != "Mixtral")],
+)
 def test_fused_experts_in_every_precision(name, precision):
     config = experts(name)
     ordinary, lean = plan(
@@ -585,14 +587,14 @@ def test_a_narrow_terminal_hides_no_column(small, capsys, monkeypatch):
 def test_the_command(small, tmp_path, capsys):
     chart = tmp_path / "chart.png"
     common = ["plan", "--model", str(small), "--batch-size", "2", "--seq-len", "32", "--precision", "bf16"]
-    argv = [*common, "--gpu-memory", "1GiB", "--optimizer", "adamw,cs_adam:preset=lean,seed=1", "--optimizer", "sm3"]
+    argv = [*common, "--gpu-memory", "800MB", "--optimizer", "adamw,cs_adam:preset=lean,seed=1"]
     assert cli.main([*argv, "--plot", str(chart)]) == 0
     said = capsys.readouterr().out
     assert (
-        "cs_adam preset=lean,seed=1" in said and "largest batch" in said and "budget 1.1 GB" in said and "sm3" in said
+        "cs_adam preset=lean,seed=1" in said and "largest batch" in said and "budget 800.0 MB" in said
     )
     assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 5000
-    argv = [*common, "--optimizer", "adamw", "--gpu-memory", "1GiB", "--json"]
+    argv = [*common, "--optimizer", "adamw", "--gpu-memory", "800MB", "--json"]
     assert cli.main([*argv, "--plot", str(tmp_path / "chart.svg"), "--gradient-checkpointing"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["optimizer"] for row in found["rows"]] == ["adamw"]

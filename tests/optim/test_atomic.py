@@ -16,7 +16,7 @@ from sketch_plugins import InBackward, MemSGD, SAdagrad, Sketchy, registry, scra
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.optim import eager, fused, gradients, plan, resolved, sketchy, taking
+from sketch_plugins.optim import eager, fused, gradients, plan, rehearsal, resolved, sketchy, taking
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.sharding import parts
 from sketch_plugins.stores import CountMin, Int8
@@ -35,6 +35,17 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_from_other_steps(monkeypatch):
+    """Each step rehearses: its calls are counted in one optimizer, and fail in another."""
+
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    monkeypatch.setattr(rehearsal, "REHEARSED", Forgetful())
 
 
 NAMES = [*registry.names(), "sadagrad"]

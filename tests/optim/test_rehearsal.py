@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sketch_plugins import registry, scratch
+from sketch_plugins.optim import rehearsal
 from sketch_plugins.optim.taking import Taking
 from sketch_plugins.stores import Gradient
 
@@ -66,6 +67,7 @@ def test_a_rehearsal_looks_at_one_tile_of_each_shape(monkeypatch):
     """On a tensor of many tiles it takes no more operations than on one of a few."""
     looked, get = [], Gradient.get
     monkeypatch.setattr(Gradient, "get", lambda self, at: looked.append(self.device.type) or get(self, at))
+    monkeypatch.setattr(rehearsal, "REHEARSED", {})
     found = []
     for rows in (40, 4000):
         p = torch.nn.Parameter(torch.randn(rows, 64))
@@ -75,3 +77,24 @@ def test_a_rehearsal_looks_at_one_tile_of_each_shape(monkeypatch):
         optimizer.step()
         found.append((looked.count("meta"), looked.count("cpu")))
     assert found[0][0] == found[1][0] == 2 and found[1][1] == 100 * found[0][1]
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_layers_that_are_alike_are_rehearsed_once(name, monkeypatch):
+    """Whichever optimizer has them, and whatever its rate; any other option is another step."""
+    looked, get = [], Gradient.get
+    monkeypatch.setattr(Gradient, "get", lambda self, at: looked.append(self.device.type) or get(self, at))
+    monkeypatch.setattr(rehearsal, "REHEARSED", {})
+
+    def rehearsed(count, shape=(40, 24), **options):
+        params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(count)]
+        optimizer = registry.get(name).cls(params, fused=False, min_compress_size=0, **{"lr": 0.01, **options})
+        for p in params:
+            p.grad = torch.randn_like(p)
+        looked.clear()
+        optimizer.step()
+        return looked.count("meta")
+
+    first = rehearsed(1)
+    assert first > 0 and rehearsed(5) == 0 and rehearsed(2, lr=0.5) == 0
+    assert rehearsed(3, chunk_size=100) >= first and rehearsed(3, shape=(40, 25)) == first

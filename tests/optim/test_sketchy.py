@@ -636,25 +636,27 @@ def test_the_last_preconditioner_stays_where_nothing_helps(options, silent, monk
 )
 def test_roots_of_any_size_make_steps_of_the_right_size(options, scale):
     """Before clipping the roots' product may be 1e57, and cancels; a factor of the gradients is none of the step."""
+
+    def move(dtype, size):
+        params = parameters([(20, 12), (4, 3, 5, 2), (30, 3)], dtype)
+        optimizer = Sketchy(params, 0.01, update_freq=2, eps=0.0, **options)
+        before = [p.detach().clone() for p in params]
+        for step in range(3):
+            for p, g in zip(params, gradients(params, step), strict=True):
+                p.grad = (g * size).to(dtype)
+            optimizer.step()
+            assert all(torch.isfinite(t).all() for t in snapshot(optimizer))
+        return params, [p.detach() - q for p, q in zip(params, before, strict=True)]
+
     for dtype in (torch.float32, torch.float64):
-        moves = []
-        for size in (1.0, scale):
-            params = parameters([(20, 12), (4, 3, 5, 2), (30, 3)], dtype)
-            optimizer = Sketchy(params, 0.01, update_freq=2, eps=0.0, **options)
-            before = [p.detach().clone() for p in params]
-            for step in range(3):
-                for p, g in zip(params, gradients(params, step), strict=True):
-                    p.grad = (g * size).to(dtype)
-                optimizer.step()
-                assert all(torch.isfinite(t).all() for t in snapshot(optimizer))
-            moves.append([p.detach() - q for p, q in zip(params, before, strict=True)])
-        for moved, p in zip(moves[1], params, strict=True):
+        params, moves = move(dtype, scale)
+        for moved, p in zip(moves, params, strict=True):
             # Three steps of lr * RMS(p) at most, during which RMS(p) grows by less than a tenth.
             assert moved.norm() <= 3 * 0.01 * 1.1 * p.norm()
         if dtype == torch.float64 and options.get("graft") != "none" and scale > 1e-37:  # the floor of eps=0
             # In float64 nothing underflows, and the graft does not depend on the size. (Well conditioned roots amplify
             # int8's rounding of the momentum by no more than their condition.)
-            for a, b in zip(*moves, strict=True):
+            for a, b in zip(moves, move(dtype, 1.0)[1], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 

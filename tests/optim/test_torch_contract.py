@@ -39,7 +39,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from sketch_plugins import CSMomentum, Sketchy, registry
+from sketch_plugins import CSAdam, CSMomentum, Sketchy, registry
 from sketch_plugins.optim import MemSGD
 from sketch_plugins.optim.sadagrad import SAdagrad
 
@@ -600,19 +600,17 @@ def test_every_scheduler_of_torch_is_here():
     assert theirs - {"LRScheduler"} == set(SCHEDULERS) - {"SWALR"}
 
 
-# How a rate that is a tensor is read is the base class's, whatever the optimizer.
-@pytest.mark.parametrize(
-    ("cls", "options", "as_tensor"),
-    [
-        *(pytest.param(*one.values, False, id=f"{one.id}-number") for one in CLASSES),
-        *(
-            pytest.param(*one.values, True, id=f"{one.id}-tensor")
-            for one in CLASSES
-            if one.values[0] in (CSMomentum, MemSGD)
-        ),
-    ],
-)
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def scheduled():
+    """How a rate is read is the base class's: three optimizers have every scheduler, all have three of them."""
+    for one in CLASSES:
+        whole = one.values[0] in (CSAdam, CSMomentum, MemSGD)
+        for scheduler in SCHEDULERS if whole else ("OneCycleLR", "SequentialLR", "ReduceLROnPlateau"):
+            yield pytest.param(*one.values, scheduler, False, id=f"{scheduler}-{one.id}-number")
+            if one.values[0] in (CSMomentum, MemSGD):
+                yield pytest.param(*one.values, scheduler, True, id=f"{scheduler}-{one.id}-tensor")
+
+
+@pytest.mark.parametrize(("cls", "options", "scheduler", "as_tensor"), [*scheduled()])
 def test_steps_are_taken_with_the_scheduler_s_rate(cls, options, scheduler, as_tensor):
     """The same run as one whose groups are set by hand to what AdamW's are; and resumed in the middle."""
     a, b = model(), model()

@@ -123,23 +123,20 @@ def test_what_has_no_counterpart_is_refused_by_name(run, write):
     assert REFUSED["Foreign(params)"] in done.stderr.splitlines()[-1]  # nothing is added at the end of the run
 
 
-def test_wrappers_around_an_optimizer_are_left_alone(run, write):
+def test_wrappers_placeholders_and_ours_are_left_alone(run, write):
     write("loop.py", LOOP)
     wrappers = ("Outer(params, AdamW)", "Outer(params, AdamW, early=True)")
-    kinds = [line[1] for line in lines(run("--optim", "sm3", "loop.py", "raise", *wrappers))]
-    assert kinds == ["SM3", "SM3"]
+    # And a placeholder, and one of ours.
+    others = ("Idle()", "__import__('sketch_plugins').CSAdam(params)")
+    done = run("--optim", "sm3", "loop.py", "raise", *wrappers, *others)
+    assert [line[1] for line in lines(done)] == ["SM3", "SM3", "Idle", "CSAdam"]
+    assert done.stderr.count("sketch-plugins run:") == 1  # what was replaced
 
 
-def test_a_placeholder_is_left_alone_and_no_optimizer(run, write):
+def test_a_placeholder_is_no_optimizer(run, write):
     write("loop.py", LOOP)
     done = run("loop.py", "raise", "Idle()")
     assert lines(done)[0][1] == "Idle" and done.stderr == ""
-
-
-def test_one_of_ours_is_left_alone(run, write):
-    write("loop.py", LOOP)
-    done = run("--optim", "sm3", "loop.py", "raise", "__import__('sketch_plugins').CSAdam(params)", "Idle()")
-    assert [line[1] for line in lines(done)] == ["CSAdam", "Idle"] and done.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,4 @@ def test_two_ranks(launch_ranks, tmp_path):
 
 
 def test_four_ranks(launch_ranks, tmp_path):
-    launch_ranks(
-        WORKER, "equal,remembered,experts,sharded_checkpoint,meshes,tensor_parallel", tmp_path / "checkpoints", world=4
-    )
+    launch_ranks(WORKER, "equal,experts,sharded_checkpoint,meshes,tensor_parallel", tmp_path / "checkpoints", world=4)

@@ -58,7 +58,7 @@ def test_the_error_is_half_a_step_within_its_range(shape, block):
 
 def test_an_average_moves_where_rounding_to_nearest_would_stand_still():
     """1,000 steps of 0.999 without a gradient, and with one: unbiased, although each is a fiftieth of a code's step."""
-    store, shape = Log8(seed=3), (400, 128)
+    store, shape = Log8(seed=3), (100, 128)
     for square, end in ((0.0, 0.999**1000), (2.0, 2.0 - 0.999**1000)):
         state = assigned(store, torch.ones(shape))
         g = torch.full(shape, math.sqrt(square))

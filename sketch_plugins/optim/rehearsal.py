@@ -1,0 +1,104 @@
+"""The temporaries of an eager step, found out before it: by taking it with tensors that have no memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sketch_plugins import scratch
+from sketch_plugins.optim.checks import is_fake
+from sketch_plugins.optim.pending import Pending
+
+#: What the temporaries depend on -> their sizes. The layers of a model are alike, and a rehearsal takes as long as some
+#: hundred operations.
+REHEARSED: dict[Any, dict[scratch.Slot, int]] = {}
+_MOST = 1000
+
+
+def rehearse(eager: Callable[..., None], kind: Any, one: Pending) -> dict[scratch.Slot, int]:
+    """The temporaries of the step that ``eager`` would take, a method of an optimizer of this kind.
+
+    With ``compile=True`` it is taken with copies instead: that compiles it. Touched rows are looked at by the host,
+    which tensors without memory have nothing to show to: their temporaries are allocated in the step itself.
+    """
+    if one.grad.rows is not None or one.rule is None:
+        return {}
+    if one.grad.compile:
+        return _take(eager, one, one.p.device)
+    key = kind, _depends_on(one, [name for name in kind.OPTIONS if name != "lr"])
+    try:
+        known = REHEARSED.get(key)
+    except TypeError:  # an option that has no hash
+        return _take(eager, one, torch.device("meta"))
+    if known is None:
+        if len(REHEARSED) >= _MOST:
+            REHEARSED.clear()
+        known = REHEARSED[key] = _take(eager, one, torch.device("meta"))
+    return known
+
+
+def _depends_on(one: Pending, options: Sequence[str]) -> tuple[Any, ...]:
+    """All that decides the sizes: not which parameter it is, its rate, or what others keep in its group."""
+    p, grad = one.p, one.grad
+    piece = None if p.piece is None else dataclasses.replace(p.piece, index=0)
+    return (
+        is_fake(p.data),
+        p.device,
+        torch.get_default_dtype(),
+        _layout(p.data),
+        p.whole,
+        piece,
+        _layout(grad.matrix.tensor),
+        grad.matrix.batch,
+        (grad.dtype, grad.chunk, grad.shape, grad.packed, grad.negate, grad.l2 is None, grad.matrices),
+        tuple((name, type(store)) for name, store in one.named.items()),
+        _layout({name: value for name, value in one.state.items() if name != "step"}),
+        one.step,
+        tuple(_layout(one.group.get(name)) for name in options),
+    )
+
+
+def _layout(value: Any) -> Any:
+    """Of a tensor its layout, so that none is kept alive; of a mapping that of its values; anything else is itself."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, Mapping):
+        return tuple((name, _layout(inner)) for name, inner in value.items())
+    return value
+
+
+def _take(eager: Callable[..., None], one: Pending, device: torch.device) -> dict[scratch.Slot, int]:
+    fake = is_fake(one.p.data)
+    with _disable_current_modes() if fake else contextlib.nullcontext():
+        p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
+        p.owner = p.data
+        gradient, state = one.grad.like(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
+        grad = one.grad.of(one.grad.like(p.data), gradient)
+        # Nobody can ask a fake tensor for its number; `sketch_plugins.plan` answers for it that this is no first step.
+        state["step"] = torch.full((), 2.0) if fake else one.state["step"] + 1
+        with scratch.scratch():
+            try:
+                eager(p, grad, one.rule, state, one.named, one.group)
+            except NotImplementedError:  # an operation that has no form without memory
+                return {}
+            return {(name, dtype, one.p.device): n for (name, dtype, _), n in scratch.used().items()}
+
+
+def _twin(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the same layout: without memory on the meta device, with the same numbers elsewhere."""
+    if device.type != "meta":
+        return tensor.detach().clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _twins(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: _twins(value, device) if isinstance(value, Mapping) else value if name == "step" else _twin(value, device)
+        for name, value in state.items()
+    }
