@@ -590,9 +590,7 @@ def test_the_command(small, tmp_path, capsys):
     argv = [*common, "--gpu-memory", "800MB", "--optimizer", "adamw,cs_adam:preset=lean,seed=1"]
     assert cli.main([*argv, "--plot", str(chart)]) == 0
     said = capsys.readouterr().out
-    assert (
-        "cs_adam preset=lean,seed=1" in said and "largest batch" in said and "budget 800.0 MB" in said
-    )
+    assert "cs_adam preset=lean,seed=1" in said and "largest batch" in said and "budget 800.0 MB" in said
     assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 5000
     argv = [*common, "--optimizer", "adamw", "--gpu-memory", "800MB", "--json"]
     assert cli.main([*argv, "--plot", str(tmp_path / "chart.svg"), "--gradient-checkpointing"]) == 0
