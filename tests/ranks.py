@@ -25,6 +25,9 @@ def preload(script: str) -> None:
     for one in imports:
         with contextlib.suppress(ImportError):
             exec(compile(ast.Module([one], []), script, "exec"), {"__name__": "preload"})
+    if "deepspeed" in sys.modules:
+        # Or DeepSpeed would compile a C++ extension for all-reduces of inference, which takes a minute.
+        sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "torch" in sys.modules:
         importlib.import_module("torch._dynamo")  # torch would in the first optimizer of each rank
 

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypedDict
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from sketch_plugins.optim.adam import _ADAFACTOR_DEVICES, _SECOND, _SHARED, PAPER_SKETCH
+from sketch_plugins.optim.adam import ADAFACTOR_DEVICES, PAPER_SKETCH
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.options import COMMON, DECOUPLED, SECOND_MOMENT, TORCHS, NoEffect, Option, rate
+from sketch_plugins.optim.declaring import option, with_options
+from sketch_plugins.optim.family import (
+    Buckets,
+    Clipping,
+    CoupledDecay,
+    Kernels,
+    Lagged,
+    SecondMoment,
+    Sketches,
+    Steps,
+    Torchs,
+)
+from sketch_plugins.optim.options import rate
 from sketch_plugins.optim.rule import Denominator, Rule
 from sketch_plugins.stores import Ema, Store
 
 
+class Accumulator(TypedDict, total=False):
+    """What torch.optim.Adagrad has, too."""
+
+    lr_decay: Annotated[float, option(0.0, ":math:`\\eta` above.", allowed="a number >= 0", check=lambda v: v >= 0)]
+    initial_accumulator_value: Annotated[
+        float, option(0.0, "what every estimate starts from.", allowed="a number >= 0", check=lambda v: v >= 0)
+    ]
+
+
+class AdagradOptions(
+    Accumulator, SecondMoment, CoupledDecay, Sketches, Buckets, Steps, Clipping, Lagged, Kernels, Torchs, total=False
+):
+    """Keywords of `CSAdagrad`."""
+
+
+# The store "cover" is SM3-II without momentum here.
+@with_options(AdagradOptions, bucket={"default": "sum"})
 class CSAdagrad(SketchOptimizer):
     r"""Adagrad whose sum of squared gradients is a count-min sketch: 0.20 bytes of state a parameter instead of 4.
 
@@ -36,34 +66,7 @@ class CSAdagrad(SketchOptimizer):
             to that of touched rows.
         preset: ``"default"``; ``"lean"`` (+ update_clip 1, scale_parameter); ``"paper"`` (depth 3, 20 %, cleaning 0.5
             every 125 steps); ``"exact"`` (dense, is `torch.optim.Adagrad`).
-        lr_decay: :math:`\eta` above (default 0).
-        initial_accumulator_value: what every estimate starts from (default 0).
-        decoupled_weight_decay: decay the parameter by ``lr * weight_decay`` instead.
-        second_moment: see `CSAdam`, as for all that follow (``"cover"`` here is SM3-II without momentum).
-        compression: see `CSAdam`.
-        width: see `CSAdam`.
-        depth: see `CSAdam`.
-        hash: see `CSAdam`.
-        batch_dims: see `CSAdam`.
-        table_dtype: see `CSAdam`.
-        bucket: ``"sum"`` (default) or ``"mean"``.
-        clean_every: see `CSAdam`.
-        clean_factor: see `CSAdam`.
-        min_compress_size: see `CSAdam`.
-        row_sparse: see `CSAdam`.
-        update_clip: see `CSAdam`.
-        scale_parameter: see `CSAdam`.
-        lagged_rms: see `CSAdam`.
-        chunk_size: see `CSAdam`.
-        compile: see `CSAdam`.
-        fused: see `CSAdam`.
-        capturable: see `CSAdam`.
-        stochastic_rounding: see `CSAdam`.
-        seed: see `CSAdam`.
-        maximize: see `CSAdam`.
-        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
-        foreach: None or False.
-        differentiable: only False.
+        {options}
 
     Raises:
         ValueError: as `CSAdam`.
@@ -71,23 +74,8 @@ class CSAdagrad(SketchOptimizer):
     Source: https://arxiv.org/abs/1902.00179, Alg. 3; deviations as in `CSAdam`.
     """
 
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        **COMMON,
-        **SECOND_MOMENT,
-        **DECOUPLED,
-        "lr_decay": Option("lr_decay", float, "learning rate decay", allowed="a number >= 0", check=lambda v: v >= 0),
-        "initial_accumulator_value": Option(
-            "initial_accumulator_value",
-            float,
-            "what the accumulator starts from",
-            allowed="a number >= 0",
-            check=lambda v: v >= 0,
-        ),
-    }
-    NO_EFFECT: ClassVar[dict[str, NoEffect]] = TORCHS
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": {**_SHARED, **_SECOND, "bucket": "sum", "decoupled_weight_decay": False},
-        "lean": {**_ADAFACTOR_DEVICES},
+        "lean": {**ADAFACTOR_DEVICES},
         "paper": {**PAPER_SKETCH, "clean_factor": 0.5},
         "exact": {"second_moment": "dense"},
     }
@@ -101,36 +89,10 @@ class CSAdagrad(SketchOptimizer):
         weight_decay: float = 0.0,
         *,
         preset: str = "default",
-        lr_decay: float = 0.0,
-        initial_accumulator_value: float = 0.0,
-        decoupled_weight_decay: bool | None = None,
-        second_moment: str | None = None,
-        compression: float | None = None,
-        width: int | None = None,
-        depth: int | None = None,
-        hash: str | None = None,
-        batch_dims: int | str | None = None,
-        table_dtype: str | None = None,
-        bucket: str | None = None,
-        clean_every: int | None = None,
-        clean_factor: float | None = None,
-        min_compress_size: int | None = None,
-        row_sparse: bool | str | None = None,
-        update_clip: float | None = None,
-        scale_parameter: bool | None = None,
-        lagged_rms: bool | None = None,
-        chunk_size: int | None = None,
-        compile: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool | None = None,
-        stochastic_rounding: bool | None = None,
-        seed: int | None = None,
-        maximize: bool | None = None,
-        amsgrad: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
+        **options: Unpack[AdagradOptions],
     ) -> None:
-        super().__init__(params, self._arguments(locals()), preset)
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
+        super().__init__(params, given, preset)
 
     def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
         if group["initial_accumulator_value"]:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.optim.ambient import neutral, outside_graphs
+from sketch_plugins.optim.family import misspelt
 from sketch_plugins.optim.groups import OWN_KEY, check_compiler, check_parameter, one_of_width_and_compression
 from sketch_plugins.optim.introduction import introduce
-from sketch_plugins.optim.options import misspelt, unknown_option, validate
+from sketch_plugins.optim.options import unknown_option, validate
 from sketch_plugins.optim.plan import Plan
 from sketch_plugins.optim.taking import Members, StepOfAll, Taking
 from sketch_plugins.optim.written import MARK, modernize, renew
@@ -39,6 +40,9 @@ class SketchOptimizer(Taking):
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
+        unknown = [name for name in explicit if name not in self.OPTIONS and name not in self.NO_EFFECT]
+        if unknown:  # as Python says of an argument that there is not
+            raise TypeError(unknown_option(type(self).__name__, unknown[0], self.OPTIONS))
         self._accept_without_effect(explicit)
         explicit = {name: value for name, value in explicit.items() if name not in self.NO_EFFECT}
         given = {name: value for name, value in explicit.items() if value is not None}

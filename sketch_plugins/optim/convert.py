@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.checks import STATES
-from sketch_plugins.optim.options import COMMON
+from sketch_plugins.optim.family import FAMILY
 from sketch_plugins.optim.rule import SCALE_FLOOR
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.written import written_by
@@ -141,7 +141,7 @@ def _scheduled(
     values = {
         key: value
         for key, value in saved.items()
-        if key not in _TORCHS_OWN and key not in ("betas", "momentum") and (key == "lr" or key not in COMMON)
+        if key not in _TORCHS_OWN and key not in ("betas", "momentum") and (key == "lr" or key not in FAMILY)
     }
     if "betas" in saved and optimizer.ADAM_SETTINGS:
         if "momentum" in group:

@@ -6,19 +6,29 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from sketch_plugins.optim.adam import _FIRST, _SHARED
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.options import COMMON, DECOUPLES, FIRST_MOMENT, TORCHS, NoEffect, Option, rate
+from sketch_plugins.optim.declaring import with_options
+from sketch_plugins.optim.family import Decoupled, FirstMoment, Kernels, Steps
+from sketch_plugins.optim.options import Option, rate
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.stores import Ema
 
-_NAMES = (
-    "lr", "weight_decay", "maximize", "min_compress_size", "row_sparse", "chunk_size", "compile", "fused", "capturable",
-    "stochastic_rounding", "seed",
-)  # fmt: skip
+_BETAS = Option(
+    "betas",
+    tuple,
+    "decay rates of the momentum as the sign and as the state see it; as text: 0.9:0.99 (default)",
+    allowed="two numbers b1 and b2 with 0 < b1 <= b2 < 1",
+    check=lambda v: len(v) == 2 and 0 < v[0] <= v[1] < 1,
+)
 
 
+class LionOptions(FirstMoment, Steps, Kernels, Decoupled, total=False):
+    """Keywords of `CSLion`."""
+
+
+@with_options(LionOptions, betas=_BETAS, first_moment={"choices": ("int8", "fp32", "bf16")})
 class CSLion(SketchOptimizer):
     r"""Lion, whose momentum is kept in int8 blocks: 1.03 bytes of state a parameter instead of 4.
 
@@ -36,22 +46,7 @@ class CSLion(SketchOptimizer):
         eps: no effect; accepted so that one configuration can name any optimizer of the family.
         weight_decay: decoupled weight decay (default 0).
         preset: ``"default"`` or ``"exact"`` (a float32 momentum: Lion as published, 4 bytes).
-        first_moment: ``"int8"``, ``"fp32"`` or ``"bf16"``.
-        block_size: see `CSAdam`, as for all that follow.
-        first_moment_rounding: see `CSAdam`.
-        min_compress_size: see `CSAdam`.
-        row_sparse: see `CSAdam`.
-        chunk_size: see `CSAdam`.
-        compile: see `CSAdam`.
-        fused: see `CSAdam`.
-        capturable: see `CSAdam`.
-        stochastic_rounding: see `CSAdam`.
-        seed: see `CSAdam`.
-        maximize: see `CSAdam`.
-        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
-        foreach: None or False.
-        differentiable: only False.
-        decoupled_weight_decay: only True.
+        {options}
 
     Raises:
         ValueError: as `CSAdam`.
@@ -63,32 +58,7 @@ class CSLion(SketchOptimizer):
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        **{name: COMMON[name] for name in (*_NAMES, "eps")},
-        **{name: FIRST_MOMENT[name] for name in ("first_moment_rounding", "block_size")},
-        "betas": Option(
-            "betas",
-            tuple,
-            "decay rates of the momentum as the sign and as the state see it; as text: 0.9:0.99 (default)",
-            allowed="two numbers b1 and b2 with 0 < b1 <= b2 < 1",
-            check=lambda v: len(v) == 2 and 0 < v[0] <= v[1] < 1,
-        ),
-        "first_moment": Option(
-            "first_moment",
-            str,
-            "store of the momentum (default 'int8')",
-            choices=("int8", "fp32", "bf16"),
-            structural=True,
-        ),
-    }
-    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {**TORCHS, **DECOUPLES}
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": {
-            **{name: _SHARED[name] for name in _NAMES if name in _SHARED},
-            **{name: _FIRST[name] for name in ("first_moment", "first_moment_rounding", "block_size")},
-        },
-        "exact": {"first_moment": "fp32"},
-    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"exact": {"first_moment": "fp32"}}
 
     def __init__(
         self,
@@ -99,24 +69,10 @@ class CSLion(SketchOptimizer):
         weight_decay: float = 0.0,
         *,
         preset: str = "default",
-        first_moment: str | None = None,
-        block_size: int | None = None,
-        first_moment_rounding: str | None = None,
-        min_compress_size: int | None = None,
-        row_sparse: bool | str | None = None,
-        chunk_size: int | None = None,
-        compile: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool | None = None,
-        stochastic_rounding: bool | None = None,
-        seed: int | None = None,
-        maximize: bool | None = None,
-        amsgrad: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        decoupled_weight_decay: bool = True,
+        **options: Unpack[LionOptions],
     ) -> None:
-        super().__init__(params, self._arguments(locals()), preset)
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
+        super().__init__(params, given, preset)
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         beta1, beta2 = group["betas"]

@@ -13,19 +13,20 @@ from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.optim.ambient import neutral, outside_graphs
 from sketch_plugins.optim.checks import STATES, copied, described, exact_step, is_fake, why_impossible, why_not_plain
+from sketch_plugins.optim.family import FAMILY
 from sketch_plugins.optim.loading import load
-from sketch_plugins.optim.options import COMMON, Option, rate, validate
+from sketch_plugins.optim.options import Option, rate, validate
 
 _OPTIONS = {
-    "lr": COMMON["lr"],
+    "lr": FAMILY["lr"],
     "k": Option("k", int, "entries", allowed="None or an integer >= 1", check=lambda v: v >= 1),
     "density": Option("density", float, "k / d", allowed="a number in (0, 1]", check=lambda v: 0 < v <= 1),
     "compressor": Option("compressor", str, "which entries", choices=("topk", "randk")),
     "shift": Option("shift", float, "a", allowed="None or a number > 0", check=lambda v: v > 0),
-    "weight_decay": COMMON["weight_decay"],
+    "weight_decay": FAMILY["weight_decay"],
     "averaging": Option("averaging", bool, "keep the weighted average"),
     "memory": Option("memory", bool, "keep what is not applied"),
-    "seed": COMMON["seed"],
+    "seed": FAMILY["seed"],
 }
 _OPTIONAL = ("k", "shift")
 

@@ -11,7 +11,8 @@ from sketch_plugins import scratch
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.options import COMMON, Option, rate
+from sketch_plugins.optim.family import FAMILY
+from sketch_plugins.optim.options import Option, rate
 from sketch_plugins.optim.rule import Further, Rule
 from sketch_plugins.optim.sketchy import check_finite, take, warn_of
 from sketch_plugins.optim.taking import Members
@@ -64,7 +65,7 @@ class SAdagrad(SketchOptimizer):
 
     ADAM_SETTINGS: ClassVar[bool] = False
     OPTIONS: ClassVar[dict[str, Option]] = {
-        **{name: COMMON[name] for name in _COMMON},
+        **{name: FAMILY[name] for name in _COMMON},
         "rank": Option(
             "rank",
             int,

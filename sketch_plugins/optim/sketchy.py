@@ -9,48 +9,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square
-from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
 from sketch_plugins.linalg.kronecker import Due, Kronecker, cut, merged, solve
 from sketch_plugins.notices import warn
-from sketch_plugins.optim.adam import _SHARED
 from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.optim.declaring import with_options
 from sketch_plugins.optim.eager import Factors, number, update, write_tile
-from sketch_plugins.optim.options import (
-    COMMON,
-    DECOUPLES,
-    FIRST_MOMENT,
-    TORCHS,
-    NoEffect,
-    Option,
-    no_effect,
-    rate,
-)
+from sketch_plugins.optim.options import rate
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import SCALE_FLOOR, Denominator, Further, Rule
+from sketch_plugins.optim.sketchy_options import CHANGES, GRAFTS, SketchyOptions
 from sketch_plugins.optim.taking import Members
 from sketch_plugins.sharding.blocks import Matrix, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, agree, local_grad, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.stores import Ema, Gradient, Store
-from sketch_plugins.stores.kinds import FIRST_MOMENTS
-from sketch_plugins.stores.sketch import BUCKETS
 
-# Graft -> how its second moment is kept.
-GRAFTS = {"cs": "count_min", "rmsprop": "dense", "adagrad": "dense", "sm3": "cover", "none": "none"}
-INPUTS = ("update", "gradient")
-STATISTICS = ("accumulate", "sample")
-PLACES = ("before", "after")
 FIXED = {"compile": False, "capturable": False, "lagged_rms": False}
 
 
-def _count(name: str, doc: str, least: int, structural: bool = False) -> Option:
-    allowed = f"an integer >= {least}"
-    return Option(name, int, doc, allowed=allowed, check=lambda v: v >= least, structural=structural)
-
-
+@with_options(SketchyOptions, **CHANGES)
 class Sketchy(SketchOptimizer):
     r"""Shampoo with sketched covariances: a diagonal method's update, turned by low-rank inverse roots, its size kept.
 
@@ -106,67 +87,7 @@ class Sketchy(SketchOptimizer):
         eps: added to the graft's denominator (default 1e-8).
         weight_decay: decoupled weight decay (default 0).
         preset: see above.
-        rank: k: an integer, or a fraction (0, 1) of the axis. More than the axis is the axis: exact Shampoo.
-        budget: bytes of state a parameter, instead of ``rank``: each preconditioned tensor takes the largest rank, the
-            same for its axes, with which its whole state stays within it; none at all where rank 1 does not. An error
-            where that goes for every tensor of the group that would have one for every axis.
-        shampoo_beta: :math:`\beta_s`, decay of the covariances for each of their statistics (default 0.99). 1 is
-            refused: deflation then drives the sketch to 0.
-        update_freq: steps between solves.
-        statistics_freq: steps between statistics, with ``statistics="accumulate"``; divides update_freq. A step in
-            which a solve is due before the first whole period, and no statistic, has none.
-        start_preconditioning_step: the first step that is preconditioned (default 1: from the first solve on).
-        tail: ``"trace"``, ``"paper"`` or ``"sqrt"``: what stands for the covariance outside of the sketch, see
-            `sketch_plugins.linalg.frequent_directions.fold`. ``"paper"`` and ``"sqrt"`` go with ``"sample"``.
-        solver: ``"eigh"``, ``"svd"`` or ``"power"``, ibid.
-        refresh_every: with ``solver="power"`` every so many solves are done by ``"eigh"`` (default 10; 0: never).
-        statistics: see above.
-        input: what is preconditioned and whose covariance it is: ``"update"``, the graft's update, or ``"gradient"``
-            (the step then has the size of :math:`u_t`). With ``graft="none"`` they are the same.
-        graft: ``"cs"``, ``"rmsprop"``, ``"adagrad"``, ``"sm3"`` or ``"none"``: x itself is the step, whatever its
-            size; update_clip and scale_parameter then concern x, and are on unless they are set to 0 and False.
-        matrix_eps: :math:`\epsilon`, relative to the largest eigenvalue (default 1e-6).
-        exponent: a of :math:`(L_i + \epsilon)^{-a}`; 0 (default): :math:`1 / (2 r)`.
-        momentum_placement: ``"before"``: of u (or g), preconditioned; ``"after"``: of the grafted x, as in the
-            paper's code.
-        nesterov: the step uses :math:`\beta_1 m_t + (1 - \beta_1) u_t`. No effect where there is no first moment, as
-            for momentum_placement.
-        momentum_of: ``"preconditioned"`` (default): tensors with a covariance for every axis keep a first moment;
-            ``"all"``: embeddings, heads and vectors, too.
-        merge_dims: trailing axes are merged while their product is at most this (default 1024).
-        max_block_dim: longest axis of a block (default 8192; 0: no blocks).
-        max_axis: see above (default 16384).
-        max_aspect_ratio: see above (default 16).
-        precondition: ``"auto"``: as above; ``"all"``: every axis, however long; ``"none"``: the graft alone (for a
-            parameter group).
-        nonfinite: a NaN or an infinity in a gradient, or a norm from 1e18 on, of which float32 cannot keep a
-            covariance: ``"error"`` (default) or ``"skip"``, the whole step. Either way nothing has changed. The
-            price is one number that the host waits for in each step.
-        first_moment: ``"int8"``, ``"fp32"``, ``"bf16"`` or ``"none"``; see `CSAdam`.
-        block_size: of int8 codes; see `CSAdam`.
-        first_moment_rounding: see `CSAdam`.
-        compression: of the graft "cs"; see `CSAdam`, as for all that follow.
-        width: see `CSAdam`.
-        depth: see `CSAdam`.
-        hash: see `CSAdam`.
-        batch_dims: see `CSAdam`.
-        table_dtype: see `CSAdam`.
-        bucket: see `CSAdam`.
-        min_compress_size: see `CSAdam`; it concerns the graft's second moment only.
-        row_sparse: see `CSAdam`.
-        update_clip: see `CSAdam`; of u, with ``graft="none"`` of x.
-        scale_parameter: see `CSAdam`.
-        chunk_size: see `CSAdam`. Beside tiles, a step takes memory for one preconditioned tensor at a time
-            (``solver="svd"`` with ``statistics="sample"``: a few).
-        fused: see `CSAdam`; of tensors that are not preconditioned.
-        stochastic_rounding: see `CSAdam`.
-        seed: of hashes and of stochastic rounding.
-        maximize: ascend.
-        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
-        foreach: None or False.
-        differentiable: only False.
-        decoupled_weight_decay: only True.
-        capturable: only False.
+        {options}
 
     Raises:
         ValueError: as `CSAdam`; options that contradict each other; in `step`, a gradient that is not finite.
@@ -186,150 +107,7 @@ class Sketchy(SketchOptimizer):
     FIXED: ClassVar[dict[str, Any]] = FIXED
     # Until `_complete`: part of a parameter, its group, (tail, solver), what is to be decomposed.
     _solves: tuple[tuple[Part, Mapping[str, Any], tuple[str, str], list[Due]], ...] = ()
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        **{name: option for name, option in COMMON.items() if name not in FIXED},
-        **{name: option for name, option in FIRST_MOMENT.items() if name != "allow_dense_count_sketch"},
-        **{
-            o.name: o
-            for o in (
-                Option(
-                    "first_moment",
-                    str,
-                    "store of the momentum (default 'int8')",
-                    choices=tuple(kind for kind in FIRST_MOMENTS if kind != "count_sketch"),
-                    structural=True,
-                ),
-                Option(
-                    "bucket",
-                    str,
-                    "what a bucket of the graft 'cs' holds of its rows' g * g: 'mean' or 'sum'",
-                    choices=BUCKETS,
-                    structural=True,
-                ),
-                Option(
-                    "rank",
-                    float,
-                    "rank of the covariances' sketches: an integer, or a fraction of the axis (default 32)",
-                    allowed="an integer >= 1 or a fraction in (0, 1)",
-                    check=lambda v: 0 < v < 1 or (v >= 1 and v == int(v)),
-                    structural=True,
-                ),
-                Option(
-                    "budget",
-                    float,
-                    "bytes of state a parameter, instead of rank (default 0: use rank)",
-                    allowed="a number >= 0",
-                    check=lambda v: v >= 0,
-                    structural=True,
-                ),
-                Option(
-                    "shampoo_beta",
-                    float,
-                    "decay of the covariances (default 0.99)",
-                    allowed="a number in (0, 1)",
-                    check=lambda v: 0 < v < 1,
-                ),
-                _count("update_freq", "steps between solves (default 10)", 1),
-                _count("statistics_freq", "steps between statistics, a divisor of update_freq (default 1)", 1),
-                _count("start_preconditioning_step", "first preconditioned step (default 1)", 0),
-                Option("tail", str, "what stands for the covariance outside of the sketch", choices=TAILS),
-                Option("solver", str, "decomposition (default 'eigh')", choices=SOLVERS),
-                _count("refresh_every", "solves by 'power' between two by 'eigh' (default 10; 0: never)", 0),
-                Option(
-                    "statistics",
-                    str,
-                    "'accumulate' (default): every statistics_freq-th step; 'sample': every update_freq-th",
-                    choices=STATISTICS,
-                    structural=True,
-                ),
-                Option("input", str, "what is preconditioned: the graft's 'update' or the 'gradient'", choices=INPUTS),
-                Option("graft", str, "whose size the step has (default 'cs')", choices=tuple(GRAFTS), structural=True),
-                Option(
-                    "matrix_eps",
-                    float,
-                    "added to eigenvalues, relative to the largest (default 1e-6)",
-                    allowed="a number >= 0",
-                    check=lambda v: v >= 0,
-                ),
-                Option(
-                    "exponent",
-                    float,
-                    "each axis is multiplied by its covariance to minus this (default 0: 1 / (2 * axes))",
-                    allowed="a number in [0, 1]",
-                    check=lambda v: 0 <= v <= 1,
-                ),
-                Option(
-                    "momentum_placement", str, "'before' preconditioning (default) or 'after' grafting", choices=PLACES
-                ),
-                Option("nesterov", bool, "Nesterov's momentum (default True)"),
-                Option(
-                    "momentum_of",
-                    str,
-                    "tensors with a first moment: those 'preconditioned' along every axis (default), or 'all'",
-                    choices=("preconditioned", "all"),
-                    structural=True,
-                ),
-                _count("merge_dims", "merge trailing axes up to this product (default 1024)", 1, structural=True),
-                _count("max_block_dim", "longest axis of a block (default 8192; 0: any)", 0, structural=True),
-                _count("max_axis", "longer axes have no covariance (default 16384)", 1, structural=True),
-                Option(
-                    "max_aspect_ratio",
-                    float,
-                    "nor have axes longer than this times the rest of the tensor (default 16)",
-                    allowed="a number > 0",
-                    check=lambda v: v > 0,
-                    structural=True,
-                ),
-                Option(
-                    "precondition",
-                    str,
-                    "'auto' (default): all axes but vocabularies; 'all'; 'none'",
-                    choices=("auto", "all", "none"),
-                    structural=True,
-                ),
-                Option("nonfinite", str, "gradients that are not finite: 'error' or 'skip'", choices=("error", "skip")),
-            )
-        },
-    }
-    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
-        **TORCHS,
-        **DECOUPLES,
-        **no_effect("capturable", (False,), "decompositions cannot be captured in a CUDA graph"),
-    }
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": {
-            **{k: v for k, v in _SHARED.items() if not k.startswith("clean_") and k not in FIXED},
-            "compression": 0.05,
-            "bucket": "mean",
-            "update_clip": 1.0,
-            "scale_parameter": True,
-            "first_moment": "int8",
-            "first_moment_rounding": "nearest",
-            "block_size": 128,
-            "rank": 32,
-            "budget": 0.0,
-            "shampoo_beta": 0.99,
-            "update_freq": 10,
-            "statistics_freq": 1,
-            "start_preconditioning_step": 1,
-            "tail": "trace",
-            "solver": "eigh",
-            "refresh_every": 10,
-            "statistics": "accumulate",
-            "input": "update",
-            "graft": "cs",
-            "matrix_eps": 1e-6,
-            "exponent": 0.0,
-            "momentum_placement": "before",
-            "nesterov": True,
-            "momentum_of": "preconditioned",
-            "merge_dims": 1024,
-            "max_block_dim": 8192,
-            "max_axis": 16384,
-            "max_aspect_ratio": 16.0,
-            "precondition": "auto",
-            "nonfinite": "error",
-        },
         "paper": {
             "update_clip": 0.0,
             "scale_parameter": False,
@@ -357,57 +135,12 @@ class Sketchy(SketchOptimizer):
         weight_decay: float = 0.0,
         *,
         preset: str = "default",
-        rank: float | None = None,
-        budget: float | None = None,
-        shampoo_beta: float | None = None,
-        update_freq: int | None = None,
-        statistics_freq: int | None = None,
-        start_preconditioning_step: int | None = None,
-        tail: str | None = None,
-        solver: str | None = None,
-        refresh_every: int | None = None,
-        statistics: str | None = None,
-        input: str | None = None,
-        graft: str | None = None,
-        matrix_eps: float | None = None,
-        exponent: float | None = None,
-        momentum_placement: str | None = None,
-        nesterov: bool | None = None,
-        momentum_of: str | None = None,
-        merge_dims: int | None = None,
-        max_block_dim: int | None = None,
-        max_axis: int | None = None,
-        max_aspect_ratio: float | None = None,
-        precondition: str | None = None,
-        nonfinite: str | None = None,
-        first_moment: str | None = None,
-        block_size: int | None = None,
-        first_moment_rounding: str | None = None,
-        compression: float | None = None,
-        width: int | None = None,
-        depth: int | None = None,
-        hash: str | None = None,
-        batch_dims: int | str | None = None,
-        table_dtype: str | None = None,
-        bucket: str | None = None,
-        min_compress_size: int | None = None,
-        row_sparse: bool | str | None = None,
-        update_clip: float | None = None,
-        scale_parameter: bool | None = None,
-        chunk_size: int | None = None,
-        fused: bool | None = None,
-        stochastic_rounding: bool | None = None,
-        seed: int | None = None,
-        maximize: bool | None = None,
-        amsgrad: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        decoupled_weight_decay: bool = True,
-        capturable: bool = False,
+        **options: Unpack[SketchyOptions],
     ) -> None:
         if lr is None:
             lr = 1e-3 if preset == "paper" else 5e-2  # no option of the presets, or a group's preset would reset it
-        super().__init__(params, self._arguments(locals()), preset)
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
+        super().__init__(params, given, preset)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `SketchOptimizer.add_param_group`.

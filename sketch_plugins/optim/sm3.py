@@ -3,21 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypedDict
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from sketch_plugins.optim.adam import _SHARED
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.options import COMMON, DECOUPLES, FIRST_MOMENT, TORCHS, NoEffect, Option, rate
+from sketch_plugins.optim.declaring import option, with_options
+from sketch_plugins.optim.family import Clipping, Decoupled, FirstMoment, Kernels, Lagged, Steps
+from sketch_plugins.optim.options import Option, rate
 from sketch_plugins.optim.rule import Denominator, Rule
 from sketch_plugins.stores import Ema
 from sketch_plugins.stores.cover import VARIANTS
 from sketch_plugins.stores.kinds import FIRST_MOMENTS
 
-_NO_SKETCH = ("compression", "width", "depth", "hash", "batch_dims", "table_dtype")
+_BETAS = Option(
+    "betas",
+    tuple,
+    "decay rates of the momentum and of the covers, 1 for a sum; as text: 0.9:1 (default)",
+    allowed="two numbers, the first in [0, 1), the second in [0, 1]",
+    check=lambda v: len(v) == 2 and 0 <= v[0] < 1 and 0 <= v[1] <= 1,
+)
 
 
+class Accumulators(TypedDict, total=False):
+    """How the second moment is kept."""
+
+    variant: Annotated[
+        str | None,
+        option("II", "of the paper; I is looser and takes one more pass.", choices=VARIANTS, structural=True),
+    ]
+    second_moment: Annotated[
+        str | None,
+        option(
+            "cover",
+            '``"cover"``: maxima over slices; ``"dense"``: exact accumulators.',
+            choices=("cover", "dense"),
+            structural=True,
+        ),
+    ]
+
+
+class SM3Options(Accumulators, FirstMoment, Steps, Clipping, Lagged, Kernels, Decoupled, total=False):
+    """Keywords of `SM3`."""
+
+
+@with_options(
+    SM3Options,
+    betas=_BETAS,
+    # A signed sketch would have to be written with all of u before any of it is read.
+    first_moment={"choices": tuple(kind for kind in FIRST_MOMENTS if kind != "count_sketch")},
+    min_compress_size={
+        "default": 0,
+        "doc": "tensors with fewer elements are exact (0: covers are well defined at any size).",
+    },
+    update_clip={
+        "doc": "divide u by ``max(1, RMS(u) / update_clip)`` *before* it enters the momentum (0: off). With "
+        "``betas[1] = 1`` no element of u exceeds 1, so only values below 1 do anything.",
+    },
+)
 class SM3(SketchOptimizer):
     r"""Adagrad whose accumulators are maxima over the slices of each axis: 1.03 bytes of state a parameter, or 0.005.
 
@@ -67,28 +111,7 @@ class SM3(SketchOptimizer):
             so far has u = 0, also at ``eps=0``.
         weight_decay: decoupled weight decay (default 0).
         preset: see above.
-        variant: ``"II"`` (default) or ``"I"``.
-        first_moment: ``"int8"`` (default), ``"fp32"``, ``"bf16"`` or ``"none"``; see `CSAdam`.
-        second_moment: ``"cover"`` (default) or ``"dense"``, exact accumulators.
-        block_size: see `CSAdam`.
-        first_moment_rounding: see `CSAdam`.
-        min_compress_size: tensors with fewer elements are exact (default 0: covers are well defined at any size).
-        row_sparse: see `CSAdam`.
-        update_clip: divide u by ``max(1, RMS(u) / update_clip)`` *before* it enters the momentum (0: off). With
-            ``betas[1] = 1`` no element of u exceeds 1, so only values below 1 do anything.
-        scale_parameter: see `CSAdam`.
-        lagged_rms: see `CSAdam`.
-        chunk_size: see `CSAdam`; the result does not depend on it.
-        compile: see `CSAdam`.
-        fused: see `CSAdam`.
-        capturable: see `CSAdam`.
-        stochastic_rounding: see `CSAdam`.
-        seed: of stochastic rounding.
-        maximize: ascend.
-        amsgrad: has no effect, as all that follow; accepted so that AdamW's arguments can be handed on. Only False.
-        foreach: None or False.
-        differentiable: only False.
-        decoupled_weight_decay: only True.
+        {options}
 
     Raises:
         ValueError: as `CSAdam`.
@@ -99,56 +122,8 @@ class SM3(SketchOptimizer):
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        **{name: option for name, option in COMMON.items() if name not in _NO_SKETCH},
-        **{name: option for name, option in FIRST_MOMENT.items() if name != "allow_dense_count_sketch"},
-        "betas": Option(
-            "betas",
-            tuple,
-            "decay rates of the momentum and of the covers, 1 for a sum; as text: 0.9:1 (default)",
-            allowed="two numbers, the first in [0, 1), the second in [0, 1]",
-            check=lambda v: len(v) == 2 and 0 <= v[0] < 1 and 0 <= v[1] <= 1,
-        ),
-        "eps": Option(
-            "eps", float, "added under the root (default 1e-30)", allowed="a number >= 0", check=lambda v: v >= 0
-        ),
-        # A signed sketch would have to be written with all of u before any of it is read.
-        "first_moment": Option(
-            "first_moment",
-            str,
-            "store of the momentum (default 'int8')",
-            choices=tuple(kind for kind in FIRST_MOMENTS if kind != "count_sketch"),
-            structural=True,
-        ),
-        "second_moment": Option(
-            "second_moment",
-            str,
-            "'cover' (default): maxima over slices; 'dense': exact",
-            choices=("cover", "dense"),
-            structural=True,
-        ),
-        "min_compress_size": Option(
-            "min_compress_size",
-            int,
-            "tensors with fewer elements, and all vectors, are kept exactly (default 0)",
-            allowed="an integer >= 0",
-            check=lambda v: v >= 0,
-            structural=True,
-        ),
-        "variant": Option("variant", str, "'II' (default) or 'I' of the paper", choices=VARIANTS, structural=True),
-    }
-    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {**TORCHS, **DECOUPLES}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": {
-            **{k: v for k, v in _SHARED.items() if k not in _NO_SKETCH and not k.startswith("clean_")},
-            "betas": (0.9, 1.0),
-            "min_compress_size": 0,
-            "variant": "II",
-            "first_moment": "int8",
-            "first_moment_rounding": "nearest",
-            "block_size": 128,
-            "second_moment": "cover",
-        },
+        "default": {"betas": (0.9, 1.0)},
         "lean": {"first_moment": "none"},
         "ema": {"first_moment": "none", "betas": (0.9, 0.999), "update_clip": 1.0, "scale_parameter": True},
         "exact": {"first_moment": "fp32", "second_moment": "dense"},
@@ -163,29 +138,10 @@ class SM3(SketchOptimizer):
         weight_decay: float = 0.0,
         *,
         preset: str = "default",
-        variant: str | None = None,
-        first_moment: str | None = None,
-        second_moment: str | None = None,
-        block_size: int | None = None,
-        first_moment_rounding: str | None = None,
-        min_compress_size: int | None = None,
-        row_sparse: bool | str | None = None,
-        update_clip: float | None = None,
-        scale_parameter: bool | None = None,
-        lagged_rms: bool | None = None,
-        chunk_size: int | None = None,
-        compile: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool | None = None,
-        stochastic_rounding: bool | None = None,
-        seed: int | None = None,
-        maximize: bool | None = None,
-        amsgrad: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        decoupled_weight_decay: bool = True,
+        **options: Unpack[SM3Options],
     ) -> None:
-        super().__init__(params, self._arguments(locals()), preset)
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
+        super().__init__(params, given, preset)
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         (beta1, beta2), eps = group["betas"], group["eps"]

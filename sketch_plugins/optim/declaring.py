@@ -1,0 +1,137 @@
+"""How an option is declared once: its keyword for editors, its table entry, its default and its docstring's lines.
+
+A set of options is a `TypedDict`, whose annotations hold an `Option` each::
+
+    class Clipping(TypedDict, total=False):
+        update_clip: Annotated[float | None, option(0.0, "what it does", allowed="a number >= 0", check=...)]
+
+An optimizer takes ``**options: Unpack[...]`` of such a set, which is what editors and type checkers read, and
+`with_options` makes the rest of it: the table that values are validated by, the defaults of its first preset, the
+signature that `help` shows, and the entries of its docstring's ``Args``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from sketch_plugins.optim.options import BY_POSITION, NoEffect, Option
+
+Class = TypeVar("Class", bound=type)
+
+#: Where a docstring has the entries of the options.
+PLACE = "        {options}\n"
+_WIDTH = 120
+_SIMPLE = (bool, int, float, str, tuple)
+
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    choices: tuple[Any, ...] = (),
+    allowed: str = "",
+    check: Callable[[Any], bool] | None = None,
+    structural: bool = False,
+) -> Option:
+    """An `Option` to be written into an annotation, which has its name and its type."""
+    return Option("", object, doc, choices, allowed, check, structural, default)
+
+
+def unused(choices: tuple[Any, ...], why: str) -> NoEffect:
+    """An argument of torch's optimizers that is accepted where it changes nothing, to be written into an annotation."""
+    return NoEffect("", bool, why, choices=choices, default=choices[0])
+
+
+def declared(kind: type) -> dict[str, Option]:
+    """The options of a set, with their names and types.
+
+    Raises:
+        TypeError: an annotation has no `Option`.
+    """
+    found = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        options = [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Option)]
+        if len(options) != 1:
+            raise TypeError(f"{kind.__name__}.{name} is declared without an option: write Annotated[type, option(...)]")
+        found[name] = dataclasses.replace(options[0], name=name, type=_type_of(hint))
+    return found
+
+
+def with_options(kind: type, **changes: Mapping[str, Any] | Option) -> Callable[[Class], Class]:
+    """Give an optimizer the options of a set: its table, its first preset, its signature, its docstring's entries.
+
+    Args:
+        kind: the set, a `TypedDict`; the constructor's ``**options`` are unpacked from it.
+        changes: what is declared otherwise for this optimizer: attributes of an option of the set, or a whole `Option`,
+            of an argument that the constructor names itself (``betas``), too.
+    """
+
+    def complete(cls: Class) -> Class:
+        options = {**BY_POSITION, **declared(kind)}
+        for name, change in changes.items():
+            options[name] = change if isinstance(change, Option) else dataclasses.replace(options[name], **change)
+        constructor: Any = cls.__init__  # type: ignore[misc]
+        signature = inspect.signature(constructor)
+        named = signature.parameters.keys()
+        target: Any = cls
+        options = {name: one for name, one in options.items() if name not in BY_POSITION or name in named}
+        target.OPTIONS = {name: one for name, one in options.items() if not isinstance(one, NoEffect)}
+        target.NO_EFFECT = {name: one for name, one in options.items() if isinstance(one, NoEffect)}
+        by_keyword = [one for name, one in options.items() if name not in named]
+        # None as such is no value, but for an option that says so.
+        defaults = {one.name: one.default for one in by_keyword if one.default is not None or None in one.choices}
+        defaults = {name: value for name, value in defaults.items() if name in target.OPTIONS}
+        own = target.PRESETS
+        target.PRESETS = {"default": {**defaults, **own.get("default", {})}} | {
+            name: preset for name, preset in own.items() if name != "default"
+        }
+        hints = typing.get_type_hints(kind)
+        constructor.__signature__ = _signature(signature, by_keyword, hints)
+        if cls.__doc__:  # python -OO has none
+            target.__doc__ = cls.__doc__.replace(PLACE, "".join(map(_entry, by_keyword)))
+        return cls
+
+    return complete
+
+
+def _type_of(hint: Any) -> type:
+    """Of ``Annotated[float | None, ...]`` it is float; where several are allowed, str, the type of text."""
+    kinds = [typing.get_origin(kind) or kind for kind in _members(hint.__origin__)]
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in _SIMPLE else str
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if "Union" in str(typing.get_origin(hint)) else (hint,)
+
+
+def _signature(signature: inspect.Signature, options: list[Option], hints: Mapping[str, Any]) -> inspect.Signature:
+    """With a parameter for each option in the place of ``**options``."""
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    for one in options:
+        default = one.default if isinstance(one, NoEffect) else None
+        own.append(inspect.Parameter(one.name, keyword, default=default, annotation=hints[one.name]))
+    return signature.replace(parameters=own)
+
+
+def _entry(one: Option) -> str:
+    if isinstance(one, NoEffect):
+        said = f"accepted so that torch's arguments can be handed on; only {' or '.join(map(repr, one.choices))}."
+    elif one.choices and all(isinstance(choice, str) for choice in one.choices):
+        allowed = ", ".join(f'``"{choice}"``' for choice in one.choices)
+        said = f'{one.doc} One of {allowed}; default ``"{one.default}"``.'
+    elif one.default is None and None not in one.choices:
+        said = one.doc
+    elif type(one.default) is float:
+        said = f"{one.doc} Default {one.default:g}."
+    else:
+        said = f"{one.doc} Default {one.default!r}."
+    lines = textwrap.wrap(f"{one.name}: {said}", _WIDTH - 8, break_long_words=False, break_on_hyphens=False)
+    rest = textwrap.wrap(" ".join(lines[1:]), _WIDTH - 12, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"{line}\n" for line in [f"        {lines[0]}", *(f"            {line}" for line in rest)])

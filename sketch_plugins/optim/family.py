@@ -1,0 +1,343 @@
+"""The options that several optimizers have, each declared once; see `declaring` for what is made of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, TypedDict
+
+from sketch_plugins.hashing import HASHES
+from sketch_plugins.optim.declaring import declared, option, unused
+from sketch_plugins.optim.options import BY_POSITION, Option
+from sketch_plugins.stores.kinds import FIRST_MOMENTS, SECOND_MOMENTS
+from sketch_plugins.stores.sketch import BUCKETS, TABLE_DTYPES
+
+
+class Sketches(TypedDict, total=False):
+    """How rows fall into the buckets of a sketch."""
+
+    compression: Annotated[
+        float | None,
+        option(
+            0.05,
+            "fraction of the rows kept as buckets in each of the ``depth`` tables. 1.0 gives every row its own bucket: "
+            "the dense method.",
+            allowed="a number in (0, 1]",
+            check=lambda v: 0 < v <= 1,
+            structural=True,
+        ),
+    ]
+    width: Annotated[
+        int | None,
+        option(
+            0,
+            "number of buckets, instead of ``compression``; more than the rows is the rows; 0: use ``compression``.",
+            allowed="an integer >= 0",
+            check=lambda v: v >= 0,
+            structural=True,
+        ),
+    ]
+    depth: Annotated[
+        int | None,
+        option(
+            1,
+            "number of hashes, one table each; the estimate is the minimum (second moment) or median (first moment).",
+            allowed="an integer >= 1",
+            check=lambda v: v >= 1,
+            structural=True,
+        ),
+    ]
+    hash: Annotated[
+        str | None,
+        option(
+            "strided",
+            '``"strided"``: row mod width for the first table; ``"affine"``: a seeded bijection, ``(a * row + b) mod R '
+            "mod width``; see `sketch_plugins.hashing`.",
+            choices=HASHES,
+            structural=True,
+        ),
+    ]
+    batch_dims: Annotated[
+        int | str | None,
+        option(
+            "auto",
+            "how many of a tensor's first axes are a batch of matrices. With 1 a tensor of three or more dimensions is "
+            "a batch of matrices, and each of them has buckets of its own (``compression`` and ``width`` are those of "
+            "one "
+            'matrix): no expert shares a bucket with another one. With 0 dimension 0 is the rows. ``"auto"``: 1 for a '
+            "tensor ``(E, R, D)`` whose R and D are 16 or more, if E is at most R and D, or if D is 256 or more; 0 for "
+            "all others, such as convolutions. Where no moment is kept in a sketch, nothing depends on it.",
+            choices=("auto", 0, 1),
+            structural=True,
+        ),
+    ]
+    table_dtype: Annotated[
+        str | None,
+        option(
+            "fp32",
+            "numbers of the sketches' tables (``count_sketch``, ``count_min`` and the profiles of ``row_count_min``); "
+            '``"bf16"`` has half the bytes. A bfloat16 table is rounded stochastically at every write, so that its '
+            "expected value is the float32 table's; the noise is a function of (seed, step, cell): runs repeat and "
+            "resume bit for bit. To nearest is not offered: at ``betas[1]=0.999`` a step without gradient lowers a "
+            "cell by 1/1000, less than half a unit in the last place of bfloat16 (1/512 or more): every such step "
+            "would be rounded away, and no cell could ever decay.",
+            choices=TABLE_DTYPES,
+            structural=True,
+        ),
+    ]
+
+
+class FirstMoment(TypedDict, total=False):
+    """How a first moment is kept."""
+
+    first_moment: Annotated[
+        str | None, option("int8", "store of the first moment.", choices=tuple(FIRST_MOMENTS), structural=True)
+    ]
+    block_size: Annotated[
+        int | None,
+        option(
+            128,
+            "columns that share one scale of an int8 first moment, which costs ``4 / block_size`` bytes a parameter, "
+            "or one exponent of a log8 second moment (``2 / block_size``).",
+            allowed="an integer >= 1",
+            check=lambda v: v >= 1,
+            structural=True,
+        ),
+    ]
+    first_moment_rounding: Annotated[
+        str | None, option("nearest", "rounding of int8 codes.", choices=("nearest", "stochastic"))
+    ]
+
+
+class SignedSketch(TypedDict, total=False):
+    """Whether a first moment may be kept in a signed sketch."""
+
+    allow_dense_count_sketch: Annotated[
+        bool | None,
+        option(False, "a signed sketch of a dense first moment does not train and is refused; True insists."),
+    ]
+
+
+class SecondMoment(TypedDict, total=False):
+    """How a second moment is kept."""
+
+    second_moment: Annotated[
+        str | None,
+        option(
+            "count_min",
+            'store of the second moment. ``"cover"`` is SM3-II\'s maxima over the slices of each axis, as an average '
+            '(see `SM3`); ``"log8"`` has 8 bits for each number, within a sixteenth of it (see '
+            '`sketch_plugins.stores.Log8`). The options of a sketch mean nothing to these two and ``"dense"``.',
+            choices=tuple(kind for kind in SECOND_MOMENTS if kind != "none"),
+            structural=True,
+        ),
+    ]
+    clean_every: Annotated[
+        int | None,
+        option(
+            0,
+            "every so many steps the sketched second moment is multiplied by ``clean_factor``, before the update; 0: "
+            "never.",
+            allowed="an integer >= 0",
+            check=lambda v: v >= 0,
+        ),
+    ]
+    clean_factor: Annotated[
+        float | None,
+        option(0.2, "factor of that cleaning.", allowed="a number in [0, 1]", check=lambda v: 0 <= v <= 1),
+    ]
+
+
+class Buckets(TypedDict, total=False):
+    """What a bucket holds of several rows."""
+
+    bucket: Annotated[
+        str | None,
+        option(
+            "mean",
+            "what a bucket holds of its rows' ``g * g``, for dense gradients.",
+            choices=BUCKETS,
+            structural=True,
+        ),
+    ]
+
+
+class Clipping(TypedDict, total=False):
+    """The size of a step."""
+
+    update_clip: Annotated[
+        float | None,
+        option(
+            0.0,
+            "divide the update by ``max(1, RMS(update) / update_clip)`` (Adafactor's d; 0: off).",
+            allowed="a number >= 0",
+            check=lambda v: v >= 0,
+        ),
+    ]
+    scale_parameter: Annotated[
+        bool | None,
+        option(False, "multiply the step by ``max(1e-3, RMS(parameter))`` (Adafactor's relative step)."),
+    ]
+
+
+class Lagged(TypedDict, total=False):
+    """When the size of a step is measured."""
+
+    lagged_rms: Annotated[
+        bool | None,
+        option(
+            False,
+            "both RMS are those of the step before, measured while it was taken: of its update as it would have been "
+            "without clipping, and of the parameter as it was read. A step then needs one sweep over gradient and "
+            "parameter, not two (12 bytes a float32 parameter, not 20), and an update that grows is clipped one step "
+            "late. Two more numbers of state for each parameter, written whether or not update_clip and "
+            "scale_parameter are on. The first step of a parameter measures before it steps, as without this option, "
+            "and so do row-sparse steps, whose rows are others every time; what they measured is what the next step "
+            "finds.",
+            structural=True,
+        ),
+    ]
+
+
+class Kernels(TypedDict, total=False):
+    """Other ways to run a step than eager torch's."""
+
+    compile: Annotated[
+        bool | None,
+        option(
+            False,
+            "run the tiles of dense gradients through torch.compile: needs what it needs (a C++ compiler on a CPU) and "
+            "some seconds in the first step; then faster on a CPU (docs/benchmarks.md). Bits differ from the eager "
+            "path's. Not together with a scheduler that changes betas: every new value would be compiled anew.",
+        ),
+    ]
+    capturable: Annotated[
+        bool | None,
+        option(
+            False,
+            "keep step counters on the device, so that the step can be captured in a CUDA graph (Triton kernels only; "
+            "not with clean_every or row-sparse gradients).",
+        ),
+    ]
+
+
+class Steps(TypedDict, total=False):
+    """What every step of the family knows."""
+
+    min_compress_size: Annotated[
+        int | None,
+        option(
+            4096,
+            "tensors with fewer elements, and all vectors, are kept exactly.",
+            allowed="an integer >= 0",
+            check=lambda v: v >= 0,
+            structural=True,
+        ),
+    ]
+    row_sparse: Annotated[
+        bool | str | None,
+        option(
+            False,
+            'of dense gradients: False updates every row; True skips rows that are all zero; ``"auto"`` does so in a '
+            "step where at least half of the rows are. The last two learn much more slowly where most rows are rare: "
+            "60 "
+            'steps of a sentence-transformers model end at a loss of 1.90 with ``"auto"``, and at 0.12 with False.',
+            choices=(False, True, "auto"),
+        ),
+    ]
+    chunk_size: Annotated[
+        int | None,
+        option(
+            0,
+            "elements worked on at a time: the step's temporaries are a few times this many numbers (0: 2**20 on a "
+            "CPU, 2**22 compiled, 2**24 on an accelerator).",
+            allowed="an integer >= 0",
+            check=lambda v: v >= 0,
+        ),
+    ]
+    fused: Annotated[
+        bool | None,
+        option(
+            None,
+            "one kernel that reads parameter and gradient once. None: Triton's on CUDA and ROCm, Numba's on a CPU "
+            "(with the extra ``cpu`` installed, and a tensor of 32768 elements or more), else eager torch. True: an "
+            "error where there is none; a tensor that the kernels cannot take still goes the eager way, with a "
+            "warning. False: eager torch. The bits of the three differ; each of them repeats its own. Kernels that "
+            "differ from eager torch on a GPU are not used there, with a warning (docs/check.md).",
+            choices=(None, True, False),
+        ),
+    ]
+    stochastic_rounding: Annotated[
+        bool | None,
+        option(
+            False,
+            "bfloat16 parameters are rounded up or down with probabilities that make the rounding unbiased, so that "
+            "updates below half a unit in the last place are not lost and no float32 master copy is needed; the noise "
+            "is a function of (seed, step, element).",
+        ),
+    ]
+    seed: Annotated[
+        int | None, option(0, "of the hashes and of stochastic rounding; equal seeds, equal results.", structural=True)
+    ]
+    maximize: Annotated[bool | None, option(False, "ascend instead of descend.")]
+
+
+class CoupledDecay(TypedDict, total=False):
+    """Which weight decay is meant."""
+
+    decoupled_weight_decay: Annotated[
+        bool | None,
+        option(
+            False,
+            "False: ``weight_decay * p`` is added to the gradient, as in torch.optim; True: the parameter is decayed "
+            "by ``lr * weight_decay``, as in AdamW.",
+        ),
+    ]
+
+
+class Torchs(TypedDict, total=False):
+    """Arguments of torch's optimizers that change nothing: whoever hands on AdamW's need not take them out."""
+
+    amsgrad: Annotated[bool, unused((False,), "the maxima of AMSGrad are not kept")]
+    foreach: Annotated[bool | None, unused((None, False), "fused=True is what asks for kernels here")]
+    differentiable: Annotated[bool, unused((False,), "a step changes parameters in place, outside of autograd")]
+
+
+class Decoupled(Torchs, total=False):
+    """The same of AdamW, whose weight decay is decoupled as these optimizers' is."""
+
+    decoupled_weight_decay: Annotated[bool, unused((True,), "weight decay is decoupled, as in AdamW")]
+
+
+class _Family(
+    Sketches, FirstMoment, SignedSketch, SecondMoment, Buckets, Clipping, Lagged, Kernels, Steps, total=False
+):
+    pass
+
+
+#: All of them, by name.
+FAMILY: dict[str, Option] = {**BY_POSITION, **declared(_Family)}
+
+# What only a sketched optimizer calls an option: no framework means something else by it.
+_SKETCHY = {
+    "budget", "shampoo_beta", "update_freq", "statistics_freq", "start_preconditioning_step", "solver", "refresh_every",
+    "graft", "matrix_eps", "momentum_placement", "momentum_of", "merge_dims", "max_block_dim", "max_axis",
+    "max_aspect_ratio", "nonfinite",
+}  # fmt: skip
+#: Options of some of our optimizers that are other people's words, too.
+_WORDS_OF_OTHERS = frozenset({"depth", "width", "rank", "budget"})
+_FAMILY = (frozenset(FAMILY) | _SKETCHY) - {"betas", "eps"}
+
+
+def misspelt(name: str, options: Mapping[str, Option]) -> str | None:
+    """The option, of this or another of our optimizers, that an unknown parameter-group key was probably meant to be.
+
+    Frameworks keep keys of their own in parameter groups ("initial_lr", "name", "lr_scale"), so an unknown key as such
+    cannot be refused there; one that is nearly an option of ours, or an option of another of our optimizers, is. But
+    for words that frameworks use themselves (layer-wise decay notes the "depth" of a layer).
+    """
+    if name in options or not isinstance(name, str) or name in _WORDS_OF_OTHERS:
+        return None
+    # Another optimizer's options, too: this one would not read them.
+    close = difflib.get_close_matches(name, _FAMILY.union(options), n=1, cutoff=0.9)
+    return close[0] if close else None
