@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sketch_plugins.kernels import sweeps
+from sketch_plugins.kernels import cpu_table, sweeps
+from sketch_plugins.kernels.cpu_table import Piece, Row
 from sketch_plugins.kernels.sweeps import SPAN
 from sketch_plugins.kernels.work import APPLY, FOLD, L2, MEASURE, Work, is_rows, misread, same_tasks
 from sketch_plugins.stores import CountMin, Cover, Dense, Int8, Store
@@ -46,14 +47,14 @@ class Task(NamedTuple):
     Attributes:
         sweep: which of the loops.
         dtypes: of the parameter, the gradient and a dense first moment.
-        row: see the places in `sweeps`; the address of the gradient is that of the step it was made for.
+        row: see `cpu_table`; the address of the gradient is that of the step it was made for.
         measure: the update (and the parameter) is measured before it is applied.
     """
 
     @property
     def once(self) -> bool:
         """See `Work.once`."""
-        return self.row[sweeps.LAST] != 0 and not self.measure
+        return self.row.LAST != 0 and not self.measure
 
     def fits(self, gradient: int) -> bool:
         """Whether a gradient at this address can be read as the task says: any can."""
@@ -61,7 +62,7 @@ class Task(NamedTuple):
 
     sweep: Callable[..., Any]
     dtypes: tuple[Any, Any, Any]
-    row: tuple[int, ...]
+    row: Row
     measure: bool
 
 
@@ -121,14 +122,28 @@ def prepare(w: Work) -> Task:
     return Task(
         sweep,
         (_VIEWS[w.p.dtype], _VIEWS[w.g.dtype], _VIEWS[dense]),
-        (
-            w.p.data_ptr(), w.g.data_ptr(), size, columns, int(kind),
-            0 if moment is None else moment.data_ptr(), state1["scales"].data_ptr() if "scales" in state1 else 0, block,
-            table, column, width, band, units, 0, int(w.after), 0, 0 if w.last is None else w.last.data_ptr(),
-            matrices,
+        Row(
+            P=w.p.data_ptr(),
+            G=w.g.data_ptr(),
+            SIZE=size,
+            COLUMNS=columns,
+            KIND=int(kind),
+            TABLE1=0 if moment is None else moment.data_ptr(),
+            SCALES=state1["scales"].data_ptr() if "scales" in state1 else 0,
+            BLOCK=block,
+            TABLE2=table,
+            COLUMN=column,
+            WIDTH=width,
+            BAND=band,
+            UNITS=units,
+            BASE=0,
+            AFTER=int(w.after),
+            NEW=0,
+            LAST=0 if w.last is None else w.last.data_ptr(),
+            MATRICES=matrices,
         ),
         w.measure,
-    )  # fmt: skip
+    )
 
 
 class Program:
@@ -140,13 +155,13 @@ class Program:
 
     def __init__(self, tasks: Sequence[Task], threads: int) -> None:
         self.tasks, self.threads = list(tasks), threads
-        self.table = table = np.array([task.row for task in tasks], np.uint64).reshape(len(tasks), sweeps.PLACES)
-        units = table[:, sweeps.UNITS].astype(np.int64)
+        self.table = table = np.array([task.row for task in tasks], np.uint64).reshape(len(tasks), cpu_table.FIELDS)
+        units = table[:, cpu_table.UNITS].astype(np.int64)
         measured = units * np.array([task.measure or task.once for task in tasks], bool)
         covers = units * np.array([task.sweep is sweeps.cover for task in tasks], bool)
-        table[:, sweeps.BASE], table[:, sweeps.NEW] = (np.cumsum(n) - n for n in (measured, covers))
+        table[:, cpu_table.BASE], table[:, cpu_table.NEW] = (np.cumsum(n) - n for n in (measured, covers))
         self.units, self.rows, self.columns = int(measured.sum()), int(covers.sum()), 0
-        share = -(-int(table[:, sweeps.SIZE].sum()) // threads)
+        share = -(-int(table[:, cpu_table.SIZE].sum()) // threads)
         limit = share if threads == 1 else max(1 << 16, -(-share // PIECES))
         pieces = _Pieces(limit), _Pieces(limit)
         divided, finish = [], []
@@ -156,23 +171,26 @@ class Program:
             apply = APPLY if fold_first else FOLD | APPLY
             if task.once:
                 apply |= MEASURE | int(sweeps.ONCE)
-            size, count = task.row[sweeps.SIZE], task.row[sweeps.UNITS]
+            size, count = task.row.SIZE, task.row.UNITS
             together = threads == 1 or (task.measure and 2 * size <= share)
             cuts = [(0, count)] if together else _cuts(count, size, limit)
             if task.measure and not together:
                 divided.append(t)
                 for begin, end in cuts:
-                    pieces[0].add(task, (t, begin, end, measure, 0))
+                    pieces[0].add(task, Piece(t, begin, end, measure, 0))
                 measure = 0
             for begin, end in cuts:
-                pieces[1].add(task, (t, begin, end, measure | apply, self.columns))
+                pieces[1].add(task, Piece(t, begin, end, measure | apply, self.columns))
                 if task.sweep is sweeps.cover:
-                    finish.append((t, begin, end, apply, self.columns))
-                    self.columns += -(-task.row[sweeps.COLUMNS] // 16) * 16  # whole cache lines
+                    finish.append(Piece(t, begin, end, apply, self.columns))
+                    self.columns += -(-task.row.COLUMNS // 16) * 16  # whole cache lines
         self.calls = pieces[0].calls(), pieces[1].calls()
-        self.divided, self.finish = np.array(divided, np.uint64), np.array(finish, np.uint64).reshape(-1, 5)
+        self.divided, self.finish = (
+            np.array(divided, np.uint64),
+            np.array(finish, np.uint64).reshape(-1, len(Piece._fields)),
+        )
         self.recalled = np.array([t for t, task in enumerate(tasks) if task.once], np.uint64)
-        self.kept = np.array([t for t, task in enumerate(tasks) if task.row[sweeps.LAST]], np.uint64)
+        self.kept = np.array([t for t, task in enumerate(tasks) if task.row.LAST], np.uint64)
         self.compiled = False
 
     def prepare(self, numbers: np.ndarray, gradients: Sequence[int]) -> Callable[[], None]:
@@ -183,7 +201,7 @@ class Program:
             gradients: the address of its gradient for each task.
         """
         table = self.table
-        table[:, sweeps.G] = gradients
+        table[:, cpu_table.G] = gradients
         squares, norms = np.empty(self.units), np.empty(self.units)
         rows, maxima = np.empty(self.rows, np.float32), np.empty(self.columns, np.float32)
         common = table, numbers, squares, norms, rows, maxima
@@ -252,7 +270,7 @@ class _Call(NamedTuple):
     Attributes:
         sweep: which of the loops.
         likes: arrays that tell it the dtypes.
-        pieces: see the places in `sweeps`.
+        pieces: see `cpu_table`.
         room: numbers that its buffers take.
     """
 
@@ -262,24 +280,21 @@ class _Call(NamedTuple):
     room: int
 
 
-_Piece = tuple[int, int, int, int, int]
-
-
 class _Pieces:
     """Collects pieces that one call can take, until they are as large as ``limit``."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._open: dict[Any, tuple[int, list[_Piece], int]] = {}
+        self._open: dict[Any, tuple[int, list[Piece], int]] = {}
         self._full: list[tuple[int, _Call]] = []
 
-    def add(self, task: Task, piece: _Piece) -> None:
+    def add(self, task: Task, piece: Piece) -> None:
         """A piece of a task."""
         row, kernel = task.row, (task.sweep, task.dtypes)
-        cost = row[sweeps.SIZE] * (piece[sweeps.END] - piece[sweeps.BEGIN]) // row[sweeps.UNITS]
+        cost = row.SIZE * (piece.END - piece.BEGIN) // row.UNITS
         # The factors of a band, and where momentum comes after them, two runs beside; else three runs.
-        band, run = row[sweeps.BAND] * row[sweeps.COLUMNS], max(SPAN, row[sweeps.BLOCK])
-        need = band + 2 * run * row[sweeps.AFTER] if band else 3 * run
+        band, run = row.BAND * row.COLUMNS, max(SPAN, row.BLOCK)
+        need = band + 2 * run * row.AFTER if band else 3 * run
         size, pieces, room = self._open.pop(kernel, (0, [], 0))
         if pieces and size + cost > self.limit:
             self._close(kernel, size, pieces, room)
@@ -293,7 +308,7 @@ class _Pieces:
         self._open = {}
         return [call for _, call in sorted(self._full, key=lambda one: -one[0])]
 
-    def _close(self, kernel: Any, size: int, pieces: list[_Piece], room: int) -> None:
+    def _close(self, kernel: Any, size: int, pieces: list[Piece], room: int) -> None:
         sweep, dtypes = kernel
         likes = tuple(np.empty(0, dtype) for dtype in dtypes)
         self._full.append((size, _Call(sweep, likes, np.array(pieces, np.uint64), room)))
@@ -359,4 +374,4 @@ def specialisation(w: Work) -> tuple[tuple[str, ...], str]:
     task = prepare(w)
     name = f"sweeps.{task.sweep.__name__}"
     dtypes = " ".join(dtype.__name__ for dtype in task.dtypes)
-    return (name,), f"{name} {dtypes} moment={task.row[sweeps.KIND]} after={w.after} measure={w.measure} once={w.once}"
+    return (name,), f"{name} {dtypes} moment={task.row.KIND} after={w.after} measure={w.measure} once={w.once}"

@@ -1,8 +1,8 @@
 """The loops of a fused step on a CPU, compiled by Numba: one for each store of the second moment.
 
 Each takes a list of pieces (a range of one parameter's units) and is called once for many of them: 199 parameters of
-BERT at 75 microseconds of Python each were a tenth of a step. A parameter is a row of `tasks`, addresses included.
-`cpu` makes these rows and cuts them into pieces.
+BERT at 75 microseconds of Python each were a tenth of a step. A parameter is a row of `tasks` (see `cpu_table`),
+addresses included. `cpu` makes these rows and cuts them into pieces.
 """
 
 from __future__ import annotations
@@ -17,7 +17,32 @@ import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
-from sketch_plugins.kernels import tile, vector, work
+from sketch_plugins.kernels import cpu_table, tile, vector, work
+from sketch_plugins.kernels.cpu_table import (
+    AFTER,
+    BAND,
+    BASE,
+    BEGIN,
+    BLOCK,
+    COLUMN,
+    COLUMNS,
+    END,
+    KIND,
+    LAST,
+    MATRICES,
+    MAXIMA,
+    NEW,
+    PHASE,
+    SCALES,
+    SIZE,
+    TABLE1,
+    TABLE2,
+    TASK,
+    UNITS,
+    WIDTH,
+    G,
+    P,
+)
 from sketch_plugins.kernels.vector import (
     FAST_MATH,
     LANES,
@@ -59,32 +84,6 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": F
 # Stores of a first moment.
 NONE, DENSE, INT8 = np.uint64(0), np.uint64(1), np.uint64(2)
 
-# Places in a task: what a sweep knows of a parameter. All numbers are unsigned: signed and unsigned ones must not meet
-# (their sum would be a float).
-(
-    P,  # addresses of the parameter and of its gradient
-    G,
-    SIZE,  # elements
-    COLUMNS,
-    KIND,  # store of the first moment, and the addresses of its state
-    TABLE1,  # dense numbers or codes
-    SCALES,
-    BLOCK,  # columns that share a scale
-    TABLE2,  # of the second moment: table, dense numbers (0: there is none), covers of the rows
-    COLUMN,  # covers of the columns
-    WIDTH,  # buckets of one matrix
-    BAND,  # buckets of a unit
-    UNITS,
-    BASE,  # where its units begin in `squares` and `norms`
-    AFTER,  # the first moment averages the preconditioned gradient
-    NEW,  # where its rows begin in `rows`
-    LAST,  # address of the RMS that the last step measured (0: nobody keeps them)
-    MATRICES,  # matrices (experts) that rows, buckets and units belong to, those of one behind those of another
-) = range(18)
-PLACES = 18
-# Places in a piece.
-TASK, BEGIN, END, PHASE, MAXIMA = range(5)
-
 # Elements summed in float32 before the sum is one of float64's; and of a row's buffers, which stay in the first cache.
 SPAN = 1024
 U = np.uint64
@@ -106,7 +105,7 @@ _PLAIN, _ENOUGH = np.float32(1e-9), np.float64(1e-10)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled on first use, and kept on disk where there is a folder to write to."""
     # Numba looks for a change in this file only, and in what a function closes over.
-    sources = [Path(str(module.__file__)).read_bytes() for module in (vector, work, tile)]
+    sources = [Path(str(module.__file__)).read_bytes() for module in (cpu_table, vector, work, tile)]
     stamp = CellType(hashlib.sha256(b"".join(sources)).hexdigest())
     code = function.__code__.replace(co_freevars=("_stamp",))
     stamped = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, (stamp,))

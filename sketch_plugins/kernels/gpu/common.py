@@ -1,4 +1,4 @@
-"""What every kernel shares: the table that describes parameters, addressing, gradients, rounding noise, the rule."""
+"""What every kernel shares: addressing, gradients, rounding noise, the rule."""
 
 from __future__ import annotations
 
@@ -6,30 +6,26 @@ import triton
 import triton.language as tl
 
 from sketch_plugins import hashing
-from sketch_plugins.kernels import tile, work
-
-# A launch covers many tensors. Each is a row of int64 in a table: pointers, shapes, and the first program it owns.
-# LAST: where what the last step measured is kept, 0: nowhere.
-# HEIGHT, OWN: rows and buckets of one matrix; ROWS and WIDTH are those of all matrices (experts) of the parameter.
-# G, NEW: how far behind the row the addresses of the gradient and of the new covers are: they change in every step.
-# ROW: which vector of numbers is the tensor's; tensors of one group share theirs.
-# AXES: how far behind the row the axes of a cover are, (pointer, length, numbers of one slice) for each but the first.
-(
-    P, G, FIRST_A, FIRST_B, SECOND_A, SECOND_B, NEW, INDEX, HASHES, WEIGHTS,
-    ROWS, COLUMNS, P_STRIDE, G_STRIDE, WIDTH, BEGIN, TILES, COUNT, SEED, AXES, LAST, HEIGHT, OWN, ROW,
-) = (tl.constexpr(i) for i in range(24))  # fmt: skip
-FIELDS = tl.constexpr(24)
-
-NUMBERS = tl.constexpr(work.NUMBERS)
-DECAY1, GAIN1, DECAY2, GAIN2 = (tl.constexpr(i) for i in (work.DECAY1, work.GAIN1, work.DECAY2, work.GAIN2))
-MEAN, SCALE, SHIFT, INSIDE, FLOOR = (
-    tl.constexpr(i) for i in (work.MEAN, work.SCALE, work.SHIFT, work.INSIDE, work.FLOOR)
+from sketch_plugins.kernels.gpu.table import (
+    BEGIN,
+    COUNT,
+    FIELDS,
+    FLOOR,
+    G_STRIDE,
+    HEIGHT,
+    INDEX,
+    INSIDE,
+    L2,
+    NUMBER,
+    OWN,
+    P_STRIDE,
+    SCALE,
+    SEED,
+    SHIFT,
+    SIGN,
+    G,
+    P,
 )
-STEP, KEEP, LOOKAHEAD, SIGN, L2, INNER = (
-    tl.constexpr(i) for i in (work.STEP, work.KEEP, work.LOOKAHEAD, work.SIGN, work.L2, work.INNER)
-)
-NUMBER, LEAST = tl.constexpr(work.NUMBER), tl.constexpr(tile.LEAST)
-FOLD, MEASURE, APPLY = (tl.constexpr(i) for i in (work.FOLD, work.MEASURE, work.APPLY))
 
 # What a kernel is compiled for besides its stores: named once, handed through.
 RANGE, TOUCHED, PACKED = (tl.constexpr(i) for i in range(3))

@@ -5,23 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sketch_plugins.kernels.gpu.common import (
-    COLUMNS,
-    DECAY1,
-    FIRST_A,
-    FIRST_B,
-    GAIN1,
-    HASHES,
-    HEIGHT,
-    PLAIN,
-    TILES,
-    WIDTH,
-    address,
-    buckets_of,
-    extent,
-    mix32,
-    noise,
-)
+from sketch_plugins.kernels.gpu.common import PLAIN, address, buckets_of, extent, mix32, noise
+from sketch_plugins.kernels.gpu.table import COLUMNS, DECAY1, FIRST_A, FIRST_B, GAIN1, HASHES, HEIGHT, TILES, WIDTH
 
 
 @triton.jit

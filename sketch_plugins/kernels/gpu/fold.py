@@ -7,6 +7,18 @@ import triton
 import triton.language as tl
 
 from sketch_plugins.kernels.gpu.common import (
+    PACKED,
+    TABLE1,
+    TABLE2,
+    find,
+    gradient,
+    held,
+    load_of,
+    members,
+    mix32,
+    rows_at,
+)
+from sketch_plugins.kernels.gpu.table import (
     AXES,
     BEGIN,
     COLUMNS,
@@ -21,22 +33,12 @@ from sketch_plugins.kernels.gpu.common import (
     NEW,
     NUMBERS,
     OWN,
-    PACKED,
     ROW,
     ROWS,
     SECOND_A,
-    TABLE1,
-    TABLE2,
     TILES,
     WEIGHTS,
     WIDTH,
-    find,
-    gradient,
-    held,
-    load_of,
-    members,
-    mix32,
-    rows_at,
 )
 from sketch_plugins.stores.row_count_min import largest_square
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.gpu import common, first, fold, norms, second, step
+from sketch_plugins.kernels.gpu.table import Row
 from sketch_plugins.kernels.work import APPLY, FLOATS, FOLD, MEASURE, NUMBERS, Work, is_rows, misread, same_tasks
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8, RowCountMin
 from sketch_plugins.stores.sketch import Sketch
@@ -34,6 +35,9 @@ TILE = 4096
 COLUMNS = 128
 FLAT = 1024
 TABLES = 32
+
+FIELDS = len(Row._fields)
+_G, _NEW, _AXES = map(Row.at, ("G", "NEW", "AXES"))
 
 _Action = Callable[[], Any]
 
@@ -76,7 +80,7 @@ class Task:
 
     plan: _Plan
     device: torch.device
-    row: tuple[int, ...]
+    row: Row
     programs: int
     axes: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -108,9 +112,7 @@ def _task(plan: _Plan, w: Work) -> Task:
     cover = w.second[0] if w.second and isinstance(w.second[0], Cover) else None
     # Of row-sparse gradients a maximum for each touched row.
     lengths = (_count(w), *cover.dims[1:]) if cover else ()
-    return Task(
-        plan, w.p.device, tuple(row), programs, tuple(_axes(w)) if cover else (), lengths, cover, w.g.data_ptr()
-    )
+    return Task(plan, w.p.device, row, programs, tuple(_axes(w)) if cover else (), lengths, cover, w.g.data_ptr())
 
 
 def prepare(works: Sequence[Work]) -> list[tuple[list[int], Callable[[], None]]]:
@@ -207,12 +209,11 @@ class _Device:
         for plan, members in groups.items():
             start, rows, axes, begin = len(values), [], [], 0
             for i, place in enumerate(members):
-                row = list(tasks[place].row)
-                row[common.BEGIN.value], begin = begin, begin + tasks[place].programs
                 # What a sweep measures goes into a tensor's own numbers.
-                row[common.ROW.value] = i if plan.measure or plan.kept else which[place]
-                slots.append((start + i * common.FIELDS.value, place, start))
-                rows.append(row)
+                own = i if plan.measure or plan.kept else which[place]
+                rows.append(tasks[place].row._replace(BEGIN=begin, ROW=own))
+                begin += tasks[place].programs
+                slots.append((start + i * FIELDS, place, start))
                 axes.append(tasks[place].axes)
             values += _laid_out(rows, axes)
             self.launches.append(_Launch(plan, members, [tasks[place] for place in members], start, begin))
@@ -224,9 +225,9 @@ class _Device:
         self.changing = len(values)
         new = self.changing + len(slots)
         for i, (at, place, _) in enumerate(slots):
-            values[at + common.G.value] = self.changing + i - at
+            values[at + _G] = self.changing + i - at
             if tasks[place].lengths:
-                values[at + common.NEW.value] = new - at
+                values[at + _NEW] = new - at
                 new += 1
         self.numbers = new + new % 2
         self.fixed = values
@@ -427,26 +428,23 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Actio
     covers = _Covers(_CoverLayout(tasks), device, works) if tasks[0].lengths else None
     rows, axes, begin = [], [], 0
     for i, one in enumerate(tasks):
-        row = list(one.row)
-        row[common.BEGIN.value], begin, row[common.ROW.value] = begin, begin + one.programs, i
-        rows.append(row)
+        rows.append(one.row._replace(BEGIN=begin, ROW=i))
+        begin += one.programs
         axes.append((*one.axes, one.gradient, *([covers.places[i]] if covers else ())))
     values = _laid_out(rows, axes)
-    for i, row in enumerate(rows):
-        at = row[common.AXES.value]
-        behind = at + len(tasks[i].axes)
-        values[i * common.FIELDS.value + common.G.value] = behind
-        values[i * common.FIELDS.value + common.NEW.value] = behind + 1
+    for i, one in enumerate(tasks):
+        behind = values[i * FIELDS + _AXES] + len(one.axes)
+        values[i * FIELDS + _G], values[i * FIELDS + _NEW] = behind, behind + 1
     return _actions(plan, len(works), begin, _table(device, values), _numbers(works, device), covers)
 
 
-def _laid_out(rows: list[list[int]], more: Sequence[Sequence[int]]) -> list[int]:
+def _laid_out(rows: Sequence[Row], more: Sequence[Sequence[int]]) -> list[int]:
     """The rows of a table, one after the other, and behind them what they refer to as their axes."""
-    behind = len(rows) * common.FIELDS.value
-    for i, values in enumerate(more):
-        rows[i][common.AXES.value] = behind - i * common.FIELDS.value
+    behind, laid = len(rows) * FIELDS, []
+    for i, (row, values) in enumerate(zip(rows, more, strict=True)):
+        laid.append(row._replace(AXES=behind - i * FIELDS))
         behind += len(values)
-    return list(chain(*rows, *more))
+    return list(chain(*laid, *more))
 
 
 @lru_cache(maxsize=256)
@@ -514,7 +512,7 @@ def _actions(
     return actions
 
 
-def _describe(w: Work, plan: _Plan) -> tuple[list[int], int]:
+def _describe(w: Work, plan: _Plan) -> tuple[Row, int]:
     """Its fields, and how many programs its step takes; what depends on the launch or on the step is 0."""
     r, d = w.p.shape
     state1, state2 = (w.first[1] if w.first else {}), (w.second[1] if w.second else {})
@@ -527,12 +525,26 @@ def _describe(w: Work, plan: _Plan) -> tuple[list[int], int]:
     if sketch is not None:
         width, hashes, matrices = sketch.buckets(r), _hashes(sketch, r, w.p.device).data_ptr(), sketch.matrices
     along = width if plan.kernel == "buckets" else -(-count // plan.rows)
-    row = [
-        w.p.data_ptr(), 0, a1, b1, a2, b2, 0,
-        0 if w.rows is None else w.rows.data_ptr(), hashes, 0,
-        r, d, w.p.stride(0), w.g.stride(0), width, 0, across, count, _signed64(w.seed), 0,
-        0 if w.last is None else w.last.data_ptr(), r // matrices, width // matrices, 0,
-    ]  # fmt: skip
+    row = Row(
+        P=w.p.data_ptr(),
+        FIRST_A=a1,
+        FIRST_B=b1,
+        SECOND_A=a2,
+        SECOND_B=b2,
+        INDEX=0 if w.rows is None else w.rows.data_ptr(),
+        HASHES=hashes,
+        ROWS=r,
+        COLUMNS=d,
+        P_STRIDE=w.p.stride(0),
+        G_STRIDE=w.g.stride(0),
+        WIDTH=width,
+        TILES=across,
+        COUNT=count,
+        SEED=_signed64(w.seed),
+        LAST=0 if w.last is None else w.last.data_ptr(),
+        HEIGHT=r // matrices,
+        OWN=width // matrices,
+    )
     return row, along * across
 
 
@@ -585,23 +597,25 @@ def _fold(w: Work) -> list[_Action]:
 def _folding(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> tuple[Tensor, Any]:
     """The one row that describes ``w``, and what both kernels are compiled for."""
     row, _ = _describe(w, _FOLDING)
-    row[common.TILES.value] = -(-w.p.shape[1] // _fold_columns(w))  # read by `fold.dense`
-    row[common.WIDTH.value] = width = store.buckets(w.p.shape[0])
-    row[common.HEIGHT.value] = w.p.shape[0] // store.matrices
-    row[common.OWN.value] = width // store.matrices
-    row[common.HASHES.value] = _hashes(store, w.p.shape[0], w.p.device).data_ptr()
-    row[common.WEIGHTS.value] = 0 if weights is None else weights.data_ptr()
+    width = store.buckets(w.p.shape[0])
+    row = row._replace(
+        TILES=-(-w.p.shape[1] // _fold_columns(w)),  # read by `fold.dense`
+        WIDTH=width,
+        HEIGHT=w.p.shape[0] // store.matrices,
+        OWN=width // store.matrices,
+        HASHES=_hashes(store, w.p.shape[0], w.p.device).data_ptr(),
+        WEIGHTS=0 if weights is None else weights.data_ptr(),
+    )
     return _alone(w, row), {
         "P_TYPE": TYPES[w.p.dtype], "G_TYPE": TYPES[w.g.dtype], "TYPE": TYPES[table.dtype],
-        "TARGET": common.FIRST_A.value if signed else common.SECOND_A.value,
+        "TARGET": Row.at("FIRST_A" if signed else "SECOND_A"),
         "SIGNED": signed, "WEIGHTED": weights is not None, "L2_ON": _has(w, places.L2), "N": _fold_columns(w),
     }  # fmt: skip
 
 
-def _alone(w: Work, row: list[int]) -> Tensor:
+def _alone(w: Work, row: Row) -> Tensor:
     """The table of one tensor."""
-    row[common.G.value] = common.FIELDS.value
-    return _table(w.p.device, [*row, w.g.data_ptr()])
+    return _table(w.p.device, [*row._replace(G=FIELDS), w.g.data_ptr()])
 
 
 def _fold_columns(w: Work) -> int:
@@ -625,7 +639,7 @@ def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list
     device, ema, m = w.p.device, w.emas[1], 16
     assert ema is not None
     row, _ = _describe(w, _FOLDING)
-    row[common.WEIGHTS.value] = weights.data_ptr()
+    row = row._replace(WEIGHTS=weights.data_ptr())
     measure = _ready(
         fold.row_means, (-(-_count(w) // m),), _alone(w, row), _numbers([w], device), 1,
         P_TYPE=TYPES[w.p.dtype], G_TYPE=TYPES[w.g.dtype], MODE=_mode(w), L2_ON=_has(w, places.L2), M=m,

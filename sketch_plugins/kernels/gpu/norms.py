@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sketch_plugins.kernels import work
-from sketch_plugins.kernels.gpu.common import BEGIN, COLUMNS, COUNT, FIELDS, INNER, LAST, NUMBERS, STEP
+from sketch_plugins.kernels.gpu.table import BEGIN, COLUMNS, COUNT, FIELDS, INNER, LAST, NUMBERS, STEP
 
 CLIP, RELATIVE, CORRECTION = (tl.constexpr(i) for i in (work.CLIP, work.RELATIVE, work.CORRECTION))
 

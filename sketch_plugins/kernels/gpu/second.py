@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sketch_plugins.kernels.gpu.common import (
+from sketch_plugins.kernels.gpu.common import RANGE, TABLE2, address, buckets_of, extent, noise
+from sketch_plugins.kernels.gpu.table import (
     AXES,
     COLUMNS,
     COUNT,
@@ -13,16 +14,10 @@ from sketch_plugins.kernels.gpu.common import (
     GAIN2,
     HASHES,
     NEW,
-    RANGE,
     SECOND_A,
     SECOND_B,
-    TABLE2,
     TILES,
     WIDTH,
-    address,
-    buckets_of,
-    extent,
-    noise,
 )
 from sketch_plugins.stores import log8 as definition
 

@@ -11,6 +11,23 @@ import triton
 import triton.language as tl
 
 from sketch_plugins.kernels.gpu.common import (
+    PLAIN,
+    TABLE2,
+    address,
+    extent,
+    factor,
+    find,
+    gradient,
+    held,
+    load_of,
+    members,
+    noise,
+    parameter,
+    rows_at,
+    sum_of_squares,
+    to_bf16,
+)
+from sketch_plugins.kernels.gpu.table import (
     APPLY,
     BEGIN,
     COLUMNS,
@@ -28,26 +45,11 @@ from sketch_plugins.kernels.gpu.common import (
     NUMBERS,
     OWN,
     P_STRIDE,
-    PLAIN,
     ROW,
     SECOND_A,
     STEP,
-    TABLE2,
     TILES,
     P,
-    address,
-    extent,
-    factor,
-    find,
-    gradient,
-    held,
-    load_of,
-    members,
-    noise,
-    parameter,
-    rows_at,
-    sum_of_squares,
-    to_bf16,
 )
 
 
