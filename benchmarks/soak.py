@@ -123,7 +123,7 @@ def rss() -> int:
 
 def held(optimizer: torch.optim.Optimizer) -> int:
     """What an optimizer remembers beside its state."""
-    plan = getattr(optimizer, "_plan", None)
+    plan = getattr(optimizer, "_step_cache", None)
     tasks = 0 if plan is None else len(plan._tasks) + len(plan.programs) + len(plan.options)
     return tasks + len(getattr(optimizer, "_solves", ())) + len(optimizer.state)
 

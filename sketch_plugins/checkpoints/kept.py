@@ -117,11 +117,11 @@ class Kept:
             except ValueError as error:
                 raise CannotReshard(str(error)) from error
         stores = dict(zip(("first_moment", "second_moment"), self.optimizer._stores(part, options), strict=True))
-        plan: Any = self.optimizer._further(part, options).get("preconditioner")
+        preconditioner: Any = self.optimizer._further(part, options).get("preconditioner")
         # S-AdaGrad has no such option, and the paper's tail.
         tail = options.get("tail", "paper")
         present = {name: store for name, store in stores.items() if store is not None}
-        return Held(piece, present, plan, state or {}, tail, self.optimizer.batch_axes(piece.whole, options))
+        return Held(piece, present, preconditioner, state or {}, tail, self.optimizer.batch_axes(piece.whole, options))
 
     def pieces(self, fragments: Sequence[Fragment], group: int) -> list[Piece]:
         """What a flat tensor holds of the parameters of a group, in the pieces that the optimizer cuts them into."""
@@ -148,7 +148,7 @@ class Kept:
             raise CannotReshard(str(error)) from error
         if new.state:
             kinds = {name: f"{name.replace('_', ' ')} ({type(store).__name__})" for name, store in new.stores.items()}
-            if new.plan is not None:
+            if new.preconditioner is not None:
                 kinds["preconditioner"] = "preconditioner"
             for name, kind in kinds.items():
                 (report.exact if name in same else report.cut)[kind] += 1

@@ -70,7 +70,7 @@ class Held:
     Attributes:
         piece: the rectangle.
         stores: ``"first_moment"``, ``"second_moment"`` -> store, those that there are.
-        plan: of its preconditioner; None where it has none.
+        preconditioner: of its preconditioner; None where it has none.
         state: of an old piece: ``{"step": ..., "first_moment": {...}, ...}`` or nothing; of a new one it is filled.
         tail: what the covariances' tails mean, see `frequent_directions.fold`.
         batch: how many of the first axes of the whole parameter are a batch of matrices.
@@ -78,7 +78,7 @@ class Held:
 
     piece: Piece
     stores: Mapping[str, Store]
-    plan: Kronecker | None = None
+    preconditioner: Kronecker | None = None
     state: dict[str, Any] = field(default_factory=dict)
     tail: str = "trace"
     batch: int = 0
@@ -212,8 +212,8 @@ def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.f
                 else:
                     state[name], whole = _moment(old, h, name, store, device, dtype)
                 same |= {name} if whole else set()
-            if h.plan is not None:
-                twin = next((o for o in old if _same(o, h) and o.plan == h.plan), None)
+            if h.preconditioner is not None:
+                twin = next((o for o in old if _same(o, h) and o.preconditioner == h.preconditioner), None)
                 state[PRECONDITIONER] = (
                     _copied(twin.state[PRECONDITIONER]) if twin else _preconditioner(old, h, drained, device, dtype)
                 )
@@ -252,7 +252,7 @@ def _check(old: Sequence[Held], new: Sequence[Held]) -> None:
     if len(steps) > 1:
         raise ValueError(f"old pieces of one parameter are at steps {', '.join(f'{s:g}' for s in steps)}: they differ")
     for h in started:
-        expected = {"step", *h.stores, *([PRECONDITIONER] if h.plan else [])}
+        expected = {"step", *h.stores, *([PRECONDITIONER] if h.preconditioner else [])}
         if not expected <= set(h.state) <= expected | {"place", "shape", RMS}:
             raise ValueError(
                 f"the state of the old piece at {_at(h)} holds {', '.join(h.state)}; expected "
@@ -402,14 +402,14 @@ class _Part(NamedTuple):
 def _preconditioner(
     old: Sequence[Held], h: Held, drained: dict[int, Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    assert h.plan is not None
-    state = h.plan.allocate(device, dtype)
-    for side in h.plan.sides:
+    assert h.preconditioner is not None
+    state = h.preconditioner.allocate(device, dtype)
+    for side in h.preconditioner.sides:
         box = _box(h, side)
         parts = list(_parts(old, h, side, box))
         if len(parts) == 1 and parts[0].box == box and parts[0].side.rank == side.rank:
-            (o, theirs, _, _), buffered = parts[0], h.plan.buffered and parts[0].held.plan.buffered  # type: ignore[union-attr]
-            if buffered or not o.plan.buffered:  # type: ignore[union-attr]
+            (o, theirs, _, _), buffered = parts[0], h.preconditioner.buffered and parts[0].held.preconditioner.buffered  # type: ignore[union-attr]
+            if buffered or not o.preconditioner.buffered:  # type: ignore[union-attr]
                 for name in (*Covariance._fields, *(("buffer", "mass", "decay") if buffered else ())):
                     state[side.key(name)].copy_(o.state[PRECONDITIONER][theirs.key(name)])
                 continue
@@ -425,10 +425,10 @@ def _preconditioner(
 
 
 def _box(h: Held, side: Side) -> tuple[Span, ...]:
-    """The block in coordinates of the parameter; of a plan that takes the piece as one vector, its elements."""
-    assert h.plan is not None
+    """The block in coordinates of the parameter; where the piece is one vector, its elements."""
+    assert h.preconditioner is not None
     rows, columns = h.rectangle
-    dims = h.plan.dims
+    dims = h.preconditioner.dims
     if dims == (h.piece.numel, 1):
         width = matrix_shape(h.piece.whole)[1]
         if rows.size > 1 and columns.size < width:
@@ -436,20 +436,24 @@ def _box(h: Held, side: Side) -> tuple[Span, ...]:
         starts = [rows.lo * width + columns.lo, 0]
     else:
         starts = [rows.lo, columns.lo if len(dims) == 2 else 0, *(0 for _ in dims[2:])]
-    block = h.plan.blocks[side.block]
+    block = h.preconditioner.blocks[side.block]
     return tuple(Span(start + s.start, start + s.stop) for start, s in zip(starts, block, strict=True))
 
 
 def _parts(old: Sequence[Held], h: Held, side: Side, box: tuple[Span, ...]) -> Iterator[_Part]:
-    assert h.plan is not None
-    flat = h.plan.dims == (h.piece.numel, 1)
+    assert h.preconditioner is not None
+    flat = h.preconditioner.dims == (h.piece.numel, 1)
     for o in old:
         # Trailing axes are merged alike whatever the rows, or these are no axes of the same tensor.
-        if o.plan is None or len(o.plan.dims) != len(box) or (o.plan.dims == (o.piece.numel, 1)) != flat:
+        if (
+            o.preconditioner is None
+            or len(o.preconditioner.dims) != len(box)
+            or (o.preconditioner.dims == (o.piece.numel, 1)) != flat
+        ):
             continue
-        if len(box) > 2 and o.plan.dims[1:] != h.plan.dims[1:]:
+        if len(box) > 2 and o.preconditioner.dims[1:] != h.preconditioner.dims[1:]:
             continue
-        for theirs in o.plan.sides:
+        for theirs in o.preconditioner.sides:
             if theirs.axis == side.axis:
                 there = _box(o, theirs)
                 meet = tuple(a.meet(b) for a, b in zip(there, box, strict=True))
@@ -497,13 +501,13 @@ def _covariance(
 
 def _drained(o: Held, drained: dict[int, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
     """The piece's covariances with what had gathered beside them; its state stays as it is."""
-    assert o.plan is not None
-    if not o.plan.buffered:
+    assert o.preconditioner is not None
+    if not o.preconditioner.buffered:
         return o.state[PRECONDITIONER]
     if id(o) not in drained:
         state = _copied(o.state[PRECONDITIONER])
         due: list[tuple[Side, Mapping[str, Tensor], Tensor | None]] = []
-        for side in o.plan.sides:
+        for side in o.preconditioner.sides:
             if float(state[side.key("mass")]) != 0 or float(state[side.key("decay")]) != 1:
                 due.append((side, state, None))
         if solve(due, 1.0, o.tail, "eigh"):

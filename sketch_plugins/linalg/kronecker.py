@@ -169,12 +169,12 @@ class Kronecker:
 
 
 @lru_cache(maxsize=4096)
-def _layout(plan: Kronecker, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _layout(preconditioner: Kronecker, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for side in plan.sides:
+    for side in preconditioner.sides:
         d, k = side.size, side.rank
         shapes: dict[str, tuple[int, ...]] = {"vectors": (d, k), "values": (k,), "tail": (), "trace": ()}
-        if plan.buffered:
+        if preconditioner.buffered:
             shapes |= {"buffer": (d, k), "mass": (), "decay": ()}
         out |= {side.key(name): (shape, dtype) for name, shape in shapes.items()}
     return out

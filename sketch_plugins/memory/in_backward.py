@@ -245,8 +245,8 @@ class InBackward:
             for number, group in enumerate(optimizer.param_groups)
             for index, p in enumerate(group["params"])
         }
-        if optimizer._plan is not None:
-            optimizer._plan.large = None
+        if optimizer._step_cache is not None:
+            optimizer._step_cache.large = None
 
     # -- the end of a cycle --------------------------------------------------------------------------------------
 

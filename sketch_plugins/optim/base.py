@@ -21,7 +21,7 @@ from sketch_plugins.optim.family import misspelt
 from sketch_plugins.optim.groups import OWN_KEY, check_compiler, check_parameter, one_of_width_and_compression
 from sketch_plugins.optim.introduction import introduce
 from sketch_plugins.optim.options import unknown_option, validate
-from sketch_plugins.optim.plan import Plan
+from sketch_plugins.optim.step_cache import StepCache
 from sketch_plugins.optim.taking import Members, StepOfAll, Taking
 from sketch_plugins.optim.written import MARK, modernize, renew
 from sketch_plugins.sharding.state_names import flattened, nested
@@ -98,8 +98,8 @@ class SketchOptimizer(Taking):
             self.param_groups.pop()
             raise
         self._parts.add(self.param_groups[-1], len(self.param_groups) - 1, self.batch_axes)
-        if self._plan is not None:
-            self._plan.large = None
+        if self._step_cache is not None:
+            self._step_cache.large = None
 
     @outside_graphs
     @torch.no_grad()
@@ -121,20 +121,20 @@ class SketchOptimizer(Taking):
                 loss = closure()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._check_capture()
-        plan = self._plan = self._plan or Plan()
-        plan.large = None
-        taking, recall, state = StepOfAll(), plan.recall, self.state
+        cache = self._step_cache = self._step_cache or StepCache()
+        cache.large = None
+        taking, recall, state = StepOfAll(), cache.recall, self.state
         asks = type(self)._may_step is not SketchOptimizer._may_step
         with neutral(), self._parts.looking():
             for place, group in enumerate(self.param_groups):
-                self._check_options(plan.options, place, group)
-                options = plan.marks(self.OPTIONS, group)
+                self._check_options(cache.options, place, group)
+                options = cache.marks(self.OPTIONS, group)
                 given = group["params"]
                 grads = [owner.grad for owner in given]
                 present = [grad for grad in grads if grad is not None]
                 if len(present) < len(given):
                     given = [owner for owner, grad in zip(given, grads, strict=True) if grad is not None]
-                if given and plan.recall_group(taking.again, given, present, group, options, state):
+                if given and cache.recall_group(taking.again, given, present, group, options, state):
                     taking.groups.append((group, grads))
                     continue
                 recalled, whole = [], True
@@ -146,16 +146,16 @@ class SketchOptimizer(Taking):
                     else:
                         whole = self._look_at(taking, group, index, owner, options) and whole
                     recalled.append((index, owner))
-                if whole and len(recalled) == len(given) and plan.may_learn(given, group):
+                if whole and len(recalled) == len(given) and cache.may_learn(given, group):
                     parts = [part for index, owner in recalled for part in self._parts.of(index, owner)]
-                    plan.learn_group(given, parts, group, state)
+                    cache.learn_group(given, parts, group, state)
             with scratch.scratch():
                 try:
                     if not asks or self._may_step(taking.members, self.param_groups):
                         self._update(taking.work, taking.again)
                 finally:
                     self._complete()
-        plan.trim()
+        cache.trim()
         if not self._introduced:
             self._introduced = introduce(self)
         return loss
@@ -180,11 +180,11 @@ class SketchOptimizer(Taking):
             raise ValueError(f"{self._label(group, index)} cannot take its step before the others': {why}")
         if owner.grad is None or owner.numel() == 0:
             return
-        plan = self._plan = self._plan or Plan()
-        self._check_options(plan.options, number, group)
+        cache = self._step_cache = self._step_cache or StepCache()
+        self._check_options(cache.options, number, group)
         taking = StepOfAll()
         with neutral(), self._parts.looking():
-            self._look_at(taking, group, index, owner, plan.marks(self.OPTIONS, group))
+            self._look_at(taking, group, index, owner, cache.marks(self.OPTIONS, group))
             with scratch.scratch():
                 if self._may_step(taking.members, [{**group, "params": [owner]}]):
                     self._update(taking.work, taking.again, id(owner))
@@ -193,13 +193,13 @@ class SketchOptimizer(Taking):
         self, taking: StepOfAll, group: dict[str, Any], index: int, owner: Tensor, options: tuple[Any, ...] | None
     ) -> bool:
         """Add a parameter that has a gradient to a step; whether all its parts look as in the last one."""
-        assert self._plan is not None
+        assert self._step_cache is not None
         taking.single.append((group, index))
         same, state = True, self.state.get(owner)
         for p in self._parts.of(index, owner):
             grad = p.grad
             taking.kept.append(grad)
-            if not self._plan.recall(taking.again, p.identity, p.data, owner, grad, group, options, state):
+            if not self._step_cache.recall(taking.again, p.identity, p.data, owner, grad, group, options, state):
                 taking.work.append((p, group, self._gradient(p, grad, group)))
                 same = same and p.numel() == 0  # the shard of other ranks is not empty: they take a step, it counts one
         return same
@@ -207,7 +207,7 @@ class SketchOptimizer(Taking):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Whatever is remembered of the last step was about other groups."""
         super().__setstate__(state)
-        self.__dict__.pop("_plan", None)
+        self.__dict__.pop("_step_cache", None)
         for p, own in self.state.items():
             if isinstance(p, Tensor) and isinstance(own, Mapping):  # a pickle of an older version has levels
                 self.state[p] = flattened(nested(own))

@@ -111,7 +111,7 @@ class RememberedGroup:
             given: the parameters that have a gradient,
             grads: and the gradients.
             group: the group,
-            options: and what `Plan.marks` says of it.
+            options: and what `StepCache.marks` says of it.
             state: parameter -> state.
             pieces: memory that counters may lie in.
         """

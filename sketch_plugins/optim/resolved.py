@@ -12,9 +12,9 @@ from sketch_plugins.optim import eager
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, choose
 from sketch_plugins.optim.gradients import Gradients
 from sketch_plugins.optim.pending import Pending
-from sketch_plugins.optim.plan import Plan
 from sketch_plugins.optim.rehearsal import rehearse
 from sketch_plugins.optim.rule import Rule
+from sketch_plugins.optim.step_cache import StepCache
 from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import PLACE, is_ours
@@ -25,7 +25,7 @@ class Resolution(Gradients):
     """Finds out everything that a step needs, with its errors; nothing has changed afterwards."""
 
     # Of the last step; copies and pickles go without.
-    _plan: Plan | None = None
+    _step_cache: StepCache | None = None
 
     def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
         """Called once for freshly allocated state."""
@@ -104,29 +104,29 @@ class Resolution(Gradients):
 
     def _has_large(self) -> bool:
         """Small tensors follow the large ones into the kernels: compiling for their sake alone would not pay."""
-        assert self._plan is not None
-        if self._plan.large is None:
-            self._plan.large = any(
+        assert self._step_cache is not None
+        if self._step_cache.large is None:
+            self._step_cache.large = any(
                 not is_lazy(p) and p.numel() >= CPU_MIN_SIZE for group in self.param_groups for p in group["params"]
             )
-        return self._plan.large
+        return self._step_cache.large
 
     def _reserve(self, eager: Sequence[Pending]) -> dict[scratch.Slot, int] | None:
         """Allocate the temporaries of the eager steps; returns where to note what they have really used."""
         if not eager:
             return None
-        assert self._plan is not None
+        assert self._step_cache is not None
         # With lagged_rms a first step is unlike those that follow.
         key = tuple([(one.p.identity, one.step == 1 and one.group.get("lagged_rms", False)) for one in eager])
-        slots = self._plan.temporaries.get(key)
+        slots = self._step_cache.temporaries.get(key)
         if slots is None:
             slots = {}
             for one in eager:
                 copies = {(f"undo {i}", t.dtype, t.device): t.numel() for i, t in enumerate(one.undone)}
                 for slot, n in (*rehearse(self._eager, type(self), one).items(), *copies.items()):
                     slots[slot] = max(n, slots.get(slot, 0))
-            if len(self._plan.temporaries) > 1000:  # parameters that are replaced all the time leave entries
-                self._plan.temporaries.clear()
-            self._plan.temporaries[key] = slots
+            if len(self._step_cache.temporaries) > 1000:  # parameters that are replaced all the time leave entries
+                self._step_cache.temporaries.clear()
+            self._step_cache.temporaries[key] = slots
         scratch.reserve(slots)
         return slots

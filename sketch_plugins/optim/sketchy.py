@@ -184,12 +184,12 @@ class Sketchy(SketchOptimizer):
 
     def _whole(self, p: Shaped, group: Mapping[str, Any]) -> bool:
         """Whether every axis has a covariance."""
-        plan = self.preconditioner_of(p, group)
-        return plan is not None and all(plan.ranks)
+        preconditioner = self.preconditioner_of(p, group)
+        return preconditioner is not None and all(preconditioner.ranks)
 
     def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
-        plan = self.preconditioner_of(p, group)
-        return {} if plan is None else {"preconditioner": plan}
+        preconditioner = self.preconditioner_of(p, group)
+        return {} if preconditioner is None else {"preconditioner": preconditioner}
 
     def preconditioner_of(self, p: Shaped, group: Mapping[str, Any]) -> Kronecker | None:
         """Axes, blocks and ranks of a parameter's covariances; None where it has none."""
@@ -256,12 +256,12 @@ class Sketchy(SketchOptimizer):
 
     def _keep(self, one: Pending) -> None:
         super()._keep(one)
-        plan = self.preconditioner_of(one.p, one.group)
-        if plan is None or one.grad.rows is not None or one.idle or one.group["statistics"] == "sample":
+        preconditioner = self.preconditioner_of(one.p, one.group)
+        if preconditioner is None or one.grad.rows is not None or one.idle or one.group["statistics"] == "sample":
             return
         if _due(one.step, one.group["update_freq"]) and _sampled(one.step, one.group["statistics_freq"]):
             solver = one.group["tail"], _solver(one.step, one.group)
-            sides: list[Due] = [(side, one.state["preconditioner"], None) for side in plan.sides]
+            sides: list[Due] = [(side, one.state["preconditioner"], None) for side in preconditioner.sides]
             self._solves = (*self._solves, (one.p, one.group, solver, sides))
 
     def _complete(self) -> None:
@@ -294,8 +294,8 @@ class Sketchy(SketchOptimizer):
         named: Mapping[str, Store],
         group: Mapping[str, Any],
     ) -> None:
-        plan = self.preconditioner_of(p, group)
-        if plan is None or grad.rows is not None:
+        preconditioner = self.preconditioner_of(p, group)
+        if preconditioner is None or grad.rows is not None:
             if rule.first is None:  # of touched rows: a momentum that is there belongs to preconditioned steps
                 named = {name: store for name, store in named.items() if name != "first_moment"}
             super()._eager(p, grad, rule, state, named, group)
@@ -311,7 +311,7 @@ class Sketchy(SketchOptimizer):
         whole = Matrix(x)
 
         if of_gradient:
-            self._gather(p, plan, covariances, _full(grad, whole).view(p.shape), step, group)
+            self._gather(p, preconditioner, covariances, _full(grad, whole).view(p.shape), step, group)
         rms, root = self._graft(grad, rule, state, named, whole, not of_gradient or not started), p.numel() ** 0.5
         if grafted:
             scale = self._scale(p, grad, rms, group)
@@ -319,15 +319,17 @@ class Sketchy(SketchOptimizer):
             if not of_gradient or not started:
                 x.mul_(scale)
         if not of_gradient:
-            self._gather(p, plan, covariances, x.view(p.shape), step, group)
+            self._gather(p, preconditioner, covariances, x.view(p.shape), step, group)
         if first is not None and before:
             _average(whole, grad, first, state["first_moment"], ema, lookahead)
             if not of_gradient and grafted:
                 norm = _norm(whole, grad) * size  # that of the averaged update
         missing = None
         if started:
-            exponent = -(group["exponent"] or 0.5 / len(plan.dims))
-            missing = plan.turn(covariances, x, exponent, group["matrix_eps"], group["tail"], sizes=not grafted)
+            exponent = -(group["exponent"] or 0.5 / len(preconditioner.dims))
+            missing = preconditioner.turn(
+                covariances, x, exponent, group["matrix_eps"], group["tail"], sizes=not grafted
+            )
         now = _norm(whole, grad)
         if not grafted:
             # As a logarithm: roots of covariances have any size, and what is left of it is up to `update_clip`.
@@ -347,13 +349,19 @@ class Sketchy(SketchOptimizer):
         take(p.data, grad, whole, rate(group), rule, state, group)
 
     def _gather(
-        self, p: Part, plan: Kronecker, state: dict[str, Tensor], x: Tensor, step: int, group: Mapping[str, Any]
+        self,
+        p: Part,
+        preconditioner: Kronecker,
+        state: dict[str, Tensor],
+        x: Tensor,
+        step: int,
+        group: Mapping[str, Any],
     ) -> None:
         if group["statistics"] == "accumulate":
             if _sampled(step, group["statistics_freq"]):
-                plan.gather(state, x, group["shampoo_beta"])
+                preconditioner.gather(state, x, group["shampoo_beta"])
         elif _due(step, group["update_freq"]):
-            sides = [(side, state, columns) for side, columns in plan.columns(x).items()]
+            sides = [(side, state, columns) for side, columns in preconditioner.columns(x).items()]
             failed = solve(sides, group["shampoo_beta"], group["tail"], _solver(step, group))
             warn_of([(p, group)] if failed else [], self)
 
@@ -449,7 +457,7 @@ def _kronecker(
 ) -> Kronecker | None:
     cuts = tuple(cut(d, longest) if on else (0, d) for d, on in zip(dims, preconditioned, strict=True))
 
-    def plan(rank: float) -> Kronecker:
+    def of_rank(rank: float) -> Kronecker:
         ranks = [
             0 if not on else min(d, max(1, round(rank * d) if rank < 1 else int(rank)))
             for d, on in zip(dims, preconditioned, strict=True)
@@ -457,18 +465,18 @@ def _kronecker(
         return Kronecker(dims, cuts, tuple(ranks), buffered)
 
     if not budget:
-        return plan(rank)
+        return of_rank(rank)
     size = 1
     for d in dims:
         size *= d
     low, high = 0, max(dims)
     while low < high:  # the largest rank that fits
         middle = (low + high + 1) // 2
-        fits = plan(middle).nbytes(dtype) + others <= budget * size
+        fits = of_rank(middle).nbytes(dtype) + others <= budget * size
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
         return None
-    return plan(low)
+    return of_rank(low)
 
 
 def _check(group: Mapping[str, Any]) -> None:

@@ -15,11 +15,11 @@ from sketch_plugins.optim.ambient import outside_graphs, uninterrupted
 from sketch_plugins.optim.eager import rms_of
 from sketch_plugins.optim.fused import Backend, numbers, vector
 from sketch_plugins.optim.pending import Pending
-from sketch_plugins.optim.plan import group_marks
 from sketch_plugins.optim.remembered import Again, Counters
 from sketch_plugins.optim.resolved import Resolution
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.self_check import confirm
+from sketch_plugins.optim.step_cache import group_marks
 from sketch_plugins.sharding.parts import Part, opened
 from sketch_plugins.sharding.state_names import flattened
 from sketch_plugins.stores import Gradient
@@ -122,8 +122,8 @@ class Taking(Resolution):
     def _prepare_tasks(
         self, backend: Backend, described: list[tuple[Pending, Any]], known: Again, only: int | None
     ) -> list[tuple[list[Pending], list[Tensor], Callable[[], None]]]:
-        assert self._plan is not None
-        plan = self._plan
+        assert self._step_cache is not None
+        cache = self._step_cache
         rows: list[list[float]] = []
         for group, step in known.rules:
             l2 = group["weight_decay"] if self._couples(group) else None
@@ -143,24 +143,24 @@ class Taking(Resolution):
             which.append(given[id(values)])
             gradients.append(new.work.g.data_ptr())
             counters.append(new.state["step"])
-        program, takes = backend.prepare_tasks(tasks, rows, which, gradients, plan.programs.get((backend, only)))
+        program, takes = backend.prepare_tasks(tasks, rows, which, gradients, cache.programs.get((backend, only)))
 
-        marks = {id(new.group): plan.marks(self.OPTIONS, new.group) for new, _ in described}
+        marks = {id(new.group): cache.marks(self.OPTIONS, new.group) for new, _ in described}
 
         def learning(take: Callable[[], None], members: list[tuple[Pending, Any]], count: int) -> None:
             take()
-            plan.programs[backend, only] = program
-            plan.used += count
+            cache.programs[backend, only] = program
+            cache.used += count
             for new, task in members:
                 assert new.work is not None
                 if new.work.last is not None and not new.work.once:
                     continue  # a first step with lagged_rms is unlike those that follow
                 options = marks[id(new.group)]
                 # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
-                plan.learn(new.p, new.grad.matrix.tensor, options, flattened(new.state, new.p.key), backend, task)
+                cache.learn(new.p, new.grad.matrix.tensor, options, flattened(new.state, new.p.key), backend, task)
 
         out: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
-        again = not described and program is plan.programs.get((backend, only))
+        again = not described and program is cache.programs.get((backend, only))
         for number, (places, take) in enumerate(takes):
             members = [described[i - before] for i in places if i >= before] if described else []
             run = partial(learning, take, members, len(places))
@@ -172,10 +172,10 @@ class Taking(Resolution):
 
     def _counted_at_once(self, launch: Any, counters: list[Tensor]) -> list[Tensor]:
         """One tensor in place of the counters of a launch that comes again and again."""
-        assert self._plan is not None
-        known = self._plan.counters.get(launch)
+        assert self._step_cache is not None
+        known = self._step_cache.counters.get(launch)
         if known is None or not known.holds(counters):
-            known = self._plan.counters[launch] = Counters(counters)
+            known = self._step_cache.counters[launch] = Counters(counters)
         return [known.all]
 
     def _fill_numbers(self, pending: list[Pending]) -> None:

@@ -285,22 +285,22 @@ def preconditioned(piece, ranks=(3, 3), block=0, buffered=False, tail="trace", d
 
 def learn(h, updates, solved=True, tail="trace"):
     """Covariances of these updates of the whole parameter, decay 0.9; the last ones only gathered, if not solved."""
-    h.state.update(step=torch.tensor(1.0), preconditioner=h.plan.allocate(CPU, torch.float64))
+    h.state.update(step=torch.tensor(1.0), preconditioner=h.preconditioner.allocate(CPU, torch.float64))
     rows, _ = h.rectangle
     for t, x in enumerate(updates):
         part = x[rows.lo : rows.hi]
-        if h.plan.buffered:
-            h.plan.gather(h.state["preconditioner"], part, 0.9)
+        if h.preconditioner.buffered:
+            h.preconditioner.gather(h.state["preconditioner"], part, 0.9)
             if solved or t < len(updates) - 2:
-                solve([(s, h.state["preconditioner"], None) for s in h.plan.sides], 1.0, tail, "eigh")
+                solve([(s, h.state["preconditioner"], None) for s in h.preconditioner.sides], 1.0, tail, "eigh")
         else:
-            solve([(s, h.state["preconditioner"], c) for s, c in h.plan.columns(part).items()], 0.9, tail, "svd")
+            solve([(s, h.state["preconditioner"], c) for s, c in h.preconditioner.columns(part).items()], 0.9, tail, "svd")
     return h
 
 
 def covariance(h, number=0):
     """``(V diag(values) V^T, tail, trace)`` of the number-th side."""
-    c = h.plan.sides[number].get(h.state["preconditioner"])
+    c = h.preconditioner.sides[number].get(h.state["preconditioner"])
     return c.vectors * c.values @ c.vectors.mT, c.tail, c.trace
 
 
@@ -367,7 +367,7 @@ def test_traces_add_up_over_every_cut(cuts, buffered):
         before, after = (sum(covariance(h, number)[2] for h in part) for part in (old, new))
         torch.testing.assert_close(after, before, rtol=1e-12, atol=0)
         for h in new:
-            c = h.plan.sides[number].get(h.state["preconditioner"])
+            c = h.preconditioner.sides[number].get(h.state["preconditioner"])
             torch.testing.assert_close(c.vectors.mT @ c.vectors, torch.eye(c.vectors.shape[1]).double())
             assert (c.values >= 0).all() and (c.values.diff() <= 0).all()
             d, k = c.vectors.shape
@@ -419,10 +419,10 @@ def test_what_is_cut_off_is_the_least_of_it():
     recut(old, made, torch.float64)
     total = torch.zeros(5, 5, dtype=torch.float64)
     for h in old:
-        c = h.plan.sides[1].get(h.state["preconditioner"])
+        c = h.preconditioner.sides[1].get(h.state["preconditioner"])
         total += covariance(h, 1)[0] + c.tail * (torch.eye(5) - c.vectors @ c.vectors.mT)
     eigenvalues = torch.linalg.eigvalsh(total).flip(0)
-    c = made[0].plan.sides[1].get(made[0].state["preconditioner"])
+    c = made[0].preconditioner.sides[1].get(made[0].state["preconditioner"])
     torch.testing.assert_close(c.values, eigenvalues[:2])
     torch.testing.assert_close(torch.linalg.matrix_norm(total - covariance(made[0], 1)[0], 2), eigenvalues[2])
 
@@ -436,8 +436,8 @@ def test_blocks_meet_blocks():
     recut(old, new, torch.float64)
     for h in new:
         (lo, _), _ = h.rectangle
-        for number, side in enumerate(h.plan.sides):
-            rows, columns = h.plan.blocks[side.block]
+        for number, side in enumerate(h.preconditioner.sides):
+            rows, columns = h.preconditioner.blocks[side.block]
             rows = slice(rows.start + lo, rows.stop + lo)
             expected = torch.zeros(side.size, side.size, dtype=torch.float64)
             for first in range(0, 12, 4):  # an old block's rows
@@ -488,10 +488,10 @@ def test_a_vectors_covariance_follows_its_elements():
     old = []
     for piece in flat(whole, 2):
         h = of(piece)
-        h.state.update(step=torch.tensor(1.0), preconditioner=h.plan.allocate(CPU, torch.float64))
+        h.state.update(step=torch.tensor(1.0), preconditioner=h.preconditioner.allocate(CPU, torch.float64))
         start = piece.row * 5 + piece.column
         for u in x:
-            solve([(h.plan.sides[0], h.state["preconditioner"], u[start : start + piece.numel])], 0.9, "paper", "svd")
+            solve([(h.preconditioner.sides[0], h.state["preconditioner"], u[start : start + piece.numel])], 0.9, "paper", "svd")
         old.append(h)
     new = [of(p) for p in flat(whole, 1)]
     recut(old, new, torch.float64)
@@ -507,15 +507,15 @@ def test_other_ranks_and_float32():
     old = []
     for piece in rows_of(whole, 7):
         h = preconditioned(piece, (4, 4))
-        h.state.update(step=torch.tensor(1.0), preconditioner=h.plan.allocate(CPU, torch.float32))
+        h.state.update(step=torch.tensor(1.0), preconditioner=h.preconditioner.allocate(CPU, torch.float32))
         (lo, hi), _ = h.rectangle
         for u in x:
             solve(
-                [(s, h.state["preconditioner"], c) for s, c in h.plan.columns(u[lo:hi]).items()], 0.9, "trace", "eigh"
+                [(s, h.state["preconditioner"], c) for s, c in h.preconditioner.columns(u[lo:hi]).items()], 0.9, "trace", "eigh"
             )
         old.append(h)
     new = [preconditioned(p, (2, 5)) for p in rows_of(whole)]
     recut(old, new)
     for name, tensor in new[0].state["preconditioner"].items():
-        assert (tuple(tensor.shape), tensor.dtype) == new[0].plan.layout(torch.float32)[name]
+        assert (tuple(tensor.shape), tensor.dtype) == new[0].preconditioner.layout(torch.float32)[name]
     torch.testing.assert_close(covariance(new[0], 1)[2], sum(covariance(h, 1)[2] for h in old))

@@ -29,7 +29,7 @@ from interpreter import patch_once
 
 from sketch_plugins import registry
 from sketch_plugins.optim import resolved
-from sketch_plugins.optim.plan import Plan
+from sketch_plugins.optim.step_cache import StepCache
 from sketch_plugins.sharding.state_names import kind_of
 from sketch_plugins.stores.log8 import CUT, INFINITE
 
@@ -85,7 +85,7 @@ if HAS_TRITON:
 @contextlib.contextmanager
 def counted(taken):
     """Count in ``taken`` the steps of single parameters that kernels take."""
-    choose, recall, recall_group = resolved.choose, Plan.recall, Plan.recall_group
+    choose, recall, recall_group = resolved.choose, StepCache.recall, StepCache.recall_group
 
     def choosing(*args, **kwargs):
         out = choose(*args, **kwargs)
@@ -102,11 +102,11 @@ def counted(taken):
         taken["kernel"] += len(given) * out
         return out
 
-    resolved.choose, Plan.recall, Plan.recall_group = choosing, recalling, recalling_group
+    resolved.choose, StepCache.recall, StepCache.recall_group = choosing, recalling, recalling_group
     try:
         yield
     finally:
-        resolved.choose, Plan.recall, Plan.recall_group = choose, recall, recall_group
+        resolved.choose, StepCache.recall, StepCache.recall_group = choose, recall, recall_group
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------

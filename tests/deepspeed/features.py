@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 import sketch_deepspeed  # noqa: F401
 from sketch_plugins import CSAdam, registry, state_report
-from sketch_plugins.optim import plan
+from sketch_plugins.optim import step_cache
 
 CPU = {"device": "cpu", "pin_memory": False}
 EXACT = {"lr": 1e-2, "weight_decay": 0.1, "preset": "exact", "betas": [0.8, 0.99]}
@@ -98,16 +98,16 @@ def said(config: dict[str, Any], params: Any = None, name: str = "cs_adam", **kw
 def remembered(stage: int) -> dict[str, Any]:
     """Six steps of an optimizer that remembers them, and of one that remembers nothing: kinds, difference."""
     found, kinds = [], []
-    plan.GROUP = 1  # a rank has few of this model's parameters
+    step_cache.GROUP = 1  # a rank has few of this model's parameters
     for forgets in (False, True):
         block = {"type": "cs_adam", "params": {"lr": 1e-2, "min_compress_size": 0, "fused": True}}
         engine = engine_of(zero(stage), block)
         for step in range(6):
             if forgets:
-                engine.basic_optimizer._plan = None
+                engine.basic_optimizer._step_cache = None
             train(engine, range(step, step + 1))
         if not forgets:
-            kinds = [type(group).__name__ for group in engine.basic_optimizer._plan._groups.values()]
+            kinds = [type(group).__name__ for group in engine.basic_optimizer._step_cache._groups.values()]
         found.append(weights(engine))
         engine.destroy()
     return {"kinds": kinds, "differs": difference(*found)}

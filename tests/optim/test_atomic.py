@@ -16,7 +16,7 @@ from sketch_plugins import InBackward, MemSGD, SAdagrad, Sketchy, registry, scra
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.optim import eager, fused, gradients, plan, rehearsal, resolved, sketchy, taking
+from sketch_plugins.optim import eager, fused, gradients, rehearsal, resolved, sketchy, step_cache, taking
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.sharding import parts
 from sketch_plugins.stores import CountMin, Int8
@@ -115,10 +115,10 @@ BEFORE = [
     (SketchOptimizer, "_reserve"),
     (SketchOptimizer, "_prepare"),
     (SketchOptimizer, "_prepare_tasks"),
-    (plan.Plan, "marks"),
-    (plan.Plan, "recall"),
-    (plan.Plan, "recall_group"),
-    (plan.Counters, "holds"),
+    (step_cache.StepCache, "marks"),
+    (step_cache.StepCache, "recall"),
+    (step_cache.StepCache, "recall_group"),
+    (step_cache.Counters, "holds"),
     *([] if cpu is None else [(cpu, "misread"), (cpu, "_pool")]),
     *([] if cpu is None else [(cpu.Program, name) for name in ("__init__", "prepare", "_compile")]),
     (parts.Parts, "of"),
@@ -321,7 +321,7 @@ def test_mem_sgd_leaves_each_parameter_stepped_or_not(compressor, averaging, fir
 
 
 LAUNCHES = [
-    "_fold", "_plan", "_launch", "_ready", "_table", "_numbers", "_describe", "_task", "_laid_out", "_actions",
+    "_fold", "_specialise", "_launch", "_ready", "_table", "_numbers", "_describe", "_task", "_laid_out", "_actions",
     "_compile", "_pinned", "_Covers", "_CoverLayout", "_Device", "Program",
 ]  # fmt: skip
 

@@ -13,8 +13,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from sketch_plugins import SM3, CSAdam
 from sketch_plugins.optim import alike
 from sketch_plugins.optim.alike import Alike
-from sketch_plugins.optim.plan import Plan
 from sketch_plugins.optim.remembered_group import COMPARED, RememberedGroup, RememberedShards
+from sketch_plugins.optim.step_cache import StepCache
 from sketch_plugins.sharding.parts import Parts
 
 # BERT's kinds of tensors, small.
@@ -195,7 +195,7 @@ def test_what_is_remembered_is_not_trusted(change, fused, monkeypatch):
             if step == 5:
                 change(optimizer, params)
             if forgets:
-                optimizer._plan = None
+                optimizer._step_cache = None
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="fused=True: a parameter of shape")
                 optimizer.step()
@@ -213,8 +213,8 @@ def test_groups_are_recalled_whole_and_no_tensor_is_kept(free):
     for _ in range(4):
         give(params)
         optimizer.step()
-    assert isinstance(optimizer._plan, Plan)
-    (group,) = optimizer._plan._groups.values()
+    assert isinstance(optimizer._step_cache, StepCache)
+    (group,) = optimizer._step_cache._groups.values()
     assert isinstance(group, RememberedGroup) and len(group.tasks) == len(params)
     state = optimizer.state[params[0]].pop("second_moment.table")
     alive = [reference() is state for reference in group.alive]
@@ -274,7 +274,7 @@ def test_without_it_groups_are_recalled_all_the_same(there, free, monkeypatch):
     for _ in range(12):
         give(params)
         optimizer.step()
-    (group,) = optimizer._plan._groups.values()
+    (group,) = optimizer._step_cache._groups.values()
     assert group.times >= 8 and len(made) == (1 if there else COMPARED)
     assert {float(optimizer.state[p]["step"]) for p in params} == {12.0}
 
@@ -294,7 +294,7 @@ def test_groups_that_share_a_launch_keep_their_own_numbers(cls):
         optimizer = cls(groups, min_compress_size=0)
         for step in range(9):
             if not remembers:
-                optimizer.__dict__.pop("_plan", None)
+                optimizer.__dict__.pop("_step_cache", None)
             for i, p in enumerate(params):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
             if step < 2:
@@ -304,7 +304,7 @@ def test_groups_that_share_a_launch_keep_their_own_numbers(cls):
             optimizer.step()
         ends.append((params, optimizer))
     (ours, one), (theirs, other) = ends
-    assert any(group.times for group in one._plan._groups.values())
+    assert any(group.times for group in one._step_cache._groups.values())
     for p, q in zip(ours, theirs, strict=True):
         assert torch.equal(p, q)
         assert all(torch.equal(t, other.state[q][name]) for name, t in one.state[p].items())
@@ -317,7 +317,7 @@ def test_a_group_that_changes_all_the_time_is_given_up(free):
         if step % 3 == 0:
             params[step % len(params)].grad = None
         optimizer.step()
-    assert optimizer._plan._failed == {(id(optimizer.param_groups[0]), id(params[0])): 20}
+    assert optimizer._step_cache._failed == {(id(optimizer.param_groups[0]), id(params[0])): 20}
     assert all(float(optimizer.state[p]["step"]) < 200 for p in params)
 
 
@@ -329,9 +329,9 @@ def test_changes_of_long_ago_are_forgotten(free):
         if step in (10, 20):
             params[0].grad = None
         if step == 30:
-            assert list(optimizer._plan._failed.values()) == [4]  # gone, and back again
+            assert list(optimizer._step_cache._failed.values()) == [4]  # gone, and back again
         optimizer.step()
-    assert optimizer._plan._failed == {} and len(optimizer._plan._groups) == 1
+    assert optimizer._step_cache._failed == {} and len(optimizer._step_cache._groups) == 1
 
 
 def test_a_group_that_cannot_be_remembered_is_tried_once(free, monkeypatch):
@@ -394,9 +394,9 @@ def test_what_is_remembered_of_shards_is_not_trusted(change, mesh, monkeypatch):
             if step == 4:
                 change(optimizer, params, mesh)
             if forgets:
-                optimizer._plan = None
+                optimizer._step_cache = None
             elif step == 3:
-                assert {type(group) for group in optimizer._plan._groups.values()} == {RememberedShards}
+                assert {type(group) for group in optimizer._step_cache._groups.values()} == {RememberedShards}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="fused=True: a parameter of shape")
                 optimizer.step()

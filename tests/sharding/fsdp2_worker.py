@@ -139,12 +139,12 @@ def check_remembered(name):
         model, optimizer = build(name, {"fused": True})
         for step in range(7):
             if forgets:
-                optimizer._plan = None
+                optimizer._step_cache = None
             for group in optimizer.param_groups:
                 group["lr"] = 0.02 / (1 + step)
             train(model, optimizer, 1, first=step)
             if step == 4 and not forgets:
-                kinds = {type(group).__name__ for group in optimizer._plan._groups.values()}
+                kinds = {type(group).__name__ for group in optimizer._step_cache._groups.values()}
                 assert kinds == ({"RememberedShards"} if name == "cs_adam" else kinds), kinds
         results.append((model, optimizer))
     (model, optimizer), (other, expected) = results

@@ -68,7 +68,7 @@ class Task:
     """One parameter's step as the launches of later steps take it, too: addresses, no tensors.
 
     Attributes:
-        plan: what the kernel is compiled for.
+        spec: what the kernel is compiled for.
         device: of the parameter.
         row: its fields (see `common`); those that depend on the launch are 0.
         programs: how many programs its step takes.
@@ -78,7 +78,7 @@ class Task:
         gradient: address of the gradient that it was described with.
     """
 
-    plan: _Plan
+    spec: _Specialisation
     device: torch.device
     row: Row
     programs: int
@@ -90,11 +90,11 @@ class Task:
     @property
     def once(self) -> bool:
         """See `Work.once`."""
-        return self.plan.kept and not self.plan.measure
+        return self.spec.kept and not self.spec.measure
 
     def fits(self, gradient: int) -> bool:
         """Whether a gradient at this address can be read as the task says."""
-        return not self.plan.align or gradient % 16 == 0
+        return not self.spec.align or gradient % 16 == 0
 
 
 def task(w: Work) -> Task | None:
@@ -104,15 +104,15 @@ def task(w: Work) -> Task | None:
     """
     if w.rows is not None or isinstance(w.numbers, Tensor) or _folds(w):
         return None
-    return _task(*_plan(w))
+    return _task(*_specialise(w))
 
 
-def _task(plan: _Plan, w: Work) -> Task:
-    row, programs = _describe(w, plan)
+def _task(spec: _Specialisation, w: Work) -> Task:
+    row, programs = _describe(w, spec)
     cover = w.second[0] if w.second and isinstance(w.second[0], Cover) else None
     # Of row-sparse gradients a maximum for each touched row.
     lengths = (_count(w), *cover.dims[1:]) if cover else ()
-    return Task(plan, w.p.device, row, programs, tuple(_axes(w)) if cover else (), lengths, cover, w.g.data_ptr())
+    return Task(spec, w.p.device, row, programs, tuple(_axes(w)) if cover else (), lengths, cover, w.g.data_ptr())
 
 
 def prepare(works: Sequence[Work]) -> list[tuple[list[int], Callable[[], None]]]:
@@ -123,22 +123,22 @@ def prepare(works: Sequence[Work]) -> list[tuple[list[int], Callable[[], None]]]
     Returns:
         For each launch, the places of its works in the list, and what takes their steps.
     """
-    groups: dict[tuple[torch.device, _Plan], tuple[list[int], list[Work], list[_Action]]] = {}
+    groups: dict[tuple[torch.device, _Specialisation], tuple[list[int], list[Work], list[_Action]]] = {}
     for place, given in enumerate(works):
         if given.rows is not None and not len(given.rows):
             continue
         device = given.p.device
         with _on(device):
             folds = _fold(given)
-            plan, w = _plan(given)
-            places_, members, actions = groups.setdefault((device, plan), ([], [], []))
+            spec, w = _specialise(given)
+            places_, members, actions = groups.setdefault((device, spec), ([], [], []))
             places_.append(place)
             members.append(w)
             actions += folds
     takes: list[tuple[list[int], Callable[[], None]]] = []
-    for (device, plan), (places_, members, actions) in groups.items():
+    for (device, spec), (places_, members, actions) in groups.items():
         with _on(device):
-            takes.append((places_, partial(_run, device, [*actions, *_launch(plan, members, device)])))
+            takes.append((places_, partial(_run, device, [*actions, *_launch(spec, members, device)])))
     return takes
 
 
@@ -200,23 +200,23 @@ class _Device:
 
     def __init__(self, device: torch.device, places_: list[int], tasks: list[Task], which: list[int]) -> None:
         self.device, self.places = device, places_
-        groups: dict[_Plan, list[int]] = {}
+        groups: dict[_Specialisation, list[int]] = {}
         for place in places_:
-            groups.setdefault(tasks[place].plan, []).append(place)
+            groups.setdefault(tasks[place].spec, []).append(place)
         values: list[int] = []
         self.launches = []
         slots: list[tuple[int, int, int]] = []  # where a row begins, its task's place, and where the launch does
-        for plan, members in groups.items():
+        for spec, members in groups.items():
             start, rows, axes, begin = len(values), [], [], 0
             for i, place in enumerate(members):
                 # What a sweep measures goes into a tensor's own numbers.
-                own = i if plan.measure or plan.kept else which[place]
+                own = i if spec.measure or spec.kept else which[place]
                 rows.append(tasks[place].row._replace(BEGIN=begin, ROW=own))
                 begin += tasks[place].programs
                 slots.append((start + i * FIELDS, place, start))
                 axes.append(tasks[place].axes)
             values += _laid_out(rows, axes)
-            self.launches.append(_Launch(plan, members, [tasks[place] for place in members], start, begin))
+            self.launches.append(_Launch(spec, members, [tasks[place] for place in members], start, begin))
             values += [0] * (-len(values) % 2)  # tables begin on 16 bytes
         for one in self.launches:
             one.index = len(values)
@@ -262,8 +262,8 @@ class _Device:
 class _Launch:
     """The tasks that share a launch."""
 
-    def __init__(self, plan: _Plan, places_: list[int], tasks: list[Task], start: int, programs: int) -> None:
-        self.plan, self.places, self.start, self.programs = plan, places_, start, programs
+    def __init__(self, spec: _Specialisation, places_: list[int], tasks: list[Task], start: int, programs: int) -> None:
+        self.spec, self.places, self.start, self.programs = spec, places_, start, programs
         self.covers = _CoverLayout(tasks) if tasks[0].lengths else None
         self.index = 0
         self.ready = False
@@ -271,9 +271,9 @@ class _Launch:
     def actions(self, buffer: Tensor, numbers: Tensor, covers: _Covers | None) -> list[_Action]:
         """All kernels of the launch, in order."""
         table = buffer[self.start :]
-        if self.plan.measure or self.plan.kept:
+        if self.spec.measure or self.spec.kept:
             numbers = numbers.index_select(0, buffer[self.index : self.index + len(self.places)])
-        launched = _actions(self.plan, len(self.places), self.programs, table, numbers, covers, self.ready)
+        launched = _actions(self.spec, len(self.places), self.programs, table, numbers, covers, self.ready)
         self.ready = True
         return launched
 
@@ -317,8 +317,8 @@ def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constant
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What a kernel is compiled for: tensors with equal plans share a launch."""
+class _Specialisation:
+    """What a kernel is compiled for: tensors with equal specialisations share a launch."""
 
     kernel: str
     first: Any
@@ -345,7 +345,7 @@ class _Plan:
     kept: bool
 
 
-def _plan(w: Work) -> tuple[_Plan, Work]:
+def _specialise(w: Work) -> tuple[_Specialisation, Work]:
     store1, state1 = w.first if w.first else (None, {})
     store2, state2 = w.second if w.second else (None, {})
     sketch = store2 if isinstance(store2, Sketch) else None
@@ -373,7 +373,7 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
         most = 16 if not isinstance(store1, CountSketch) else 4
         rows, single = min(triton.next_power_of_2(r), max(1, min(most, TILE // 2 // n))), False
     state = [*state1.values(), *state2.values(), w.p, w.g]
-    plan = _Plan(
+    spec = _Specialisation(
         kernel="buckets" if owned else "tiles",
         first=getattr(first, store1.kernel) if store1 else first.none,
         second=getattr(second, store2.kernel) if store2 else None,
@@ -401,7 +401,7 @@ def _plan(w: Work) -> tuple[_Plan, Work]:
         measure=w.measure,
         kept=w.last is not None,
     )
-    return plan, w
+    return spec, w
 
 
 def _dtype(state: dict[str, Tensor]) -> torch.dtype:
@@ -422,9 +422,9 @@ def _flat(w: Work) -> Work:
     return replace(w, p=w.p.view(n), g=w.g.view(n), first=view(w.first), second=view(w.second))
 
 
-def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Action]:
+def _launch(spec: _Specialisation, works: list[Work], device: torch.device) -> list[_Action]:
     """The actions of works that share a launch, in this step alone."""
-    tasks = [_task(plan, w) for w in works]
+    tasks = [_task(spec, w) for w in works]
     covers = _Covers(_CoverLayout(tasks), device, works) if tasks[0].lengths else None
     rows, axes, begin = [], [], 0
     for i, one in enumerate(tasks):
@@ -435,7 +435,7 @@ def _launch(plan: _Plan, works: list[Work], device: torch.device) -> list[_Actio
     for i, one in enumerate(tasks):
         behind = values[i * FIELDS + _AXES] + len(one.axes)
         values[i * FIELDS + _G], values[i * FIELDS + _NEW] = behind, behind + 1
-    return _actions(plan, len(works), begin, _table(device, values), _numbers(works, device), covers)
+    return _actions(spec, len(works), begin, _table(device, values), _numbers(works, device), covers)
 
 
 def _laid_out(rows: Sequence[Row], more: Sequence[Sequence[int]]) -> list[int]:
@@ -448,32 +448,38 @@ def _laid_out(rows: Sequence[Row], more: Sequence[Sequence[int]]) -> list[int]:
 
 
 @lru_cache(maxsize=256)
-def _constants(plan: _Plan) -> dict[str, Any]:
-    """What the kernel of a plan is compiled for, but for the phase."""
+def _constants(spec: _Specialisation) -> dict[str, Any]:
+    """What the kernel of a spec is compiled for, but for the phase."""
     shared: dict[str, Any] = {
-        "FIRST": plan.first, "P_TYPE": TYPES[plan.p], "G_TYPE": TYPES[plan.g], "F_TYPE": TYPES[plan.f],
-        "S_TYPE": TYPES[plan.s], "AHEAD": plan.ahead, "UNIT": plan.unit, "L2_ON": plan.l2,
-        "NOISE": plan.noise, "ROUND": plan.round, "ALIGN": plan.align, "M": plan.rows, "N": plan.columns,
-        "BLOCK": plan.block, "AFTER": plan.after,
-        "num_warps": max(1, min(16, plan.rows * plan.columns // 256)),
+        "FIRST": spec.first, "P_TYPE": TYPES[spec.p], "G_TYPE": TYPES[spec.g], "F_TYPE": TYPES[spec.f],
+        "S_TYPE": TYPES[spec.s], "AHEAD": spec.ahead, "UNIT": spec.unit, "L2_ON": spec.l2,
+        "NOISE": spec.noise, "ROUND": spec.round, "ALIGN": spec.align, "M": spec.rows, "N": spec.columns,
+        "BLOCK": spec.block, "AFTER": spec.after,
+        "num_warps": max(1, min(16, spec.rows * spec.columns // 256)),
     }  # fmt: skip
-    if plan.kernel == "buckets":
-        return {**shared, "SINGLE": plan.single}
-    return {**shared, "SECOND": plan.second, "MODE": plan.mode, "DEPTH1": plan.depth1, "DEPTH2": plan.depth2}
+    if spec.kernel == "buckets":
+        return {**shared, "SINGLE": spec.single}
+    return {**shared, "SECOND": spec.second, "MODE": spec.mode, "DEPTH1": spec.depth1, "DEPTH2": spec.depth2}
 
 
 def _actions(
-    plan: _Plan, count: int, programs: int, table: Tensor, numbers: Tensor, covers: _Covers | None, ready: bool = False
+    spec: _Specialisation,
+    count: int,
+    programs: int,
+    table: Tensor,
+    numbers: Tensor,
+    covers: _Covers | None,
+    ready: bool = False,
 ) -> list[_Action]:
     """The launches of ``count`` tensors. ``ready``: they have been compiled."""
-    constants, owned = _constants(plan), plan.kernel == "buckets"
+    constants, owned = _constants(spec), spec.kernel == "buckets"
     kernel = step.buckets if owned else step.tiles
     # A program that owns a bucket writes it while it measures.
     before, after = (FOLD | MEASURE, APPLY) if owned else (MEASURE, FOLD | APPLY)
-    once = plan.kept and not plan.measure
+    once = spec.kept and not spec.measure
     # float64: squares of what float32 holds.
     partial_ = table
-    if plan.measure or once:
+    if spec.measure or once:
         partial_ = torch.empty(2 * programs, dtype=torch.float64, device=table.device)
     actions: list[_Action] = []
     launch = _again if ready else _ready
@@ -483,12 +489,12 @@ def _actions(
             launch(kernel, (programs,), table, row_of_numbers, partial_, count, PHASE=phase, **{**constants, **changed})
         )
 
-    if covers and plan.second is second.cover_estimate:
+    if covers and spec.second is second.cover_estimate:
         # Variant I reads the new covers: the maxima of g * g come first.
         sweep(numbers, FOLD, SECOND=second.cover_maxima)
-        actions.append(covers.keep(launch, table, numbers, plan))
+        actions.append(covers.keep(launch, table, numbers, spec))
         covers = None
-    if plan.measure:
+    if spec.measure:
         measured = numbers.clone()
         measured[:, places.STEP] = 1.0
         measured[:, places.INNER] = 1.0
@@ -496,11 +502,11 @@ def _actions(
         actions.append(
             launch(
                 norms.step_sizes, (count,), table, numbers, measured, partial_, count, programs,
-                AFTER=plan.after, KEPT=plan.kept, N=256,
+                AFTER=spec.after, KEPT=spec.kept, N=256,
             )
         )  # fmt: skip
     elif once:
-        actions.append(launch(norms.recall, (count,), table, numbers, AFTER=plan.after))
+        actions.append(launch(norms.recall, (count,), table, numbers, AFTER=spec.after))
         after = FOLD | MEASURE | APPLY
     else:
         after = FOLD | APPLY
@@ -508,23 +514,23 @@ def _actions(
     if once:
         actions.append(launch(norms.keep, (count,), table, numbers, partial_, count, programs, N=256))
     if covers:
-        actions.append(covers.keep(launch, table, numbers, plan))
+        actions.append(covers.keep(launch, table, numbers, spec))
     return actions
 
 
-def _describe(w: Work, plan: _Plan) -> tuple[Row, int]:
+def _describe(w: Work, spec: _Specialisation) -> tuple[Row, int]:
     """Its fields, and how many programs its step takes; what depends on the launch or on the step is 0."""
     r, d = w.p.shape
     state1, state2 = (w.first[1] if w.first else {}), (w.second[1] if w.second else {})
     a1, b1 = (*(t.data_ptr() for t in state1.values()), 0, 0)[:2]
     a2, b2 = (*(t.data_ptr() for t in state2.values()), 0, 0)[:2]
-    across = -(-d // plan.block)
+    across = -(-d // spec.block)
     count = _count(w)
     sketch = next((s[0] for s in (w.second, w.first) if s and isinstance(s[0], Sketch)), None)
     width, hashes, matrices = 0, 0, 1
     if sketch is not None:
         width, hashes, matrices = sketch.buckets(r), _hashes(sketch, r, w.p.device).data_ptr(), sketch.matrices
-    along = width if plan.kernel == "buckets" else -(-count // plan.rows)
+    along = width if spec.kernel == "buckets" else -(-count // spec.rows)
     row = Row(
         P=w.p.data_ptr(),
         FIRST_A=a1,
@@ -680,7 +686,7 @@ def _mode(w: Work) -> int:
     return modes[w.rows is not None].value
 
 
-_FOLDING = _Plan(
+_FOLDING = _Specialisation(
     "tiles", None, None, torch.float32, torch.float32, torch.float32, torch.float32, 0,
     False, False, False, False, False, False, 1, 1, False, False, 16, COLUMNS, COLUMNS, False, False,
 )  # fmt: skip
@@ -715,14 +721,14 @@ class _Covers:
         first = self.buffer.data_ptr()
         self.places = [first + 4 * offset for offset in layout.offsets]
 
-    def keep(self, launch: Callable[..., _Action], table: Tensor, numbers: Tensor, plan: _Plan) -> _Action:
+    def keep(self, launch: Callable[..., _Action], table: Tensor, numbers: Tensor, spec: _Specialisation) -> _Action:
         """What gives the covers their new values."""
         if self.works:
             return self._keep_touched
         n = 256
         grid = (len(self.places), max(1, min(64, -(-self.layout.longest // (4 * n)))))
         kernel = launch(
-            fold.covers, grid, table, numbers, AVERAGE=self.layout.variant == "I", DEPTH=plan.depth2, N=n, num_warps=4
+            fold.covers, grid, table, numbers, AVERAGE=self.layout.variant == "I", DEPTH=spec.depth2, N=n, num_warps=4
         )
         return partial(self._keep, kernel)
 
@@ -813,7 +819,7 @@ def specialisation(w: Work) -> tuple[tuple[str, ...], str]:
 
     Tensors of other sizes are compiled for the same where the texts are equal, in this process and in any other one.
     """
-    plan, _ = _plan(w)
+    spec, _ = _specialise(w)
     names, folds = [], []
     for pair, signed in ((w.first, True), (w.second, False)):
         if pair is None or not isinstance(pair[0], Sketch):
@@ -829,12 +835,12 @@ def specialisation(w: Work) -> tuple[tuple[str, ...], str]:
             names.append("fold.dense")
             load = -(-w.p.shape[0] // store.buckets(w.p.shape[0]))
             folds.append((_fold_columns(w), min(16, triton.next_power_of_2(load))))
-    names.append(f"step.{plan.kernel}")
-    if plan.measure:
+    names.append(f"step.{spec.kernel}")
+    if spec.measure:
         names.append("norms.step_sizes")
-    elif plan.kept:
+    elif spec.kept:
         names += ["norms.recall", "norms.keep"]
     if w.second is not None and isinstance(w.second[0], Cover) and w.rows is None:
         names.append("fold.covers")
-    fields = [f"{key}={getattr(getattr(value, 'fn', value), '__name__', value)}" for key, value in vars(plan).items()]
+    fields = [f"{key}={getattr(getattr(value, 'fn', value), '__name__', value)}" for key, value in vars(spec).items()]
     return tuple(dict.fromkeys(names)), " ".join([*fields, f"folds={folds}"])

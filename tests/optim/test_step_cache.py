@@ -147,7 +147,7 @@ def test_whatever_changes_is_noticed(cls, options, event):
             if seed == 2:
                 event(params, optimizer)
             if not remembers:
-                optimizer._plan = None
+                optimizer._step_cache = None
             step(optimizer)
         results.append([t.clone() for t in everything(params, optimizer)])
     for a, b in zip(*results, strict=True):
@@ -192,7 +192,7 @@ def test_it_is_no_state_and_keeps_nothing_alive():
     gradients(params, 0)
     step(optimizer)
     keys = set(pickle.loads(pickle.dumps(optimizer)).__dict__)
-    assert "_plan" not in keys and "_plan" not in copy.deepcopy(optimizer).__dict__
+    assert "_step_cache" not in keys and "_step_cache" not in copy.deepcopy(optimizer).__dict__
     kept = [weakref.ref(p.grad) for p in params]
     kept += [weakref.ref(t) for p in params for t in nested(optimizer.state[p])["second_moment"].values()]
     optimizer.zero_grad()

@@ -30,7 +30,7 @@ GROUP, FAILURES = 4, 20
 LASTING = 100
 
 
-class Plan:
+class StepCache:
     """Part -> what it looked like, and its task."""
 
     def __init__(self) -> None:
