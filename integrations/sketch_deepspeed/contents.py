@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sketch_deepspeed.reshard import _MODEL, _find, _load, _read
-from sketch_plugins.checkpoints.kept import CannotReshard, Kept
+from sketch_plugins.checkpoints.saved import CannotReshard, SavedOptimizer
 from sketch_plugins.sharding.names import names_of
 from sketch_plugins.sharding.pieces import Fragment, Piece, is_key, pieces
 from sketch_plugins.sharding.state_names import nested
@@ -28,7 +28,7 @@ def contents(
     old = _read(directory, trust)
     groups = old.base(0)["param_groups"]
     try:
-        cut: Callable[..., Sequence[Piece]] = Kept(groups).pieces
+        cut: Callable[..., Sequence[Piece]] = SavedOptimizer(groups).pieces
     except CannotReshard:  # another optimizer's, which sees a vector; its pieces are counted
 
         def cut(fragments: Sequence[Fragment], group: int) -> Sequence[Piece]:

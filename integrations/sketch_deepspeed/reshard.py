@@ -25,17 +25,17 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from sketch_deepspeed.layout import Buffer, Joint, Parameter, joint, single, undealt
-from sketch_plugins.checkpoints.kept import (
+from sketch_plugins.checkpoints.recut import Held
+from sketch_plugins.checkpoints.saved import (
     CannotReshard,
-    Kept,
     Progress,
     Report,
+    SavedOptimizer,
     nbytes,
     output_of,
     save,
     whole_or_not_at_all,
 )
-from sketch_plugins.checkpoints.recut import Held
 from sketch_plugins.sharding.pieces import Fragment, index_of, is_key
 from sketch_plugins.sharding.state_names import flattened, nested
 
@@ -282,7 +282,7 @@ class _State:
     """State of the optimizer, by parameter."""
 
     def __init__(self, old: _Checkpoint) -> None:
-        self.kept = Kept(old.base(0)["param_groups"])
+        self.saved_optimizer = SavedOptimizer(old.base(0)["param_groups"])
         self.held: dict[str, list[Held]] = {}
         self.numbers: dict[str, int] = {}
         self.nbytes = 0
@@ -292,12 +292,13 @@ class _State:
                 self._take(rank, key, buffer, nested(states.get(key) or {}), old.flats(rank)[key].dtype)
 
     def _take(self, rank: int, key: int, buffer: Buffer, states: Mapping[str, Any], dtype: torch.dtype) -> None:
-        expected = self.kept.pieces(buffer.fragments(rank), buffer.group)
+        expected = self.saved_optimizer.pieces(buffer.fragments(rank), buffer.group)
         others = [name for name in states if not is_key(name)]
         if others:
             raise CannotReshard(
                 f"the state of partition {key} of rank {rank} has {', '.join(map(repr, others))}, which is not of "
-                f"{self.kept.kind}: nobody knows how to cut it anew. Delete it from the state before it is saved"
+                f"{self.saved_optimizer.kind}: nobody knows how to cut it anew. Delete it from the state before it is "
+                "saved"
             )
         if states and len(states) != len(expected):
             raise CannotReshard(
@@ -305,7 +306,7 @@ class _State:
             )
         for piece, (name, state) in zip(expected, states.items() or [("", {})] * len(expected), strict=True):
             parameter = buffer.parameters[piece.index].name
-            held = self.kept.held(piece, buffer.group, dtype, state, f"{parameter!r} on rank {rank}")
+            held = self.saved_optimizer.held(piece, buffer.group, dtype, state, f"{parameter!r} on rank {rank}")
             if state:
                 self.numbers[parameter] = index_of(name)
             self.held.setdefault(parameter, []).append(held)
@@ -314,9 +315,9 @@ class _State:
     def cut(self, buffer: Buffer, fragments: Sequence[Fragment], dtype: torch.dtype, report: Report) -> dict[str, Any]:
         """The state of a new flat tensor; nothing where no step was taken."""
         out: dict[str, Any] = {}
-        for piece in self.kept.pieces(fragments, buffer.group):
+        for piece in self.saved_optimizer.pieces(fragments, buffer.group):
             parameter = buffer.parameters[piece.index].name
-            state = self.kept.recut(self.held[parameter], piece, buffer.group, dtype, report)
+            state = self.saved_optimizer.recut(self.held[parameter], piece, buffer.group, dtype, report)
             if state:
                 out |= flattened(state, replace(piece, index=self.numbers[parameter]).key)
         return out
@@ -328,7 +329,7 @@ class _State:
 def _write(old: _Checkpoint, world: int, directory: Path, target: Path, progress: Progress) -> Report:
     state = _State(old)
     buffers = _layout(old, world)
-    report = Report(target, f"DeepSpeed, ZeRO stage {old.stage}", state.kept.kind, old.world, world)
+    report = Report(target, f"DeepSpeed, ZeRO stage {old.stage}", state.saved_optimizer.kind, old.world, world)
     report.parameters = sum(p.numel for group in old.groups for p in group)
     weights = _Weights(old)
     after, steps = 0, world * len(buffers)

@@ -1,5 +1,5 @@
 """Checkpoints of sharded runs, written anew for another number of ranks."""
 
-from sketch_plugins.checkpoints.kept import CannotReshard, Kept, Report
+from sketch_plugins.checkpoints.saved import CannotReshard, Report, SavedOptimizer
 
-__all__ = ["CannotReshard", "Kept", "Report"]
+__all__ = ["CannotReshard", "Report", "SavedOptimizer"]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sketch_plugins.checkpoints.kept import CannotReshard, Report
+from sketch_plugins.checkpoints.saved import CannotReshard, Report
 from sketch_plugins.memory.report import format_bytes
 
 

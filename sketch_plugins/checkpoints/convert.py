@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sketch_plugins import registry
 from sketch_plugins.checkpoints import report
-from sketch_plugins.checkpoints.kept import nbytes
+from sketch_plugins.checkpoints.saved import nbytes
 from sketch_plugins.counterpart import split_options
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.optim import SketchOptimizer, Sketchy

@@ -26,16 +26,16 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
-from sketch_plugins.checkpoints.kept import (
+from sketch_plugins.checkpoints.recut import Held
+from sketch_plugins.checkpoints.saved import (
     CannotReshard,
-    Kept,
     Progress,
     Report,
+    SavedOptimizer,
     nbytes,
     output_of,
     whole_or_not_at_all,
 )
-from sketch_plugins.checkpoints.recut import Held
 from sketch_plugins.sharding.parts import trim
 from sketch_plugins.sharding.pieces import Piece
 from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours, nested
@@ -209,8 +209,8 @@ class _Shards:
 
 
 def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, progress: Progress) -> Report:
-    kept = Kept(saved["param_groups"])
-    report = Report(target, "torch.distributed.checkpoint (FSDP2)", kept.kind, 0, world)
+    saved_optimizer = SavedOptimizer(saved["param_groups"])
+    report = Report(target, "torch.distributed.checkpoint (FSDP2)", saved_optimizer.kind, 0, world)
     states = {
         key: (number, saved["state"][key])
         for number, group in enumerate(saved["param_groups"])
@@ -239,13 +239,16 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         state = own
         dtype = torch.float64 if torch.float64 in set(_dtypes(state)) else torch.float32
         old = [
-            _held(kept, shards, rank, number, dtype, state, f"{key!r}, shard {rank},") for rank in range(shards.world)
+            _held(saved_optimizer, shards, rank, number, dtype, state, f"{key!r}, shard {rank},")
+            for rank in range(shards.world)
         ]
-        layout = kept.layout(new.largest, number, dtype)
+        layout = saved_optimizer.layout(new.largest, number, dtype)
         parts: list[Any] = []
         for rank in range(world):
             piece = new.piece(rank)
-            parts.append(kept.recut(old, piece, number, dtype, report) if piece.numel else {PLACE: piece.place})
+            parts.append(
+                saved_optimizer.recut(old, piece, number, dtype, report) if piece.numel else {PLACE: piece.place}
+            )
         saved["state"][key] = {"step": state["step"], **flattened(_stacked(parts, layout)), **others}
         report.parameters += prod(shards.whole)
         report.nbytes = (
@@ -271,15 +274,21 @@ def _shards(key: Any, state: Mapping[str, Any], path: Path) -> _Shards:
 
 
 def _held(
-    kept: Kept, shards: _Shards, rank: int, group: int, dtype: torch.dtype, state: Mapping[str, Any], label: str
+    saved_optimizer: SavedOptimizer,
+    shards: _Shards,
+    rank: int,
+    group: int,
+    dtype: torch.dtype,
+    state: Mapping[str, Any],
+    label: str,
 ) -> Held:
     """One shard's state, cut to its own sizes."""
     piece = shards.piece(rank)
     if not piece.numel:
         return Held(piece, {})
-    layout = kept.layout(piece, group, dtype)
+    layout = saved_optimizer.layout(piece, group, dtype)
     local = trim({name: _of(value, rank) for name, value in state.items() if name != "step"}, layout)
-    return kept.held(piece, group, dtype, {"step": state["step"], **local}, label)
+    return saved_optimizer.held(piece, group, dtype, {"step": state["step"], **local}, label)
 
 
 def _of(value: Any, rank: int) -> Any:

@@ -420,7 +420,7 @@ def _preconditioner(
                     f"the old covariances under the new piece at {_at(h)} have no finite decomposition together: they "
                     "cannot be cut. Use the checkpoint of another step"
                 )
-            side.keep(state, new)
+            side.replace(state, new)
     return state
 
 

@@ -122,10 +122,10 @@ class Compressor(ABC):
         m.index_fill_(0, positions, 0.0)
         if u is not None and masking:
             u.index_fill_(0, positions, 0.0)
-        keep(memory, m, key ^ TABLE1, step)
+        write_rounded(memory, m, key ^ TABLE1, step)
         if momentum is not None:
             assert u is not None
-            keep(momentum, u, key ^ TABLE2, step)
+            write_rounded(momentum, u, key ^ TABLE2, step)
         return payload
 
 
@@ -146,10 +146,10 @@ def take_all(
     """
     m, u = accumulate(memory, grad, gain, momentum, beta)
     sent = m if m is memory else m.clone()  # before it is rounded, in place
-    keep(memory, m, key ^ TABLE1, step)
+    write_rounded(memory, m, key ^ TABLE1, step)
     if momentum is not None:
         assert u is not None
-        keep(momentum, u, key ^ TABLE2, step)
+        write_rounded(momentum, u, key ^ TABLE2, step)
     return sent
 
 
@@ -159,7 +159,7 @@ def accumulate(
     """``u <- beta * u + gain * g; m <- m + u``, without momentum ``m <- m + gain * g``; nothing if ``gain`` is 0.
 
     Returns:
-        m and u: what was given, changed, or of bfloat16 copies in float32, for `keep`.
+        m and u: what was given, changed, or of bfloat16 copies in float32, for `write_rounded`.
     """
     low = memory.dtype == torch.bfloat16
     m, u = (memory.float(), None if momentum is None else momentum.float()) if low else (memory, momentum)
@@ -182,7 +182,7 @@ def accumulate(
     return m, u
 
 
-def keep(memory: Tensor, x: Tensor, key: int, step: int) -> None:
+def write_rounded(memory: Tensor, x: Tensor, key: int, step: int) -> None:
     """Write x into a memory of bfloat16, rounded stochastically (x, too); a memory of its dtype is x itself."""
     if memory is x:
         return

@@ -199,7 +199,7 @@ def _whole(state: MemSGDState, part: _Part, peak: Tensor) -> Tensor:
     keeps it until it has arrived, and as long as there is no gradient.
     """
     gain, ok = _gain(state, part, peak)
-    slot = state.kept(part.p)
+    slot = state.present(part.p)
     if slot is None:
         if state.clip:
             part.grad.mul_(gain * state.scale)

@@ -371,7 +371,7 @@ class MemSGDState:
             self._memory[name] = {kind: torch.zeros(p.numel(), dtype=dtype, device=p.device) for kind in kinds}
         return self._memory[name]
 
-    def kept(self, p: Tensor) -> dict[str, Tensor] | None:
+    def present(self, p: Tensor) -> dict[str, Tensor] | None:
         """The memory of a parameter that has some, which with momentum are all."""
         return self.slot(p) if self.momentum else self._memory.get(self._find(p)[1])
 

@@ -190,7 +190,7 @@ class Program:
             np.array(finish, np.uint64).reshape(-1, len(Piece._fields)),
         )
         self.recalled = np.array([t for t, task in enumerate(tasks) if task.once], np.uint64)
-        self.kept = np.array([t for t, task in enumerate(tasks) if task.row.LAST], np.uint64)
+        self.recorded = np.array([t for t, task in enumerate(tasks) if task.row.LAST], np.uint64)
         self.compiled = False
 
     def prepare(self, numbers: np.ndarray, gradients: Sequence[int]) -> Callable[[], None]:
@@ -219,8 +219,8 @@ class Program:
             after.run()
             if len(self.finish):
                 sweeps.finish(table, self.finish, rows, maxima)
-            if len(self.kept):
-                sweeps.keep(table, numbers, self.kept, squares, norms)
+            if len(self.recorded):
+                sweeps.record(table, numbers, self.recorded, squares, norms)
 
         return run
 
@@ -236,7 +236,7 @@ class Program:
         sweeps.recall(table, numbers, self.recalled[:0])
         sweeps.settle(table, numbers, self.divided[:0], squares, norms)
         sweeps.finish(table, self.finish[:0], rows, maxima)
-        sweeps.keep(table, numbers, self.kept[:0], squares, norms)
+        sweeps.record(table, numbers, self.recorded[:0], squares, norms)
 
 
 def prepare_step(

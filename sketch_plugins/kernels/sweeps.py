@@ -68,12 +68,12 @@ from sketch_plugins.kernels.work import (
     GAIN2,
     INNER,
     INSIDE,
-    KEEP,
     LOOKAHEAD,
     MEAN,
     RELATIVE,
     SCALE,
     SHIFT,
+    SHRINK,
     SIGN,
     STEP,
     UNIT,
@@ -137,8 +137,8 @@ def _factor(v, s, rate):
 
 
 @_body
-def _update(p, o, u, keep, n):
-    store(p, o, keep * load(p, o, n) - u, n)
+def _update(p, o, u, shrink, n):
+    store(p, o, shrink * load(p, o, n) - u, n)
 
 
 @_body
@@ -148,17 +148,17 @@ def _numerator(y, v, ahead, unit):
 
 
 @_body
-def _plain(p, o, x, xo, sign, f, fo, unit, keep, n):
+def _plain(p, o, x, xo, sign, f, fo, unit, shrink, n):
     y = sign * load(x, xo, n)
-    _update(p, o, _numerator(y, y, _0, unit) * load(f, fo, n), keep, n)
+    _update(p, o, _numerator(y, y, _0, unit) * load(f, fo, n), shrink, n)
 
 
 @_body
-def _averaged(p, o, x, xo, sign, f, fo, dense, decay, gain, ahead, unit, keep, n):
+def _averaged(p, o, x, xo, sign, f, fo, dense, decay, gain, ahead, unit, shrink, n):
     y = sign * load(x, xo, n)
     v = decay * load(dense, o, n) + gain * y
     store(dense, o, v, n)
-    _update(p, o, _numerator(y, v, ahead, unit) * load(f, fo, n), keep, n)
+    _update(p, o, _numerator(y, v, ahead, unit) * load(f, fo, n), shrink, n)
 
 
 @_body
@@ -167,17 +167,17 @@ def _blended(o, x, xo, sign, codes, old, gain, n):
 
 
 @_body
-def _coded(p, o, x, xo, sign, f, fo, codes, old, gain, ahead, unit, keep, inverse, n):
+def _coded(p, o, x, xo, sign, f, fo, codes, old, gain, ahead, unit, shrink, inverse, n):
     y = sign * load(x, xo, n)
     v = old * load(codes, o, n) + gain * y
     store(codes, o, v * inverse, n)
-    _update(p, o, _numerator(y, v, ahead, unit) * load(f, fo, n), keep, n)
+    _update(p, o, _numerator(y, v, ahead, unit) * load(f, fo, n), shrink, n)
 
 
 @_body
 def _block(p, o, x, xo, sign, f, fo, codes, scales, at, n, s):
     """First moment in int8 and update of one block of ``n`` numbers."""
-    gain, ahead, unit, keep = s[GAIN1], s[LOOKAHEAD], s[UNIT], s[KEEP]
+    gain, ahead, unit, shrink = s[GAIN1], s[LOOKAHEAD], s[UNIT], s[SHRINK]
     old, most, whole = s[DECAY1] * scales[at], splat(_0), n - n % LANES
     for j in range(_ZERO, whole, LANES):
         most = top(most, magnitude(_blended(o + j, x, xo + j, sign, codes, old, gain, LANES)))
@@ -187,10 +187,10 @@ def _block(p, o, x, xo, sign, f, fo, codes, scales, at, n, s):
     scales[at] = scale
     inverse = _1 / scale if scale > np.float32(1e-37) else _0
     for j in range(_ZERO, whole, LANES):
-        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, unit, keep, inverse, LANES)
+        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, unit, shrink, inverse, LANES)
     if whole < n:
         j, left = whole, n - whole
-        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, unit, keep, inverse, left)
+        _coded(p, o + j, x, xo + j, sign, f, fo + j, codes, old, gain, ahead, unit, shrink, inverse, left)
 
 
 @_part
@@ -200,19 +200,19 @@ def _apply(p, o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s
     ``x`` (from ``xo`` on, times ``sign``) is what the first moment averages, ``f`` (from ``fo`` on) what multiplies the
     numerator; ``at`` is the place of the first block's scale.
     """
-    keep, unit, whole = s[KEEP], s[UNIT], n - n % LANES
+    shrink, unit, whole = s[SHRINK], s[UNIT], n - n % LANES
     if kind == NONE:
         for j in range(_ZERO, whole, LANES):
-            _plain(p, o + j, x, xo + j, sign, f, fo + j, unit, keep, LANES)
+            _plain(p, o + j, x, xo + j, sign, f, fo + j, unit, shrink, LANES)
         if whole < n:
-            _plain(p, o + whole, x, xo + whole, sign, f, fo + whole, unit, keep, n - whole)
+            _plain(p, o + whole, x, xo + whole, sign, f, fo + whole, unit, shrink, n - whole)
     elif kind == DENSE:
         decay, gain, ahead = s[DECAY1], s[GAIN1], s[LOOKAHEAD]
         for j in range(_ZERO, whole, LANES):
-            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, unit, keep, LANES)
+            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, unit, shrink, LANES)
         if whole < n:
             j, left = whole, n - whole
-            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, unit, keep, left)
+            _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, unit, shrink, left)
     elif block == U(128) and n % block == 0:  # the loops over a block whose length is known are unrolled
         for j in range(_ZERO, n, U(128)):
             _block(p, o + j, x, xo + j, sign, f, fo + j, codes, scales, at, U(128), s)
@@ -533,10 +533,10 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
 
 
 @_body
-def _second_body(g, o, second, keep, f, j, decay, gain, s, rate, n):
+def _second_body(g, o, second, written, f, j, decay, gain, s, rate, n):
     y = load(g, o, n)
     v = decay * load(second, o, n) + gain * (y * y)
-    if keep:
+    if written:
         store(second, o, v, n)
     store(f, j, _factor(v, s, rate), n)
 
@@ -625,7 +625,7 @@ def _cover_step(p, g, o, old, column, tops, c, most, s, n):
     """The same, and the step itself, where there is no first moment."""
     y, nu = _estimate(g, o, old, column, c, s[DECAY2], s[GAIN2], n)
     store(tops, c, top(load(tops, c, n), nu), n)
-    _update(p, o, s[SIGN] * y * _factor(nu, s, s[STEP]), s[KEEP], n)
+    _update(p, o, s[SIGN] * y * _factor(nu, s, s[STEP]), s[SHRINK], n)
     return top(most, nu)
 
 
@@ -730,7 +730,7 @@ def recall(tasks, numbers, chosen):
 
 
 @_compiled
-def keep(tasks, numbers, chosen, squares, norms):
+def record(tasks, numbers, chosen, squares, norms):
     """What this step has measured of the tasks ``chosen``, for the next one."""
     like_f = np.empty(0, np.float32)
     for k in range(len(chosen)):

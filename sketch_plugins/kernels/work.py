@@ -28,7 +28,7 @@ FOLD, MEASURE, APPLY = 1, 2, 4
     INSIDE,
     FLOOR,
     STEP,  # learning rate, with the bias correction of the first moment
-    KEEP,  # one minus the decoupled weight decay
+    SHRINK,  # one minus the decoupled weight decay
     LOOKAHEAD,  # Nesterov's momentum
     SIGN,  # -1 ascends
     L2,  # coupled weight decay

@@ -201,7 +201,7 @@ class Side:
         """Into a state that has none yet."""
         state |= {self.key(name): tensor for name, tensor in new._asdict().items()}
 
-    def keep(self, state: State, new: Covariance) -> None:
+    def replace(self, state: State, new: Covariance) -> None:
         """In place of the present one."""
         for name, tensor in new._asdict().items():
             state[self.key(name)].copy_(tensor)
@@ -252,7 +252,7 @@ def _solve(members: Sequence[Due], decay: float, tail: str, solver: str) -> list
     fine = fd.finite(new)
     for i, (side, state, _) in enumerate(members):
         if fine[i]:
-            side.keep(state, Covariance(*(tensor[i] for tensor in new)))
+            side.replace(state, Covariance(*(tensor[i] for tensor in new)))
         # What was gathered is used up, or of no use. Else it waits for the next solve.
         if not columns and (
             fine[i] or not all(bool(state[side.key(name)].isfinite().all()) for name in ("buffer", "mass"))

@@ -198,7 +198,7 @@ class SketchOptimizer(Taking):
         same, state = True, self.state.get(owner)
         for p in self._parts.of(index, owner):
             grad = p.grad
-            taking.kept.append(grad)
+            taking.outliving.append(grad)
             if not self._step_cache.recall(taking.again, p.identity, p.data, owner, grad, group, options, state):
                 taking.work.append((p, group, self._gradient(p, grad, group)))
                 same = same and p.numel() == 0  # the shard of other ranks is not empty: they take a step, it counts one

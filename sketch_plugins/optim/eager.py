@@ -25,14 +25,14 @@ def update(
     g: Tensor,
     slices: State,
     factor: Tensor,
-    keep: Tensor | None,
+    shrink: Tensor | None,
     first: Store | None,
     ema: Ema | None,
     lookahead: float | None,
     inner: Tensor | None = None,
     sign: bool = False,
 ) -> None:
-    """``p <- keep * p - factor * numerator`` with the numerator m, g (no first moment) or ``g + lookahead * m``.
+    """``p <- shrink * p - factor * numerator`` with the numerator m, g (no first moment) or ``g + lookahead * m``.
 
     With ``inner`` (a preconditioner that comes before the momentum) g is replaced by ``inner * g`` throughout.
 
@@ -41,7 +41,7 @@ def update(
         g: tile of the gradient, of the same shape.
         slices: the first moment's state there; changed in place.
         factor: learning rate over the denominator, broadcastable to ``p``.
-        keep: 0-d, one minus the decoupled weight decay; None for one.
+        shrink: 0-d, one minus the decoupled weight decay; None for one.
         first: store of the first moment.
         ema: its average.
         lookahead: Nesterov's momentum.
@@ -51,8 +51,8 @@ def update(
     if inner is not None:
         g = torch.mul(g, inner, **scratch.out("preconditioned", g))
     numerator = numerator_of(g, first.blend(slices, g, ema) if first and ema else None, lookahead, sign)
-    if keep is not None:
-        p.mul_(keep)
+    if shrink is not None:
+        p.mul_(shrink)
     p.addcmul_(numerator, factor, value=-1.0)
 
 
@@ -160,9 +160,9 @@ def apply(
             inner_scale = clip.reciprocal_()
         else:
             step_size = step_size / clip
-    keep = None
+    shrink = None
     if isinstance(rule.decay, Tensor) or rule.decay != 0:
-        keep = number(1.0 - rule.decay, grad)
+        shrink = number(1.0 - rule.decay, grad)
     ema = rule.first and rule.first._replace(step=0)  # a step number would be compiled anew every step
     working = dict(state)
     if second and not second.write_first:
@@ -183,11 +183,11 @@ def apply(
         if first:
             scaled = first.view(scaled) if scaled.ndim else scaled
             scaled, inner = (factor, scaled) if before else (scaled, None)
-            run(first.view(part), first.view(g), slices, scaled, keep, first, ema, rule.lookahead, inner, rule.sign)
+            run(first.view(part), first.view(g), slices, scaled, shrink, first, ema, rule.lookahead, inner, rule.sign)
         else:
-            run(part, g, slices, scaled, keep, None, None, None, None, rule.sign)
+            run(part, g, slices, scaled, shrink, None, None, None, None, rule.sign)
         if first and slices:
-            first.keep(state["first_moment"], at, slices)
+            first.write_back(state["first_moment"], at, slices)
         if not in_place:
             write_tile(p, at, part, group, state)
     if second and not second.write_first:

@@ -171,7 +171,7 @@ def numbers(rule: Rule, group: Mapping[str, Any], step: float | Tensor, l2: floa
     denominator = rule.denominator
     out: dict[int, Any] = {
         places.STEP: rule.step_size * rule.correction,
-        places.KEEP: 1.0 - rule.decay,
+        places.SHRINK: 1.0 - rule.decay,
         places.SIGN: -1.0 if group["maximize"] else 1.0,
         places.CORRECTION: rule.correction,
         places.INNER: 1.0,

@@ -85,8 +85,8 @@ class Again:
         which: the place of its own in there, for each part.
         changed: the tensors that are written: the parts, and the parameters where these are others.
         idle: the numbers of steps of parts without elements, which are counted and nothing else.
-        kept: gradients and state. Kernels know addresses only: another thread may replace the tensors while they run,
-            and these have to outlive them.
+        outliving: gradients and state. Kernels know addresses only: another thread may replace the tensors while they
+            run, and these have to outlive them.
     """
 
     __slots__ = (
@@ -97,7 +97,7 @@ class Again:
         "counters",
         "gradients",
         "idle",
-        "kept",
+        "outliving",
         "rules",
         "tasks",
         "which",
@@ -111,7 +111,7 @@ class Again:
         self.which: list[int] = []
         self.changed: list[Tensor] = []
         self.idle: list[Tensor] = []
-        self.kept: list[Any] = []
+        self.outliving: list[Any] = []
         self._places: dict[tuple[int, int], int] = {}
         self._group: Any = None
         self._step = -1.0
@@ -124,14 +124,14 @@ class Again:
         steps: list[Any],
         group: dict[str, Any],
         parts: Sequence[Tensor],
-        kept: list[Tensor],
+        outliving: list[Tensor],
     ) -> None:
         """The parameters of a group: `add` for each."""
         self.tasks += tasks
         self.gradients += addresses
         self.counters += counters
         self.changed += parts
-        self.kept += kept
+        self.outliving += outliving
         places = {}
         for step in set(steps):
             places[step] = len(self.rules)

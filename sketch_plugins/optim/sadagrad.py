@@ -141,7 +141,7 @@ class SAdagrad(SketchOptimizer):
             grad = Gradient(whole, None, grad.dtype, grad.chunk, grad.shape)
         covariance = fd.fold(side.get(state["preconditioner"]), vector, 1.0, tail="paper", solver=group["solver"])
         if all(fd.finite(covariance)):
-            side.keep(state["preconditioner"], covariance)
+            side.replace(state["preconditioner"], covariance)
         else:
             covariance = side.get(state["preconditioner"])
             warn_of([(p, group)], self)

@@ -254,8 +254,8 @@ class Sketchy(SketchOptimizer):
             return "nonfinite='skip' leaves out the whole step, which has begun by then; allowed is nonfinite='error'"
         return None
 
-    def _keep(self, one: Pending) -> None:
-        super()._keep(one)
+    def _adopt(self, one: Pending) -> None:
+        super()._adopt(one)
         preconditioner = self.preconditioner_of(one.p, one.group)
         if preconditioner is None or one.grad.rows is not None or one.idle or one.group["statistics"] == "sample":
             return
@@ -569,7 +569,7 @@ def _average(
         x = first.view(whole.get(at))
         slices = first.slices(state, at, ema.step)
         x.copy_(numerator_of(x, first.blend(slices, x, ema), lookahead))
-        first.keep(state, at, slices)
+        first.write_back(state, at, slices)
 
 
 def take(
@@ -582,16 +582,16 @@ def take(
     group: Mapping[str, Any],
 ) -> None:
     """``p <- (1 - decay) * p - size * whole``."""
-    keep = None
+    shrink = None
     if isinstance(rule.decay, Tensor) or rule.decay != 0:
-        keep = number(1.0 - rule.decay, grad)
+        shrink = number(1.0 - rule.decay, grad)
     factor = number(size, grad)
     matrix = grad.like(p)
     for at in grad.batches():
         part, in_place = matrix.get(at), matrix.views(at) and p.dtype == grad.dtype
         if not in_place:
             part = scratch.cast("parameter", part, grad.dtype)
-        update(part, whole.get(at), {}, factor, keep, None, None, None)
+        update(part, whole.get(at), {}, factor, shrink, None, None, None)
         if not in_place:
             write_tile(matrix, at, part, group, state)
 

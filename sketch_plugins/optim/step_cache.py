@@ -146,7 +146,7 @@ class StepCache:
         those = again.get(found.backend)
         if those is None:
             those = again[found.backend] = Again()
-        those.kept += (grad, *[state[name] for name, _, _ in found.tensors])
+        those.outliving += (grad, *[state[name] for name, _, _ in found.tensors])
         those.add(found.task, address, counter, step, group, p, owner)
         return True
 

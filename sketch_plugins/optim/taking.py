@@ -36,7 +36,7 @@ class StepOfAll:
         single: (group, index) of each other parameter.
         work: those of their parts that have to be described,
         again: and those that look as they did in the last step, by backend.
-        kept: kernels know addresses only: gradients that were made for this step have to outlive it.
+        outliving: kernels know addresses only: gradients that were made for this step have to outlive it.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class StepOfAll:
         self.single: list[tuple[dict[str, Any], int]] = []
         self.work: list[tuple[Part, dict[str, Any], Gradient]] = []
         self.again: dict[Backend, Again] = {}
-        self.kept: list[Tensor | None] = []
+        self.outliving: list[Tensor | None] = []
 
     @property
     def members(self) -> Members:
@@ -212,7 +212,7 @@ class Taking(Resolution):
                 self._clean(one)
             if one.group.get("lagged_rms") and one.step == 1:  # no row to measure, and the next step is not the first
                 one.state["rms"]["last"][1] = rms_of(one.grad.like(one.p.data), one.grad)
-            self._keep(one)
+            self._adopt(one)
         for one in eager:
             with self._undone_by_an_error(one):
                 assert one.rule is not None
@@ -221,7 +221,7 @@ class Taking(Resolution):
                 with opened(one.p) as p:
                     grad = one.grad if p is one.p else one.grad.of(one.grad.like(p.data))
                     self._eager(p, grad, one.rule, one.state, one.named, one.group)
-            self._keep(one)
+            self._adopt(one)
         for members, counters, take in takes:
             for one in members:
                 self._clean(one)
@@ -229,7 +229,7 @@ class Taking(Resolution):
             if counters:
                 torch._foreach_add_(counters, 1.0)
             for one in members:
-                self._keep(one)
+                self._adopt(one)
 
     @contextmanager
     def _undone_by_an_error(self, one: Pending) -> Iterator[None]:
@@ -248,7 +248,7 @@ class Taking(Resolution):
         if not one.group["capturable"] and one.cleans:
             one.named["second_moment"].clean(one.state["second_moment"], one.group["clean_factor"], one.step)
 
-    def _keep(self, one: Pending) -> None:
+    def _adopt(self, one: Pending) -> None:
         """State that was made for this step becomes the optimizer's."""
         if one.fresh:
             self.state[one.p.owner].update(flattened(one.state, one.p.key))

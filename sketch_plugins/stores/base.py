@@ -264,7 +264,7 @@ class Store:
         """The estimate after this step; stores with cells of their own also write it."""
         slices = self.slices(state, at, ema.step)
         est = self.blend(slices, self.view(g), ema)
-        self.keep(state, at, slices)
+        self.write_back(state, at, slices)
         return self.unview(est)
 
     def view(self, tensor: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ class Store:
         """Blend the gradient into the slices, in place; returns the estimate, which may be one of them."""
         raise NotImplementedError
 
-    def keep(self, state: State, at: At, slices: State) -> None:
+    def write_back(self, state: State, at: At, slices: State) -> None:
         """Write slices that were copies back."""
         if isinstance(at, Rows):
             for name, tensor in state.items():

@@ -47,7 +47,7 @@ class Blocked(Store):
         shared = at.get(state[self.shared_by_block], *self._blocks(at))
         return {"codes": self.view(at.get(state["codes"])), self.shared_by_block: shared}
 
-    def keep(self, state: State, at: At, slices: State) -> None:
+    def write_back(self, state: State, at: At, slices: State) -> None:
         """Write slices that were copies back."""
         if isinstance(at, Rows):
             at.put(state["codes"], slices["codes"].flatten(-2))

@@ -101,7 +101,7 @@ class Log8(Blocked):
             slices = self.slices(state, at, 0)
             root = torch.sqrt(self.view(values.get(at)))  # what is blended is a gradient, whose square is averaged
             self.blend(slices, root, Ema(0.0, 1.0))
-            self.keep(state, at, slices)
+            self.write_back(state, at, slices)
 
     def fill(self, state: State, value: float) -> None:
         """Every number, to nearest."""

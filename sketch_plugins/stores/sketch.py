@@ -115,7 +115,7 @@ class Sketch(Store):
         """The estimate."""
         return slices["estimate"].to(g.dtype)
 
-    def keep(self, state: State, at: At, slices: State) -> None:
+    def write_back(self, state: State, at: At, slices: State) -> None:
         """Nothing to write."""
 
     def assign(self, state: State, values: Tensor | Gradient) -> None:

@@ -294,7 +294,9 @@ def learn(h, updates, solved=True, tail="trace"):
             if solved or t < len(updates) - 2:
                 solve([(s, h.state["preconditioner"], None) for s in h.preconditioner.sides], 1.0, tail, "eigh")
         else:
-            solve([(s, h.state["preconditioner"], c) for s, c in h.preconditioner.columns(part).items()], 0.9, tail, "svd")
+            solve(
+                [(s, h.state["preconditioner"], c) for s, c in h.preconditioner.columns(part).items()], 0.9, tail, "svd"
+            )
     return h
 
 
@@ -491,7 +493,12 @@ def test_a_vectors_covariance_follows_its_elements():
         h.state.update(step=torch.tensor(1.0), preconditioner=h.preconditioner.allocate(CPU, torch.float64))
         start = piece.row * 5 + piece.column
         for u in x:
-            solve([(h.preconditioner.sides[0], h.state["preconditioner"], u[start : start + piece.numel])], 0.9, "paper", "svd")
+            solve(
+                [(h.preconditioner.sides[0], h.state["preconditioner"], u[start : start + piece.numel])],
+                0.9,
+                "paper",
+                "svd",
+            )
         old.append(h)
     new = [of(p) for p in flat(whole, 1)]
     recut(old, new, torch.float64)
@@ -511,7 +518,10 @@ def test_other_ranks_and_float32():
         (lo, hi), _ = h.rectangle
         for u in x:
             solve(
-                [(s, h.state["preconditioner"], c) for s, c in h.preconditioner.columns(u[lo:hi]).items()], 0.9, "trace", "eigh"
+                [(s, h.state["preconditioner"], c) for s, c in h.preconditioner.columns(u[lo:hi]).items()],
+                0.9,
+                "trace",
+                "eigh",
             )
         old.append(h)
     new = [preconditioned(p, (2, 5)) for p in rows_of(whole)]

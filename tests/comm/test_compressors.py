@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sketch_plugins.comm import COMPRESSORS, BlockTopK, CountSketchTopK, DensitySchedule, RandK, TopK
-from sketch_plugins.comm.base import keep, take_all
+from sketch_plugins.comm.base import take_all, write_rounded
 from sketch_plugins.kernels.rounding import round_stochastically
 from sketch_plugins.memory.meter import AllocatorMeter
 
@@ -335,6 +335,6 @@ def test_rounding_a_memory_takes_its_noise_in_blocks():
     whole = round_stochastically(x.clone(), torch.arange(len(x)), 5, 7).bfloat16()
     memory, meter = torch.empty(len(x), dtype=torch.bfloat16), AllocatorMeter()
     meter.start()
-    keep(memory, x, 5, 7)
+    write_rounded(memory, x, 5, 7)
     assert meter.read() - meter.live < 8 * len(x)
     assert torch.equal(memory, whole)

@@ -310,7 +310,7 @@ TOLD = {
     places.INSIDE: ({"needs": "second"}, 0.0, 0.3),
     places.FLOOR: ({"needs": "second"}, 0.0, 100.0),
     places.STEP: ({}, 0.1, 0.2),
-    places.KEEP: ({}, 1.0, 0.9),
+    places.SHRINK: ({}, 1.0, 0.9),
     places.LOOKAHEAD: ({"needs": "first"}, 0.0, 0.9),
     places.SIGN: ({}, 1.0, -1.0),
     places.L2: ({}, 0.0, 0.3),
@@ -343,7 +343,7 @@ def described(first, second, device, name, value, setting):
     setting = {**setting}
     numbers = dict.fromkeys(range(places.NUMBERS), 0.0) | {
         places.DECAY1: 0.9, places.GAIN1: 0.1, places.DECAY2: 0.9, places.GAIN2: 0.1, places.MEAN: 1.0,
-        places.SCALE: 1.0, places.SHIFT: 0.1, places.STEP: 0.1, places.KEEP: 1.0, places.SIGN: 1.0,
+        places.SCALE: 1.0, places.SHIFT: 0.1, places.STEP: 0.1, places.SHRINK: 1.0, places.SIGN: 1.0,
         places.CORRECTION: 1.0, places.INNER: 1.0, places.NUMBER: 1.0,
     }  # fmt: skip
     setting.pop("needs", None)

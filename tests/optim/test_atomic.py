@@ -136,7 +136,7 @@ WITHIN = [
     (Sketchy, "_gather"),
     (CountMin, "write"),
     (Int8, "blend"),
-    (stores.Store, "keep"),
+    (stores.Store, "write_back"),
     (sketchy, "take"),
     (kronecker.Kronecker, "turn"),
     (scratch, "empty"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sketch_plugins import CSAdam
-from sketch_plugins.checkpoints.kept import CannotReshard, Kept, Report
+from sketch_plugins.checkpoints.saved import CannotReshard, Report, SavedOptimizer
 from sketch_plugins.sharding.blocks import Matrix, Rows
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
 from sketch_plugins.stores import Dense, Ema, Gradient
@@ -54,7 +54,7 @@ def test_pieces_of_a_batch_hold_whole_matrices_or_rows_of_one(whole, data):
 
 def kept(**options):
     optimizer = CSAdam([torch.nn.Parameter(torch.zeros(1))], min_compress_size=0, **options)
-    return Kept(optimizer.state_dict()["param_groups"])
+    return SavedOptimizer(optimizer.state_dict()["param_groups"])
 
 
 def flat(kept, world):
@@ -162,7 +162,7 @@ def test_state_of_the_old_layout_is_cut_in_the_old_layout():
     """A checkpoint without the option: dimension 0 is the rows."""
     (group,) = CSAdam([torch.nn.Parameter(torch.zeros(1))], min_compress_size=0).state_dict()["param_groups"]
     del group["batch_dims"]
-    k = Kept([group])
+    k = SavedOptimizer([group])
     assert [p.shape for p in k.pieces([Fragment(0, WHOLE, 30, 720, 0)], 0)] == [(1, 330), (1, 18, 20), (1, 30)]
     (piece,) = shards(k, 1)
     held = k.held(piece, 0, torch.float32)

@@ -97,11 +97,11 @@ def select(
     place = block * each + tl.cumsum(picked.to(tl.int32), 0) - 1
     tl.store(values + place, m, mask=picked)
     tl.store(index + place, offset.to(tl.int16), mask=picked)
-    _keep(memory, tl.where(picked, 0.0, m), begin, offset, keys, mask, WHOLE)
+    _write(memory, tl.where(picked, 0.0, m), begin, offset, keys, mask, WHOLE)
     if MOMENTUM:
         if MASKING:
             g = tl.where(picked, 0.0, g)
-        _keep(momentum, g, begin, offset, keys + 2, mask, WHOLE)
+        _write(momentum, g, begin, offset, keys + 2, mask, WHOLE)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _load(pointer, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _keep(pointer, x, begin, offset, keys, mask, WHOLE: tl.constexpr):
+def _write(pointer, x, begin, offset, keys, mask, WHOLE: tl.constexpr):
     x = _held(x, begin, offset, keys, pointer.dtype.element_ty)
     if WHOLE:
         tl.store(pointer + offset, x)

@@ -90,7 +90,7 @@ class Task:
     @property
     def once(self) -> bool:
         """See `Work.once`."""
-        return self.spec.kept and not self.spec.measure
+        return self.spec.lagged and not self.spec.measure
 
     def fits(self, gradient: int) -> bool:
         """Whether a gradient at this address can be read as the task says."""
@@ -210,7 +210,7 @@ class _Device:
             start, rows, axes, begin = len(values), [], [], 0
             for i, place in enumerate(members):
                 # What a sweep measures goes into a tensor's own numbers.
-                own = i if spec.measure or spec.kept else which[place]
+                own = i if spec.measure or spec.lagged else which[place]
                 rows.append(tasks[place].row._replace(BEGIN=begin, ROW=own))
                 begin += tasks[place].programs
                 slots.append((start + i * FIELDS, place, start))
@@ -271,7 +271,7 @@ class _Launch:
     def actions(self, buffer: Tensor, numbers: Tensor, covers: _Covers | None) -> list[_Action]:
         """All kernels of the launch, in order."""
         table = buffer[self.start :]
-        if self.spec.measure or self.spec.kept:
+        if self.spec.measure or self.spec.lagged:
             numbers = numbers.index_select(0, buffer[self.index : self.index + len(self.places)])
         launched = _actions(self.spec, len(self.places), self.programs, table, numbers, covers, self.ready)
         self.ready = True
@@ -342,7 +342,7 @@ class _Specialisation:
     columns: int
     block: int
     measure: bool
-    kept: bool
+    lagged: bool
 
 
 def _specialise(w: Work) -> tuple[_Specialisation, Work]:
@@ -399,7 +399,7 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
         columns=n,
         block=block,
         measure=w.measure,
-        kept=w.last is not None,
+        lagged=w.last is not None,
     )
     return spec, w
 
@@ -476,7 +476,7 @@ def _actions(
     kernel = step.buckets if owned else step.tiles
     # A program that owns a bucket writes it while it measures.
     before, after = (FOLD | MEASURE, APPLY) if owned else (MEASURE, FOLD | APPLY)
-    once = spec.kept and not spec.measure
+    once = spec.lagged and not spec.measure
     # float64: squares of what float32 holds.
     partial_ = table
     if spec.measure or once:
@@ -492,7 +492,7 @@ def _actions(
     if covers and spec.second is second.cover_estimate:
         # Variant I reads the new covers: the maxima of g * g come first.
         sweep(numbers, FOLD, SECOND=second.cover_maxima)
-        actions.append(covers.keep(launch, table, numbers, spec))
+        actions.append(covers.renew(launch, table, numbers, spec))
         covers = None
     if spec.measure:
         measured = numbers.clone()
@@ -502,7 +502,7 @@ def _actions(
         actions.append(
             launch(
                 norms.step_sizes, (count,), table, numbers, measured, partial_, count, programs,
-                AFTER=spec.after, KEPT=spec.kept, N=256,
+                AFTER=spec.after, LAGGED=spec.lagged, N=256,
             )
         )  # fmt: skip
     elif once:
@@ -512,9 +512,9 @@ def _actions(
         after = FOLD | APPLY
     sweep(numbers, after)
     if once:
-        actions.append(launch(norms.keep, (count,), table, numbers, partial_, count, programs, N=256))
+        actions.append(launch(norms.record, (count,), table, numbers, partial_, count, programs, N=256))
     if covers:
-        actions.append(covers.keep(launch, table, numbers, spec))
+        actions.append(covers.renew(launch, table, numbers, spec))
     return actions
 
 
@@ -721,22 +721,22 @@ class _Covers:
         first = self.buffer.data_ptr()
         self.places = [first + 4 * offset for offset in layout.offsets]
 
-    def keep(self, launch: Callable[..., _Action], table: Tensor, numbers: Tensor, spec: _Specialisation) -> _Action:
+    def renew(self, launch: Callable[..., _Action], table: Tensor, numbers: Tensor, spec: _Specialisation) -> _Action:
         """What gives the covers their new values."""
         if self.works:
-            return self._keep_touched
+            return self._renew_touched
         n = 256
         grid = (len(self.places), max(1, min(64, -(-self.layout.longest // (4 * n)))))
         kernel = launch(
             fold.covers, grid, table, numbers, AVERAGE=self.layout.variant == "I", DEPTH=spec.depth2, N=n, num_warps=4
         )
-        return partial(self._keep, kernel)
+        return partial(self._renew, kernel)
 
-    def _keep(self, kernel: _Action) -> None:
+    def _renew(self, kernel: _Action) -> None:
         # Kernels know the address of the buffer only: as a method of its owner, this keeps it until they are launched.
         kernel()
 
-    def _keep_touched(self) -> None:
+    def _renew_touched(self) -> None:
         """Touched rows have a cover each; the other axes keep what is larger."""
         parts = iter(self.buffer.split([n for lengths in self.layout.lengths for n in lengths]))
         old = [list(w.second[1].values()) for w in self.works]  # type: ignore[index]
@@ -838,8 +838,8 @@ def specialisation(w: Work) -> tuple[tuple[str, ...], str]:
     names.append(f"step.{spec.kernel}")
     if spec.measure:
         names.append("norms.step_sizes")
-    elif spec.kept:
-        names += ["norms.recall", "norms.keep"]
+    elif spec.lagged:
+        names += ["norms.recall", "norms.record"]
     if w.second is not None and isinstance(w.second[0], Cover) and w.rows is None:
         names.append("fold.covers")
     fields = [f"{key}={getattr(getattr(value, 'fn', value), '__name__', value)}" for key, value in vars(spec).items()]

@@ -1,6 +1,6 @@
 """Adafactor's two devices: the step size of each tensor from the sums that a measuring sweep left behind.
 
-Or, with ``lagged_rms``, from the two numbers that the last step kept: `recall` before the sweep, `keep` after it.
+Or, with ``lagged_rms``, from the two numbers that the last step recorded: `recall` before the sweep, `record` after it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _settle(s, update, parameter, AFTER: tl.constexpr):
 
 
 @triton.jit
-def _keep(table, index, update, parameter):
+def _record(table, index, update, parameter):
     last = tl.load(table + index * FIELDS + LAST).to(tl.pointer_type(tl.float32))
     tl.store(last, update)
     tl.store(last + 1, parameter)
@@ -59,14 +59,14 @@ def _keep(table, index, update, parameter):
 
 @triton.jit
 def step_sizes(
-    table, numbers, measured, partial, count, programs, AFTER: tl.constexpr, KEPT: tl.constexpr, N: tl.constexpr
+    table, numbers, measured, partial, count, programs, AFTER: tl.constexpr, LAGGED: tl.constexpr, N: tl.constexpr
 ):
-    """One program for each tensor. ``KEPT``: the next step will want to know, too."""
+    """One program for each tensor. ``LAGGED``: the next step will want to know, too."""
     index = tl.program_id(0)
     update, parameter = _measured(table, partial, index, count, programs, measured + index * NUMBERS, N)
     _settle(numbers + index * NUMBERS, update, parameter, AFTER)
-    if KEPT:
-        _keep(table, index, update, parameter)
+    if LAGGED:
+        _record(table, index, update, parameter)
 
 
 @triton.jit
@@ -78,8 +78,8 @@ def recall(table, numbers, AFTER: tl.constexpr):
 
 
 @triton.jit
-def keep(table, numbers, partial, count, programs, N: tl.constexpr):
+def record(table, numbers, partial, count, programs, N: tl.constexpr):
     """What this step has measured, for the next one."""
     index = tl.program_id(0)
     update, parameter = _measured(table, partial, index, count, programs, numbers + index * NUMBERS, N)
-    _keep(table, index, update, parameter)
+    _record(table, index, update, parameter)

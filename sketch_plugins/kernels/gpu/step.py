@@ -37,7 +37,6 @@ from sketch_plugins.kernels.gpu.table import (
     GAIN2,
     HASHES,
     INNER,
-    KEEP,
     LEAST,
     LOOKAHEAD,
     MEAN,
@@ -47,6 +46,7 @@ from sketch_plugins.kernels.gpu.table import (
     P_STRIDE,
     ROW,
     SECOND_A,
+    SHRINK,
     STEP,
     TILES,
     P,
@@ -60,7 +60,7 @@ def apply(
     UNIT: tl.constexpr, AFTER: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """First moment of ``x``, and ``p <- keep * p - f * numerator``; returns the sums of squares of update and p.
+    """First moment of ``x``, and ``p <- shrink * p - f * numerator``; returns the sums of squares of update and p.
 
     In a phase that measures and applies, the step's size is in neither ``f`` nor ``x``: it comes after the measuring.
     """
@@ -89,7 +89,7 @@ def apply(
     if APPLY & PHASE:
         base = address(t, P, P_TYPE, ALIGN)
         place = base + rows[:, None] * extent(t, P_STRIDE, ALIGN) + cols[None, :]
-        new = tl.load(s + KEEP) * p - update
+        new = tl.load(s + SHRINK) * p - update
         if ROUND:
             index = rows[:, None] * tl.load(t + COLUMNS) + cols[None, :]
             tl.store(place, to_bf16(new, noise(t, s, index, PLAIN)), mask=mask)

@@ -57,7 +57,7 @@ class Report:
     nbytes: tuple[int, int] = (0, 0)
 
 
-class Kept:
+class SavedOptimizer:
     """How the optimizer that wrote a checkpoint keeps the state of a piece.
 
     Args:
