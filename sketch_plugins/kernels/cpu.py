@@ -25,7 +25,7 @@ from sketch_plugins.kernels import cpu_table, sweeps
 from sketch_plugins.kernels.cpu_table import Piece, Row
 from sketch_plugins.kernels.sweeps import SPAN
 from sketch_plugins.kernels.work import APPLY, FOLD, L2, MEASURE, Work, is_rows, misread, same_tasks
-from sketch_plugins.stores import CountMin, Cover, Dense, Int8, Store
+from sketch_plugins.stores import CountMin, Store
 from sketch_plugins.stores.base import State
 
 # Numbers of a band of buckets, all members together: gradient and parameter, 8 bytes a number, stay in the second-level
@@ -38,7 +38,11 @@ FLAT = 1 << 12
 # Pieces of a step for each thread: what is left when the first one finds no more is a fraction of its share.
 PIECES = 12
 
-_VIEWS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+#: `Store.loop` of a first moment -> its branch in a loop; of a second one -> the loop.
+FIRST = {"dense": sweeps.DENSE, "int8": sweeps.INT8}
+SECOND = {"dense": sweeps.exact, "count_min": sweeps.count_min, "cover": sweeps.cover}
+
+VIEWS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
 class Task(NamedTuple):
@@ -69,7 +73,7 @@ class Task(NamedTuple):
 def unsupported(w: Work) -> str | None:
     """Why these loops cannot take this parameter's step; None if they can."""
     first, second = (pair and pair[0] for pair in (w.first, w.second))
-    if w.p.dtype not in _VIEWS or w.g.dtype not in _VIEWS:
+    if w.p.dtype not in VIEWS or w.g.dtype not in VIEWS:
         return (
             f"the parameter is {w.p.dtype} and its gradient {w.g.dtype}: the Numba kernels take torch.float32 and "
             "torch.bfloat16"
@@ -82,15 +86,16 @@ def unsupported(w: Work) -> str | None:
         return "the Numba kernels do not add the weight decay to the gradient"
     if w.stochastic:
         return "the Numba kernels do not round a parameter stochastically"
-    if not (first is None or isinstance(first, Dense) or (isinstance(first, Int8) and not first.stochastic)):
+    return unkept(first, second, w.p.shape[0]) or misread(w)
+
+
+def unkept(first: Store | None, second: Store | None, rows: int) -> str | None:
+    """Why these loops cannot keep such moments of a matrix of so many rows; None if they can."""
+    if first is not None and first.loop(rows) not in FIRST:
         return f"the Numba kernels do not keep the first moment in {first}"
-    two_axes = isinstance(second, Cover) and second.variant == "II" and len(second.dims) == 2
-    one_table = type(second) is CountMin and not second.bf16 and second.depth == 1
-    if isinstance(second, CountMin):
-        one_table = one_table and second.hashes(w.p.shape[0])[0].strided
-    if not (second is None or isinstance(second, Dense) or two_axes or one_table):
+    if second is not None and second.loop(rows) not in SECOND:
         return f"the Numba kernels do not keep the second moment in {second}"
-    return misread(w)
+    return None
 
 
 def prepare(w: Work) -> Task:
@@ -101,18 +106,19 @@ def prepare(w: Work) -> Task:
     state1: State
     state2: State
     (first, state1), (second, state2) = w.first or (None, {}), w.second or (None, {})
-    kind = sweeps.INT8 if isinstance(first, Int8) else sweeps.DENSE if first else sweeps.NONE
-    block = min(first.block_size, columns) if isinstance(first, Int8) else SPAN
-    sweep, width, band, column, matrices = sweeps.exact, 0, 0, 0, 1
-    table = state2["dense"].data_ptr() if isinstance(second, Dense) else 0
+    kind = FIRST[first.loop(rows)] if first else sweeps.NONE
+    sweep = SECOND[second.loop(rows)] if second else sweeps.exact
+    block = min(first.block_size, columns) if first and first.block_size else SPAN
+    width, band, column, matrices = 0, 0, 0, 1
+    table = state2["dense"].data_ptr() if "dense" in state2 else 0
     if isinstance(second, CountMin):
-        sweep, table = sweeps.count_min, state2["table"].data_ptr()
+        table = state2["table"].data_ptr()
         matrices, width = second.matrices, second.buckets(rows) // second.matrices
         apart = w.measure and (kind == sweeps.NONE or w.after)
         band = max(1, min(width, LONG // columns if apart else BAND // (-(-rows // (matrices * width)) * columns)))
         units = matrices * -(-width // band)
-    elif isinstance(second, Cover):
-        sweep, table, column, units = sweeps.cover, state2["axis_0"].data_ptr(), state2["axis_1"].data_ptr(), rows
+    elif sweep is sweeps.cover:
+        table, column, units = state2["axis_0"].data_ptr(), state2["axis_1"].data_ptr(), rows
     else:
         if kind != sweeps.INT8 or columns % block == 0:  # no row ends within a block: the matrix is as good as a vector
             columns = FLAT if kind != sweeps.INT8 else -(-FLAT // block) * block
@@ -121,7 +127,7 @@ def prepare(w: Work) -> Task:
     dense = state1["dense"].dtype if "dense" in state1 else torch.float32
     return Task(
         sweep,
-        (_VIEWS[w.p.dtype], _VIEWS[w.g.dtype], _VIEWS[dense]),
+        (VIEWS[w.p.dtype], VIEWS[w.g.dtype], VIEWS[dense]),
         Row(
             P=w.p.data_ptr(),
             G=w.g.data_ptr(),

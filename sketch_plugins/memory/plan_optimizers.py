@@ -19,6 +19,7 @@ from sketch_plugins.memory.plan_trace import CUDA_BLOCK, Recorder, Subject, with
 from sketch_plugins.optim import SketchOptimizer, Sketchy
 from sketch_plugins.optim.fused import CPU_MIN_SIZE
 from sketch_plugins.optim.gradients import ACCELERATOR_CHUNK, CPU_CHUNK
+from sketch_plugins.sharding.blocks import matrix_shape
 from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
 from sketch_plugins.sharding.state_names import PLACE
@@ -173,16 +174,14 @@ def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
         return True
     if not any(p.numel() >= CPU_MIN_SIZE for group in groups for p in group["params"]):
         return True
-    # What sketch_plugins.kernels.cpu leaves to the eager path.
-    odd = {
-        "depth": 1, "hash": "strided", "table_dtype": "fp32", "first_moment_rounding": "nearest", "variant": "II",
-        "stochastic_rounding": False, "decoupled_weight_decay": True,
-    }  # fmt: skip
+    from sketch_plugins.kernels import cpu  # with Numba, which is here
+
     return any(
-        any(group.get(name, usual) != usual for name, usual in odd.items())
-        or group.get("first_moment") == "count_sketch"
-        or group.get("second_moment") in ("row_count_min", "log8")
-        for group in groups
+        part.dtype not in cpu.VIEWS
+        or cpu.unkept(*optimizer._stores(part, group), matrix_shape(part.shape, optimizer._batch(part, group))[0])
+        or optimizer._couples(group)
+        or (group["stochastic_rounding"] and part.dtype == torch.bfloat16)
+        for _, group, part, _ in optimizer.held()
     )
 
 

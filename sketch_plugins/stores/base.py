@@ -209,6 +209,10 @@ class Store:
     block_size = 0
     kernel = ""
 
+    def loop(self, rows: int) -> str:
+        """How Numba's loops keep it in a matrix of so many rows (see `kernels/cpu.py`); empty: they do not."""
+        return ""
+
     def why_impossible(self, name: str, tensor: Tensor) -> str | None:
         """What is wrong with a saved tensor beyond shape, dtype and numbers that are not finite; None: nothing."""
         return None

@@ -32,6 +32,10 @@ class CountMin(Sketch):
 
     order: int = 2
 
+    def loop(self, rows: int) -> str:
+        """One table of float32 whose buckets follow each other as the rows do."""
+        return "count_min" if self.depth == 1 and not self.bf16 and self.hashes(rows)[0].strided else ""
+
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return torch.mul(x, x, **scratch.out("cells", x))
 

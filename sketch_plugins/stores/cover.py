@@ -58,6 +58,10 @@ class Cover(Store):
         """That of II finds the new covers, too; that of I reads them."""
         return "cover" if self.variant == "II" else "cover_estimate"
 
+    def loop(self, rows: int) -> str:
+        """II of a matrix: its rows and its columns."""
+        return "cover" if self.variant == "II" and len(self.dims) == 2 else ""
+
     @property
     def write_first(self) -> bool:  # type: ignore[override]
         """I reads the new covers; II the old ones, together with the gradient."""

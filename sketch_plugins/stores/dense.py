@@ -22,6 +22,10 @@ class Dense(Store):
 
     kernel = "dense"
 
+    def loop(self, rows: int) -> str:
+        """Number by number."""
+        return "dense"
+
     order: int = 1
     bf16: bool = False
 

@@ -1,7 +1,7 @@
 """The values of ``first_moment`` and ``second_moment``, and the store that each of them means.
 
 A new store is a class in a file of its own, a line here, and a function of its name in `kernels/gpu` where Triton's
-kernels are to keep it (`Store.kernel`); see docs/extending.md.
+kernels are to keep it (`Store.kernel`; of Numba's loops `Store.loop`); see docs/extending.md.
 """
 
 from __future__ import annotations

@@ -38,6 +38,10 @@ class Int8(Blocked):
     stochastic: bool = False
     seed: int = 0
 
+    def loop(self, rows: int) -> str:
+        """Block by block; rounded to nearest only."""
+        return "" if self.stochastic else "int8"
+
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Codes of the parameter's shape, and one scale for each block."""
         rows, columns = shape

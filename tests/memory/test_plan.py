@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 import sketch_plugins
 from sketch_plugins import cli, registry, state_report
+from sketch_plugins.check.cases import DENSE
 from sketch_plugins.memory.meter import AllocatorMeter
 from sketch_plugins.memory.plan import PRECISIONS, plan
 from sketch_plugins.memory.plan_cuda import WORKSPACE, CudaLike
-from sketch_plugins.memory.plan_optimizers import choices, sharded_cost
+from sketch_plugins.memory.plan_optimizers import choices, sharded_cost, takes_eager_steps
 from sketch_plugins.memory.plan_trace import Recorder, Subject
+from sketch_plugins.optim import resolved
 
 pytest.importorskip("transformers", reason="models by name need transformers")
 
@@ -618,3 +620,18 @@ def test_the_command_says_what_is_wrong(more, message, small, capsys):
     assert cli.main(given if "--optimizer" in more else [*given, "--optimizer", "sm3"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.startswith("sketch-plugins plan: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("cls", "options"), DENSE, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
+def test_what_the_plan_says_of_eager_steps_is_what_an_optimizer_does(cls, options, monkeypatch):
+    """It asks the stores that the loops of a CPU ask."""
+    pytest.importorskip("numba", reason="without Numba every step on a CPU is eager")
+    chosen, choose = [], resolved.choose
+    monkeypatch.setattr(resolved, "choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(300, 130), (40, 3, 4, 4), (64,)]]
+    optimizer = cls(params, **options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    said = takes_eager_steps(optimizer, cuda=False)
+    optimizer.step()
+    assert said == any(backend is None for backend, _ in chosen)
