@@ -16,7 +16,7 @@ from sketch_plugins.check.cases import Case
 from sketch_plugins.comm.block_topk import BlockTopK
 from sketch_plugins.kernels.agreement import HALF, is_rounded, parameter_difference, rate_for, state_difference
 from sketch_plugins.optim.fused import backend, interpreted
-from sketch_plugins.optim.self_check import Recorder, watching
+from sketch_plugins.optim.specialisations import Recorder, watching
 
 AGREES, DIFFERS, FAILS, LEFT_OUT = "agrees", "DIFFERS", "FAILS", "left out"
 
