@@ -120,7 +120,7 @@ class Again:
         self,
         tasks: list[Any],
         addresses: list[int],
-        counters: list[Tensor],
+        counters: Sequence[Tensor],
         steps: list[Any],
         group: dict[str, Any],
         parts: Sequence[Tensor],

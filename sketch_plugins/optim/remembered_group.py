@@ -6,8 +6,9 @@ partitions of ZeRO, which hold many parts in one piece of memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, count
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain, count
+from operator import itemgetter
 from typing import Any
 from weakref import ref
 
@@ -18,7 +19,7 @@ from sketch_plugins.optim.alike import Alike
 from sketch_plugins.optim.remembered import ADDRESS, Again, Counters, Remembered
 from sketch_plugins.sharding.parts import Part, gradients_of_shards, local_shards
 
-_ITEM = Tensor.item
+_ITEM, _VALUES = Tensor.item, dict.values
 # How often `Alike` is made anew. Gradients that differ in what matters to it alone would make it in each step.
 COMPARED = 4
 # Numbers of steps that are read by themselves.
@@ -51,7 +52,17 @@ class RememberedGroup:
         self.empty = [numbers[id(part.owner)] for part in everything if part.numel() == 0]
         self.names = [(i, name) for i, one in zip(self.where, found, strict=True) for name, _, _ in one.tensors]
         self.steps = [(i, one.step) for i, one in zip(self.where, found, strict=True)]
-        tensors, counters = self._tensors([state[owner] for owner in owners])
+        states = [state[owner] for owner in owners]
+        # Where each of them comes when all states are gone through, and where each parameter's state comes.
+        places = {place: at for at, place in enumerate((i, name) for i, one in enumerate(states) for name in one)}
+        self._entries = len(places)
+        self._moments = _picking([places[place] for place in self.names])
+        self._counters = _picking([places[place] for place in self.steps])
+        self._keys, self._states = list(map(id, state)), None
+        if 2 * len(owners) >= len(state):  # else a model of many groups would go through all states for each
+            order = {key: at for at, key in enumerate(self._keys)}
+            self._states = _picking([order[key] for key in self.owners])
+        tensors, counters = self._tensors(states)
         self.tensors, self.addresses = list(map(id, [*tensors, *counters])), list(map(ADDRESS, tensors))
         self.counted: list[int] = []
         self.order: list[int] = []
@@ -124,7 +135,10 @@ class RememberedGroup:
         if 0 in places or (self.aligned and any([place & 15 for place in places])):
             return False
         try:
-            states = list(map(state.__getitem__, given))
+            if self._states is not None and list(map(id, state)) == self._keys:
+                states = self._states(list(state.values()))
+            else:  # as each key is asked for its hash in Python, this takes longer
+                states = list(map(state.__getitem__, given))
             tensors, counters = self._tensors(states)
             idle = [states[i]["step"] for i in self.empty]
             if not all(map(_is_counter, idle)) or list(map(id, [*tensors, *counters])) != self.tensors:
@@ -141,7 +155,7 @@ class RememberedGroup:
         self.times += 1
         return True
 
-    def _steps(self, counters: list[Tensor], pieces: Sequence[Counters]) -> list[float]:
+    def _steps(self, counters: Sequence[Tensor], pieces: Sequence[Counters]) -> list[float]:
         """The numbers of steps: read a piece at a time, where they lie in pieces of memory that are known."""
         places = list(map(ADDRESS, counters))
         if places != self.counted:
@@ -164,8 +178,12 @@ class RememberedGroup:
         steps += [counters[i].item() for i in self.alone]
         return [steps[i] for i in self.order] if self.order else steps
 
-    def _tensors(self, states: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+    def _tensors(self, states: Sequence[dict[str, Any]]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Those of the moments, and the numbers of steps."""
+        found = list(chain.from_iterable(map(_VALUES, states)))
+        if len(found) == self._entries:
+            return self._moments(found), self._counters(found)
+        # Somebody keeps entries of his own there.
         return [states[i][name] for i, name in self.names], [states[i][name] for i, name in self.steps]
 
 
@@ -234,6 +252,13 @@ def remember(
     if all(part.key is None and part.data is not part.owner for part in parts) and len(parts) == len(owners):
         return RememberedShards(owners, parts, found, state)
     return None
+
+
+def _picking(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes the entries at these places out of a list; of two or more without a step of Python for each."""
+    if len(places) < 2:
+        return lambda entries: [entries[place] for place in places]
+    return itemgetter(*places)
 
 
 def _is_counter(tensor: Any) -> bool:

@@ -235,7 +235,7 @@ class _Device:
 
     def prepare(self, rows: Sequence[Sequence[float]], gradients: Sequence[int]) -> list[tuple[list[int], _Action]]:
         with _on(self.device):
-            covers = [_Covers(one.covers, self.device) if one.covers else None for one in self.launches]
+            covers = _covers_of([one.covers for one in self.launches], self.device)
             size = -(-len(rows) * NUMBERS // 2)
             first = self.buffer is None or self.buffer.numel() < self.numbers + size
             begin = 0 if first else self.changing
@@ -713,11 +713,14 @@ class _Covers:
         layout: of the covers.
         device: of them.
         works: whose they are, where rows are touched.
+        buffer: zeros, where they are part of something larger.
     """
 
-    def __init__(self, layout: _CoverLayout, device: torch.device, works: Sequence[Work] = ()) -> None:
+    def __init__(
+        self, layout: _CoverLayout, device: torch.device, works: Sequence[Work] = (), buffer: Tensor | None = None
+    ) -> None:
         self.layout, self.works = layout, works if works and works[0].rows is not None else ()
-        self.buffer = torch.zeros(layout.size, dtype=torch.float32, device=device)
+        self.buffer = torch.zeros(layout.size, dtype=torch.float32, device=device) if buffer is None else buffer
         first = self.buffer.data_ptr()
         self.places = [first + 4 * offset for offset in layout.offsets]
 
@@ -757,6 +760,18 @@ class _Covers:
         for w, before, after in zip(self.works, old, new, strict=True):
             before[0].index_copy_(0, w.rows, after[0])  # type: ignore[arg-type]
             torch._foreach_maximum_(before[1:], after[1:])
+
+
+def _covers_of(layouts: Sequence[_CoverLayout | None], device: torch.device) -> list[_Covers | None]:
+    """The buffers of several launches, in one piece of memory."""
+    sizes = [0 if layout is None else layout.size for layout in layouts]
+    if not any(sizes):
+        return [None] * len(sizes)
+    parts = torch.zeros(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+    return [
+        None if layout is None else _Covers(layout, device, buffer=part)
+        for layout, part in zip(layouts, parts, strict=True)
+    ]
 
 
 # -- uploads ----------------------------------------------------------------------------------------------------------
