@@ -12,9 +12,10 @@ from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.family import FAMILY
+from sketch_plugins.optim.finite import check_finite, warn_of
 from sketch_plugins.optim.options import Option, rate
 from sketch_plugins.optim.rule import Further, Rule
-from sketch_plugins.optim.sketchy import check_finite, take, warn_of
+from sketch_plugins.optim.sketchy_step import take
 from sketch_plugins.optim.taking import Members
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Part, Shaped

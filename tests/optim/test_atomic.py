@@ -16,7 +16,7 @@ from sketch_plugins import InBackward, MemSGD, SAdagrad, Sketchy, registry, scra
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.optim import eager, fused, gradients, rehearsal, resolved, sketchy, step_cache, taking
+from sketch_plugins.optim import eager, fused, gradients, rehearsal, resolved, sketchy_step, step_cache, taking
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.sharding import parts
 from sketch_plugins.stores import CountMin, Int8
@@ -137,7 +137,7 @@ WITHIN = [
     (CountMin, "write"),
     (Int8, "blend"),
     (stores.Store, "write_back"),
-    (sketchy, "take"),
+    (sketchy_step, "take"),
     (kronecker.Kronecker, "turn"),
     (scratch, "empty"),
     (torch, "zeros"),

@@ -1,0 +1,86 @@
+"""Whether gradients are finite, on all ranks, before anything is decomposed; and what is said where one was not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.notices import warn
+from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.optim.taking import Members
+from sketch_plugins.sharding.parts import Part, agree, local_grad
+
+# Norms from here on, covariances would overflow: sums of a hundred squares, in float32.
+LARGEST = 1e18
+
+
+def _small(grads: Iterable[Tensor]) -> bool:
+    """One look at everything: the norm, which in float16 may overflow where nothing is wrong."""
+    values = [_values(g) for g in grads]
+    return not values or bool(torch.nn.utils.get_total_norm(values) < LARGEST)
+
+
+def _all_finite(grad: Tensor) -> bool:
+    if grad.numel() == 0:
+        return True
+    norm = torch.linalg.vector_norm(_values(grad), dtype=torch.float64)
+    return bool(norm < LARGEST if grad.dtype != torch.float64 else torch.isfinite(norm))
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+
+
+def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether parameters may take a step (see `_may_step`): decompositions of what is not finite do not end.
+
+    Where parameters are spread over ranks, all of them come to the same answer: each asks the others.
+
+    Raises:
+        ValueError: a gradient is not finite, on this rank or on another that has a part of the same parameters, and its
+            group does not say ``nonfinite="skip"``.
+    """
+    parts = optimizer._parts
+    grads = [(group, index, local_grad(group["params"][index])) for group, index in members]
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for _, _, grad in grads:
+        if grad.numel() > 0:
+            by_device.setdefault(grad.device, []).append(grad)
+    others = parts.process_groups(among)
+    # One number for each device is waited for.
+    if agree(all([_small(of) for of in by_device.values()]), others):
+        return True
+    skip = "nonfinite" in optimizer.OPTIONS
+    wrong = [(group, index) for group, index, grad in grads if not _all_finite(grad)]
+    refused = [(group, index) for group, index in wrong if not (skip and group["nonfinite"] == "skip")]
+    if not agree(not refused, others):
+        whose, what = "a parameter, on another rank,", "nothing has been changed"
+        if refused:
+            group, index = refused[0]
+            of = parts.of(index, group["params"][index])
+            part = next((part for part in of if part.grad is not None and not _all_finite(part.grad)), of[0])
+            whose = optimizer._label(group, part)
+            if part.key is not None:  # ZeRO steps its groups (stage 3: sub-groups) one by one
+                what = "nothing of its group has been changed"
+        raise ValueError(
+            f"{whose} has a gradient that is not finite, or whose squares are not; {what}. Scale the loss or clip"
+            + (", or use nonfinite='skip'" if skip else "")
+        )
+    return agree(not wrong, others)
+
+
+def warn_of(failed: Sequence[tuple[Part, Mapping[str, Any]]], optimizer: SketchOptimizer) -> None:
+    """One warning of the parts, with their groups, whose covariances could not be decomposed."""
+    if not failed:
+        return
+    labels = list(dict.fromkeys(optimizer._label(group, part).rstrip(",") for part, group in failed))
+    more = f" and of {len(labels) - 1} other parameters" if len(labels) > 1 else ""
+    warn(
+        f"no decomposition of the covariance of {labels[0]}{more} is finite, neither in its own precision nor in "
+        "float64: the last preconditioner stays in use. If this comes again, the gradients may be too large (their "
+        "squares add up beyond the numbers of float32): scale the loss or clip",
+        RuntimeWarning,
+    )

@@ -1,0 +1,81 @@
+"""Which axes of a tensor have a covariance (`Sketchy`), and of which rank."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from sketch_plugins.linalg.kronecker import Kronecker, cut, merged
+
+#: Options that decide which axes have one.
+AXES = ("precondition", "merge_dims", "max_axis", "max_aspect_ratio")
+
+
+@lru_cache(maxsize=1024)
+def axes_with_covariances(
+    shape: tuple[int, ...], precondition: str, merge: int, longest: int, ratio: float
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """The tensor's axes, small ones merged, and which of them have a covariance."""
+    size = 1
+    for n in shape:
+        size *= n
+    if len(shape) < 2 or size == 0 or precondition == "none":
+        return shape, ()
+    dims = merged(shape, merge)
+    if min(dims) == 1:
+        return dims, ()
+    return dims, tuple(precondition == "all" or (d <= longest and d <= ratio * (size // d)) for d in dims)
+
+
+@lru_cache(maxsize=1024)
+def axes_of(shape: tuple[int, ...], whole: tuple[int, ...], *options: Any) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """`axes_with_covariances` of a part of a parameter: those axes have a covariance that have one in the whole.
+
+    But a part that is a single row, or column, of what was more has none.
+    """
+    dims, own = axes_with_covariances(shape, *options)
+    if shape == whole or not own:
+        return dims, own
+    others, preconditioned = axes_with_covariances(whole, *options)
+    narrow = any(n == 1 != m for n, m in zip(shape, whole, strict=False))
+    if narrow or len(shape) != len(whole) or len(others) != len(dims):
+        return dims, ()
+    return dims, preconditioned
+
+
+@lru_cache(maxsize=1024)
+def preconditioner_of(
+    dims: tuple[int, ...],
+    preconditioned: tuple[bool, ...],
+    rank: float,
+    budget: float,
+    others: int,
+    longest: int,
+    buffered: bool,
+    dtype: torch.dtype,
+) -> Kronecker | None:
+    """The covariances of these axes; None where the budget is too small for any."""
+    cuts = tuple(cut(d, longest) if on else (0, d) for d, on in zip(dims, preconditioned, strict=True))
+
+    def of_rank(rank: float) -> Kronecker:
+        ranks = [
+            0 if not on else min(d, max(1, round(rank * d) if rank < 1 else int(rank)))
+            for d, on in zip(dims, preconditioned, strict=True)
+        ]
+        return Kronecker(dims, cuts, tuple(ranks), buffered)
+
+    if not budget:
+        return of_rank(rank)
+    size = 1
+    for d in dims:
+        size *= d
+    low, high = 0, max(dims)
+    while low < high:  # the largest rank that fits
+        middle = (low + high + 1) // 2
+        fits = of_rank(middle).nbytes(dtype) + others <= budget * size
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low == 0:
+        return None
+    return of_rank(low)
