@@ -95,23 +95,23 @@ def main() -> None:
 
 def measure(shape: tuple[int, ...], rank: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = torch.device(args.device)
-    plan = Kronecker(shape, tuple((0, n) for n in shape), (rank,) * len(shape))
-    states = [plan.allocate(device, torch.float32) for _ in range(args.count)]
+    preconditioner = Kronecker(shape, tuple((0, n) for n in shape), (rank,) * len(shape))
+    states = [preconditioner.allocate(device, torch.float32) for _ in range(args.count)]
     streams = [stream(shape, seed, device) for seed in range(args.count)]
     for _ in range(5):  # until V is what the stream has it
         for state, x in zip(states, streams, strict=True):
             for _ in range(3):
-                plan.gather(state, next(x), DECAY)
-        solve([(side, state, None) for state in states for side in plan.sides], 1.0, args.tail, "svd")
+                preconditioner.gather(state, next(x), DECAY)
+        solve([(side, state, None) for state in states for side in preconditioner.sides], 1.0, args.tail, "svd")
     for state, x in zip(states, streams, strict=True):
         for _ in range(10):
-            plan.gather(state, next(x), DECAY)
+            preconditioner.gather(state, next(x), DECAY)
     gradients = [next(x) for x in streams]
-    columns = [plan.columns(g) for g in gradients]
+    columns = [preconditioner.columns(g) for g in gradients]
     label = {"shape": "x".join(map(str, shape)), "rank": rank}
 
     # Equal axes are one case.
-    for side in {side.size: side for side in plan.sides}.values():
+    for side in {side.size: side for side in preconditioner.sides}.values():
         width = gradients[0].numel() // side.size
         for part, n in (("gathered", rank), ("sampled", width)):
             due = [
@@ -122,13 +122,13 @@ def measure(shape: tuple[int, ...], rank: int, args: argparse.Namespace) -> Iter
 
     def gather() -> None:
         for state, g in zip(states, gradients, strict=True):
-            plan.gather(state, g, DECAY)
+            preconditioner.gather(state, g, DECAY)
 
     outputs = [g.clone() for g in gradients]
 
     def precondition() -> None:
         for state, x in zip(states, outputs, strict=True):
-            plan.precondition(state, x, -0.25, 1e-6, args.tail)
+            preconditioner.precondition(state, x, -0.25, 1e-6, args.tail)
 
     for part, run in (("gather", gather), ("precondition", precondition)):
         times = turns([run], [], args)

@@ -123,8 +123,8 @@ def rss() -> int:
 
 def held(optimizer: torch.optim.Optimizer) -> int:
     """What an optimizer remembers beside its state."""
-    plan = getattr(optimizer, "_step_cache", None)
-    tasks = 0 if plan is None else len(plan._tasks) + len(plan.programs) + len(plan.options)
+    cache = getattr(optimizer, "_step_cache", None)
+    tasks = 0 if cache is None else len(cache._tasks) + len(cache.programs) + len(cache.options)
     return tasks + len(getattr(optimizer, "_solves", ())) + len(optimizer.state)
 
 

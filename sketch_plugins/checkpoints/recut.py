@@ -70,7 +70,7 @@ class Held:
     Attributes:
         piece: the rectangle.
         stores: ``"first_moment"``, ``"second_moment"`` -> store, those that there are.
-        preconditioner: of its preconditioner; None where it has none.
+        preconditioner: which covariances it has; None where it has none.
         state: of an old piece: ``{"step": ..., "first_moment": {...}, ...}`` or nothing; of a new one it is filled.
         tail: what the covariances' tails mean, see `frequent_directions.fold`.
         batch: how many of the first axes of the whole parameter are a batch of matrices.

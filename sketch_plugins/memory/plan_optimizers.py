@@ -174,8 +174,10 @@ def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
         return True
     if not any(p.numel() >= CPU_MIN_SIZE for group in groups for p in group["params"]):
         return True
-    from sketch_plugins.kernels import cpu  # with Numba, which is here
-
+    try:
+        from sketch_plugins.kernels import cpu
+    except ImportError:  # a Numba that is there and cannot be imported
+        return True
     return any(
         part.dtype not in cpu.VIEWS
         or cpu.unkept(*optimizer._stores(part, group), matrix_shape(part.shape, optimizer._batch(part, group))[0])

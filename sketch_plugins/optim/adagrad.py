@@ -42,8 +42,15 @@ class AdagradOptions(
     """Keywords of `CSAdagrad`."""
 
 
-# The store "cover" is SM3-II without momentum here.
-@with_options(AdagradOptions, bucket={"default": "sum"})
+@with_options(
+    AdagradOptions,
+    bucket={"default": "sum"},
+    second_moment={
+        "doc": 'store of the accumulator. ``"cover"`` is SM3-II without momentum (see `SM3`); ``"log8"`` has 8 bits '
+        "for each number, within a sixteenth of it (see `sketch_plugins.stores.Log8`). The options of a sketch mean "
+        'nothing to these two and ``"dense"``.'
+    },
+)
 class CSAdagrad(SketchOptimizer):
     r"""Adagrad whose sum of squared gradients is a count-min sketch: 0.20 bytes of state a parameter instead of 4.
 

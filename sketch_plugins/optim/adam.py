@@ -38,7 +38,13 @@ class AdamOptions(
     """Keywords of `CSAdam`."""
 
 
-@with_options(AdamOptions)
+@with_options(
+    AdamOptions,
+    block_size={
+        "doc": "columns that share one scale of an int8 first moment, which costs ``4 / block_size`` bytes a "
+        "parameter, or one exponent of a log8 second moment (``2 / block_size``)."
+    },
+)
 class CSAdam(SketchOptimizer):
     r"""AdamW whose moments are compressed: by default 1.24 bytes of state a parameter instead of 8.
 
@@ -135,7 +141,7 @@ class CSAdam(SketchOptimizer):
 class RMSpropOptions(SecondMoment, Sketches, Buckets, Steps, Clipping, Lagged, Kernels, Decoupled, total=False):
     """Keywords of `CSRMSprop`."""
 
-    momentum: Annotated[float, unused((0,), "RMSprop's momentum is not kept; CSAdam and Sketchy have a first moment")]
+    momentum: Annotated[float, unused((0.0,), "RMSprop's momentum is not kept; CSAdam and Sketchy have a first moment")]
     centered: Annotated[bool, unused((False,), "the mean of the gradients is not kept")]
 
 

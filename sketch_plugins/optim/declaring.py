@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from sketch_plugins.optim.options import BY_POSITION, NoEffect, Option
 Class = TypeVar("Class", bound=type)
 
 #: Where a docstring has the entries of the options.
-PLACE = "        {options}\n"
+PLACE = re.compile(r"^( *)\{options\}\n", re.MULTILINE)
 _WIDTH = 120
 _SIMPLE = (bool, int, float, str, tuple)
 
@@ -72,31 +73,41 @@ def with_options(kind: type, **changes: Mapping[str, Any] | Option) -> Callable[
     """
 
     def complete(cls: Class) -> Class:
-        options = {**BY_POSITION, **declared(kind)}
-        for name, change in changes.items():
-            options[name] = change if isinstance(change, Option) else dataclasses.replace(options[name], **change)
-        constructor: Any = cls.__init__  # type: ignore[misc]
+        if "__init__" not in vars(cls):
+            raise TypeError(f"{cls.__name__} needs a constructor of its own, which takes **options: Unpack[...]")
+        target: Any = cls
+        constructor = target.__init__
         signature = inspect.signature(constructor)
         named = signature.parameters.keys()
-        target: Any = cls
-        options = {name: one for name, one in options.items() if name not in BY_POSITION or name in named}
+        # What the class derives from sets the others.
+        inherited = {name: one for name, one in getattr(cls, "OPTIONS", {}).items() if name in BY_POSITION}
+        options = {name: one for name, one in BY_POSITION.items() if name in named} | inherited | declared(kind)
+        for name, change in changes.items():
+            options[name] = change if isinstance(change, Option) else dataclasses.replace(options[name], **change)
         target.OPTIONS = {name: one for name, one in options.items() if not isinstance(one, NoEffect)}
         target.NO_EFFECT = {name: one for name, one in options.items() if isinstance(one, NoEffect)}
-        by_keyword = [one for name, one in options.items() if name not in named]
+        by_keyword = [one for name, one in options.items() if name not in named and name not in BY_POSITION]
         # None as such is no value, but for an option that says so.
         defaults = {one.name: one.default for one in by_keyword if one.default is not None or None in one.choices}
         defaults = {name: value for name, value in defaults.items() if name in target.OPTIONS}
-        own = target.PRESETS
-        target.PRESETS = {"default": {**defaults, **own.get("default", {})}} | {
-            name: preset for name, preset in own.items() if name != "default"
-        }
-        hints = typing.get_type_hints(kind)
-        constructor.__signature__ = _signature(signature, by_keyword, hints)
+        first = {**defaults, **vars(cls).get("PRESETS", {}).get("default", {})}
+        others = {name: preset for name, preset in target.PRESETS.items() if name != "default"}
+        target.PRESETS = {"default": first, **others}
+        constructor.__signature__ = _signature(signature, by_keyword, typing.get_type_hints(kind))
         if cls.__doc__:  # python -OO has none
-            target.__doc__ = cls.__doc__.replace(PLACE, "".join(map(_entry, by_keyword)))
+            target.__doc__ = _described(cls, by_keyword)
         return cls
 
     return complete
+
+
+def _described(cls: type, options: list[Option]) -> str:
+    """The docstring with an entry for each option, as deep as its place is: from Python 3.13 on that is less deep."""
+    found = PLACE.search(cls.__doc__ or "")
+    if found is None:
+        raise TypeError(f"the docstring of {cls.__name__} has no line {{options}} under Args")
+    entries = "".join(_entry(one, found[1]) for one in options)
+    return f"{cls.__doc__[: found.start()]}{entries}{cls.__doc__[found.end() :]}"  # type: ignore[index]
 
 
 def _type_of(hint: Any) -> type:
@@ -111,16 +122,17 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _signature(signature: inspect.Signature, options: list[Option], hints: Mapping[str, Any]) -> inspect.Signature:
-    """With a parameter for each option in the place of ``**options``."""
+    """With a parameter for each option in the place of ``**options``: None where that leaves it to the preset."""
     own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     keyword = inspect.Parameter.KEYWORD_ONLY
     for one in options:
-        default = one.default if isinstance(one, NoEffect) else None
-        own.append(inspect.Parameter(one.name, keyword, default=default, annotation=hints[one.name]))
+        hint = hints[one.name]
+        default = None if type(None) in typing.get_args(hint) and not isinstance(one, NoEffect) else one.default
+        own.append(inspect.Parameter(one.name, keyword, default=default, annotation=hint))
     return signature.replace(parameters=own)
 
 
-def _entry(one: Option) -> str:
+def _entry(one: Option, indent: str) -> str:
     if isinstance(one, NoEffect):
         said = f"accepted so that torch's arguments can be handed on; only {' or '.join(map(repr, one.choices))}."
     elif one.choices and all(isinstance(choice, str) for choice in one.choices):
@@ -132,6 +144,15 @@ def _entry(one: Option) -> str:
         said = f"{one.doc} Default {one.default:g}."
     else:
         said = f"{one.doc} Default {one.default!r}."
-    lines = textwrap.wrap(f"{one.name}: {said}", _WIDTH - 8, break_long_words=False, break_on_hyphens=False)
-    rest = textwrap.wrap(" ".join(lines[1:]), _WIDTH - 12, break_long_words=False, break_on_hyphens=False)
-    return "".join(f"{line}\n" for line in [f"        {lines[0]}", *(f"            {line}" for line in rest)])
+    deeper = f"{indent}    "
+    return (
+        textwrap.fill(
+            f"{one.name}: {said}",
+            _WIDTH,
+            initial_indent=indent,
+            subsequent_indent=deeper,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        + "\n"
+    )

@@ -75,7 +75,7 @@ class Sketches(TypedDict, total=False):
         str | None,
         option(
             "fp32",
-            "numbers of the sketches' tables (``count_sketch``, ``count_min`` and the profiles of ``row_count_min``); "
+            "numbers of the sketches' tables; "
             '``"bf16"`` has half the bytes. A bfloat16 table is rounded stochastically at every write, so that its '
             "expected value is the float32 table's; the noise is a function of (seed, step, cell): runs repeat and "
             "resume bit for bit. To nearest is not offered: at ``betas[1]=0.999`` a step without gradient lowers a "
@@ -97,8 +97,7 @@ class FirstMoment(TypedDict, total=False):
         int | None,
         option(
             128,
-            "columns that share one scale of an int8 first moment, which costs ``4 / block_size`` bytes a parameter, "
-            "or one exponent of a log8 second moment (``2 / block_size``).",
+            "columns that share one scale of an int8 first moment, which costs ``4 / block_size`` bytes a parameter.",
             allowed="an integer >= 1",
             check=lambda v: v >= 1,
             structural=True,
@@ -216,7 +215,7 @@ class Kernels(TypedDict, total=False):
         option(
             False,
             "keep step counters on the device, so that the step can be captured in a CUDA graph (Triton kernels only; "
-            "not with clean_every or row-sparse gradients).",
+            "not with row-sparse gradients, nor where a sketch is cleaned).",
         ),
     ]
 
@@ -277,7 +276,7 @@ class Steps(TypedDict, total=False):
         ),
     ]
     seed: Annotated[
-        int | None, option(0, "of the hashes and of stochastic rounding; equal seeds, equal results.", structural=True)
+        int | None, option(0, "of whatever is drawn by chance; equal seeds, equal results.", structural=True)
     ]
     maximize: Annotated[bool | None, option(False, "ascend instead of descend.")]
 

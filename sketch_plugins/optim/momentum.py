@@ -40,7 +40,7 @@ class Momentum(TypedDict, total=False):
         ),
     ]
     nesterov: Annotated[bool | None, option(False, "Nesterov's form.")]
-    dampening: Annotated[float, unused((0,), "the momentum buffer adds whole gradients")]
+    dampening: Annotated[float, unused((0.0,), "the momentum buffer adds whole gradients")]
 
 
 class MomentumOptions(
@@ -49,7 +49,7 @@ class MomentumOptions(
     """Keywords of `CSMomentum`."""
 
 
-@with_options(MomentumOptions)
+@with_options(MomentumOptions, first_moment={"doc": 'store of the momentum; ``"none"`` is plain SGD.'})
 class CSMomentum(SketchOptimizer):
     r"""SGD with momentum whose buffer is compressed: by default int8 blocks, 1.03 bytes a parameter instead of 4.
 

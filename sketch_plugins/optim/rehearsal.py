@@ -25,7 +25,8 @@ def rehearse(eager: Callable[..., None], kind: Any, one: Pending) -> dict[scratc
     """The temporaries of the step that ``eager`` would take, a method of an optimizer of this kind.
 
     With ``compile=True`` it is taken with copies instead: that compiles it. Touched rows are looked at by the host,
-    which tensors without memory have nothing to show to: their temporaries are allocated in the step itself.
+    which tensors without memory have nothing to show to: their temporaries are allocated in the step itself. Steps are
+    told apart by the class, the options, and the layout of all tensors: not by what else an instance knows.
     """
     if one.grad.rows is not None or one.rule is None:
         return {}
@@ -46,7 +47,7 @@ def rehearse(eager: Callable[..., None], kind: Any, one: Pending) -> dict[scratc
 def _depends_on(one: Pending, options: Sequence[str]) -> tuple[Any, ...]:
     """All that decides the sizes: not which parameter it is, its rate, or what others keep in its group."""
     p, grad = one.p, one.grad
-    piece = None if p.piece is None else dataclasses.replace(p.piece, index=0)
+    piece = None if p.piece is None else dataclasses.replace(p.piece, index=0, offset=0)
     return (
         is_fake(p.data),
         p.device,

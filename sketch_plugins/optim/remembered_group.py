@@ -55,7 +55,7 @@ class RememberedGroup:
         states = [state[owner] for owner in owners]
         # Where each of them comes when all states are gone through, and where each parameter's state comes.
         places = {place: at for at, place in enumerate((i, name) for i, one in enumerate(states) for name in one)}
-        self._entries = len(places)
+        self._entries = len(places) if all(type(one) is dict for one in states) else -1
         self._moments = _picking([places[place] for place in self.names])
         self._counters = _picking([places[place] for place in self.steps])
         self._keys, self._states = list(map(id, state)), None

@@ -49,7 +49,8 @@ class SAdagrad(SketchOptimizer):
         rank: k, directions kept (default 10). The paper's sketch has ``rank + 1`` rows, of which one is empty.
         solver: ``"eigh"`` (default), ``"svd"``; see `sketch_plugins.linalg.frequent_directions.fold`.
         maximize: ascend.
-        chunk_size: see `CSAdam`. Beside tiles, a step takes memory for one parameter at a time, several times that of
+        chunk_size: elements worked on at a time (default 0: 2**20 on a CPU, 2**24 on an accelerator). Beside tiles, a
+            step takes memory for one parameter at a time, several times that of
             its sketch.
         preset: ``"default"``.
 

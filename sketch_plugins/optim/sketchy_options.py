@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, TypedDict
 
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
-from sketch_plugins.optim.declaring import option, unused
+from sketch_plugins.optim.declaring import declared, option, unused
 from sketch_plugins.optim.family import Buckets, Clipping, Decoupled, FirstMoment, Sketches, Steps
 from sketch_plugins.optim.options import Option
 from sketch_plugins.stores.kinds import FIRST_MOMENTS
@@ -127,7 +127,8 @@ class Preconditioner(TypedDict, total=False):
         str | None,
         option(
             "before",
-            "the momentum is that of u (or g), preconditioned; or, as in the paper's code, of the grafted x.",
+            '``"before"``: the momentum is that of u (or g), and is preconditioned; ``"after"``: it is that of '
+            "the grafted x, as in the paper's code.",
             choices=PLACES,
         ),
     ]
@@ -193,6 +194,12 @@ class SketchyOptions(Preconditioner, FirstMoment, Sketches, Buckets, Steps, Clip
 
 #: What is declared otherwise than for the family.
 CHANGES: dict[str, dict[str, Any]] = {
+    **{
+        name: {"doc": f'of the graft ``"cs"``: {one.doc}'}
+        for name, one in declared(Sketches).items()
+        if name != "batch_dims"
+    },
+    "fused": {"doc": f"of tensors that are not preconditioned: {declared(Steps)['fused'].doc}"},
     "first_moment": {"choices": tuple(kind for kind in FIRST_MOMENTS if kind != "count_sketch")},
     "bucket": {"doc": 'what a bucket of the graft ``"cs"`` holds of its rows\' ``g * g``.'},
     "min_compress_size": {

@@ -57,6 +57,10 @@ class SM3Options(Accumulators, FirstMoment, Steps, Clipping, Lagged, Kernels, De
         "default": 0,
         "doc": "tensors with fewer elements are exact (0: covers are well defined at any size).",
     },
+    chunk_size={
+        "doc": "elements worked on at a time (0: 2**20 on a CPU, 2**22 compiled, 2**24 on an accelerator); the "
+        "result does not depend on it."
+    },
     update_clip={
         "doc": "divide u by ``max(1, RMS(u) / update_clip)`` *before* it enters the momentum (0: off). With "
         "``betas[1] = 1`` no element of u exceeds 1, so only values below 1 do anything.",

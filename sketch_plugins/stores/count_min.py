@@ -33,8 +33,9 @@ class CountMin(Sketch):
     order: int = 2
 
     def loop(self, rows: int) -> str:
-        """One table of float32 whose buckets follow each other as the rows do."""
-        return "count_min" if self.depth == 1 and not self.bf16 and self.hashes(rows)[0].strided else ""
+        """One table of float32 whose buckets follow each other as the rows do; of this class itself."""
+        one = type(self) is CountMin and self.depth == 1 and not self.bf16
+        return "count_min" if one and self.hashes(rows)[0].strided else ""
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return torch.mul(x, x, **scratch.out("cells", x))

@@ -36,10 +36,6 @@ class RowCountMin(CountMin):
     by_bucket = False
     kernel = "row_count_min"
 
-    def loop(self, rows: int) -> str:
-        """Numba has none."""
-        return ""
-
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The profiles and the rows' scales."""
         return {**super().layout(shape, dtype), "row": ((shape[0], 1), dtype)}

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import comparison
 import strategies
 from run import generated, seed_of
+from test_mutations import NUMBA, TRITON
 
-from sketch_plugins import registry
+from sketch_plugins import kernels, registry
 from sketch_plugins.optim.mem_sgd import MemSGD
 from sketch_plugins.optim.options import Option
 from sketch_plugins.optim.sadagrad import SAdagrad
@@ -133,3 +134,12 @@ def test_bits_that_do_not_repeat_are_found(monkeypatch):
     spoil(monkeypatch, sometimes)
     with pytest.raises(comparison.Different, match="other bits when it is repeated"):
         comparison.run(case(), "numba")
+
+
+@pytest.mark.parametrize("fault", [*NUMBA, *TRITON])
+def test_a_planted_fault_has_its_place(fault):
+    """They are planted by `make slow`, which is not run with every change of a kernel."""
+    _, file, before, _ = {**NUMBA, **TRITON}[fault]
+    folder = Path(kernels.__file__).parent
+    source = (folder / f"{file}.py" if fault in NUMBA else folder / "gpu" / f"{file}.py").read_text()
+    assert source.count(before) == 1

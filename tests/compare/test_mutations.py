@@ -53,14 +53,13 @@ NUMBA = {
         "cs_momentum", "cpu", "if w.flags & (1 << L2):", "if False:",
     ),
     "wrong decay: of the parameter": (
-        "cs_rmsprop", "sweeps", "store(p, o, keep * load(p, o, n) - u, n)", "store(p, o, load(p, o, n) - u, n)",
+        "cs_rmsprop", "sweeps", "store(p, o, shrink * load(p, o, n) - u, n)", "store(p, o, load(p, o, n) - u, n)",
     ),
     "lost clip: nothing is measured": (
         "sketchy", "cpu", "        ),\n        w.measure,\n", "        ),\n        False,\n",
     ),
     "missed tail: the numbers of the last row beyond a vector": (
-        "cs_momentum", "cpu", "w.p.data_ptr(), w.g.data_ptr(), size, columns,",
-        "w.p.data_ptr(), w.g.data_ptr(), size - size % 16, columns,",
+        "cs_momentum", "cpu", "SIZE=size,", "SIZE=size - size % 16,",
     ),
     "stale table: it is read before the gradient is in it": (
         "cs_adam", "cpu", "apply = APPLY if fold_first else FOLD | APPLY", "apply = APPLY",
@@ -71,7 +70,7 @@ TRITON = {
         "sm3", "step", "x = x * factor(v, s, _rate(s, INNER, PHASE))", "f = factor(v, s, f)",
     ),
     "wrong decay: of the parameter": (
-        "cs_rmsprop", "step", "new = tl.load(s + KEEP) * p - update", "new = p - update",
+        "cs_rmsprop", "step", "new = tl.load(s + SHRINK) * p - update", "new = p - update",
     ),
     "lost clip: what was measured is not looked at": (
         "sketchy", "norms", "    if clip != 0:", "    if clip < 0:",

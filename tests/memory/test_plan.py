@@ -589,10 +589,11 @@ def test_a_narrow_terminal_hides_no_column(small, capsys, monkeypatch):
 def test_the_command(small, tmp_path, capsys):
     chart = tmp_path / "chart.png"
     common = ["plan", "--model", str(small), "--batch-size", "2", "--seq-len", "32", "--precision", "bf16"]
-    argv = [*common, "--gpu-memory", "800MB", "--optimizer", "adamw,cs_adam:preset=lean,seed=1"]
+    argv = [*common, "--gpu-memory", "1GiB"]
+    argv += ["--optimizer", "adamw", "--optimizer", "cs_adam:preset=lean,seed=1"]
     assert cli.main([*argv, "--plot", str(chart)]) == 0
     said = capsys.readouterr().out
-    assert "cs_adam preset=lean,seed=1" in said and "largest batch" in said and "budget 800.0 MB" in said
+    assert "cs_adam preset=lean,seed=1" in said and "largest batch" in said and "budget 1.1 GB" in said
     assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 5000
     argv = [*common, "--optimizer", "adamw", "--gpu-memory", "800MB", "--json"]
     assert cli.main([*argv, "--plot", str(tmp_path / "chart.svg"), "--gradient-checkpointing"]) == 0

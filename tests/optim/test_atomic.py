@@ -227,6 +227,26 @@ def test_an_error_before_the_first_write_leaves_everything_as_it_was(name, fused
     assert tried >= 8
 
 
+@pytest.mark.parametrize("name", ["cs_adam", "sketchy"])
+def test_an_error_before_the_first_write_where_the_temporaries_are_known(name, monkeypatch):
+    """The layers of a model are alike, and what one of them takes is known from another."""
+    monkeypatch.setattr(rehearsal, "REHEARSED", {})
+    other, others = build(name, False, large=False)
+    give_gradients(others, 3, False)
+    other.step()
+    known = len(rehearsal.REHEARSED)
+    for where, attribute in [(scratch, "reserve"), (SketchOptimizer, "_reserve"), (taking, "numbers")]:
+        optimizer, params = build(name, False, large=False)
+        give_gradients(params, 3, False)
+        before = snapshot(optimizer, params)
+        with failing(where, attribute, 1), pytest.raises(Injected):
+            optimizer.step()
+        assert equal(before, present(optimizer, params)), attribute
+        optimizer.step()
+        assert equal([p.detach() for p in params], [p.detach() for p in others])
+    assert len(rehearsal.REHEARSED) == known > 0
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_error_within_a_step_leaves_each_parameter_stepped_or_not(name, first):

@@ -31,10 +31,9 @@ def test_every_option_is_in_the_signature_with_its_type(name):
     for option_name, parameter in by_keyword.items():
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
         assert parameter.annotation == hints[option_name] is not None
-        assert parameter.default in (
-            None,
-            *(cls.NO_EFFECT[option_name].choices if option_name in cls.NO_EFFECT else ()),
-        )
+        nothing = type(None) in typing.get_args(hints[option_name])
+        one = {**cls.OPTIONS, **cls.NO_EFFECT}[option_name]
+        assert parameter.default == (one.default if isinstance(one, NoEffect) or not nothing else None)
 
 
 def test_every_default_is_the_declared_one_and_allowed(name):
@@ -52,10 +51,11 @@ def test_every_default_is_the_declared_one_and_allowed(name):
 
 def test_the_docstring_says_each_of_them_with_its_default(name):
     cls = registry.get(name).cls
-    assert "{options}" not in cls.__doc__ and max(map(len, cls.__doc__.splitlines())) <= 120
+    text = inspect.getdoc(cls)  # whose lines begin at the same place in every Python
+    assert "{options}" not in text and max(map(len, cls.__doc__.splitlines())) <= 120
     for option_name in keywords(cls).__annotations__:
-        assert cls.__doc__.count(f"\n        {option_name}: ") == 1, option_name
-    said = " ".join(cls.__doc__.split())
+        assert text.count(f"\n    {option_name}: ") == 1, option_name
+    said = " ".join(text.split())
     assert ("Default 4096." in said) == (cls.PRESETS["default"]["min_compress_size"] == 4096)
 
 
@@ -122,4 +122,56 @@ def test_changes_are_this_optimizers_alone():
     assert One.PRESETS == {"default": {"speed": 2.0}, "slow": {"speed": 0.1}}
     assert declared(Own)["speed"].default == 0.5 and One.OPTIONS["speed"].type is float
     assert One.OPTIONS.keys() == {"lr", "speed"} and all(isinstance(one, NoEffect) for one in One.NO_EFFECT.values())
-    assert "        speed: how fast. Default 2.\n" in One.__doc__
+    assert "\nspeed: how fast. Default 2." in "\n".join(map(str.strip, inspect.getdoc(One).splitlines()))
+
+
+def test_a_docstring_has_a_place_for_the_options():
+    class Keywords(family.Torchs, total=False):
+        pass
+
+    class Undescribed:
+        """Without one."""
+
+        PRESETS: typing.ClassVar = {}
+
+        def __init__(self, params, **options: Unpack[Keywords]):
+            pass
+
+    with pytest.raises(TypeError, match=r"the docstring of Undescribed has no line \{options\} under Args"):
+        with_options(Keywords)(Undescribed)
+
+
+def test_an_optimizer_of_ones_own_on_top_of_another():
+    class Keywords(family._Family, total=False):
+        pass
+
+    @with_options(Keywords, update_clip={"default": 1.0})
+    class Mine(CSAdam):
+        """Clipped.
+
+        Args:
+            {options}
+        """
+
+        def __init__(self, params, lr=1e-3, *, preset="default", **options: Unpack[Keywords]):
+            super().__init__(params, lr, preset=preset, **options)
+
+    (group,) = Mine([torch.nn.Parameter(torch.zeros(2))]).param_groups
+    assert group["update_clip"] == 1.0 and group["betas"] == (0.9, 0.999)
+    assert "lean" in Mine.PRESETS and CSAdam.PRESETS["default"]["update_clip"] == 0.0
+    assert list(inspect.signature(CSAdam).parameters)[:3] == ["params", "lr", "betas"]
+    with pytest.raises(TypeError, match="Bare needs a constructor of its own"):
+        with_options(Keywords)(type("Bare", (CSAdam,), {"__doc__": "{options}\n"}))
+
+
+#: Words of stores and options, and the option whose choices have them, or which has that name.
+WORDS = {"log8": "second_moment", "count_min": "second_moment", "clean_every": "clean_every"}
+
+
+def test_entries_name_nothing_that_the_optimizer_lacks(name):
+    cls = registry.get(name).cls
+    for one in cls.OPTIONS.values():
+        for word, needed in WORDS.items():
+            if word in one.doc:
+                found = cls.OPTIONS.get(needed)
+                assert found is not None and (word == needed or word in found.choices), one

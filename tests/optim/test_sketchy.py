@@ -226,8 +226,8 @@ def test_a_vocabulary_is_preconditioned_along_its_other_axis_alone():
     assert {k.split("_", 1)[1] for k in table["preconditioner"]} == {"0_1"}
     assert {k.split("_", 1)[1] for k in head["preconditioner"]} == {"0_0"}
     assert {k.split("_", 1)[1] for k in hidden["preconditioner"]} == {"0_0", "0_1"} and "first_moment" in hidden
-    plan = optimizer.preconditioner_of(torch.empty(32_000, 4096, device="meta"), optimizer.param_groups[0])
-    assert [s.axis for s in plan.sides] == [1]  # longer than max_axis
+    preconditioner = optimizer.preconditioner_of(torch.empty(32_000, 4096, device="meta"), optimizer.param_groups[0])
+    assert [s.axis for s in preconditioner.sides] == [1]  # longer than max_axis
     everything = Sketchy([torch.nn.Parameter(torch.zeros(2000, 16))], precondition="all")
     assert (
         len(everything.preconditioner_of(everything.param_groups[0]["params"][0], everything.param_groups[0]).sides)
@@ -280,10 +280,19 @@ def test_a_budget_is_kept_and_used(budget, dtype):
     optimizer.step()
     for p, kept in zip(params, state_report(optimizer).parameters, strict=True):
         assert kept.state_bytes <= budget * p.numel()
-        plan = optimizer.preconditioner_of(p, optimizer.param_groups[0])
-        if plan is not None and any(0 < r < d for r, d in zip(plan.ranks, plan.dims, strict=True)):
+        preconditioner = optimizer.preconditioner_of(p, optimizer.param_groups[0])
+        if preconditioner is not None and any(
+            0 < r < d for r, d in zip(preconditioner.ranks, preconditioner.dims, strict=True)
+        ):
             size = dtype.itemsize
-            more = 2 * size * (sum(d for d, r in zip(plan.dims, plan.ranks, strict=True) if 0 < r < d) + len(plan.dims))
+            more = (
+                2
+                * size
+                * (
+                    sum(d for d, r in zip(preconditioner.dims, preconditioner.ranks, strict=True) if 0 < r < d)
+                    + len(preconditioner.dims)
+                )
+            )
             assert kept.state_bytes + more >= budget * p.numel()
 
 

@@ -130,7 +130,8 @@ def check_equal(name):
 
 def check_remembered(name):
     """A step that remembers its shards is that of an optimizer which remembers nothing; empty shards count theirs."""
-    if name not in ("cs_adam", "sm3") or importlib.util.find_spec("numba") is None:
+    # On more ranks than a layer has rows some shards are empty: once is enough there.
+    if name not in (("cs_adam", "sm3") if WORLD == 2 else ("cs_adam",)) or importlib.util.find_spec("numba") is None:
         print(f"remembered {name}: not checked: two are enough, and without Numba there is nothing to remember")
         return
     warnings.filterwarnings("ignore", message="fused=True: a parameter of shape")
@@ -145,6 +146,8 @@ def check_remembered(name):
             train(model, optimizer, 1, first=step)
             if step == 4 and not forgets:
                 kinds = {type(group).__name__ for group in optimizer._step_cache._groups.values()}
+                empty = any(group.empty for group in optimizer._step_cache._groups.values())
+                assert empty == (WORLD == 4 and RANK == 3), "of the layer of three rows the last rank has none"
                 assert kinds == ({"RememberedShards"} if name == "cs_adam" else kinds), kinds
         results.append((model, optimizer))
     (model, optimizer), (other, expected) = results

@@ -15,4 +15,5 @@ def test_two_ranks(launch_ranks, tmp_path):
 
 
 def test_four_ranks(launch_ranks, tmp_path):
-    launch_ranks(WORKER, "equal,experts,sharded_checkpoint,meshes,tensor_parallel", tmp_path / "checkpoints", world=4)
+    checks = "equal,remembered,experts,sharded_checkpoint,meshes,tensor_parallel"
+    launch_ranks(WORKER, checks, tmp_path / "checkpoints", world=4)

@@ -173,9 +173,9 @@ def test_a_syntax_error_is_shown_as_python_shows_it(here):
 
 
 def test_main_stays_main_after_the_script(here):
-    (here / "script.py").write_text("class SavedOptimizer: pass")
+    (here / "script.py").write_text("class Kept: pass")
     assert cli.main(["run", "script.py"]) == 0
-    assert sys.modules["__main__"].SavedOptimizer.__module__ == "__main__"
+    assert sys.modules["__main__"].Kept.__module__ == "__main__"
 
 
 @pytest.mark.parametrize("archive", [False, True], ids=["directory", "zip"])
