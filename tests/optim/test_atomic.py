@@ -235,7 +235,7 @@ def test_an_error_before_the_first_write_where_the_temporaries_are_known(name, m
     give_gradients(others, 3, False)
     other.step()
     known = len(rehearsal.REHEARSED)
-    for where, attribute in [(scratch, "reserve"), (SketchOptimizer, "_reserve"), (taking, "numbers")]:
+    for where, attribute in [(scratch, "reserve"), (SketchOptimizer, "_reserve"), (stores.Store, "allocate")]:
         optimizer, params = build(name, False, large=False)
         give_gradients(params, 3, False)
         before = snapshot(optimizer, params)
