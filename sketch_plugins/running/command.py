@@ -116,16 +116,29 @@ def _is_foreign(path: str, command: bool) -> bool:
 
 
 def _run_command(command: list[str], optim: str | None) -> int:
-    try:
-        child = subprocess.Popen(command)
-    except OSError as error:
-        raise CannotRun(f"can't run {command[0]!r}: [Errno {error.errno}] {error.strerror}", 126) from None
+    child: subprocess.Popen[Any] | None = None
+    early: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if child is None:
+            early.append(number)
+        else:
+            _pass_on(child, number)
+
     before = {}
+    # Before there is a child: a signal in between would end this process, and leave the child behind.
     for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT"):
         number = getattr(signal, name, None)
-        if number is not None:
-            before[number] = signal.signal(number, lambda number, _: _pass_on(child, number))
+        # What is ignored (nohup) stays so, for the child too: a handler would be the default there.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, handle)
     try:
+        try:
+            child = subprocess.Popen(command)
+        except OSError as error:
+            raise CannotRun(f"can't run {command[0]!r}: [Errno {error.errno}] {error.strerror}", 126) from None
+        for number in early:
+            _pass_on(child, number)
         status = child.wait()
     finally:
         for number, handler in before.items():

@@ -79,6 +79,26 @@ def test_a_signal_is_passed_on_and_the_answer_is_the_commands(number, tmp_path):
 
 
 @POSIX
+def test_a_signal_at_once_ends_the_command_too(tmp_path):
+    """It comes when the command has just been started: nobody is left behind."""
+    (tmp_path / "early.py").write_text(
+        "import os, signal, subprocess, sys\n"
+        "from sketch_plugins.running import command\n"
+        "class Early(subprocess.Popen):\n"
+        "    def __init__(self, *args, **kwargs):\n"
+        "        super().__init__(*args, **kwargs)\n"
+        "        print(self.pid, flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "command.subprocess.Popen = Early\n"
+        "sys.exit(command._run_command(['sleep', '60'], None))\n"
+    )
+    done = subprocess.run([sys.executable, "early.py"], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+@POSIX
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
 def test_a_script_gets_its_signals_itself(number, tmp_path):
     (tmp_path / "script.py").write_text(
