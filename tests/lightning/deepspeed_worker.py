@@ -6,6 +6,7 @@ from pathlib import Path
 
 warnings.simplefilter("ignore")
 
+import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from ddp_worker import SMALL, Module, lightning, own  # noqa: E402
 
@@ -15,6 +16,8 @@ from sketch_plugins.sharding.pieces import is_key  # noqa: E402
 from sketch_plugins.sharding.state_names import PLACE, kind_of  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
+# Or DeepSpeed would compile a C++ extension for all-reduces of inference.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def train(module, stage, epochs=2, **options):
