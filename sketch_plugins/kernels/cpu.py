@@ -38,9 +38,9 @@ FLAT = 1 << 12
 # Pieces of a step for each thread: what is left when the first one finds no more is a fraction of its share.
 PIECES = 12
 
-#: `Store.loop` of a first moment -> its branch in a loop; of a second one -> the loop.
+#: `Store.loop` of a first moment -> its branch in a loop; of a second one -> the name of the loop.
 FIRST = {"dense": sweeps.DENSE, "int8": sweeps.INT8}
-SECOND = {"dense": sweeps.exact, "count_min": sweeps.count_min, "cover": sweeps.cover}
+SECOND = {"dense": "exact", "count_min": "count_min", "cover": "cover"}
 
 VIEWS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
@@ -107,7 +107,7 @@ def prepare(w: Work) -> Task:
     state2: State
     (first, state1), (second, state2) = w.first or (None, {}), w.second or (None, {})
     kind = FIRST[first.loop(rows)] if first else sweeps.NONE
-    sweep = SECOND[second.loop(rows)] if second else sweeps.exact
+    sweep = getattr(sweeps, SECOND[second.loop(rows)] if second else "exact")
     block = min(first.block_size, columns) if first and first.block_size else SPAN
     width, band, column, matrices = 0, 0, 0, 1
     table = state2["dense"].data_ptr() if "dense" in state2 else 0
