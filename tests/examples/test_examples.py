@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import runpy
@@ -25,6 +26,12 @@ def start(monkeypatch, capfd):
     The processes that a script starts, one for each optimizer, are its own.
     """
     before = dict(os.environ)
+    # A library that an earlier test imported logs to what was standard error then; a user's process has only one.
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    handlers = [handler for logger in loggers for handler in logger.handlers if type(handler) is logging.StreamHandler]
+    streams = [handler.stream for handler in handlers]  # closed ones too, which `setStream` would flush
+    for handler in handlers:
+        handler.stream = sys.stderr
 
     def run(script, *options):
         command = [str(EXAMPLES / script), *map(str, options)]
@@ -39,6 +46,8 @@ def start(monkeypatch, capfd):
         return subprocess.CompletedProcess(command, 0, *capfd.readouterr())
 
     yield run
+    for handler, stream in zip(handlers, streams, strict=True):
+        handler.stream = stream
     os.environ.clear()
     os.environ.update(before)
 
