@@ -20,7 +20,7 @@ for package in ("transformers", "tokenizers", "matplotlib"):
 
 
 @pytest.fixture
-def start(monkeypatch, capfd):
+def start(monkeypatch, capfd, caplog):
     """``start(script, *options)``: as `python script *options`, here, where what it imports is there already.
 
     The processes that a script starts, one for each optimizer, are its own.
@@ -43,7 +43,9 @@ def start(monkeypatch, capfd):
             # A message is what the interpreter prints before it ends with 1.
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
             assert not code, f"{ended.code}\n{capfd.readouterr().err}"
-        return subprocess.CompletedProcess(command, 0, *capfd.readouterr())
+        out, err = capfd.readouterr()
+        # What was imported when pytest had a handler of its own has none, and leaves its messages to that.
+        return subprocess.CompletedProcess(command, 0, out, err + caplog.text)
 
     yield run
     for handler, stream in zip(handlers, streams, strict=True):
