@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sketch_plugins.sharding.state_names import is_ours
+from sketch_plugins.sharding.state_names import is_ours, kind_of
 
 #: Codes, or cells of bfloat16 tables, that may round to the other neighbour: where a number lies half-way, or on the
 #: two sides of the noise that rounds it.
@@ -23,9 +23,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def moments(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """``(name, tensor)`` of the moments in a parameter's state."""
+    """``(name, tensor)`` of what kernels keep in a parameter's state."""
     for name, tensor in state.items():
-        if is_ours(name) and "." in name:
+        if is_ours(name) and "." in name and kind_of(name) != "preconditioner":  # no kernel's
             yield name, tensor
 
 

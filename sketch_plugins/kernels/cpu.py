@@ -270,6 +270,14 @@ def prepare_step(
     return last, [(range(len(tasks)), last.prepare(np.array(rows, np.float32)[which], gradients))]
 
 
+def moved(tasks: Sequence[Task], program: Program, further: int) -> list[Task]:
+    """The same tasks of parameters that lie so many bytes further on in memory; the program of theirs, changed."""
+    new = [task._replace(row=task.row._replace(P=task.row.P + further)) for task in tasks]
+    program.tasks = list(new)
+    program.table[:, cpu_table.P] = [task.row.P for task in new]
+    return new
+
+
 class _Call(NamedTuple):
     """Pieces for one call of a sweep.
 

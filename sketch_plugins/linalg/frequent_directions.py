@@ -13,7 +13,9 @@ Sources: Liberty 2013 (https://arxiv.org/abs/1206.0594); with a decay and escape
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -147,16 +149,15 @@ def fold(
 
 
 @in_full_precision
-def accumulate(buffer: Tensor, vectors: Tensor, x: Tensor, decay: float) -> None:
-    r"""``buffer <- decay * buffer + sum of x @ (x.T @ vectors)``, in place: :math:`\sum_s \beta^{t-s} A_s A_s^\top V`.
+def sampled(x: Tensor, vectors: Tensor) -> Tensor:
+    r"""``x @ (x.T @ vectors)``: the product of the covariance of ``x``, ``(*, d, n)``, with directions ``(*, d, k)``.
 
-    The product of the covariance gathered since the last `fold` with the sketch's own directions: linear in it, and as
-    large as V, however many matrices ``x`` (``(m, d, n)``) it has seen. `drain` turns it into columns.
+    What a sketch gathers between two calls of `fold` is the decayed sum :math:`\sum_s \beta^{t-s} A_s A_s^\top V`:
+    linear in the covariance, and as large as V, however many matrices it has seen. `drain` turns it into columns.
     """
-    if len(x) == 1:
-        torch.addmm(buffer, x[0], x[0].mT @ vectors, beta=decay, out=buffer)
-    else:
-        buffer.mul_(decay).add_((x @ (x.mT @ vectors)).sum(0))
+    if x.ndim == 3:  # `matmul` would take more operations
+        return torch.bmm(x, torch.bmm(x.mT, vectors))
+    return x @ (x.mT @ vectors)
 
 
 @in_full_precision
@@ -181,13 +182,7 @@ def drain(buffer: Tensor, vectors: Tensor) -> Tensor:
 
 def spectrum(sketch: Covariance, tail: str) -> tuple[Tensor, Tensor]:
     """``(*, k)`` eigenvalues in the directions of V and ``(*)`` everywhere else, as the preconditioner takes them."""
-    rest = sketch.tail
-    if tail == "trace":
-        # Truncation after truncation V has lost a little; its directions weigh no less than the mean of the others.
-        inside = torch.maximum(sketch.values, rest.unsqueeze(-1))
-    else:
-        inside = sketch.values + rest.unsqueeze(-1)
-    return inside, rest
+    return _spectrum(sketch.values, sketch.tail, tail)
 
 
 def inverse_root(
@@ -221,14 +216,42 @@ def inverse_root(
     return torch.where(nothing.unsqueeze(-1), 1.0, inner), torch.where(nothing, 1.0, outer)
 
 
+def relative_root(
+    values: Tensor, tail: Tensor, exponent: Tensor | float, floor: Tensor | float, eps: float, kind: str
+) -> tuple[Tensor, Tensor]:
+    r"""`inverse_root` of many sketches at once: what it is inside over what it is outside, less 1; and the latter.
+
+    Args:
+        values: ``(n, k)``, see `Covariance`.
+        tail: ``(n)``, likewise.
+        exponent: at most 0; one, or ``(n)``.
+        floor: see `floor_of`; one, or ``(n)``.
+        eps: relative to the largest eigenvalue.
+        kind: see ``tail`` of `fold`.
+
+    Returns:
+        ``(n, k)``: :math:`(in / out)^{exponent} - 1`, and ``(n)``: :math:`\ln out^{exponent}`, with the eigenvalues in
+        and outside of V, floored and shifted as in `inverse_root`. Of a covariance that is 0 both are 0.
+    """
+    inside, outside = _spectrum(values, tail, kind)
+    top, nothing = _top(inside)
+    column = [value.unsqueeze(-1) if isinstance(value, Tensor) else value for value in (floor, exponent)]
+    out = (outside / top).clamp_min(floor) + eps
+    ratio = (((inside / top.unsqueeze(-1)).clamp_min(column[0]) + eps) / out.unsqueeze(-1)).pow(column[1]) - 1.0
+    log = (out.log() + top.log()) * exponent
+    return ratio.masked_fill(nothing.unsqueeze(-1), 0.0), log.masked_fill(nothing, 0.0)
+
+
 def floor_of(units: float, dtype: torch.dtype) -> float:
     """What part of the largest eigenvalue the others are at least taken for, see `inverse_root`."""
     return units * torch.finfo(dtype).eps / 2
 
 
-def largest(sketch: Covariance, tail: str) -> Tensor:
-    """``(*)``: the largest eigenvalue, as `inverse_root` has it: 1 where the covariance is 0."""
-    return _top(spectrum(sketch, tail)[0])[0]
+def _spectrum(values: Tensor, rest: Tensor, tail: str) -> tuple[Tensor, Tensor]:
+    if tail == "trace":
+        # Truncation after truncation V has lost a little; its directions weigh no less than the mean of the others.
+        return torch.maximum(values, rest.unsqueeze(-1)), rest
+    return values + rest.unsqueeze(-1), rest
 
 
 def _top(inside: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,16 +274,36 @@ def multiply(x: Tensor, vectors: Tensor, inside: Tensor, outside: Tensor) -> Ten
     return x.baddbmm_(scaled.expand(len(x), *scaled.shape), projected)
 
 
-def finite(sketch: Covariance) -> list[bool]:
+@in_full_precision
+def stretch(x: Tensor, vectors: Tensor, ratio: Tensor) -> None:
+    r"""``x <- x + V ratio V^T x``, in place: of ``(c, d, n)``, each with directions ``(c, d, k)`` of its own."""
+    x.baddbmm_(vectors * ratio.unsqueeze(-2), torch.bmm(vectors.mT, x))
+
+
+@in_full_precision
+def stretch_rows(x: Tensor, vectors: Tensor, ratio: Tensor) -> None:
+    """`stretch` of the transposed: ``(c, n, d)``."""
+    x.baddbmm_(torch.bmm(x, vectors), (vectors * ratio.unsqueeze(-2)).mT)
+
+
+def finite(sketch: Covariance, *doubts: Tensor) -> list[bool]:
     """Whether all numbers of a sketch are finite, for each of a batch (of one dimension, or none: one flag).
 
     A device is waited for once. Of meta tensors the answer is yes.
+
+    Args:
+        sketch: which.
+        doubts: of `unchecked`.
     """
     count = sketch.tail.numel()
     if sketch.tail.is_meta:
         return [True] * count
-    ends = sketch.tail.isfinite() & sketch.trace.isfinite() & sketch.values.isfinite().all(-1)
-    return (ends & sketch.vectors.isfinite().flatten(-2).all(-1)).reshape(-1).tolist()
+    # What is not finite makes a sum that is not. The values add up to the trace at most: no sum overflows.
+    total = torch.add(sketch.values.sum(-1), sketch.trace, alpha=-0.5).add_(sketch.tail, alpha=-0.25)
+    total = total + sketch.vectors.sum((-2, -1))
+    for doubt in doubts:
+        total = total + doubt
+    return total.isfinite().reshape(-1).tolist()
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -341,6 +384,28 @@ def _orthogonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return r, q
 
 
+class _Doubts(threading.local):
+    sums: list[Tensor] | None = None
+
+
+_DOUBTS = _Doubts()
+
+
+@contextmanager
+def unchecked() -> Iterator[list[Tensor]]:
+    """Decompositions within the block do not look at what they find, for which a device would have to be waited for.
+
+    Yields:
+        A list that takes, for each decomposition, a number for each member of its batch: it is finite where all that
+        went in and came out is.
+    """
+    before, _DOUBTS.sums = _DOUBTS.sums, []
+    try:
+        yield _DOUBTS.sums
+    finally:
+        _DOUBTS.sums = before
+
+
 def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor) -> tuple[Tensor, Tensor]:
     """What ``decompose`` makes of each matrix of a batch: a part that grows with the matrix, and one that does not.
 
@@ -350,7 +415,14 @@ def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor
     """
     if matrix.is_meta:  # a rehearsal: there are no numbers to look at
         return decompose(matrix)
-    size, vectors, good = None, None, None
+    if _DOUBTS.sums is not None:
+        size, vectors = decompose(matrix)
+        # The matrix, too: of some matrices eigh reads one half only.
+        _DOUBTS.sums.append(
+            _sum(size, matrix.ndim - 2) + _sum(vectors, matrix.ndim - 2) + _sum(matrix, matrix.ndim - 2)
+        )
+        return size, vectors
+    good: Tensor | None = None
     try:
         size, vectors = decompose(matrix)
         # The matrix, too: of some matrices eigh reads one half only.
@@ -366,7 +438,6 @@ def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor
     found: list[tuple[Tensor, Tensor]] = []
     for i, one in enumerate(members):
         if fine[i]:
-            assert size is not None and vectors is not None
             found.append((size.reshape(-1, *size.shape[len(batch) :])[i], vectors.reshape(-1, *vectors.shape[-2:])[i]))
         else:
             found.append(_rescued(decompose, one, good is None and len(members) > 1))
@@ -405,6 +476,11 @@ def _nothing(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tenso
     least = min(d, n)
     shape = (least, n) if decompose is _orthogonal else (least,)
     return matrix.new_full(shape, torch.nan), matrix.new_full((d, least), torch.nan)
+
+
+def _sum(x: Tensor, batch: int) -> Tensor:
+    """The sum of each member of a batch."""
+    return x.sum(tuple(range(batch, x.ndim)))
 
 
 def _finite_members(size: Tensor, vectors: Tensor) -> Tensor:

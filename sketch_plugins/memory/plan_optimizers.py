@@ -238,9 +238,10 @@ def _bytes(layout: Mapping[str, Any], block: int) -> int:
 def _step(optimizer: torch.optim.Optimizer, subject: Subject, cuda: bool) -> Cost:
     """A step on fake tensors: what is left of it is state, all else is for a while."""
     recorder = Recorder(CUDA_BLOCK if cuda else 1)
-    fused = isinstance(optimizer, SketchOptimizer)
-    for group in optimizer.param_groups if fused else []:
-        group["fused"] = False
+    for group in optimizer.param_groups if isinstance(optimizer, SketchOptimizer) else []:
+        # Sketchy knows which parts of its steps are the kernels', and leaves these out.
+        if not isinstance(optimizer, Sketchy) or group["fused"]:
+            group["fused"] = None if isinstance(optimizer, Sketchy) else False
     # Steps refuse tensors without numbers, for they ask for some. Here the recorder answers.
     optimizer._numbers_are_answered = True  # type: ignore[attr-defined]
     with subject.fake, without_collector():

@@ -12,6 +12,7 @@ from sketch_plugins.optim.adam import ADAFACTOR_DEVICES, PAPER_SKETCH
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import option, with_options
 from sketch_plugins.optim.family import (
+    Batches,
     Buckets,
     Clipping,
     CoupledDecay,
@@ -37,7 +38,18 @@ class Accumulator(TypedDict, total=False):
 
 
 class AdagradOptions(
-    Accumulator, SecondMoment, CoupledDecay, Sketches, Buckets, Steps, Clipping, Lagged, Kernels, Torchs, total=False
+    Accumulator,
+    SecondMoment,
+    CoupledDecay,
+    Sketches,
+    Batches,
+    Buckets,
+    Steps,
+    Clipping,
+    Lagged,
+    Kernels,
+    Torchs,
+    total=False,
 ):
     """Keywords of `CSAdagrad`."""
 

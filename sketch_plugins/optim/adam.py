@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import unused, with_options
 from sketch_plugins.optim.family import (
+    Batches,
     Buckets,
     Clipping,
     Decoupled,
@@ -33,7 +34,18 @@ ADAFACTOR_DEVICES = {"update_clip": 1.0, "scale_parameter": True}
 
 
 class AdamOptions(
-    FirstMoment, SecondMoment, Sketches, Buckets, Steps, Clipping, Lagged, SignedSketch, Kernels, Decoupled, total=False
+    FirstMoment,
+    SecondMoment,
+    Sketches,
+    Batches,
+    Buckets,
+    Steps,
+    Clipping,
+    Lagged,
+    SignedSketch,
+    Kernels,
+    Decoupled,
+    total=False,
 ):
     """Keywords of `CSAdam`."""
 
@@ -138,7 +150,9 @@ class CSAdam(SketchOptimizer):
         return _adam(group, group["betas"][0] if group["first_moment"] != "none" else None, step, sparse)
 
 
-class RMSpropOptions(SecondMoment, Sketches, Buckets, Steps, Clipping, Lagged, Kernels, Decoupled, total=False):
+class RMSpropOptions(
+    SecondMoment, Sketches, Batches, Buckets, Steps, Clipping, Lagged, Kernels, Decoupled, total=False
+):
     """Keywords of `CSRMSprop`."""
 
     momentum: Annotated[float, unused((0.0,), "RMSprop's momentum is not kept; CSAdam and Sketchy have a first moment")]

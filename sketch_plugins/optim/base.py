@@ -99,7 +99,7 @@ class SketchOptimizer(Taking):
             raise
         self._parts.add(self.param_groups[-1], len(self.param_groups) - 1, self.batch_axes)
         if self._step_cache is not None:
-            self._step_cache.large = None
+            self._step_cache.forget_eager()
 
     @outside_graphs
     @torch.no_grad()
@@ -165,10 +165,11 @@ class SketchOptimizer(Taking):
     def step_parameter(self, number: int, index: int) -> None:
         """The step of one parameter, whose gradient is complete: of its group's number and its own in the group.
 
-        The same bits as in `step`, at a cost that does not grow with the number of parameters. `step` has to follow
-        when all have taken theirs, as `sketch_plugins.InBackward` sees to: it takes the steps of those that still have
-        a gradient, and does what waits for all of them (Sketchy's decompositions, equal shapes in one batch). The
-        gradient is left to the caller, who has to free it, or `step` would use it again.
+        The same bits as in `step` (of `Sketchy` with ``stack_bytes=0``, else the same up to rounding), at a cost that
+        does not grow with the number of parameters. `step` has to follow when all have taken theirs, as
+        `sketch_plugins.InBackward` sees to: it takes the steps of those that still have a gradient, and does what waits
+        for all of them (Sketchy's decompositions, equal shapes in one batch). The gradient is left to the caller, who
+        has to free it, or `step` would use it again.
 
         Raises:
             ValueError: as `step`, of this parameter: it has not changed then.
@@ -200,7 +201,8 @@ class SketchOptimizer(Taking):
             grad = p.grad
             taking.outliving.append(grad)
             if not self._step_cache.recall(taking.again, p.identity, p.data, owner, grad, group, options, state):
-                taking.work.append((p, group, self._gradient(p, grad, group)))
+                one = self._step_cache.repeated(p, grad, group, options, state)
+                taking.work.append(one or (p, group, self._gradient(p, grad, group)))
                 same = same and p.numel() == 0  # the shard of other ranks is not empty: they take a step, it counts one
         return same
 

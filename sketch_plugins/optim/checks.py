@@ -54,6 +54,11 @@ def described(value: Any) -> str:
     return repr(value) if why is None else f"a tensor {why}"
 
 
+def steps_taken(counter: Tensor) -> Any:
+    """The number in a counter of steps: a CPU tensor, so nobody waits, and no operation is dispatched for it."""
+    return counter.tolist() if type(counter) is Tensor and not counter.ndim else counter.item()
+
+
 def exact_step(step: Any) -> Tensor | None:
     """A saved number of steps as this package counts them: 0-d float32. None: it is no number that float32 can hold."""
     if not isinstance(step, Tensor) or step.numel() != 1 or why_not_plain(step) is not None:

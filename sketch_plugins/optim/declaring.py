@@ -43,6 +43,12 @@ def option(
     return Option("", object, doc, choices, allowed, check, structural, default)
 
 
+def count(default: int, doc: str, least: int, structural: bool = False) -> Option:
+    """An `option` that is an integer of at least ``least``."""
+    allowed = f"an integer >= {least}"
+    return option(default, doc, allowed=allowed, check=lambda v: v >= least, structural=structural)
+
+
 def unused(choices: tuple[Any, ...], why: str) -> NoEffect:
     """An argument of torch's optimizers that is accepted where it changes nothing, to be written into an annotation."""
     return NoEffect("", bool, why, choices=choices, default=choices[0])

@@ -11,11 +11,9 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.kernels.rounding import round_to_bf16
 from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square
+from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import SCALE_FLOOR, Rule
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, tiles
-from sketch_plugins.sharding.parts import (
-    Part,
-)
 from sketch_plugins.stores import Ema, Gradient, Store
 from sketch_plugins.stores.base import State
 
@@ -93,21 +91,16 @@ class Factors:
         return self._factor
 
 
-def take(
-    p: Part,
-    grad: Gradient,
-    rule: Rule,
-    state: Mapping[str, Any],
-    named: Mapping[str, Store],
-    group: Mapping[str, Any],
-) -> None:
+def take(one: Pending) -> None:
     """Write the moments that are written before they are read, then take the step in tiles."""
+    grad, rule, state, named = one.grad, one.rule, one.state, one.named
+    assert rule is not None
     first, second = named.get("first_moment"), named.get("second_moment")
     for name, store in named.items():
         ema = rule.first if name == "first_moment" else rule.second
         if store.write_first and ema is not None:
             store.write(state[name], grad, ema)
-    apply(grad.like(p.data), grad, rule, state, first, second, group)
+    apply(grad.like(one.p.data), grad, rule, state, first, second, one.group)
 
 
 def apply(

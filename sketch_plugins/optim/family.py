@@ -13,6 +13,25 @@ from sketch_plugins.stores.kinds import FIRST_MOMENTS, SECOND_MOMENTS
 from sketch_plugins.stores.sketch import BUCKETS, TABLE_DTYPES
 
 
+class Batches(TypedDict, total=False):
+    """What is a matrix."""
+
+    batch_dims: Annotated[
+        int | str | None,
+        option(
+            "auto",
+            "how many of a tensor's first axes are a batch of matrices. With 1 a tensor of three or more dimensions is "
+            "a batch of matrices, and each of them has buckets of its own (``compression`` and ``width`` are those of "
+            "one matrix), and covers of its own rows: no expert shares them with another one. With 0 dimension 0 is "
+            'the rows. ``"auto"``: 1 for a tensor ``(E, R, D)`` whose R and D are 16 or more, if E is at most R and D, '
+            "or if D is 256 or more; 0 for all others, such as convolutions. Where no moment is kept in a sketch or in "
+            "covers, nothing depends on it.",
+            choices=("auto", 0, 1),
+            structural=True,
+        ),
+    ]
+
+
 class Sketches(TypedDict, total=False):
     """How rows fall into the buckets of a sketch."""
 
@@ -54,20 +73,6 @@ class Sketches(TypedDict, total=False):
             '``"strided"``: row mod width for the first table; ``"affine"``: a seeded bijection, ``(a * row + b) mod R '
             "mod width``; see `sketch_plugins.hashing`.",
             choices=HASHES,
-            structural=True,
-        ),
-    ]
-    batch_dims: Annotated[
-        int | str | None,
-        option(
-            "auto",
-            "how many of a tensor's first axes are a batch of matrices. With 1 a tensor of three or more dimensions is "
-            "a batch of matrices, and each of them has buckets of its own (``compression`` and ``width`` are those of "
-            "one "
-            'matrix): no expert shares a bucket with another one. With 0 dimension 0 is the rows. ``"auto"``: 1 for a '
-            "tensor ``(E, R, D)`` whose R and D are 16 or more, if E is at most R and D, or if D is 256 or more; 0 for "
-            "all others, such as convolutions. Where no moment is kept in a sketch, nothing depends on it.",
-            choices=("auto", 0, 1),
             structural=True,
         ),
     ]
@@ -309,7 +314,7 @@ class Decoupled(Torchs, total=False):
 
 
 class _Family(
-    Sketches, FirstMoment, SignedSketch, SecondMoment, Buckets, Clipping, Lagged, Kernels, Steps, total=False
+    Sketches, Batches, FirstMoment, SignedSketch, SecondMoment, Buckets, Clipping, Lagged, Kernels, Steps, total=False
 ):
     pass
 
@@ -319,6 +324,7 @@ FAMILY: dict[str, Option] = {**BY_POSITION, **declared(_Family)}
 
 # What only a sketched optimizer calls an option: no framework means something else by it.
 _SKETCHY = {
+    "stack_bytes", "stagger_solves",
     "budget", "shampoo_beta", "update_freq", "statistics_freq", "start_preconditioning_step", "solver", "refresh_every",
     "graft", "matrix_eps", "momentum_placement", "momentum_of", "merge_dims", "max_block_dim", "max_axis",
     "max_aspect_ratio", "nonfinite",

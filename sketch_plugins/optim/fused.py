@@ -33,6 +33,8 @@ class Backend:
         prepare_tasks: (tasks, rows of numbers, each task's row, addresses of the gradients, the last program): makes
             the steps ready, without changing anything. Returns the program, for the next step, and for each launch the
             places of its tasks in the list and what takes their steps.
+        moved: (tasks, their program, bytes): the tasks of the same steps whose parameters lie so many bytes further on;
+            the program is theirs then. A backend that has none has to make them anew.
         prepare: the same of a list of works, for this step alone. A backend that has none has a task for every work.
     """
 
@@ -41,6 +43,7 @@ class Backend:
     task: Callable[[Work], Any]
     prepare_tasks: Callable[..., tuple[Any, Sequence[tuple[Sequence[int], Callable[[], None]]]]]
     prepare: Callable[[list[Work]], list[tuple[list[int], Callable[[], None]]]] | None = None
+    moved: Callable[[list[Any], Any, int], list[Any]] | None = None
 
 
 def backend(device: torch.device, fused: bool | None) -> Backend | None:
@@ -86,7 +89,7 @@ def _numba() -> Backend:
         raise ImportError(f"Numba cannot be imported ({error}): pip install 'sketch-plugins[cpu]'") from error
     from sketch_plugins.kernels import cpu
 
-    return Backend("numba", cpu.unsupported, cpu.prepare, cpu.prepare_step)
+    return Backend("numba", cpu.unsupported, cpu.prepare, cpu.prepare_step, moved=cpu.moved)
 
 
 def describe(
@@ -110,8 +113,8 @@ def describe(
     fresh = new or grad.rows is not None
     return Work(
         parameter, gradient, grad.rows, grad.packed,
-        (first, _in_order(first, grad, state["first_moment"])) if first else None,
-        (second, _in_order(second, grad, state["second_moment"])) if second else None,
+        (first, ordered(first, grad, state["first_moment"])) if first else None,
+        (second, ordered(second, grad, state["second_moment"])) if second else None,
         after=rule.precondition_first and first is not None,
         measure=fresh if last is not None else bool(group.get("scale_parameter") or group.get("update_clip")),
         stochastic=group["stochastic_rounding"] and p.dtype == torch.bfloat16,
@@ -125,7 +128,7 @@ def describe(
     )  # fmt: skip
 
 
-def _in_order(store: Store, grad: Gradient, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ordered(store: Store, grad: Gradient, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As the store lays them out: kernels take tensors by their place, and a state dict may have been sorted."""
     if len(state) < 2:
         return dict(state)

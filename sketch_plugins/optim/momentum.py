@@ -12,6 +12,7 @@ from sketch_plugins.optim.adam import PAPER_SKETCH
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import option, unused, with_options
 from sketch_plugins.optim.family import (
+    Batches,
     Clipping,
     CoupledDecay,
     FirstMoment,
@@ -44,7 +45,18 @@ class Momentum(TypedDict, total=False):
 
 
 class MomentumOptions(
-    Momentum, FirstMoment, CoupledDecay, Sketches, Steps, Clipping, Lagged, SignedSketch, Kernels, Torchs, total=False
+    Momentum,
+    FirstMoment,
+    CoupledDecay,
+    Sketches,
+    Batches,
+    Steps,
+    Clipping,
+    Lagged,
+    SignedSketch,
+    Kernels,
+    Torchs,
+    total=False,
 ):
     """Keywords of `CSMomentum`."""
 

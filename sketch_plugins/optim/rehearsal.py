@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sketch_plugins import scratch
 from sketch_plugins.optim.checks import is_fake
-from sketch_plugins.optim.pending import Pending
+from sketch_plugins.optim.pending import Batch, Pending
 
 #: What the temporaries depend on -> their sizes. The layers of a model are alike, and a rehearsal takes as long as some
 #: hundred operations.
@@ -21,26 +21,27 @@ REHEARSED: dict[Any, dict[scratch.Slot, int]] = {}
 _MOST = 1000
 
 
-def rehearse(eager: Callable[..., None], kind: Any, one: Pending) -> dict[scratch.Slot, int]:
-    """The temporaries of the step that ``eager`` would take, a method of an optimizer of this kind.
+def rehearse(batch: Batch, kind: Any) -> dict[scratch.Slot, int]:
+    """The temporaries of the steps of a batch, of an optimizer of this kind.
 
     With ``compile=True`` it is taken with copies instead: that compiles it. Touched rows are looked at by the host,
     which tensors without memory have nothing to show to: their temporaries are allocated in the step itself. Steps are
     told apart by the class, the options, and the layout of all tensors: not by what else an instance knows.
     """
-    if one.grad.rows is not None or one.rule is None:
+    if any(one.grad.rows is not None or one.rule is None for one in batch.members):
         return {}
-    if one.grad.compile:
-        return _take(eager, one, one.p.device)
-    key = kind, _depends_on(one, [name for name in kind.OPTIONS if name != "lr"])
+    if any(one.grad.compile for one in batch.members):
+        return _take(batch, batch.members[0].p.device)
+    options = [name for name in kind.OPTIONS if name != "lr"]
+    key = kind, batch.way, tuple(_depends_on(one, options) for one in batch.members)
     try:
         known = REHEARSED.get(key)
     except TypeError:  # an option that has no hash
-        return _take(eager, one, torch.device("meta"))
+        return _take(batch, torch.device("meta"))
     if known is None:
         if len(REHEARSED) >= _MOST:
             REHEARSED.clear()
-        known = REHEARSED[key] = _take(eager, one, torch.device("meta"))
+        known = REHEARSED[key] = _take(batch, torch.device("meta"))
     return known
 
 
@@ -74,21 +75,25 @@ def _layout(value: Any) -> Any:
     return value
 
 
-def _take(eager: Callable[..., None], one: Pending, device: torch.device) -> dict[scratch.Slot, int]:
-    fake = is_fake(one.p.data)
+def _take(batch: Batch, device: torch.device) -> dict[scratch.Slot, int]:
+    fake, own = is_fake(batch.members[0].p.data), batch.members[0].p.device
     with _disable_current_modes() if fake else contextlib.nullcontext():
-        p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
-        p.owner = p.data
-        gradient, state = one.grad.like(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
-        grad = one.grad.of(one.grad.like(p.data), gradient)
-        # Nobody can ask a fake tensor for its number; `sketch_plugins.plan` answers for it that this is no first step.
-        state["step"] = torch.full((), 2.0) if fake else one.state["step"] + 1
+        members = [_twin_of(one, device, fake) for one in batch.members]
         with scratch.scratch():
             try:
-                eager(p, grad, one.rule, state, one.named, one.group)
+                batch.twin().take(members)
             except NotImplementedError:  # an operation that has no form without memory
                 return {}
-            return {(name, dtype, one.p.device): n for (name, dtype, _), n in scratch.used().items()}
+            return {(name, dtype, own): n for (name, dtype, _), n in scratch.used().items()}
+
+
+def _twin_of(one: Pending, device: torch.device, fake: bool) -> Pending:
+    p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
+    p.owner = p.data
+    gradient, state = one.grad.like(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
+    # Nobody can ask a fake tensor for its number; `sketch_plugins.plan` answers for it that this is no first step.
+    state["step"] = torch.full((), 2.0) if fake else one.state["step"] + 1
+    return dataclasses.replace(one, p=p, grad=one.grad.of(one.grad.like(p.data), gradient), state=state)
 
 
 def _twin(tensor: Tensor, device: torch.device) -> Tensor:

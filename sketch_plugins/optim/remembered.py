@@ -9,7 +9,6 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from sketch_plugins.optim.fused import Backend
 from sketch_plugins.sharding.state_names import PLACE, is_step, kind_of
 
 ADDRESS = Tensor.data_ptr
@@ -19,7 +18,7 @@ class Remembered:
     """A part's step as it was described, and all that the description was made of.
 
     Attributes:
-        backend: the kernels that take it.
+        backend: the kernels that take it; None: it is eager.
         task: the step as they are given it.
         options: of the group; the same object as long as they are equal.
         address, shape, dtype, cpu: of the part.
@@ -33,7 +32,7 @@ class Remembered:
     )  # fmt: skip
 
     def __init__(
-        self, p: Tensor, g: Tensor, options: tuple[Any, ...], state: Mapping[str, Tensor], backend: Backend, task: Any
+        self, p: Tensor, g: Tensor, options: tuple[Any, ...], state: Mapping[str, Tensor], backend: Any, task: Any
     ) -> None:
         self.backend, self.task, self.options = backend, task, options
         self.address, self.shape, self.dtype, self.cpu = p.data_ptr(), p.shape, p.dtype, p.is_cpu

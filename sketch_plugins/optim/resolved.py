@@ -9,9 +9,10 @@ import torch
 
 from sketch_plugins import scratch
 from sketch_plugins.optim import eager
+from sketch_plugins.optim.checks import steps_taken
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, choose
 from sketch_plugins.optim.gradients import Gradients
-from sketch_plugins.optim.pending import Pending
+from sketch_plugins.optim.pending import Batch, Pending, undo_slots
 from sketch_plugins.optim.rehearsal import rehearse
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.step_cache import StepCache
@@ -30,17 +31,13 @@ class Resolution(Gradients):
     def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
         """Called once for freshly allocated state."""
 
-    def _eager(
-        self,
-        p: Part,
-        grad: Gradient,
-        rule: Rule,
-        state: Mapping[str, Any],
-        named: Mapping[str, Store],
-        group: Mapping[str, Any],
-    ) -> None:
+    def _eager(self, one: Pending) -> None:
         """The step of one part without kernels."""
-        eager.take(p, grad, rule, state, named, group)
+        eager.take(one)
+
+    def _together(self, eager: Sequence[Pending]) -> list[Batch]:
+        """Which of the eager steps are taken together."""
+        return [Batch(self._eager, [one]) for one in eager]
 
     def _resolve(
         self,
@@ -74,17 +71,29 @@ class Resolution(Gradients):
             )
             assert one.backend is not None and one.work is not None
             return one
-        one.step = step = int(state["step"].item()) + 1  # a CPU tensor: no synchronisation
+        one.step = step = int(steps_taken(state["step"])) + 1
         if grad.rows is not None and len(grad.rows) == 0:
             one.idle = True
             return one
+        one.rule = self._rule_of(group, step, sparse, rules)
+        if not self._further(p, group):
+            one.backend, one.work = choose(p.data, group, grad, one.rule, (first, second), state, large, step == 1)
+            one.refused = one.backend is None and bool(group["fused"])
+        return one
+
+    def _repeat(self, one: Pending, rules: dict[tuple[int, int, bool], Rule]) -> Pending:
+        """Number and rule of a step that is like the last one."""
+        one.step, one.repeated = int(steps_taken(one.state["step"])) + 1, True
+        one.rule = self._rule_of(one.group, one.step, False, rules)
+        return one
+
+    def _rule_of(
+        self, group: dict[str, Any], step: int, sparse: bool, rules: dict[tuple[int, int, bool], Rule]
+    ) -> Rule:
         key = (id(group), step, sparse)
         if key not in rules:
             rules[key] = self._rule(group, step, sparse)
-        one.rule = rules[key]
-        if not self._further(p, group):
-            one.backend, one.work = choose(p.data, group, grad, one.rule, (first, second), state, large, step == 1)
-        return one
+        return rules[key]
 
     def _allocate(
         self, p: Part, group: Mapping[str, Any], grad: Gradient, named: Mapping[str, Store]
@@ -111,19 +120,23 @@ class Resolution(Gradients):
             )
         return self._step_cache.large
 
-    def _reserve(self, eager: Sequence[Pending]) -> dict[scratch.Slot, int] | None:
+    def _reserve(self, batches: Sequence[Batch]) -> dict[scratch.Slot, int] | None:
         """Allocate the temporaries of the eager steps; returns where to note what they have really used."""
-        if not eager:
+        if not batches:
             return None
         assert self._step_cache is not None
         # With lagged_rms a first step is unlike those that follow.
-        key = tuple([(one.p.identity, one.step == 1 and one.group.get("lagged_rms", False)) for one in eager])
+        eager = [one for batch in batches for one in batch.members]
+        key = (
+            tuple([(one.p.identity, one.step == 1 and one.group.get("lagged_rms", False)) for one in eager]),
+            tuple([(len(batch.members), batch.way) for batch in batches]),
+        )
         slots = self._step_cache.temporaries.get(key)
         if slots is None:
             slots = {}
-            for one in eager:
-                copies = {(f"undo {i}", t.dtype, t.device): t.numel() for i, t in enumerate(one.undone)}
-                for slot, n in (*rehearse(self._eager, type(self), one).items(), *copies.items()):
+            for batch in batches:
+                needed = [*rehearse(batch, type(self)).items()]
+                for slot, n in (*needed, *undo_slots(batch.members).items()):
                     slots[slot] = max(n, slots.get(slot, 0))
             if len(self._step_cache.temporaries) > 1000:  # parameters that are replaced all the time leave entries
                 self._step_cache.temporaries.clear()

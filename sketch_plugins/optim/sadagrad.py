@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,12 +15,13 @@ from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.family import FAMILY
 from sketch_plugins.optim.finite import check_finite, warn_of
 from sketch_plugins.optim.options import Option, rate
+from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import Further, Rule
-from sketch_plugins.optim.sketchy_step import take
+from sketch_plugins.optim.sketchy.write_back import take
 from sketch_plugins.optim.taking import Members
 from sketch_plugins.sharding.blocks import Matrix
-from sketch_plugins.sharding.parts import Part, Shaped
-from sketch_plugins.stores import Gradient, Store
+from sketch_plugins.sharding.parts import Shaped
+from sketch_plugins.stores import Gradient
 
 _COMMON = ("lr", "eps", "weight_decay", "maximize", "chunk_size")
 
@@ -121,16 +123,9 @@ class SAdagrad(SketchOptimizer):
     def _may_step(self, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
         return check_finite(self, members, among)
 
-    def _eager(
-        self,
-        p: Part,
-        grad: Gradient,
-        rule: Rule,
-        state: Mapping[str, Any],
-        named: Mapping[str, Store],
-        group: Mapping[str, Any],
-    ) -> None:
-        side = _vector(p.numel(), group["rank"]).sides[0]
+    def _eager(self, one: Pending) -> None:
+        grad, state, group = one.grad, one.state, one.group
+        side = _vector(one.p.numel(), group["rank"]).sides[0]
         x = scratch.empty("preconditioned", grad.shape, grad.dtype, grad.device)
         whole = Matrix(x)
         if grad.rows is not None:
@@ -140,18 +135,18 @@ class SAdagrad(SketchOptimizer):
         vector = x.view(-1, 1)
         if grad.rows is not None:
             # The root mixes the numbers: every one of them takes a step.
-            grad = Gradient(whole, None, grad.dtype, grad.chunk, grad.shape)
+            one = replace(one, grad=Gradient(whole, None, grad.dtype, grad.chunk, grad.shape))
         covariance = fd.fold(side.get(state["preconditioner"]), vector, 1.0, tail="paper", solver=group["solver"])
         if all(fd.finite(covariance)):
             side.replace(state["preconditioner"], covariance)
         else:
             covariance = side.get(state["preconditioner"])
-            warn_of([(p, group)], self)
+            warn_of([(one.p, group)], self)
         # What the decomposition of rank + 1 columns resolves. Not d: of 100,000 numbers that is 0.6 % of the largest.
         units = 2.0 * (side.rank + 1)
         inside, outside = fd.inverse_root(covariance, -0.5, group["eps"], "paper", relative=False, units=units)
         fd.multiply(vector, covariance.vectors, inside, outside)
-        take(p.data, grad, whole, rate(group), rule, state, group)
+        take(one, whole, rate(group))
 
 
 def _vector(size: int, rank: int) -> Kronecker:

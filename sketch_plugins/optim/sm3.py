@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import option, with_options
-from sketch_plugins.optim.family import Clipping, Decoupled, FirstMoment, Kernels, Lagged, Steps
+from sketch_plugins.optim.family import Batches, Clipping, Decoupled, FirstMoment, Kernels, Lagged, Steps
 from sketch_plugins.optim.options import Option, rate
 from sketch_plugins.optim.rule import Denominator, Rule
 from sketch_plugins.stores import Ema
@@ -44,7 +44,7 @@ class Accumulators(TypedDict, total=False):
     ]
 
 
-class SM3Options(Accumulators, FirstMoment, Steps, Clipping, Lagged, Kernels, Decoupled, total=False):
+class SM3Options(Accumulators, Batches, FirstMoment, Steps, Clipping, Lagged, Kernels, Decoupled, total=False):
     """Keywords of `SM3`."""
 
 

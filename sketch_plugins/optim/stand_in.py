@@ -127,7 +127,9 @@ def small_optimizer(
     if one.grad.matrices > 1:
         options["batch_dims"] = 1
     if "precondition" in options:
-        options["precondition"] = "none"  # of Sketchy; tensors with covariances have no kernels
+        # Of preconditioned tensors the parts that kernels take, without the products, which would enlarge rounding.
+        own = optimizer._further(one.p, group)
+        options |= {"precondition": "all" if own else "none", "start_preconditioning_step": 1 << 30, "input": "update"}
     groups = [
         {**options, "params": [p for p, (_, c, _) in given if c is compressed], "min_compress_size": size}
         for compressed, size in ((True, 0), (False, 1 << 62))

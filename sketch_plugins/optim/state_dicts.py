@@ -15,6 +15,7 @@ from sketch_plugins.optim.checks import (
     exact_step,
     has_numbers,
     is_fake,
+    steps_taken,
     why_impossible,
     why_not_plain,
 )
@@ -213,8 +214,8 @@ class StateDicts(StateLayout):
                 if self.batch_axes(part.whole, group):
                     raise ValueError(
                         "the state dict was written before the option batch_dims existed: in its state of "
-                        f"{self._label(group, part)} the {part.whole[0]} matrices share their buckets. With "
-                        f"batch_dims={group['batch_dims']!r} each matrix has buckets of its own. Build the optimizer "
+                        f"{self._label(group, part)} the {part.whole[0]} matrices share their buckets, or covers. With "
+                        f"batch_dims={group['batch_dims']!r} each matrix has its own. Build the optimizer "
                         "with batch_dims=0 (in this group at least) to continue with the old layout, or start with "
                         "new state"
                     )
@@ -252,7 +253,7 @@ class StateDicts(StateLayout):
             and step.dtype == torch.float32
             and step.device.type != "meta"
             # What lives on a device (capturable) is looked at when it is loaded, not in every step.
-            and (step.device.type != "cpu" or is_fake(step) or 0 <= float(step) < 1e18)
+            and (step.device.type != "cpu" or is_fake(step) or 0 <= steps_taken(step) < 1e18)
         ):
             raise ValueError(
                 f"the {which} step of {label} is {described(step)}; expected a float32 tensor of one number >= 0"

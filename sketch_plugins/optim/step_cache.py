@@ -9,17 +9,21 @@ alive but those that hold numbers of steps, and none of this is state: a copy of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sketch_plugins.optim.checks import steps_taken
 from sketch_plugins.optim.fused import Backend
+from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.remembered import Again, Counters, Remembered
 from sketch_plugins.optim.remembered_group import RememberedGroup, remember
 from sketch_plugins.scratch import Slot
+from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Part
-from sketch_plugins.sharding.state_names import is_step
+from sketch_plugins.sharding.state_names import flattened, is_step
+from sketch_plugins.stores import Gradient
 
 # Read in every step.
 _NUMBERS = ("lr", "betas", "eps")
@@ -28,6 +32,51 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 GROUP, FAILURES = 4, 20
 # Steps after which earlier failures are forgotten.
 LASTING = 100
+
+
+class LikeGradient(NamedTuple):
+    """What a `Gradient` is made of beside the tensor."""
+
+    batch: int
+    dtype: torch.dtype
+    chunk: int
+    shape: tuple[int, int]
+    negate: bool
+    matrices: int
+
+
+class Described:
+    """What the eager step of a part was resolved to: stores, what its gradient is made of, names in the state."""
+
+    def __init__(self, one: Pending, names: Sequence[str]) -> None:
+        grad = one.grad
+        self.named = one.named
+        self.gradient = LikeGradient(
+            grad.matrix.batch, grad.dtype, grad.chunk, grad.shape, grad.negate, grad.matrices
+        )  # fmt: skip
+        self._names = list(zip(_paths(one.state), names, strict=True))
+
+    def fits(self, gradient: int) -> bool:
+        """See `Remembered`."""
+        return True
+
+    def state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The part's, `nested`, in that of its owner."""
+        out: dict[str, Any] = {}
+        for (kind, inner), name in self._names:
+            if inner is None:
+                out[kind] = state[name]
+            else:
+                out.setdefault(kind, {})[inner] = state[name]
+        return out
+
+
+def _paths(state: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """(kind, name within it) of each tensor of a nested state, in the order of `flattened`."""
+    out: list[tuple[str, str | None]] = []
+    for kind, value in state.items():
+        out += [(kind, inner) for inner in value] if isinstance(value, Mapping) else [(kind, None)]
+    return out
 
 
 class StepCache:
@@ -42,6 +91,8 @@ class StepCache:
         self.used = self.lately = 0
         #: Identity of a group -> the group, and its options in the last step.
         self.options: dict[int, tuple[Any, dict[str, Any]]] = {}
+        #: Parts of a stack of preconditioned tensors -> part of its step -> its program.
+        self.stacks: dict[tuple[Any, ...], dict[str, Any]] = {}
         #: Parts of an eager step -> the temporaries that it took.
         self.temporaries: dict[tuple[Any, ...], dict[Slot, int]] = {}
         #: (backend, only, number of a launch) -> the counters of its parts.
@@ -50,6 +101,8 @@ class StepCache:
         self._groups: dict[tuple[int, int], RememberedGroup] = {}
         self._failed: dict[tuple[int, int], int] = {}
         self._tasks: dict[Any, Remembered] = {}
+        #: Those whose steps are eager.
+        self._described: dict[Any, Remembered] = {}
         self._marks: dict[int, tuple[Any, ...] | None] = {}
 
     def marks(self, options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -139,7 +192,7 @@ class StepCache:
         if not found.holds(p, grad, address, state):
             return False
         counter = state[found.step]
-        step = counter.item()
+        step = steps_taken(counter)
         # A first step is no repetition: with lagged_rms it has to measure.
         if not 1 <= step < 1e18 or counter.dtype is not torch.float32:
             return False
@@ -149,6 +202,56 @@ class StepCache:
         those.outliving += (grad, *[state[name] for name, _, _ in found.tensors])
         those.add(found.task, address, counter, step, group, p, owner)
         return True
+
+    def repeated(
+        self, part: Part, grad: Any, group: dict[str, Any], options: tuple[Any, ...] | None, state: Any
+    ) -> Pending | None:
+        """The eager step of a part that looks as it did, but for its number and rule; None: it looks otherwise.
+
+        Args:
+            part: the part.
+            grad: its gradient.
+            group: its group,
+            options: and what `marks` says of that.
+            state: of the owner.
+        """
+        found = self._described.get(part.identity)
+        if found is None or found.options is not options or type(grad) is not Tensor or type(part.data) not in _PLAIN:
+            return None
+        if grad.layout is not torch.strided or not found.holds(part.data, grad, grad.data_ptr(), state):
+            return None
+        if not 1 <= steps_taken(state[found.step]) < 1e18:
+            return None
+        named, like = found.task.named, found.task.gradient
+        gradient = Gradient(Matrix(grad, like.batch), None, like.dtype, like.chunk, like.shape, False, like.negate)
+        gradient.matrices = like.matrices
+        try:
+            own = found.task.state(state)
+        except KeyError:  # another layout of the state
+            return None
+        return Pending(part, group, gradient, own, False, named)
+
+    def describe(self, one: Pending, options: tuple[Any, ...] | None) -> None:
+        """Keep what an eager step was resolved to for the next one; no tensor of it."""
+        p, grad = one.p.data, one.grad.matrix.tensor
+        if options is None or one.refused or one.grad.rows is not None or one.grad.l2 is not None or one.grad.compile:
+            return
+        state = flattened(one.state, one.p.key)
+        if (
+            _is_plain(p)
+            and type(grad) is Tensor
+            and _is_plain(grad)
+            and grad.shape == p.shape
+            and all(type(tensor) is Tensor for tensor in state.values())
+        ):
+            counter = state[next(filter(is_step, state))]
+            if counter.numel() == 1 and counter.is_cpu:
+                task = Described(one, list(state))
+                self._described[one.p.identity] = Remembered(p, grad, options, state, None, task)
+
+    def forget_eager(self) -> None:
+        """Whether kernels are compiled for small tensors may be another question now."""
+        self.large, self._described = None, {}
 
     def learn(
         self,
@@ -177,9 +280,11 @@ class StepCache:
         """Forget everything where most of it was not used: parameters that are replaced all the time leave tasks."""
         # DeepSpeed takes the steps of groups one by one: a small one is not the measure of what is used.
         self.lately = max(self.used, self.lately * 63 // 64)
-        if max(len(self._tasks), len(self.programs), len(self._marks)) > 2 * self.lately + 1000:
-            self._tasks, self.programs, self._marks = {}, {}, {}
-            self._groups, self._failed, self.counters = {}, {}, {}
+        if max(len(self._tasks), len(self._described), len(self.programs), len(self._marks)) > 2 * self.lately + 1000:
+            self._tasks, self._described, self.programs, self._marks = {}, {}, {}, {}
+            self._groups, self._failed, self.counters, self.stacks = {}, {}, {}, {}
+        if len(self.stacks) > 64 + self.lately:  # gradients that come and go make other stacks in each step
+            self.stacks = {}
         self.used = 0
 
 

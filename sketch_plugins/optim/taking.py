@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from sketch_plugins import scratch
 from sketch_plugins.optim.ambient import outside_graphs, uninterrupted
 from sketch_plugins.optim.eager import rms_of
 from sketch_plugins.optim.fused import Backend, numbers, vector
-from sketch_plugins.optim.pending import Pending
+from sketch_plugins.optim.pending import Batch, Pending, copied_aside
 from sketch_plugins.optim.remembered import Again, Counters
 from sketch_plugins.optim.resolved import Resolution
 from sketch_plugins.optim.rule import Rule
@@ -26,6 +26,8 @@ from sketch_plugins.stores import Gradient
 
 # (group, number in the group) of parameters with a gradient.
 Members = Sequence[tuple[dict[str, Any], int]]
+# A part with its group and its gradient, or what has been resolved of its eager step.
+Work = tuple[Part, dict[str, Any], Gradient] | Pending
 
 
 class StepOfAll:
@@ -34,7 +36,7 @@ class StepOfAll:
     Attributes:
         groups: (group, gradients of all its parameters, None where there is none) of those recalled as a whole.
         single: (group, index) of each other parameter.
-        work: those of their parts that have to be described,
+        work: those of their parts that have to be described, or whose eager steps have been,
         again: and those that look as they did in the last step, by backend.
         outliving: kernels know addresses only: gradients that were made for this step have to outlive it.
     """
@@ -42,7 +44,7 @@ class StepOfAll:
     def __init__(self) -> None:
         self.groups: list[tuple[dict[str, Any], list[Any]]] = []
         self.single: list[tuple[dict[str, Any], int]] = []
-        self.work: list[tuple[Part, dict[str, Any], Gradient]] = []
+        self.work: list[Work] = []
         self.again: dict[Backend, Again] = {}
         self.outliving: list[Tensor | None] = []
 
@@ -57,30 +59,45 @@ class Taking(Resolution):
     """Takes the steps that have been resolved, and those that look as they did in the last step."""
 
     @outside_graphs
-    def _update(
-        self, work: list[tuple[Part, dict[str, Any], Gradient]], again: dict[Backend, Again], only: int | None = None
-    ) -> None:
+    def _update(self, work: list[Work], again: dict[Backend, Again], only: int | None = None) -> None:
         """Change state and parameters; ``only``: id of the one parameter that all of it belongs to.
 
         Whatever can fail comes first: until `_commit` nothing has changed.
         """
         large = self._has_large() if work else False
         rules: dict[tuple[int, int, bool], Rule] = {}
-        pending = [self._resolve(p, group, grad, rules, large) for p, group, grad in work]
+        pending = [
+            self._repeat(one, rules) if isinstance(one, Pending) else self._resolve(*one, rules, large) for one in work
+        ]
+        eager = [one for one in pending if one.backend is None and not one.idle]
+        batches = self._together(eager) if eager else []
         if pending:
-            confirm(self, pending)
+            confirm(self, [*pending, *(trial for batch in batches for trial in batch.trials)])
+        for batch in batches:
+            batch.settle()
+        known = set(map(id, eager))
+        refused = [one for one in pending if one.backend is None and not one.idle and id(one) not in known]
+        batches += [Batch(self._eager, [one]) for one in refused]
         fused: dict[Backend, list[Pending]] = {backend: [] for backend in again}
-        eager: list[Pending] = []
         for one in pending:
             if one.backend is not None:
                 fused.setdefault(one.backend, []).append(one)
-            elif not one.idle:
-                eager.append(one)
         takes: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
         for backend, members in fused.items():
             self._fill_numbers(members)
             takes += self._prepare(backend, members, again.get(backend), only)
-        slots = self._reserve(eager)
+        slots = self._reserve(batches)
+        ways = [batch.way for batch in batches]
+        for batch in batches:
+            batch.prepare()
+        if ways != [batch.way for batch in batches]:  # kernels have refused, and more is eager than was thought
+            slots = self._reserve(batches)
+            for batch in batches:
+                batch.prepare()
+        # Of what is described for the next step.
+        assert self._step_cache is not None
+        cache = self._step_cache
+        marks = [None if one.repeated else cache.marks(self.OPTIONS, one.group) for one in pending]
         changed = [tensor for one in pending for tensor in (one.p.owner, one.p.data)]
         for those in again.values():
             changed += those.changed
@@ -91,9 +108,25 @@ class Taking(Resolution):
             idle = [counter for those in again.values() for counter in those.idle]
             if idle:
                 torch._foreach_add_(idle, 1.0)
-            self._commit([one for one in pending if one.idle], eager, takes)
+            stepped: list[Pending] = []
+            try:
+                self._commit([one for one in pending if one.idle], batches, takes, stepped)
+            finally:
+                # In their own order, whoever took them: that of the pieces in a flat partition's state.
+                places = {id(one): place for place, one in enumerate(pending)}
+                for one in sorted(stepped, key=lambda one: places[id(one)]):
+                    self._adopt(one)
         if slots is not None:
             slots.update(scratch.used())
+        self._describe(pending, marks)
+
+    def _describe(self, pending: Sequence[Pending], marks: Sequence[Any]) -> None:
+        assert self._step_cache is not None
+        for one, options in zip(pending, marks, strict=True):
+            if one.backend is None and not one.idle:
+                self._step_cache.used += 1
+                if not one.repeated:
+                    self._step_cache.describe(one, options)
 
     def _prepare(
         self, backend: Backend, pending: list[Pending], known: Again | None, only: int | None
@@ -202,46 +235,52 @@ class Taking(Resolution):
     def _commit(
         self,
         idle: Sequence[Pending],
-        eager: Sequence[Pending],
+        batches: Sequence[Batch],
         takes: Sequence[tuple[list[Pending], list[Tensor], Callable[[], None]]],
+        stepped: list[Pending],
     ) -> None:
-        """Take the steps. A part's number of steps changes with its state: after an error, each has stepped or not."""
+        """Take the steps. A part's number of steps changes with its state: after an error, each has stepped or not.
+
+        (But for members of a stack that are too large to be undone: see docs/architecture.md.)
+
+        ``stepped`` takes those that have.
+        """
         for one in idle:
             one.state["step"] += 1
             if one.p.numel():
                 self._clean(one)
             if one.group.get("lagged_rms") and one.step == 1:  # no row to measure, and the next step is not the first
                 one.state["rms"]["last"][1] = rms_of(one.grad.like(one.p.data), one.grad)
-            self._adopt(one)
-        for one in eager:
-            with self._undone_by_an_error(one):
-                assert one.rule is not None
-                one.state["step"] += 1
-                self._clean(one)
-                with opened(one.p) as p:
-                    grad = one.grad if p is one.p else one.grad.of(one.grad.like(p.data))
-                    self._eager(p, grad, one.rule, one.state, one.named, one.group)
-            self._adopt(one)
+            stepped.append(one)
+        for batch in batches:
+            with self._undone_by_an_error(batch.members), ExitStack() as copies:
+                members = []
+                torch._foreach_add_([one.state["step"] for one in batch.members], 1.0)
+                for one in batch.members:
+                    self._clean(one)
+                    p = copies.enter_context(opened(one.p))
+                    members.append(one if p is one.p else one.at(p, one.grad.of(one.grad.like(p.data))))
+                batch.take(members)
+            stepped += batch.members
         for members, counters, take in takes:
             for one in members:
                 self._clean(one)
             take()
             if counters:
                 torch._foreach_add_(counters, 1.0)
-            for one in members:
-                self._adopt(one)
+            stepped += members
 
     @contextmanager
-    def _undone_by_an_error(self, one: Pending) -> Iterator[None]:
-        """An error in the block leaves the part as it was before, as far as `Pending.undone` goes."""
-        copies = [(tensor, scratch.cast(f"undo {i}", tensor, tensor.dtype)) for i, tensor in enumerate(one.undone)]
-        step = one.state["step"].clone()
+    def _undone_by_an_error(self, members: Sequence[Pending]) -> Iterator[None]:
+        """An error in the block leaves the parts as they were before, as far as `Pending.undone` goes."""
+        copies = copied_aside(members)
         try:
             yield
         except BaseException:
-            one.state["step"].copy_(step)
-            for tensor, copy in copies:
-                tensor.copy_(copy)
+            for one in members:
+                one.state["step"].fill_(one.step - 1)
+            for tensors, before in copies:
+                torch._foreach_copy_(tensors, before)
             raise
 
     def _clean(self, one: Pending) -> None:

@@ -29,6 +29,7 @@ from interpreter import patch_once
 
 from sketch_plugins import registry
 from sketch_plugins.optim import resolved
+from sketch_plugins.optim.sketchy.stack import Stack
 from sketch_plugins.optim.step_cache import StepCache
 from sketch_plugins.sharding.state_names import kind_of
 from sketch_plugins.stores.log8 import CUT, INFINITE
@@ -86,6 +87,7 @@ if HAS_TRITON:
 def counted(taken):
     """Count in ``taken`` the steps of single parameters that kernels take."""
     choose, recall, recall_group = resolved.choose, StepCache.recall, StepCache.recall_group
+    prepare = Stack.prepare
 
     def choosing(*args, **kwargs):
         out = choose(*args, **kwargs)
@@ -102,11 +104,17 @@ def counted(taken):
         taken["kernel"] += len(given) * out
         return out
 
+    def preparing(self):
+        prepare(self)
+        taken["kernel" if self.taken else "eager"] += len(self.members)
+
     resolved.choose, StepCache.recall, StepCache.recall_group = choosing, recalling, recalling_group
+    Stack.prepare = preparing
     try:
         yield
     finally:
         resolved.choose, StepCache.recall, StepCache.recall_group = choose, recall, recall_group
+        Stack.prepare = prepare
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -360,6 +368,36 @@ def check(name, ours, definition, probes, before, arithmetic, flips, where):
         )
 
 
+def check_covariance(name, ours, definition, probes, tensors, wanted, where):
+    """A tensor of a preconditioner: as good as the definition's, in relation to all that the covariance weighs.
+
+    Kernels decide about what goes in. The decomposition itself is torch's on both sides; of eigenvalues that lie close
+    together it returns any eigenvectors, so that these are compared by what they are: orthonormal.
+    """
+    index, what = name
+    if same_bits(ours, definition):
+        return
+    a, b = ours.double(), definition.double()
+    if not bool(b.isfinite().all()) or not all(bool(probe.isfinite().all()) for probe in probes):
+        return
+    condition = max((float((probe.double() - b).abs().max()) for probe in probes), default=0.0)
+    if ".vectors_" in what:
+        found, right = ((x.mT @ x - torch.eye(x.shape[1], dtype=x.dtype)).abs().max() for x in (a, b))
+        if found > 1e-3 + 2 * right:
+            raise Different(f"{where}: not orthonormal by {float(found)}, of the definition by {float(right)}")
+        own, other = (mine[index, what.replace("vectors", "values")].double() for mine in (tensors, wanted))
+        apart = float(((a * own) @ a.mT - (b * other) @ b.mT).abs().max())
+        # Which of two directions of nearly the same weight is the last one kept is up to rounding.
+        if not apart <= 2.5 * float(other.min()) + 1e-3 * float(other.max()) + TINY:
+            raise Different(f"{where}: the covariance is {apart} from the definition's")
+        return
+    trace = what.replace(what.split(".")[1].split("_")[0], "trace", 1)
+    size = max(float(b.abs().max()), float(wanted[index, trace].abs().max()) if ".buffer" not in what else 0.0)
+    difference = float((a - b).abs().max())
+    if not difference <= CONDITION * condition + 1e-4 * size + TINY:
+        raise Different(f"{where}: {difference} from the definition's, whose largest number is {size}")
+
+
 def run(case, backend, counts=None):
     """Run a case; raises `Different` where the backend and the definition part.
 
@@ -518,6 +556,9 @@ def _compare(case, where, taken, ours, definition, twin, probes, before, step):
             "triton" not in where or tensor.dtype not in (torch.bfloat16, torch.float16)
         )
         near = [other[name] for other in others if name in other]
+        if kind_of(what) == "preconditioner":
+            check_covariance(name, tensor, wanted[name], near, mine, wanted, said)
+            continue
         check(name, tensor, wanted[name], near, size, arithmetic, flips, said)
 
 

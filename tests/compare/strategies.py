@@ -41,6 +41,7 @@ NUMBERS = {
     "max_block_dim": [8192, 0, 16],
     "max_axis": [16384, 8],
     "max_aspect_ratio": [16.0, 1.0],
+    "stack_bytes": [-1, 0, 3000],
 }
 # Who draws these options instead of the table.
 ELSEWHERE = {
@@ -165,9 +166,12 @@ def cases(draw, name, backend, quick=False):
     plainly = draw(st.booleans())  # contiguous parameters and gradients: all that Numba takes
     tensors = []
     for _ in range(draw(st.sampled_from([1, 2] if quick else [1, 2, 3] if backend == "triton" else [1, 2, 3, 4]))):
+        shape = draw(st.sampled_from(shapes))
+        if name == "sketchy" and tensors and draw(st.booleans()):  # those of equal shape are stacked
+            shape = tensors[-1]["shape"]
         tensors.append(
             {
-                "shape": draw(st.sampled_from(shapes)),
+                "shape": shape,
                 "dtype": draw(st.sampled_from(dtypes)),
                 "layout": "contiguous" if plainly else draw(st.sampled_from(LAYOUTS)),
                 "group": draw(st.integers(0, len(groups) - 1)),

@@ -425,24 +425,26 @@ def test_the_first_directions_are_known_to_all_digits():
             assert values[-1] > 1e-3 * values[0], (d, k)
 
 
-# -- accumulate and drain --------------------------------------------------------------------------------------------
+# -- sampled and drain ----------------------------------------------------------------------------------------------
 
 
 def gathered(stream, vectors, decay):
     buffer = torch.zeros_like(vectors)
     for x in stream:
-        fd.accumulate(buffer, vectors, x.unsqueeze(0).to(vectors.dtype), decay)
+        buffer.mul_(decay).add_(fd.sampled(x.to(vectors.dtype), vectors))
     return buffer
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("m", [1, 3])
-def test_accumulate_is_the_decayed_covariance_times_the_vectors(m, decay):
+def test_sampled_is_the_covariance_times_the_vectors(m, decay):
     vectors = torch.linalg.qr(normal(9, 4)).Q
     buffer, covariance = torch.zeros(9, 4, dtype=F64), torch.zeros(9, 9, dtype=F64)
     for t in range(5):
         x = normal(m, 9, 6, seed=t)
-        fd.accumulate(buffer, vectors, x, decay)
+        each = fd.sampled(x, vectors.expand(m, 9, 4))
+        assert torch.allclose(each[0], fd.sampled(x[0], vectors), rtol=0, atol=1e-13 * norm(each[0]))
+        buffer.mul_(decay).add_(each.sum(0))
         covariance = decay * covariance + sum(part @ part.mT for part in x)
     assert torch.allclose(buffer, covariance @ vectors, rtol=0, atol=1e-13 * norm(covariance))
 
@@ -698,7 +700,7 @@ def test_sketches_of_finite_gradients_are_finite(scale, tail, solver):
                 sketch = fd.fold(sketch, x, 0.9, tail=tail, solver=solver)
                 assert fd.finite(sketch) == [True]
                 assert_orthonormal(sketch.vectors, EPS32)
-                fd.accumulate(buffer, sketch.vectors, x.unsqueeze(0), 0.9)
+                buffer.mul_(0.9).add_(fd.sampled(x, sketch.vectors))
                 assert fd.drain(buffer, sketch.vectors).isfinite().all()
                 for exponent in (-0.25, -1.0):
                     roots = fd.inverse_root(sketch, exponent, 0.0, tail, absolute=False)
@@ -718,12 +720,16 @@ def test_autocast_changes_no_bit(solver, n):
         buffer = torch.zeros_like(sketch.vectors)
         for t in range(3):
             x = normal(70, n, seed=t, dtype=torch.float32)
-            fd.accumulate(buffer, sketch.vectors, x.unsqueeze(0), 0.9)
-            fd.accumulate(buffer, sketch.vectors, torch.stack([x, x]), 0.9)
+            buffer.mul_(0.9).add_(fd.sampled(x, sketch.vectors))
+            both = torch.stack([sketch.vectors, sketch.vectors])
+            buffer.mul_(0.9).add_(fd.sampled(torch.stack([x, x]), both).sum(0))
             sketch = fd.fold(fd.fold(sketch, x, 0.9, solver=solver), fd.drain(buffer, sketch.vectors), 0.9)
         inside, outside = fd.inverse_root(sketch, -0.25, 1e-6, "trace")
-        stacked = fd.multiply(torch.stack([x, -x]), sketch.vectors, inside, outside)
-        return *sketch, buffer, fd.multiply(x, sketch.vectors, inside, outside), stacked
+        stacked, rows = torch.stack([x, -x]), torch.stack([x.mT, -x.mT])
+        each = torch.stack([sketch.vectors, -sketch.vectors]), torch.stack([inside, inside / 2])
+        fd.stretch(stacked, *each)
+        fd.stretch_rows(rows, *each)
+        return *sketch, buffer, fd.multiply(x, sketch.vectors, inside, outside), stacked, rows
 
     expected = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -783,7 +789,7 @@ def sketches(gradients, axis, statistics, solver, dtype=torch.float32, tail="tra
         if statistics == "sample":
             sketch = fd.fold(sketch, x, decay, tail=tail, solver=solver)
         else:
-            fd.accumulate(buffer, sketch.vectors, x.unsqueeze(0), decay)
+            buffer.mul_(decay).add_(fd.sampled(x, sketch.vectors))
             mass = decay * mass + x.square().sum()
             if step % 3:
                 continue

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.linalg.kronecker import Kronecker, Side, cut, merged, solve
+from sketch_plugins.linalg.kronecker import Kronecker, Side, Stack, cut, merged, solve
 
 CPU = torch.device("cpu")
 F64 = torch.float64
@@ -448,13 +448,70 @@ def test_turn_is_precondition_but_for_a_factor_and_of_moderate_numbers(plan, exp
     state, x = filled(plan), normal(*plan.dims, seed=9)
     expected = x.clone()
     plan.precondition(state, expected, exponent, 1e-6, "trace")
-    got = x * size
-    log, power = plan.turn(state, got, exponent, 1e-6, "trace", sizes=True)
+    got = (x * size).unsqueeze(0)
+    power = kronecker.moderate(got)
+    assert 0.5 <= got.abs().max() < 1
+    stack = Stack(plan, [state])
+    log = stack.turn(got, stack.roots(exponent, 1e-6, "trace"), sizes=True)
     assert 1e-60 < got.abs().max() < 1e60
     # The rounding of `x * size`, which the roots amplify by as much as their condition, 1e6 along an axis.
-    true = got.abs().max().log() + log - power * math.log(2.0) - math.log(size)
+    true = got.abs().max().log() + log + power.double() * math.log(2.0) - math.log(size)
     assert true.item() == pytest.approx(expected.abs().max().log().item(), abs=1e-8)
-    assert torch.allclose(got / got.norm(), expected / expected.norm(), rtol=0, atol=1e-8)
+    assert torch.allclose(got[0] / got.norm(), expected / expected.norm(), rtol=0, atol=1e-8)
+
+
+# -- stacks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_stack_is_its_tensors_one_by_one(plan, dtype):
+    """Each with covariances of its own, gathered and preconditioned; one of them has none yet."""
+    states = [{name: t.to(dtype) for name, t in filled(plan, scale=10.0**n).items()} for n in range(3)]
+    states.append(plan.allocate(CPU, dtype))
+    others = [{name: t.clone() for name, t in state.items()} for state in states]
+    x = torch.stack([normal(*plan.dims, seed=50 + n, dtype=dtype) for n in range(4)])
+    before, stack = x.clone(), Stack(plan, states)
+    tolerance = {"rtol": 0, "atol": 1e-12 if dtype == F64 else 1e-5}
+    if plan.buffered:
+        stack.gather(x, 0.9)
+        assert torch.equal(x, before)
+        for state, other, one in zip(states, others, x, strict=True):
+            plan.gather(other, one, 0.9)
+            for name, tensor in state.items():
+                assert torch.allclose(tensor, other[name], rtol=tolerance["atol"], atol=tolerance["atol"])
+    kronecker.moderate(x)
+    alone = x.clone()
+    stack.turn(x, stack.roots(-0.25, 1e-6, "trace"), sizes=False)
+    for one, other, lone in zip(x, others, alone, strict=True):
+        plan.precondition(other, lone, -0.25, 1e-6, "trace")
+        assert torch.allclose(one / one.norm(), lone / lone.norm(), **tolerance)
+
+
+def test_roots_of_many_stacks_are_those_of_each():
+    """Of other ranks, sizes and exponents, in one go."""
+    stacks = [Stack(PLANS[name], [filled(PLANS[name], scale=2.0**n) for n in range(2)]) for name in PLANS]
+    exponents = [-0.5 / len(stack.kronecker.dims) for stack in stacks]
+    together = kronecker.roots(stacks, exponents, 1e-6, "trace")
+    for stack, exponent, found in zip(stacks, exponents, together, strict=True):
+        alone = stack.roots(exponent, 1e-6, "trace")
+        assert list(found) == list(alone) == list(stack.kronecker.sides)
+        for side, root in found.items():
+            for one, other in zip(root, alone[side], strict=True):
+                assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+            for n, state in enumerate(stack.states):
+                inside, outside = fd.inverse_root(side.get(state), exponent, 1e-6, "trace")
+                assert torch.allclose(root.ratio[n], inside / outside - 1, rtol=1e-9, atol=1e-12)
+                assert torch.allclose(root.log[n], outside.log(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-20, 1.0, 3e38])
+def test_moderate_numbers_are_the_same_digits(size):
+    x = torch.linspace(-1, 1, 12).view(2, 3, 2) * torch.tensor([size, 1.0]).view(2, 1, 1)
+    got = x.clone()
+    power = kronecker.moderate(got)
+    assert torch.equal(got.double() * 2.0 ** power.double().view(2, 1, 1), x.double())
+    if size >= 1e-37:
+        assert ((got.abs().amax((1, 2)) >= 0.5) & (got.abs().amax((1, 2)) < 8)).all()
 
 
 def test_solve_of_nothing():

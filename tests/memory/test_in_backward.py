@@ -103,6 +103,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda value: value if isinstance(value, str) else None)
 def test_the_weights_are_those_of_the_ordinary_run(name, options):
+    if name == "sketchy":  # stacks of several tensors have the same numbers up to rounding
+        options = {"stack_bytes": 0, **options}
     ordinary, other = make(name, **options), make(name, **options)
     InBackward(other[1])
     with warnings.catch_warnings():

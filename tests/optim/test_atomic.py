@@ -16,8 +16,9 @@ from sketch_plugins import InBackward, MemSGD, SAdagrad, Sketchy, registry, scra
 from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.optim import eager, fused, gradients, rehearsal, resolved, sketchy_step, step_cache, taking
+from sketch_plugins.optim import eager, fused, gradients, rehearsal, resolved, step_cache, taking
 from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.optim.sketchy import momentum, write_back
 from sketch_plugins.sharding import parts
 from sketch_plugins.stores import CountMin, Int8
 from sketch_plugins.stores import base as stores
@@ -137,8 +138,10 @@ WITHIN = [
     (CountMin, "write"),
     (Int8, "blend"),
     (stores.Store, "write_back"),
-    (sketchy_step, "take"),
-    (kronecker.Kronecker, "turn"),
+    (write_back, "take"),
+    (momentum, "average"),
+    (kronecker.Stack, "turn"),
+    (kronecker.Stack, "gather"),
     (scratch, "empty"),
     (torch, "zeros"),
     (torch, "full"),

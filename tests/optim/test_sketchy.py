@@ -10,7 +10,9 @@ import torch
 
 from sketch_plugins import CSAdam, Sketchy, registry, state_report
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.optim import sketchy, sketchy_options
+from sketch_plugins.optim.sketchy import optimizer as sketchy
+from sketch_plugins.optim.sketchy.graft import INPUTS
+from sketch_plugins.optim.sketchy.momentum import PLACES
 from sketch_plugins.sharding.state_names import nested
 
 SHAPES = [(12, 9), (6, 4, 3), (7, 300), (5,), ()]
@@ -175,7 +177,7 @@ def test_a_rank_of_the_whole_axis_is_dense_shampoo(options):
 
 
 @pytest.mark.parametrize("graft", sketchy.GRAFTS)
-@pytest.mark.parametrize("momentum", sketchy_options.PLACES)
+@pytest.mark.parametrize("momentum", PLACES)
 def test_every_graft_and_place_of_the_momentum_moves_downhill(graft, momentum):
     p = torch.nn.Parameter(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)))
     start = p.detach().square().sum()
@@ -394,7 +396,7 @@ def test_low_rank_and_vanishing_gradients():
 @pytest.mark.parametrize("options", [{}, {"momentum_placement": "after"}, {"nesterov": False}], ids=str)
 def test_without_a_graft_the_update_is_the_gradient(options):
     runs = []
-    for input in sketchy_options.INPUTS:
+    for input in INPUTS:
         params = parameters([(20, 12), (300, 6)])
         train(Sketchy(params, 0.01, graft="none", input=input, rank=4, update_freq=3, **options), params, 7)
         runs.append(params)

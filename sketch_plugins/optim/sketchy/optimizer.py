@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from sketch_plugins.linalg import kronecker
 from sketch_plugins.linalg.kronecker import Due, Kronecker, solve
-from sketch_plugins.optim import sketchy_axes as axes
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import with_options
 from sketch_plugins.optim.finite import check_finite, warn_of
 from sketch_plugins.optim.options import rate
-from sketch_plugins.optim.pending import Pending
+from sketch_plugins.optim.pending import Batch, Pending
 from sketch_plugins.optim.rule import Denominator, Further, Rule
-from sketch_plugins.optim.sketchy_axes import AXES, axes_of, axes_with_covariances
-from sketch_plugins.optim.sketchy_options import CHANGES, GRAFTS, SketchyOptions
-from sketch_plugins.optim.sketchy_schedule import check, due, sampled, solver_of
-from sketch_plugins.optim.sketchy_step import momentum_of, take_preconditioned
+from sketch_plugins.optim.sketchy import axes
+from sketch_plugins.optim.sketchy.axes import AXES, axes_of, axes_with_covariances
+from sketch_plugins.optim.sketchy.graft import GRAFTS
+from sketch_plugins.optim.sketchy.kernels import kernels_for
+from sketch_plugins.optim.sketchy.momentum import debiased
+from sketch_plugins.optim.sketchy.options import CHANGES, SketchyOptions
+from sketch_plugins.optim.sketchy.schedule import check, due, offset_of, sampled, solver_of
+from sketch_plugins.optim.sketchy.stack import Stack
+from sketch_plugins.optim.sketchy.stacking import share_roots, stacked
 from sketch_plugins.optim.taking import Members
 from sketch_plugins.sharding.blocks import matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
-from sketch_plugins.stores import Ema, Gradient, Store
+from sketch_plugins.stores import Ema, Store
 
 FIXED = {"compile": False, "capturable": False, "lagged_rms": False}
 
@@ -174,8 +180,8 @@ class Sketchy(SketchOptimizer):
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         return self._moments(p, group, group["momentum_of"] == "all" or self._whole(p, group))
 
-    def _sketches(self, group: Mapping[str, Any]) -> bool:
-        return GRAFTS[group["graft"]] == "count_min"
+    def _shares_cells(self, group: Mapping[str, Any]) -> bool:
+        return GRAFTS[group["graft"]] in ("count_min", "cover")
 
     def _moments(self, p: Shaped, group: Mapping[str, Any], first: bool) -> tuple[Store | None, Store | None]:
         kinds = {"second_moment": GRAFTS[group["graft"]], "first_moment": group["first_moment"] if first else "none"}
@@ -226,7 +232,7 @@ class Sketchy(SketchOptimizer):
             denominator, floor = Denominator(1.0, 0.0), 1e-30
         # What is not preconditioned has a momentum only where everything has.
         momentum = group["first_moment"] != "none" and group["momentum_of"] == "all"
-        size, lookahead = momentum_of(beta1, step, group["nesterov"]) if momentum else (1.0, None)
+        size, lookahead = debiased(beta1, step, group["nesterov"]) if momentum else (1.0, None)
         # With a denominator the momentum comes after it, and `update_clip` looks at what enters there.
         after = graft != "none"
         return Rule(
@@ -258,8 +264,9 @@ class Sketchy(SketchOptimizer):
         preconditioner = self.preconditioner_of(one.p, one.group)
         if preconditioner is None or one.grad.rows is not None or one.idle or one.group["statistics"] == "sample":
             return
-        if due(one.step, one.group["update_freq"]) and sampled(one.step, one.group["statistics_freq"]):
-            solver = one.group["tail"], solver_of(one.step, one.group)
+        offset = offset_of(one.p, one.group)
+        if due(one.step, one.group["update_freq"], offset) and sampled(one.step, one.group["statistics_freq"]):
+            solver = one.group["tail"], solver_of(one.step, one.group, offset)
             sides: list[Due] = [(side, one.state["preconditioner"], None) for side in preconditioner.sides]
             self._solves = (*self._solves, (one.p, one.group, solver, sides))
 
@@ -284,41 +291,51 @@ class Sketchy(SketchOptimizer):
         super().__setstate__(state)
         self.__dict__.pop("_solves", None)
 
-    def _eager(
-        self,
-        p: Part,
-        grad: Gradient,
-        rule: Rule,
-        state: Mapping[str, Any],
-        named: Mapping[str, Store],
-        group: Mapping[str, Any],
-    ) -> None:
-        preconditioner = self.preconditioner_of(p, group)
-        if preconditioner is None or grad.rows is not None:
-            if rule.first is None:  # of touched rows: a momentum that is there belongs to preconditioned steps
-                named = {name: store for name, store in named.items() if name != "first_moment"}
-            super()._eager(p, grad, rule, state, named, group)
-            return
-        step = int(state["step"].item())
+    def _together(self, eager: Sequence[Pending]) -> list[Batch]:
+        def preconditioned(one: Pending) -> bool:
+            return one.grad.rows is None and self.preconditioner_of(one.p, one.group) is not None
 
-        def gather(x: Tensor) -> None:
-            self._gather(p, preconditioner, state["preconditioner"], x, step, group)
+        stacks = [self._stack(members) for members in stacked(filter(preconditioned, eager), self.OPTIONS)]
+        share_roots(stacks)
+        return [*(Batch(self._eager, [one]) for one in eager if not preconditioned(one)), *stacks]
 
-        take_preconditioned(p, grad, rule, state, named, group, preconditioner, gather)
+    def _stack(self, members: list[Pending]) -> Stack:
+        assert self._step_cache is not None
+        one, cache = members[0], self._step_cache
+        preconditioner = self.preconditioner_of(one.p, one.group)
+        assert preconditioner is not None
+        programs = cache.stacks.setdefault(tuple([member.p.identity for member in members]), {})
+        kernels, marks = kernels_for(members, self._has_large()), cache.marks(self.OPTIONS, one.group)
+        return Stack(members, preconditioner, self._gather, kernels, programs, marks)
 
-    def _gather(
-        self,
-        p: Part,
-        preconditioner: Kronecker,
-        state: dict[str, Tensor],
-        x: Tensor,
-        step: int,
-        group: Mapping[str, Any],
-    ) -> None:
+    def _eager(self, one: Pending) -> None:
+        if one.rule is not None and one.rule.first is None and self.preconditioner_of(one.p, one.group) is not None:
+            # Touched rows: a momentum that is there belongs to preconditioned steps.
+            named = {name: store for name, store in one.named.items() if name != "first_moment"}
+            one = replace(one, named=named)
+        super()._eager(one)
+
+    def _gather(self, members: Sequence[Pending], covariances: kronecker.Stack, x: Tensor) -> bool:
+        """Take what is preconditioned into the covariances; whether these have changed."""
+        group, step = members[0].group, members[0].step
         if group["statistics"] == "accumulate":
             if sampled(step, group["statistics_freq"]):
-                preconditioner.gather(state, x, group["shampoo_beta"])
-        elif due(step, group["update_freq"]):
-            sides = [(side, state, columns) for side, columns in preconditioner.columns(x).items()]
-            failed = solve(sides, group["shampoo_beta"], group["tail"], solver_of(step, group))
-            warn_of([(p, group)] if failed else [], self)
+                covariances.gather(x, group["shampoo_beta"])
+            return False
+        solves: dict[str, list[Due]] = {}
+        for one, place in zip(members, x, strict=True):
+            offset = offset_of(one.p, group)
+            if due(step, group["update_freq"], offset):
+                columns = covariances.kronecker.columns(place)
+                state = one.state["preconditioner"]
+                sides = solves.setdefault(solver_of(step, group, offset), [])
+                sides += [(side, state, new) for side, new in columns.items()]
+        if not solves:
+            return False
+        failed = [
+            item for how, sides in solves.items() for item in solve(sides, group["shampoo_beta"], group["tail"], how)
+        ]
+        wrong = {id(state) for _, state, _ in failed}
+        warn_of([(one.p, one.group) for one in members if id(one.state["preconditioner"]) in wrong], self)
+        covariances.forget()
+        return True

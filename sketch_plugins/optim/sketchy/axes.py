@@ -3,11 +3,65 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 
 from sketch_plugins.linalg.kronecker import Kronecker, cut, merged
+from sketch_plugins.optim.declaring import count, option
+
+
+class Covariances(TypedDict, total=False):
+    """Which axes have a covariance, and of which rank."""
+
+    rank: Annotated[
+        float | None,
+        option(
+            32,
+            "k: an integer, or a fraction (0, 1) of the axis. More than the axis is the axis: exact Shampoo.",
+            allowed="an integer >= 1 or a fraction in (0, 1)",
+            check=lambda v: 0 < v < 1 or (v >= 1 and v == int(v)),
+            structural=True,
+        ),
+    ]
+    budget: Annotated[
+        float | None,
+        option(
+            0.0,
+            "bytes of state a parameter, instead of ``rank`` (0: use ``rank``): each preconditioned tensor takes the "
+            "largest rank, the same for its axes, with which its whole state stays within it; none at all where rank 1 "
+            "does not. An error where that goes for every tensor of the group that would have one for every axis.",
+            allowed="a number >= 0",
+            check=lambda v: v >= 0,
+            structural=True,
+        ),
+    ]
+    precondition: Annotated[
+        str | None,
+        option(
+            "auto",
+            '``"auto"``: as above; ``"all"``: every axis, however long; ``"none"``: the graft alone (for a '
+            "parameter group).",
+            choices=("auto", "all", "none"),
+            structural=True,
+        ),
+    ]
+    merge_dims: Annotated[
+        int | None, count(1024, "trailing axes are merged while their product is at most this.", 1, structural=True)
+    ]
+    max_block_dim: Annotated[int | None, count(8192, "longest axis of a block (0: no blocks).", 0, structural=True)]
+    max_axis: Annotated[int | None, count(16384, "longer axes have no covariance, see above.", 1, structural=True)]
+    max_aspect_ratio: Annotated[
+        float | None,
+        option(
+            16.0,
+            "nor have axes longer than this times the rest of the tensor.",
+            allowed="a number > 0",
+            check=lambda v: v > 0,
+            structural=True,
+        ),
+    ]
+
 
 #: Options that decide which axes have one.
 AXES = ("precondition", "merge_dims", "max_axis", "max_aspect_ratio")

@@ -1,0 +1,110 @@
+"""The graft of a preconditioned step: a diagonal method's update, which decides the size of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from sketch_plugins import scratch
+from sketch_plugins.kernels.tile import joined, root_mean_square
+from sketch_plugins.optim.declaring import option
+from sketch_plugins.optim.eager import Factors
+from sketch_plugins.optim.pending import Pending
+from sketch_plugins.optim.rule import SCALE_FLOOR
+from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.stores import Gradient
+
+#: Graft -> how its second moment is kept.
+GRAFTS = {"cs": "count_min", "rmsprop": "dense", "adagrad": "dense", "sm3": "cover", "none": "none"}
+INPUTS = ("update", "gradient")
+
+
+class Graft(TypedDict, total=False):
+    """Whose size the step has, and what is preconditioned."""
+
+    graft: Annotated[
+        str | None,
+        option(
+            "cs",
+            'whose size the step has. With ``"none"`` x itself is the step, whatever its size; update_clip and '
+            "scale_parameter then concern x, and are on unless they are set to 0 and False.",
+            choices=tuple(GRAFTS),
+            structural=True,
+        ),
+    ]
+    input: Annotated[
+        str | None,
+        option(
+            "update",
+            "what is preconditioned and whose covariance it is: the graft's update, or the gradient (the step then has "
+            'the size of :math:`u_t`). With ``graft="none"`` they are the same.',
+            choices=INPUTS,
+        ),
+    ]
+
+
+def is_of_gradient(group: Mapping[str, Any]) -> bool:
+    """Whether the gradient is preconditioned, and not an update made of it. Without a graft the two are the same."""
+    return group["input"] == "gradient" and group["graft"] != "none"
+
+
+def write(one: Pending, whole: Matrix, of_update: bool) -> Tensor:
+    """Write the second moment, and into ``whole`` the update (or the gradient); returns the update's RMS."""
+    grad, rule, state = one.grad, one.rule, one.state
+    assert rule is not None
+    second, count = one.named.get("second_moment"), grad.shape[0] * grad.shape[1]
+    if second is None or rule.second is None:
+        fill(grad, whole)
+        return torch.zeros((), dtype=grad.dtype, device=grad.device)  # of no use without a graft
+    if second.write_first:
+        second.write(state["second_moment"], grad, rule.second)
+    working = dict(state)
+    if not second.write_first:
+        working["second_moment"] = second.begin(state["second_moment"], grad)
+    period = second.period(grad.shape[0])
+    factors, parts = Factors(second, rule, working, period), []
+    for at in grad.batches(period, second.align):
+        g = grad.get(at)
+        u = torch.mul(g, factors.get(at, g), **scratch.out("update", g))
+        whole.put(at, u if of_update else g)
+        parts.append(root_mean_square(u, None, count))  # which may change ``u``
+    if not second.write_first:
+        second.finish(state["second_moment"], working["second_moment"], grad)
+    return joined(parts)
+
+
+def fill(grad: Gradient, whole: Matrix) -> None:
+    """Write the gradient into ``whole``."""
+    for at in grad.batches():
+        whole.put(at, grad.get(at))
+
+
+def stacked(grads: Sequence[Gradient], x: Tensor) -> None:
+    """Write gradients, as they are, into ``x``, ``(c, R, D)``."""
+    tensors = [grad.matrix.tensor for grad in grads]
+    if all(tensor.dtype == x.dtype and tensor.is_contiguous() for tensor in tensors):
+        torch.stack([tensor.view(x.shape[1:]) for tensor in tensors], out=x)
+    else:
+        torch._foreach_copy_([place.view(tensors[0].shape) for place in x], tensors)
+
+
+def clipped(rms: Tensor, group: Mapping[str, Any]) -> Tensor | None:
+    """``(c)``: what `update_clip` multiplies updates of this RMS by; None: it is off."""
+    if not group["update_clip"]:
+        return None
+    return (rms / group["update_clip"]).clamp_(min=1.0).reciprocal_()
+
+
+def sizes(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """``(c)``: what `scale_parameter` multiplies updates by: the RMS of each parameter, at least `SCALE_FLOOR`."""
+    if all(p.is_contiguous() for p in parameters):
+        found = torch._foreach_norm(list(parameters), 2, dtype=dtype)
+    else:  # the same bits for any layout
+        found = tuple(torch.linalg.vector_norm(p.contiguous(), 2, dtype=dtype) for p in parameters)
+    norms = torch.stack(found)
+    # Beyond this squares of float32 are infinite, and what was a step would be NaN.
+    largest = torch.finfo(dtype).max ** 0.5
+    return norms.clamp_(max=largest).div_(parameters[0].numel() ** 0.5).clamp_(min=SCALE_FLOOR)

@@ -1,0 +1,191 @@
+"""The elementwise parts of a stack's step in the fused kernels: the graft's update, the momentum, the write-back.
+
+The kernels that take whole steps take these, too. Of the graft and the momentum the "parameter" is the tensor's place
+in the stack, which is the "gradient" at the same time: ``x <- 0 * x - (-1) * update(x)``. A kernel reads each number
+before it writes it, and its numbers are those of one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.kernels.work import LOOKAHEAD, Work
+from sketch_plugins.optim.fused import Backend, backend, numbers, ordered, vector
+from sketch_plugins.optim.pending import Pending
+from sketch_plugins.optim.rule import Rule
+from sketch_plugins.sharding.parts import has_address, is_fake
+from sketch_plugins.stores import Store
+
+PARTS = ("graft", "momentum", "write_back")
+#: What a kernel is told of options that are another part's.
+_NEUTRAL = {"update_clip": 0.0, "scale_parameter": False, "maximize": False}
+_NOTHING = Rule(
+    first=None, second=None, step_size=-1.0, correction=1.0, decay=1.0, lookahead=None, denominator=None
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Program:
+    """The tasks of a part of a stack's step, made for an address of the stack, and their program.
+
+    They are used again as long as what they were made of looks the same.
+    """
+
+    looks: Any
+    place: int
+    tasks: list[Any]
+    last: Any = None
+
+
+def rule_of(part: str, rule: Rule, momentum: Rule) -> tuple[Rule, Mapping[str, Any]]:
+    """What the kernel of a part computes, and which options it is not told of.
+
+    Args:
+        part: one of `PARTS`.
+        rule: of the graft.
+        momentum: has the average and the lookahead of the momentum.
+    """
+    if part == "graft":
+        only = replace(_NOTHING, second=rule.second, denominator=rule.denominator, floor=rule.floor)
+        return only, {"scale_parameter": False}
+    if part == "momentum":
+        return replace(_NOTHING, first=momentum.first, lookahead=momentum.lookahead), _NEUTRAL
+    return replace(_NOTHING, step_size=1.0, decay=rule.decay), _NEUTRAL
+
+
+def kernels_for(members: Sequence[Pending], large: bool) -> Backend | None:
+    """The kernels that may take parts of this stack's step; `supported` says which."""
+    first = members[0]
+    kernels = backend(first.p.device, first.group["fused"])
+    if kernels is None or first.grad.dtype != torch.float32:
+        return None
+    if first.p.device.type == "cpu" and not first.group["fused"] and not large:
+        return None
+    return kernels if all(has_address(one.p.data) or is_fake(one.p.data) for one in members) else None
+
+
+def with_memory(one: Pending) -> Pending:
+    """A stand-in of a part without numbers: a tensor like it, on the CPU."""
+    p = replace(one.p, data=torch.empty(one.p.shape, dtype=one.p.dtype))
+    gradient = one.grad.like(torch.empty(one.p.shape, dtype=one.grad.matrix.dtype))
+    state = {
+        name: store.allocate(one.grad.shape, torch.device("cpu"), one.grad.dtype) for name, store in one.named.items()
+    }
+    return replace(one, p=p, grad=one.grad.of(one.grad.like(p.data), gradient), state=state)
+
+
+def work_of(part: str, one: Pending, x: Tensor, rule: Rule, group: Mapping[str, Any]) -> Work | None:
+    """A member's part as a kernel is given it; ``x``: its place in the stack. None: its layout is no kernel's."""
+    p, g = x, x
+    pairs: dict[str, tuple[Store, dict[str, Tensor]] | None] = {"first": None, "second": None}
+    if part == "write_back":
+        flat = one.grad.like(one.p.data)._flat
+        if flat is None:
+            return None
+        p = flat
+    else:
+        name = "second" if part == "graft" else "first"
+        store = one.named[f"{name}_moment"]
+        pairs[name] = (store, ordered(store, one.grad, one.state[f"{name}_moment"]))
+    return Work(
+        p, g, None, False, pairs["first"], pairs["second"],
+        measure=bool(group["update_clip"]),
+        stochastic=part == "write_back" and group["stochastic_rounding"] and p.dtype == torch.bfloat16,
+        seed=group["seed"],
+        flags=1 << LOOKAHEAD if rule.lookahead and rule.first is not None else 0,
+        emas=(rule.first, rule.second),
+    )  # fmt: skip
+
+
+def prepare(
+    part: str,
+    kernels: Backend,
+    members: Sequence[Pending],
+    x: Tensor,
+    momentum: Rule,
+    marks: Any,
+    known: Program | None,
+) -> tuple[Program, Callable[[], None]] | None:
+    """Make a part of a stack's step ready, without changing anything.
+
+    Args:
+        part: one of `PARTS`.
+        kernels: which.
+        members: of the stack.
+        x: ``(c, R, D)``, the stack.
+        momentum: see `rule_of`.
+        marks: the options, the same object as long as they are equal; None: they have to be looked at in each step.
+        known: the program of the last step.
+
+    Returns:
+        The program, for the next step, and what takes the part; None where the kernels cannot.
+    """
+    rows, which = _numbers(part, members, momentum, x.device)
+    if rows is None:
+        return None
+    looks = None
+    if marks is not None:
+        looks = marks, which, *[_look(tensor) for one in members for tensor in _tensors(part, one)]
+    fits = known is not None and looks is not None and known.looks == looks
+    if fits and known is not None and part != "write_back" and known.place != x.data_ptr():
+        fits = kernels.moved is not None and known.last is not None
+        if kernels.moved is not None and fits:
+            known.tasks = kernels.moved(known.tasks, known.last, x.data_ptr() - known.place)
+            known.place = x.data_ptr()
+    if known is None or not fits:
+        tasks = []
+        for one, place in zip(members, x, strict=True):
+            assert one.rule is not None
+            rule, changed = rule_of(part, one.rule, momentum)
+            work = work_of(part, one, place, rule, {**one.group, **changed})
+            task = None if work is None or kernels.unsupported(work) is not None else kernels.task(work)
+            if task is None:
+                return None
+            tasks.append(task)
+        known = Program(looks, x.data_ptr(), tasks)
+    gradients = [place.data_ptr() for place in x]
+    known.last, takes = kernels.prepare_tasks(known.tasks, rows, which, gradients, known.last)
+
+    def take() -> None:
+        for _, launch in takes:
+            launch()
+
+    return known, take
+
+
+def _numbers(
+    part: str, members: Sequence[Pending], momentum: Rule, device: torch.device
+) -> tuple[list[list[float]] | None, list[int]]:
+    """A row of numbers for each group (rates and weight decays may differ), and the row of each member.
+
+    None in place of the rows where some live on a device.
+    """
+    rows: list[list[float]] = []
+    places: dict[int, int] = {}
+    which = []
+    for one in members:
+        place = places.setdefault(id(one.group), len(rows))
+        which.append(place)
+        if place == len(rows):
+            assert one.rule is not None
+            rule, changed = rule_of(part, one.rule, momentum)
+            row, _ = vector(numbers(rule, {**one.group, **changed}, one.step), device)
+            if isinstance(row, Tensor):
+                return None, which
+            rows.append(row)
+    return rows, which
+
+
+def _look(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _tensors(part: str, one: Pending) -> list[Tensor]:
+    if part == "write_back":
+        return [one.p.data]
+    return list(one.state["second_moment" if part == "graft" else "first_moment"].values())

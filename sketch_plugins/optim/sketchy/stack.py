@@ -1,0 +1,381 @@
+"""The step of preconditioned tensors of equal shape, as one stack: graft, statistics, momentum, roots, write-back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Annotated, Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sketch_plugins import scratch
+from sketch_plugins.kernels.work import Work
+from sketch_plugins.linalg import kronecker
+from sketch_plugins.linalg.kronecker import Kronecker, Root
+from sketch_plugins.optim.declaring import count, option, unused
+from sketch_plugins.optim.fused import Backend
+from sketch_plugins.optim.options import rate
+from sketch_plugins.optim.pending import Batch, Pending
+from sketch_plugins.optim.rule import Rule
+from sketch_plugins.optim.sketchy import graft, kernels, momentum, write_back
+from sketch_plugins.sharding.blocks import Matrix
+from sketch_plugins.sharding.parts import is_fake
+from sketch_plugins.stores import Ema
+
+
+class Preconditioned(TypedDict, total=False):
+    """The preconditioned step itself."""
+
+    start_preconditioning_step: Annotated[
+        int | None, count(1, "the first step that is preconditioned (1: from the first solve on).", 0)
+    ]
+    exponent: Annotated[
+        float | None,
+        option(
+            0.0,
+            "a of :math:`(L_i + \\epsilon)^{-a}`; 0: :math:`1 / (2 r)`.",
+            allowed="a number in [0, 1]",
+            check=lambda v: 0 <= v <= 1,
+        ),
+    ]
+    matrix_eps: Annotated[
+        float | None,
+        option(
+            1e-6,
+            ":math:`\\epsilon`, relative to the largest eigenvalue.",
+            allowed="a number >= 0",
+            check=lambda v: v >= 0,
+        ),
+    ]
+    stack_bytes: Annotated[
+        int | None,
+        option(
+            -1,
+            "tensors of equal shape and options take their preconditioned step together, in stacks of at most so many "
+            "bytes in the dtype of the arithmetic, or of one tensor (0: one by one; -1: 32 MiB on a CPU, 256 MiB "
+            "elsewhere). More is fewer operations, and more memory in a step: a stack, of its covariances' directions "
+            "and of products with them a few copies, and of tensors of 16,384 elements or less what an error would be "
+            "undone with, which counts.",
+            allowed="an integer >= -1",
+            check=lambda v: v >= -1,
+        ),
+    ]
+    nonfinite: Annotated[
+        str | None,
+        option(
+            "error",
+            "a NaN or an infinity in a gradient, or a norm from 1e18 on, of which float32 cannot keep a covariance: "
+            "an error, or the whole step is skipped. Either way nothing has changed. The price is one number that the "
+            "host waits for in each step.",
+            choices=("error", "skip"),
+        ),
+    ]
+    capturable: Annotated[bool, unused((False,), "decompositions cannot be captured in a CUDA graph")]
+
+
+#: Takes what is preconditioned, ``(c, R, D)``, into the covariances of the members, or into what they gather.
+Gather = Callable[[Sequence[Pending], kronecker.Stack, Tensor], bool]
+
+
+class Stack(Batch):
+    """The step of preconditioned tensors of equal shape and options.
+
+    Args:
+        members: theirs; learning rates and weight decays may differ.
+        preconditioner: what each has of covariances.
+        gather: see `Gather`; says whether the covariances have changed.
+        backend: kernels that may take the elementwise parts; None: none do.
+        programs: those of the last step, by part, and which parts there were: looked up and replaced there.
+        marks: see `kernels.prepare`.
+    """
+
+    def __init__(
+        self,
+        members: list[Pending],
+        preconditioner: Kronecker,
+        gather: Gather,
+        backend: Backend | None,
+        programs: dict[str, Any],
+        marks: Any,
+    ) -> None:
+        super().__init__(_never, members)
+        self.preconditioner, self.gather, self.backend = preconditioner, gather, backend
+        self.programs, self.marks = programs, marks
+        #: Finds the roots together with those of other stacks (see `stacking`).
+        self.shared: Callable[[], Mapping[kronecker.Side, Root]] | None = None
+        #: Part -> what takes it in a kernel, made for a stack at this address.
+        self.taken: dict[str, Callable[[], None]] = {}
+        self.place = 0
+        group, step = members[0].group, members[0].step
+        first = members[0].named.get("first_moment")
+        self.started = step >= group["start_preconditioning_step"]
+        self.grafted = group["graft"] != "none"
+        #: Whether what is preconditioned is the gradient, and not the graft's update.
+        self.of_gradient = graft.is_of_gradient(group)
+        self.before = group["momentum_placement"] == "before"
+        if self.of_gradient and self.before and not self.started:
+            first = None  # which averages gradients, and no step is made of those yet
+        self.averages, beta1 = first is not None, group["betas"][0]
+        self.size, lookahead = momentum.debiased(beta1, step, group["nesterov"]) if self.averages else (1.0, None)
+        self.ema = Ema(beta1, 1.0 - beta1, step)
+        self.momentum = Rule(
+            first=self.ema, second=None, step_size=1.0, correction=1.0, decay=0.0, lookahead=lookahead, denominator=None
+        )
+        #: Options and layouts that the parts depend on; None: they are not known to be those of another step.
+        self.looks: Any = None
+        self.tried: list[str] = []
+        #: Those that kernels take, as far as their kind and options say.
+        self.parts = self._parts()
+
+    @property
+    def samples(self) -> bool:
+        """Whether the covariances change within a step."""
+        return self.members[0].group["statistics"] == "sample"
+
+    @property
+    def exponent(self) -> float:
+        """Of the covariances."""
+        return -(self.members[0].group["exponent"] or 0.5 / len(self.preconditioner.dims))
+
+    @property
+    def way(self) -> Any:
+        """See `Batch`."""
+        return self.parts, self.started
+
+    def _parts(self) -> tuple[str, ...]:
+        """Also finds the trials: parts that have not been tried out yet, or not with these options."""
+        one = self.members[0]
+        if self.backend is None or one.rule is None:
+            return ()
+        if self.marks is not None:  # the same object as long as the options are equal
+            lies = [(member.p.data.stride(), member.p.dtype) for member in self.members]
+            self.looks = self.backend, self.marks, self._fills, self.averages, self.momentum.lookahead is None, lies
+        known = self.programs.get("parts")
+        if known is not None and self.looks is not None and known[0] == self.looks:
+            return known[1]
+        exists = {
+            "graft": one.rule.second is not None and "second_moment" in one.named and not self._fills,
+            "momentum": self.averages,
+            "write_back": all(member.p.dtype == one.p.dtype for member in self.members),
+        }
+        for part in kernels.PARTS:
+            if exists[part] and (work := self._trial(part)) is not None:
+                self.trials.append(replace(one, backend=self.backend, work=work))
+                self.tried.append(part)
+        return tuple(self.tried)
+
+    def _trial(self, part: str) -> Work | None:
+        """A part of the first member as a kernel would be given it; None: no kernel takes it."""
+        one, backend = self.members[0], self.backend
+        assert backend is not None and one.rule is not None
+        rule, changed = kernels.rule_of(part, one.rule, self.momentum)
+        with _disable_current_modes() if is_fake(one.p.data) else nullcontext():
+            device = one.p.device
+            if is_fake(one.p.data):  # kernels read addresses, and are asked about a tensor that has one
+                one, device = kernels.with_memory(one), torch.device("cpu")
+            like = torch.empty(one.grad.shape, dtype=one.grad.dtype, device=device)
+            work = kernels.work_of(part, one, like, rule, {**one.group, **changed})
+            return work if work is not None and backend.unsupported(work) is None else None
+
+    def settle(self) -> None:
+        """See `Batch`."""
+        if self.tried:
+            found = zip(self.tried, self.trials, strict=True)
+            self.parts = tuple(part for part, trial in found if trial.backend is not None)
+            self.trials, self.tried = [], []
+        if self.backend is not None:
+            self.programs["parts"] = self.looks, self.parts
+
+    @property
+    def _fills(self) -> bool:
+        """Whether the stack takes the gradient in the place of the graft's update."""
+        return self.of_gradient and self.started
+
+    def twin(self) -> Stack:
+        """See `Batch`."""
+        other = Stack(self.members, self.preconditioner, self.gather, None, {}, None)
+        other.taken = dict.fromkeys(self.parts, _nothing)
+        return other
+
+    def covariances(self, members: Sequence[Pending]) -> kronecker.Stack:
+        """Those of the members, or of copies of them."""
+        return kronecker.Stack(self.preconditioner, [one.state["preconditioner"] for one in members])
+
+    def _empty(self, members: Sequence[Pending]) -> Tensor:
+        grad = members[0].grad
+        return scratch.empty("preconditioned", (len(members), *grad.shape), grad.dtype, grad.device)
+
+    def prepare(self) -> None:
+        """See `Batch`."""
+        self.taken = {}
+        x = self._empty(self.members)
+        if is_fake(x):
+            self.taken = dict.fromkeys(self.parts, _nothing)  # there is no memory to work on
+            return
+        self.place = x.data_ptr()
+        for part in self.parts:
+            assert self.backend is not None
+            made = kernels.prepare(
+                part, self.backend, self.members, x, self.momentum, self.marks, self.programs.get(part)
+            )
+            if made is not None:
+                self.programs[part], self.taken[part] = made
+        if len(self.taken) < len(self.parts):  # the others are eager, and need what these take
+            self.parts = tuple(self.taken)
+
+    def take(self, members: Sequence[Pending]) -> None:
+        """See `Batch`."""
+        group, x = members[0].group, self._empty(members)
+        if self.taken and not (x.is_meta or is_fake(x)) and x.data_ptr() != self.place:
+            self.prepare()  # a larger buffer has taken the place of the one that it was made for
+        covariances = self.covariances(members)
+        # What can fail for want of memory comes before the first write.
+        covariances.fetch()
+        roots = self.shared() if self.started and self.shared is not None else None
+        changed = False
+        if self.of_gradient:
+            for one, place in _each(members, x):
+                graft.fill(one.grad, Matrix(place))
+            changed = self.gather(members, covariances, x)
+        norm = self._graft(members, x)
+        if not self.of_gradient:
+            changed = self.gather(members, covariances, x)
+        if self.averages and self.before:
+            self._average(members, x)
+        power = None
+        if self.of_gradient or not self.grafted or not group["update_clip"]:
+            power = kronecker.moderate(x)  # else they are those of an update that was clipped
+        if norm is None and self.grafted:
+            norm = _norms(x) if power is None else _norms(x).ldexp(power.to(x.dtype))
+        missing = None
+        if self.started:
+            if changed or roots is None:
+                roots = covariances.roots(self.exponent, group["matrix_eps"], group["tail"])
+            missing = covariances.turn(x, roots, sizes=not self.grafted)
+        covariances.forget()
+        now = _norms(x)
+        if not self.grafted:
+            norm = self._length(members, now, missing, power)
+        assert norm is not None
+        factor: Tensor | None = torch.where(now > 0, norm / now, 0.0)
+        if self.averages and not self.before:
+            _scale(x, factor, [1.0])
+            self._average(members, x)
+            factor = None
+        if self.averages and not (self.before and self.of_gradient):
+            if factor is None:
+                x.mul_(self.size)
+            else:
+                factor.mul_(self.size)
+        _scale(x, factor, _rates(members, x))
+        self._write(members, x)
+
+    def _graft(self, members: Sequence[Pending], x: Tensor) -> Tensor | None:
+        """Write the second moments; ``x`` becomes the update, or stays the gradient. Returns the norms of updates.
+
+        None: of what is in ``x``.
+        """
+        group = members[0].group
+        sizes = None
+        if group["scale_parameter"] and self.grafted:
+            sizes = graft.sizes([one.p.data for one in members], x.dtype)
+        if "graft" in self.taken:
+            graft.stacked([one.grad for one in members], x)
+            self.taken["graft"]()
+        else:
+            found = [graft.write(one, Matrix(place), not self._fills) for one, place in _each(members, x)]
+            rms = torch.stack(found) if len(found) == len(x) else found[0].expand(len(x))
+            if not self.grafted:
+                return None
+            clip = graft.clipped(rms, group)
+            if clip is not None:
+                sizes = clip if sizes is None else sizes * clip
+            if self._fills:
+                return rms * (x[0].numel() ** 0.5) * (1.0 if sizes is None else sizes)
+        if sizes is not None:
+            x.mul_(sizes.view(-1, 1, 1))
+        return None
+
+    def _average(self, members: Sequence[Pending], x: Tensor) -> None:
+        if "momentum" in self.taken:
+            self.taken["momentum"]()
+            return
+        for one, place in _each(members, x):
+            momentum.average(one, Matrix(place), self.ema, self.momentum.lookahead)
+
+    def _length(self, members: Sequence[Pending], now: Tensor, missing: Tensor | None, power: Tensor | None) -> Tensor:
+        """Without a graft: the lengths of the steps, ``(c)``.
+
+        As logarithms: roots of covariances have any size, and what is left of it is up to `update_clip`.
+        """
+        group, wide = members[0].group, torch.float32 if now.device.type == "mps" else torch.float64
+        length = now.to(wide).log()
+        if power is not None:
+            length = length + power.to(wide) * math.log(2.0)
+        if missing is not None:
+            length = length + missing
+        if self.before:
+            length = length + math.log(self.size)
+        if group["update_clip"]:
+            length = length.clamp(max=math.log(group["update_clip"]) + math.log(members[0].p.numel()) / 2)
+        norm = length.clamp(max=math.log(torch.finfo(now.dtype).max) / 2).exp().to(now.dtype)
+        if group["scale_parameter"]:
+            norm = norm * graft.sizes([one.p.data for one in members], now.dtype)
+        return norm / self.size if self.averages and self.before else norm
+
+    def _write(self, members: Sequence[Pending], x: Tensor) -> None:
+        if "write_back" in self.taken:
+            self.taken["write_back"]()
+            return
+        for one, place in _each(members, x):
+            write_back.take(one, Matrix(place), 1.0)
+
+
+def _each(members: Sequence[Pending], x: Tensor) -> list[tuple[Pending, Tensor]]:
+    """Each member with its place; in a rehearsal one that is like all."""
+    return [(members[0], x[0])] if x.is_meta else list(zip(members, x, strict=True))
+
+
+def _norms(x: Tensor) -> Tensor:
+    """``(c)``: Frobenius norms."""
+    return torch.linalg.vector_norm(x.view(len(x), -1), dim=1)
+
+
+def _rates(members: Sequence[Pending], x: Tensor) -> list[float | Tensor]:
+    """The learning rate of each: the same object for the members of a group."""
+    of_group: dict[int, float | Tensor] = {}
+    for one in members:
+        if id(one.group) not in of_group:
+            value = rate(one.group)
+            of_group[id(one.group)] = value.to(x.device, x.dtype) if isinstance(value, Tensor) else value
+    return [of_group[id(one.group)] for one in members]
+
+
+def _scale(x: Tensor, factor: Tensor | None, rates: Sequence[float | Tensor]) -> None:
+    """``x <- rate * factor * x``, of each its own."""
+    rate = rates[0]
+    if all(one is rate or (not isinstance(one, Tensor) and one == rate) for one in rates):
+        if factor is not None:
+            x.mul_((factor * rate).view(-1, 1, 1))
+        else:
+            x.mul_(rate)
+        return
+    if factor is not None:
+        x.mul_(factor.view(-1, 1, 1))
+    if any(isinstance(one, Tensor) for one in rates):  # nobody waits for a device to read them
+        each = [one.view(()) if isinstance(one, Tensor) else x.new_full((), one) for one in rates]
+        x.mul_(torch.stack(each).view(-1, 1, 1))
+    else:
+        torch._foreach_mul_(list(x.unbind(0)), [float(one) for one in rates])
+
+
+def _never(one: Pending) -> None:
+    raise AssertionError("a stack takes the steps of all its members at once")
+
+
+def _nothing() -> None:
+    """What a kernel does in a rehearsal."""

@@ -1,0 +1,31 @@
+"""The last part of a preconditioned step: learning rate and weight decay, written to the parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sketch_plugins import scratch
+from sketch_plugins.optim.eager import number, update, write_tile
+from sketch_plugins.optim.pending import Pending
+from sketch_plugins.sharding.blocks import Matrix
+
+
+def take(one: Pending, whole: Matrix, size: float | Tensor) -> None:
+    """``p <- (1 - decay) * p - size * whole``, tile by tile."""
+    assert one.rule is not None
+    grad, shrink = one.grad, None
+    if isinstance(one.rule.decay, Tensor) or one.rule.decay != 0:
+        shrink = number(1.0 - one.rule.decay, grad)
+    factor = number(size, grad)
+    matrix = grad.like(one.p.data)
+    state: Mapping[str, Any] = one.state
+    for at in grad.batches():
+        part, in_place = matrix.get(at), matrix.views(at) and one.p.dtype == grad.dtype
+        if not in_place:
+            part = scratch.cast("parameter", part, grad.dtype)
+        update(part, whole.get(at), {}, factor, shrink, None, None, None)
+        if not in_place:
+            write_tile(matrix, at, part, one.group, state)
