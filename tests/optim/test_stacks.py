@@ -147,7 +147,12 @@ KERNELS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "given"), KERNELS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "given"),
+    KERNELS,
+    ids=["default", "maximize", "after", "rmsprop", "of_gradient", "rate_tensor", "groups", "transposed", "bf16",
+         "bf16_gradients", "experts"],
+)  # fmt: skip
 def test_a_stack_in_kernels_is_the_definition_s_up_to_rounding(options, given):
     pytest.importorskip("numba", reason="needs Numba's kernels")
     dtype = given.get("dtype", torch.float32)
