@@ -180,7 +180,9 @@ def check_experts(name):
         whole = torch.randn(experts, 18, 20, generator=g)
         p = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(cut)]))
         q = torch.nn.Parameter(whole.clone())
-        made = {"min_compress_size": 64, "fused": False, "compression": 0.2, **options}
+        made = {"min_compress_size": 64, "fused": False, **options}
+        if "compression" in registry.get(name).options:
+            made["compression"] = 0.2
         ours, alone = (registry.get(name).cls([x], **made) for x in (p, q))
         for step in range(3):
             q.grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(step))
@@ -192,7 +194,7 @@ def check_experts(name):
             rows = -(-local.shape[1] // 5)  # a fifth of each matrix
             assert table.shape[1:] == (local.shape[0] * rows, local.shape[2])
         full = p.full_tensor()
-        if cut == 0:
+        if cut == 0 and name != "sm3":  # whose covers of columns are those of all rows that a rank has
             assert torch.equal(full, q), (experts, (full - q).abs().max())
         assert torch.isfinite(full).all() and not torch.equal(full, whole)
         # Through a state dict, whose tensors have the size of the largest shard's.
