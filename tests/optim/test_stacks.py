@@ -315,7 +315,7 @@ def test_a_remembered_step_describes_nothing():
         return count
 
     few, many = calls(5), calls(25)
-    assert (many - few) / 40 <= 150
+    assert (many - few) / 40 <= 160  # 147 were counted
 
 
 @pytest.mark.parametrize("statistics", ["accumulate", "sample"])

@@ -130,7 +130,15 @@ def prepare(
         return None
     looks = None
     if marks is not None:
-        looks = marks, which, *[_look(tensor) for one in members for tensor in _tensors(part, one)]
+        looks = (
+            marks,
+            which,
+            *[
+                (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                for one in members
+                for tensor in _tensors(part, one)
+            ],
+        )
     fits = known is not None and looks is not None and known.looks == looks
     if fits and known is not None and part != "write_back" and known.place != x.data_ptr():
         fits = kernels.moved is not None and known.last is not None
@@ -179,10 +187,6 @@ def _numbers(
                 return None, which
             rows.append(row)
     return rows, which
-
-
-def _look(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _tensors(part: str, one: Pending) -> list[Tensor]:
