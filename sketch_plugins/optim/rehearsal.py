@@ -33,8 +33,10 @@ def rehearse(batch: Batch, kind: Any) -> dict[scratch.Slot, int]:
     if any(one.grad.compile for one in batch.members):
         return _take(batch, batch.members[0].p.device)
     options = [name for name in kind.OPTIONS if name != "lr"]
-    key = kind, batch.way, tuple(_depends_on(one, options) for one in batch.members)
     try:
+        # Members of a batch are alike: one of each kind says what there is to say.
+        kinds = tuple(dict.fromkeys(_depends_on(one, options) for one in batch.members))
+        key = kind, batch.way, len(batch.members), kinds
         known = REHEARSED.get(key)
     except TypeError:  # an option that has no hash
         return _take(batch, torch.device("meta"))
