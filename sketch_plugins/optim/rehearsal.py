@@ -18,7 +18,7 @@ from sketch_plugins.optim.pending import Batch, Pending
 #: What the temporaries depend on -> their sizes. The layers of a model are alike, and a rehearsal takes as long as some
 #: hundred operations.
 REHEARSED: dict[Any, dict[scratch.Slot, int]] = {}
-_MOST = 1000
+_MOST = 100
 
 
 def rehearse(batch: Batch, kind: Any) -> dict[scratch.Slot, int]:
@@ -36,7 +36,8 @@ def rehearse(batch: Batch, kind: Any) -> dict[scratch.Slot, int]:
     try:
         # Members of a batch are alike: one of each kind says what there is to say.
         kinds = tuple(dict.fromkeys(_depends_on(one, options) for one in batch.members))
-        key = kind, batch.way, len(batch.members), kinds
+        # Not the layouts themselves, which are kilobytes. Where two were taken for one, a buffer would grow in a step.
+        key = hash((kind, batch.way, len(batch.members), kinds))
         known = REHEARSED.get(key)
     except TypeError:  # an option that has no hash
         return _take(batch, torch.device("meta"))
