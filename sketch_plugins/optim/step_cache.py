@@ -237,17 +237,9 @@ class StepCache:
         if options is None or one.refused or one.grad.rows is not None or one.grad.l2 is not None or one.grad.compile:
             return
         state = flattened(one.state, one.p.key)
-        if (
-            _is_plain(p)
-            and type(grad) is Tensor
-            and _is_plain(grad)
-            and grad.shape == p.shape
-            and all(type(tensor) is Tensor for tensor in state.values())
-        ):
-            counter = state[next(filter(is_step, state))]
-            if counter.numel() == 1 and counter.is_cpu:
-                task = Described(one, list(state))
-                self._described[one.p.identity] = Remembered(p, grad, options, state, None, task)
+        if _is_rememberable(p, grad, state):
+            task = Described(one, list(state))
+            self._described[one.p.identity] = Remembered(p, grad, options, state, None, task)
 
     def forget_eager(self) -> None:
         """Whether kernels are compiled for small tensors may be another question now."""
@@ -264,17 +256,8 @@ class StepCache:
     ) -> None:
         """Keep a task for the next step; ``state`` is the part's, with the names that it has in its owner's."""
         p = part.data
-        if (
-            options is not None
-            and _is_plain(p)
-            and type(grad) is Tensor
-            and _is_plain(grad)
-            and grad.shape == p.shape
-            and all(type(tensor) is Tensor for tensor in state.values())
-        ):
-            counter = state[next(filter(is_step, state))]
-            if counter.numel() == 1 and counter.is_cpu:
-                self._tasks[part.identity] = Remembered(p, grad, options, state, backend, task)
+        if options is not None and grad is not None and _is_rememberable(p, grad, state):
+            self._tasks[part.identity] = Remembered(p, grad, options, state, backend, task)
 
     def trim(self) -> None:
         """Forget everything where most of it was not used: parameters that are replaced all the time leave tasks."""
@@ -311,6 +294,16 @@ def _ways(group: Mapping[str, Any]) -> tuple[bool, ...]:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         return ()
     return bool(betas[0] == 0), bool(betas[0] == betas[1])
+
+
+def _is_rememberable(p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether part, gradient and state are tensors of the kind that `Remembered` compares."""
+    if not (_is_plain(p) and type(grad) is Tensor and _is_plain(grad) and grad.shape == p.shape):
+        return False
+    if any(type(tensor) is not Tensor for tensor in state.values()):
+        return False
+    counter = state[next(filter(is_step, state))]
+    return counter.numel() == 1 and bool(counter.is_cpu)
 
 
 def _is_plain(tensor: Tensor) -> bool:
