@@ -32,7 +32,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS
-from sketch_plugins.linalg.kronecker import Kronecker, Side, solve
+from sketch_plugins.linalg.kronecker import Kronecker, Side
+from sketch_plugins.linalg.solving import solve
 
 FIELDS = (
     "part", "shape", "axis", "columns", "rank", "count", "solver", "ms", "x_svd", "distance", "turns", "tail", "device",

@@ -43,6 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.frequent_directions import Covariance
-from sketch_plugins.linalg.kronecker import Kronecker, Side, solve
+from sketch_plugins.linalg.kronecker import Kronecker, Side
+from sketch_plugins.linalg.solving import solve
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
 from sketch_plugins.sharding.pieces import Piece
 from sketch_plugins.stores import Dense, Gradient, Int8, Store
@@ -403,31 +405,41 @@ def _preconditioner(
     old: Sequence[Held], h: Held, drained: dict[int, Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     assert h.preconditioner is not None
-    state = h.preconditioner.allocate(device, dtype)
-    for side in h.preconditioner.sides:
-        box = _box(h, side)
-        parts = list(_parts(old, h, side, box))
+    whole = h.preconditioner.allocate(device, dtype)
+    for matrix, side in product(range(*h.box.matrices), h.preconditioner.sides):
+        box, state = _box(h, side), _of_matrix(h, whole, matrix)
+        parts = list(_parts(old, h, side, box, matrix))
         if len(parts) == 1 and parts[0].box == box and parts[0].side.rank == side.rank:
-            (o, theirs, _, _), buffered = parts[0], h.preconditioner.buffered and parts[0].held.preconditioner.buffered  # type: ignore[union-attr]
-            if buffered or not o.preconditioner.buffered:  # type: ignore[union-attr]
+            o, theirs, before = parts[0].held, parts[0].side, parts[0].held.preconditioner
+            buffered = h.preconditioner.buffered and before.buffered  # type: ignore[union-attr]
+            if buffered or not before.buffered:  # type: ignore[union-attr]
+                given = _of_matrix(o, o.state[PRECONDITIONER], matrix)
                 for name in (*Covariance._fields, *(("buffer", "mass", "decay") if buffered else ())):
-                    state[side.key(name)].copy_(o.state[PRECONDITIONER][theirs.key(name)])
+                    state[side.key(name)].copy_(given[theirs.key(name)])
                 continue
         if parts:
-            new = _covariance(parts, side, box, h.tail, drained)
+            new = _covariance(parts, side, box, h.tail, drained, matrix)
             if not all(fd.finite(new)):
                 raise ValueError(
                     f"the old covariances under the new piece at {_at(h)} have no finite decomposition together: they "
                     "cannot be cut. Use the checkpoint of another step"
                 )
             side.replace(state, new)
-    return state
+    return whole
+
+
+def _of_matrix(h: Held, state: Mapping[str, Tensor], matrix: int) -> Mapping[str, Tensor]:
+    """The covariances of one matrix of the parameter, as views; of what is no batch all of them."""
+    assert h.preconditioner is not None
+    if h.preconditioner.matrices is None:
+        return state
+    return {name: tensor[matrix - h.box.matrices.lo] for name, tensor in state.items()}
 
 
 def _box(h: Held, side: Side) -> tuple[Span, ...]:
-    """The block in coordinates of the parameter; where the piece is one vector, its elements."""
+    """The block in coordinates of the parameter, or of one of its matrices; of a vector, its elements."""
     assert h.preconditioner is not None
-    rows, columns = h.rectangle
+    rows, columns = h.box.rows, h.box.columns
     dims = h.preconditioner.dims
     if dims == (h.piece.numel, 1):
         width = matrix_shape(h.piece.whole)[1]
@@ -440,13 +452,14 @@ def _box(h: Held, side: Side) -> tuple[Span, ...]:
     return tuple(Span(start + s.start, start + s.stop) for start, s in zip(starts, block, strict=True))
 
 
-def _parts(old: Sequence[Held], h: Held, side: Side, box: tuple[Span, ...]) -> Iterator[_Part]:
+def _parts(old: Sequence[Held], h: Held, side: Side, box: tuple[Span, ...], matrix: int) -> Iterator[_Part]:
     assert h.preconditioner is not None
     flat = h.preconditioner.dims == (h.piece.numel, 1)
     for o in old:
         # Trailing axes are merged alike whatever the rows, or these are no axes of the same tensor.
         if (
             o.preconditioner is None
+            or matrix not in range(*o.box.matrices)
             or len(o.preconditioner.dims) != len(box)
             or (o.preconditioner.dims == (o.piece.numel, 1)) != flat
         ):
@@ -462,13 +475,18 @@ def _parts(old: Sequence[Held], h: Held, side: Side, box: tuple[Span, ...]) -> I
 
 
 def _covariance(
-    parts: Sequence[_Part], side: Side, box: tuple[Span, ...], tail: str, drained: dict[int, Mapping[str, Tensor]]
+    parts: Sequence[_Part],
+    side: Side,
+    box: tuple[Span, ...],
+    tail: str,
+    drained: dict[int, Mapping[str, Tensor]],
+    matrix: int,
 ) -> Covariance:
     axis, d = side.axis, side.size
     factors, mass, volume = [], torch.zeros((), dtype=torch.float64), 0
     tails, covered = torch.zeros(d, dtype=torch.float64), torch.zeros(d, dtype=torch.bool)
     for o, theirs, there, meet in parts:
-        old = Covariance(*(t.double().cpu() for t in theirs.get(_drained(o, drained))))
+        old = Covariance(*(t.double().cpu() for t in theirs.get(_of_matrix(o, _drained(o, drained), matrix))))
         share = prod(s.size / b.size for k, (s, b) in enumerate(zip(meet, there, strict=True)) if k != axis)
         cut, into = old.vectors[meet[axis].within(there[axis])], meet[axis].within(box[axis])
         columns = torch.zeros(d, theirs.rank, dtype=torch.float64)
@@ -508,7 +526,7 @@ def _drained(o: Held, drained: dict[int, Mapping[str, Tensor]]) -> Mapping[str, 
         state = _copied(o.state[PRECONDITIONER])
         due: list[tuple[Side, Mapping[str, Tensor], Tensor | None]] = []
         for side in o.preconditioner.sides:
-            if float(state[side.key("mass")]) != 0 or float(state[side.key("decay")]) != 1:
+            if bool((state[side.key("mass")] != 0).any()) or bool((state[side.key("decay")] != 1).any()):
                 due.append((side, state, None))
         if solve(due, 1.0, o.tail, "eigh"):
             raise ValueError(

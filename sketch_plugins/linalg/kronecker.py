@@ -9,7 +9,7 @@ sketches: `sketch_plugins.linalg.frequent_directions`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise, product
@@ -23,9 +23,6 @@ from sketch_plugins.linalg.frequent_directions import Covariance
 
 State = Mapping[str, Tensor]
 
-# Numbers in a stack of equal shapes that is decomposed in one call: bounds what it takes beside the state.
-STACK = 1 << 24
-
 
 @dataclass(frozen=True)
 class Kronecker:
@@ -36,12 +33,25 @@ class Kronecker:
         cuts: for each axis the bounds of its blocks: ``((0, 512, 1024), (0, 768))``.
         ranks: for each axis the rank of its covariances; 0: the axis has none.
         buffered: covariances gather between solves (`frequent_directions.sampled`).
+        matrices: None, or that the tensor is a batch of so many matrices of shape ``dims`` (experts). Each matrix has
+            covariances of its own, and each state tensor has a first axis for them.
     """
 
     dims: tuple[int, ...]
     cuts: tuple[tuple[int, ...], ...]
     ranks: tuple[int, ...]
     buffered: bool = True
+    matrices: int | None = None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """First axes of the state tensors: ``(matrices,)``, or none."""
+        return () if self.matrices is None else (self.matrices,)
+
+    @property
+    def count(self) -> int:
+        """How many matrices there are; what is no batch is one."""
+        return 1 if self.matrices is None else self.matrices
 
     @cached_property
     def blocks(self) -> tuple[tuple[slice, ...], ...]:
@@ -71,16 +81,16 @@ class Kronecker:
         """The state of covariances that are 0."""
         state: dict[str, Tensor] = {}
         for side in self.sides:
-            side.put(state, fd.start((), side.size, side.rank, dtype, device))
+            side.put(state, fd.start(self.batch, side.size, side.rank, dtype, device))
             if self.buffered:
-                state[side.key("buffer")] = torch.zeros(side.size, side.rank, dtype=dtype, device=device)
-                state[side.key("mass")] = torch.zeros((), dtype=dtype, device=device)
-                state[side.key("decay")] = torch.ones((), dtype=dtype, device=device)
+                state[side.key("buffer")] = torch.zeros(*self.batch, side.size, side.rank, dtype=dtype, device=device)
+                state[side.key("mass")] = torch.zeros(self.batch, dtype=dtype, device=device)
+                state[side.key("decay")] = torch.ones(self.batch, dtype=dtype, device=device)
         return state
 
     def columns(self, x: Tensor) -> dict[Side, Tensor]:
-        """The unfoldings ``(d, n)`` themselves; views where the layout allows it."""
-        return {side: part.transpose(0, 1).reshape(side.size, -1) for side, part in self._unfolded(x)}
+        """The unfoldings ``(*batch, d, n)`` themselves; views where the layout allows it."""
+        return {side: part.transpose(-3, -2).reshape(*self.batch, side.size, -1) for side, part in self._unfolded(x)}
 
     def gather(self, state: State, x: Tensor, decay: float) -> None:
         """`Stack.gather` of one tensor."""
@@ -88,30 +98,32 @@ class Kronecker:
 
     def precondition(self, state: State, x: Tensor, exponent: float, eps: float, tail: str) -> None:
         """``x``, contiguous and of the tensor's shape, times the inverse roots along every axis, in place."""
-        power = moderate(x.unsqueeze(0))
+        each = x.view(self.count, -1)
+        power = moderate(each)
         stack = Stack(self, [state])
         log = stack.turn(x.unsqueeze(0), stack.roots(exponent, eps, tail), sizes=True)
         assert log is not None
-        x.mul_(log.exp().to(x.dtype)).ldexp_(power.to(x.dtype))
+        each.mul_(log.exp().to(x.dtype).unsqueeze(-1)).ldexp_(power.to(x.dtype).unsqueeze(-1))
 
     def _unfolded(self, x: Tensor) -> Iterator[tuple[Side, Tensor]]:
-        """``(m, d, n)``: m matrices whose columns are the vectors along the axis."""
-        x = x.reshape(self.dims)
+        """``(*batch, m, d, n)``: m matrices whose columns are the vectors along the axis."""
+        x = x.reshape(*self.batch, *self.dims)
         for side in self.sides:
-            part = x[self.blocks[side.block]]
+            part = x[(slice(None),) * len(self.batch) + self.blocks[side.block]]
             d = side.size
-            if side.axis == part.ndim - 1:
-                yield side, part.reshape(1, -1, d).mT
+            if side.axis == len(self.dims) - 1:
+                yield side, part.reshape(*self.batch, 1, -1, d).mT
             else:
-                yield side, part.reshape(-1, d, math.prod(part.shape[side.axis + 1 :]))
+                behind = math.prod(part.shape[len(self.batch) + side.axis + 1 :])
+                yield side, part.reshape(*self.batch, -1, d, behind)
 
 
 class Root(NamedTuple):
     """The inverse roots of one side of a stack, over what they are outside of the sketch's directions.
 
     Attributes:
-        ratio: ``(c, k)``: the root in each direction of V, over that outside of V, less 1.
-        log: ``(c)``: the logarithm of the root outside of V.
+        ratio: ``(n, k)``: the root in each direction of V, over that outside of V, less 1.
+        log: ``(n)``: the logarithm of the root outside of V.
     """
 
     ratio: Tensor
@@ -119,7 +131,7 @@ class Root(NamedTuple):
 
 
 class Stack:
-    """The covariances of c tensors of equal layout, for operations on all of them at once.
+    """The covariances of c tensors of equal layout, for operations on all of their n matrices at once.
 
     Args:
         kronecker: their layout.
@@ -132,7 +144,7 @@ class Stack:
 
     def gather(self, x: Tensor, decay: float) -> None:
         """Add the covariances of ``x``, ``(c, *shape)`` of any layout, to what the buffers hold, in place."""
-        x = x.reshape(len(x), *self.kronecker.dims)
+        x = x.reshape(-1, *self.kronecker.dims)
         names = [side.key(name) for side in self.kronecker.sides for name in ("buffer", "mass", "decay")]
         torch._foreach_mul_([state[name] for state in self.states for name in names], decay)
         for number, block in enumerate(self.kronecker.blocks):
@@ -162,10 +174,10 @@ class Stack:
             sizes: whether the factor is wanted.
 
         Returns:
-            ``(c)``, the logarithm of the factor that is missing, float64 where the device has that; None without
-            ``sizes``.
+            ``(n)``, the logarithm of the factor that each matrix misses, float64 where the device has that; None
+            without ``sizes``.
         """
-        x, blocks = x.view(len(x), *self.kronecker.dims), self.kronecker.blocks
+        x, blocks = x.view(-1, *self.kronecker.dims), self.kronecker.blocks
         logs, common = None, None
         if sizes or len(blocks) > 1:
             wide = torch.float32 if x.device.type == "mps" else torch.float64
@@ -188,7 +200,7 @@ class Stack:
         return common
 
     def vectors(self, side: Side) -> Tensor:
-        """``(c, d, k)``; a copy where there are several, made once."""
+        """``(n, d, k)``; a copy where there are several tensors, made once."""
         if side not in self._vectors:
             self._vectors[side] = self.stacked(side, "vectors")
         return self._vectors[side]
@@ -203,10 +215,12 @@ class Stack:
         self._vectors = {}
 
     def stacked(self, side: Side, name: str) -> Tensor:
-        """A tensor of each state, in a row."""
-        return _stacked([state[side.key(name)] for state in self.states])
+        """A tensor of each state, in a row, by matrices."""
+        return _rows([state[side.key(name)] for state in self.states], bool(self.kronecker.batch))
 
     def _add(self, side: Side, name: str, values: Tensor) -> None:
+        if self.kronecker.batch:
+            values = values.unflatten(0, (-1, self.kronecker.count))
         torch._foreach_add_([state[side.key(name)] for state in self.states], values.unbind(0))
 
 
@@ -227,12 +241,14 @@ def roots(stacks: Sequence[Stack], exponents: Sequence[float], eps: float, tail:
     # By rank: shorter ones are filled up, with 0 in the place of values, which is never the largest.
     sides.sort(key=lambda one: one[1].rank)
     states = [(stacks[number], side) for number, side in sides]
+    batched = any(stack.kronecker.batch for stack in stacks)
     values = []
     for rank in ranks:
-        one = _stacked([s[side.key("values")] for of, side in states if side.rank == rank for s in of.states])
+        those = [s[side.key("values")] for of, side in states if side.rank == rank for s in of.states]
+        one = _rows(those, batched, 1)
         values.append(one if rank == ranks[-1] else torch.nn.functional.pad(one, (0, ranks[-1] - rank)))
-    rests = _stacked([s[side.key("tail")] for of, side in states for s in of.states])
-    counts = [len(of.states) for of, _ in states]
+    rests = _rows([s[side.key("tail")] for of, side in states for s in of.states], batched, 0)
+    counts = [len(of.states) * of.kronecker.count for of, _ in states]
     each = tuple((side.size, exponents[number], n) for (number, side), n in zip(sides, counts, strict=True))
     whole = values[0] if len(values) == 1 else torch.cat(values)
     floors, powers = _floors_and_powers(each, whole)
@@ -290,7 +306,7 @@ def _layout(preconditioner: Kronecker, dtype: torch.dtype) -> dict[str, tuple[tu
         shapes: dict[str, tuple[int, ...]] = {"vectors": (d, k), "values": (k,), "tail": (), "trace": ()}
         if preconditioner.buffered:
             shapes |= {"buffer": (d, k), "mass": (), "decay": ()}
-        out |= {side.key(name): (shape, dtype) for name, shape in shapes.items()}
+        out |= {side.key(name): ((*preconditioner.batch, *shape), dtype) for name, shape in shapes.items()}
     return out
 
 
@@ -321,83 +337,22 @@ class Side:
             state[self.key(name)].copy_(tensor)
 
 
-#: A covariance, its state, and new columns; without them what was gathered is folded.
-Due = tuple[Side, State, Tensor | None]
+def _rows(tensors: Sequence[Tensor], batched: bool, ndim: int | None = None) -> Tensor:
+    """Tensors one after the other: those of a batch by their matrices.
 
-
-def solve(due: Iterable[Due], decay: float, tail: str, solver: str) -> list[Due]:
-    """Fold what was gathered (or the columns given) into the covariances: equal shapes in one batched call.
-
-    A stack is bounded by `STACK` numbers; all of it is computed before anything of it is written. One flag is read for
-    each: whether everything is finite.
-
-    Returns:
-        Those that could not be folded. Their covariances are the last ones, and what was gathered waits for the next
-        solve, unless it is not finite itself: then it is dropped.
+    Args:
+        tensors: which.
+        batched: whether any of them has an axis for matrices.
+        ndim: dimensions without that axis, where only some have it; None: all have.
     """
-    stacks: dict[tuple[object, ...], list[Due]] = {}
-    failed: list[Due] = []
-    for item in due:
-        side, state, columns = item
-        vectors = state[side.key("vectors")]
-        width = None if columns is None else columns.shape[-1]
-        stacks.setdefault((side.size, side.rank, width, vectors.dtype, vectors.device), []).append(item)
-    for members in stacks.values():
-        side, _, columns = members[0]
-        numbers = side.size * (2 * side.rank if columns is None else side.rank + columns.shape[-1])
-        most = max(1, STACK // numbers)
-        for first in range(0, len(members), most):
-            failed += _solve(members[first : first + most], decay, tail, solver)
-    return failed
+    if not batched:
+        return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+    return joined([t.unsqueeze(0) if t.ndim == ndim else t for t in tensors])
 
 
-def _solve(members: Sequence[Due], decay: float, tail: str, solver: str) -> list[Due]:
-    new, fine = None, None
-    try:
-        with fd.unchecked() as doubts:
-            new = _folded(members, decay, tail, solver)
-        fine = fd.finite(new, *doubts)
-    except torch.linalg.LinAlgError:
-        pass
-    if new is None or fine is None or not all(fine):
-        new = _folded(members, decay, tail, solver)
-        fine = fd.finite(new)
-    well = [i for i, fit in enumerate(fine) if fit]
-    to, by = [], []
-    for name, tensor in new._asdict().items():
-        parts = tensor.unbind(0)
-        to += [members[i][1][members[i][0].key(name)] for i in well]
-        by += [parts[i] for i in well]
-    if to:
-        torch._foreach_copy_(to, by)
-    # What was gathered is used up, or of no use where it is not finite. Else it waits for the next solve.
-    used = [
-        (side, state)
-        for (side, state, columns), fit in zip(members, fine, strict=True)
-        if columns is None
-        and (fit or not all(bool(state[side.key(name)].isfinite().all()) for name in ("buffer", "mass")))
-    ]
-    if used:
-        emptied = ("buffer", "mass", "decay")
-        torch._foreach_zero_([state[side.key(name)] for side, state in used for name in emptied])
-        torch._foreach_add_([state[side.key("decay")] for side, state in used], 1.0)
-    return [item for item, fit in zip(members, fine, strict=True) if not fit]
-
-
-def _folded(members: Sequence[Due], decay: float, tail: str, solver: str) -> Covariance:
-    def stacked(name: str) -> Tensor:
-        return _stacked([state[side.key(name)] for side, state, _ in members])
-
-    old = Covariance(*map(stacked, Covariance._fields))
-    columns = [c for _, _, c in members if c is not None]
-    if columns:
-        return fd.fold(old, _stacked(columns), decay, tail=tail, solver=solver)
-    gathered = fd.drain(stacked("buffer"), old.vectors)
-    return fd.fold(old, gathered, stacked("decay"), tail=tail, solver=solver, mass=stacked("mass"))
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of a first axis, one after the other; of one alone no copy."""
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
 def merged(shape: Sequence[int], most: int) -> tuple[int, ...]:

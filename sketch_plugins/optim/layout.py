@@ -60,18 +60,18 @@ class StateLayout(Groups):
     def batch_axes(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> int:
         """How many of the first axes of a parameter of this shape are a batch of matrices: see ``batch_dims``.
 
-        It is asked of the whole parameter: shards and pieces of it follow. Only sketches and covers depend on it;
-        without them a parameter has dimension 0 for rows.
+        It is asked of the whole parameter: shards and pieces of it follow. Only sketches, covers and
+        covariances depend on it; without them a parameter has dimension 0 for rows.
         """
         option = group.get("batch_dims", 0)
-        if option == 0 or len(whole) < 3 or math.prod(whole) < group["min_compress_size"]:
-            return 0
-        if not self._shares_cells(group):
+        if option == 0 or len(whole) < 3 or not self._has_matrices(whole, group):
             return 0
         return int(option == 1 or is_batch(whole))
 
-    def _shares_cells(self, group: Mapping[str, Any]) -> bool:
-        """Whether rows share cells of a moment of the group's parameters: of a sketch, or covers."""
+    def _has_matrices(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> bool:
+        """Whether anything of a parameter's state is shared by its rows: cells of a sketch, or covers."""
+        if math.prod(whole) < group["min_compress_size"]:
+            return False
         second = group.get("second_moment")
         return second in ("count_min", "row_count_min", "cover") or group.get("first_moment") == "count_sketch"
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sketch_plugins.checkpoints.recut import Held, recut
-from sketch_plugins.linalg.kronecker import Kronecker, cut, solve
+from sketch_plugins.linalg.kronecker import Kronecker, cut
+from sketch_plugins.linalg.solving import solve
 from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Gradient, Int8, Log8, RowCountMin

@@ -44,7 +44,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     # The convolution as a batch of matrices, which is how experts are kept.
     "1 exact experts": (stage(1), CSAdam, {**SKETCH, "first_moment": "fp32", "compression": 1.0, "batch_dims": 1}),
     "3 sketch experts": (stage(3), CSAdam, {**SKETCH, "first_moment": "fp32", "batch_dims": 1}),
-    "3 sketch sketchy": (stage(3), Sketchy, {"lr": 1e-2, "min_compress_size": 1, "rank": 4, "update_freq": 2}),
+    "3 sketch sketchy": (
+        stage(3),
+        Sketchy,
+        {"lr": 1e-2, "min_compress_size": 1, "rank": 4, "update_freq": 2, "batch_dims": 1},
+    ),
     "3 vector sadagrad": (stage(3), SAdagrad, {"lr": 1e-2}),
 }
 SAVED, MORE, BATCH = 3, 2, 12

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sketch_plugins.linalg import frequent_directions as fd
-from sketch_plugins.linalg import kronecker
-from sketch_plugins.linalg.kronecker import Kronecker, Side, Stack, cut, merged, solve
+from sketch_plugins.linalg import kronecker, solving
+from sketch_plugins.linalg.kronecker import Kronecker, Side, Stack, cut, merged
+from sketch_plugins.linalg.solving import solve
 
 CPU = torch.device("cpu")
 F64 = torch.float64
@@ -335,7 +336,7 @@ def many():
 @pytest.mark.parametrize("stack", [1, 60, 150, 10**6])
 @pytest.mark.parametrize("solver", fd.SOLVERS)
 def test_solve_of_mixed_shapes_is_one_by_one_in_bounded_stacks(stack, solver, monkeypatch):
-    monkeypatch.setattr(kronecker, "STACK", stack)
+    monkeypatch.setattr(solving, "STACK", stack)
     together, apart, sizes = many(), many(), []
     fold = fd.fold
 

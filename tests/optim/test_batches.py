@@ -115,6 +115,76 @@ def test_a_batch_trains_as_its_matrices_do_bit_for_bit(cls, options, chunk_size)
     assert any(name.endswith(".table") and tensor.shape[1] % E == 0 for name, tensor in one.state[p].items())
 
 
+ABSOLUTE = {"update_clip": 0.0, "scale_parameter": False}  # which look at a whole parameter
+COVARIANCES = [
+    {},
+    {"graft": "rmsprop", "rank": 4},
+    {"graft": "adagrad", "momentum_placement": "after"},
+    {"graft": "none"},
+    {"graft": "none", "exponent": 1.0, "matrix_eps": 1e-3},
+    {"input": "gradient", "momentum_of": "all"},
+    {"input": "gradient", "graft": "rmsprop", "momentum_placement": "after", "chunk_size": 64},
+    {"statistics": "sample", "update_freq": 1, "rank": 5},
+    {"statistics": "sample", "input": "gradient", "tail": "paper", "update_freq": 2, "solver": "svd"},
+    {"max_block_dim": 12, "rank": 0.25},
+    {"max_aspect_ratio": 1.0, "rank": 3},
+]
+
+
+@pytest.mark.parametrize("fused", [False, None])
+@pytest.mark.parametrize("options", COVARIANCES, ids=str)
+def test_each_matrix_of_a_batch_has_covariances_of_its_own(options, fused):
+    dtype, tolerance = (torch.float32, 1e-3) if fused is None else (torch.float64, 1e-10)
+    options = {"update_freq": 3, "rank": 6, "batch_dims": 1, "first_moment": "fp32", **ABSOLUTE, **options}
+    tensors = [random(E, R, D).to(dtype), random(E, R, D, seed=5).to(dtype)]
+    steps = [[random(E, R, D, seed=10 * s + n).to(dtype) for n in range(2)] for s in range(7)]
+    for step in steps:
+        step[1][1] = 0  # an expert that nobody asks
+    together, one = train(Sketchy, tensors, steps, fused=fused, **options)
+    single = [tensor for whole in tensors for tensor in whole]
+    apart, several = train(
+        Sketchy, single, [[g for whole in step for g in whole] for step in steps], fused=fused, **options
+    )
+    for number, p in enumerate(together):
+        assert one.state[p]["preconditioner.values_0_1"].shape[0] == E
+        own = apart[number * E : number * E + E]
+        assert not torch.equal(p[0], tensors[number][0])
+        torch.testing.assert_close(p.data, torch.stack([q.data for q in own]), rtol=tolerance, atol=tolerance)
+        for name in ("values", "tail", "trace"):
+            key = f"preconditioner.{name}_0_1"
+            other = torch.stack([several.state[q][key] for q in own])
+            torch.testing.assert_close(one.state[p][key], other, rtol=100 * tolerance, atol=tolerance)
+    assert torch.equal(together[1][1].double(), tensors[1][1].double())
+
+
+def test_a_batch_that_cannot_be_decomposed_keeps_the_other_matrices(monkeypatch):
+    """Of one matrix the covariance overflows: its last preconditioner stays, and the others get their new ones."""
+    p = torch.nn.Parameter(random(E, R, D))
+    optimizer = Sketchy([p], update_freq=1, rank=4, min_compress_size=0, statistics="accumulate")
+    p.grad = random(E, R, D, seed=1)
+    optimizer.step()
+    before = {name: tensor.clone() for name, tensor in optimizer.state[p].items() if name.startswith("preconditioner")}
+    optimizer.state[p]["preconditioner.buffer_0_1"][1] = float("inf")
+    p.grad = random(E, R, D, seed=2)
+    with pytest.warns(RuntimeWarning, match="no decomposition of the covariance of parameter 0"):
+        optimizer.step()
+    for name in ("values", "vectors"):
+        old, new = before[f"preconditioner.{name}_0_1"], optimizer.state[p][f"preconditioner.{name}_0_1"]
+        assert torch.equal(old[1], new[1]) and not torch.equal(old[0], new[0]) and not torch.equal(old[2], new[2])
+    assert bool((optimizer.state[p]["preconditioner.buffer_0_1"] == 0).all())
+
+
+@pytest.mark.parametrize("most", [1, 3000, 1 << 24])
+def test_solves_of_batches_are_bounded_and_the_same(most, monkeypatch):
+    monkeypatch.setattr("sketch_plugins.linalg.solving.STACK", most)
+    steps = [[random(E, R, D, seed=1), random(2, R, D, seed=2), random(R, D, seed=3)]] * 2
+    params, _ = train(Sketchy, [random(E, R, D), random(2, R, D), random(R, D)], steps, batch_dims=1, rank=4)
+    monkeypatch.undo()
+    again, _ = train(Sketchy, [random(E, R, D), random(2, R, D), random(R, D)], steps, batch_dims=1, rank=4)
+    for p, q in zip(params, again, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
 def test_row_sparse_gradients_of_a_batch():
     """A row that is not touched stays; a gradient with whole experts means all their rows."""
     whole, g = random(E, R, D), random(E, R, D, seed=1)
@@ -292,11 +362,12 @@ def test_converted_state():
 
 @pytest.mark.parametrize("options", [{}, {"budget": 3.0}, {"preset": "paper", "graft": "cs"}], ids=str)
 def test_the_graft_of_sketchy(options):
-    """Covariances are those of the whole tensor; the graft's buckets are each expert's."""
+    """Its buckets are each expert's, as the covariances are."""
     options = {"lr": 0.01, **options}
     whole, steps = random(E, R, D), [[random(E, R, D, seed=s)] for s in (1, 2, 3)]
     (p,), optimizer = train(Sketchy, [whole], steps, **options)
     assert optimizer.state[p]["second_moment.table"].shape == (1, E * 2, D)
+    assert optimizer.state[p]["preconditioner.vectors_0_1"].shape[:2] == (E, D)
     (flat,), other = train(Sketchy, [whole], steps, batch_dims=0, **options)
     assert other.state[flat]["second_moment.table"].shape == (1, 1, R * D)
     assert torch.isfinite(p).all() and not torch.equal(p, whole)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sketch_plugins import CSAdam, Sketchy, registry, state_report
-from sketch_plugins.linalg import kronecker
+from sketch_plugins.linalg import kronecker, solving
 from sketch_plugins.optim.sketchy import optimizer as sketchy
 from sketch_plugins.optim.sketchy.graft import INPUTS
 from sketch_plugins.optim.sketchy.momentum import PLACES
@@ -569,7 +569,7 @@ def test_equal_shapes_are_solved_in_one_call(monkeypatch):
     # 3 * 2 + 2 + 1 axes of 24, 2 of 48; the axis of 900 has none.
     assert sorted(calls) == [(2, 48, 4), (9, 24, 4)]
     calls.clear()
-    monkeypatch.setattr(kronecker, "STACK", 24 * 8 * 4)
+    monkeypatch.setattr(solving, "STACK", 24 * 8 * 4)
     train(Sketchy(params, rank=4, update_freq=5), params, 1)
     assert sorted(calls) == [(1, 24, 4), (2, 48, 4), (4, 24, 4), (4, 24, 4)]
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sketch_plugins import CSAdam
+from sketch_plugins import CSAdam, Sketchy
 from sketch_plugins.checkpoints.saved import CannotReshard, Report, SavedOptimizer
 from sketch_plugins.sharding.blocks import Matrix, Rows
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
@@ -156,6 +156,61 @@ def test_whole_experts_keep_their_bits():
                 n, first = piece.shape[0], piece.row
                 table = one.state["second_moment"]["table"].unflatten(1, (4, -1))[:, first : first + n].flatten(1, 2)
                 assert torch.equal(h.state["second_moment"]["table"], table)
+
+
+def covariances(steps, rows=slice(None)):
+    """(saved optimizer, state of Sketchy) of some of the experts."""
+    p = torch.nn.Parameter(torch.zeros(WHOLE)[rows])
+    optimizer = Sketchy([p], rank=5, update_freq=3, min_compress_size=0, fused=False)
+    for g in steps:
+        p.grad = g[rows].clone()
+        optimizer.step()
+    return SavedOptimizer(optimizer.state_dict()["param_groups"]), optimizer._state_of(next(optimizer.held())[2])
+
+
+def test_whole_experts_keep_the_bits_of_their_covariances():
+    steps = [torch.randn(WHOLE, generator=torch.Generator().manual_seed(s)) for s in range(5)]
+    k, state = covariances(steps)
+    (piece,) = shards(k, 1)
+    old = [k.held(piece, 0, torch.float32, {**state, "place": piece.place}, "the whole")]
+    for world in (2, 4):
+        for piece in shards(k, world):
+            new = k.recut(old, piece, 0, torch.float32, Report(None, "", "", 1, world))
+            experts = slice(piece.row, piece.row + piece.shape[0])
+            for name, tensor in new["preconditioner"].items():
+                assert torch.equal(tensor, state["preconditioner"][name][experts]), name
+    parts = [k.held(p, 0, torch.float32, k.recut(old, p, 0, torch.float32, Report(None, "", "", 1, 4)), "a part")
+             for p in shards(k, 4)]  # fmt: skip
+    again = k.recut(parts, shards(k, 1)[0], 0, torch.float32, Report(None, "", "", 4, 1))
+    for name, tensor in again["preconditioner"].items():
+        assert torch.equal(tensor, state["preconditioner"][name]), name
+
+
+def test_pieces_of_one_expert_get_their_share_of_its_covariances():
+    """A flat partition cuts experts: each piece's covariances are made of its own expert's, and of no other's."""
+    steps = [torch.randn(WHOLE, generator=torch.Generator().manual_seed(s)) for s in range(4)]
+    for g in steps:
+        g[2] = 0
+    k, state = covariances(steps)
+    (piece,) = shards(k, 1)
+    old = [k.held(piece, 0, torch.float32, {**state, "place": piece.place}, "the whole")]
+    held = []
+    for piece in flat(k, 3):
+        made = k.recut(old, piece, 0, torch.float32, Report(None, "", "", 1, 3))
+        held.append(k.held(piece, 0, torch.float32, made, "a piece"))  # which checks it
+    total = torch.zeros(4)
+    for h in held:
+        if h.preconditioner is None:
+            continue
+        rows = h.state["preconditioner"]["trace_0_0"].reshape(-1)
+        for n, trace in enumerate(rows):
+            total[h.box.matrices.lo + n] += trace
+    whole = state["preconditioner"]["trace_0_0"] + 0
+    assert total[2] == 0 and (total[[0, 1, 3]] > 0).all()
+    assert (total <= 2 * whole + 1e-6).all()
+    back = k.recut(held, shards(k, 1)[0], 0, torch.float32, Report(None, "", "", 3, 1))
+    assert back["preconditioner"]["vectors_0_0"].shape == (4, 18, 5)
+    assert back["preconditioner"]["trace_0_0"][2] == 0
 
 
 def test_state_of_the_old_layout_is_cut_in_the_old_layout():

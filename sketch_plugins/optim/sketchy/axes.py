@@ -109,8 +109,9 @@ def preconditioner_of(
     longest: int,
     buffered: bool,
     dtype: torch.dtype,
+    matrices: int | None = None,
 ) -> Kronecker | None:
-    """The covariances of these axes; None where the budget is too small for any."""
+    """The covariances of these axes (of each of so many matrices); None where the budget is too small for any."""
     cuts = tuple(cut(d, longest) if on else (0, d) for d, on in zip(dims, preconditioned, strict=True))
 
     def of_rank(rank: float) -> Kronecker:
@@ -118,11 +119,11 @@ def preconditioner_of(
             0 if not on else min(d, max(1, round(rank * d) if rank < 1 else int(rank)))
             for d, on in zip(dims, preconditioned, strict=True)
         ]
-        return Kronecker(dims, cuts, tuple(ranks), buffered)
+        return Kronecker(dims, cuts, tuple(ranks), buffered, matrices)
 
     if not budget:
         return of_rank(rank)
-    size = 1
+    size = matrices or 1
     for d in dims:
         size *= d
     low, high = 0, max(dims)

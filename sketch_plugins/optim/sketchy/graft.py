@@ -51,8 +51,11 @@ def is_of_gradient(group: Mapping[str, Any]) -> bool:
     return group["input"] == "gradient" and group["graft"] != "none"
 
 
-def write(one: Pending, whole: Matrix, of_update: bool) -> Tensor:
-    """Write the second moment, and into ``whole`` the update (or the gradient); returns the update's RMS."""
+def write(one: Pending, whole: Matrix, of_update: bool, rows: Tensor | None = None) -> Tensor:
+    """Write the second moment, and into ``whole`` the update (or the gradient); returns the update's RMS.
+
+    ``rows``, ``(R, 1)``: the squares of each row of the update are added to it.
+    """
     grad, rule, state = one.grad, one.rule, one.state
     assert rule is not None
     second, count = one.named.get("second_moment"), grad.shape[0] * grad.shape[1]
@@ -70,6 +73,8 @@ def write(one: Pending, whole: Matrix, of_update: bool) -> Tensor:
         g = grad.get(at)
         u = torch.mul(g, factors.get(at, g), **scratch.out("update", g))
         whole.put(at, u if of_update else g)
+        if rows is not None:
+            at.get(rows, 0, 1).add_(torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=rows.dtype).square_())
         parts.append(root_mean_square(u, None, count))  # which may change ``u``
     if not second.write_first:
         second.finish(state["second_moment"], working["second_moment"], grad)

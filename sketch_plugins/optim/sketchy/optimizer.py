@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.linalg.kronecker import Due, Kronecker, solve
+from sketch_plugins.linalg.kronecker import Kronecker
+from sketch_plugins.linalg.solving import Due, solve
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import with_options
 from sketch_plugins.optim.finite import check_finite, warn_of
@@ -53,13 +54,14 @@ class Sketchy(SketchOptimizer):
     update (`CSAdam`, ``preset="lean"``): clipped and relative to the size of the weights, so **lr is relative**: try
     2e-2 to 2e-1 where AdamW takes 1e-3.
 
-    *What is preconditioned.* Tensors of 2 or more dimensions. Small trailing axes are merged (``merge_dims``), an axis
-    longer than ``max_block_dim`` is cut into equal blocks with covariances of their own. An axis longer than
-    ``max_axis``, or than ``max_aspect_ratio`` times the rest of the tensor, has none: the vocabulary of an embedding or
-    a language model's head is left to the graft's diagonal, and the tensor is preconditioned along its other axis
-    alone. Vectors and scalars take the graft's update as it is, and so do row-sparse gradients
-    (``nn.Embedding(sparse=True)``), whose rows are no sample of the covariance. ``row_sparse`` concerns only tensors
-    that are not preconditioned along every axis, and leaves those rows unpreconditioned.
+    *What is preconditioned.* Tensors of 2 or more dimensions. The experts of a mixture, one parameter ``(E, R, D)``,
+    are E matrices: each has covariances of its own, and is grafted by itself (``batch_dims``). Small trailing axes are
+    merged (``merge_dims``), an axis longer than ``max_block_dim`` is cut into equal blocks with covariances of their
+    own. An axis longer than ``max_axis``, or than ``max_aspect_ratio`` times the rest of the tensor, has none: the
+    vocabulary of an embedding or a language model's head is left to the graft's diagonal, and the tensor is
+    preconditioned along its other axis alone. Vectors and scalars take the graft's update as it is, and so do
+    row-sparse gradients (``nn.Embedding(sparse=True)``), whose rows are no sample of the covariance. ``row_sparse``
+    concerns only tensors that are not preconditioned along every axis, and leaves those rows unpreconditioned.
 
     *When.* ``statistics="accumulate"``: every ``statistics_freq``-th step adds to a buffer as large as the sketch, and
     every ``update_freq``-th step (before the first one at steps 1, 2, 4, 8, ...) ends with a solve, for equal shapes in
@@ -165,7 +167,10 @@ class Sketchy(SketchOptimizer):
 
     def _check_budget(self, group: Mapping[str, Any]) -> None:
         shaped = [p for p in group["params"] if not is_lazy(p)]
-        covered = {p: axes_with_covariances(tuple(p.shape), *(group[name] for name in AXES))[1] for p in shaped}
+        axes = [group[name] for name in AXES]
+        covered = {
+            p: axes_with_covariances(tuple(p.shape)[self.batch_axes(tuple(p.shape), group) :], *axes)[1] for p in shaped
+        }
         # Tables of a vocabulary are easily kept; what matters are the others, where there are any.
         eligible = [p for p in covered if covered[p] and all(covered[p])] or [p for p in covered if any(covered[p])]
         if eligible and all(self.preconditioner_of(p, group) is None for p in eligible):
@@ -180,8 +185,9 @@ class Sketchy(SketchOptimizer):
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         return self._moments(p, group, group["momentum_of"] == "all" or self._whole(p, group))
 
-    def _shares_cells(self, group: Mapping[str, Any]) -> bool:
-        return GRAFTS[group["graft"]] in ("count_min", "cover")
+    def _has_matrices(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> bool:
+        kinds = {"second_moment": GRAFTS[group["graft"]]}
+        return group["precondition"] != "none" or super()._has_matrices(whole, {**group, **kinds})
 
     def _moments(self, p: Shaped, group: Mapping[str, Any], first: bool) -> tuple[Store | None, Store | None]:
         kinds = {"second_moment": GRAFTS[group["graft"]], "first_moment": group["first_moment"] if first else "none"}
@@ -198,18 +204,25 @@ class Sketchy(SketchOptimizer):
 
     def preconditioner_of(self, p: Shaped, group: Mapping[str, Any]) -> Kronecker | None:
         """Axes, blocks and ranks of a parameter's covariances; None where it has none."""
-        shape = tuple(p.shape)
-        dims, preconditioned = axes_of(shape, whole_shape(p), *(group[name] for name in AXES))
+        shape, whole = tuple(p.shape), whole_shape(p)
+        batch, matrices = 0, None
+        if len(whole) > 2 and self.batch_axes(whole, group):  # each matrix has covariances of its own
+            batch, whole = self._batch(p, group), whole[1:]
+            if batch:  # else it is a piece of one matrix
+                shape, matrices = shape[1:], shape[0]
+                if not matrices:
+                    return None
+        dims, preconditioned = axes_of(shape, whole, *(group[name] for name in AXES))
         if not any(preconditioned):
             return None
         dtype, others = torch.float64 if p.dtype == torch.float64 else torch.float32, 0
         if group["budget"]:
             stores = self._moments(p, group, group["momentum_of"] == "all" or all(preconditioned))
-            matrix = matrix_shape(shape, self._batch(p, group))
+            matrix = matrix_shape(p.shape, batch)
             others = sum(store.nbytes(matrix, dtype) for store in stores if store is not None)
         return axes.preconditioner_of(
             dims, preconditioned, group["rank"], group["budget"], others, group["max_block_dim"],
-            group["statistics"] == "accumulate", dtype,
+            group["statistics"] == "accumulate", dtype, matrices,
         )  # fmt: skip
 
     def _check_incoming(self, incoming: Mapping[str, Any]) -> None:

@@ -205,6 +205,11 @@ class Stack(Batch):
         """Those of the members, or of copies of them."""
         return kronecker.Stack(self.preconditioner, [one.state["preconditioner"] for one in members])
 
+    @property
+    def count(self) -> int:
+        """Matrices of each member: of a batch (experts) each is grafted by itself."""
+        return self.preconditioner.count
+
     def _empty(self, members: Sequence[Pending]) -> Tensor:
         grad = members[0].grad
         return scratch.empty("preconditioned", (len(members), *grad.shape), grad.dtype, grad.device)
@@ -246,24 +251,24 @@ class Stack(Batch):
             changed = self.gather(members, covariances, x)
         if self.averages and self.before:
             self._average(members, x)
-        power = None
+        power, each = None, x.view(-1, x[0].numel() // self.count)
         if self.of_gradient or not self.grafted or not group["update_clip"]:
-            power = kronecker.moderate(x)  # else they are those of an update that was clipped
+            power = kronecker.moderate(each)  # else they are those of an update that was clipped
         if norm is None and self.grafted:
-            norm = _norms(x) if power is None else _norms(x).ldexp(power.to(x.dtype))
+            norm = _norms(each) if power is None else _norms(each).ldexp(power.to(x.dtype))
         missing = None
         if self.started:
             if changed or roots is None:
                 roots = covariances.roots(self.exponent, group["matrix_eps"], group["tail"])
             missing = covariances.turn(x, roots, sizes=not self.grafted)
         covariances.forget()
-        now = _norms(x)
+        now = _norms(each)
         if not self.grafted:
             norm = self._length(members, now, missing, power)
         assert norm is not None
         factor: Tensor | None = torch.where(now > 0, norm / now, 0.0)
         if self.averages and not self.before:
-            _scale(x, factor, [1.0])
+            _scale(each, factor, [1.0])
             self._average(members, x)
             factor = None
         if self.averages and not (self.before and self.of_gradient):
@@ -271,13 +276,13 @@ class Stack(Batch):
                 x.mul_(self.size)
             else:
                 factor.mul_(self.size)
-        _scale(x, factor, _rates(members, x))
+        _scale(each, factor, [rate for rate in _rates(members, x) for _ in range(self.count)])
         self._write(members, x)
 
     def _graft(self, members: Sequence[Pending], x: Tensor) -> Tensor | None:
         """Write the second moments; ``x`` becomes the update, or stays the gradient. Returns the norms of updates.
 
-        None: of what is in ``x``.
+        None: of what is in ``x``. Of each matrix.
         """
         group = members[0].group
         sizes = None
@@ -287,7 +292,13 @@ class Stack(Batch):
             graft.stacked([one.grad for one in members], x)
             self.taken["graft"]()
         else:
-            found = [graft.write(one, Matrix(place), not self._fills) for one, place in _each(members, x)]
+            # Where the update is not kept, and one RMS is not enough: of each row, the sum of its squares.
+            wide = torch.float32 if x.device.type == "mps" else torch.float64
+            rows = x.new_zeros((*x.shape[:2], 1), dtype=wide) if self._fills and self.count > 1 else None
+            found = [
+                graft.write(one, Matrix(place), not self._fills, None if rows is None else rows[index])
+                for index, (one, place) in enumerate(_each(members, x))
+            ]
             rms = torch.stack(found) if len(found) == len(x) else found[0].expand(len(x))
             if not self.grafted:
                 return None
@@ -295,7 +306,11 @@ class Stack(Batch):
             if clip is not None:
                 sizes = clip if sizes is None else sizes * clip
             if self._fills:
-                return rms * (x[0].numel() ** 0.5) * (1.0 if sizes is None else sizes)
+                factor = 1.0 if sizes is None else sizes
+                if rows is None:
+                    return rms * (x[0].numel() ** 0.5) * factor
+                norms = rows.view(len(x), self.count, -1).sum(-1).sqrt().to(x.dtype)
+                return (norms * (factor if sizes is None else sizes.unsqueeze(-1))).view(-1)
         if sizes is not None:
             x.mul_(sizes.view(-1, 1, 1))
         return None
@@ -321,10 +336,10 @@ class Stack(Batch):
         if self.before:
             length = length + math.log(self.size)
         if group["update_clip"]:
-            length = length.clamp(max=math.log(group["update_clip"]) + math.log(members[0].p.numel()) / 2)
+            length = length.clamp(max=math.log(group["update_clip"]) + math.log(members[0].p.numel() // self.count) / 2)
         norm = length.clamp(max=math.log(torch.finfo(now.dtype).max) / 2).exp().to(now.dtype)
         if group["scale_parameter"]:
-            norm = norm * graft.sizes([one.p.data for one in members], now.dtype)
+            norm = norm * graft.sizes([one.p.data for one in members], now.dtype).repeat_interleave(self.count)
         return norm / self.size if self.averages and self.before else norm
 
     def _write(self, members: Sequence[Pending], x: Tensor) -> None:
@@ -356,19 +371,19 @@ def _rates(members: Sequence[Pending], x: Tensor) -> list[float | Tensor]:
 
 
 def _scale(x: Tensor, factor: Tensor | None, rates: Sequence[float | Tensor]) -> None:
-    """``x <- rate * factor * x``, of each its own."""
+    """``x <- rate * factor * x`` of ``(n, *)``, of each its own."""
     rate = rates[0]
     if all(one is rate or (not isinstance(one, Tensor) and one == rate) for one in rates):
         if factor is not None:
-            x.mul_((factor * rate).view(-1, 1, 1))
+            x.mul_((factor * rate).unsqueeze(-1))
         else:
             x.mul_(rate)
         return
     if factor is not None:
-        x.mul_(factor.view(-1, 1, 1))
+        x.mul_(factor.unsqueeze(-1))
     if any(isinstance(one, Tensor) for one in rates):  # nobody waits for a device to read them
         each = [one.view(()) if isinstance(one, Tensor) else x.new_full((), one) for one in rates]
-        x.mul_(torch.stack(each).view(-1, 1, 1))
+        x.mul_(torch.stack(each).unsqueeze(-1))
     else:
         torch._foreach_mul_(list(x.unbind(0)), [float(one) for one in rates])
 
