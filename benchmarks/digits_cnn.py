@@ -43,11 +43,11 @@ CENTRES = {
     "adamw": 4e-3,
     "sgd": 0.1,
     "cs_adam": 4e-3,
-    "cs_adam:preset=lean": 0.1,
-    "sm3:preset=ema": 0.1,
-    "sketchy": 0.1,
+    "cs_adam:preset=lean": 2e-3,
+    "sm3:preset=ema": 2e-3,
+    "sketchy": 2e-3,
     "sketchy:preset=paper": 4e-3,
-    "sketchy:rank=16": 0.1,
+    "sketchy:rank=16": 2e-3,
 }
 BATCH, LOOK = 50, 8
 FIELDS = (

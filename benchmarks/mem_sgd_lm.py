@@ -47,7 +47,8 @@ FIELDS = (
     "run", "seed", "optimizer", "lr", "compressor", "density", "processes", "steps", "eval_loss", "over_dense",
     "wire_mb", "dense_mb", "wire_over_dense", "wire_over_dense_steady", "memory_norm", "step_ms", "hardware", "torch",
 )  # fmt: skip
-LEAN = "cs_adam:preset=lean"
+# Rates relative to the weights, as those of the committed figures.
+LEAN = "cs_adam:preset=lean;reference_rms=1"
 SPARSE = "block_topk:density=0.01"
 DEFAULT = ",".join((f"{LEAN}@3e-2", f"{LEAN}+{SPARSE}@3e-2", "cs_adam@1e-3", f"cs_adam+{SPARSE}@1e-3"))
 

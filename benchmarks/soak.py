@@ -55,7 +55,7 @@ OPTIMIZERS = {
 }
 # Those without kernels have one backend.
 EAGER_ONLY = ("s_adagrad", "mem_sgd")
-RATES = {"sketchy": 2e-2, "cs_adam lean": 2e-2, "cs_momentum": 1e-2, "mem_sgd": 1e-2}
+RATES = {"sketchy": 4e-4, "cs_adam lean": 4e-4, "cs_momentum": 1e-2, "mem_sgd": 1e-2}
 SAVE, REPLACE, WITHOUT, INFINITE = 250, 400, 17, 29
 
 

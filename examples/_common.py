@@ -119,22 +119,18 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     train.add_argument("--batch-size", type=positive_int, metavar="N", help="sequences a step (default: %(default)s)")
     train.add_argument("--seq-len", type=positive_int, metavar="N", help="tokens a sequence (default: %(default)s)")
     train.add_argument(
-        "--lr", type=positive_float, metavar="LR", help="for AdamW and cs_adam alike (default: %(default)s)"
+        "--lr",
+        type=positive_float,
+        metavar="LR",
+        help="of every optimizer without a rate of its own (default: %(default)s)",
     )
-    train.add_argument(
-        "--lean-lr", type=positive_float, metavar="LR", help="for cs_adam's lean preset (default: %(default)s)"
-    )
-    train.add_argument(
-        "--sm3-lr", type=positive_float, metavar="LR", help="for sm3's ema preset (default: %(default)s)"
-    )
-    train.add_argument("--sketchy-lr", type=positive_float, metavar="LR", help="for sketchy (default: %(default)s)")
     train.add_argument("--weight-decay", type=float, default=0.01, metavar="W", help="default: %(default)s")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="weights and data order (default: %(default)s)")
     train.add_argument(
         "--optimizers",
         metavar="LIST",
         help="name[:key=value,...][@lr], separated by commas "
-        "(default: adamw_torch_fused,cs_adam,cs_adam:preset=lean@LEAN_LR,sm3:preset=ema@SM3_LR,sketchy@SKETCHY_LR)",
+        "(default: adamw_torch_fused,cs_adam,cs_adam:preset=lean,sm3:preset=ema,sketchy)",
     )
     train.add_argument("--cpu", action="store_true", help="leave an accelerator unused")
     parser.add_argument(
@@ -161,8 +157,7 @@ def parse(parser: argparse.ArgumentParser, quick: dict[str, Any], argv: Sequence
     for file in args.text or ():
         if not file.is_file():
             parser.error(f"--text {file}: no such file")
-    ours = f"cs_adam,cs_adam:preset=lean@{args.lean_lr},sm3:preset=ema@{args.sm3_lr},sketchy@{args.sketchy_lr}"
-    listed = args.optimizers or f"adamw_torch_fused,{ours}"
+    listed = args.optimizers or "adamw_torch_fused,cs_adam,cs_adam:preset=lean,sm3:preset=ema,sketchy"
     try:
         args.runs = parse_runs(listed, args.lr)
     except ValueError as error:

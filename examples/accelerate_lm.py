@@ -159,7 +159,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(**demo_lm.DEFAULTS, model=None, dataset=None)
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--quick" in argv:
-        parser.set_defaults(**{k: v for k, v in demo_lm.QUICK.items() if k != "lean_lr"})
+        parser.set_defaults(**demo_lm.QUICK)
     args = parser.parse_args(argv)
     if args.dim % 32:
         parser.error(f"--dim {args.dim} is not a multiple of 32")

@@ -19,7 +19,7 @@ import _common as common
 import torch
 
 DEFAULTS = {"layers": 4, "dim": 256, "vocab": 4096, "steps": 450, "batch_size": 8, "seq_len": 64, "lr": 1e-3}
-QUICK = {"layers": 2, "dim": 64, "vocab": 512, "steps": 20, "batch_size": 4, "seq_len": 64, "lean_lr": 1e-2}
+QUICK = {"layers": 2, "dim": 64, "vocab": 512, "steps": 20, "batch_size": 4, "seq_len": 64}
 EVAL_TOKENS = 32_768
 
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     common.add_options(parser, out="demo_out")
-    parser.set_defaults(**DEFAULTS, lean_lr=3e-2, sm3_lr=3e-2, sketchy_lr=8e-2)
+    parser.set_defaults(**DEFAULTS)
     return common.main(common.parse(parser, QUICK, argv), prepare, build)
 
 

@@ -21,7 +21,7 @@ import _common as common
 import torch
 
 DEFAULTS = {"layers": 4, "dim": 256, "vocab": 4096, "steps": 300, "batch_size": 16, "seq_len": 64, "lr": 5e-4}
-QUICK = {"layers": 2, "dim": 64, "vocab": 512, "steps": 20, "batch_size": 8, "seq_len": 64, "lean_lr": 1e-2}
+QUICK = {"layers": 2, "dim": 64, "vocab": 512, "steps": 20, "batch_size": 8, "seq_len": 64}
 EVAL_ROWS = 512
 MASK_SHARE = 0.15
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--classes", type=common.positive_int, metavar="N", help="only the N largest (default: 6, all of a --dataset)"
     )
-    parser.set_defaults(**DEFAULTS, lean_lr=1e-2, sm3_lr=1e-2, sketchy_lr=2e-2)
+    parser.set_defaults(**DEFAULTS)
     args = common.parse(parser, QUICK, argv)
     if args.classes is None and not args.dataset:
         args.classes = 6

@@ -45,8 +45,8 @@ SIZES = {
 }
 QUICK = {"layers": 1, "dim": 128, "vocab": 512, "seq_len": 16, "tokens": 512}
 #: Learning rates for random weights, as in the other examples; those for 'large' are a guess that nothing was tuned on.
-RATES = {"bert": {"lr": 5e-4, "lean": 1e-2, "sm3": 1e-2}, "lm": {"lr": 1e-3, "lean": 3e-2, "sm3": 3e-2}}
-LARGE_RATES = {"lr": 1e-4, "lean": 1e-2, "sm3": 1e-2}
+RATES = {"bert": 5e-4, "lm": 1e-3}
+LARGE_RATE = 1e-4
 EVAL_ROWS = 128
 #: What a budget is by default: AdamW's weights, gradients and moments take 16 bytes a parameter in float32.
 BYTES_PER_PARAMETER = 20
@@ -164,11 +164,10 @@ def runs_of(args: argparse.Namespace, task: str) -> list[Run]:
     from sketch_plugins import registry
 
     known = [name.value for name in OptimizerNames]
-    rates = LARGE_RATES if args.size == "large" else RATES[task]
-    lr = args.lr or rates["lr"]
+    lr = args.lr or (LARGE_RATE if args.size == "large" else RATES[task])
     listed = args.optimizers
     if listed is None:
-        listed = f"adamw_torch_fused,cs_adam,cs_adam:preset=lean@{rates['lean']},sm3:preset=ema@{rates['sm3']}"
+        listed = "adamw_torch_fused,cs_adam,cs_adam:preset=lean,sm3:preset=ema"
         if "cs_adam_layerwise" in known:
             listed += ",adamw_torch_fused/bf16,cs_adam_layerwise/bf16:stochastic_rounding=true"
     runs = common.parse_runs(listed, lr)

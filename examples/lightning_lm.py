@@ -1,7 +1,7 @@
 """Train a small GPT-2 with AdamW, and again with one of Lightning's strategy flags, and compare them.
 
     python examples/lightning_lm.py                                  # needs `sketch-plugins[demo,lightning]`
-    python examples/lightning_lm.py --strategy sketchy --lr 0.08     # its learning rate is relative to the weights
+    python examples/lightning_lm.py --strategy sketchy               # at AdamW's learning rate, too
     python examples/lightning_lm.py --strategy ddp_cs_adam --devices 2
 
 The module builds AdamW in both runs; the flag is all that differs. Text and model are those of `demo_lm.py`: the source
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         "--strategy", default="cs_adam", metavar="NAME", help="flag of the second run (default: %(default)s)"
     )
     parser.add_argument("--devices", type=common.positive_int, default=1, metavar="N", help="default: %(default)s")
-    parser.set_defaults(**demo_lm.DEFAULTS, lean_lr=3e-2, sm3_lr=3e-2, sketchy_lr=8e-2)
+    parser.set_defaults(**demo_lm.DEFAULTS)
     args = common.parse(parser, demo_lm.QUICK, argv)
     if not any(args.strategy == name or args.strategy.endswith(f"_{name}") for name in registry.names()):
         known = ", ".join(registry.names())

@@ -108,6 +108,8 @@ class _Training:
         if not fused:
             options.pop("capturable", None)
         cls: Any = registry.get(case.optimizer).cls
+        if "reference_rms" in cls.OPTIONS:  # steps of the size that the bounds are made for
+            options.setdefault("reference_rms", 1.0)
         self.optimizer = cls(self.params, fused=fused, **options)
 
     def _place(self, values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sketch_plugins import optim
 from sketch_plugins.checkpoints.recut import Held, recut
 from sketch_plugins.optim import SketchOptimizer
+from sketch_plugins.optim.family import BEFORE
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
@@ -85,8 +86,9 @@ class SavedOptimizer:
         # It only says how state is kept; its own parameter has no part in it.
         self.optimizer: SketchOptimizer = cls([torch.zeros(1)])
         for group in self.groups:
-            if "batch_dims" in self.optimizer.OPTIONS:  # older state has no matrix with buckets of its own
-                group.setdefault("batch_dims", 0)
+            for name, value in BEFORE.items():
+                if name in self.optimizer.OPTIONS:
+                    group.setdefault(name, value)
             for name, value in self.optimizer.defaults.items():
                 group.setdefault(name, value)  # an option that is younger than the checkpoint
             for name, option in self.optimizer.OPTIONS.items():

@@ -8,10 +8,11 @@ from typing import Annotated, Any, ClassVar, TypedDict
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sketch_plugins.optim.adam import ADAFACTOR_DEVICES, PAPER_SKETCH
+from sketch_plugins.optim.adam import PAPER_SKETCH
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import option, with_options
 from sketch_plugins.optim.family import (
+    ADAFACTOR_DEVICES,
     Batches,
     Buckets,
     Clipping,
@@ -23,8 +24,9 @@ from sketch_plugins.optim.family import (
     Steps,
     Torchs,
 )
-from sketch_plugins.optim.options import rate
+from sketch_plugins.optim.options import rate, step_rate
 from sketch_plugins.optim.rule import Denominator, Rule
+from sketch_plugins.optim.usual_rates import ADAGRAD
 from sketch_plugins.stores import Ema, Store
 
 
@@ -117,11 +119,14 @@ class CSAdagrad(SketchOptimizer):
         if group["initial_accumulator_value"]:
             stores["second_moment"].fill(state["second_moment"], group["initial_accumulator_value"])
 
+    def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
+        return ADAGRAD
+
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         return Rule(
             first=None,
             second=Ema(1.0, 1.0, step),
-            step_size=rate(group) / (1.0 + (step - 1) * group["lr_decay"]),
+            step_size=step_rate(group) / (1.0 + (step - 1) * group["lr_decay"]),
             correction=1.0,
             decay=rate(group) * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0,
             lookahead=None,

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import unused, with_options
 from sketch_plugins.optim.family import (
+    ADAFACTOR_DEVICES,
     Batches,
     Buckets,
     Clipping,
@@ -23,14 +24,14 @@ from sketch_plugins.optim.family import (
     Sketches,
     Steps,
 )
-from sketch_plugins.optim.options import rate
+from sketch_plugins.optim.options import rate, step_rate
 from sketch_plugins.optim.rule import Denominator, Rule
+from sketch_plugins.optim.usual_rates import ADAMW
 from sketch_plugins.stores import Ema
 
 # arXiv 1902.00179: 3 hashes over tables that together keep 20 % of the rows, min / median, V *= 0.2 every 125 steps.
 PAPER_SKETCH = {"compression": 0.2 / 3, "depth": 3, "hash": "affine", "bucket": "sum", "clean_every": 125}
 _EXACT = {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.0, "scale_parameter": False}
-ADAFACTOR_DEVICES = {"update_clip": 1.0, "scale_parameter": True}
 
 
 class AdamOptions(
@@ -86,8 +87,8 @@ class CSAdam(SketchOptimizer):
     preset          first_moment   second_moment compression  further                                        B/param
     =============== ============== ============= ============ ============================================== ==========
     default         int8           count_min     0.05         depth 1, strided hash, bucket mean             1.24
-    lean            none           count_min     0.05         + update_clip 1, scale_parameter: lr is        0.20
-                                                              relative to the weights (try 1e-2 to 3e-2)
+    lean            none           count_min     0.05         + update_clip 1, scale_parameter with          0.20
+                                                              reference_rms 0.018: AdamW's rate
     paper_cs_mv     count_sketch   count_min     3 x 0.0667   depth 3, affine hash, bucket sum, median and   1.60
                                                               minimum, cleaning 0.2 every 125 steps; for
                                                               row-sparse gradients (embedding, softmax)
@@ -145,6 +146,9 @@ class CSAdam(SketchOptimizer):
     ) -> None:
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
+
+    def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
+        return ADAMW
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         return _adam(group, group["betas"][0] if group["first_moment"] != "none" else None, step, sparse)
@@ -207,6 +211,9 @@ class CSRMSprop(SketchOptimizer):
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
 
+    def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
+        return ADAMW
+
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         return _adam(group, None, step, sparse)
 
@@ -217,7 +224,7 @@ def _adam(group: Mapping[str, Any], beta1: float | None, step: float | Tensor, s
     return Rule(
         first=None if beta1 is None else Ema(beta1, 1.0 - beta1, step),
         second=Ema(beta2, 1.0 - beta2, step),
-        step_size=lr,
+        step_size=step_rate(group),
         correction=1.0 if beta1 is None else 1.0 / (1.0 - beta1**step),
         decay=lr * group["weight_decay"],
         lookahead=None,

@@ -19,10 +19,11 @@ from sketch_plugins import scratch
 from sketch_plugins.optim.ambient import neutral, outside_graphs
 from sketch_plugins.optim.family import misspelt
 from sketch_plugins.optim.groups import OWN_KEY, check_compiler, check_parameter, one_of_width_and_compression
-from sketch_plugins.optim.introduction import introduce
+from sketch_plugins.optim.introduction import introduce, is_first_process
 from sketch_plugins.optim.options import unknown_option, validate
 from sketch_plugins.optim.step_cache import StepCache
 from sketch_plugins.optim.taking import Members, StepOfAll, Taking
+from sketch_plugins.optim.usual_rates import warn_of_far_rates
 from sketch_plugins.optim.written import MARK, modernize, renew
 from sketch_plugins.sharding.state_names import flattened, nested
 
@@ -158,6 +159,10 @@ class SketchOptimizer(Taking):
         cache.trim()
         if not self._introduced:
             self._introduced = introduce(self)
+        if not self._rates_are_known:
+            self._rates_are_known = True
+            if not self._numbers_are_answered and is_first_process():  # a plan trains nothing
+                warn_of_far_rates(self)
         return loss
 
     @outside_graphs

@@ -45,6 +45,7 @@ class Groups(torch.optim.Optimizer):
     _parts_of: Parts | None = None
     # Whether the line of the first step has been logged; who logs it, where a framework does.
     _introduced = False
+    _rates_are_known = False
     _introduces_to: Any = None
 
     @classmethod

@@ -22,6 +22,13 @@ from sketch_plugins.stores.kinds import SHAPED, StoreOptions, store_of
 class StateLayout(Groups):
     """Which stores the options of a group mean for a parameter, or for a part of one."""
 
+    def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
+        """The learning rate that a group usually takes where steps are not relative to the weights; None: any.
+
+        See `usual_rates`.
+        """
+        return None
+
     def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
         """State beside the two moments. A parameter that has any takes its step in `_eager`, not in a fused kernel."""
         return {}

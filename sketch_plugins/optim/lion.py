@@ -13,6 +13,7 @@ from sketch_plugins.optim.declaring import with_options
 from sketch_plugins.optim.family import Decoupled, FirstMoment, Kernels, Steps
 from sketch_plugins.optim.options import Option, rate
 from sketch_plugins.optim.rule import Rule
+from sketch_plugins.optim.usual_rates import LION
 from sketch_plugins.stores import Ema
 
 _BETAS = Option(
@@ -73,6 +74,9 @@ class CSLion(SketchOptimizer):
     ) -> None:
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
+
+    def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
+        return LION
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         beta1, beta2 = group["betas"]

@@ -174,6 +174,11 @@ def rate(group: Mapping[str, Any]) -> float | torch.Tensor:
     return lr if lr > 0 else 0.0
 
 
+def step_rate(group: Mapping[str, Any]) -> float | torch.Tensor:
+    """What a group's updates are multiplied by: the learning rate, over ``reference_rms`` with `scale_parameter`."""
+    return rate(group) / group["reference_rms"] if group.get("scale_parameter") else rate(group)
+
+
 def _beta(value: Any) -> bool:
     return 0.0 <= value < 1.0
 

@@ -10,9 +10,19 @@ from typing_extensions import Unpack
 
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import option, with_options
-from sketch_plugins.optim.family import Batches, Clipping, Decoupled, FirstMoment, Kernels, Lagged, Steps
-from sketch_plugins.optim.options import Option, rate
+from sketch_plugins.optim.family import (
+    ADAFACTOR_DEVICES,
+    Batches,
+    Clipping,
+    Decoupled,
+    FirstMoment,
+    Kernels,
+    Lagged,
+    Steps,
+)
+from sketch_plugins.optim.options import Option, rate, step_rate
 from sketch_plugins.optim.rule import Denominator, Rule
+from sketch_plugins.optim.usual_rates import ADAGRAD, ADAMW
 from sketch_plugins.stores import Ema
 from sketch_plugins.stores.cover import VARIANTS
 from sketch_plugins.stores.kinds import FIRST_MOMENTS
@@ -90,15 +100,16 @@ class SM3(SketchOptimizer):
     none 0.
 
     Presets: ``"default"`` (int8 momentum); ``"lean"`` (no momentum); ``"ema"`` (no momentum, ``betas[1] = 0.999``,
-    update_clip 1, scale_parameter: lr is relative to the weights, try 3e-2; the best of the four on a small language
-    model, docs/benchmarks.md); ``"exact"`` (dense accumulators, fp32 momentum: Adagrad with momentum, 8 bytes a
-    parameter).
+    update_clip 1, scale_parameter with ``reference_rms=0.018``: AdamW's learning rate carries over; the best of the
+    four on a small language model, docs/benchmarks.md); ``"exact"`` (dense accumulators, fp32 momentum: Adagrad with
+    momentum, 8 bytes a parameter).
 
-    *Learning rate.* 1e-2, that of `torch.optim.Adagrad`, which this approximates: without a past, u is the sign of the
-    gradient, so the first steps move every element by up to lr, and :math:`\nu` grows until lr can be large. AdamW's
-    rate is too small after that (try 10 times as much), 0.1 needs a warm-up. The authors warm up over 5 % of the steps,
-    preferably quadratically, and then keep the rate, or let it fall to 0 in the last 10 %:
-    `sketch_plugins.quadratic_warmup` does both. The decay of Adagrad's own steps is decay enough.
+    *Learning rate.* AdamW's with the preset "ema" (default 1e-3). With sums, as in the other presets, 1e-2, that of
+    `torch.optim.Adagrad`, which these approximate: without a past, u is the sign of the gradient, so the first steps
+    move every element by up to lr, and :math:`\nu` grows until lr can be large. AdamW's rate is too small after that
+    (try 10 times as much), 0.1 needs a warm-up. The authors warm up over 5 % of the steps, preferably quadratically,
+    and then keep the rate, or let it fall to 0 in the last 10 %: `sketch_plugins.quadratic_warmup` does both. The decay
+    of Adagrad's own steps is decay enough.
 
     Sparse gradients (``nn.Embedding(sparse=True)``) and ``row_sparse``: only touched rows change, untouched ones stay
     as they are bit for bit. The row's cover alone decides, :math:`\nu(i) = \mu(row) + g(i)^2`, and takes the new
@@ -108,7 +119,7 @@ class SM3(SketchOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
-        lr: learning rate, float or tensor (default 1e-2; see above).
+        lr: learning rate, float or tensor (default 1e-2, for the preset "ema" 1e-3; see above).
         betas: decay rates (default (0.9, 1.0), or the preset's): of the momentum, without effect with
             ``first_moment="none"``; of the covers, where 1 is the sum of the paper and 0.999 an average as in Adam.
         eps: added to :math:`\nu` under the root (default 1e-30): only keeps 0 / 0 away. An element without a gradient
@@ -129,14 +140,14 @@ class SM3(SketchOptimizer):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {"betas": (0.9, 1.0)},
         "lean": {"first_moment": "none"},
-        "ema": {"first_moment": "none", "betas": (0.9, 0.999), "update_clip": 1.0, "scale_parameter": True},
+        "ema": {"first_moment": "none", "betas": (0.9, 0.999), **ADAFACTOR_DEVICES},
         "exact": {"first_moment": "fp32", "second_moment": "dense"},
     }
 
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-2,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] | None = None,
         eps: float = 1e-30,
         weight_decay: float = 0.0,
@@ -144,8 +155,13 @@ class SM3(SketchOptimizer):
         preset: str = "default",
         **options: Unpack[SM3Options],
     ) -> None:
+        if lr is None:  # no option of the presets, or a group's preset would reset it
+            lr = 1e-3 if preset == "ema" else 1e-2
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
+
+    def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
+        return ADAGRAD if group["betas"][1] == 1.0 else ADAMW
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         (beta1, beta2), eps = group["betas"], group["eps"]
@@ -153,7 +169,7 @@ class SM3(SketchOptimizer):
         return Rule(
             first=None if group["first_moment"] == "none" else Ema(beta1, 1.0 - beta1, step),
             second=Ema(1.0, 1.0, step) if beta2 == 1.0 else Ema(beta2, 1.0 - beta2, step),
-            step_size=rate(group),
+            step_size=step_rate(group),
             correction=1.0,
             decay=rate(group) * group["weight_decay"],
             lookahead=None,

@@ -124,6 +124,8 @@ def small_optimizer(
         "lr": rate_for(dtype), "fused": fused, "compile": False, "capturable": False,
         "row_sparse": one.grad.rows is not None,
     }  # fmt: skip
+    if "reference_rms" in options:
+        options["reference_rms"] = 1.0  # steps of the size that the bounds are made for
     if one.grad.matrices > 1:
         options["batch_dims"] = 1
     if "precondition" in options:
@@ -142,7 +144,7 @@ def small_optimizer(
             "param_groups": [group for group in groups if group["params"]],
         }
     )
-    small._introduced = True
+    small._introduced = small._rates_are_known = True
     return small, given
 
 

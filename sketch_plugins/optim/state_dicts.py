@@ -19,6 +19,7 @@ from sketch_plugins.optim.checks import (
     why_impossible,
     why_not_plain,
 )
+from sketch_plugins.optim.family import BEFORE
 from sketch_plugins.optim.layout import StateLayout, arithmetic
 from sketch_plugins.optim.loading import load
 from sketch_plugins.optim.rule import Layout
@@ -165,7 +166,7 @@ class StateDicts(StateLayout):
                 if name not in saved:  # an option that is younger than the checkpoint
                     if name == "batch_dims":
                         self._check_batches(group, saved, incoming["state"])
-                    saved[name] = group[name]
+                    saved[name] = group[name] if option.structural else BEFORE.get(name, group[name])
                 saved[name] = self._group_value(name, saved[name])
                 if option.structural and saved[name] != group[name]:
                     raise ValueError(
@@ -214,8 +215,8 @@ class StateDicts(StateLayout):
                 if self.batch_axes(part.whole, group):
                     raise ValueError(
                         "the state dict was written before the option batch_dims existed: in its state of "
-                        f"{self._label(group, part)} the {part.whole[0]} matrices share their buckets, or covers. With "
-                        f"batch_dims={group['batch_dims']!r} each matrix has its own. Build the optimizer "
+                        f"{self._label(group, part)} the {part.whole[0]} matrices share buckets, covers or covariances."
+                        f" With batch_dims={group['batch_dims']!r} each matrix has its own. Build the optimizer "
                         "with batch_dims=0 (in this group at least) to continue with the old layout, or start with "
                         "new state"
                     )

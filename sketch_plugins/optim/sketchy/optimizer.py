@@ -16,7 +16,7 @@ from sketch_plugins.linalg.solving import Due, solve
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import with_options
 from sketch_plugins.optim.finite import check_finite, warn_of
-from sketch_plugins.optim.options import rate
+from sketch_plugins.optim.options import rate, step_rate
 from sketch_plugins.optim.pending import Batch, Pending
 from sketch_plugins.optim.rule import Denominator, Further, Rule
 from sketch_plugins.optim.sketchy import axes
@@ -29,6 +29,7 @@ from sketch_plugins.optim.sketchy.schedule import check, due, offset_of, sampled
 from sketch_plugins.optim.sketchy.stack import Stack
 from sketch_plugins.optim.sketchy.stacking import share_roots, stacked
 from sketch_plugins.optim.taking import Members
+from sketch_plugins.optim.usual_rates import ADAGRAD, ADAMW
 from sketch_plugins.sharding.blocks import matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
@@ -51,8 +52,8 @@ class Sketchy(SketchOptimizer):
         L_i &\leftarrow \beta_s L_i + u_t^{(i)} u_t^{(i)\top} \quad (u^{(i)}: \text{unfolded on axis } i)
 
     The graft decides the size of the step, the covariances its direction. By default the graft is the lean count-sketch
-    update (`CSAdam`, ``preset="lean"``): clipped and relative to the size of the weights, so **lr is relative**: try
-    2e-2 to 2e-1 where AdamW takes 1e-3.
+    update (`CSAdam`, ``preset="lean"``): clipped, and relative to the size of the weights over ``reference_rms``, so
+    that AdamW's learning rate carries over. With ``reference_rms=1`` lr itself is relative: 2e-2 to 2e-1.
 
     *What is preconditioned.* Tensors of 2 or more dimensions. The experts of a mixture, one parameter ``(E, R, D)``,
     are E matrices: each has covariances of its own, and is grafted by itself (``batch_dims``). Small trailing axes are
@@ -77,8 +78,8 @@ class Sketchy(SketchOptimizer):
     ========== =========================================================================================================
     preset     options
     ========== =========================================================================================================
-    default    graft "cs", update_clip 1, scale_parameter, input "update", momentum before, Nesterov, tail "trace",
-               statistics "accumulate", solver "eigh", update_freq 10, rank 32
+    default    graft "cs", update_clip 1, scale_parameter with reference_rms 0.018, input "update", momentum before,
+               Nesterov, tail "trace", statistics "accumulate", solver "eigh", update_freq 10, rank 32
     exact      no covariances, graft "rmsprop", no momentum: the same size of step at 4 bytes a parameter. For parameter
                groups
     paper      graft "rmsprop", no clipping, lr absolute, input "gradient", momentum after, tail "paper", statistics
@@ -88,7 +89,7 @@ class Sketchy(SketchOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
-        lr: learning rate, float or tensor (default 5e-2, for the preset "paper" 1e-3; see above).
+        lr: learning rate, float or tensor (default 1e-3, AdamW's; see above).
         betas: decay rates of momentum and of the graft's second moment (default (0.9, 0.999)); the second has no effect
             with the grafts "adagrad" and "sm3", which sum.
         eps: added to the graft's denominator (default 1e-8).
@@ -136,7 +137,7 @@ class Sketchy(SketchOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor | None = None,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -144,8 +145,6 @@ class Sketchy(SketchOptimizer):
         preset: str = "default",
         **options: Unpack[SketchyOptions],
     ) -> None:
-        if lr is None:
-            lr = 1e-3 if preset == "paper" else 5e-2  # no option of the presets, or a group's preset would reset it
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
 
@@ -234,8 +233,11 @@ class Sketchy(SketchOptimizer):
         # Rows of what is preconditioned along them are no rows of an embedding.
         return False if self._whole(p, group) else super()._row_sparse(p, group)
 
+    def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
+        return {"none": None, "adagrad": ADAGRAD, "sm3": ADAGRAD}.get(group["graft"], ADAMW)
+
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
-        (beta1, beta2), graft, lr = group["betas"], group["graft"], rate(group)
+        (beta1, beta2), graft, lr = group["betas"], group["graft"], step_rate(group)
         second, denominator, floor = Ema(1.0, 1.0, step), Denominator(1.0, group["eps"]), 0.0
         if graft in ("cs", "rmsprop"):
             root2 = (1.0 - beta2**step) ** 0.5
@@ -253,7 +255,7 @@ class Sketchy(SketchOptimizer):
             second=second if after else None,
             step_size=lr * size if after else lr,
             correction=1.0 if after else size,
-            decay=lr * group["weight_decay"],
+            decay=rate(group) * group["weight_decay"],
             lookahead=lookahead,
             denominator=denominator if after else None,
             floor=floor,

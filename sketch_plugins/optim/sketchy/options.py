@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sketch_plugins.optim.declaring import declared
-from sketch_plugins.optim.family import Batches, Buckets, Clipping, Decoupled, FirstMoment, Sketches, Steps
+from sketch_plugins.optim.family import TYPICAL_RMS, Batches, Buckets, Clipping, Decoupled, FirstMoment, Sketches, Steps
 from sketch_plugins.optim.sketchy.axes import Covariances
 from sketch_plugins.optim.sketchy.graft import Graft
 from sketch_plugins.optim.sketchy.momentum import Momentum
@@ -40,6 +40,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "doc": 'divide u by ``max(1, RMS(u) / update_clip)`` (0: off); with ``graft="none"`` x.',
     },
     "scale_parameter": {"default": True},
+    "reference_rms": {"default": TYPICAL_RMS},
     "chunk_size": {
         "doc": "elements worked on at a time (0: 2**20 on a CPU, 2**24 on an accelerator). Beside tiles, a step takes "
         "memory for one stack of preconditioned tensors (``stack_bytes``), or for one of these where it is larger "

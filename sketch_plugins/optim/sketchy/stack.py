@@ -18,7 +18,7 @@ from sketch_plugins.linalg import kronecker
 from sketch_plugins.linalg.kronecker import Kronecker, Root
 from sketch_plugins.optim.declaring import count, option, unused
 from sketch_plugins.optim.fused import Backend
-from sketch_plugins.optim.options import rate
+from sketch_plugins.optim.options import step_rate
 from sketch_plugins.optim.pending import Batch, Pending
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.sketchy import graft, kernels, momentum, write_back
@@ -365,7 +365,7 @@ def _rates(members: Sequence[Pending], x: Tensor) -> list[float | Tensor]:
     of_group: dict[int, float | Tensor] = {}
     for one in members:
         if id(one.group) not in of_group:
-            value = rate(one.group)
+            value = step_rate(one.group)
             of_group[id(one.group)] = value.to(x.device, x.dtype) if isinstance(value, Tensor) else value
     return [of_group[id(one.group)] for one in members]
 

@@ -1,0 +1,203 @@
+"""AdamW's learning rate carries over: ``reference_rms``, what presets say of it, old checkpoints, far rates."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from sketch_plugins import SM3, CSAdagrad, CSAdam, CSLion, CSRMSprop, Sketchy
+from sketch_plugins.checkpoints.saved import SavedOptimizer
+from sketch_plugins.optim.family import TYPICAL_RMS
+
+from .conftest import parameters, train
+
+SHAPES = [(20, 30), (9,), (5, 4, 3, 3)]
+#: Those whose steps are relative to the weights, with what each needs for that.
+RELATIVE = [
+    (CSAdam, {"preset": "lean"}),
+    (CSAdam, {"scale_parameter": True, "update_clip": 1.0}),
+    (CSRMSprop, {"preset": "lean", "lagged_rms": True}),
+    (CSAdagrad, {"preset": "lean"}),
+    (SM3, {"preset": "ema"}),
+    (Sketchy, {"rank": 4}),
+    (Sketchy, {"rank": 4, "graft": "none"}),
+    (Sketchy, {"rank": 4, "input": "gradient", "momentum_placement": "after", "momentum_of": "all"}),
+]
+each = pytest.mark.parametrize(
+    ("cls", "options"), RELATIVE, ids=lambda v: v.__name__ if isinstance(v, type) else str(v)
+)
+
+
+def build(cls, options, lr, reference, dtype=torch.float64):
+    params = parameters(SHAPES, dtype)
+    options = {"weight_decay": 0.0, **options}
+    return cls(params, lr=lr, reference_rms=reference, min_compress_size=64, **options), params
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_reference_divides_the_rate(cls, options, dtype):
+    one, params = build(cls, options, 0.02, 0.25, dtype)
+    two, others = build(cls, options, 0.08, 1.0, dtype)
+    train(one, params, 5)
+    train(two, others, 5)
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-6)
+
+
+@each
+def test_weight_decay_is_that_of_the_rate_itself(cls, options):
+    """``p <- (1 - lr * weight_decay) * p``, as AdamW has it: with gradients of 0 nothing else moves a parameter."""
+    if cls is CSAdagrad:
+        options = {**options, "decoupled_weight_decay": True}
+    optimizer, params = build(cls, {**options, "weight_decay": 0.5}, 0.02, 0.25)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, old in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), 0.99 * old, rtol=1e-12, atol=0)
+
+
+def test_which_names_take_adamw_s_rate_by_default():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    for cls, preset in ((CSAdam, "lean"), (CSRMSprop, "lean"), (SM3, "ema"), (Sketchy, "default")):
+        (group,) = cls([p], preset=preset).param_groups
+        assert (group["lr"], group["scale_parameter"], group["reference_rms"]) == (1e-3, True, TYPICAL_RMS), cls
+    (group,) = Sketchy([p], preset="paper").param_groups
+    assert (group["lr"], group["scale_parameter"]) == (1e-3, False)
+    assert SM3([p]).param_groups[0]["lr"] == 1e-2  # Adagrad's
+    # A group's own preset brings its own reference.
+    mixed = CSAdam([{"params": [p], "preset": "lean"}, {"params": [torch.nn.Parameter(torch.ones(2))]}])
+    assert [g["reference_rms"] for g in mixed.param_groups] == [TYPICAL_RMS, 1.0]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, float("nan"), float("inf"), "big"])
+def test_what_is_no_reference_is_refused(value):
+    with pytest.raises(ValueError, match=r"reference_rms="):
+        CSAdam(parameters(SHAPES, torch.float32), preset="lean", reference_rms=value)
+
+
+@each
+def test_a_checkpoint_from_before_the_option_goes_on_with_rates_relative_to_the_weights(cls, options):
+    old, params = build(cls, options, 0.05, 1.0)
+    train(old, params, 3)
+    saved = copy.deepcopy(old.state_dict())
+    for group in saved["param_groups"]:
+        del group["reference_rms"]
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    new = cls(others, min_compress_size=64, **options)
+    new.load_state_dict(saved)
+    assert new.param_groups[0]["reference_rms"] == 1.0 and new.param_groups[0]["lr"] == 0.05
+    train(old, params, 2, first=3)
+    train(new, others, 2, first=3)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    assert SavedOptimizer(saved["param_groups"]).groups[0]["reference_rms"] == 1.0
+
+
+FAR = [
+    (Sketchy, {"lr": 0.08}, r"lr=0.08: it is 80 times 0.001, .*reference_rms=1\b"),
+    (Sketchy, {"reference_rms": 1.0}, r"lr=0.001: it is 56 times smaller than 0.056, .*reference_rms=0.018"),
+    (Sketchy, {"graft": "adagrad", "lr": 5e-5}, "second moments are sums"),
+    (CSAdam, {"preset": "lean", "reference_rms": 1.0, "lr": 5e-5}, "relative to the weights"),
+    (CSAdam, {"lr": 0.1}, "may diverge: use a smaller rate"),
+    (SM3, {"lr": 5e-5}, 'preset="ema"'),
+    (CSAdagrad, {"lr": 5e-5}, "use a larger rate"),
+    (CSLion, {"lr": 1e-2}, "may diverge"),
+]
+USUAL = [
+    (Sketchy, {}), (Sketchy, {"lr": 1e-6}), (Sketchy, {"preset": "paper"}), (Sketchy, {"graft": "none", "lr": 5.0}),
+    (Sketchy, {"reference_rms": 1.0, "lr": 0.08}), (CSAdam, {"preset": "lean", "lr": 5e-5}), (CSAdam, {"lr": 0.0}),
+    (SM3, {"preset": "ema", "lr": 5e-5}), (SM3, {"lr": 1e-3}), (SM3, {}), (CSAdagrad, {}), (CSLion, {}),
+]  # fmt: skip
+
+
+def first_step(optimizer, params):
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        optimizer.step()
+    return [str(w.message) for w in caught if "lr=" in str(w.message)]
+
+
+@pytest.mark.parametrize(("cls", "options", "match"), FAR, ids=str)
+def test_a_rate_that_is_far_from_the_usual_one_is_warned_of_once(cls, options, match):
+    params = parameters(SHAPES, torch.float32)
+    (message,) = first_step(cls(params, **options), params)
+    assert message.startswith("parameter group 0 has lr=")
+    with pytest.warns(UserWarning, match=match):
+        warnings.warn(message, UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize(("cls", "options"), USUAL, ids=str)
+def test_usual_rates_are_not_warned_of(cls, options):
+    params = parameters(SHAPES, torch.float32)
+    assert first_step(cls(params, **options), params) == []
+
+
+def test_a_schedule_that_begins_with_a_small_rate_is_not_warned_of():
+    params = parameters(SHAPES, torch.float32)
+    optimizer = SM3(params, lr=1e-2)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.001 * (step + 1))
+    assert optimizer.param_groups[0]["lr"] == 1e-5
+    assert first_step(optimizer, params) == []
+
+
+class Network(torch.nn.Module):
+    """A language model in small: an embedding, a block with a residual, a norm and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = torch.nn.Embedding(96, 32), torch.nn.LayerNorm(64)
+        self.up, self.down = torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)
+        self.head = torch.nn.Linear(64, 96, bias=False)
+        for p in self.parameters():
+            if p.ndim == 2:
+                torch.nn.init.normal_(p, std=0.02)
+
+    def forward(self, x):
+        h = self.embed(x).flatten(-2)
+        return self.head(self.norm(h + self.down(torch.nn.functional.gelu(self.up(h)))))
+
+
+def loss_after(make, steps=150):
+    """Of a model of texts in which two words say the next one, most of the time."""
+    generator = torch.Generator().manual_seed(0)
+    following = torch.randint(0, 96, (96, 96), generator=generator)
+    torch.manual_seed(0)
+    model = Network()
+    optimizer = make(list(model.parameters()))
+
+    def batch(count):
+        x = torch.randint(0, 24, (count, 2), generator=generator)
+        noise = torch.randint(0, 96, (count,), generator=generator)
+        y = torch.where(torch.rand(count, generator=generator) < 0.1, noise, following[x[:, 0], x[:, 1]])
+        return torch.nn.functional.cross_entropy(model(x), y)
+
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 15, (steps - step) / 75)
+        optimizer.zero_grad()
+        batch(256).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return batch(4096).item()
+
+
+def test_every_name_learns_at_adamw_s_rate():
+    """A rate at which AdamW learns well. Quality at length: docs/benchmarks.md."""
+    adamw = loss_after(lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.0))
+    losses = {
+        "cs_adam": loss_after(lambda params: CSAdam(params, lr=3e-3, weight_decay=0.0)),
+        "lean": loss_after(lambda params: CSAdam(params, lr=3e-3, weight_decay=0.0, preset="lean")),
+        "sketchy": loss_after(lambda params: Sketchy(params, lr=3e-3)),
+        "sm3": loss_after(lambda params: SM3(params, lr=3e-3, preset="ema")),
+    }
+    assert adamw < 4.0 < torch.tensor(96.0).log(), adamw
+    for name, loss in losses.items():
+        assert loss < 1.03 * adamw, (name, losses, adamw)
+    relative = loss_after(lambda params: Sketchy(params, lr=3e-3, reference_rms=1.0))
+    assert relative > 1.05 * adamw  # what it was: hardly trained
