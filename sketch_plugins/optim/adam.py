@@ -87,7 +87,7 @@ class CSAdam(SketchOptimizer):
     =============== ============== ============= ============ ============================================== ==========
     default         int8           count_min     0.05         depth 1, strided hash, bucket mean             1.24
     lean            none           count_min     0.05         + update_clip 1, scale_parameter: lr is        0.20
-                                                              relative to the weights (try 1e-2 to 3e-2)
+                                                              relative to the weights (try 1e-2 to 8e-2)
     paper_cs_mv     count_sketch   count_min     3 x 0.0667   depth 3, affine hash, bucket sum, median and   1.60
                                                               minimum, cleaning 0.2 every 125 steps; for
                                                               row-sparse gradients (embedding, softmax)
@@ -106,8 +106,8 @@ class CSAdam(SketchOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
-        lr: learning rate, float or tensor of one element (default 1e-3). What rounding leaves of 0 where a schedule
-            ends (from -1e-10 on) is a rate of 0, in a step and in a checkpoint.
+        lr: learning rate, float or tensor of one element (default 1e-3). A rate between -1e-10 and 0 counts as 0, in a
+            step and in a checkpoint: it is the rounding error of a schedule that ends at 0.
         betas: decay rates of the moments (default (0.9, 0.999)); ``betas[0]`` has no effect with
             ``first_moment="none"``.
         eps: added to the denominator (default 1e-8).
