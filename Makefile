@@ -10,7 +10,7 @@ TEST_ARGS ?=
 COMPARE_ARGS ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
-LINT_PATHS := sketch_plugins integrations examples tests $(wildcard benchmarks)
+LINT_PATHS := sketch_plugins integrations examples tests docs/tools $(wildcard benchmarks)
 
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -26,7 +26,7 @@ TEST_PROCESSES ?= 2
 DIST := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test slow compare restricted matrix clients soak gpu sanitizer lint format clean
+.PHONY: help demo quick test slow compare restricted matrix clients soak gpu sanitizer docs lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +71,10 @@ gpu: ## with a GPU, in ten minutes: its kernels and their tests, steps and train
 sanitizer: $(VENV)/.dev ## with a GPU and compute-sanitizer: the kernels' tests under it
 	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/kernels -k "eager_definition or row_sparse"
 
+docs: $(VENV)/.docs ## the documentation site, in site/, strictly; and its tests: links, search, code, the notebook
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	SITE=site $(BIN)/python -m pytest $(TEST_ARGS) tests/docs/site
+
 lint: $(VENV)/.dev ## ruff, ruff format and mypy, nothing changed
 	$(BIN)/ruff check $(LINT_PATHS)
 	$(BIN)/ruff format --check $(LINT_PATHS)
@@ -81,7 +85,7 @@ format: $(VENV)/.dev ## let ruff fix and format the sources
 	$(BIN)/ruff format $(LINT_PATHS)
 
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) .venv-matrix .venv-clients build dist demo_out bert_out accelerate_out extreme_out larger_batch_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-matrix .venv-clients build dist site demo_out bert_out accelerate_out extreme_out larger_batch_out .pytest_cache .mypy_cache .ruff_cache
 	find sketch_plugins integrations examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: it is pinned here, while the package itself accepts a range.
@@ -99,3 +103,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -e ".[dev]"
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -e ".[docs]"
+	@touch $@

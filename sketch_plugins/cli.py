@@ -4,9 +4,39 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
+from typing import Any
+
+from sketch_plugins.version import __version__
 
 PROG = "sketch-plugins"
+SHELLS = ("bash", "zsh", "tcsh")
+
+EXAMPLES = """\
+examples:
+  train an unmodified program
+    sketch-plugins run train.py --optim cs_adam        the program takes the name of an optimizer
+    sketch-plugins run --optim cs_adam train.py        the program builds torch.optim.AdamW itself
+  find out what fits into memory
+    sketch-plugins plan --model gpt2 --batch-size 8 --gpu-memory 16GiB
+  work with checkpoints
+    sketch-plugins report out/checkpoint-500
+    sketch-plugins convert out/checkpoint-500 --optim cs_adam
+    sketch-plugins reshard checkpoints/run --world-size 4
+  look at this machine
+    sketch-plugins info
+    sketch-plugins check --device cpu
+
+exit status:
+  0    the command did what it was asked to do
+  1    check: a kernel is wrong; convert, reshard: nothing was written
+  2    the arguments are wrong; plan, report: there is nothing to show
+  127  run: there is no such program
+  run ends with the exit status of the program otherwise
+
+The environment variable NO_COLOR switches colours off.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,43 +44,81 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A script that is run ends as it does under ``python``: its ``SystemExit`` and its exceptions pass through.
     """
-    parser = argparse.ArgumentParser(prog=PROG, description="Memory-compressed optimizers for PyTorch.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_run(commands)
-    _add_reshard(commands)
-    _add_convert(commands)
-    _add_plan(commands)
-    _add_report(commands)
-    _add_info(commands)
-    _add_check(commands)
+    commands = parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     # DeepSpeed's launcher, unless told --no_local_rank, puts this before everything; it is for the script.
     local_rank = [argv.pop(0)] if argv and argv[0].startswith("--local_rank=") else []
-    arguments = parser.parse_args(argv)
+    arguments = commands.parse_args(argv)
     if local_rank:
         if not hasattr(arguments, "arguments"):
-            parser.error(f"unrecognized arguments: {local_rank[0]}")
+            commands.error(f"unrecognized arguments: {local_rank[0]}")
         arguments.arguments = local_rank + arguments.arguments
     status: int = arguments.execute(arguments)
     return status
 
 
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    made = argparse.ArgumentParser(
+        prog=PROG,
+        description="Memory-compressed optimizers for PyTorch.",
+        epilog=EXAMPLES,
+        formatter_class=_formatter(),
+    )
+    made.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    # `prog` is given, because argparse would format the usage to find it out, which imports rich on every start.
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True, prog=PROG)
+    for add in (_add_run, _add_plan, _add_report, _add_convert, _add_reshard, _add_info, _add_check, _add_completion):
+        add(commands)
+    return made
+
+
+def _formatter() -> Any:
+    """How help is laid out: with colours where rich-argparse is installed; lines that are broken by hand stay."""
+    try:
+        from rich_argparse import RawDescriptionRichHelpFormatter
+    except ImportError:  # `check` works with torch and Triton alone
+        return argparse.RawDescriptionHelpFormatter
+
+    class Formatter(RawDescriptionRichHelpFormatter):
+        group_name_formatter = str  # "options:", as everywhere else on a command line
+
+    return Formatter
+
+
+def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, **words: Any) -> Any:
+    """A command whose description is broken into lines here, since the epilog's lines stay as they are."""
+    words["description"] = textwrap.fill(words["description"], 100)
+    return commands.add_parser(name, formatter_class=_formatter(), **words)
+
+
+def _commands(whole: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command."""
+    (found,) = [action for action in whole._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found.choices)
+
+
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "run",
-        help="run an unmodified program, with the optimizers known to the frameworks it imports",
-        description="Run PROGRAM, a script of Python or a command, with every optimizer of sketch-plugins known by "
-        "name to the training frameworks that it and the processes it starts import, for example: run train.py "
-        "--optim cs_adam. With --optim before PROGRAM, an optimizer of sketch-plugins takes the place of those that "
-        "PROGRAM builds itself from torch.optim: run --optim cs_adam train.py",
-        epilog="Under launchers, before or after them: run torchrun --nproc_per_node 2 train.py, "
-        "torchrun --nproc_per_node 2 -m sketch_plugins run train.py, accelerate launch -m sketch_plugins run train.py",
+        help="train with an unmodified program",
+        description="Run PROGRAM, a Python script or a command. The training frameworks that PROGRAM and its child "
+        "processes import know every optimizer of sketch-plugins by name. With --optim before PROGRAM, an optimizer of "
+        "sketch-plugins also replaces the AdamW, Adam, SGD and Adagrad that PROGRAM builds from torch.optim.",
+        epilog="examples:\n"
+        "  sketch-plugins run train.py --optim cs_adam\n"
+        "  sketch-plugins run --optim cs_adam --optim-args compression=0.1 train.py\n"
+        "  sketch-plugins run torchrun --nproc_per_node 2 train.py --optim cs_adam\n"
+        "  torchrun --nproc_per_node 2 -m sketch_plugins run train.py --optim cs_adam\n"
+        "  sketch-plugins run trl sft --optim cs_adam ...\n\n"
+        "The exit status is that of PROGRAM; 127 if there is no such program.",
     )
     parser.add_argument("-m", "--module", action="store_true", help="PROGRAM is the name of a module, as in python -m")
     parser.add_argument(
         "--optim",
         metavar="NAME",
-        help="put cs_adam, sm3, sketchy, ... in the place of torch.optim's AdamW, Adam, SGD and Adagrad",
+        help="replace torch.optim's AdamW, Adam, SGD and Adagrad by cs_adam, sm3, sketchy, ...",
     )
     parser.add_argument(
         "--optim-args", metavar="K=V,...", help="options of that optimizer, as in Trainer's optim_args: compression=0.1"
@@ -67,28 +135,35 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.optim_args is not None and arguments.optim is None:
-        arguments.usage_error(f"--optim-args {arguments.optim_args!r} are the options of --optim, which is not given")
+        arguments.usage_error(
+            f"--optim-args {arguments.optim_args!r} needs --optim: it sets the options of that optimizer"
+        )
     from sketch_plugins.running.command import main as run
 
     return run(arguments.script, arguments.arguments, arguments.module, arguments.optim, arguments.optim_args)
 
 
 def _add_reshard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "reshard",
-        help="write a checkpoint of a sharded run anew, for another number of processes",
-        description="Write CHECKPOINT, saved by DeepSpeed's ZeRO (stages 1 to 3) or by torch.distributed.checkpoint "
-        "(FSDP2), anew for N processes. Weights stay as they are, bit for bit; the state of the optimizers of "
-        "sketch-plugins is cut anew, exactly where that is possible (docs/resharding.md). CHECKPOINT itself is not "
-        "changed.",
+        help="rewrite a sharded checkpoint for another number of processes",
+        description="Write a copy of CHECKPOINT for N processes. CHECKPOINT comes from DeepSpeed's ZeRO (stages 1 to "
+        "3) or from torch.distributed.checkpoint (FSDP2), and is not changed. Weights stay the same, bit for bit. The "
+        "state of our optimizers is divided differently, exactly where that is possible (docs/resharding.md).",
+        epilog="example:\n  sketch-plugins reshard checkpoints/run --world-size 4\n\n"
+        "The exit status is 1 if nothing was written.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory of the checkpoint")
-    parser.add_argument("--world-size", metavar="N", type=int, required=True, help="processes that are to load it")
+    parser.add_argument(
+        "--world-size", metavar="N", type=int, required=True, help="number of processes that will load it"
+    )
     parser.add_argument("--output", metavar="DIR", help="directory to write (default: CHECKPOINT-worldN)")
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="unpickle objects that are neither tensors nor plain values: only for checkpoints of your own",
+        help="also unpickle objects other than tensors and plain values; this may run code, so use it only for "
+        "checkpoints that you trust",
     )
     parser.set_defaults(execute=_reshard)
 
@@ -101,16 +176,20 @@ def _reshard(arguments: argparse.Namespace) -> int:
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "convert",
-        help="write a checkpoint of AdamW anew, with the state of a sketched optimizer",
-        description="Write CHECKPOINT, whose optimizer is AdamW, Adam, SGD or Adagrad of torch, anew with the state of "
-        "a sketched optimizer, so that the run goes on with less memory. CHECKPOINT is a checkpoint directory of "
-        "transformers' Trainer or of accelerate, a file of Lightning, or a file of torch.save with the state dict of "
-        "an optimizer at any depth. Everything else in it is copied, and CHECKPOINT itself is not changed. Learning "
-        "rates, betas, eps and weight decays stay those of the checkpoint.",
-        epilog="Example: convert out/checkpoint-500 --optim cs_adam --optim-args compression=0.1, then "
-        "train(resume_from_checkpoint='out/checkpoint-500-cs_adam') with the same optim and optim_args",
+        help="convert a checkpoint of AdamW to the state of a sketched optimizer",
+        description="Write a copy of CHECKPOINT in which the state of torch's AdamW, Adam, SGD or Adagrad is replaced "
+        "by that of a sketched optimizer, so that the run can go on with less memory. CHECKPOINT is a checkpoint "
+        "directory of transformers' Trainer or of accelerate, a file of Lightning, or a file of torch.save that "
+        "holds an optimizer's state dict at any depth. It is not changed. Learning rates, betas, eps and weight decay "
+        "stay those of CHECKPOINT.",
+        epilog="example:\n"
+        "  sketch-plugins convert out/checkpoint-500 --optim cs_adam --optim-args compression=0.1\n"
+        "  and then, with the same optim and optim_args:\n"
+        "  trainer.train(resume_from_checkpoint='out/checkpoint-500-cs_adam')\n\n"
+        "The exit status is 1 if nothing was written.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or file")
     parser.add_argument("--optim", metavar="NAME", required=True, help="cs_adam, sm3, sketchy, ...")
@@ -120,14 +199,14 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="what to write: a directory for a directory; for a file a file, or a directory to put it into (default: "
-        "CHECKPOINT-NAME)",
+        help="output: a directory if CHECKPOINT is one, else a file or the directory for it (default: CHECKPOINT-NAME)",
     )
-    parser.add_argument("--force", action="store_true", help="write over what is there")
+    parser.add_argument("--force", action="store_true", help="replace an output that exists")
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="unpickle objects that are neither tensors nor plain values: only for checkpoints of your own",
+        help="also unpickle objects other than tensors and plain values; this may run code, so use it only for "
+        "checkpoints that you trust",
     )
     parser.set_defaults(execute=_convert)
 
@@ -147,20 +226,25 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "plan",
-        help="memory of a training step with each optimizer, and the largest batch, without a GPU",
-        description="Say what a training step of MODEL takes with each optimizer, and the largest batch that fits. No "
-        "GPU is needed, no weights and no network: the model runs on tensors without memory (docs/plan.md).",
-        epilog="Example: plan --model bert-large-uncased --batch-size 8 --seq-len 512 --gpu-memory 16GiB "
-        "--precision bf16 --plot plan.png",
+        help="predict the memory of a training step and the largest batch, without a GPU",
+        description="Predict the memory of a training step of MODEL with each optimizer, and the largest batch that "
+        "fits. It needs no GPU, no weights and no network: the model runs on tensors that have shapes but no memory "
+        "(docs/plan.md).",
+        epilog="examples:\n"
+        "  sketch-plugins plan --model gpt2 --gpu-memory 16GiB\n"
+        "  sketch-plugins plan --model bert-large-uncased --batch-size 8 --seq-len 512 --precision bf16 \\\n"
+        "      --optimizer adamw,cs_adam:preset=lean,sm3 --plot plan.png\n\n"
+        "The exit status is 2 if the arguments are wrong.",
     )
     parser.add_argument(
         "--model", required=True, help="name (bert-large-uncased, gpt2, ...), directory of a model, or config.json"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples of a pass (default: 8)")
-    parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens of a sample (default: 512)")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="budget, for the largest batch: 16GiB, 80GB")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples in a batch (default: 8)")
+    parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens in a sample (default: 512)")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory budget for the largest batch: 16GiB, 80GB")
     parser.add_argument(
         "--precision",
         default="bf16-mixed",
@@ -170,22 +254,26 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--optimizer",
         action="append",
         metavar="NAME[,NAME...]",
-        help="optimizers, with options after a colon: cs_adam:preset=lean; all (the default); NAME_layerwise: steps in "
-        "backward; adamw, adamw_foreach, adafactor, sgd: torch's. May be given several times",
+        help="optimizers to compare, with options after a colon (cs_adam:preset=lean); NAME_layerwise takes its steps "
+        "in backward; adamw, adamw_foreach, adafactor and sgd are torch's; default: all. May be given several times",
     )
     parser.add_argument(
         "--task", help="masked-lm, causal-lm, seq2seq-lm, sequence-classification (default: the model's)"
     )
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again in backward")
-    parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="passes of a step (default: 1)")
-    parser.add_argument("--zero-stage", type=int, default=0, metavar="N", help="DeepSpeed's ZeRO: 1, 2, 3; a formula")
-    parser.add_argument("--world-size", type=int, metavar="M", help="ranks, with --zero-stage")
-    parser.add_argument("--device", default="cuda", help="whose kernels: cuda (the default) or cpu")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument(
-        "--reserve", metavar="SIZE", help="part of --gpu-memory that torch does not get (default: 512MiB on cuda)"
+        "--accumulation", type=int, default=1, metavar="N", help="gradient accumulation steps (default: 1)"
+    )
+    parser.add_argument(
+        "--zero-stage", type=int, default=0, metavar="N", help="stage of DeepSpeed's ZeRO: 1, 2, 3 (by a formula)"
+    )
+    parser.add_argument("--world-size", type=int, metavar="M", help="number of processes, with --zero-stage")
+    parser.add_argument("--device", default="cuda", help="device whose kernels are assumed: cuda (default) or cpu")
+    parser.add_argument(
+        "--reserve", metavar="SIZE", help="part of --gpu-memory that torch cannot use (default: 512MiB on cuda)"
     )
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart: FILE.png, FILE.svg, FILE.pdf")
-    parser.add_argument("--json", action="store_true", help="write JSON in place of the table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.set_defaults(execute=_plan)
 
 
@@ -196,20 +284,26 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "report",
-        help="what an optimizer's checkpoint holds",
-        description="Show what the optimizer in CHECKPOINT keeps, parameter by parameter, beside AdamW. CHECKPOINT is "
-        "a checkpoint directory of transformers' Trainer, a file of torch.save or of Lightning, or a directory of "
-        "DeepSpeed or torch.distributed.checkpoint.",
+        help="show what an optimizer's checkpoint holds",
+        description="Show the bytes of optimizer state in CHECKPOINT, parameter by parameter, beside AdamW's. "
+        "CHECKPOINT is a checkpoint directory of transformers' Trainer, a file of torch.save or of Lightning, or a "
+        "directory of DeepSpeed or torch.distributed.checkpoint.",
+        epilog="example:\n  sketch-plugins report out/checkpoint-500\n\n"
+        "The exit status is 2 if CHECKPOINT holds no optimizer state that can be read.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file or directory")
-    parser.add_argument("--rows", type=int, default=20, metavar="N", help="parameters to show (default: 20; 0: all)")
-    parser.add_argument("--json", action="store_true", help="write JSON in place of the tables")
+    parser.add_argument(
+        "--rows", type=int, default=20, metavar="N", help="number of parameters to show (default: 20; 0: all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the tables")
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="unpickle objects that are neither tensors nor plain values: only for checkpoints of your own",
+        help="also unpickle objects other than tensors and plain values; this may run code, so use it only for "
+        "checkpoints that you trust",
     )
     parser.set_defaults(execute=_report)
 
@@ -221,13 +315,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "info",
-        help="versions, kernels, and the optimizers that each framework knows",
-        description="Show what is installed, which kernels take steps here and why others do not, and the names under "
-        "which each framework knows the optimizers.",
+        help="show versions, kernels, and the optimizers that each framework knows",
+        description="Show the installed versions, which kernels can be used on this machine and why others cannot, and "
+        "the names under which each framework knows the optimizers.",
     )
-    parser.add_argument("--json", action="store_true", help="write JSON in place of the tables")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the tables")
     parser.set_defaults(execute=_info)
 
 
@@ -237,24 +332,61 @@ def _info(arguments: argparse.Namespace) -> int:
     return info(arguments.json)
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "check",
-        help="compare every kernel with its definition on this device, and time a step beside AdamW",
-        description="Compare every kernel with its eager definition on small tensors, train a few steps with each "
-        "optimizer both ways, and time a step on BERT-base's tensors beside torch.optim.AdamW(fused=True). A kernel "
-        "that differs or does not compile is named, and the exit status is 1 (docs/check.md).",
+def _add_completion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands,
+        "completion",
+        help="print a script that lets a shell complete commands and options",
+        description="Print a script for SHELL. The shell completes commands, options and file names of sketch-plugins "
+        "when it has read the script.",
+        epilog="examples:\n"
+        "  sketch-plugins completion bash > ~/.local/share/bash-completion/completions/sketch-plugins\n"
+        "  sketch-plugins completion zsh > ~/.zfunc/_sketch-plugins      with ~/.zfunc in fpath",
     )
-    parser.add_argument("--device", default="cuda", help="cuda (the default: Triton's kernels), cuda:N, cpu (Numba's)")
-    parser.add_argument("--only", metavar="WORD", help="cases with WORD in their name, and no times")
-    parser.add_argument("--no-times", action="store_true", help="leave the times out")
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or tcsh")
+    parser.set_defaults(execute=_completion)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        print(f"{PROG} completion: shtab is not installed: pip install shtab", file=sys.stderr)
+        return 2
+    whole = parser()
+    for command in _commands(whole).values():
+        for action in command._actions:
+            if action.dest in ("script", "checkpoint", "output", "out", "plot", "model"):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(whole, shell=arguments.shell))
+    return 0
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands,
+        "check",
+        help="compare every kernel with eager torch on this device, and time a step beside AdamW",
+        description="Compare every kernel with the same step in eager torch on small tensors, train a few steps with "
+        "each optimizer both ways, and time a step on BERT-base's tensors beside torch.optim.AdamW(fused=True) "
+        "(docs/check.md).",
+        epilog="examples:\n  sketch-plugins check\n  sketch-plugins check --device cpu --only cs_adam\n\n"
+        "The exit status is 1 if a kernel differs or does not compile, 2 if the arguments are wrong.",
+    )
+    parser.add_argument(
+        "--device", default="cuda", help="cuda or cuda:N for Triton's kernels (default: cuda), cpu for Numba's"
+    )
+    parser.add_argument(
+        "--only", metavar="WORD", help="run only the cases with WORD in their name, and measure no times"
+    )
+    parser.add_argument("--no-times", action="store_true", help="measure no times")
     parser.add_argument(
         "--jobs",
         type=int,
         metavar="N",
-        help="processes that compile and compare; 0: this one (default: one for each core, 12 at most; on a cpu 0)",
+        help="number of worker processes; 0: work in this process (default: one for each core, at most 12; on a cpu 0)",
     )
-    parser.add_argument("--json", action="store_true", help="write JSON in place of the tables")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the tables")
     parser.set_defaults(execute=_check)
 
 

@@ -73,8 +73,8 @@ def check_options(name: str, options: Mapping[str, Any], words: Wording = PLAIN)
     given = registry.parse_options(name, options)
     if "lr" in given:
         raise ValueError(
-            f"{words.options} has lr={given['lr']!r}: the learning rate is that of the optimizer which {words.owner} "
-            f"builds, because its schedule starts from there. Set it in {words.owner}"
+            f"{words.options} sets lr={given['lr']!r}, but the learning rate is set by {words.owner}, where "
+            f"its schedule starts. Set it in {words.owner}"
         )
     try:
         registry.get(name).cls([torch.empty(0)], **given)  # the constructor knows which values go together
@@ -134,8 +134,8 @@ def become(optimizer: Any, name: str, options: Mapping[str, Any], words: Wording
 def without_counterpart(cls: type, words: Wording = PLAIN) -> str:
     """The message for an optimizer that has none."""
     return (
-        f"{cls.__module__}.{cls.__qualname__} has no sketched counterpart: allowed are "
-        f"{', '.join(cls.__name__ for cls in REPLACED)}. {words.instead}"
+        f"{cls.__module__}.{cls.__qualname__} has no sketched counterpart; only "
+        f"{', '.join(cls.__name__ for cls in REPLACED)} can be replaced. {words.instead}"
     )
 
 

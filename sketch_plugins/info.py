@@ -88,7 +88,7 @@ def _kernels() -> dict[str, dict[str, Any]]:
                 else "none was found"
             )
         out[name] = {"available": available, "note": why}
-    out["eager"] = {"available": True, "note": "the step in tiles, on any device"}
+    out["eager"] = {"available": True, "note": "eager torch, on any device"}
     return out
 
 
@@ -141,7 +141,7 @@ def _frameworks() -> dict[str, dict[str, Any]]:
         out[framework]["names"] = sorted(name for name in names if name.startswith(registry.names()))
         out[framework]["usage"] = integration.USAGE
         if not out[framework]["names"]:
-            out[framework]["note"] = "has no names: it takes the optimizers themselves"
+            out[framework]["note"] = "has no names: give it an optimizer object"
     return out
 
 
@@ -166,7 +166,9 @@ def _tables(found: dict[str, Any]) -> list[Table]:
         kernels.add_column(heading, overflow="fold")
     for name, kernel in found["kernels"].items():
         kernels.add_row(name, "yes" if kernel["available"] else "no", kernel["note"])
-    optimizers = Table(title="optimizers; bytes of state a parameter, of a layer of BERT-base", title_justify="left")
+    optimizers = Table(
+        title="optimizers; bytes of state for each parameter, measured on a layer of BERT-base", title_justify="left"
+    )
     for heading in ("name", "class", "B/param", "AdamW", "presets"):
         optimizers.add_column(heading, justify="right" if heading in ("B/param", "AdamW") else "left", overflow="fold")
     for name, one in found["optimizers"].items():

@@ -53,7 +53,7 @@ def get(name: str) -> Entry:
         ValueError: no such optimizer; lists the names, and says which one may be meant.
     """
     if name not in _ENTRIES:
-        raise ValueError(f"unknown optimizer {name!r}.{did_you_mean(name)} Known are {', '.join(_ENTRIES)}")
+        raise ValueError(f"unknown optimizer {name!r}.{did_you_mean(name)} The optimizers are {', '.join(_ENTRIES)}")
     return _ENTRIES[name]
 
 
@@ -88,9 +88,10 @@ def parse_options(
         parsed[key] = options[key].parse(value)
     if parsed.get("width") and "compression" in parsed:
         raise ValueError(
-            f"width={parsed['width']} and compression={parsed['compression']} both set the buckets: give one"
+            f"width={parsed['width']} and compression={parsed['compression']} both set the number of buckets: "
+            "use one of them"
         )
     betas, momentum = parsed.get("betas"), parsed.get("momentum")
     if betas is not None and momentum is not None and betas[0] != momentum:
-        raise ValueError(f"betas={betas} and momentum={momentum} both set the momentum: give one")
+        raise ValueError(f"betas={betas} and momentum={momentum} both set the momentum: use one of them")
     return parsed

@@ -37,7 +37,7 @@ def test_versions_optimizers_and_kernels(capsys):
             note = f"not installed: pip install 'sketch-plugins[{name}]'"
             assert framework == {"names": [], "usage": "", "note": note}
         elif name == "accelerate":
-            assert framework["names"] == [] and "optimizers themselves" in framework["note"]
+            assert framework["names"] == [] and "optimizer object" in framework["note"]
         else:
             assert set(registry.names()) <= set(framework["names"]), framework
             assert "{name}" in framework["usage"] and framework["note"] == ""

@@ -44,7 +44,7 @@ def test_the_line_is_the_programs(way):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         way(p, optimizer)
-    (one,) = [w for w in found if "takes the eager path" in str(w.message)]
+    (one,) = [w for w in found if "takes eager steps" in str(w.message)]
     lines, first = inspect.getsourcelines(way)
     assert one.filename == __file__ and first < one.lineno < first + len(lines)
     assert (p != 0).all()
@@ -59,7 +59,7 @@ def test_once_for_a_line():
             p.grad = torch.ones_like(p)
             optimizer.step()
         optimizer.step()
-    assert len([w for w in found if "takes the eager path" in str(w.message)]) == 2
+    assert len([w for w in found if "takes eager steps" in str(w.message)]) == 2
 
 
 def test_the_category():

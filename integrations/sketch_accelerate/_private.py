@@ -77,10 +77,10 @@ def _looking(prepare: Callable[..., Any]) -> Callable[..., Any]:
             for given in args:
                 if isinstance(getattr(given, "optimizer", given), SketchOptimizer):
                     raise ValueError(
-                        f"{type(getattr(given, 'optimizer', given)).__name__} and FSDP1: it cuts parameters into "
-                        "pieces without a shape, of which nothing can be compressed. Use FSDP2: fsdp_version: 2 in the "
-                        "configuration of accelerate, FullyShardedDataParallelPlugin(fsdp_version=2), or "
-                        "--fsdp_version 2"
+                        f"{type(getattr(given, 'optimizer', given)).__name__} does not support FSDP1, "
+                        "whose flat parameters have no shape that could be compressed. Use FSDP2: "
+                        "fsdp_version: 2 in the configuration of accelerate, "
+                        "FullyShardedDataParallelPlugin(fsdp_version=2), or --fsdp_version 2"
                     )
         return prepare(self, *args, **kwargs)
 

@@ -62,16 +62,19 @@ class MemSGDKwargs(DistributedDataParallelKwargs):
         kind = accelerator.distributed_type.value
         if not kind.startswith("MULTI_") and kind != "NO":
             raise ValueError(
-                f"memsgd under {kind}, which reduces gradients itself: they are sparsified under "
-                "DistributedDataParallel only"
+                f"memsgd is not possible under {kind}, which reduces gradients itself: gradients are compressed "
+                "under DistributedDataParallel only"
             )
         if kind == "NO":
-            logger.warning("memsgd: this is one process, there are no gradients to send")
+            logger.warning("memsgd has no effect: there is one process, so no gradients are sent")
         self._scaler = accelerator.scaler
 
     def register_comm_hook(self, model: torch.nn.Module) -> None:
         """Called by ``Accelerator.prepare`` with the wrapped model."""
         chosen = getattr(self.comm_hook, "value", self.comm_hook)
         if chosen != "no":
-            raise ValueError(f"comm_hook={chosen!r} and memsgd: DistributedDataParallel takes one hook")
+            raise ValueError(
+                f"comm_hook={chosen!r} and memsgd cannot be combined, because DistributedDataParallel has one "
+                "hook: use one of them"
+            )
         self.states.append(attach(model, **{"scaler": self._scaler, **self.memsgd}))  # type: ignore[arg-type]

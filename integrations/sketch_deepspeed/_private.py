@@ -132,7 +132,7 @@ def known_names() -> list[str]:
 def _refuse_taken_names() -> None:
     for name in registry.names():
         if name in _DEEPSPEED.find("deepspeed.runtime.config", "DEEPSPEED_OPTIMIZERS"):
-            raise ValueError(f"deepspeed {_DEEPSPEED.version()} has an optimizer {name!r} of its own")
+            raise ValueError(f"deepspeed {_DEEPSPEED.version()} already has an optimizer {name!r}")
 
 
 # -- the engine ------------------------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def _knowing(is_supported: Callable[..., bool]) -> Callable[..., bool]:
         near = difflib.get_close_matches(plain, [name.replace("_", "") for name in registry.names()], 1, 0.8)
         if near:
             raise ValueError(
-                f'the optimizer {{"type": "{optimizer_name}"}} of the DeepSpeed configuration does not exist; those of '
-                f"sketch-plugins are {', '.join(registry.names())}"
+                f'the optimizer {{"type": "{optimizer_name}"}} of the DeepSpeed configuration does not exist; the '
+                f"optimizers of sketch-plugins are {', '.join(registry.names())}"
             )
         return False
 
@@ -210,8 +210,8 @@ def _comparing(load: Callable[..., Any]) -> Callable[..., Any]:
         saved, present = self.loaded_checkpoint_dp_world_size, self.seq_dp_world_size
         if load_optimizer_states and saved not in (None, present) and isinstance(self.basic_optimizer, SketchOptimizer):
             raise ValueError(
-                f"the checkpoint {load_dir}/{tag} was written by {saved} processes and is to be loaded by {present}: "
-                f"DeepSpeed cannot cut optimizer state anew. Convert it: "
+                f"the checkpoint {load_dir}/{tag} was written by {saved} processes, and {present} processes are "
+                "loading it: DeepSpeed cannot divide optimizer state differently. Convert the checkpoint: "
                 f"{RESHARD.replace('CHECKPOINT', f'{load_dir}/{tag}').replace(' N', f' {present}')}"
             )
         return load(self, load_dir, tag, load_optimizer_states)
@@ -290,8 +290,9 @@ def _patch_accelerate() -> None:
     module = sys.modules[ACCELERATE[0]]
     if not hasattr(module, ACCELERATE[1]):
         warn(
-            f"{'.'.join(ACCELERATE)} is missing: with offload_optimizer, this accelerate may put DeepSpeedCPUAdam in "
-            'the place of our optimizers. Write "zero_force_ds_cpu_optimizer": false and look at the optimizer\'s type'
+            f"{'.'.join(ACCELERATE)} is missing: with offload_optimizer, this version of accelerate may "
+            'replace our optimizers by DeepSpeedCPUAdam. Set "zero_force_ds_cpu_optimizer": false, and check '
+            "the optimizer's type"
         )
         return
     patching.wrap(module, ACCELERATE[1], _sparing)

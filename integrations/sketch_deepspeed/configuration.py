@@ -58,16 +58,16 @@ def refuse_impossible(
     name = type(optimizer).__name__
     if elastic:
         raise ValueError(
-            f'"elastic_checkpoint": true merges state as if it were one number for each element, which that of {name} '
-            f"is not. Leave it out; for another number of processes convert a checkpoint: {RESHARD}"
+            f'"elastic_checkpoint": true needs optimizer state with one number for each element, and {name} '
+            f"has other state. Remove it; for another number of processes convert a checkpoint: {RESHARD}"
         )
     if universal:
         raise ValueError(
-            f"\"load_universal\": true: DeepSpeed's universal checkpoints hold Adam's exp_avg and exp_avg_sq, which "
-            f"{name} does not have. For another number of processes convert the ordinary checkpoint: {RESHARD}"
+            f'"load_universal": true needs Adam\'s exp_avg and exp_avg_sq, which {name} does not have. For '
+            f"another number of processes convert the ordinary checkpoint: {RESHARD}"
         )
     if zenflow:
-        raise ValueError(f'"zenflow" brings optimizers of its own in place of {name}: leave it out')
+        raise ValueError(f'"zenflow" replaces {name} by optimizers of its own: remove it')
     if offload is None:
         return
     device = getattr(offload.device, "value", offload.device)

@@ -57,7 +57,7 @@ def _without_zero(
     while isinstance(saved, Mapping) and "param_groups" not in saved:  # a wrapper of float16
         saved = saved.get("optimizer_state_dict")
     if not isinstance(saved, Mapping):
-        raise ValueError(f"{directory} holds no state of an optimizer: it was saved without")
+        raise ValueError(f"{directory} holds no optimizer state: it was saved without")
     found: list[tuple[str | None, int, Mapping[str, Any], int | None]] = []
     for number, group in enumerate(saved["param_groups"]):
         names = names_of(group)

@@ -72,7 +72,7 @@ def reshard(
     target = output_of(root, world_size, output)
     old = _read(root / tag, trust)
     if old.world == world_size:
-        raise CannotReshard(f"{root / tag} is for {world_size} ranks already")
+        raise CannotReshard(f"{root / tag} already has {world_size} ranks")
     with whole_or_not_at_all(target) as partial:
         (partial / tag).mkdir(parents=True)
         report = _write(old, world_size, partial / tag, target, progress)
@@ -144,19 +144,19 @@ def _config(file: Mapping[str, Any]) -> Mapping[str, Any]:
 def _find(path: Path) -> tuple[Path, str]:
     """The directory with the tags, and the tag."""
     if not path.is_dir():
-        raise CannotReshard(f"{path} is no directory")
+        raise CannotReshard(f"{path} is not a directory")
     latest = path / "latest"
     if latest.is_file():
         tag = latest.read_text().strip()
         if not tag or Path(tag).is_absolute() or ".." in Path(tag).parts:
-            raise CannotReshard(f"{latest} names {tag!r}; expected a directory beside it")
+            raise CannotReshard(f"{latest} contains {tag!r}; expected the name of a directory beside it")
         if not (path / tag).is_dir():
-            raise CannotReshard(f"{latest} names {tag!r}, and there is no such directory")
+            raise CannotReshard(f"{latest} names the directory {tag!r}, which does not exist")
         return path, tag
     if any(path.glob("*_model_states.pt")) or any(path.glob("*_optim_states.pt")):
         return path.resolve().parent, path.resolve().name
     raise CannotReshard(
-        f"{path} is no DeepSpeed checkpoint: it has neither a file 'latest' nor files '*_model_states.pt'"
+        f"{path} is not a DeepSpeed checkpoint: it has no file 'latest' and no files '*_model_states.pt'"
     )
 
 
@@ -174,8 +174,8 @@ def _load(file: Path, trust: bool) -> dict[str, Any]:
         known = ("LossScaler", "ZeroStageEnum", "fragment_address")
         others = [name for name in names if not name.endswith(known)]
         raise CannotReshard(
-            f"{file} holds objects other than tensors and plain values ({', '.join(others)}), and unpickling them runs "
-            "code: if you trust the checkpoint, give --trust"
+            f"{file} contains Python objects other than tensors and plain values ({', '.join(others)}), and "
+            "unpickling them can run code. If you trust the checkpoint, use --trust"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CannotReshard(f"{file} cannot be read: {error}") from error
@@ -190,21 +190,27 @@ def _read(directory: Path, trust: bool) -> _Checkpoint:
     for file in directory.iterdir():
         if match := _RANK.fullmatch(file.name):
             if int(match[3]) != 0:
-                raise CannotReshard(f"{directory} was written with model parallelism ({file.name}): not supported")
+                raise CannotReshard(
+                    f"{directory} was written with model parallelism ({file.name}), which is not supported"
+                )
             found[int(match[2])] = file
             prefix = match[1] or ""
     if not found:
         if (directory / _MODEL).exists():
-            raise CannotReshard(f"{directory} has no optimizer state of ZeRO: stage 0 loads with any number of ranks")
-        raise CannotReshard(f"{directory} is no DeepSpeed checkpoint: it has no files '*_optim_states.pt'")
+            raise CannotReshard(
+                f"{directory} has no optimizer state of ZeRO: a checkpoint of stage 0 loads with any number of ranks"
+            )
+        raise CannotReshard(f"{directory} is not a DeepSpeed checkpoint: it has no files '*_optim_states.pt'")
     first = _load(found[min(found)], trust)
     zero = first.get("optimizer_state_dict")
     if not isinstance(zero, Mapping) or "partition_count" not in zero:
-        raise CannotReshard(f"{found[min(found)]} is no optimizer state of ZeRO")
+        raise CannotReshard(f"{found[min(found)]} is not an optimizer state of ZeRO")
     counts = zero["partition_count"]
     world = counts if isinstance(counts, int) else max(counts)
     if not isinstance(counts, int) and len(set(counts)) > 1:
-        raise CannotReshard(f"groups are cut over {counts} ranks (experts?): not supported")
+        raise CannotReshard(
+            f"parameter groups are divided over {counts} ranks (expert parallelism?), which is not supported"
+        )
     missing = [rank for rank in range(world) if rank not in found]
     if missing or len(found) > world:
         absent = ", ".join(map(str, missing))
@@ -226,21 +232,23 @@ def _read(directory: Path, trust: bool) -> _Checkpoint:
 def _checked(old: _Checkpoint, directory: Path) -> _Checkpoint:
     model = old.models[0]
     if model.get("mp_world_size", 1) != 1 or model.get("module") is None:
-        raise CannotReshard(f"{directory} was written with model or pipeline parallelism: not supported")
+        raise CannotReshard(f"{directory} was written with model or pipeline parallelism, which is not supported")
     if model.get("num_experts"):
-        raise CannotReshard(f"{directory} holds experts (MoE), whose partitions differ: not supported")
+        raise CannotReshard(f"{directory} contains experts (MoE), whose partitions differ, which is not supported")
     if model.get("dp_world_size") != old.world:
-        raise CannotReshard(f"{directory}: weights of {model.get('dp_world_size')} ranks, state of {old.world}")
+        raise CannotReshard(
+            f"{directory} has weights of {model.get('dp_world_size')} ranks and optimizer state of {old.world} ranks"
+        )
     if old.config.get("mics_shard_size", -1) not in (-1, None):
-        raise CannotReshard(f"{directory} was written with MiCS: not supported")
+        raise CannotReshard(f"{directory} was written with MiCS, which is not supported")
     base = old.base(0)
     if not isinstance(base, Mapping) or "param_groups" not in base:
-        raise CannotReshard(f"{directory} is an elastic checkpoint of ZeRO: not supported")
+        raise CannotReshard(f"{directory} is an elastic checkpoint of ZeRO, which is not supported")
     shapes, groups = model["param_shapes"], base["param_groups"]
     # Of stage 3 a list for each sub-group; sub-groups follow each other in the groups.
     owners = [number for number, group in enumerate(groups) for _ in group["params"]]
     if [key for group in groups for key in group["params"]] != list(range(len(shapes))):
-        raise CannotReshard(f"{directory}: the parameter groups do not tell which partitions are theirs")
+        raise CannotReshard(f"{directory}: the parameter groups do not say which partitions belong to them")
     old.groups = [[] for _ in groups]
     for owner, named in zip(owners, shapes, strict=True):
         for name, shape in named.items():
@@ -253,8 +261,8 @@ def _checked(old: _Checkpoint, directory: Path) -> _Checkpoint:
     names = [[p.name for p in buffer.parameters] for buffer in old.buffers]
     if names != [list(named) for named in shapes]:
         raise CannotReshard(
-            f"{directory}: the partitions do not follow DeepSpeed's rules for its settings "
-            f"({dict(old.config)}): this version of DeepSpeed lays them out otherwise"
+            f"{directory}: the partitions do not have the layout that DeepSpeed's settings imply "
+            f"({dict(old.config)}); this version of DeepSpeed uses another layout"
         )
     for rank in range(old.world):
         for number, (buffer, flat) in enumerate(zip(old.buffers, old.flats(rank), strict=True)):
@@ -296,13 +304,13 @@ class _State:
         others = [name for name in states if not is_key(name)]
         if others:
             raise CannotReshard(
-                f"the state of partition {key} of rank {rank} has {', '.join(map(repr, others))}, which is not of "
-                f"{self.saved_optimizer.kind}: nobody knows how to cut it anew. Delete it from the state before it is "
-                "saved"
+                f"the state of partition {key} of rank {rank} contains {', '.join(map(repr, others))}, which "
+                f"{self.saved_optimizer.kind} did not write and which cannot be resharded. Delete it from the "
+                "state before saving"
             )
         if states and len(states) != len(expected):
             raise CannotReshard(
-                f"the state of partition {key} of rank {rank} is that of {len(states)} pieces; expected {len(expected)}"
+                f"the state of partition {key} of rank {rank} has {len(states)} pieces; expected {len(expected)}"
             )
         for piece, (name, state) in zip(expected, states.items() or [("", {})] * len(expected), strict=True):
             parameter = buffer.parameters[piece.index].name

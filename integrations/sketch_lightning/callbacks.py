@@ -97,8 +97,8 @@ class OptimizerStateMonitor:
             for number, prefix, optimizer in _named(trainer):
                 if in_backward(optimizer) is not None:
                     raise ValueError(
-                        "OptimizerStateMonitor(sampled=True) looks at gradients before optimizer.step(), and with "
-                        "steps in backward they have been consumed by then: use sampled=False"
+                        "OptimizerStateMonitor(sampled=True) reads gradients before optimizer.step(), but steps in "
+                        "backward have already freed them: use sampled=False"
                     )
                 if isinstance(optimizer, SketchOptimizer):
                     probe = SecondMomentProbe(optimizer, rows=self.rows, params=self.params, seed=self.seed)
@@ -106,8 +106,9 @@ class OptimizerStateMonitor:
                         probe.load_state_dict(self._restored.pop(number))
                     if any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"]):
                         _private.find(self._namespace, "utilities.rank_zero", "rank_zero_warn")(
-                            f"OptimizerStateMonitor(sampled=True): {prefix}/second_moment_relative_error is not of "
-                            "parameters that are spread over ranks (FSDP2); where all are, none is logged"
+                            f"OptimizerStateMonitor(sampled=True): {prefix}/second_moment_relative_error "
+                            "does not include parameters that are sharded over ranks (FSDP2); if all of "
+                            "them are, it is not logged"
                         )
                     self._probes[number] = probe
                     self._handles.append(before_update(optimizer, probe.update))
@@ -191,7 +192,8 @@ class SketchCleaning:
     ) -> None:
         if (every_n_steps is None) == (every_n_epochs is None):
             raise ValueError(
-                f"every_n_steps={every_n_steps!r} and every_n_epochs={every_n_epochs!r}: give one of the two"
+                f"every_n_steps={every_n_steps!r} and every_n_epochs={every_n_epochs!r} are given: use exactly "
+                "one of them"
             )
         name, value = ("every_n_steps", every_n_steps) if every_n_epochs is None else ("every_n_epochs", every_n_epochs)
         _check_count(name, value)
@@ -218,19 +220,19 @@ class SketchCleaning:
             for number, group in enumerate(optimizer.param_groups):
                 if group.get("clean_every"):
                     raise ValueError(
-                        f"group {number} of {type(optimizer).__name__} has clean_every={group['clean_every']}: it "
-                        "would "
-                        "be cleaned by itself and by SketchCleaning; allowed with SketchCleaning is clean_every=0"
+                        f"parameter group {number} of {type(optimizer).__name__} has "
+                        f"clean_every={group['clean_every']}, so the optimizer and SketchCleaning "
+                        "would both clean the sketch: set clean_every=0 or remove SketchCleaning"
                     )
             found.append(optimizer)
         if not found:
             kinds = ", ".join(type(optimizer).__name__ for _, _, optimizer in _named(trainer))
-            raise ValueError(f"SketchCleaning has nothing to clean: {kinds} keeps no second moment in a sketch")
+            raise ValueError(f"SketchCleaning has no effect: {kinds} keeps no second moment in a sketch")
         if self.every_n_steps is not None:
             if any(in_backward(optimizer) is not None for optimizer in found):
                 raise ValueError(
-                    f"SketchCleaning(every_n_steps={self.every_n_steps}) comes before optimizer.step(), and with steps "
-                    f"in backward that is too late: give the optimizer clean_every={self.every_n_steps}"
+                    f"SketchCleaning(every_n_steps={self.every_n_steps}) works before optimizer.step(), which is too "
+                    f"late for steps in backward: set clean_every={self.every_n_steps} of the optimizer instead"
                 )
             for optimizer in found:
                 self._handles.append(before_update(optimizer, functools.partial(self._step, optimizer)))

@@ -30,7 +30,7 @@ class SteppingInBackward:
         for optimizer in trainer.optimizers:
             if not isinstance(optimizer, SketchOptimizer):
                 raise ValueError(
-                    f"OptimizerInBackward takes sketched optimizers, not {type(optimizer).__name__}: return one from "
+                    f"OptimizerInBackward needs a sketched optimizer, not {type(optimizer).__name__}: return one from "
                     'configure_optimizers, or use strategy="cs_adam"'
                 )
             if in_backward(optimizer) is None:  # the module may have done so itself
@@ -62,30 +62,30 @@ class SteppingInBackward:
         base = _private.find(self._namespace, "", "LightningModule")
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "OptimizerInBackward and manual optimization, where Lightning does not know which backward is the last "
-                "one before a step: use sketch_plugins.InBackward in the module"
+                "OptimizerInBackward does not support manual optimization, in which Lightning does not know "
+                "which backward is the last one before a step: use sketch_plugins.InBackward in the module"
             )
         if trainer.gradient_clip_val:
             raise ValueError(
-                f"OptimizerInBackward and gradient_clip_val={trainer.gradient_clip_val!r}: steps are taken in "
-                "backward, and no moment has all gradients. Allowed is None; the optimizer's update_clip bounds the "
-                "update of each tensor"
+                f"OptimizerInBackward does not support gradient_clip_val={trainer.gradient_clip_val!r}: steps are "
+                "taken in backward, when not all gradients exist. Use gradient_clip_val=None; the optimizer's "
+                "update_clip bounds the update of each tensor"
             )
         if type(pl_module).configure_gradient_clipping is not base.configure_gradient_clipping:
             raise ValueError(
-                f"OptimizerInBackward and {type(pl_module).__name__}.configure_gradient_clipping, which would see no "
-                "gradients: they are consumed in backward"
+                f"OptimizerInBackward does not support {type(pl_module).__name__}.configure_gradient_clipping, "
+                "because steps in backward have already freed the gradients"
             )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(
-                f"OptimizerInBackward and precision={trainer.precision!r}: GradScaler unscales gradients after "
-                "backward, when they have been consumed. Use precision='bf16-mixed' or 'bf16-true'"
+                f"OptimizerInBackward does not support precision={trainer.precision!r}: GradScaler unscales "
+                "gradients after backward, when they have been freed. Use precision='bf16-mixed' or 'bf16-true'"
             )
         single = _private.find(self._namespace, "strategies", "SingleDeviceStrategy")
         fsdp2 = _private.find(self._namespace, "strategies", "ModelParallelStrategy")
         if not isinstance(trainer.strategy, (single, fsdp2)):
             raise ValueError(
-                f"OptimizerInBackward and {type(trainer.strategy).__name__}: a step in backward comes before "
-                "DistributedDataParallel's all-reduce, and DeepSpeed and FSDP1 have gradients of their own after "
-                'backward only. Use one device, or FSDP2 (strategy="fsdp_cs_adam")'
+                f"OptimizerInBackward does not support {type(trainer.strategy).__name__}: a step in backward "
+                "would be taken before DistributedDataParallel's all-reduce, and DeepSpeed and FSDP1 provide "
+                'gradients only after backward. Use one device, or FSDP2 (strategy="fsdp_cs_adam")'
             )

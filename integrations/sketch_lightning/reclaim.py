@@ -58,7 +58,7 @@ class Reclaiming:
         """Search, or take what a checkpoint brought."""
         info = self._find("utilities.rank_zero", "rank_zero_info")
         if trainer.fast_dev_run:
-            info("ReclaimBatchSize: nothing is searched in a fast_dev_run")
+            info("ReclaimBatchSize does not search in a fast_dev_run")
             return
         self._check(trainer, pl_module)
         had_loader, length = _private.has_loader(trainer), trainer.num_training_batches
@@ -76,10 +76,10 @@ class Reclaiming:
                 _private.set_up_loader(trainer, again=True)
             if searched and not self.keep_effective and trainer.num_training_batches != length:
                 self._find("utilities.rank_zero", "rank_zero_warn")(
-                    f"ReclaimBatchSize: an epoch had {length} batches when configure_optimizers asked for that (a "
-                    f"schedule built from trainer.estimated_stepping_batches?), and has {trainer.num_training_batches} "
-                    "now: such a schedule has the old length. Build it for the batch size that was found, or use "
-                    "keep_effective=True"
+                    f"ReclaimBatchSize: an epoch had {length} batches when configure_optimizers asked for their "
+                    "number (for a schedule built from trainer.estimated_stepping_batches?), and now has "
+                    f"{trainer.num_training_batches}, so such a schedule has the old length. Build it for the batch "
+                    "size that was found, or use keep_effective=True"
                 )
         else:
             _private.set_up_loader(trainer, again=False)
@@ -155,9 +155,8 @@ class Reclaiming:
         if not found:
             least = min(peaks)
             raise ValueError(
-                f"ReclaimBatchSize: {allowed} is too small: a batch of {least} took {format_bytes(peaks[least])}. "
-                "Allowed "
-                "is a larger budget, or a smaller init_val with more max_trials"
+                f"ReclaimBatchSize: {allowed} is too small: a batch of {least} needed "
+                f"{format_bytes(peaks[least])}. Use a larger budget, or a smaller init_val with more max_trials"
             )
         self.batch_size, self.accumulate_grad_batches = found, accumulate
         if self.keep_effective:
@@ -192,7 +191,9 @@ class Reclaiming:
         if given is not None:
             sizes = {loader.batch_size for loader in leaves(given)}
             if len(sizes) != 1:
-                raise ValueError(f"ReclaimBatchSize: the loaders have batches of {sorted(sizes)}: give init_val")
+                raise ValueError(
+                    f"ReclaimBatchSize: the loaders have different batch sizes ({sorted(sizes)}): set init_val"
+                )
             return int(sizes.pop())
         return int(self._find("utilities.parsing", "lightning_getattr")(module, self.batch_arg_name))
 
@@ -206,40 +207,39 @@ class Reclaiming:
         strategy = trainer.strategy
         if isinstance(strategy, self._find("strategies", "DeepSpeedStrategy")):
             raise ValueError(
-                "ReclaimBatchSize cannot put parameters back that are in DeepSpeed's partitions: allowed are "
-                "strategies "
+                "ReclaimBatchSize cannot restore parameters in DeepSpeed's partitions: it supports strategies "
                 "for one device, DDP and FSDP2"
             )
         if self.budget is None and strategy.root_device.type != "cuda":
             raise ValueError(
-                f"ReclaimBatchSize: budget=None stands for CUDA's memory, and this is {strategy.root_device.type}: "
-                "give "
-                "bytes ('2GiB') or a fraction of the memory (0.5)"
+                "ReclaimBatchSize: budget=None means all memory of a CUDA device, but the device is "
+                f"{strategy.root_device.type}: give bytes ('2GiB') or a fraction of the memory (0.5)"
             )
         given = _private.loader_of(trainer)
         if given is not None:
             if not leaves(given):
-                raise ValueError(f"ReclaimBatchSize: fit was given {type(given).__name__}, allowed are DataLoaders")
+                raise ValueError(
+                    f"ReclaimBatchSize: fit() received a {type(given).__name__}, but only DataLoaders are supported"
+                )
             for loader in leaves(given):
                 _check_loader(loader)
         elif not self._find("utilities.parsing", "lightning_hasattr")(module, self.batch_arg_name):
             raise ValueError(
-                f"ReclaimBatchSize: neither module nor datamodule, nor their hparams, have batch_arg_name="
-                f"{self.batch_arg_name!r}"
+                "ReclaimBatchSize: the module, the datamodule and their hparams have no attribute "
+                f"batch_arg_name={self.batch_arg_name!r}"
             )
         if not self.keep_effective:
             return
         if not module.automatic_optimization:
             raise ValueError(
-                "ReclaimBatchSize: keep_effective=True lowers accumulate_grad_batches, which is without effect in "
-                "manual "
-                "optimization: allowed is keep_effective=False"
+                "ReclaimBatchSize: keep_effective=True lowers accumulate_grad_batches, which has no effect in "
+                "manual optimization: use keep_effective=False"
             )
         scheduler = self._find("callbacks.gradient_accumulation_scheduler", "GradientAccumulationScheduler")
         if any(isinstance(callback, scheduler) for callback in trainer.callbacks):
             raise ValueError(
-                "ReclaimBatchSize: keep_effective=True and GradientAccumulationScheduler both set the accumulation: "
-                "allowed is one of them"
+                "ReclaimBatchSize: keep_effective=True and GradientAccumulationScheduler both set the "
+                "accumulation: use one of them"
             )
 
     def _find(self, module: str, name: str) -> Any:
@@ -358,9 +358,9 @@ def with_batch_size(loaders: Any, size: int) -> Any:
 def _check_loader(loader: Any) -> None:
     if type(loader) is not DataLoader or type(loader.batch_sampler) not in (BatchSampler, type(None)):
         raise ValueError(
-            f"ReclaimBatchSize cannot make a {type(loader).__name__} with a {type(loader.batch_sampler).__name__} "
-            "anew: "
-            "allowed are DataLoaders with batch_size. Put others into a module or datamodule with a batch_size"
+            f"ReclaimBatchSize cannot rebuild a {type(loader).__name__} with a "
+            f"{type(loader.batch_sampler).__name__}: it supports DataLoaders with batch_size. For other "
+            "loaders, give the module or datamodule an attribute batch_size and use it there"
         )
     if loader.batch_size is None:
-        raise ValueError("ReclaimBatchSize: a DataLoader with batch_size=None does not batch; allowed is a number")
+        raise ValueError("ReclaimBatchSize: a DataLoader with batch_size=None makes no batches: give it a batch size")

@@ -122,14 +122,14 @@ def retire(old: torch.optim.Optimizer, new: SketchOptimizer) -> None:
         def refused(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
             raise RuntimeError(
                 f"this {names[0]} was replaced by {names[1]} after configure_optimizers: {what}. Use "
-                "self.optimizers(), which gives the new one"
+                "self.optimizers(), which returns the new optimizer"
             )
 
         return types.MethodType(refused, old)
 
-    old.step = refuse("a step of it would train without the sketched optimizer")  # type: ignore[method-assign]
-    old.add_param_group = refuse("parameters that are added to it would not be trained")  # type: ignore[method-assign]
-    old.load_state_dict = refuse("a state that is loaded into it would not be used")  # type: ignore[method-assign]
+    old.step = refuse("its step would train without the sketched optimizer")  # type: ignore[method-assign]
+    old.add_param_group = refuse("parameters added to it would not be trained")  # type: ignore[method-assign]
+    old.load_state_dict = refuse("a state loaded into it would not be used")  # type: ignore[method-assign]
 
 
 def restored_momentum(scheduler: Any, state: Any) -> None:

@@ -31,7 +31,7 @@ from sketch_plugins.optim.introduction import hand_over
 WORDS = Wording(
     options="optimizer_kwargs",
     owner="the module",
-    instead="Or let configure_optimizers build the sketched optimizer itself, which is then left alone",
+    instead=("Or let configure_optimizers build the sketched optimizer itself; the strategy then does not change it"),
     set_option="optimizer_kwargs={{{key!r}: {value}}}",
 )
 #: How DDP may start its processes; "" is Lightning's "ddp".
@@ -88,13 +88,13 @@ class Replacing:
         kind = type(optimizer).__name__
         if not self._warm_start:
             raise ValueError(
-                f"the checkpoint holds the state of one of torch's optimizers, not of {kind}, and nothing is converted "
-                f"unasked: {type(self).__name__}(optimizer={self._sketch_name!r}, warm_start=True) puts its moments "
-                f"into the stores of {kind}. Or load the weights alone and start the optimizer anew"
+                f"the checkpoint holds the state of one of torch's optimizers, not of {kind}. To convert it, use "
+                f"{type(self).__name__}(optimizer={self._sketch_name!r}, warm_start=True), which puts its moments "
+                f"into the state of {kind}. Or load only the weights, and start with a new optimizer state"
             )
         keep = [name for name in ("betas", "momentum") if name in self._sketch_options]
         converted = convert_state(state, optimizer, keep=keep)
-        self._info(f"sketch_lightning: warm start, the checkpoint's moments were put into the stores of {kind}")
+        self._info(f"sketch_lightning: warm start, converted the checkpoint's moments to the state of {kind}")
         return converted
 
     def _replaced(self, optimizers: list[Any], schedulers: list[Any]) -> list[Any]:
@@ -102,7 +102,7 @@ class Replacing:
         for old in optimizers:
             if isinstance(old, SketchOptimizer) or _private.is_mock(old):
                 if isinstance(old, SketchOptimizer):
-                    said.append(f"{type(old).__name__} is the module's own and was left alone")
+                    said.append(f"{type(old).__name__} comes from the module and was not replaced")
                 new.append(old)
                 continue
             made = counterpart(old, self._sketch_name, self._sketch_options, WORDS)
@@ -144,9 +144,13 @@ class Compressing:
 
     def _set_comm(self, comm: str | None, comm_kwargs: Mapping[str, Any] | None, hook: Any) -> None:
         if comm is None and comm_kwargs:
-            raise ValueError(f"comm_kwargs={dict(comm_kwargs)!r} without comm: allowed with comm='topk'")
+            raise ValueError(
+                f"comm_kwargs={dict(comm_kwargs)!r} has no effect without comm: set a compressor, as in comm='topk'"
+            )
         if comm is not None and hook is not None:
-            raise ValueError(f"comm={comm!r} and ddp_comm_hook are two hooks: DDP takes one")
+            raise ValueError(
+                f"comm={comm!r} and ddp_comm_hook cannot be combined, because DDP has one hook: use one of them"
+            )
         if comm is not None:
             _check_comm(comm, comm_kwargs or {})  # now: later the processes would have been started
         self._comm, self._comm_kwargs = comm, dict(comm_kwargs or {})
@@ -230,7 +234,7 @@ def build(namespace: str, module: str) -> dict[str, Any]:
         def parallel_devices(self, devices: list[torch.device] | None) -> None:
             if devices is not None and len(devices) > 1:
                 raise ValueError(
-                    f"strategy={self._sketch_name!r} trains on one device and devices={len(devices)} were asked for: "
+                    f"strategy={self._sketch_name!r} trains on one device, but devices={len(devices)} was requested: "
                     f"use strategy='ddp_{self._sketch_name}' or devices=1"
                 )
             self._devices = devices
@@ -283,7 +287,9 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             self, comm: str = "block_topk", comm_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
         ) -> None:
             if comm is None:
-                raise ValueError("comm=None would be Lightning's own DDPStrategy: take that, or name a compressor")
+                raise ValueError(
+                    "comm=None sends gradients as Lightning's DDPStrategy does: use DDPStrategy, or name a compressor"
+                )
             self._set_comm(comm, comm_kwargs, kwargs.get("ddp_comm_hook"))
             super().__init__(**kwargs)
 
@@ -318,8 +324,8 @@ def build(namespace: str, module: str) -> dict[str, Any]:
         ) -> None:
             if warm_start:
                 raise ValueError(
-                    "warm_start=True is not possible with FSDP: a sharded checkpoint is read into the state that the "
-                    "optimizer has. Load the weights and start the optimizer anew"
+                    "warm_start=True is not possible with FSDP, because a sharded checkpoint is read into the state "
+                    "that the optimizer already has. Load only the weights, and start with a new optimizer state"
                 )
             self._all_ranks = "data_parallel_size" not in kwargs and "tensor_parallel_size" not in kwargs
             self._shard_modules = tuple(shard_modules or ())
@@ -388,8 +394,8 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             super().__init__(optimizer, optimizer_kwargs, warm_start, **kwargs)
             if "optimizer" in self.config:
                 raise ValueError(
-                    f'the DeepSpeed configuration has an "optimizer" block ({self.config["optimizer"]!r}) and '
-                    f"optimizer={self._sketch_name!r} was asked for: leave the block out"
+                    f'the DeepSpeed configuration has an "optimizer" block ({self.config["optimizer"]!r}), but the '
+                    f"strategy's optimizer is {self._sketch_name!r}: remove the block"
                 )
             # With offload_optimizer DeepSpeed would refuse every optimizer but its own.
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -444,7 +450,7 @@ def add_to_registry(namespace: str, classes: Mapping[str, Any]) -> None:
     for name, cls, options in _entries(classes):
         if name in strategies:
             if strategies[name]["strategy"] is not cls:
-                raise ValueError(f"{namespace} has a strategy {name!r} of its own")
+                raise ValueError(f"{namespace} already has a strategy {name!r}")
             continue
         strategies.register(name, cls, description=f"{cls.__name__}({options})", **options)
 
@@ -481,7 +487,7 @@ def _check_comm(comm: Any, options: Mapping[str, Any]) -> None:
     try:
         check(options)
         if getattr(options.get("compressor"), "name", options.get("compressor")) not in (None, comm):
-            raise ValueError(f"it has compressor={options['compressor']!r} and comm={comm!r}, which is another")
+            raise ValueError(f"it sets compressor={options['compressor']!r}, but comm={comm!r} is another compressor")
     except ValueError as error:
         raise ValueError(f"comm_kwargs={dict(options)!r}: {error}") from error
 
@@ -499,12 +505,14 @@ def shard(module: torch.nn.Module, mesh: Any, classes: tuple[type[torch.nn.Modul
 
     how = "override configure_model and shard it there (torch.distributed.fsdp.fully_shard)"
     for name, _ in module.named_parameters(recurse=False):
-        raise ValueError(f"parameter {name!r} is the LightningModule's own, which is not called as a module: {how}")
+        raise ValueError(
+            f"parameter {name!r} belongs to the LightningModule itself, which is not called as a module: {how}"
+        )
     owner: dict[int, str] = {}
     for name, child in _called(module):
         for label, p in child.named_parameters():
             if owner.setdefault(id(p), name) != name:
-                raise ValueError(f"parameter {name}.{label} is that of {owner[id(p)]}, too: {how}")
+                raise ValueError(f"parameter {name}.{label} also belongs to {owner[id(p)]}: {how}")
     for _, child in _called(module):
         containers = (torch.nn.ModuleList, torch.nn.Sequential)
         for inner in list(child.modules()):
@@ -545,6 +553,6 @@ def _refuse_foreign(path: Any, weights_only: bool | None) -> None:
         return
     if foreign:
         raise ValueError(
-            f"the checkpoint {path} holds the state of one of torch's optimizers, and for a sharded run it cannot be "
-            "converted: load the weights alone and start the optimizer anew"
+            f"the checkpoint {path} holds the state of one of torch's optimizers, and a sharded run cannot "
+            "convert it: load only the weights, and start with a new optimizer state"
         )

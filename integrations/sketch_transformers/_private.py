@@ -100,7 +100,7 @@ def extend_enum(cls: Any, value: str) -> None:
     known = cls._value2member_map_.get(value)
     if known is not None:
         if not patching.is_ours(known):
-            raise ValueError(f"transformers {TRANSFORMERS.version()} has an optimizer {value!r} of its own")
+            raise ValueError(f"transformers {TRANSFORMERS.version()} already has an optimizer {value!r}")
         return
     name = value.upper()
     member = str.__new__(cls, value)

@@ -48,7 +48,7 @@ def optimizer_cls_and_kwargs(
     cls, kwargs = _cls_and_kwargs(args)
     if args.optim_target_modules is not None:
         if model is None:
-            raise ValueError(f"optim_target_modules={args.optim_target_modules!r} needs the model, which is None")
+            raise ValueError(f"optim_target_modules={args.optim_target_modules!r} needs a model, but the model is None")
         cls = only_on(cls, select_parameters(model, args.optim_target_modules))
     if _is_layerwise(args):
         from sketch_transformers.layerwise import clipping_warning, layerwise
@@ -110,8 +110,8 @@ def _check_adam_settings(args: TrainingArguments, given: Mapping[str, Any]) -> N
         value = getattr(args, field)
         if key not in given and value != defaults[field]:
             raise ValueError(
-                f"{field}={value!r} is Adam's: optim={name_of(args)!r} has {key} of its own and does not read it; give "
-                f"optim_args={instead!r} instead"
+                f"{field}={value!r} has no effect on optim={name_of(args)!r}, which has {key} of its own: use "
+                f"optim_args={instead!r}"
             )
 
 
@@ -121,12 +121,12 @@ def _is_layerwise(args: TrainingArguments) -> bool:
 
 def _check_sharding(args: TrainingArguments) -> None:
     if getattr(args, "fsdp_config", None) and args.fsdp_config.get("xla", False):
-        raise ValueError(f"optim={name_of(args)!r} does not know the flat parameters of FSDP on XLA: use FSDP2")
+        raise ValueError(f"optim={name_of(args)!r} does not support the flat parameters of FSDP on XLA: use FSDP2")
     if _fsdp_version(args) == 1:
         raise ValueError(
-            f"optim={name_of(args)!r} and FSDP1: it cuts parameters into pieces without a shape, of which nothing can "
-            'be compressed. Use FSDP2: fsdp_config={"version": 2}, or fsdp_version: 2 in the configuration of '
-            "accelerate"
+            f"optim={name_of(args)!r} does not support FSDP1, whose flat parameters have no shape that could "
+            f'be compressed. Use FSDP2: fsdp_config={{"version": 2}}, or fsdp_version: 2 in the configuration '
+            "of accelerate"
         )
     _check_deepspeed(args)
 
@@ -149,8 +149,8 @@ def _check_deepspeed(args: TrainingArguments) -> None:
     block = config.get("optimizer")
     if block is not None and block.get("type") != name:
         raise ValueError(
-            f"optim={name!r} would be ignored: the DeepSpeed configuration has its own optimizer, "
-            f"{block.get('type')!r}; remove that block"
+            f"optim={name!r} would be ignored, because the DeepSpeed configuration has an optimizer of its "
+            f"own, {block.get('type')!r}: remove that block"
         )
     if _offloads(config) and config.get("zero_force_ds_cpu_optimizer") is True:
         raise ValueError(
@@ -175,22 +175,22 @@ def check_deepspeed_block(args: TrainingArguments) -> None:
     # the two this process imports first.
     if "sketch_deepspeed" not in sys.modules and not install_integrations("deepspeed.runtime.engine"):
         raise ValueError(
-            f'the DeepSpeed configuration has {{"type": "{name}"}}, which DeepSpeed knows after '
-            "`import sketch_deepspeed`"
+            f'the DeepSpeed configuration has {{"type": "{name}"}}, which DeepSpeed does not know before '
+            "`import sketch_deepspeed`: add that import"
         )
     for given in ("optim_args", "optim_target_modules"):
         if getattr(args, given, None):
             raise ValueError(
-                f"{given}={getattr(args, given)!r} would be ignored: the DeepSpeed configuration has an optimizer "
-                "block; remove the block, or write the options into its params"
+                f"{given}={getattr(args, given)!r} would be ignored, because the DeepSpeed configuration has an "
+                "optimizer block: remove the block, or set the options in its params"
             )
     if registry.get(name).cls.ADAM_SETTINGS:
         return
     for key in ("betas", "eps"):
         if _as_written(args).get("optimizer", {}).get("params", {}).get(key) == "auto":
             raise ValueError(
-                f'"{key}": "auto" of the DeepSpeed configuration is Adam\'s, and {name} has {key} of its own: leave it '
-                "out, or give a value"
+                f'"{key}": "auto" of the DeepSpeed configuration stands for Adam\'s value, but {name} has {key} of '
+                "its own: remove it, or give a value"
             )
 
 

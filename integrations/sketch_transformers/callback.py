@@ -83,8 +83,8 @@ class SketchCallback(TrainerCallback, ExportableState):
         """
         if self.sampled and in_backward(kwargs.get("optimizer")) is not None:
             raise ValueError(
-                "SketchCallback(sampled=True) looks at gradients before optimizer.step(), and with a layerwise optim "
-                "they have been consumed by then: use sampled=False, or optim without _layerwise"
+                "SketchCallback(sampled=True) reads gradients before optimizer.step(), but a layerwise optim has "
+                "already freed them: use sampled=False, or optim without _layerwise"
             )
         # Where the checkpoint was saved without this callback, Trainer's next save would fail with a KeyError.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
@@ -99,7 +99,10 @@ class SketchCallback(TrainerCallback, ExportableState):
             return
         optimizer = kwargs["optimizer"]
         if getattr(optimizer, "scaler", None) is not None:
-            logger.warning("SketchCallback(sampled=True) is off under a gradient scaler: use bf16 in place of fp16")
+            logger.warning(
+                "SketchCallback(sampled=True) is switched off, because a gradient scaler is in use: use bf16 "
+                "instead of fp16"
+            )
             self.sampled = False
             return
         optimizer = _unwrap(optimizer)

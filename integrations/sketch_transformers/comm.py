@@ -44,11 +44,13 @@ def enable_memsgd(trainer: Trainer, **options: Any) -> MemSGDCallback:
             begins, FSDP or DeepSpeed, which reduce gradients themselves.
     """
     if communication(trainer.callback_handler.callbacks) is not None:
-        raise ValueError("enable_memsgd was called for this trainer before: DistributedDataParallel takes one hook")
+        raise ValueError(
+            "enable_memsgd was already called for this trainer, and DistributedDataParallel has one hook: call it once"
+        )
     if communication_options(trainer.args) is not None:
         raise ValueError(
-            f"optim_args={trainer.args.optim_args!r} says how gradients are sent, and so does enable_memsgd: leave one "
-            "of them out"
+            f"optim_args={trainer.args.optim_args!r} and enable_memsgd both set the gradient compression: use "
+            "one of them"
         )
     return _enable(trainer, options)
 
@@ -77,10 +79,16 @@ class MemSGDCallback(TrainerCallback):
         if not isinstance(model, DistributedDataParallel):
             if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
                 what = "FSDP" if self.trainer.is_fsdp_enabled else "DeepSpeed"
-                raise ValueError(f"memsgd under {what}, which reduces gradients itself: use DistributedDataParallel")
-            logger.warning("memsgd: this is one process, there are no gradients to send")
+                raise ValueError(
+                    f"memsgd is not possible under {what}, which reduces gradients itself: use DistributedDataParallel"
+                )
+            logger.warning("memsgd has no effect: there is one process, so no gradients are sent")
             if state.global_step > 0 and (folder := self._resumed(args, state)) is not None and folder.is_dir():
-                logger.warning("memsgd: %s is not read: what those processes had not sent yet is lost", folder)
+                logger.warning(
+                    "memsgd: %s is not loaded, because there is one process now: gradients that the saved processes "
+                    "had not sent yet are lost",
+                    folder,
+                )
             return
         if model is not self._wrapped:
             if self.state is None:
@@ -98,7 +106,7 @@ class MemSGDCallback(TrainerCallback):
             if folder.is_dir():
                 self.state.load(folder)
             else:
-                logger.warning("memsgd: %s does not exist: the error memory begins at zero", folder)
+                logger.warning("memsgd: %s does not exist, so the error memory starts at zero", folder)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Every process writes its file."""

@@ -59,24 +59,24 @@ def check(args: TrainingArguments, name: str, keys: Iterable[str], deepspeed: bo
     plain = base_name(name)
     if args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "fp16":
         raise ValueError(
-            f"optim={name!r} and fp16: gradients are consumed in backward, and GradScaler unscales them after it. Use "
-            f"bf16, or optim={plain!r}"
+            f"optim={name!r} does not support fp16: GradScaler unscales gradients after backward, when they "
+            f"have been freed. Use bf16, or optim={plain!r}"
         )
     if deepspeed:
         raise ValueError(
-            f"optim={name!r} and DeepSpeed, which partitions gradients itself and takes its steps after backward: use "
-            f"optim={plain!r}"
+            f"optim={name!r} does not support DeepSpeed, which partitions gradients itself and takes its "
+            f"steps after backward: use optim={plain!r}"
         )
     compressed = [key for key in keys if key.startswith("comm")]
     if compressed:
         raise ValueError(
-            f"optim={name!r} with {compressed[0]!r} in optim_args: gradients are consumed before they could be sent. "
-            f"Use optim={plain!r}"
+            f"optim={name!r} does not support {compressed[0]!r} in optim_args: gradients are freed before "
+            f"they could be sent. Use optim={plain!r}"
         )
     if args.world_size > 1 and fsdp_version != 2:
         raise ValueError(
-            f"optim={name!r} on {args.world_size} processes: DistributedDataParallel averages gradients after a "
-            "parameter's step would have been taken, and each process would go its own way. Use FSDP2: "
+            f"optim={name!r} does not support DistributedDataParallel ({args.world_size} processes): "
+            "gradients would be averaged after the steps, and the processes would drift apart. Use FSDP2: "
             f'fsdp="full_shard", fsdp_config={{"version": 2}}; or optim={plain!r}'
         )
 
@@ -86,7 +86,8 @@ def clipping_warning(args: TrainingArguments, name: str) -> str | None:
     if not args.max_grad_norm or args.max_grad_norm <= 0:
         return None
     return (
-        f"max_grad_norm={args.max_grad_norm} has no effect with optim={name!r}: the steps are taken in backward, and "
-        "no moment has all gradients, whose norm is not logged either. Set max_grad_norm=0 to say so; update_clip in "
-        "optim_args bounds the update of each tensor"
+        f"max_grad_norm={args.max_grad_norm} has no effect with optim={name!r}, which takes its steps in "
+        "backward, when not all gradients exist; for the same reason no grad_norm is logged. Set "
+        "max_grad_norm=0 to silence this warning. update_clip in optim_args bounds the update of each "
+        "tensor"
     )

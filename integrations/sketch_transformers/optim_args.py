@@ -27,15 +27,15 @@ COMMUNICATION = {
     for option in (
         Option("comm", str, "compressor of the gradients between processes", choices=tuple(COMPRESSORS)),
         Option("comm_density", float, "fraction that is sent (default 0.01)"),
-        Option("comm_start", int, "steps that send everything (default 2)"),
+        Option("comm_start", int, "number of first steps that send everything (default 2)"),
         Option("comm_warmup", int, "steps in which the density falls (default 0)"),
         Option("comm_initial_density", float, "density that it falls from (default 0.25)"),
         Option("comm_momentum", float, "momentum correction (default 0)"),
         Option("comm_factor_masking", bool, "clear the velocity of what was sent (default True)"),
         Option("comm_clip", float, "bound of local gradient norms (default 0: off)"),
-        Option("comm_memory_dtype", str, "numbers of the memory: 'fp32' (default) or 'bf16'"),
+        Option("comm_memory_dtype", str, "dtype of the memory: 'fp32' (default) or 'bf16'"),
         Option("comm_min_size", int, "smaller parameters are sent whole (default 1024)"),
-        Option("comm_seed", int, "of random entries, hashes and rounding (default 0)"),
+        Option("comm_seed", int, "seed of random entries, hashes and rounding (default 0)"),
     )
 }
 
@@ -86,8 +86,8 @@ def communication_options(args: TrainingArguments) -> dict[str, Any] | None:
         given = args.optim_args if isinstance(args.optim_args, str) else ""
         if any(f"{part}=".lstrip().startswith(("comm=", "comm_")) for part in given.split(",")):  # nobody reads it
             raise ValueError(
-                f"optim_args={given!r}: 'comm' is there for the optimizers {', '.join(registry.names())}; with "
-                f"optim={name_of(args)!r} call sketch_transformers.enable_memsgd(trainer, ...)"
+                f"optim_args={given!r}: 'comm' is available for the optimizers {', '.join(registry.names())}. "
+                f"With optim={name_of(args)!r} call sketch_transformers.enable_memsgd(trainer, ...) instead"
             )
         return None
     try:
@@ -118,10 +118,13 @@ def parse_communication(given: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     unknown = [key for key in given if key not in COMMUNICATION]
     if unknown:
-        raise ValueError(f"there is no {unknown[0]!r}; of communication there are {', '.join(COMMUNICATION)}")
+        raise ValueError(
+            f"{unknown[0]!r} does not exist; the options of gradient compression are {', '.join(COMMUNICATION)}"
+        )
     if "comm" not in given:
         raise ValueError(
-            f"{next(iter(given))!r} without 'comm': add comm=block_topk, or another of {list(COMPRESSORS)}"
+            f"{next(iter(given))!r} has no effect without 'comm': add comm=block_topk, or another of "
+            f"{list(COMPRESSORS)}"
         )
     parsed = {key: COMMUNICATION[key].parse(value) for key, value in given.items()}
     options = {("compressor" if key == "comm" else key.removeprefix("comm_")): v for key, v in parsed.items()}
@@ -138,7 +141,7 @@ def _split(name: str, optim_args: Any, where: str) -> dict[str, str]:
     if optim_args is None or optim_args == "":
         return {}
     if not isinstance(optim_args, str):
-        raise ValueError(f"{where}: expected a string 'key=value,key=value', not {type(optim_args).__name__}")
+        raise ValueError(f"{where}: expected text of the form 'key=value,key=value', not {type(optim_args).__name__}")
     given: dict[str, str] = {}
     for part in optim_args.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))

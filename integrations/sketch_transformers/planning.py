@@ -128,8 +128,8 @@ class HuggingFaceModel:
         positions = _positions(self.config)
         if positions is not None and seq_len > positions:
             raise ValueError(
-                f"seq_len={seq_len} is more than the {positions} positions of {self.label}: give a shorter one, or a "
-                "config.json with more"
+                f"seq_len={seq_len} is larger than the {positions} positions of {self.label}: use a shorter one, "
+                "or a config.json with more positions"
             )
 
     def build(self) -> nn.Module:
@@ -139,14 +139,14 @@ class HuggingFaceModel:
                 model = getattr(transformers, TASKS[self.task]).from_config(self.config)
             except Exception as error:  # whatever a model's class makes of nonsense
                 raise ValueError(
-                    f"{self.label}: no {self.config.model_type} can be made of this configuration "
+                    f"{self.label}: this configuration makes no valid {self.config.model_type} "
                     f"({type(error).__name__}: {error})"
                 ) from error
             if self.gradient_checkpointing:
                 try:
                     model.gradient_checkpointing_enable()
                 except ValueError as error:
-                    raise ValueError(f"{self.label} has no gradient checkpointing ({error})") from error
+                    raise ValueError(f"{self.label} does not support gradient checkpointing ({error})") from error
         return model
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
@@ -165,8 +165,8 @@ class HuggingFaceModel:
                 raise  # which say themselves what is wrong
             except Exception as error:  # whatever a model does with tensors that have no numbers
                 raise ValueError(
-                    f"{self.label} cannot be run on {self.seq_len} tokens without numbers "
-                    f"({type(error).__name__}: {error}): try another length, precision or task"
+                    f"{self.label} cannot be run on {self.seq_len} tokens without values ({type(error).__name__}: "
+                    f"{error}): try another length, precision or task"
                 ) from error
         if torch.is_autocast_enabled("cpu"):
             outputs = {key: value.float() if torch.is_tensor(value) else value for key, value in outputs.items()}
@@ -199,8 +199,9 @@ def _configuration(model: Any) -> tuple[Any, str]:
     near = list(dict.fromkeys([*begun, *get_close_matches(last.lower(), BUILT_IN, 3)]))[:3]
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"unknown model {name!r}. {hint}It is no file or directory, not in the local cache of the hub, and nothing is "
-        f"downloaded. Built in are {', '.join(BUILT_IN)}; for others give a path or a config.json"
+        f"unknown model {name!r}. {hint}It is neither a file, nor a directory, nor in the local cache of "
+        f"the hub, and nothing is downloaded. Built-in models are {', '.join(BUILT_IN)}; for others give "
+        "a path or a config.json"
     )
 
 
@@ -223,12 +224,13 @@ def _read(path: Path) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a configuration in JSON: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise ValueError(f"{path} has no 'model_type': give the config.json of a model of transformers")
+        raise ValueError(f"{path} has no key 'model_type': give the config.json of a model of transformers")
     kind = values["model_type"]
     if kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"{path}: model_type {kind!r} is unknown to transformers {transformers.__version__}; code that comes with "
-            "a model is not run. In Python, plan() takes a function that makes any module"
+            f"{path}: model_type {kind!r} is unknown to transformers {transformers.__version__}, and code "
+            "that comes with a model is not executed. In Python, plan() accepts a function that makes any "
+            "module"
         )
     try:
         with _quiet():
@@ -256,12 +258,14 @@ def _task(config: Any, task: str | None) -> str:
     if task not in TASKS:
         if task is None:
             raise ValueError(
-                f"no task is known for this model, {config.model_type}: the tasks are {', '.join(TASKS)}. For others, "
-                "plan() takes, in Python, a function that makes any module"
+                f"no task is known for this kind of model, {config.model_type}: set one of {', '.join(TASKS)}. "
+                "For other models, plan() accepts a function in Python that makes any module"
             )
-        raise ValueError(f"task={task!r} is not allowed: one of {', '.join(TASKS)}")
+        raise ValueError(f"task={task!r} is not known: use one of {', '.join(TASKS)}")
     if type(config) not in getattr(transformers, TASKS[task])._model_mapping:
-        raise ValueError(f"task={task!r}: {config.model_type} has no such model; known tasks are {', '.join(TASKS)}")
+        raise ValueError(
+            f"task={task!r}: {config.model_type} has no model for this task; the tasks are {', '.join(TASKS)}"
+        )
     return task
 
 

@@ -115,8 +115,8 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
         check_search(budget, mode, steps_per_trial, init_val, max_val, max_trials)
         if steps_per_trial < 2:
             raise ValueError(
-                "steps_per_trial=1 is not allowed: the optimizer's state comes with the first step, so a peak that "
-                "contains it needs 2 or more"
+                "steps_per_trial=1 is not allowed: the optimizer's state is allocated by the first step, so only "
+                "from the second step on the peak contains it. Use 2 or more"
             )
         self.budget, self.keep_effective, self.mode = budget, keep_effective, mode
         self.steps_per_trial, self.init_val = steps_per_trial, init_val
@@ -236,7 +236,7 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
             took = "ran out of it" if least.peak is None else f"took {format_bytes(least.peak)} on this rank"
             allowed = "the memory" if budget is None else f"budget={self.budget!r} ({format_bytes(budget)})"
             raise ValueError(
-                f"ReclaimBatchSize: {allowed} is too small: a batch of {least.batch_size} {took}. Allowed is a larger "
+                f"ReclaimBatchSize: {allowed} is too small: a batch of {least.batch_size} {took}. Use a larger "
                 "budget, or a smaller init_val with more max_trials"
             )
         size = sizes[found - 1]
@@ -246,39 +246,45 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
         args = trainer.args
         data = trainer.train_dataset
         reasons = {
-            "DeepSpeed": (trainer.is_deepspeed_enabled, "whose partitions of parameters cannot be put back"),
+            "DeepSpeed": (
+                trainer.is_deepspeed_enabled,
+                "because its parameter partitions cannot be restored after a trial",
+            ),
             "FSDP": (
                 trainer.is_fsdp_enabled or getattr(trainer, "is_fsdp_xla_enabled", False),
-                "where a rank without memory would leave the others waiting for its part of the weights",
+                ("because a rank that runs out of memory would leave the others waiting for its part of the weights"),
             ),
-            "DataParallel": (args.n_gpu > 1, "which spreads a batch over devices in one process; allowed is torchrun"),
+            "DataParallel": (args.n_gpu > 1, "which divides a batch over the devices of one process: use torchrun"),
             "a model on several devices": (
                 trainer.is_model_parallel or getattr(trainer, "is_distributed_loading_by_transformers", False),
-                "of which the memory of one is measured",
+                "because only the memory of one device is measured",
             ),
-            "auto_find_batch_size=True": (args.auto_find_batch_size, "which looks for the size, too"),
+            "auto_find_batch_size=True": (args.auto_find_batch_size, "which also searches for the batch size"),
             "split_batches=True": (
                 args.accelerator_config.split_batches and args.world_size > 1,
-                "where per_device_train_batch_size is that of all devices together",
+                "which makes per_device_train_batch_size the size of all devices together",
             ),
             "a data set without length": (
                 data is not None and not has_length(data),
-                "whose samples a trial would use up",
+                "because a trial would use up its samples",
             ),
         }
         for what, (found, why) in reasons.items():
             if found:
-                raise ValueError(f"ReclaimBatchSize does not go with {what}, {why}")
+                raise ValueError(f"ReclaimBatchSize does not support {what}, {why}")
         if data is None:
-            raise ValueError("ReclaimBatchSize: the Trainer has no train_dataset to try batches of")
+            raise ValueError("ReclaimBatchSize needs a train_dataset to try batches of, and the Trainer has none")
         callbacks = trainer.callback_handler.callbacks
         if communication(callbacks) is not None or communication_options(args) is not None:
-            raise ValueError("ReclaimBatchSize does not go with enable_memsgd, whose error memory a trial has not")
+            raise ValueError(
+                "ReclaimBatchSize does not support enable_memsgd: a trial does not allocate the error memory, so "
+                "its peak would be too low"
+            )
         device = torch.device(args.device).type
         if self.budget is None and device != "cuda":
             raise ValueError(
-                f"ReclaimBatchSize: budget=None stands for CUDA's memory, and this is {device}: give bytes ('2GiB') or "
-                "a fraction of the memory (0.5)"
+                f"ReclaimBatchSize: budget=None means all memory of a CUDA device, but the device is {device}: "
+                "give bytes ('2GiB') or a fraction of the memory (0.5)"
             )
 
 
@@ -314,7 +320,10 @@ def reclaim_batch_size(
         ValueError: see `ReclaimBatchSize`; or the trainer has one.
     """
     if _callback_of(trainer) is not None:
-        raise ValueError("this trainer has a ReclaimBatchSize, which searches when training begins: remove one of them")
+        raise ValueError(
+            "this trainer already has a ReclaimBatchSize callback, which searches when training begins: use "
+            "either the callback or reclaim_batch_size"
+        )
     callback = ReclaimBatchSize(budget, keep_effective, mode, steps_per_trial, init_val, max_val, max_trials, meter)
     callback.search(trainer)
     trainer.add_callback(callback)
@@ -328,7 +337,8 @@ def before_training(trainer: Trainer, resume_from_checkpoint: Any, trial: Any) -
         return
     if trial is not None:
         raise ValueError(
-            "ReclaimBatchSize does not go with hyperparameter_search, whose trials set the arguments after the search"
+            "ReclaimBatchSize does not support hyperparameter_search, whose trials change the arguments "
+            "after the search"
         )
     if resume_from_checkpoint:
         _resume(callback, trainer, resume_from_checkpoint)
@@ -345,7 +355,8 @@ def _resume(callback: ReclaimBatchSize, trainer: Trainer, resume_from_checkpoint
     found = saved["attributes"] if isinstance(saved, dict) else {}
     if not found.get("batch_size"):
         logger.warning(
-            "ReclaimBatchSize: %s was trained without it, and is resumed with per_device_train_batch_size=%d as given",
+            "ReclaimBatchSize: %s was saved without ReclaimBatchSize, so training resumes with "
+            "per_device_train_batch_size=%d as given",
             folder,
             trainer.args.per_device_train_batch_size,
         )
@@ -353,7 +364,7 @@ def _resume(callback: ReclaimBatchSize, trainer: Trainer, resume_from_checkpoint
     callback.batch_size = found["batch_size"]
     callback.gradient_accumulation_steps = found["gradient_accumulation_steps"]
     _private.set_batch(trainer, found["batch_size"], found["gradient_accumulation_steps"])
-    logger.info("batch size %d, as the checkpoint has it", found["batch_size"])
+    logger.info("batch size %d, taken from the checkpoint", found["batch_size"])
 
 
 def _callback_of(trainer: Trainer) -> ReclaimBatchSize | None:
@@ -388,8 +399,8 @@ class _Stop(TrainerCallback):
         made = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         if made is not None and made != self.size:
             raise ValueError(
-                f"ReclaimBatchSize: get_train_dataloader made batches of {made} where per_device_train_batch_size is "
-                f"{self.size}: it must heed that"
+                f"ReclaimBatchSize: get_train_dataloader made batches of {made}, but per_device_train_batch_size "
+                f"is {self.size}: it must use that size"
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -410,14 +421,18 @@ def _train(trainer: Trainer, stop: _Stop) -> None:
         _private.stock_train()(trainer)
     except _TrialOver:
         if stop.outcome == FAILED:
-            raise RuntimeError("ReclaimBatchSize: another rank failed in a trial, and says why") from None
+            raise RuntimeError(
+                "ReclaimBatchSize: another rank failed in a trial; its error message has the reason"
+            ) from None
     except Exception as error:
         stop.ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)
         stop.outcome = _agree(trainer, OUT_OF_MEMORY if stop.ran_out else FAILED)
         if not stop.ran_out:
             raise
         if stop.outcome == FAILED:
-            raise RuntimeError("ReclaimBatchSize: another rank failed in a trial, and says why") from None
+            raise RuntimeError(
+                "ReclaimBatchSize: another rank failed in a trial; its error message has the reason"
+            ) from None
     else:
         raise RuntimeError(f"ReclaimBatchSize: the gradient scaler skipped {SKIPS} steps of a trial")
 

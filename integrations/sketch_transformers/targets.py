@@ -38,12 +38,12 @@ def select_parameters(model: torch.nn.Module, target_modules: str | list[str]) -
         found = {p for module in _matching(model, entry) for p in module.parameters() if p.requires_grad}
         if not found:
             raise ValueError(
-                f"optim_target_modules={target_modules!r}: {entry!r} matches no module with trainable parameters; "
-                f"the modules are {_names(model)}"
+                f"optim_target_modules={target_modules!r}: {entry!r} does not match a module with trainable "
+                f"parameters; the modules are {_names(model)}"
             )
         selected |= found
     if not selected:
-        raise ValueError("optim_target_modules is empty: it selects nothing. None compresses every parameter.")
+        raise ValueError("optim_target_modules is empty, so it selects nothing. Use None to compress every parameter.")
     return selected
 
 
@@ -96,7 +96,7 @@ def _matching(model: torch.nn.Module, entry: str | list[str]) -> list[torch.nn.M
     try:
         return [module for name, module in model.named_modules() if _private.matches_target(entry, name)]
     except re.error as error:
-        raise ValueError(f"optim_target_modules: {entry!r} is no regular expression ({error})") from error
+        raise ValueError(f"optim_target_modules: {entry!r} is not a regular expression ({error})") from error
 
 
 def _names(model: torch.nn.Module, limit: int = 40) -> str:

@@ -32,17 +32,17 @@ def follow(optimizer: SketchOptimizer, args: TrainingArguments) -> None:
         kind = type(optimizer).__name__
         if not warm:
             how = (
-                f'optim_args="warm_start=true" puts its moments into the stores of {kind}, and so does '
-                f"`sketch-plugins convert CHECKPOINT --optim {name}` in a new checkpoint"
+                f'set optim_args="warm_start=true", or write a converted checkpoint with '
+                f"`sketch-plugins convert CHECKPOINT --optim {name}`"
                 if name is not None
-                else "sketch_plugins.convert_state(state_dict, optimizer) makes a state that can be loaded"
+                else "call sketch_plugins.convert_state(state_dict, optimizer) and load what it returns"
             )
             raise ValueError(
-                f"the checkpoint holds the state of one of torch's optimizers, not of {kind}, and nothing is converted "
-                f"unasked: {how}. Or load the weights alone and start the optimizer anew"
+                f"the checkpoint holds the state of one of torch's optimizers, not of {kind}. To convert it, "
+                f"{how}. Or load only the weights, and start with a new optimizer state"
             )
         converted = convert_state(state_dict, optimizer, keep=keep)
-        logger.info("warm start: the checkpoint's moments were put into the stores of %s", kind)
+        logger.info("warm start: converted the checkpoint's moments to the state of %s", kind)
         return converted  # type: ignore[no-any-return]
 
     optimizer.register_load_state_dict_pre_hook(look)  # type: ignore[arg-type]
@@ -59,13 +59,16 @@ def check(args: TrainingArguments, deepspeed: bool, fsdp: bool) -> None:
         return
     if deepspeed or fsdp:
         what = (
-            "DeepSpeed reads its checkpoints itself" if deepspeed else "FSDP reads a checkpoint into the state there is"
+            "DeepSpeed reads its checkpoints itself"
+            if deepspeed
+            else "FSDP reads a checkpoint into the state that already exists"
         )
     elif args.optim_target_modules is not None:
-        what = "optim_target_modules makes other parameter groups than the checkpoint and its schedule have"
+        what = "with optim_target_modules the parameter groups differ from those of the checkpoint and its schedule"
     else:
         return
     raise ValueError(
-        f"optim_args={args.optim_args!r}: warm_start=true is not possible here: {what}. It is possible with one "
-        "process, and with DistributedDataParallel. Load the weights alone and start the optimizer anew"
+        f"optim_args={args.optim_args!r}: warm_start=true is not possible here: {what}. It works with one "
+        "process and with DistributedDataParallel. Otherwise load only the weights, and start with a new "
+        "optimizer state"
     )

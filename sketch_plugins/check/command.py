@@ -28,9 +28,12 @@ def main(arguments: argparse.Namespace, program: str) -> int:
         device = _device(arguments.device)
         chosen = [case for case in cases() if not arguments.only or arguments.only in case.name]
         if not chosen:
-            raise ValueError(f"--only {arguments.only!r} is in the name of no case; without it all names are shown")
+            raise ValueError(
+                f"--only {arguments.only!r}: no case has this word in its name. Run the command without --only to "
+                "see all names"
+            )
         if arguments.jobs is not None and arguments.jobs < 0:
-            raise ValueError(f"--jobs {arguments.jobs} is less than 0")
+            raise ValueError(f"--jobs {arguments.jobs} is not allowed: it must be 0 or more")
     except (ValueError, RuntimeError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
@@ -60,10 +63,13 @@ def main(arguments: argparse.Namespace, program: str) -> int:
 
 def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
-        raise ValueError(f"--device {name!r} is not one of cpu, cuda, cuda:N")
+        raise ValueError(f"--device {name!r} is not known: use cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA or ROCm device here")
+        raise ValueError(
+            f"--device {name}: torch {torch.__version__} finds no CUDA or ROCm device on this machine. Use "
+            "--device cpu to check the kernels for the processor"
+        )
     backend(device, True)  # says why there are no kernels, where there are none
     return device
 
@@ -89,7 +95,7 @@ def _say(what: dict[str, str], rows: Sequence[Row], times: Sequence[Time]) -> No
         print(f"{row.result}: {row.case} ({', '.join(row.kernels) or 'no kernel was launched'}): {row.note}")
     left_out = sum(row.result == LEFT_OUT for row in rows)
     agreed = len(rows) - len(wrong) - left_out
-    print(f"{agreed} of {len(rows)} cases agree with the eager definition, {len(wrong)} do not, {left_out} left out")
+    print(f"{agreed} of {len(rows)} cases agree with eager torch, {len(wrong)} do not, {left_out} were left out")
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -85,7 +85,7 @@ def _steps(case: Case, device: torch.device) -> tuple[str, str]:
     except ValueError as error:
         return LEFT_OUT, str(error)
     if case.dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return LEFT_OUT, "this device has no bfloat16"
+        return LEFT_OUT, "this device does not support bfloat16"
     ours, eager = _Training(case, device, True), _Training(case, device, False)
     for step in range(case.steps):
         eager.step(step)
@@ -165,7 +165,7 @@ def _message(case: Case, device: torch.device) -> tuple[str, str]:
         for name, (a, b) in found:
             # Products with 0.5 are exact, and each number is rounded once: all bits are equal.
             if a is not None and not torch.equal(a, b):
-                return DIFFERS, f"step {step + 1}: {int((a != b).sum())} numbers of the {name} are other bits"
+                return DIFFERS, f"step {step + 1}: {int((a != b).sum())} values of the {name} differ in their bits"
     return AGREES, ""
 
 

@@ -106,7 +106,7 @@ class _Worker:
         except (OSError, ValueError, TypeError):
             process.kill()
             code = process.wait()
-            how = "took too long, and was ended" if not late.is_alive() else f"ended with code {code}"
+            how = "took too long and was stopped" if not late.is_alive() else f"ended with code {code}"
             row = Row(case.name, FAILS, note=f"the process that compared it {how}", lost=True)
         finally:
             late.cancel()

@@ -63,7 +63,7 @@ def _implementation(path: Path) -> Callable[..., Report]:
     else:
         name, framework = "sketch_deepspeed.reshard", "deepspeed"
         if not path.is_dir():
-            raise CannotReshard(f"{path} is no directory")
+            raise CannotReshard(f"{path} is not a directory")
         if not any(path.glob("latest")) and not any(path.glob("*_states.pt")):
             raise CannotReshard(
                 f"{path} is no checkpoint of a sharded run: of DeepSpeed's it has neither 'latest' nor "

@@ -161,7 +161,7 @@ def convert(
     said = f", optim_args={optim_args!r}" if optim_args else ""
     if done.framework == "Trainer":
         done.notes.append(
-            f"go on with TrainingArguments(optim={name!r}{said}) and "
+            f"continue with TrainingArguments(optim={name!r}{said}) and "
             f"train(resume_from_checkpoint={os.fspath(target)!r})"
         )
     return done
@@ -174,8 +174,8 @@ def _options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str,
         raise CannotConvert(f"--optim-args {optim_args!r}: {error}") from None
     if "lr" in given:
         raise CannotConvert(
-            f"--optim-args has lr={given['lr']!r}: the learning rate is the checkpoint's, and its schedule goes on. "
-            "Leave it out"
+            f"--optim-args sets lr={given['lr']!r}, but the learning rate and its schedule come from the "
+            "checkpoint. Remove lr"
         )
     parsed = registry.parse_options(name, given)
     registry.get(name).cls([torch.empty(0)], **parsed)  # the constructor knows which values go together
@@ -187,19 +187,19 @@ def _files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise CannotConvert(f"{root} is not there: give a checkpoint's directory or file")
+        raise CannotConvert(f"{root} does not exist: give the directory or file of a checkpoint")
     for pattern in ("optimizer.pt", "optimizer*.bin"):
         found = sorted(file for file in root.glob(pattern) if file.is_file())
         if found:
             return found
-    anew = "load the weights alone and start the optimizer anew"
+    anew = "load only the weights, and start with a new optimizer state"
     if (root / ".metadata").is_file() or any(root.glob("optimizer*/.metadata")):
         raise CannotConvert(f"{root} is a sharded checkpoint of torch.distributed, which cannot be converted: {anew}")
     if (root / "latest").is_file() or any(root.glob("*_states.pt")) or any(root.glob("global_step*")):
         raise CannotConvert(f"{root} is a checkpoint of DeepSpeed, which cannot be converted: {anew}")
     within = sorted(p.name for p in (*root.glob("checkpoint-*"), *root.glob("*.ckpt")))
-    hint = f"; it holds {', '.join(within)}: give one of them" if within else ""
-    raise CannotConvert(f"{root} holds no state of an optimizer: neither optimizer.pt nor optimizer.bin{hint}")
+    hint = f"; it contains {', '.join(within)}: give one of these" if within else ""
+    raise CannotConvert(f"{root} holds no optimizer state: there is no optimizer.pt and no optimizer.bin in it{hint}")
 
 
 def _framework(root: Path) -> str:
@@ -216,14 +216,14 @@ def _target(root: Path, name: str, out: str | os.PathLike[str] | None, force: bo
         target = target / root.name
     if target.exists() or target.is_symlink():
         if not force:
-            raise CannotConvert(f"{target} exists already and is not written over: give another --out, or --force")
+            raise CannotConvert(f"{target} exists already: choose another --out, or replace it with --force")
         if target.is_dir() != root.is_dir():
             raise CannotConvert(
-                f"{target} is {'a directory' if target.is_dir() else 'a file'} and {root} is not: give another --out"
+                f"{target} is {'a directory' if target.is_dir() else 'a file'} and {root} is not: choose another --out"
             )
     inside, outside = target.resolve(), place
     if root.is_dir() and (outside in inside.parents or inside in outside.parents):
-        raise CannotConvert(f"{target} and the checkpoint {root} lie in each other: give another --out")
+        raise CannotConvert(f"{target} is inside the checkpoint {root}, or contains it: choose another --out")
     return target
 
 
@@ -248,11 +248,11 @@ def _replaced(value: Any, made: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 def _nothing_in(file: Path, value: Any) -> str:
     ours = [saved for saved in report.state_dicts(value)]
     if ours:
-        return f"{file} holds the state of one of our optimizers already: there is nothing to convert"
+        return f"{file} already holds the state of a sketched optimizer: there is nothing to convert"
     said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
     return (
-        f"{file} holds no state dict of an optimizer, which has 'state' and 'param_groups'; it holds "
-        f"{said or 'nothing'}"
+        f"{file} holds no optimizer state dict, which would have the keys 'state' and 'param_groups'; it "
+        f"holds {said or 'nothing'}"
     )
 
 
@@ -293,9 +293,10 @@ def _optimizer(saved: Mapping[str, Any], name: str, options: Mapping[str, Any], 
         option = _needs_weights(optimizer, group)
         if option is not None:
             raise CannotConvert(
-                f"{option}=True of {name} needs the values of the parameters, which are not in the optimizer's state. "
-                'Let the run itself convert it (Trainer: optim_args="warm_start=true"; Lightning: warm_start=True; '
-                f"otherwise sketch_plugins.convert_state), or give --optim-args {option}=false"
+                f"{option}=True of {name} needs the parameters' values, and this checkpoint's optimizer state "
+                "does not contain them. Either let the training run convert the state (Trainer: "
+                'optim_args="warm_start=true"; Lightning: warm_start=True; otherwise '
+                f"sketch_plugins.convert_state), or pass --optim-args {option}=false"
             )
     return optimizer
 
@@ -316,12 +317,14 @@ def _kind(group: Mapping[str, Any], number: int, notes: list[str]) -> tuple[str,
     if not found:
         keys = ", ".join(key for key in group if key not in ("params", "param_names"))
         raise CannotConvert(
-            f"group {number} is not that of AdamW, Adam, SGD or Adagrad, whose state can be converted; it has {keys}"
+            f"parameter group {number} was not written by AdamW, Adam, SGD or Adagrad, and only their state "
+            f"can be converted; its keys are {keys}"
         )
     kind = found[0]
     if kind == "Adam" and group.get("decoupled_weight_decay") is None:
         note = (
-            "whether Adam or AdamW wrote it is not in the checkpoint (torch before 2.7): AdamW's weight decay is taken"
+            "the checkpoint does not say whether Adam or AdamW wrote it (torch before 2.7): AdamW's weight "
+            "decay is assumed"
         )
         if group.get("weight_decay") and note not in notes:
             notes.append(note)
@@ -358,7 +361,7 @@ def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> 
                     written.append((part, file))
                 for part, file in written:
                     if file.exists() and not force:  # somebody has made it in the meantime
-                        raise CannotConvert(f"{file} exists already and is not written over: give another --out")
+                        raise CannotConvert(f"{file} exists already: choose another --out")
                     os.replace(part, file)
             return
         with _partial(target.parent, target.name) as folder:
@@ -368,7 +371,7 @@ def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> 
                 _save(value, new / name)
             if target.exists():
                 if not force:
-                    raise CannotConvert(f"{target} exists already and is not written over: give another --out")
+                    raise CannotConvert(f"{target} exists already: choose another --out")
                 _check_replaceable(target, root)
                 target.rename(folder / "old")
                 try:
@@ -390,8 +393,8 @@ def _check_replaceable(target: Path, root: Path) -> None:
     if others:
         some = ", ".join(others[:5]) + (" and more" if len(others) > 5 else "")
         raise CannotConvert(
-            f"{target} holds {some}, which {root} does not: --force replaces a checkpoint that was written before, and "
-            f"all that is in it, but nothing else. Give --out {target / (root.name + '-new')}"
+            f"{target} contains {some}, which {root} does not contain. --force replaces the output of an "
+            f"earlier conversion, and nothing else. Use --out {target / (root.name + '-new')}"
         )
 
 

@@ -71,7 +71,8 @@ def reshard(
     found = list(_optimizers(loaded))
     if not found:
         raise CannotReshard(
-            f"{path} holds no state dict of an optimizer ('state' and 'param_groups'; flattened ones cannot be cut)"
+            f"{path} holds no optimizer state dict with 'state' and 'param_groups'. A flattened state dict "
+            "cannot be resharded"
         )
     report = None
     for number, saved in enumerate(found):
@@ -147,8 +148,8 @@ def _check_metadata(path: Path) -> None:
                 _MetadataUnpickler(stream).load()
         except _Untrusted as error:
             raise CannotReshard(
-                f"{file} holds objects other than torch's own ({error}), and unpickling them runs code: if you trust "
-                "the checkpoint, give --trust"
+                f"{file} contains Python objects other than torch's own ({error}), and unpickling them can run "
+                "code. If you trust the checkpoint, use --trust"
             ) from error
         except Exception as error:  # a torn file may cause anything
             raise CannotReshard(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
@@ -164,8 +165,8 @@ def _load(path: Path, trust: bool) -> dict[str, Any]:
         inner = _inner(error)
         if isinstance(inner, UnpicklingError) and not trust:
             raise CannotReshard(
-                f"{path} holds objects other than tensors and plain values, and unpickling them runs code: if you "
-                f"trust the checkpoint, give --trust ({inner})"
+                f"{path} contains Python objects other than tensors and plain values, and unpickling them can run "
+                f"code. If you trust the checkpoint, use --trust ({inner})"
             ) from error
         raise CannotReshard(f"{path} cannot be read: {inner}") from error
     return loaded
@@ -227,7 +228,7 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         )
     (report.before,) = before
     if report.before == world:
-        raise CannotReshard(f"{path} is for {world} shards already")
+        raise CannotReshard(f"{path} already has {world} shards")
     for done, (key, (number, state)) in enumerate(states.items()):
         progress(done, len(states), str(key))
         shards = _shards(key, state, path)
@@ -261,14 +262,14 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
 def _shards(key: Any, state: Mapping[str, Any], path: Path) -> _Shards:
     places = state[PLACE]
     if not isinstance(places, Tensor) or places.ndim != 2 or places.shape[1] < 3:
-        raise CannotReshard(f"{path}: {key!r} is sharded along more than one mesh dimension: not supported")
+        raise CannotReshard(f"{path}: {key!r} is sharded along more than one mesh dimension, which is not supported")
     shards = _Shards(tuple(places[0, 2:].tolist()), len(places))
     for rank, place in enumerate(places):
         piece = shards.piece(rank)
         if piece.numel and not torch.equal(place, piece.place):
             raise CannotReshard(
-                f"{path}: shard {rank} of {key!r} is at {place.tolist()[:2]} (row, column), where Shard(0) has "
-                f"{[piece.row, 0]}: other placements are not supported"
+                f"{path}: shard {rank} of {key!r} starts at {place.tolist()[:2]} (row, column), but Shard(0) "
+                f"starts it at {[piece.row, 0]}. Only Shard(0) is supported"
             )
     return shards
 

@@ -236,34 +236,44 @@ def _root_mean(old: Sequence[Held]) -> Tensor:
 def _check(old: Sequence[Held], new: Sequence[Held]) -> None:
     wholes = {h.piece.whole for h in (*old, *new)}
     if len(wholes) > 1:
-        raise ValueError(f"pieces of parameters of shapes {', '.join(map(str, sorted(wholes)))}; allowed is one")
+        raise ValueError(
+            f"the pieces belong to parameters of different shapes ({', '.join(map(str, sorted(wholes)))}); "
+            "all of them must belong to one parameter"
+        )
     for h in new:
         if h.state:
-            raise ValueError(f"the new piece at {_at(h)} has state already: {', '.join(h.state)}")
+            raise ValueError(f"the new piece at {_at(h)} already has state: {', '.join(h.state)}")
         covered = sum(o.box.meet(h.box).size for o in old)
         if covered != h.piece.numel:
             raise ValueError(
-                f"the new piece at {_at(h)} has {h.piece.numel} elements, and the old pieces hold {covered} of them"
+                (
+                    f"the new piece at {_at(h)} has {h.piece.numel} elements, but the old pieces contain {covered} of "
+                    "them"
+                )
                 + (": they overlap" if covered > h.piece.numel else "")
             )
     started = [h for h in old if h.state]
     if started and len(started) < len(old):
         without = next(h for h in old if not h.state)
-        raise ValueError(f"the old piece at {_at(without)} has no state, others have")
+        raise ValueError(
+            f"the old piece at {_at(without)} has no state, but other pieces of the same parameter have state"
+        )
     steps = sorted({float(h.state["step"]) for h in started})
     if len(steps) > 1:
-        raise ValueError(f"old pieces of one parameter are at steps {', '.join(f'{s:g}' for s in steps)}: they differ")
+        raise ValueError(
+            f"the old pieces of one parameter are at different steps: {', '.join(f'{s:g}' for s in steps)}"
+        )
     for h in started:
         expected = {"step", *h.stores, *([PRECONDITIONER] if h.preconditioner else [])}
         if not expected <= set(h.state) <= expected | {"place", "shape", RMS}:
             raise ValueError(
-                f"the state of the old piece at {_at(h)} holds {', '.join(h.state)}; expected "
+                f"the state of the old piece at {_at(h)} contains {', '.join(h.state)}; expected "
                 f"{', '.join(sorted(expected))}"
             )
         if "place" in h.state and not torch.equal(h.state["place"].cpu(), h.piece.place):
             raise ValueError(
-                f"the state of the old piece at {_at(h)} says that it is at {h.state['place'].tolist()}, not at "
-                f"{h.piece.place.tolist()} (row, column, shape of the parameter)"
+                f"the state of the old piece at {_at(h)} was saved for position {h.state['place'].tolist()}, but "
+                f"the piece is at {h.piece.place.tolist()} (row, column, shape of the parameter)"
             )
 
 
@@ -346,7 +356,7 @@ def _moment(
             state = o.state[name]
             sources.append(_Source(o, o.stores[name], state, o.stores[name].estimate_scale(state, o.matrix)))
         elif name != "first_moment":  # a momentum may start at 0 at any time, an average of squares may not
-            raise ValueError(f"the old piece at {_at(o)} keeps no {name}, and the new one at {_at(h)} asks for it")
+            raise ValueError(f"the old piece at {_at(o)} has no {name}, but the new piece at {_at(h)} needs it")
     state = store.allocate(h.matrix, device, dtype)
     store.assign(state, Gradient(_Old(sources, h, dtype, device), None, dtype, CHUNK, h.matrix))
     copied = 0
@@ -421,8 +431,8 @@ def _preconditioner(
             new = _covariance(parts, side, box, h.tail, drained, matrix)
             if not all(fd.finite(new)):
                 raise ValueError(
-                    f"the old covariances under the new piece at {_at(h)} have no finite decomposition together: they "
-                    "cannot be cut. Use the checkpoint of another step"
+                    f"the old covariances of the rows and columns of the new piece at {_at(h)} have no finite "
+                    "decomposition, so they cannot be divided. Use the checkpoint of another step"
                 )
             side.replace(state, new)
     return whole
@@ -444,7 +454,9 @@ def _box(h: Held, side: Side) -> tuple[Span, ...]:
     if dims == (h.piece.numel, 1):
         width = matrix_shape(h.piece.whole)[1]
         if rows.size > 1 and columns.size < width:
-            raise ValueError(f"the piece at {_at(h)} is no run of elements, and its preconditioner takes it as one")
+            raise ValueError(
+                f"the piece at {_at(h)} is not a run of consecutive elements, which its preconditioner needs"
+            )
         starts = [rows.lo * width + columns.lo, 0]
     else:
         starts = [rows.lo, columns.lo if len(dims) == 2 else 0, *(0 for _ in dims[2:])]
@@ -530,8 +542,8 @@ def _drained(o: Held, drained: dict[int, Mapping[str, Tensor]]) -> Mapping[str, 
                 due.append((side, state, None))
         if solve(due, 1.0, o.tail, "eigh"):
             raise ValueError(
-                f"the statistics that the old piece at {_at(o)} has gathered have no finite decomposition: they cannot "
-                "be cut. Use the checkpoint of another step"
+                f"the statistics of the old piece at {_at(o)} have no finite decomposition, so they cannot be "
+                "divided. Use the checkpoint of another step"
             )
         drained[id(o)] = state
     return drained[id(o)]

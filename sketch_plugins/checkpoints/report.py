@@ -128,7 +128,7 @@ def main(checkpoint: str, rows: int, as_json: bool, trust: bool, program: str) -
     """Run the command; its exit status: 0, or 2 where there is nothing to report."""
     try:
         if rows < 0:
-            raise CannotReport(f"--rows {rows} is not allowed: 0 (all) or more")
+            raise CannotReport(f"--rows {rows} is not allowed: it must be 0 (all) or more")
         # DeepSpeed, for one, writes its log to stdout when it is imported.
         with redirect_stdout(sys.stderr):
             found = contents(checkpoint, trust=trust)
@@ -164,7 +164,7 @@ def contents(checkpoint: str | Path, *, trust: bool = False) -> list[Contents]:
     if path.is_file():
         return _of_file(path, trust)
     if not path.is_dir():
-        raise CannotReport(f"{path} is not there: give a checkpoint's directory or file")
+        raise CannotReport(f"{path} does not exist: give the directory or file of a checkpoint")
     for name in FILES:
         if (path / name).is_file():
             return [replace(one, weights=_saved_weights(path)) for one in _of_file(path / name, trust)]
@@ -185,9 +185,9 @@ def contents(checkpoint: str | Path, *, trust: bool = False) -> list[Contents]:
         groups, named = deepspeed.contents(path, trust)
         return [_contents(groups, named)]
     within = sorted(p.name for p in path.glob("checkpoint-*")) + sorted(p.name for p in path.glob("*.ckpt"))
-    hint = f"; it holds {', '.join(within)}: give one of them" if within else ""
+    hint = f"; it contains {', '.join(within)}: give one of these" if within else ""
     raise CannotReport(
-        f"{path} holds no checkpoint of an optimizer: none of {', '.join(FILES)}, '.metadata', 'latest'{hint}"
+        f"{path} holds no optimizer checkpoint: none of {', '.join(FILES)}, '.metadata' or 'latest' is in it{hint}"
     )
 
 
@@ -267,7 +267,7 @@ def summary(found: Contents) -> str:
             f"{found.nbytes / found.adamw_bytes:.1%} of AdamW's {format_bytes(found.adamw_bytes)} (float32)"
         )
     elif found.entries:
-        said += "; sizes of the parameters are not in the checkpoint, so there is nothing to compare with AdamW"
+        said += "; the checkpoint does not contain the sizes of the parameters, so there is no comparison with AdamW"
     return said
 
 
@@ -284,8 +284,8 @@ def load(file: Path, trust: bool) -> Any:
         others = _unsafe(file)
         if others:
             raise CannotReport(
-                f"{file} holds objects other than tensors and plain values ({', '.join(others)}), and unpickling them "
-                "runs code: if you trust the checkpoint, give --trust"
+                f"{file} contains Python objects other than tensors and plain values ({', '.join(others)}), and "
+                "unpickling them can run code. If you trust the checkpoint, use --trust"
             ) from error
         raise CannotReport(
             f"{file} cannot be read as a file of torch.save; it is damaged, or of another format"
@@ -293,7 +293,7 @@ def load(file: Path, trust: bool) -> Any:
     except Exception as error:  # a torn file may cause anything
         said = str(error) or type(error).__name__
         raise CannotReport(
-            f"{file} cannot be read as a file of torch.save; it is damaged, or of another format: {said}"
+            f"{file} cannot be read as a file of torch.save. It is damaged, or has another format: {said}"
         ) from error
 
 
@@ -320,8 +320,8 @@ def _of_value(value: Any, path: Path) -> list[Contents]:
     if not found:
         said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
         raise CannotReport(
-            f"{path} holds no state dict of an optimizer, which has 'state' and 'param_groups'; it holds "
-            f"{said or 'nothing'}"
+            f"{path} holds no optimizer state dict, which would have the keys 'state' and 'param_groups'; it "
+            f"holds {said or 'nothing'}"
         )
     return found
 
@@ -441,7 +441,7 @@ def _guess(entries: Sequence[Entry]) -> str:
         return "Adam or AdamW"
     if {"row_var", "exp_avg_sq_row"} & stores:
         return "Adafactor"
-    return "an optimizer that does not say its name"
+    return "an optimizer whose name the checkpoint does not contain"
 
 
 def _tensors(state: Mapping[str, Any], store: str = "") -> Iterator[Stored]:

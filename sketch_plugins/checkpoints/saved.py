@@ -79,8 +79,8 @@ class SavedOptimizer:
         cls = classes.get(kind)
         if cls is None or not issubclass(cls, SketchOptimizer) or cls is SketchOptimizer:
             raise CannotReshard(
-                f"the state was written by {kind or 'another optimizer'}, which is none of sketch-plugins': only those "
-                "are cut anew"
+                f"the state was written by {kind or 'another optimizer'}. Only the state of sketch-plugins' "
+                "optimizers can be resharded"
             )
         self.kind: str = cls.__name__
         # It only says how state is kept; its own parameter has no part in it.
@@ -171,12 +171,12 @@ def output_of(root: Path, world_size: int, output: str | os.PathLike[str] | None
         CannotReshard: it is there already; or the number of ranks is none.
     """
     if world_size < 1:
-        raise CannotReshard(f"world size {world_size}: allowed are integers from 1 on")
+        raise CannotReshard(f"world size {world_size} is not allowed: it must be an integer of at least 1")
     target = Path(output) if output is not None else root.with_name(f"{root.resolve().name}-world{world_size}")
     if target.exists() or target.is_symlink():
-        raise CannotReshard(f"{target} exists already, and is not written over: give another --output")
+        raise CannotReshard(f"{target} exists already: choose another --output")
     if root.resolve() in target.resolve().parents:
-        raise CannotReshard(f"{target} lies in the checkpoint itself, which is not changed: give another --output")
+        raise CannotReshard(f"{target} is inside the checkpoint, which must not be changed: choose another --output")
     return target
 
 
@@ -193,7 +193,7 @@ def whole_or_not_at_all(target: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         if target.exists():  # a rename would take the place of an empty directory
-            raise CannotReshard(f"{target} exists already, and is not written over: give another --output")
+            raise CannotReshard(f"{target} exists already: choose another --output")
         partial.rename(target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -114,7 +114,9 @@ class BlockTopK(Compressor):
             return False
         if not memory.is_cuda and not (self.fused and interpreted()):
             if self.fused:
-                raise ValueError(f"fused=True with a gradient on {memory.device}: there is a kernel for cuda only")
+                raise ValueError(
+                    f"fused=True does not support a gradient on {memory.device}: there is a kernel for cuda only"
+                )
             return False
         # A power of two is what a program's registers hold, and not too many of them.
         fits = self.block & (self.block - 1) == 0 and 16 <= self.block <= 4096 and memory.dtype != torch.float64
@@ -126,7 +128,7 @@ class BlockTopK(Compressor):
             return False
         if self.fused and not fits:
             raise ValueError(
-                f"fused=True with block={self.block!r} and {memory.dtype}: the kernel takes powers of two from 16 to "
-                "4096, and not float64"
+                f"fused=True does not support block={self.block!r} with {memory.dtype}: the kernel needs a power "
+                "of two from 16 to 4096 and does not take float64"
             )
         return fits

@@ -33,7 +33,10 @@ def attach(model: DistributedDataParallel, **options: Any) -> MemSGDState:
         ValueError: ``model`` is something else, or has a communication hook; see `MemSGDState`.
     """
     if not isinstance(model, DistributedDataParallel):
-        raise ValueError(f"model is a {type(model).__name__}; gradients are compressed in DistributedDataParallel")
+        raise ValueError(
+            f"model is a {type(model).__name__}, but gradients are compressed in DistributedDataParallel "
+            "only: wrap the model in it first"
+        )
     if model in _ATTACHED:  # DistributedDataParallel would note the second hook before it refuses it
         raise ValueError(_TWICE)
     state = MemSGDState(model.module.named_parameters(), process_group=model.process_group, **options)
@@ -48,8 +51,8 @@ def attach(model: DistributedDataParallel, **options: Any) -> MemSGDState:
 
 
 _TWICE = (
-    "model has a communication hook already, and DistributedDataParallel takes one: go on with the state that it was "
-    "given, or wrap the module anew"
+    "model already has a communication hook, and DistributedDataParallel supports one: use the state "
+    "that the hook was given, or wrap the module in a new DistributedDataParallel"
 )
 
 
@@ -114,8 +117,9 @@ def _average(state: MemSGDState, buffer: Tensor) -> Future[Tensor]:
 def _average_sparse(state: MemSGDState, buffer: Tensor) -> Future[Tensor]:
     if state.momentum:
         raise ValueError(
-            f"momentum={state.momentum!r} and a sparse gradient of shape {tuple(buffer.shape)}: its velocity would not "
-            "be sparse. Only 0 is allowed then, or sparse=False of the embedding"
+            f"momentum={state.momentum!r} does not support the sparse gradient of shape "
+            f"{tuple(buffer.shape)}, because its velocity would not be sparse. Use momentum=0, or build the "
+            "embedding with sparse=False"
         )
     if state.clip:
         values = buffer.coalesce().values()

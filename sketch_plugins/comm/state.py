@@ -137,16 +137,14 @@ class MemSGDState:
         if not isinstance(factor_masking, bool):
             raise ValueError(f"factor_masking={factor_masking!r} is not allowed: it must be True or False")
         if momentum == 0 and not factor_masking:
-            raise ValueError("factor_masking=False without momentum, which it is an option of: set momentum as well")
+            raise ValueError("factor_masking=False has no effect without momentum: set momentum, too")
         if scaler is not None and not (hasattr(scaler, "is_enabled") and hasattr(scaler, "get_scale")):
             raise ValueError(f"scaler is a {type(scaler).__name__}: expected a torch.amp.GradScaler or None")
         self.process_group = process_group
         self.compressor = make_compressor(compressor, seed)
         self.schedule = DensitySchedule(density, initial_density, warmup)
         if self.schedule.warmup == 0 and initial_density != DensitySchedule.initial:
-            raise ValueError(
-                f"initial_density={initial_density!r} without warmup, which it is an option of: set warmup as well"
-            )
+            raise ValueError(f"initial_density={initial_density!r} has no effect without warmup: set warmup, too")
         self.start, self.min_size, self.seed = start, min_size, seed
         self.momentum, self.factor_masking, self.clip = float(momentum), factor_masking, float(clip)
         self.memory_dtype = memory_dtype
@@ -179,13 +177,13 @@ class MemSGDState:
         for number, pair in enumerate(params):
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise ValueError(
-                    f"params must be (name, parameter) pairs, as of model.named_parameters(), not {pair!r}"
+                    f"params must be (name, parameter) pairs, as model.named_parameters() yields them, not {pair!r}"
                 )
             name, p = pair
             if id(p) in names or name in bound:
-                raise ValueError(f"parameter {name!r} is there twice")
+                raise ValueError(f"parameter {name!r} is given twice")
             if p.is_complex():
-                raise ValueError(f"parameter {name!r} is complex ({p.dtype}); gradients that are sent are real")
+                raise ValueError(f"parameter {name!r} is complex ({p.dtype}); only real gradients can be compressed")
             names[id(p)] = number, name
             bound[name] = p
         if not bound:
@@ -193,10 +191,10 @@ class MemSGDState:
         memory = self.memory
         for name, slot in memory.items():
             if name not in bound or bound[name].numel() != slot["error"].numel():
-                what = f"which has {bound[name].numel()} now" if name in bound else "which is not there now"
+                what = f"which now has {bound[name].numel()}" if name in bound else "which is no longer bound"
                 raise ValueError(
-                    f"there is a memory of {slot['error'].numel()} entries of parameter {name!r}, {what}: bind the "
-                    "same parameters, or call state.reset() before"
+                    f"there is a memory of {slot['error'].numel()} entries for parameter {name!r}, {what}: bind the "
+                    "same parameters, or call state.reset() first"
                 )
         for name, slot in memory.items():
             slot.update({kind: t.to(bound[name].device) for kind, t in slot.items()})
@@ -224,12 +222,12 @@ class MemSGDState:
         iterations, digests = torch.stack(all_).T.tolist()
         if len(set(iterations)) > 1:
             raise ValueError(
-                f"the ranks are at iterations {', '.join(map(str, iterations))} of the gradient compression: their "
-                "memories were saved at different times, or not all of them were loaded. Load those of one checkpoint "
-                "on every rank, or none"
+                "the ranks are at different iterations of the gradient compression "
+                f"({', '.join(map(str, iterations))}): their memories come from different checkpoints, or some "
+                "were not loaded. Load the memories of one checkpoint on every rank, or load none"
             )
         if len(set(digests)) > 1:
-            raise ValueError("the ranks were given different options of the gradient compression: they have to agree")
+            raise ValueError("the ranks have different options of the gradient compression: use the same on every rank")
         self._agreed = True
 
     @property
@@ -383,9 +381,9 @@ class MemSGDState:
     def _find(self, p: Tensor) -> tuple[int, str]:
         if id(p) not in self._names:
             raise ValueError(
-                f"a bucket has a parameter of shape {tuple(p.shape)} that is none of the {len(self._names)} that this "
-                "MemSGDState was made with: give it the named_parameters() of the model in DistributedDataParallel, or "
-                "call state.bind(model.named_parameters())"
+                f"a bucket contains a parameter of shape {tuple(p.shape)} that is not among the "
+                f"{len(self._names)} parameters of this MemSGDState. Build it with the named_parameters() of the "
+                "model that DistributedDataParallel wraps, or call state.bind(model.named_parameters())"
             )
         return self._names[id(p)]
 
@@ -414,24 +412,26 @@ class MemSGDState:
         world, rank = state["world_size"], state["rank"]
         if world is not None and (world, rank) != (self.world_size, self.rank):
             raise ValueError(
-                f"the memory was saved by rank {rank} of {world} and this is rank {self.rank} of {self.world_size}: "
-                "memories belong to ranks. Load every rank's own, or redistribute([...]) of all of them"
+                f"the memory was saved by rank {rank} of {world}, but this is rank {self.rank} of "
+                f"{self.world_size}, and each rank has a memory of its own. Load the file of this rank, or "
+                "combine all of them with redistribute([...])"
             )
         sizes = {name: p for (_, name), p in zip(self._names.values(), self._bound, strict=True)}
         memory: dict[str, dict[str, Tensor]] = {}
         for name, saved in state["memory"].items():
             if name not in sizes:
-                raise ValueError(f"the saved memory has a parameter {name!r} that the model has not")
+                raise ValueError(f"the saved memory has a parameter {name!r}, which the model does not have")
             p = sizes[name]
             if "momentum" in saved and not self.momentum:
                 raise ValueError(
-                    f"the saved memory of {name!r} has a momentum and momentum={self.momentum}: set the one it had"
+                    f"the saved memory of {name!r} has a momentum, but this state has momentum={self.momentum}: use "
+                    "the momentum of the saved run"
                 )
             for kind, tensor in saved.items():
                 if tensor.numel() != p.numel():
                     raise ValueError(f"the saved {kind} of {name!r} has {tensor.numel()} entries, expected {p.numel()}")
                 if not bool(torch.isfinite(tensor).all()):
-                    raise ValueError(f"the saved {kind} of {name!r} is not finite")
+                    raise ValueError(f"the saved {kind} of {name!r} contains values that are not finite")
             dtype = torch.float64 if p.dtype == torch.float64 else MEMORY_DTYPES[self.memory_dtype]
             memory[name] = {k: t.detach().to(p.device, dtype, copy=True).contiguous() for k, t in saved.items()}
             if self.momentum and "momentum" not in saved:
@@ -465,19 +465,21 @@ class MemSGDState:
         """
         found = _files(Path(folder))
         if not found:
-            raise ValueError(f"{folder} has no memsgd-*-of-*.pt: expected the files that the ranks of a run have saved")
+            raise ValueError(
+                f"{folder} has no files memsgd-*-of-*.pt: give the folder in which the ranks of a run have saved theirs"
+            )
         if len(found) > 1:
             raise ValueError(
-                f"{folder} has files of runs of {' and of '.join(map(str, sorted(found)))} ranks, and nothing says "
-                "which of them belong to this checkpoint: remove those that do not"
+                f"{folder} has files of runs of {' and of '.join(map(str, sorted(found)))} ranks, and it is not "
+                "clear which of them belong to this checkpoint: remove the others"
             )
         ((world, files),) = found.items()
         ranks = [self.rank] if world == self.world_size else list(range(world))
         missing = [rank for rank in ranks if rank not in files]
         if missing:
             raise ValueError(
-                f"{folder} lacks the memory of rank {missing[0]} of {world}. With {self.world_size} ranks every one "
-                "needs the files of all that saved: put them into one folder"
+                f"{folder} lacks the memory of rank {missing[0]} of {world}. With {self.world_size} ranks, every "
+                "rank needs the files of all ranks that saved: put them into one folder"
             )
         # Mapped, not read: of a file what is looked at is in memory, and of several one at a time.
         states = (_read(files[rank]) for rank in ranks)
@@ -505,7 +507,7 @@ class MemSGDState:
             ValueError: see `load_state_dict`.
         """
         if isinstance(states, Mapping) or not isinstance(states, Sequence):
-            raise ValueError(f"expected the list that gather() gave, not {_shorten(states)}")
+            raise ValueError(f"expected the list that gather() returns, not {_shorten(states)}")
         if len(states) == self.world_size:
             self.load_state_dict(states[self.rank])
         else:
@@ -549,7 +551,7 @@ def redistribute(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         world, rank = state["world_size"] if world is None else world, state["rank"]
         if rank is None or state["world_size"] != world or rank in ranks:
             raise ValueError(
-                f"expected the states of all {world} ranks of one run, each of them once; one is of rank {rank} of "
+                f"expected one state of each of the {world} ranks of a run; one of them comes from rank {rank} of "
                 f"{state['world_size']}"
             )
         ranks.append(rank)
@@ -562,8 +564,8 @@ def redistribute(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                     kept[kind] = tensor.to("cpu", torch.float64, copy=True)
                 elif kept[kind].numel() != tensor.numel():
                     raise ValueError(
-                        f"the saved {kind} of {name!r} has {tensor.numel()} entries on rank {rank} and "
-                        f"{kept[kind].numel()} on another"
+                        f"the saved {kind} of {name!r} has {tensor.numel()} entries on rank {rank}, but "
+                        f"{kept[kind].numel()} on another rank"
                     )
                 else:
                     kept[kind] += tensor.cpu()
@@ -572,11 +574,11 @@ def redistribute(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         add(state)
         del state  # or it would stay while the next is read
     if world is None:
-        raise ValueError("no states: expected those of all ranks")
+        raise ValueError("there are no states: pass the states of all ranks")
     if sorted(ranks) != list(range(world)) or len(iterations) != 1:
         raise ValueError(
-            f"expected the states of all {world} ranks after one iteration, not of ranks {sorted(ranks)} after "
-            f"{sorted(iterations)}"
+            f"the states must come from all {world} ranks after the same iteration; they come from ranks "
+            f"{sorted(ranks)} after iterations {sorted(iterations)}"
         )
     for name, kept in sums.items():
         for kind, total in kept.items():
@@ -587,10 +589,10 @@ def redistribute(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def checked(state: Any) -> None:
     """Raise ValueError unless this has everything that `MemSGDState.state_dict` gives."""
     if not isinstance(state, Mapping) or state.get("version") != VERSION:
-        raise ValueError(f"this is no state of a MemSGDState of version {VERSION}: {_shorten(state)}")
+        raise ValueError(f"this is not the state of a MemSGDState of version {VERSION}: {_shorten(state)}")
     for key in ("world_size", "rank", "iteration", "memory"):
         if key not in state:
-            raise ValueError(f"the saved state of a MemSGDState lacks {key!r}: it has {_shorten(state)}")
+            raise ValueError(f"the saved state of a MemSGDState lacks {key!r}; it contains {_shorten(state)}")
     whole = {key: state[key] for key in ("world_size", "rank", "iteration")}
     nobody = whole["world_size"] is None and whole["rank"] is None  # redistributed
     for key, value in whole.items():
@@ -598,15 +600,17 @@ def checked(state: Any) -> None:
         if not number and not (nobody and key != "iteration"):
             raise ValueError(f"{key}={value!r} in the saved state of a MemSGDState is not allowed: it must be a number")
     if not isinstance(state["memory"], Mapping):
-        raise ValueError(f"the saved memory is a {type(state['memory']).__name__}: expected names and their tensors")
+        raise ValueError(
+            f"the saved memory is a {type(state['memory']).__name__}; expected a dict of names and tensors"
+        )
     for name, slot in state["memory"].items():
         if not isinstance(slot, Mapping) or "error" not in slot:
-            raise ValueError(f"the saved memory of {name!r} lacks 'error': it has {_shorten(slot)}")
+            raise ValueError(f"the saved memory of {name!r} lacks 'error'; it contains {_shorten(slot)}")
         for kind, tensor in slot.items():
             if kind not in KINDS or not isinstance(tensor, Tensor):
                 raise ValueError(
-                    f"the saved memory of {name!r} has {kind!r}, a {type(tensor).__name__}: expected tensors 'error' "
-                    "and 'momentum'"
+                    f"the saved memory of {name!r} contains {kind!r}, a {type(tensor).__name__}; expected the tensors "
+                    "'error' and 'momentum'"
                 )
 
 
@@ -628,7 +632,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError unless `attach` takes these options: for entrances that come to it late."""
     try:
         if "process_group" in options:
-            raise TypeError("process_group is that of the DistributedDataParallel")
+            raise TypeError(
+                "process_group is not an option: the hook uses the process group of DistributedDataParallel"
+            )
         MemSGDState([("a", torch.empty(0))], **options)
     except TypeError as error:
         raise ValueError(f"MemSGDState has no such option: {error}") from error
@@ -648,7 +654,7 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as what MemSGDState.save has written: {_shorten(error)}") from error
+        raise ValueError(f"{path} cannot be read as a file of MemSGDState.save: {_shorten(error)}") from error
 
 
 def _any(flags: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -99,7 +99,7 @@ def _often(name: str, differs: Tensor) -> str | None:
     share = differs.float().mean().item() if differs.numel() else 0.0
     if share < NEIGHBOURS:
         return None
-    return f"{name}: {share:.1%} of its numbers round to another neighbour; less than {NEIGHBOURS:.0%} is allowed"
+    return f"{name}: {share:.1%} of the values round to another neighbour; less than {NEIGHBOURS:.0%} is allowed"
 
 
 def _apart(name: str, ours: Tensor, eager: Tensor, rtol: float, atol: float) -> str | None:

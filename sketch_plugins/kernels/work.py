@@ -101,11 +101,14 @@ def misread(w: Work) -> str | None:
     if w.last is not None:
         state.append(w.last)
     if not all(has_address(tensor) for tensor in (w.p, w.g, *state)):
-        return "one of its tensors has no memory of its own, which a kernel would read by its address"
+        return "one of its tensors has no memory of its own, and a kernel reads memory by its address"
     if any(tensor.is_neg() for tensor in (w.p, w.g, *state)):
-        return "torch.is_neg is true of one of its tensors: a kernel would read every number with the wrong sign"
+        return (
+            "one of its tensors is a lazily negated view (torch.is_neg), and a kernel would read its values "
+            "with the wrong sign"
+        )
     if w.flags & (1 << UNIT) and (w.second is not None or w.after):
-        return "the kernels take the sign of a numerator only where no second moment divides it"
+        return "the kernels compute a sign step only without a second moment"
     if not all(tensor.is_contiguous() and tensor.device == w.p.device for tensor in state):
         return "its state is not contiguous, or is on another device than the parameter"
     return None

@@ -84,9 +84,12 @@ class InBackward:
                 raise TypeError(f"InBackward takes a sketched optimizer, not {type(optimizer).__name__}")
             optimizer = optimizer.optimizer
         if last is not None and not callable(last):
-            raise TypeError(f"last={last!r} cannot be called; it is asked whether this is the last backward of a cycle")
+            raise TypeError(
+                f"last={last!r} is not callable; it must be a function that says whether this is the last "
+                "backward of a cycle"
+            )
         if in_backward(optimizer) is not None:
-            raise ValueError(f"this {type(optimizer).__name__} takes its steps in backward already")
+            raise ValueError(f"this {type(optimizer).__name__} already takes its steps in backward")
         self.last = last
         #: Whether ``optimizer.step`` is running a closure.
         self.stepping = False
@@ -131,7 +134,7 @@ class InBackward:
                     new.append(p)
             why = optimizer._why_not_alone(group)
             if why is not None:
-                raise ValueError(f"group {number} cannot take its steps in backward: {why}")
+                raise ValueError(f"parameter group {number} cannot take its steps in backward: {why}")
         if new:
             self._refuse_owners(optimizer)
             self._looked_for_owners = False  # they may be wrapped from now on
@@ -205,22 +208,22 @@ class InBackward:
                 self._looked_for_owners = True
             if id(p) in self._taken:
                 raise RuntimeError(
-                    f"{_name(optimizer, place)} has a gradient for the second time since optimizer.step(), and has "
-                    "taken its step with the first. Which backward is the last one of a cycle is said by last= or "
-                    "`with accumulate():`; a parameter that checkpoints share needs use_reentrant=False; after a "
-                    "backward that failed, call reset()"
+                    f"{_name(optimizer, place)} received a second gradient since the last optimizer.step(), but it "
+                    "has already taken its step with the first one. If you accumulate gradients, say which backward "
+                    "is the last of a cycle with last= or `with accumulate():`. If checkpointed (recomputed) "
+                    "segments share this parameter, use use_reentrant=False. If a backward failed, call reset()"
                 )
             if p.grad.requires_grad:
                 raise RuntimeError(
-                    f"{_name(optimizer, place)} has a gradient that is part of a graph (backward(create_graph=True)): "
-                    "its step in backward would change what the graph was made of. Use torch.autograd.grad for such "
-                    "gradients"
+                    f"{_name(optimizer, place)} has a gradient that is part of a graph (backward(create_graph=True)), "
+                    "and a step in backward would change the values that the graph needs. Use torch.autograd.grad "
+                    "for such gradients"
                 )
             try:
                 optimizer.step_parameter(number, index)
             except Exception as error:
-                before = f"{len(self._taken)} of {len(self._places)} parameters have taken their step before it"
-                _say(error, f"in backward, in the step of {_name(optimizer, place)}; {before}")
+                before = f"{len(self._taken)} of {len(self._places)} parameters have already taken their step"
+                _say(error, f"this happened in backward, in the step of {_name(optimizer, place)}; {before}")
                 raise
             self._taken.add(id(p))
             p.grad = None
@@ -256,8 +259,8 @@ class InBackward:
         scaled = [name for name in ("grad_scale", "found_inf") if optimizer.__dict__.pop(name, None) is not None]
         if scaled:
             raise RuntimeError(
-                "InBackward and GradScaler: the steps were taken in backward, with gradients that were still scaled. "
-                "Use bfloat16, which needs no scaler, or take the steps after backward"
+                "InBackward does not support GradScaler: the steps were taken in backward with gradients that "
+                "were still scaled. Use bfloat16, which needs no scaler, or take the steps after backward"
             )
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -283,9 +286,10 @@ class InBackward:
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and id(p) in self._taken:
                     raise RuntimeError(
-                        f"{_name(optimizer, (number, index))} has taken its step in backward and has a gradient again: "
-                        "something wrote to .grad after the hook, as DistributedDataParallel does, whose all-reduce "
-                        "comes too late here"
+                        f"{_name(optimizer, (number, index))} has already taken its step in backward "
+                        "and has a gradient again: something wrote to .grad afterwards. "
+                        "DistributedDataParallel does so, because its all-reduce comes after the "
+                        "hook, which is too late for a step in backward"
                     )
 
     def _after_step(self, *_: Any) -> None:
@@ -312,13 +316,14 @@ class InBackward:
                 continue
             if issubclass(type(one), DistributedDataParallel):
                 raise ValueError(
-                    "InBackward and DistributedDataParallel: a step in backward comes before the all-reduce, so each "
-                    "process would go its own way. Use FSDP2 (torch.distributed.fsdp.fully_shard), or take the steps "
-                    "after backward"
+                    "InBackward does not support DistributedDataParallel: steps would be taken before the "
+                    "all-reduce, and the processes would drift apart. Use FSDP2 "
+                    "(torch.distributed.fsdp.fully_shard), or take the steps after backward"
                 )
             raise ValueError(
-                "InBackward and DeepSpeed, which keeps gradients itself and has them after backward only: use the "
-                "optimizer without InBackward; ZeRO (stage 2 or 3) spreads gradients over the processes"
+                "InBackward does not support DeepSpeed, whose engine keeps the gradients and offers them only "
+                "after backward. Use the optimizer without InBackward; ZeRO stage 2 or 3 distributes gradients "
+                "over the processes"
             )
 
 

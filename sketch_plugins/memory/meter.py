@@ -51,7 +51,7 @@ class ResidentMeter:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-        raise ValueError("/proc/self/status has no VmHWM: give another meter")
+        raise ValueError("/proc/self/status has no entry VmHWM: pass another meter")
 
 
 class AllocatorMeter:
@@ -87,7 +87,7 @@ class AllocatorMeter:
             RuntimeError: there was no `start`.
         """
         if self._profile is None:
-            raise RuntimeError("AllocatorMeter.read without start")
+            raise RuntimeError("AllocatorMeter.read() was called before start()")
         peak = now = self.live
         for size in self._stop():
             now += size
@@ -132,7 +132,7 @@ def meter_for(device: torch.device) -> Meter:
         return CudaMeter(device)
     if device.type == "cpu" and Path("/proc/self/clear_refs").exists():
         return ResidentMeter()
-    raise ValueError(f"the memory of {device} cannot be measured on this system: give a meter")
+    raise ValueError(f"the memory of {device} cannot be measured on this system: pass a meter")
 
 
 def total_memory(device: torch.device) -> int:

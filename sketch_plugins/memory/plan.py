@@ -258,7 +258,7 @@ def plan(
         ("accumulation", accumulation, 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer from {least} on")
+            raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer of at least {least}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
     if device not in ("cuda", "cpu"):
@@ -268,10 +268,13 @@ def plan(
     if zero_stage:
         kept = [choice for choice in wanted if not choice.in_backward]
         if not kept or (len(kept) < len(wanted) and optimizers != "all"):
-            raise ValueError("steps in backward (_layerwise) do not go with ZeRO: leave one of the two")
+            raise ValueError("steps in backward (NAME_layerwise) and ZeRO cannot be combined: use one of them")
         wanted = kept
     if reserve is not None and gpu_memory is None:
-        raise ValueError(f"reserve={reserve!r} is part of a budget: give gpu_memory, too, as in gpu_memory='16GiB'")
+        raise ValueError(
+            f"reserve={reserve!r} is subtracted from a budget, and there is none: set gpu_memory, too, as in "
+            "gpu_memory='16GiB'"
+        )
     budget = None if gpu_memory is None else _budget(gpu_memory, device, "gpu_memory")
     kept_back = 0
     if budget is not None:
@@ -279,8 +282,8 @@ def plan(
         kept_back = _budget(given, device, "reserve")
         if kept_back >= budget:
             raise ValueError(
-                f"gpu_memory={gpu_memory!r} is no more than the {format_bytes(kept_back)} that are left to others "
-                "(reserve): give more memory or a smaller reserve"
+                f"gpu_memory={gpu_memory!r} is not larger than the {format_bytes(kept_back)} of reserve, which "
+                "torch cannot use: use more memory or a smaller reserve"
             )
     described = _Described(model, sample, loss, task, seq_len, gradient_checkpointing)
     runs = _Runs(described, device == "cuda", precision, accumulation)
@@ -317,7 +320,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         ValueError: it cannot; says why.
     """
     if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"{os.fspath(path)!r} is not allowed: a plot's file ends in .png, .svg or .pdf")
+        raise ValueError(f"{os.fspath(path)!r} cannot be the file of a plot: its name must end in .png, .svg or .pdf")
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{os.fspath(path)!r} cannot be written: No such file or directory: {Path(path).parent}")
     try:
@@ -341,15 +344,19 @@ class _Described:
         self.seq_len: int | None = None
         if isinstance(model, nn.Module) or (callable(model) and not hasattr(model, "model_type")):
             if sample is None or loss is None:
-                raise ValueError("a module needs sample=(batch size -> batch) and loss=((model, batch) -> loss)")
+                raise ValueError(
+                    "a module needs two functions: sample=(batch size -> batch) and loss=((model, batch) -> loss)"
+                )
             if gradient_checkpointing or task is not None:
-                raise ValueError("gradient_checkpointing and task are for models of transformers: make the module so")
+                raise ValueError(
+                    "gradient_checkpointing and task are only for models of transformers: set them in the module itself"
+                )
             self.build: Callable[[], nn.Module] = (lambda: _on_meta(model)) if isinstance(model, nn.Module) else model
             self.sample, self.loss = sample, loss
             self.label = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "model")
             return
         if sample is not None or loss is not None:
-            raise ValueError("sample and loss are for modules: models of transformers have their own")
+            raise ValueError("sample and loss are only for modules of your own: models of transformers have theirs")
         try:
             planning = importlib.import_module("sketch_transformers.planning")
         except ModuleNotFoundError as error:
@@ -532,13 +539,13 @@ def _check_zero(stage: int, world_size: int | None) -> None:
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"zero_stage={stage!r} is not one of 0, 1, 2, 3")
     if stage and world_size is None:
-        raise ValueError(f"zero_stage={stage} needs world_size, the number of ranks that share")
+        raise ValueError(f"zero_stage={stage} needs world_size, the number of processes")
     if world_size is not None and (isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1):
-        raise ValueError(f"world_size={world_size!r} is not allowed: world_size must be an integer from 1 on")
+        raise ValueError(f"world_size={world_size!r} is not allowed: world_size must be an integer of at least 1")
     if not stage and world_size not in (None, 1):
         raise ValueError(
-            f"world_size={world_size} without zero_stage: ranks that share nothing take what one takes; give "
-            "zero_stage=1, 2 or 3"
+            f"world_size={world_size} has no effect without zero_stage, because nothing is shared between the "
+            "processes: set zero_stage=1, 2 or 3"
         )
 
 
@@ -550,7 +557,9 @@ def _budget(given: Any, device: str, name: str) -> int:
         total = total_memory(torch.device(device))
     size = parse_budget(given, total, name)
     if size <= 0:
-        raise ValueError(f"{name}={given!r} is a fraction, and there is no GPU to take it of: give a size, as in 16GiB")
+        raise ValueError(
+            f"{name}={given!r} is a fraction of a GPU's memory, and there is no GPU here: give a size, as in 16GiB"
+        )
     return size
 
 
@@ -558,6 +567,7 @@ def _check_budget(runs: _Runs, wanted: Sequence[Choice], most: int, sharding: tu
     least = min(_parameters(runs, choice, sharding) for choice in wanted)
     if least > most:
         raise ValueError(
-            f"gpu_memory={given!r} leaves {format_bytes(most)}, and the parameters alone take {format_bytes(least)}: "
-            "give more memory, a lower precision (bf16), a smaller model, or zero_stage=3"
+            f"gpu_memory={given!r} leaves {format_bytes(most)}, but the parameters alone take "
+            f"{format_bytes(least)}: use more memory, a lower precision (bf16), a smaller model, or "
+            "zero_stage=3"
         )

@@ -114,7 +114,7 @@ def choices(optimizers: str | Sequence[str | Choice], precision: str) -> list[Ch
             else:
                 wanted.append(_choice(text))
     if not wanted:
-        raise ValueError(f"no optimizer was given; known are {', '.join(known())}")
+        raise ValueError(f"no optimizer was given; the optimizers are {', '.join(known())}")
     return list({choice.label: choice for choice in wanted}.values())
 
 
@@ -194,7 +194,7 @@ def _split(text: str) -> Iterator[str]:
         name, is_option, _ = token.partition("=")
         if is_option and ":" not in name:
             if not found:
-                raise ValueError(f"{token!r} belongs to no optimizer: write NAME:{token}")
+                raise ValueError(f"{token!r} does not belong to an optimizer: write NAME:{token}")
             found[-1] += ("," if ":" in found[-1] else ":") + token
         else:
             found.append(token)
@@ -210,7 +210,7 @@ def _choice(text: str) -> Choice:
     name, in_backward = (full.removesuffix(IN_BACKWARD), True) if full.endswith(IN_BACKWARD) else (full, False)
     if name in TORCH and not in_backward:
         if given:
-            raise ValueError(f"{name} takes no options here, and was given {rest}")
+            raise ValueError(f"{name} takes no options here, but {rest} was given")
         return Choice(name, name)
     if name not in registry.names():
         near = get_close_matches(full.lower(), known(), 1)

@@ -288,7 +288,8 @@ class Subject:
                 events = recorder.settle(marked)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise NotTraceable(
-                f"the model's way depends on the numbers in its tensors ({error}): it cannot be planned without memory"
+                f"the model's control flow depends on the values in its tensors ({error}), so its memory cannot "
+                "be planned without running it"
             ) from error
         finally:
             for hook in hooks:

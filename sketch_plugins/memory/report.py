@@ -134,7 +134,7 @@ class StateReport:
         stores = list(self.by_store())
         when = "state to be allocated, beside AdamW" if self.planned else "state, beside AdamW"
         if self.stateless:
-            when = "no state. What it keeps is known after its first step"
+            when = "there is no state before its first step"
         from rich.table import Table  # here: optimizers import this file, and need none
 
         table = Table(title=f"{self.optimizer}: {when}")
@@ -207,7 +207,9 @@ def state_report(optimizer: torch.optim.Optimizer, model: nn.Module | None = Non
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"state_report takes a torch optimizer, not {type(optimizer).__name__}")
     if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"state_report takes a module as model, for its names, not {type(model).__name__}")
+        raise TypeError(
+            f"state_report needs a torch.nn.Module as model, to take names from it, not {type(model).__name__}"
+        )
     known = {} if model is None else names_in(model)
     held = _parts(optimizer, known) if hasattr(optimizer, "held") else _parameters(optimizer, known)
     found: dict[tuple[int, int], ParameterState] = {}

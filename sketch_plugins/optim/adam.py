@@ -107,8 +107,8 @@ class CSAdam(SketchOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
-        lr: learning rate, float or tensor of one element (default 1e-3). What rounding leaves of 0 where a schedule
-            ends (from -1e-10 on) is a rate of 0, in a step and in a checkpoint.
+        lr: learning rate, float or tensor of one element (default 1e-3). A rate between -1e-10 and 0 counts as 0, in a
+            step and in a checkpoint: it is the rounding error of a schedule that ends at 0.
         betas: decay rates of the moments (default (0.9, 0.999)); ``betas[0]`` has no effect with
             ``first_moment="none"``.
         eps: added to the denominator (default 1e-8).

@@ -85,8 +85,8 @@ class SketchOptimizer(Taking):
                 super().add_param_group(param_group)
             except UserWarning as warning:
                 raise ValueError(
-                    f"a parameter group of {type(self).__name__} holds a parameter more than once; give each parameter "
-                    "once (torch.optim warns here, and takes a step for each time)"
+                    f"a parameter group of {type(self).__name__} contains a parameter more than once: give each "
+                    "parameter once"
                 ) from warning
         try:
             renew(type(self).__name__, self.OPTIONS, self.param_groups[-1])
@@ -183,7 +183,7 @@ class SketchOptimizer(Taking):
         owner = group["params"][index]
         why = self._why_not_alone(group)
         if why is not None:
-            raise ValueError(f"{self._label(group, index)} cannot take its step before the others': {why}")
+            raise ValueError(f"{self._label(group, index)} cannot take its step before the other parameters: {why}")
         if owner.grad is None or owner.numel() == 0:
             return
         cache = self._step_cache = self._step_cache or StepCache()

@@ -32,9 +32,9 @@ def why_not_plain(tensor: Tensor) -> str | None:
     Plain is a strided tensor whose numbers lie in memory of its own.
     """
     if tensor.layout != torch.strided:
-        return f"of layout {tensor.layout}"
+        return f"with layout {tensor.layout}"
     if tensor.device.type == "meta":
-        return "on the meta device, which has no numbers"
+        return "on the meta device, without values"
     if tensor.is_quantized:
         return f"quantized ({tensor.dtype})"
     if tensor.is_nested:
@@ -44,7 +44,7 @@ def why_not_plain(tensor: Tensor) -> str | None:
         return f"of type {type(tensor).__name__}"
     size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + size) * tensor.element_size():
-        return "without its memory, which has been freed"
+        return "whose memory has been freed"
     return None
 
 

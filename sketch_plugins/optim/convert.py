@@ -96,24 +96,26 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
             state has none.
     """
     if not isinstance(optimizer, SketchOptimizer):
-        raise TypeError(f"convert_state makes state of a sketched optimizer, not of {type(optimizer).__name__}")
+        raise TypeError(f"convert_state needs a sketched optimizer, not {type(optimizer).__name__}")
     for name in keep:
         if name not in ("lr", "betas", "momentum"):
-            raise ValueError(f"keep={name!r} is not allowed: keep names 'lr', 'betas' or 'momentum'")
+            raise ValueError(f"keep={name!r} is not allowed: keep may contain 'lr', 'betas' and 'momentum'")
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"the state dict has no {key!r}; it has {', '.join(map(str, state_dict)) or 'nothing'}")
     out: dict[str, Any] = {"state": {}, "param_groups": optimizer._packed_groups()}
     given, kind = state_dict["param_groups"], type(optimizer).__name__
     if len(given) != len(out["param_groups"]):
-        raise ValueError(f"the state dict has {len(given)} parameter groups, this {kind} {len(out['param_groups'])}")
+        raise ValueError(
+            f"the state dict has {len(given)} parameter groups, but this {kind} has {len(out['param_groups'])}"
+        )
     for number, (group, own, saved) in enumerate(zip(optimizer.param_groups, out["param_groups"], given, strict=True)):
         writer = written_by(saved)
         if writer is not None:
-            raise ValueError(f"the state dict was written by {writer}: load it as it is")
+            raise ValueError(f"the state dict was written by {writer} and needs no conversion: load it directly")
         if len(saved["params"]) != len(own["params"]):
             raise ValueError(
-                f"group {number} of the state dict has {len(saved['params'])} parameters, this {kind}'s "
+                f"group {number} of the state dict has {len(saved['params'])} parameters, but this {kind}'s has "
                 f"{len(own['params'])}"
             )
         own.update(_scheduled(optimizer, group, saved, keep))
@@ -167,9 +169,9 @@ def _converted(
     parts = optimizer._parts.of(index, p)
     if bool(saved.get("maximize", False)) != group["maximize"] and {"exp_avg", "momentum_buffer"} & state.keys():
         raise ValueError(
-            f"the state dict was written with maximize={bool(saved.get('maximize', False))} and this "
-            f"{type(optimizer).__name__} has maximize={group['maximize']}: its momentum would go the wrong way. Build "
-            "the optimizer with the saved value"
+            f"the state dict was written with maximize={bool(saved.get('maximize', False))}, but this "
+            f"{type(optimizer).__name__} has maximize={group['maximize']}, so its momentum would have the "
+            "wrong sign. Build the optimizer with the saved value"
         )
     made: dict[str, Any] = {}
     for part in parts:
@@ -189,7 +191,9 @@ def _converted(
 def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], label: str) -> _Source:
     found = {key for key, value in state.items() if value is not None and key in STATES} - {"step"}
     if "max_exp_avg_sq" in found:
-        raise ValueError(f"the state of {label} is AMSGrad's, whose maxima no sketched optimizer keeps")
+        raise ValueError(
+            f"the state of {label} was written with amsgrad=True, and no sketched optimizer keeps AMSGrad's maxima"
+        )
     step = float(state["step"]) if state.get("step") is not None else 1.0
     if found == {"exp_avg", "exp_avg_sq"}:
         beta1, beta2 = map(float, saved["betas"])
@@ -207,8 +211,8 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
         return _Source(step, None, _Kept(_values(part, state, "sum", label), 1.0, 1.0))
     held = ", ".join(sorted(map(str, set(state) - {"step"}))) or "nothing"
     raise ValueError(
-        f"the state of {label} holds {held}; allowed is what AdamW and Adam "
-        "(exp_avg, exp_avg_sq), SGD (momentum_buffer) or Adagrad (sum) keep"
+        f"the state of {label} contains {held}; expected the state of AdamW or Adam (exp_avg, "
+        "exp_avg_sq), SGD (momentum_buffer) or Adagrad (sum)"
     )
 
 
@@ -225,7 +229,7 @@ def _values(part: Part, state: Mapping[str, Any], name: str, label: str) -> Tens
         raise ValueError(f"{name} of {label} has shape {tuple(values.shape)}; expected {tuple(part.shape)}")
     values = values.detach().to(part.device, torch.float64 if part.dtype == torch.float64 else torch.float32)
     if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{name} of {label} has numbers that are not finite")
+        raise ValueError(f"{name} of {label} contains values that are not finite")
     return values
 
 
@@ -252,8 +256,8 @@ def _part_state(
     if second_store is not None and rule.second is not None:
         if source.second is None:
             raise ValueError(
-                f"{type(optimizer).__name__} needs the squares of gradients, and the state of {label} has none: only "
-                "CSMomentum can go on from SGD"
+                f"{type(optimizer).__name__} needs averages of squared gradients, and the state of {label} has "
+                "none: only CSMomentum can continue from SGD"
             )
         second = source.second.under(rule.second, source.step)
         second_store.assign(state["second_moment"], second.flatten(0, batch))

@@ -140,7 +140,7 @@ def _signature(signature: inspect.Signature, options: list[Option], hints: Mappi
 
 def _entry(one: Option, indent: str) -> str:
     if isinstance(one, NoEffect):
-        said = f"accepted so that torch's arguments can be handed on; only {' or '.join(map(repr, one.choices))}."
+        said = f"accepted for compatibility with torch's optimizers; only {' or '.join(map(repr, one.choices))}."
     elif one.choices and all(isinstance(choice, str) for choice in one.choices):
         allowed = ", ".join(f'``"{choice}"``' for choice in one.choices)
         said = f'{one.doc} One of {allowed}; default ``"{one.default}"``.'

@@ -58,7 +58,7 @@ class Sketches(TypedDict, total=False):
         int | None,
         option(
             0,
-            "number of buckets, instead of ``compression``; more than the rows is the rows; 0: use ``compression``.",
+            "number of buckets, instead of ``compression``; at most one for each row; 0: use ``compression``.",
             allowed="an integer >= 0",
             check=lambda v: v >= 0,
             structural=True,
@@ -104,7 +104,7 @@ class FirstMoment(TypedDict, total=False):
     """How a first moment is kept."""
 
     first_moment: Annotated[
-        str | None, option("int8", "store of the first moment.", choices=tuple(FIRST_MOMENTS), structural=True)
+        str | None, option("int8", "how the first moment is kept.", choices=tuple(FIRST_MOMENTS), structural=True)
     ]
     block_size: Annotated[
         int | None,
@@ -126,7 +126,10 @@ class SignedSketch(TypedDict, total=False):
 
     allow_dense_count_sketch: Annotated[
         bool | None,
-        option(False, "a signed sketch of a dense first moment does not train and is refused; True insists."),
+        option(
+            False,
+            "allow a signed sketch of a dense first moment, which is refused by default because it does not train.",
+        ),
     ]
 
 
@@ -137,9 +140,10 @@ class SecondMoment(TypedDict, total=False):
         str | None,
         option(
             "count_min",
-            'store of the second moment. ``"cover"`` is SM3-II\'s maxima over the slices of each axis, as an average '
-            '(see `SM3`); ``"log8"`` has 8 bits for each number, within a sixteenth of it (see '
-            '`sketch_plugins.stores.Log8`). The options of a sketch mean nothing to these two and ``"dense"``.',
+            'how the second moment is kept. ``"cover"`` is SM3-II\'s maxima over the slices of each axis, as an '
+            'average (see `SM3`); ``"log8"`` has 8 bits for each number, within a sixteenth of it (see '
+            "`sketch_plugins.stores.Log8`). The options of a sketch have no effect on these two and on "
+            '``"dense"``.',
             choices=tuple(kind for kind in SECOND_MOMENTS if kind != "none"),
             structural=True,
         ),
@@ -148,15 +152,15 @@ class SecondMoment(TypedDict, total=False):
         int | None,
         option(
             0,
-            "every so many steps the sketched second moment is multiplied by ``clean_factor``, before the update; 0: "
-            "never.",
+            "multiply the sketched second moment by ``clean_factor`` every ``clean_every`` steps, before the "
+            "update; 0: never.",
             allowed="an integer >= 0",
             check=lambda v: v >= 0,
         ),
     ]
     clean_factor: Annotated[
         float | None,
-        option(0.2, "factor of that cleaning.", allowed="a number in [0, 1]", check=lambda v: 0 <= v <= 1),
+        option(0.2, "factor of ``clean_every``.", allowed="a number in [0, 1]", check=lambda v: 0 <= v <= 1),
     ]
 
 
@@ -167,7 +171,7 @@ class Buckets(TypedDict, total=False):
         str | None,
         option(
             "mean",
-            "what a bucket holds of its rows' ``g * g``, for dense gradients.",
+            "how a bucket combines the ``g * g`` of its rows, for dense gradients.",
             choices=BUCKETS,
             structural=True,
         ),
@@ -212,13 +216,12 @@ class Lagged(TypedDict, total=False):
         bool | None,
         option(
             False,
-            "both RMS are those of the step before, measured while it was taken: of its update as it would have been "
-            "without clipping, and of the parameter as it was read. A step then needs one sweep over gradient and "
-            "parameter, not two (12 bytes a float32 parameter, not 20), and an update that grows is clipped one step "
-            "late. Two more numbers of state for each parameter, written whether or not update_clip and "
-            "scale_parameter are on. The first step of a parameter measures before it steps, as without this option, "
-            "and so do row-sparse steps, whose rows are others every time; what they measured is what the next step "
-            "finds.",
+            "update_clip and scale_parameter use the RMS of the previous step: of its update before clipping, "
+            "and of the parameter as it was read. A step then needs one sweep over gradient and parameter, not "
+            "two (12 bytes a float32 parameter, not 20), and an update that grows is clipped one step late. Each "
+            "parameter has two more numbers of state, whether or not update_clip and scale_parameter are on. The "
+            "first step of a parameter, and every row-sparse step, measures before it steps, as without this "
+            "option; the next step uses what it measured.",
             structural=True,
         ),
     ]
@@ -231,9 +234,10 @@ class Kernels(TypedDict, total=False):
         bool | None,
         option(
             False,
-            "run the tiles of dense gradients through torch.compile: needs what it needs (a C++ compiler on a CPU) and "
-            "some seconds in the first step; then faster on a CPU (docs/benchmarks.md). Bits differ from the eager "
-            "path's. Not together with a scheduler that changes betas: every new value would be compiled anew.",
+            "compile the eager step with torch.compile, for dense gradients. This needs a C++ compiler on a CPU "
+            "and some seconds in the first step; later steps are faster on a CPU (docs/benchmarks.md). The bits "
+            "differ from those of the eager step. Do not use it with a scheduler that changes betas: torch would "
+            "compile again for every new value.",
         ),
     ]
     capturable: Annotated[
@@ -274,7 +278,7 @@ class Steps(TypedDict, total=False):
         int | None,
         option(
             0,
-            "elements worked on at a time: the step's temporaries are a few times this many numbers (0: 2**20 on a "
+            "elements that an eager step works on at a time: its temporaries are a few times as large (0: 2**20 on a "
             "CPU, 2**22 compiled, 2**24 on an accelerator).",
             allowed="an integer >= 0",
             check=lambda v: v >= 0,
@@ -284,11 +288,12 @@ class Steps(TypedDict, total=False):
         bool | None,
         option(
             None,
-            "one kernel that reads parameter and gradient once. None: Triton's on CUDA and ROCm, Numba's on a CPU "
-            "(with the extra ``cpu`` installed, and a tensor of 32768 elements or more), else eager torch. True: an "
-            "error where there is none; a tensor that the kernels cannot take still goes the eager way, with a "
-            "warning. False: eager torch. The bits of the three differ; each of them repeats its own. Kernels that "
-            "differ from eager torch on a GPU are not used there, with a warning (docs/check.md).",
+            "take the step with a kernel that reads parameter and gradient once. None: Triton's kernels on CUDA "
+            "and ROCm, Numba's on a CPU (if the extra ``cpu`` is installed and a tensor has 32768 elements or "
+            "more), eager torch otherwise. True: an error if there are no kernels; a tensor that the kernels do "
+            "not support takes an eager step, with a warning. False: eager torch. The three round differently, "
+            "and each of them repeats its own bits. A kernel that differs from eager torch on a GPU is not used "
+            "there, with a warning (docs/check.md).",
             choices=(None, True, False),
         ),
     ]
@@ -302,7 +307,7 @@ class Steps(TypedDict, total=False):
         ),
     ]
     seed: Annotated[
-        int | None, option(0, "of whatever is drawn by chance; equal seeds, equal results.", structural=True)
+        int | None, option(0, "seed of all random choices; equal seeds give equal results.", structural=True)
     ]
     maximize: Annotated[bool | None, option(False, "ascend instead of descend.")]
 

@@ -57,7 +57,7 @@ def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[M
     wrong = [(group, index) for group, index, grad in grads if not _all_finite(grad)]
     refused = [(group, index) for group, index in wrong if not (skip and group["nonfinite"] == "skip")]
     if not agree(not refused, others):
-        whose, what = "a parameter, on another rank,", "nothing has been changed"
+        whose, what = "a parameter on another rank", "nothing has been changed"
         if refused:
             group, index = refused[0]
             of = parts.of(index, group["params"][index])
@@ -66,7 +66,10 @@ def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[M
             if part.key is not None:  # ZeRO steps its groups (stage 3: sub-groups) one by one
                 what = "nothing of its group has been changed"
         raise ValueError(
-            f"{whose} has a gradient that is not finite, or whose squares are not; {what}. Scale the loss or clip"
+            (
+                f"{whose} has a gradient that is not finite, or whose squares are not finite; {what}. Scale the "
+                "loss or clip the gradients"
+            )
             + (", or use nonfinite='skip'" if skip else "")
         )
     return agree(not wrong, others)
@@ -79,8 +82,8 @@ def warn_of(failed: Sequence[tuple[Part, Mapping[str, Any]]], optimizer: SketchO
     labels = list(dict.fromkeys(optimizer._label(group, part).rstrip(",") for part, group in failed))
     more = f" and of {len(labels) - 1} other parameters" if len(labels) > 1 else ""
     warn(
-        f"no decomposition of the covariance of {labels[0]}{more} is finite, neither in its own precision nor in "
-        "float64: the last preconditioner stays in use. If this comes again, the gradients may be too large (their "
-        "squares add up beyond the numbers of float32): scale the loss or clip",
+        f"the covariance of {labels[0]}{more} could not be decomposed, neither in its own precision nor "
+        "in float64, so the last preconditioner stays in use. If this happens again, the gradients may "
+        "be too large (the sum of their squares exceeds float32): scale the loss or clip the gradients",
         RuntimeWarning,
     )

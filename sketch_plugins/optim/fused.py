@@ -63,10 +63,15 @@ def backend(device: torch.device, fused: bool | None) -> Backend | None:
             return _triton() if fused and interpreted() else _numba()
     except ImportError as error:
         if fused:
-            raise ValueError(f"fused=True on {device}: {error}. Use fused=None to fall back to eager torch") from error
+            raise ValueError(
+                f"fused=True is not possible on {device}: {error}. Use fused=None to take eager steps where there "
+                "are no kernels"
+            ) from error
         return None
     if fused:
-        raise ValueError(f"fused=True on {device}: there are kernels for cuda (Triton) and cpu (Numba) only")
+        raise ValueError(
+            f"fused=True is not possible on {device}: there are kernels for cuda (Triton) and cpu (Numba) only"
+        )
     return None
 
 
@@ -154,18 +159,18 @@ def choose(
         if group["fused"]:
             odd = p if not has_address(p) else grad.matrix.tensor
             warn(
-                f"fused=True: a parameter of shape {tuple(p.shape)} takes the eager path: kernels read memory by its "
-                f"address, and a {type(odd).__name__} has none of its own"
+                f"fused=True: a parameter of shape {tuple(p.shape)} takes eager steps, which are slower: a kernel "
+                f"reads memory by its address, and a {type(odd).__name__} has no memory of its own"
             )
         return None, None
     if kernels is None or (p.device.type == "cpu" and not group["fused"] and not large):
         return None, None
     work = describe(p, group, grad, rule, stores, state, new)
-    why = kernels.unsupported(work) if work else "a layout or a dtype that no kernel takes"
+    why = kernels.unsupported(work) if work else "no kernel supports its layout or dtype"
     if why is None:
         return kernels, work
     if group["fused"]:
-        warn(f"fused=True: a parameter of shape {tuple(p.shape)} takes the eager path ({why})")
+        warn(f"fused=True: a parameter of shape {tuple(p.shape)} takes eager steps, which are slower ({why})")
     return None, None
 
 

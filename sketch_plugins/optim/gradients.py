@@ -54,14 +54,12 @@ class Gradients(StateDicts):
         if is_freed(p.data) or is_freed(g):
             which = "the parameter" if is_freed(p.data) else "its gradient"
             raise ValueError(
-                f"{label}: {which} has lost its memory (its storage has 0 bytes), as FSDP does between the uses of a "
-                "parameter. Take the step when it is there again"
+                f"{label}: the memory of {which} has been freed (its storage has 0 bytes), as FSDP does between "
+                "two uses of a parameter. Take the step while the parameter is materialized"
             )
         if not g.is_floating_point():
             kind = "complex" if g.is_complex() else "not of floating point numbers"
-            raise ValueError(
-                f"{label} has a gradient that is {kind} ({g.dtype}); allowed are gradients of a floating point dtype"
-            )
+            raise ValueError(f"{label} has a gradient that is {kind} ({g.dtype}); it must have a floating point dtype")
         check_writable(p.data, label)
         refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
         if not self._numbers_are_answered:
@@ -108,11 +106,11 @@ class Gradients(StateDicts):
             self._check_capturable(p, group, grad, label)
         if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:
             raise ValueError(
-                f"{label} has a dense gradient, and first_moment='count_sketch' of a dense gradient does not train: "
-                "the rows that share a bucket are as large as the row itself (measured: divergence at depth 1, far "
-                "behind at depth 3). Use first_moment='int8', 'bf16', 'fp32' or 'none' for this parameter; or row-"
-                "sparse gradients (nn.Embedding(sparse=True), row_sparse='auto'); or allow_dense_count_sketch=True "
-                "to insist"
+                f"{label} has a dense gradient, and first_moment='count_sketch' does not train with dense "
+                "gradients: rows that share a bucket disturb each other as much as they contribute (measured: "
+                "divergence at depth 1, a much higher loss at depth 3). Use first_moment='int8', 'bf16', 'fp32' "
+                "or 'none' for this parameter, or row-sparse gradients (nn.Embedding(sparse=True), "
+                "row_sparse='auto'). allow_dense_count_sketch=True overrides this check"
             )
         return grad
 
@@ -124,18 +122,22 @@ class Gradients(StateDicts):
         for number, group in enumerate(self.param_groups):
             if not group["capturable"]:
                 raise ValueError(
-                    f"step() of {type(self).__name__} is being captured in a CUDA graph, and group {number} has "
-                    "capturable=False: replays would repeat the numbers of this step (its learning rate and bias "
-                    "correction). Build the optimizer with capturable=True, or leave the step out of the capture"
+                    f"step() of {type(self).__name__} is being captured in a CUDA graph, but group {number} has "
+                    "capturable=False: replays would repeat the learning rate and bias correction of this step. "
+                    "Build the optimizer with capturable=True, or take the step outside of the capture"
                 )
 
     def _check_capturable(self, p: Part, group: Mapping[str, Any], grad: Gradient, label: str) -> None:
         if grad.rows is not None:
-            raise ValueError(f"{label} has a row-sparse gradient, whose rows a captured step cannot know")
+            raise ValueError(
+                f"{label} has a row-sparse gradient, which cannot be captured in a CUDA graph because its rows "
+                "differ from step to step"
+            )
         if group.get("lagged_rms") and not self._state_of(p) and is_capturing(p.device):
             raise ValueError(
-                f"{label} has no state yet, and its first step with lagged_rms=True is unlike those that a graph would "
-                "replay: it measures before it steps. Take one step (or load a state) before the capture"
+                f"{label} has no state yet. Its first step with lagged_rms=True differs from later ones (it "
+                "measures before it steps), so a CUDA graph of it cannot be replayed. Take one step, or load a "
+                "state, before the capture"
             )
         stores = self._stores(p, group)
         named: dict[str, Any] = {
@@ -143,16 +145,16 @@ class Gradients(StateDicts):
         }
         task = describe(p.data, group, grad, self._rule(group, 1, False), stores, self._state_of(p) or named)
         backend = fused_backend(p.device, group["fused"])
-        why = backend.unsupported(task) if backend and task else "a layout or a dtype that no kernel takes"
+        why = backend.unsupported(task) if backend and task else "no kernel supports its layout or dtype"
         if why is not None:
-            raise ValueError(f"{label} cannot be captured: {why}")
+            raise ValueError(f"{label} cannot be captured in a CUDA graph: {why}")
 
 
 def _refuse_fake(p: Tensor, g: Tensor, label: str) -> None:
     if is_fake(p) or is_fake(g):
         raise ValueError(
-            f"{label} or its gradient is a fake tensor (FakeTensorMode), which has no numbers, and a step reads some. "
-            "What a step takes in memory is found out without numbers by sketch_plugins.plan (sketch-plugins plan)"
+            f"{label} or its gradient is a fake tensor (FakeTensorMode) without values, and a step needs "
+            "values. To find out how much memory a step takes, use sketch_plugins.plan (sketch-plugins plan)"
         )
 
 

@@ -28,7 +28,7 @@ COMMON_NAMES = frozenset({
     "initial_accumulator_value",
 })  # fmt: skip
 
-OWN_KEY = "A key of your own in a parameter group needs another name"
+OWN_KEY = "If this is a key of your own, give it another name"
 
 
 class Groups(torch.optim.Optimizer):
@@ -116,9 +116,9 @@ class Groups(torch.optim.Optimizer):
             self._check_structure(number, group)
         if missing is not None:
             raise ValueError(
-                f"{missing} of group {number} is missing: somebody has taken the key out of the group, and no step can "
-                f"be taken without it. Put it back: param_groups[{number}][{missing!r}] = "
-                f"{self.defaults[missing]!r} is what the optimizer was built with"
+                f"the key {missing} is missing in param_groups[{number}], so no step can be taken. Restore it: "
+                f"param_groups[{number}][{missing!r}] = {self.defaults[missing]!r} is the value that the "
+                "optimizer was built with"
             )
         if last and any(last.get(name) is not now.get(name) for name in ("fused", "compile", "capturable")):
             for index, p in enumerate(group["params"]):
@@ -150,13 +150,13 @@ class Groups(torch.optim.Optimizer):
                 continue
             if name not in group:
                 raise ValueError(
-                    f"{name} of group {number} was {before!r} and is missing: its parameters have state, which cannot "
-                    "be used without it"
+                    f"{name} of group {number} was {before!r} and is now missing, but the parameters' state cannot be "
+                    "used without it"
                 )
             if self.OPTIONS[name].validate(group[name]) != before:
                 raise ValueError(
-                    f"{name} of group {number} was {before!r} and is {group[name]!r}: its parameters have state, and "
-                    f"the group's options describe another state. Set it back, or build a new optimizer. {OWN_KEY}"
+                    f"{name} of group {number} was {before!r} and is now {group[name]!r}, but the parameters' state "
+                    f"was made with the old value. Set it back, or build a new optimizer. {OWN_KEY}"
                 )
 
     def _has_state(self, owner: Tensor) -> bool:
@@ -185,18 +185,18 @@ class Groups(torch.optim.Optimizer):
     def _check_kernels(self, p: Tensor, group: Mapping[str, Any], label: Callable[[], str]) -> None:
         """Raise ValueError where the options ask for kernels that are not there."""
         if group["fused"] and group["compile"]:
-            raise ValueError("fused=True and compile=True are two ways to speed up a step: give one")
+            raise ValueError("fused=True and compile=True are two ways to speed up a step: use one of them")
         backend = fused_backend(p.device, group["fused"])
         if group["capturable"]:
             if backend is None or backend.name != "triton":
                 raise ValueError(
                     f"capturable=True needs the Triton kernels, which {label()} on {p.device} with "
-                    f"fused={group['fused']!r} does not use: move it to a CUDA device before building the optimizer"
+                    f"fused={group['fused']!r} does not use: move it to a CUDA device before you build the optimizer"
                 )
             if group.get("clean_every"):
                 raise ValueError(
-                    f"capturable=True and clean_every={group['clean_every']}: a captured step is the same every time; "
-                    "clean_every must be 0"
+                    f"capturable=True does not support clean_every={group['clean_every']}, because a captured step is "
+                    "the same every time: use clean_every=0"
                 )
 
     @property
@@ -210,7 +210,8 @@ def one_of_width_and_compression(given: Mapping[str, Any]) -> None:
     """Raise ValueError where both are given."""
     if given.get("width") and given.get("compression") is not None:
         raise ValueError(
-            f"width={given['width']!r} and compression={given['compression']!r} both set the buckets: give one"
+            f"width={given['width']!r} and compression={given['compression']!r} both set the number of "
+            "buckets: use one of them"
         )
 
 
@@ -220,17 +221,18 @@ def check_parameter(p: Any, label: Callable[[], str], kind: str) -> None:
         odd = [str(one) for one in p.placements if one.is_partial()]
         if odd:
             raise ValueError(
-                f"{label()} is a DTensor placed {', '.join(odd)}; {kind} takes Shard and Replicate: redistribute it"
+                f"{label()} is a DTensor with placement {', '.join(odd)}, and {kind} supports Shard and Replicate "
+                "only: redistribute it"
             )
     refuse_fsdp1(p, label, kind)
     if p.is_complex():
         raise ValueError(
-            f"{label()} is complex ({p.dtype}); {kind} takes real parameters: pass torch.view_as_real of it"
+            f"{label()} is complex ({p.dtype}), and {kind} needs real parameters: pass torch.view_as_real(parameter)"
         )
     if not p.is_floating_point():
-        raise ValueError(f"{label()} has dtype {p.dtype}; {kind} takes floating point parameters")
+        raise ValueError(f"{label()} has dtype {p.dtype}, and {kind} needs floating point parameters")
     if p.layout != torch.strided:
-        raise ValueError(f"{label()} has layout {p.layout}; {kind} takes strided parameters")
+        raise ValueError(f"{label()} has layout {p.layout}, and {kind} needs strided parameters")
 
 
 def refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
@@ -238,8 +240,8 @@ def refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
     # Also with use_orig_params=True: the tensors are then the model's own, with a piece of one dimension in each.
     if getattr(p, "_fsdp_flattened", False):
         raise ValueError(
-            f"{label()} is a piece of a flat parameter of FSDP1 (FullyShardedDataParallel): {kind} would not know the "
-            "shapes in it. Use FSDP2, torch.distributed.fsdp.fully_shard"
+            f"{label()} belongs to a flat parameter of FSDP1 (FullyShardedDataParallel), in which {kind} "
+            "cannot recognise matrices. Use FSDP2: torch.distributed.fsdp.fully_shard"
         )
 
 
@@ -249,6 +251,6 @@ def check_compiler() -> None:
     wanted = os.environ.get("CXX", "g++")
     if not any(shutil.which(name) for name in (wanted, "clang++", "cl")):
         raise ValueError(
-            f"compile=True needs a C++ compiler on a CPU, and {wanted} is not to be found: install one, set CXX, "
+            f"compile=True needs a C++ compiler on a CPU, and {wanted} was not found: install one, set CXX, "
             "or use compile=False"
         )

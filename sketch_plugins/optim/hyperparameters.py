@@ -43,7 +43,7 @@ def carried_over(
         if said.get(key, default) != default and key not in given:
             instead = f"set it with {how(key, '...')} or " if key in cls.OPTIONS else ""
             raise ValueError(
-                f"{kind}({key}={said[key]!r}) cannot be carried over to {name}{why}: {instead}leave it at {default!r}"
+                f"{kind}({key}={said[key]!r}) cannot be transferred to {name}{why}: {instead}keep it at {default!r}"
             )
 
     leave("differentiable", False)
@@ -92,7 +92,8 @@ def _weight_decay(
         return {"weight_decay": decay, **({"decoupled_weight_decay": True} if decoupled else {})}
     if decay and not decoupled and "weight_decay" not in given:
         raise ValueError(
-            f"{kind}(weight_decay={decay!r}) adds the decay to the gradient, {name} takes it off the weights as AdamW "
-            f"does: build AdamW, or say {how('weight_decay', repr(decay))} to have it so"
+            f"{kind}(weight_decay={decay!r}) adds the weight decay to the gradient, but {name} decouples it, "
+            f"as AdamW does. Build AdamW instead, or set {how('weight_decay', repr(decay))} to use decoupled "
+            "weight decay"
         )
     return {"weight_decay": decay}

@@ -22,9 +22,10 @@ logger = logging.getLogger(__name__)
 LATER = object()
 
 ROW_SPARSE = (
-    "row_sparse={!r}: rows of an embedding without a gradient neither move nor do their moments decay (lazy Adam). "
-    "Where most rows are rare, it learns much more slowly: with cs_adam 60 steps of a sentence-transformers model end "
-    "at a loss of 1.90, and at 0.12 with row_sparse=False, which updates every row"
+    "row_sparse={!r}: rows of an embedding without a gradient are not updated, and their moments do "
+    "not decay (lazy Adam). Where most rows are rare, learning is much slower: with cs_adam, 60 "
+    "steps of a sentence-transformers model ended at a loss of 1.90, but at 0.12 with "
+    "row_sparse=False, which updates every row"
 )
 
 

@@ -143,8 +143,8 @@ class StateLayout(Groups):
                 seen.add(id(owner))
                 if is_lazy(owner):
                     raise ValueError(
-                        f"{self._label(group, index)} has no shape yet, as its lazy module has seen no input: run a "
-                        "batch first"
+                        f"{self._label(group, index)} has no shape yet, because its lazy module has not seen an input: "
+                        "run a batch first"
                     )
                 for part in self._parts.of(index, owner):
                     yield number, group, part, self._state_of(part)

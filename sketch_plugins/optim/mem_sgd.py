@@ -122,7 +122,9 @@ class MemSGD(torch.optim.Optimizer):
         out = []
         for index, group in enumerate(self.param_groups):
             if not group["averaging"]:
-                raise ValueError(f"averaging=False in group {index}: there is no average; use averaging=True")
+                raise ValueError(
+                    f"group {index} has averaging=False, so there is no average: build MemSGD with averaging=True"
+                )
             for p in group["params"]:
                 kept = self.state.get(p, {}).get("average")
                 out.append(p.detach().to(_arithmetic(p), copy=True) if kept is None else kept.clone())
@@ -195,12 +197,12 @@ class MemSGD(torch.optim.Optimizer):
             others = [name for name in incoming["state"].get(i, {}) if name in STATES and name not in _STATE]
             if others:
                 raise ValueError(
-                    f"the saved state of parameter {i} has {others[0]!r}, which another optimizer wrote: expected "
-                    "tensors 'step', 'error' and 'average'"
+                    f"the saved state of parameter {i} contains {others[0]!r}, which another optimizer wrote; "
+                    "expected the tensors 'step', 'error' and 'average'"
                 )
             kept = {name: value for name, value in incoming["state"].get(i, {}).items() if name in _STATE}
             if kept and "step" not in kept:
-                raise ValueError(f"the saved state of parameter {i} lacks 'step': it has {', '.join(kept)}")
+                raise ValueError(f"the saved state of parameter {i} lacks 'step'; it contains {', '.join(kept)}")
             for name, value in kept.items():
                 if name == "step":
                     if exact_step(value) is None:
@@ -218,8 +220,8 @@ class MemSGD(torch.optim.Optimizer):
                 why = why_not_plain(value)
                 if why is not None:
                     raise ValueError(
-                        f"the saved state of parameter {i} has {name!r} {why}; expected a plain tensor: strided, and "
-                        "with its numbers"
+                        f"the saved state of parameter {i} has a tensor {name!r} {why}; expected a "
+                        "plain strided tensor with values"
                     )
                 if value.dtype != _arithmetic(p):
                     raise ValueError(
@@ -228,8 +230,8 @@ class MemSGD(torch.optim.Optimizer):
                 wrong = why_impossible(value, None, False)
                 if wrong is not None:
                     raise ValueError(
-                        f"the saved state of parameter {i} has {wrong} in {name!r}; allowed are finite numbers. A "
-                        "checkpoint of a run that had diverged is not loaded: take an earlier one"
+                        f"the saved state of parameter {i} has {wrong} in {name!r}, but its values must be finite. The "
+                        "run had probably diverged: load an earlier checkpoint"
                     )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,15 +282,20 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
 def _check(p: Tensor, group: Mapping[str, Any]) -> None:
     if is_fake(p):
         raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} is a fake tensor (FakeTensorMode), which has no numbers: a step "
-            "cannot be taken"
+            f"a parameter of shape {tuple(p.shape)} is a fake tensor (FakeTensorMode) without values, and a "
+            "step needs values"
         )
     if hasattr(p, "placements"):
-        raise ValueError(f"a parameter of shape {tuple(p.shape)} is a DTensor; MemSGD takes plain tensors")
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is a DTensor, and MemSGD supports plain tensors only")
     if p.is_complex():
-        raise ValueError(f"a parameter of shape {tuple(p.shape)} is complex ({p.dtype}); pass torch.view_as_real of it")
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is complex ({p.dtype}): pass torch.view_as_real(parameter)"
+        )
     if p.grad is not None and p.grad.is_sparse and group["weight_decay"]:
-        raise ValueError(f"weight_decay={group['weight_decay']!r} and a sparse gradient: only 0 is allowed then")
+        raise ValueError(
+            f"weight_decay={group['weight_decay']!r} does not support a sparse gradient: use weight_decay=0 "
+            "for this group"
+        )
 
 
 def _arithmetic(p: Tensor) -> torch.dtype:

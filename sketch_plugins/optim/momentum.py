@@ -125,7 +125,7 @@ class CSMomentum(SketchOptimizer):
             return momentum
         betas = self.OPTIONS["betas"].validate(betas)
         if momentum is not None and momentum != betas[0]:
-            raise ValueError(f"momentum={momentum!r} and betas={betas!r} both set the momentum: give one")
+            raise ValueError(f"momentum={momentum!r} and betas={betas!r} both set the momentum: use one of them")
         return betas[0]
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:

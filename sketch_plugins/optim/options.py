@@ -128,9 +128,8 @@ class NoEffect(Option):
             if given is choice or (choice is not None and isinstance(given, numbers.Real) and given == choice):
                 return
         raise ValueError(
-            f"{owner} has no option {self.name!r} but for {' and '.join(map(repr, self.choices))}, which "
-            f"{'change' if len(self.choices) > 1 else 'changes'} nothing: {self.name}={value!r} is not allowed, "
-            f"because {self.doc}"
+            f"{owner} does not support {self.name}={value!r}, because {self.doc}. Only "
+            f"{' and '.join(map(repr, self.choices))} is accepted, which changes nothing"
         )
 
 

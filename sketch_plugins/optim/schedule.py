@@ -56,9 +56,9 @@ def quadratic_warmup(
     if total_steps is not None:
         _check_steps("total_steps", total_steps, 1)
         if warmup_steps > total_steps:
-            raise ValueError(f"warmup_steps={warmup_steps!r} is more than total_steps={total_steps!r}")
+            raise ValueError(f"warmup_steps={warmup_steps!r} is larger than total_steps={total_steps!r}")
     elif decay is not None:
-        raise ValueError(f"decay={decay!r} is a part of total_steps, which is not given")
+        raise ValueError(f"decay={decay!r} is a fraction of total_steps, so total_steps must be given")
     if decay is not None and not (isinstance(decay, numbers.Real) and 0 <= decay <= 1):
         raise ValueError(f"decay={decay!r} is not allowed: decay must be a number in [0, 1]")
     return LambdaLR(optimizer, QuadraticWarmup(warmup_steps, total_steps, 0.1 if decay is None else float(decay)))

@@ -73,7 +73,7 @@ def confirm(optimizer: Resolution, pending: Sequence[Pending]) -> None:
     for one, names, key in wrong:
         if one.group["capturable"]:
             raise ValueError(
-                f"capturable=True needs kernels that are right on {dict(key[0])['device']}, and these are not: "
+                f"capturable=True needs correct kernels, and on {dict(key[0])['device']} these are not: "
                 f"{_said(names, key)}. {_advice(key)}"
             )
     for one, _, _ in wrong:
@@ -84,9 +84,9 @@ def confirm(optimizer: Resolution, pending: Sequence[Pending]) -> None:
         first = next(iter(new))
         said = "; ".join(dict.fromkeys(_said(names, key) for key, names in new.items()))
         warn(
-            f"{type(optimizer).__name__} takes the eager path on {dict(first[0])['device']}: kernels of sketch-plugins "
-            f"differ from their definition there, or do not compile ({said}). The numbers of the step are right, and "
-            f"it is slower. {_advice(first)}"
+            f"{type(optimizer).__name__} takes eager steps on {dict(first[0])['device']}: some kernels of "
+            f"sketch-plugins compute other values than eager torch there, or do not compile ({said}). The "
+            f"results are correct, but the steps are slower. {_advice(first)}"
         )
 
 
@@ -116,9 +116,9 @@ def _said(names: Sequence[str], key: _Key) -> str:
 
 def _advice(key: _Key) -> str:
     return (
-        "Run `sketch-plugins check`, which compares all kernels, and report what it prints; other versions of torch "
-        f"and Triton may be right. fused=False says nothing, {SWITCH}=0 uses the kernels in spite of this, and the "
-        f"finding is forgotten when {verdicts.path(key[0])} is removed"
+        "Run `sketch-plugins check`, which compares all kernels, and report its output; other versions "
+        f"of torch and Triton may work. fused=False avoids this message, {SWITCH}=0 uses the kernels in "
+        f"spite of it, and removing {verdicts.path(key[0])} makes the next process check them again"
     )
 
 

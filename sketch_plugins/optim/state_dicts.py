@@ -30,8 +30,8 @@ from sketch_plugins.sharding.pieces import is_key, is_lazy
 from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours, nested
 
 _CONVERT = (
-    "State of torch.optim's AdamW, Adam, SGD or Adagrad is converted by sketch_plugins.convert_state(state_dict, "
-    "optimizer), whose result can be loaded"
+    "To continue from torch.optim's AdamW, Adam, SGD or Adagrad, load the result of "
+    "sketch_plugins.convert_state(state_dict, optimizer)"
 )
 
 
@@ -75,7 +75,7 @@ class StateDicts(StateLayout):
             for key in ("state", "param_groups"):
                 if key not in incoming:
                     found = ", ".join(map(str, incoming)) or "nothing"
-                    raise ValueError(f"the state dict has no {key!r}; it has {found}")
+                    raise ValueError(f"the state dict has no {key!r}; it contains {found}")
             # The caller's groups stay as they are; the copies get the values of options younger than they.
             groups = [dict(group) for group in incoming["param_groups"]]
             # Checkpoints of older versions have levels; here all have.
@@ -137,13 +137,13 @@ class StateDicts(StateLayout):
         saved_groups = incoming["param_groups"]
         if len(saved_groups) != len(self.param_groups):
             raise ValueError(
-                f"the state dict has {len(saved_groups)} parameter groups, this {kind} {len(self.param_groups)}"
+                f"the state dict has {len(saved_groups)} parameter groups, but this {kind} has {len(self.param_groups)}"
             )
         for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             if len(saved.get("params", ())) != len(group["params"]):
                 raise ValueError(
-                    f"group {number} of the state dict has {len(saved.get('params', ()))} parameters, this {kind}'s "
-                    f"{len(group['params'])}"
+                    f"group {number} of the state dict has {len(saved.get('params', ()))} parameters, but this "
+                    f"{kind}'s has {len(group['params'])}"
                 )
             writer = written_by(saved)
             if writer != kind:
@@ -170,15 +170,16 @@ class StateDicts(StateLayout):
                 saved[name] = self._group_value(name, saved[name])
                 if option.structural and saved[name] != group[name]:
                     raise ValueError(
-                        f"the state dict was written with {name}={saved[name]!r} and group {number} of this {kind} has "
-                        f"{name}={group[name]!r}: the state cannot be used. Build the optimizer with the saved value"
+                        f"the state dict was written with {name}={saved[name]!r}, but group {number} "
+                        f"of this {kind} has {name}={group[name]!r}, which needs another state. Build "
+                        "the optimizer with the saved value"
                     )
                 if option.structural and written.get(name, saved[name]) != saved[name]:
                     raise ValueError(
-                        f"group {number} of the state dict has {name}={saved[name]!r}, but its state was written with "
-                        f"{name}={written[name]!r}: the option was changed before it was saved, and the state cannot "
-                        "be used with it. Build the optimizer with the value that the state was written with, and "
-                        "write that into the group of the state dict"
+                        f"group {number} of the state dict has {name}={saved[name]!r}, but its state "
+                        f"was written with {name}={written[name]!r}: the option was changed after the "
+                        f"last step. Build the optimizer with {name}={written[name]!r}, and set that "
+                        "value in the group of the state dict"
                     )
             modernize(saved)
             renew(kind, self.OPTIONS, saved)
@@ -190,8 +191,8 @@ class StateDicts(StateLayout):
                     continue
                 if is_lazy(p):
                     raise ValueError(
-                        f"{self._label(group, index)} has no shape yet, as its lazy module has seen no input, and the "
-                        "state dict has state for it: run a batch before it is loaded"
+                        f"{self._label(group, index)} has no shape yet, because its lazy module has not seen an input, "
+                        "but the state dict has state for it: run a batch before you load it"
                     )
                 parts = self._parts.of(index, p)
                 if parts and parts[0].key is None:
@@ -200,10 +201,10 @@ class StateDicts(StateLayout):
                 ours = set(filter(is_ours, state)) if isinstance(state, Mapping) else {"no mapping"}
                 if ours and ours != {part.key for part in parts}:
                     raise ValueError(
-                        f"the saved state of group {number} does not hold what its flat partition on this rank holds "
-                        f"({len(parts)} pieces of parameters): it was written with another number of processes, "
-                        "another ZeRO stage or other settings of it. Load it as it was saved, or convert the "
-                        "checkpoint: sketch-plugins reshard CHECKPOINT --world-size N"
+                        f"the saved state of group {number} does not match the {len(parts)} parameter pieces in this "
+                        "rank's flat partition: it was saved with another number of processes, another ZeRO stage or "
+                        "other ZeRO settings. Load it with the settings of the saved run, or convert the checkpoint: "
+                        "sketch-plugins reshard CHECKPOINT --world-size N"
                     )
                 for part in parts if ours else ():
                     self._check_state(part, group, state[part.key], self._label(group, part))
@@ -214,11 +215,11 @@ class StateDicts(StateLayout):
             for part in self._parts.of(index, p) if state.get(key) else ():
                 if self.batch_axes(part.whole, group):
                     raise ValueError(
-                        "the state dict was written before the option batch_dims existed: in its state of "
-                        f"{self._label(group, part)} the {part.whole[0]} matrices share buckets, covers or covariances."
-                        f" With batch_dims={group['batch_dims']!r} each matrix has its own. Build the optimizer "
-                        "with batch_dims=0 (in this group at least) to continue with the old layout, or start with "
-                        "new state"
+                        "the state dict was written before the option batch_dims existed: in its "
+                        f"state of {self._label(group, part)} the {part.whole[0]} matrices share "
+                        f"buckets, covers or covariances, but with batch_dims={group['batch_dims']!r} each "
+                        "matrix has its own. Build the optimizer with batch_dims=0 (at least in this "
+                        "group) to continue with the old layout, or start with new state"
                     )
 
     def _check_state(self, p: Part, group: Mapping[str, Any], saved: Any, label: str, which: str = "saved") -> None:
@@ -240,7 +241,7 @@ class StateDicts(StateLayout):
                 return
         if not isinstance(saved, Mapping) or ours != expected:
             found = ", ".join(map(str, ours)) if isinstance(saved, Mapping) else repr(saved)
-            raise ValueError(f"the {which} state of {label} holds {found}; expected {', '.join(sorted(expected))}")
+            raise ValueError(f"the {which} state of {label} contains {found}; expected {', '.join(sorted(expected))}")
         step = saved["step"]
         if which == "saved":
             if exact_step(step) is None:
@@ -265,10 +266,10 @@ class StateDicts(StateLayout):
             or saved[PLACE].tolist() != p.piece.place.tolist()
         ):
             raise ValueError(
-                f"the {which} state of {label} belongs to another part of it (row, column and the whole shape are "
-                f"{_listed(saved[PLACE])}; expected {p.piece.place.tolist()}): it was written with another number of "
-                "processes or another layout. Convert a sharded checkpoint: sketch-plugins reshard CHECKPOINT "
-                "--world-size N"
+                f"the {which} state of {label} belongs to another part of the parameter (row, column and the "
+                f"whole shape are {_listed(saved[PLACE])}; expected {p.piece.place.tolist()}): it was saved with "
+                "another number of processes or another layout. Convert a sharded checkpoint: sketch-plugins "
+                "reshard CHECKPOINT --world-size N"
             )
         dtype = arithmetic(p)
         for name, store in stores.items():
@@ -286,16 +287,16 @@ class StateDicts(StateLayout):
 def _check_tensors(have: Any, layout: Layout, what: str, label: str) -> None:
     if not isinstance(have, Mapping) or set(have) != set(layout):
         found = ", ".join(map(str, have)) if isinstance(have, Mapping) else "none"
-        raise ValueError(f"{what} of {label} holds {found}; expected {', '.join(layout)}")
+        raise ValueError(f"{what} of {label} contains {found}; expected {', '.join(layout)}")
     for key, (size, kind) in layout.items():
         tensor = have[key]
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{what} of {label} has {key!r} = {tensor!r}; expected a tensor")
         if tuple(tensor.shape) != tuple(size) or tensor.dtype != kind:
             raise ValueError(
-                f"{what} of {label} has {key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}; "
-                f"expected {tuple(size)}, {kind}: its group's options describe another state, or its shape or dtype "
-                "has changed since"
+                f"{what} of {label} has {key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}; expected "
+                f"{tuple(size)}, {kind}. The options of its group describe another state, or the parameter's "
+                "shape or dtype has changed"
             )
 
 
@@ -314,15 +315,15 @@ def _check_numbers(
             if (tensor.device.type == "meta" and p.device.type == "meta") or (is_fake(tensor) and is_fake(p.data)):
                 continue
             raise ValueError(
-                f"the saved {name} of {label} has {key!r} {why}; expected a plain tensor: strided, and with its numbers"
+                f"the saved {name} of {label} has a tensor {key!r} {why}; expected a plain strided tensor with values"
             )
         if not has_numbers(tensor):
             continue
         odd = why_else(key, tensor)
         if odd is not None:
             raise ValueError(
-                f"the saved {name} of {label} has {key!r} with numbers that are not allowed: {odd}. No step leaves it "
-                "behind: the checkpoint is damaged, take another one"
+                f"the saved {name} of {label} has impossible values in {key!r}: {odd}. The checkpoint is damaged: "
+                "load another one"
             )
         if not tensor.is_floating_point():
             continue
@@ -334,10 +335,9 @@ def _check_numbers(
         if wrong is not None:
             allowed = "finite numbers" if not infinite else "numbers"
             raise ValueError(
-                f"the saved {name} of {label} has {key!r} with numbers that are not allowed: {wrong}; allowed are "
-                f"{allowed}"
-                f"{'' if least is None else ' >= 0'}. A checkpoint of a run that had diverged is not loaded: take an "
-                "earlier one"
+                f"the saved {name} of {label} has impossible values in {key!r}: {wrong}; allowed are "
+                f"{allowed}{'' if least is None else ' >= 0'}. The run had probably diverged: load an earlier "
+                "checkpoint"
             )
 
 

@@ -69,6 +69,6 @@ def _read(group: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, KeyError):
         pass
     raise ValueError(
-        f"a parameter group has {MARK}={group[MARK]!r}; allowed is what a sketched optimizer writes there, which says "
-        "who wrote the state. A key of your own needs another name"
+        f"a parameter group has {MARK}={group[MARK]!r}, but sketched optimizers use this key to record "
+        "which optimizer wrote the state. Use another name for your own key"
     )

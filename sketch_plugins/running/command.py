@@ -73,8 +73,8 @@ def _path_of(script: str) -> str:
     if os.path.isdir(script):
         return script
     raise CannotRun(
-        f"there is no file {os.path.abspath(script)!r}, and no command {script!r} beside {sys.executable} or on PATH. "
-        f"A module is run with -m: {watch.PROGRAM} -m {script}",
+        f"there is no file {os.path.abspath(script)!r}, and no command {script!r} beside {sys.executable} "
+        f"or on PATH. To run a module, use -m: {watch.PROGRAM} -m {script}",
         NOT_FOUND,
     )
 

@@ -69,7 +69,7 @@ def find_module(name: str) -> Program:
             spec = importlib.util.find_spec(f"{name}.__main__")
             if spec is None:
                 raise CannotRun(
-                    f"{name!r} is a package without __main__ and cannot be executed. {_instead_of(name)}", status=1
+                    f"{name!r} is a package without __main__, so it cannot be executed. {_instead_of(name)}", status=1
                 )
     except ModuleNotFoundError as error:
         # A package that fails on one of its own imports is the user's traceback to read.
@@ -94,8 +94,8 @@ def _instead_of(package: str) -> str:
         }
     )
     if commands:
-        return f"Its commands can: sketch-plugins run {' or '.join(commands)}"
-    return f"A module in it may be: sketch-plugins run -m {package}.MODULE"
+        return f"Run its command instead: sketch-plugins run {' or '.join(commands)}"
+    return f"Run a module in it instead: sketch-plugins run -m {package}.MODULE"
 
 
 def _code_of(spec: ModuleSpec) -> CodeType:

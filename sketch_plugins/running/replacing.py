@@ -28,8 +28,8 @@ WORDS = counterpart.Wording(
 )
 
 IN_DEEPSPEED = (
-    'Name one of ours in the optimizer block of the DeepSpeed configuration, {"type": "cs_adam"}, which needs no '
-    "--optim; or run the program without --optim"
+    "Set an optimizer of sketch-plugins in the optimizer block of the DeepSpeed configuration, "
+    '{"type": "cs_adam"}, which needs no --optim; or run the program without --optim'
 )
 
 _said = False

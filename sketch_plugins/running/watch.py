@@ -112,14 +112,16 @@ def end(optim: str | None) -> None:
         return
     others = ", ".join(sorted(name for kind, name in noted if kind == OTHERS))
     if others:
-        what = f"no optimizer of sketch-plugins was built, but {others}"
+        what = f"no optimizer of sketch-plugins was built, only {others}"
     elif optim is not None:
-        what = f"no optimizer was built that {optim} could take the place of"
+        what = f"no optimizer was built that {optim} could replace"
     else:
         return
     remedy = (
-        "Name one of ours where the program takes the name of an optimizer (optim, strategy, a DeepSpeed "
-        "configuration), or put one in the place of torch's: sketch-plugins run --optim cs_adam ..."
+        (
+            "If the program accepts the name of an optimizer (optim, strategy, a DeepSpeed configuration), "
+            "set one of ours there; or replace torch's optimizers: sketch-plugins run --optim cs_adam ..."
+        )
         if optim is None
         else "--optim reaches torch.optim's Adam, AdamW, SGD and Adagrad, in this Python environment"
     )

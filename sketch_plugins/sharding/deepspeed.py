@@ -107,10 +107,12 @@ def _in_partition(flat: Tensor, live: Sequence[tuple[Original, Tensor]]) -> list
     if len(found) == 1 or (found and all(f.numel == 0 for fragments in found for f in fragments)):
         return found[0]
     if found:
-        raise _lost(flat, "no parameter is linked to it (offload_states?), and more than one group's would fit")
+        raise _lost(
+            flat, "no parameter is linked to it (offload_states?), and the parameters of several groups would fit"
+        )
     if own:
-        raise _lost(flat, "the parameters of its group are more than its partitions hold")
-    raise _lost(flat, "_hp_mapping.hp_fragment of no parameter lies in it")
+        raise _lost(flat, "the parameters of its group have more elements than its partitions")
+    raise _lost(flat, "none of the parameters' _hp_mapping.hp_fragment lies in it")
 
 
 def _cut(size: int, members: Sequence[tuple[Original, Tensor]]) -> list[Fragment] | None:
@@ -149,7 +151,7 @@ def _in_sub_group(flat: Tensor, live: Sequence[tuple[Original, Tensor]]) -> list
         into = found if numel else empty
         into.append(Fragment(original.index, original.shape, start if numel else 0, numel, offset))
     if not found and not empty:
-        raise _lost(flat, "it is none of fp32_partitioned_groups_flat that hold a parameter of its group")
+        raise _lost(flat, "it is not among the fp32_partitioned_groups_flat that hold a parameter of its group")
     return found or empty[:1]
 
 
@@ -177,14 +179,14 @@ def _need(owner: Any, name: str) -> Any:
     if not hasattr(owner, name):
         kind = "parameter" if isinstance(owner, Tensor) else type(owner).__name__
         raise ValueError(
-            f"{kind}.{name} is missing: this version of DeepSpeed keeps its partitions otherwise than those that "
-            "sketch-plugins knows. ZeRO stage 0 works without it"
+            f"{kind}.{name} is missing: this version of DeepSpeed stores its partitions differently from the "
+            "versions that sketch-plugins supports. ZeRO stage 0 works without it"
         )
     return getattr(owner, name)
 
 
 def _lost(flat: Tensor, why: str) -> ValueError:
     return ValueError(
-        f"a flat tensor of {flat.numel()} elements is a partition of DeepSpeed's ZeRO, but what lies in it cannot be "
-        f"found out: {why}. ZeRO stage 0 works without it"
+        f"a flat tensor of {flat.numel()} elements is a partition of DeepSpeed's ZeRO, but its contents "
+        f"cannot be determined: {why}. ZeRO stage 0 works without this"
     )

@@ -341,9 +341,9 @@ def plain(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} is a {type(tensor).__name__}, which cannot be read: copying it "
-            f"into an ordinary tensor failed ({error}). Allowed are ordinary tensors, DTensors, and subclasses that "
-            "support copy_"
+            f"a tensor of shape {tuple(tensor.shape)} is a {type(tensor).__name__}, whose values cannot be "
+            f"read: copying it to a plain tensor failed ({error}). Supported are plain tensors, DTensors, and "
+            "subclasses that support copy_"
         ) from error
 
 
@@ -365,8 +365,8 @@ def check_writable(tensor: Tensor, label: str) -> None:
         tensor.detach().clone().copy_(numbers)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(
-            f"{label} is a {kind.__name__}, which cannot be written: copying an ordinary tensor into it failed "
-            f"({error}). Allowed are ordinary tensors, DTensors, and subclasses that support copy_"
+            f"{label} is a {kind.__name__}, which cannot be written: copying a plain tensor into it failed "
+            f"({error}). Supported are plain tensors, DTensors, and subclasses that support copy_"
         ) from error
     _WRITABLE.add(kind)
 
@@ -431,8 +431,9 @@ def wrap(p: Any, tensors: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[
         extra = set(tensor or ()) - set(size) if isinstance(size, Mapping) else ()
         if extra:
             raise ValueError(
-                f"{', '.join(sorted(extra))} of {name} has no place in a checkpoint of {tuple(p.shape)}, placed "
-                f"{p.placements}: the largest shard has none. Use whole rows: Shard(0)"
+                f"{', '.join(sorted(extra))} of {name} cannot be saved in a checkpoint of shape {tuple(p.shape)} "
+                f"with placements {p.placements}, because the largest shard has no such tensor. Shard whole rows: "
+                "Shard(0)"
             )
         if isinstance(size, Mapping):
             return {key: one(key, (tensor or {}).get(key), value) for key, value in size.items()}

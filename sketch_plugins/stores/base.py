@@ -163,10 +163,12 @@ def given(values: Tensor | Gradient, order: int) -> Gradient:
     """
     if isinstance(values, Gradient):
         if values.rows is not None:
-            raise ValueError(f"values for {len(values.rows)} touched rows; allowed are values for every row")
+            raise ValueError(
+                f"there are values for {len(values.rows)} touched rows only; assign needs values for every row"
+            )
         return values
     if order == 2 and values.numel() and (least := float(values.min())) < 0:
-        raise ValueError(f"a second moment of {least:g}; allowed are numbers >= 0")
+        raise ValueError(f"a second moment has the value {least:g}, but its values must be >= 0")
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     return Gradient(Matrix(values), None, dtype, CHUNK, matrix_shape(values.shape))
 

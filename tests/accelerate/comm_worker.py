@@ -70,7 +70,7 @@ def check_accelerate(folder):
     except ValueError as error:
         assert "comm_hook='powerSGD'" in str(error)
     else:
-        raise AssertionError("two hooks")
+        raise AssertionError("has one hook")
 
 
 def check_scaler(folder):
@@ -144,7 +144,7 @@ def check_fsdp(folder):
         fsdp_is_heeded()
         accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=version))
         accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.1})
-        assert "memsgd under FSDP" in said(lambda a=accelerator: a.prepare(tiny_model()))
+        assert "memsgd is not possible under FSDP" in said(lambda a=accelerator: a.prepare(tiny_model()))
         assert accelerator.ddp_handler.state is None
     fsdp_is_heeded()
     trainer = make_trainer(
@@ -152,7 +152,7 @@ def check_fsdp(folder):
         fsdp_config={"version": 2},
     )  # fmt: skip
     sketch_transformers.enable_memsgd(trainer, density=0.1)
-    assert "memsgd under FSDP" in said(trainer.train)
+    assert "memsgd is not possible under FSDP" in said(trainer.train)
     assert trainer.is_fsdp_enabled
 
 
@@ -180,13 +180,13 @@ def check_deepspeed(folder):
     accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.1})
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    assert "memsgd under DEEPSPEED" in said(lambda: accelerator.prepare(model, optimizer))
+    assert "memsgd is not possible under DEEPSPEED" in said(lambda: accelerator.prepare(model, optimizer))
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     ds = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
     trainer = make_trainer(folder / "deepspeed", 2, deepspeed=ds)
     sketch_transformers.enable_memsgd(trainer, density=0.1)
-    assert "memsgd under DeepSpeed" in said(trainer.train)
+    assert "memsgd is not possible under DeepSpeed" in said(trainer.train)
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
     del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
@@ -222,7 +222,7 @@ def check_trainer(folder):
     except ValueError as error:
         assert "one hook" in str(error)
     else:
-        raise AssertionError("two hooks")
+        raise AssertionError("has one hook")
     resumed = make_trainer(folder / "resumed", 10, "min_compress_size=256,comm=block_topk,comm_density=0.05,"
                            "comm_memory_dtype=bf16")  # fmt: skip
     resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-6"))

@@ -31,7 +31,7 @@ def test_one_process_has_nothing_to_send(caplog):
     accelerator.ddp_handler = handler = sketch_accelerate.MemSGDKwargs(memsgd={"density": 0.01})
     with caplog.at_level(logging.WARNING):
         accelerator.prepare(torch.nn.Linear(3, 3))
-    assert "memsgd: this is one process" in caplog.text and handler.state is None
+    assert "memsgd has no effect: there is one process" in caplog.text and handler.state is None
     for options, said in (({"density": 2}, "density=2"), ({"denisty": 0.1}, "denisty")):  # without processes, too
         with pytest.raises(ValueError, match=said):
             sketch_accelerate.MemSGDKwargs(memsgd=options)

@@ -147,7 +147,7 @@ def test_several_optimizers_and_one_that_is_ours(tmp_path):
         train(net, optimizer, 2)
     value = {"optimizer_states": [first.state_dict(), own.state_dict()], "other": ({"inner": second.state_dict()}, 7)}
     torch.save(value, tmp_path / "several.ckpt")
-    with pytest.raises(ValueError, match="needs the squares of gradients"):  # of SGD there are none
+    with pytest.raises(ValueError, match="needs averages of squared gradients"):  # of SGD there are none
         convert(tmp_path / "several.ckpt", "cs_adam", SMALL)
     done = convert(tmp_path / "several.ckpt", "cs_momentum", SMALL)
     written = torch.load(done.output, weights_only=True)
@@ -184,7 +184,7 @@ def test_the_command(tmp_path, capsys):
     # In place, where that is asked for.
     assert cli.main(["convert", str(file), "--optim", "sm3", "--out", str(file), "--force"]) == 0
     assert cli.main(["convert", str(file), "--optim", "sm3", "--out", str(file), "--force"]) == 1
-    assert "already: there is nothing to convert" in capsys.readouterr().err
+    assert "there is nothing to convert" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "new", "run-cs_adam.pt", "run.pt"]  # no rubbish
 
 
@@ -200,25 +200,29 @@ def test_help():
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (None, {}, "is not there: give a checkpoint's directory or file"),
-        ("adamw", {"name": "cs_adm"}, "unknown optimizer 'cs_adm'. Did you mean 'cs_adam'. Known are cs_adam"),
+        (None, {}, "does not exist: give the directory or file of a checkpoint"),
+        ("adamw", {"name": "cs_adm"}, "unknown optimizer 'cs_adm'. Did you mean 'cs_adam'. The optimizers are cs_adam"),
         ("adamw", {"optim_args": "compression"}, "'compression' is not of the form key=value"),
         ("adamw", {"optim_args": "compresion=0.1"}, "compression"),
         ("adamw", {"optim_args": "compression=2"}, r"a number in \(0, 1\]"),
         ("adamw", {"optim_args": "seed=1,seed=2"}, "'seed' is given twice"),
-        ("adamw", {"optim_args": "lr=0.1"}, "the learning rate is the checkpoint's"),
-        ("adamw", {"optim_args": "lagged_rms=true"}, "lagged_rms=True of cs_adam needs the values .*warm_start"),
-        ("adamw", {"name": "sketchy"}, "scale_parameter=True of sketchy needs the values .*warm_start"),
-        ("betas", {"name": "sm3"}, r"betas=\(0.8, 0.95\)\) cannot be carried over to sm3.*--optim-args betas="),
-        ("amsgrad", {}, r"amsgrad=True\) cannot be carried over"),
-        ("adam", {}, r"Adam\(weight_decay=0.1\) adds the decay.*--optim-args weight_decay=0.1"),
-        ("rmsprop", {}, "group 0 is not that of AdamW, Adam, SGD or Adagrad.*alpha"),
-        ("nan", {}, "exp_avg of .* has numbers that are not finite"),
-        ("ours", {}, "holds the state of one of our optimizers already"),
-        ("weights", {}, "holds no state dict of an optimizer.*it holds weight"),
+        ("adamw", {"optim_args": "lr=0.1"}, "the learning rate and its schedule come from the checkpoint"),
+        (
+            "adamw",
+            {"optim_args": "lagged_rms=true"},
+            "lagged_rms=True of cs_adam needs the parameters' values.*warm_start",
+        ),
+        ("adamw", {"name": "sketchy"}, "scale_parameter=True of sketchy needs the parameters' values.*warm_start"),
+        ("betas", {"name": "sm3"}, r"betas=\(0.8, 0.95\)\) cannot be transferred to sm3.*--optim-args betas="),
+        ("amsgrad", {}, r"amsgrad=True\) cannot be transferred"),
+        ("adam", {}, r"Adam\(weight_decay=0.1\) adds the weight decay.*--optim-args weight_decay=0.1"),
+        ("rmsprop", {}, "group 0 was not written by AdamW, Adam, SGD or Adagrad.*alpha"),
+        ("nan", {}, "exp_avg of .* contains values that are not finite"),
+        ("ours", {}, "already holds the state of a sketched optimizer"),
+        ("weights", {}, "holds no optimizer state dict.*it holds weight"),
         ("rubbish", {}, "cannot be read as a file of torch.save"),
-        ("unsafe", {}, "if you trust the checkpoint, give --trust"),
-        ("empty folder", {}, "holds no state of an optimizer.*checkpoint-5: give one of them"),
+        ("unsafe", {}, "If you trust the checkpoint, use --trust"),
+        ("empty folder", {}, "holds no optimizer state.*checkpoint-5: give one of these"),
         ("sharded", {}, "sharded checkpoint of torch.distributed, which cannot be converted"),
         ("deepspeed", {}, "checkpoint of DeepSpeed, which cannot be converted"),
     ],
@@ -279,10 +283,10 @@ def test_a_folder_is_copied_whole(tmp_path):
     convert(root, "sm3", SMALL, done.output, force=True)
     assert (done.output / "model.safetensors").read_bytes() != b"old"  # it is the new one whole, no mixture
     (done.output / "thesis.txt").touch()
-    with pytest.raises(ValueError, match=r"holds thesis\.txt, which .* does not"):
+    with pytest.raises(ValueError, match=r"contains thesis\.txt, which .* does not"):
         convert(root, "sm3", SMALL, done.output, force=True)
     assert (done.output / "thesis.txt").exists()
-    with pytest.raises(ValueError, match="lie in each other"):
+    with pytest.raises(ValueError, match="is inside the checkpoint"):
         convert(root, "cs_adam", SMALL, root / "below")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file and"):

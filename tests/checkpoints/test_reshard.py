@@ -122,13 +122,15 @@ def test_other_stages_are_read_by_deepspeeds_own_script_too(name, folder, tmp_pa
 
 def test_what_is_no_checkpoint(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert "is no directory" in refused(capsys, tmp_path, tmp_path / "none", "--world-size", 2)
+    assert "is not a directory" in refused(capsys, tmp_path, tmp_path / "none", "--world-size", 2)
     assert "is no checkpoint" in refused(capsys, tmp_path, tmp_path / "empty", "--world-size", 2)
     (tmp_path / "empty" / "latest").write_text("global_step1")
-    assert "no such directory" in refused(capsys, tmp_path, tmp_path / "empty", "--world-size", 2)
+    assert "which does not exist" in refused(capsys, tmp_path, tmp_path / "empty", "--world-size", 2)
     for tag in ("../empty/global_step1", str(tmp_path / "empty"), ""):  # would be written outside of the output
         (tmp_path / "empty" / "latest").write_text(tag)
-        assert "expected a directory beside it" in refused(capsys, tmp_path, tmp_path / "empty", "--world-size", 2)
+        assert "expected the name of a directory beside it" in refused(
+            capsys, tmp_path, tmp_path / "empty", "--world-size", 2
+        )
     (tmp_path / "empty" / "latest").write_text("global_step1")
     (tmp_path / "empty" / "global_step1").mkdir()
     assert "has no files" in refused(capsys, tmp_path, tmp_path / "empty", "--world-size", 2)
@@ -137,9 +139,9 @@ def test_what_is_no_checkpoint(tmp_path, capsys):
 
 
 def test_world_sizes_that_make_no_sense(checkpoint, tmp_path, capsys):
-    assert "world size 0: allowed" in refused(capsys, tmp_path, checkpoint, "--world-size", 0)
-    assert "world size -3: allowed" in refused(capsys, tmp_path, checkpoint, "--world-size", -3)
-    assert "is for 2 ranks already" in refused(capsys, tmp_path, checkpoint, "--world-size", 2)
+    assert "world size 0 is not allowed" in refused(capsys, tmp_path, checkpoint, "--world-size", 0)
+    assert "world size -3 is not allowed" in refused(capsys, tmp_path, checkpoint, "--world-size", -3)
+    assert "already has 2 ranks" in refused(capsys, tmp_path, checkpoint, "--world-size", 2)
     with pytest.raises(SystemExit):
         main(["reshard", str(checkpoint)])
     with pytest.raises(SystemExit):
@@ -151,7 +153,7 @@ def test_an_output_that_is_there_is_not_written_over(checkpoint, tmp_path, capsy
     message = refused(capsys, tmp_path, checkpoint, "--world-size", 3, "--output", tmp_path / "out")
     assert "exists already" in message
     assert "exists already" in refused(capsys, tmp_path, checkpoint, "--world-size", 3, "--output", checkpoint)
-    assert "lies in the checkpoint" in refused(
+    assert "is inside the checkpoint" in refused(
         capsys, tmp_path, checkpoint, "--world-size", 3, "--output", checkpoint / "inner"
     )
     (tmp_path / "file").write_text("")
@@ -197,7 +199,7 @@ def test_files_that_are_missing_or_torn(checkpoint, tmp_path, capsys):
 def test_state_of_another_optimizer(checkpoint, tmp_path, capsys):
     for rank in (0, 1):
         change(checkpoint, rank, lambda zero: zero["base_optimizer_state"]["param_groups"][0].pop("sketch_plugins"))
-    assert "none of sketch-plugins'" in refused(capsys, tmp_path, checkpoint, "--world-size", 3)
+    assert "Only the state of sketch-plugins'" in refused(capsys, tmp_path, checkpoint, "--world-size", 3)
 
 
 def test_state_that_does_not_fit_is_named(checkpoint, tmp_path, capsys):

@@ -70,11 +70,11 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch, recwarn):
 
 
 def test_what_is_refused(folder, tmp_path, capsys):
-    assert "is for 2 shards already" in refused(capsys, tmp_path, folder / "exact", "--world-size", 2)
+    assert "already has 2 shards" in refused(capsys, tmp_path, folder / "exact", "--world-size", 2)
     assert "world size 0" in refused(capsys, tmp_path, folder / "exact", "--world-size", 0)
-    assert "other placements" in refused(capsys, tmp_path, folder / "odd columns", "--world-size", 3)
-    assert "holds no state dict of an optimizer" in refused(capsys, tmp_path, folder / "odd flat", "--world-size", 3)
-    assert "none of sketch-plugins'" in refused(capsys, tmp_path, folder / "odd adamw", "--world-size", 3)
+    assert "Only Shard(0) is supported" in refused(capsys, tmp_path, folder / "odd columns", "--world-size", 3)
+    assert "holds no optimizer state dict" in refused(capsys, tmp_path, folder / "odd flat", "--world-size", 3)
+    assert "Only the state of sketch-plugins'" in refused(capsys, tmp_path, folder / "odd adamw", "--world-size", 3)
     (tmp_path / "out").mkdir()
     there = refused(capsys, tmp_path, folder / "exact", "--world-size", 3, "--output", tmp_path / "out")
     assert "exists already" in there

@@ -31,8 +31,8 @@ def params():
         ({"compressor": ["topk"]}, r"compressor=\['topk'\] is not one of"),
         ({"density": math.nan}, "density=nan"),
         ({"initial_density": 0, "warmup": 3}, "initial_density=0"),
-        ({"initial_density": 0.5}, r"initial_density=0\.5 without warmup"),
-        ({"factor_masking": False}, "factor_masking=False without momentum"),
+        ({"initial_density": 0.5}, r"initial_density=0\.5 has no effect without warmup"),
+        ({"factor_masking": False}, "factor_masking=False has no effect without momentum"),
         ({"memory_dtype": ["bf16"]}, r"memory_dtype=\['bf16'\]"),
         ({"scaler": 65536.0}, "scaler is a float"),
     ],
@@ -47,12 +47,12 @@ def test_names():
     for given, said in (
         ([], "empty"),
         ([p], "pairs"),
-        ([(name, p), ("c", p)], "'c' is there twice"),
-        ([(name, p), (name, other[1])], "'a' is there twice"),
+        ([(name, p), ("c", p)], "'c' is given twice"),
+        ([(name, p), (name, other[1])], "'a' is given twice"),
     ):
         with pytest.raises(ValueError, match=said):
             MemSGDState(given)
-    with pytest.raises(ValueError, match="none of the 2"):
+    with pytest.raises(ValueError, match="not among the 2"):
         MemSGDState(params()).slot(torch.zeros(3))
 
 
@@ -62,9 +62,9 @@ def test_bound_anew():
     state.slot(state._bound[0])["error"].fill_(1.0)
     (name, p), (_, q) = other = params()
     for given, said in (
-        ([(name, torch.zeros(3)), ("b", q)], "200 entries of parameter 'a', which has 3 now"),
-        ([("b", q)], "'a', which is not there now"),
-        ([(name, p), (name, q)], "'a' is there twice"),
+        ([(name, torch.zeros(3)), ("b", q)], "200 entries for parameter 'a', which now has 3"),
+        ([("b", q)], "'a', which is no longer bound"),
+        ([(name, p), (name, q)], "'a' is given twice"),
     ):
         with pytest.raises(ValueError, match=said):
             state.bind(given)
@@ -123,15 +123,15 @@ def test_what_is_not_loaded():
         ({}, "version"),
         ({**good, "memory": {"a": {"error": torch.zeros(3)}}}, "has 3 entries, expected 200"),
         ({**good, "memory": {"a": {"error": torch.full((200,), float("nan"))}}}, "not finite"),
-        ({**good, "world_size": 2}, "of 2 and this is rank 0 of 1"),
+        ({**good, "world_size": 2}, "of 2, but this is rank 0 of 1"),
         *(({k: v for k, v in good.items() if k != key}, f"lacks '{key}'") for key in ("world_size", "rank", "iteration",
                                                                                      "memory")),
         (None, "version"),
         ({**good, "memory": None}, "memory is a NoneType"),
         ({**good, "memory": {"a": {}}}, "of 'a' lacks 'error'"),
         ({**good, "memory": {"a": torch.zeros(200)}}, "of 'a' lacks 'error'"),
-        ({**good, "memory": {"a": {"error": [0.0]}}}, "has 'error', a list"),
-        ({**good, "memory": {"a": {"error": torch.zeros(200), "velocity": torch.zeros(200)}}}, "has 'velocity'"),
+        ({**good, "memory": {"a": {"error": [0.0]}}}, "contains 'error', a list"),
+        ({**good, "memory": {"a": {"error": torch.zeros(200), "velocity": torch.zeros(200)}}}, "contains 'velocity'"),
         ({**good, "iteration": "4"}, "iteration='4'"),
         ({**good, "rank": None}, "rank=None"),
         ({**good, "world_size": 0}, "world_size=0"),
@@ -141,8 +141,8 @@ def test_what_is_not_loaded():
     assert state.memory_norm() == pytest.approx(207**0.5) and state.memory_bytes() == 4 * 207
     for bad, said in (
         ([{**good, "world_size": 2}, {k: v for k, v in good.items() if k != "memory"}], "lacks 'memory'"),
-        ([{**good, "world_size": 2}, {**good, "world_size": 2}], "each of them once"),
-        ([{**good, "world_size": 2}, {**good, "world_size": 3, "rank": 1}], "one is of rank 1 of 3"),
+        ([{**good, "world_size": 2}, {**good, "world_size": 2}], "one state of each of the"),
+        ([{**good, "world_size": 2}, {**good, "world_size": 3, "rank": 1}], "one of them comes from rank 1 of 3"),
         ([{**good, "world_size": 2}, {**good, "world_size": 2, "rank": 1, "iteration": 9}], r"after \[4, 9\]"),
         ([{**good, "world_size": 2},
           {**good, "world_size": 2, "rank": 1, "memory": {"a": {"error": torch.zeros(3)}}}], "3 entries on rank 1"),
@@ -150,7 +150,7 @@ def test_what_is_not_loaded():
         with pytest.raises(ValueError, match=said):
             redistribute(bad)
     for bad in ({}, None):
-        with pytest.raises(ValueError, match=r"list that gather\(\) gave"):
+        with pytest.raises(ValueError, match=r"list that gather\(\) returns"):
             state.load_gathered(bad)
 
 
@@ -176,7 +176,7 @@ def test_a_folder_holds_one_save(tmp_path):
         other.load(tmp_path)
     assert other.iteration == 7
     (tmp_path / "memsgd-00000-of-00001.pt").unlink()
-    with pytest.raises(ValueError, match="no memsgd"):
+    with pytest.raises(ValueError, match="no files memsgd"):
         state.load(tmp_path)
 
 

@@ -79,12 +79,12 @@ def test_state_and_masters_are_offloaded(stage, ranks):
         ("impossible", "lr=-1.0 is not allowed: lr must be a finite number >= 0"),
         ("type", "lr='fast' is not allowed"),
         ("betas", "betas=[0.9] is not allowed: betas must be two numbers in [0, 1)"),
-        ("together", "width=8 and compression=0.1 both set the buckets"),
+        ("together", "width=8 and compression=0.1 both set the number of buckets"),
         ("auto", '"lr": "auto" is filled in by Hugging Face\'s Trainer only'),
         ("adam's", "cs_adam has no option 'adam_w_mode'"),
         (
             "name",
-            '{"type": "cs_adamw"} of the DeepSpeed configuration does not exist; those of sketch-plugins are cs_adam,',
+            '{"type": "cs_adamw"} of the DeepSpeed configuration does not exist; the optimizers of sketch-plugins are',
         ),
         ("nvme", '"device": "nvme"'),
         ("ratio", '"ratio": 0.5'),
@@ -103,5 +103,5 @@ def test_another_number_of_processes_is_refused_with_the_command_that_helps(rank
     saved = once("features.py", lambda folder: None) / "work"
     launch_ranks(Path(__file__).with_name("features.py"), tmp_path / "one", saved, world=1)
     said = json.loads((tmp_path / "one.0").read_text())["said"]
-    assert "was written by 2 processes and is to be loaded by 1" in said
+    assert "was written by 2 processes, and 1 processes are loading it" in said
     assert f"sketch-plugins reshard {saved}/two --world-size 1" in said

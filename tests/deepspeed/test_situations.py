@@ -30,4 +30,4 @@ def test_an_optimizer_after_its_engine_waits_for_nobody(ranks):
 
 
 def test_a_preconditioner_that_is_not_finite_is_refused(ranks):
-    assert all("allowed are finite numbers" in rank["poisoned"] for rank in ranks)
+    assert all("impossible values" in rank["poisoned"] for rank in ranks)

@@ -77,10 +77,12 @@ def test_the_last_line_of_make_help_names_all_that_is_handed_on():
 
 
 def test_a_start_without_numpy_is_not_what_the_package_installs():
-    """torch warns on every start without NumPy, so it is a dependency, beside torch (and what that has) and rich."""
+    """torch warns on every start without NumPy, so it is a dependency, beside torch, rich and the command line's."""
     assert {re.split(r"[>=]", one)[0] for one in project()["dependencies"]} == {
         "torch",
         "numpy",
         "rich",
+        "rich-argparse",
+        "shtab",
         "typing_extensions",
     }

@@ -216,7 +216,7 @@ def test_contenders_are_parsed():
         (["--memory", "10KB", "--batch-size", "2"], "adam: not even a batch of 1 fits into 10.0 KB"),
         (["--device", "nowhere"], "--device nowhere"),
         (["--device", "meta"], "--device meta: its memory cannot be measured"),
-        (["--optimizers", "adamw"], "unknown optimizer 'adamw'. Did you mean 'cs_adam'? Known are cs_adam"),
+        (["--optimizers", "adamw"], "unknown optimizer 'adamw'. Did you mean 'cs_adam'? The optimizers are cs_adam"),
         (["--optimizers", "adam:betas=0:0.9"], "adam takes no options here"),
         (["--optimizers", "cs_rmsprop:compression=2"], "compression='2' is not allowed"),
         (["--optimizers", "cs_rmsprop:momentum=0.9"], "cs_rmsprop has no option 'momentum'"),

@@ -46,7 +46,7 @@ def test_a_name_that_lightning_has_itself_is_not_taken_over(namespace, monkeypat
     monkeypatch.setattr(strategies.registry, "names", lambda: ("sm3",))
     found["sm3"] = {**entry, "strategy": object}
     try:
-        with pytest.raises(ValueError, match="has a strategy 'sm3' of its own"):
+        with pytest.raises(ValueError, match="already has a strategy 'sm3'"):
             strategies.add_to_registry(namespace, classes)
     finally:  # not by monkeypatch, which asks with `get`, and so makes a strategy
         found["sm3"] = entry

@@ -299,7 +299,7 @@ def test_a_schedule_of_the_old_length(trainer):
 
     module, meter = make(optimizers=optimizers)
     made = trainer(callbacks=[reclaiming(budget=9_000, meter=meter)], max_epochs=2, max_steps=-1)
-    with pytest.warns(UserWarning, match=r"had 50 batches .*estimated_stepping_batches.* and has 23 now"):
+    with pytest.warns(UserWarning, match=r"had 50 batches .*estimated_stepping_batches.* and now has 23"):
         made.fit(module)
 
 
@@ -406,19 +406,19 @@ def test_what_cannot_be_done(trainer):
         trainer(strategy="cs_adam", callbacks=[callback], **options).fit(module, *args)
 
     module, meter = make()
-    with pytest.raises(ValueError, match="budget=None stands for CUDA's memory, and this is cpu"):
+    with pytest.raises(ValueError, match="budget=None means all memory of a CUDA device, but the device is cpu"):
         fit(module, reclaiming())
     module.net = network()  # batch norm would refuse a batch of 1
-    with pytest.raises(ValueError, match=r"budget=10 \(10 B\) is too small: a batch of 1 took"):
+    with pytest.raises(ValueError, match=r"budget=10 \(10 B\) is too small: a batch of 1 needed"):
         fit(module, reclaiming(budget=10, meter=meter))
     with pytest.raises(ValueError, match="batch_arg_name='size'"):
         fit(module, reclaiming(budget=10, meter=meter, batch_arg_name="size"))
-    with pytest.raises(ValueError, match=r"fit was given .*, allowed are DataLoaders"):
+    with pytest.raises(ValueError, match=r"fit\(\) received a .*, but only DataLoaders"):
         fit(module, reclaiming(budget=10, meter=meter), [[torch.ones(2, 12)]])
-    with pytest.raises(ValueError, match="batch_size=None does not batch"):
+    with pytest.raises(ValueError, match="batch_size=None makes no batches"):
         fit(module, reclaiming(budget=10, meter=meter), DataLoader(data(), batch_size=None))
     manual, meter = make(manual=True)
-    with pytest.raises(ValueError, match="without effect in manual optimization"):
+    with pytest.raises(ValueError, match="has no effect in manual optimization"):
         fit(manual, reclaiming(budget=10, meter=meter, keep_effective=True))
 
 

@@ -224,7 +224,7 @@ def test_later_groups_speak_the_language_of_the_optimizer_that_was_replaced():
 def test_what_a_later_group_says_and_cannot_have_is_an_error():
     made = counterpart(Adam([parameter()], lr=0.1), "cs_adam", {})
     for said, message in (
-        ({"weight_decay": 0.1}, "adds the decay to the gradient"),
+        ({"weight_decay": 0.1}, "adds the weight decay to the gradient"),
         ({"amsgrad": True}, "amsgrad=True"),
         ({"compresion": 0.1}, "compression"),
     ):

@@ -41,7 +41,7 @@ def test_starting_again_forgets():
     meter.start()
     torch.ones(MIB)
     assert meter.read() - meter.live == 4 * MIB
-    with pytest.raises(RuntimeError, match="without start"):
+    with pytest.raises(RuntimeError, match="before start"):
         meter.read()
 
 

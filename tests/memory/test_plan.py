@@ -458,10 +458,10 @@ def test_pieces_of_a_rank_are_those_that_zero_would_cut():
     "arguments, message",
     [
         ({"model": "bert-huge"}, "unknown model 'bert-huge'.*bert-base-uncased.*config.json"),
-        ({"model": "nobody/has-this"}, "not in the local cache.*nothing is downloaded"),
-        ({"gpu_memory": "1MiB", "reserve": 0}, "the parameters alone take 438.* MB: give more memory"),
+        ({"model": "nobody/has-this"}, "nor in the local cache.*nothing is downloaded"),
+        ({"gpu_memory": "1MiB", "reserve": 0}, "the parameters alone take 438.* MB: use more memory"),
         ({"gpu_memory": "16 gigs"}, "gpu_memory='16 gigs' is not allowed.*'2GiB'"),
-        ({"gpu_memory": "256MiB"}, "no more than the 536.9 MB that are left to others"),
+        ({"gpu_memory": "256MiB"}, "not larger than the 536.9 MB of reserve"),
         ({"gpu_memory": "1GiB", "reserve": "x"}, "reserve='x' is not allowed"),
         ({"precision": "int4"}, "precision='int4' is not one of fp32, bf16, bf16-mixed, fp16-mixed"),
         ({"optimizers": "adam"}, "unknown optimizer 'adam'. Did you mean 'adamw'.*all, cs_adam.*adafactor"),
@@ -469,27 +469,27 @@ def test_pieces_of_a_rank_are_those_that_zero_would_cut():
         ({"model": "bert-large"}, "Did you mean bert-large-uncased or bert-large-cased"),
         ({"model": "google-bert/bert-bse-uncased"}, "Did you mean bert-base-uncased"),
         ({"model": ""}, "name is empty"),
-        ({"reserve": "1GiB"}, "reserve='1GiB' is part of a budget: give gpu_memory, too"),
+        ({"reserve": "1GiB"}, "reserve='1GiB' is subtracted from a budget, and there is none: set gpu_memory, too"),
         ({"gpu_memory": "1GiB", "reserve": ""}, "reserve='' is not allowed"),
         ({"optimizers": "cs_adam:compresion=1"}, "Did you mean 'compression'"),
-        ({"optimizers": "preset=lean"}, "belongs to no optimizer"),
+        ({"optimizers": "preset=lean"}, "does not belong to an optimizer"),
         ({"optimizers": "adamw:preset=lean"}, "adamw takes no options"),
         ({"optimizers": []}, "no optimizer was given"),
-        ({"seq_len": 513}, "seq_len=513 is more than the 512 positions of bert-base-uncased"),
+        ({"seq_len": 513}, "seq_len=513 is larger than the 512 positions of bert-base-uncased"),
         ({"batch_size": 0}, "batch_size=0 is not allowed"),
         ({"batch_size": True}, "batch_size=True is not allowed"),
         ({"accumulation": -1}, "accumulation=-1 is not allowed"),
         ({"zero_stage": 2}, "zero_stage=2 needs world_size"),
         ({"zero_stage": 4, "world_size": 2}, "zero_stage=4 is not one of 0, 1, 2, 3"),
-        ({"world_size": 2}, "world_size=2 without zero_stage"),
+        ({"world_size": 2}, "world_size=2 has no effect without zero_stage"),
         ({"zero_stage": 1, "world_size": 0}, "world_size=0 is not allowed"),
-        ({"zero_stage": 1, "world_size": 2, "optimizers": "sm3_layerwise"}, "do not go with ZeRO"),
+        ({"zero_stage": 1, "world_size": 2, "optimizers": "sm3_layerwise"}, "and ZeRO cannot be combined"),
         ({"device": "tpu"}, "device='tpu' is not one of cuda, cpu"),
-        ({"task": "translation"}, "task='translation' is not allowed: one of masked-lm"),
-        ({"task": "seq2seq-lm"}, "bert has no such model"),
-        ({"model": torch.nn.Linear(2, 2)}, "needs sample=.* and loss="),
-        ({"sample": images}, "sample and loss are for modules"),
-        ({"model": Convolutions, "sample": images, "loss": image_loss, "task": "masked-lm"}, "make the module so"),
+        ({"task": "translation"}, "task='translation' is not known: use one of masked-lm"),
+        ({"task": "seq2seq-lm"}, "bert has no model for this task"),
+        ({"model": torch.nn.Linear(2, 2)}, "sample=.* and loss="),
+        ({"sample": images}, "sample and loss are only for modules"),
+        ({"model": Convolutions, "sample": images, "loss": image_loss, "task": "masked-lm"}, "in the module itself"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )  # fmt: skip
@@ -500,7 +500,7 @@ def test_what_makes_no_sense(arguments, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to take a fraction of")
 def test_a_fraction_needs_a_gpu():
-    with pytest.raises(ValueError, match="is a fraction, and there is no GPU"):
+    with pytest.raises(ValueError, match="is a fraction of a GPU's memory, and there is no GPU"):
         plan(bert(), gpu_memory="0.5")
 
 
@@ -508,12 +508,12 @@ def test_a_fraction_needs_a_gpu():
     "text, message",
     [
         ("{", "is not a configuration in JSON"),
-        ("[1]", "has no 'model_type'"),
-        ('{"hidden_size": 3}', "has no 'model_type'"),
+        ("[1]", "has no key 'model_type'"),
+        ('{"hidden_size": 3}', "has no key 'model_type'"),
         ('{"model_type": "magic"}', "'magic' is unknown to transformers"),
         ('{"model_type": "bert", "hidden_size": "many", "num_hidden_layers": "x"}', "bert does not take these values"),
-        ('{"model_type": "clip"}', "no task is known for this model"),
-        ('{"model_type": "bert", "num_attention_heads": 0}', "no bert can be made.*ZeroDivisionError"),
+        ('{"model_type": "clip"}', "no task is known for this kind of model"),
+        ('{"model_type": "bert", "num_attention_heads": 0}', "makes no valid bert.*ZeroDivisionError"),
         ('{"model_type": "longformer", "num_hidden_layers": 1}', "cannot be run on 512 tokens.*try another"),
     ],
 )
@@ -564,7 +564,7 @@ def test_a_model_whose_way_depends_on_numbers_is_refused():
     def loss(model, batch):
         return model(batch[batch.sum(1) > 0]).sum()
 
-    with pytest.raises(ValueError, match="depends on the numbers"):
+    with pytest.raises(ValueError, match="depends on the values"):
         plan(lambda: torch.nn.Linear(4, 4), sample=lambda n: torch.zeros(n, 4), loss=loss, optimizers="sm3")
 
 
@@ -610,10 +610,10 @@ def test_the_command(small, tmp_path, capsys):
     [
         (["--gpu-memory", "lots"], "gpu_memory='lots' is not allowed"),
         (["--optimizer", "adam"], "unknown optimizer 'adam'"),
-        (["--plot", "chart.bmp"], "ends in .png, .svg or .pdf"),
+        (["--plot", "chart.bmp"], "must end in .png, .svg or .pdf"),
         (["--plot", "nowhere/at/all.png"], "No such file or directory"),
         (["--zero-stage", "2"], "needs world_size"),
-        (["--seq-len", "9999"], "more than the 512 positions"),
+        (["--seq-len", "9999"], "larger than the 512 positions"),
     ],
 )
 def test_the_command_says_what_is_wrong(more, message, small, capsys):

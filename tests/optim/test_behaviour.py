@@ -485,7 +485,7 @@ def test_an_option_of_the_state_changed_in_a_group_is_an_error_and_nothing_happe
         ("lr", -1.0, r"lr=-1\.0 is not allowed"),
         ("eps", None, "eps=None is not allowed"),
         ("weight_decay", "much", "weight_decay='much' is not allowed"),
-        ("seed", 5, "seed of group 0 was 0 and is 5"),
+        ("seed", 5, "seed of group 0 was 0 and is now 5"),
         ("row_sparse", "sometimes", "row_sparse='sometimes' is not one of"),
         ("chunk_size", -1, "chunk_size=-1 is not allowed"),
     ],

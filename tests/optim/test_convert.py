@@ -220,7 +220,7 @@ def test_the_kinds_are_told_apart(kind):
     assert is_foreign(theirs.state_dict())
     assert not is_foreign(CSAdam(params).state_dict())
     if kind == "SGD":
-        with pytest.raises(ValueError, match="CSAdam needs the squares of gradients"):
+        with pytest.raises(ValueError, match="CSAdam needs averages of squared gradients"):
             convert_state(theirs.state_dict(), CSAdam(params))
     if kind == "Adagrad":
         ours = CSAdam(params, preset="exact")
@@ -238,17 +238,20 @@ def broken(state, change):
     ("change", "message"),
     [
         (lambda s: s.pop("state"), "the state dict has no 'state'; it has param_groups"),
-        (lambda s: s["param_groups"].append(s["param_groups"][0]), "2 parameter groups, this CSAdam 1"),
-        (lambda s: s["param_groups"][0]["params"].pop(), "has 4 parameters, this CSAdam's 5"),
-        (lambda s: s["param_groups"][0].update(optimizer="SM3", preset="lean"), "written by SM3: load it as it is"),
+        (lambda s: s["param_groups"].append(s["param_groups"][0]), "2 parameter groups, but this CSAdam has 1"),
+        (lambda s: s["param_groups"][0]["params"].pop(), "has 4 parameters, but this CSAdam's has 5"),
+        (
+            lambda s: s["param_groups"][0].update(optimizer="SM3", preset="lean"),
+            "written by SM3 and needs no conversion",
+        ),
         (lambda s: s["state"][0].update(exp_avg=torch.zeros(3)), r"exp_avg of parameter 0 .* has shape \(3,\)"),
         (lambda s: s["state"][1]["exp_avg"].fill_(float("nan")), "exp_avg of parameter 1 .* not finite"),
         (lambda s: s["state"][0].update(max_exp_avg_sq=1), "AMSGrad"),
         (
             lambda s: s["state"][2].update(mu_product=torch.zeros(5)),
-            "holds exp_avg, exp_avg_sq, mu_product; allowed is",
+            "contains exp_avg, exp_avg_sq, mu_product; expected",
         ),
-        (lambda s: s["state"][2]["exp_avg_sq"].sub_(1e9), "second moment of -1e"),
+        (lambda s: s["state"][2]["exp_avg_sq"].sub_(1e9), "second moment has the value -1e"),
     ],
 )
 def test_errors(change, message):
@@ -259,7 +262,7 @@ def test_errors(change, message):
 
 def test_wrong_arguments():
     params, adamw = trained("AdamW")
-    with pytest.raises(TypeError, match="not of AdamW"):
+    with pytest.raises(TypeError, match="needs a sketched optimizer, not AdamW"):
         convert_state(adamw.state_dict(), adamw)
     with pytest.raises(ValueError, match="keep='eps' is not allowed"):
         convert_state(adamw.state_dict(), CSAdam(params), keep=["eps"])
@@ -270,7 +273,7 @@ def test_the_direction_has_to_be_the_same():
     p.grad = torch.ones_like(p)
     theirs = torch.optim.AdamW([p], maximize=True)
     theirs.step()
-    with pytest.raises(ValueError, match="written with maximize=True and this CSAdam has maximize=False"):
+    with pytest.raises(ValueError, match="written with maximize=True, but this CSAdam has maximize=False"):
         convert_state(theirs.state_dict(), CSAdam([p]))
     assert convert_state(theirs.state_dict(), CSAdam([p], maximize=True))["param_groups"][0]["maximize"] is True
 

@@ -37,12 +37,12 @@ def test_arguments_that_change_nothing_are_taken_and_kept_nowhere(name):
 )
 def test_others_are_refused_wherever_they_come_from(name, key, value):
     cls, params = registry.get(name).cls, parameters(SHAPES, torch.float32)
-    said = rf"has no option '{key}' but for .*{key}={value!r} is not allowed, because"
+    said = rf"does not support {key}={value!r}, because .*changes nothing"
     with pytest.raises(ValueError, match=f"{cls.__name__} {said}"):
         cls(params, **{key: value})
     with pytest.raises(ValueError, match=f"{cls.__name__} {said}"):
         cls([{"params": params, key: value}])
-    with pytest.raises(ValueError, match=f"{name} has no option '{key}' but for"):
+    with pytest.raises(ValueError, match=f"{name} does not support {key}="):
         registry.parse_options(name, {key: str(value)})
     optimizer = cls(params)
     optimizer.param_groups[0][key] = value
@@ -78,7 +78,7 @@ def test_the_groups_and_defaults_of_the_counterpart_can_be_handed_on(cls, torchs
 )  # fmt: skip
 def test_the_counterpart_s_own_are_refused_where_they_change_something(cls, options):
     ((key, value),) = options.items()
-    with pytest.raises(ValueError, match=f"{cls.__name__} has no option '{key}' but for .*{key}={value!r} is not"):
+    with pytest.raises(ValueError, match=f"{cls.__name__} does not support {key}={value!r}, because"):
         cls(parameters(SHAPES, torch.float32), **options)
 
 
@@ -132,7 +132,7 @@ def test_what_needs_a_shape_says_that_a_batch_is_to_be_run_first():
     other = CSAdam(model.parameters())
     model(torch.randn(4, 30)).sum().backward()
     other.step()
-    with pytest.raises(ValueError, match="run a batch before it is loaded"):
+    with pytest.raises(ValueError, match="run a batch before you load it"):
         optimizer.load_state_dict(other.state_dict())
 
 

@@ -282,7 +282,7 @@ def test_errors():
     params, optimizer = build(CSAdam, {"preset": "lean"}, False)
     train(params, optimizer, [0])
     other = build(CSAdam, {"preset": "lean", "lagged_rms": False}, False)[1]
-    with pytest.raises(ValueError, match="lagged_rms=True and group 0 of this CSAdam has lagged_rms=False"):
+    with pytest.raises(ValueError, match="lagged_rms=True, but group 0 of this CSAdam has lagged_rms=False"):
         other.load_state_dict(optimizer.state_dict())
     broken = copy.deepcopy(optimizer.state_dict())
     broken["state"][0]["rms.last"] = torch.zeros(3)
@@ -293,7 +293,7 @@ def test_errors():
         optimizer.load_state_dict(broken)
     optimizer.param_groups[0]["lagged_rms"] = False
     before = [p.detach().clone() for p in params]
-    with pytest.raises(ValueError, match="lagged_rms of group 0 was True and is False"):
+    with pytest.raises(ValueError, match="lagged_rms of group 0 was True and is now False"):
         train(params, optimizer, [1])
     assert all(map(torch.equal, params, before))
 
@@ -307,7 +307,7 @@ def test_a_first_step_is_not_captured(monkeypatch):
     p.grad = torch.randn_like(p)
     before = p.detach().clone()
     monkeypatch.setattr(looked_at, "is_capturing", lambda device: True)
-    with pytest.raises(ValueError, match=r"first step with lagged_rms=True .*Take one step .*before the capture"):
+    with pytest.raises(ValueError, match=r"first step with lagged_rms=True .*Take one step, .*before the capture"):
         optimizer.step()
     assert torch.equal(p, before) and not optimizer.state
     monkeypatch.setattr(looked_at, "is_capturing", lambda device: False)

@@ -37,7 +37,7 @@ BAD = [
     ({"update_clip": -1.0}, ["update_clip=-1.0"]),
     ({"scale_parameter": "yes"}, ["scale_parameter='yes'"]),
     ({"min_compress_size": -1}, ["min_compress_size=-1"]),
-    ({"width": 5, "compression": 0.1}, ["width=5", "compression=0.1", "give one"]),
+    ({"width": 5, "compression": 0.1}, ["width=5", "compression=0.1", "use one of them"]),
     ({"preset": "leen"}, ["preset='leen'", "'default'"]),
 ]
 
@@ -232,7 +232,7 @@ def test_parsing_text():
         with pytest.raises(ValueError) as error:
             parse("cs_momentum" if key == "nesterov" else "cs_adam", {key: value})
         assert key in str(error.value)
-    with pytest.raises(ValueError, match="give one"):
+    with pytest.raises(ValueError, match="use one of them"):
         parse("cs_adam", {"width": "3", "compression": "0.1"})
     with pytest.raises(ValueError, match="cs_adagrad"):
         registry.get("csadam")

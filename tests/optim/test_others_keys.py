@@ -102,7 +102,7 @@ def test_what_is_ours_is_still_demanded_beside_them():
     wrap(optimizer, params)
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["state"][0]["second_moment.table"]
-    with pytest.raises(ValueError, match=r"holds .*expected first_moment, second_moment, step"):
+    with pytest.raises(ValueError, match=r"contains .*expected first_moment, second_moment, step"):
         optimizer.load_state_dict(saved)
     del optimizer.state[params[0]]["step"]
     with pytest.raises(ValueError, match="the present state"):

@@ -210,7 +210,7 @@ def test_state_of_another_rank_or_optimizer_is_refused():
     params = parameters([(9,)])
     optimizer = SAdagrad(params, rank=3)
     train(optimizer, params, 1)
-    with pytest.raises(ValueError, match="written with rank=3 and group 0 of this SAdagrad has rank=4"):
+    with pytest.raises(ValueError, match="written with rank=3, but group 0 of this SAdagrad has rank=4"):
         SAdagrad(params, rank=4).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="not written by SAdagrad, but by another optimizer"):
         SAdagrad(params, rank=3).load_state_dict(torch.optim.Adagrad(params).state_dict())

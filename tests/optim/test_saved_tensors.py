@@ -181,9 +181,11 @@ def test_numbers_that_no_step_leaves_behind_are_refused(cls, options, kind):
             if impossible(cls, path, kind):
                 seen += 1
                 word = {"NaN": "NaN", "infinite": "infinite", "negative": "-1"}[kind]
-                with pytest.raises(ValueError, match=f"parameter {number}.* {word}.*allowed are") as error:
+                with pytest.raises(
+                    ValueError, match=f"parameter {number}.* {word}.*(allowed are|must be finite)"
+                ) as error:
                     optimizer.load_state_dict(saved)
-                assert repr(path[-1]) in str(error.value) and "had diverged" in str(error.value)
+                assert repr(path[-1]) in str(error.value) and "had probably diverged" in str(error.value)
                 unchanged(optimizer, params, before, weights)
             else:
                 build(cls, **options)[0].load_state_dict(saved)

@@ -313,7 +313,7 @@ def test_an_impossible_budget_is_an_error_that_names_it():
     [
         ({"tail": "paper"}, "tail='paper' needs statistics='sample'"),
         ({"tail": "sqrt"}, "tail='sqrt' needs statistics='sample'"),
-        ({"statistics_freq": 2, "statistics": "sample"}, "statistics_freq=2 goes with statistics='accumulate'"),
+        ({"statistics_freq": 2, "statistics": "sample"}, "statistics_freq=2 needs statistics='accumulate'"),
         ({"statistics_freq": 3}, "statistics_freq=3 does not divide update_freq=10"),
         ({"shampoo_beta": 1.0}, r"shampoo_beta=1\.0 is not allowed.*in \(0, 1\)"),
         ({"solver": "qr"}, "solver='qr' is not one of 'svd', 'eigh', 'power'"),
@@ -338,7 +338,7 @@ def test_neither_compiled_nor_captured():
     for option in ("compile", "capturable"):
         with pytest.raises((TypeError, ValueError), match=option):
             Sketchy([torch.nn.Parameter(torch.zeros(8, 8))], **{option: True})
-        with pytest.raises(ValueError, match=rf"no option '{option}'( but for False|\.)"):
+        with pytest.raises(ValueError, match=rf"no option '{option}'\.|does not support {option}=True"):
             Sketchy([{"params": [torch.nn.Parameter(torch.zeros(8, 8))], option: True}])
 
 
@@ -535,9 +535,7 @@ def test_state_of_another_rank_or_kind_is_refused():
             Sketchy(params, **{"rank": 4, **options}).load_state_dict(saved)
     broken = copy.deepcopy(saved)
     broken["state"][0]["preconditioner.vectors_0_0"][0, 0] = math.nan
-    with pytest.raises(
-        ValueError, match=r"saved preconditioner of parameter 0.*'vectors_0_0' with numbers that are not"
-    ):
+    with pytest.raises(ValueError, match=r"saved preconditioner of parameter 0.*impossible values in 'vectors_0_0'"):
         Sketchy(params, rank=4).load_state_dict(broken)
     contradictory = copy.deepcopy(saved)
     contradictory["param_groups"][0]["tail"] = "paper"

@@ -178,7 +178,7 @@ def test_an_error_leaves_all_as_it_was():
         step(optimizer)
     before = [t.clone() for t in everything(params, optimizer)]
     optimizer.param_groups[0]["block_size"] = 16
-    with pytest.raises(ValueError, match="options describe another state"):
+    with pytest.raises(ValueError, match="parameters' state was made with the old value"):
         step(optimizer)
     optimizer.param_groups[0]["block_size"] = 128
     optimizer.state[params[-1]]["first_moment.scales"] = torch.ones(3)

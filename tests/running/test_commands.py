@@ -156,8 +156,8 @@ def test_which_files_this_python_executes(tmp_path):
 def test_a_package_without_main_is_named_with_its_commands(run):
     done = run("-m", "torch")
     assert done.returncode == 1
-    assert "'torch' is a package without __main__ and cannot be executed" in done.stderr
-    assert "Its commands can: sketch-plugins run torchfrtrace or torchrun" in done.stderr
+    assert "'torch' is a package without __main__, so it cannot be executed" in done.stderr
+    assert "Run its command instead: sketch-plugins run torchfrtrace or torchrun" in done.stderr
 
 
 def test_nothing_is_found(run):

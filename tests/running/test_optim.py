@@ -104,8 +104,8 @@ def test_a_plain_loop_trains_as_if_it_had_built_the_counterpart(run, write):
 REFUSED = {
     "torch.optim.LBFGS(params)": "torch.optim.lbfgs.LBFGS has no sketched counterpart",
     "torch.optim.RMSprop(params)": "torch.optim.rmsprop.RMSprop has no sketched counterpart",
-    "AdamW(params, amsgrad=True)": "AdamW(amsgrad=True) cannot be carried over to cs_adam",
-    "torch.optim.SGD(params, 0.1, dampening=0.5)": "SGD(dampening=0.5) cannot be carried over to cs_adam",
+    "AdamW(params, amsgrad=True)": "AdamW(amsgrad=True) cannot be transferred to cs_adam",
+    "torch.optim.SGD(params, 0.1, dampening=0.5)": "SGD(dampening=0.5) cannot be transferred to cs_adam",
     "Subclass(params)": "__main__.Subclass has no sketched counterpart",
     "Foreign(params)": "__main__.Foreign has no sketched counterpart",
 }
@@ -143,7 +143,10 @@ def test_a_placeholder_is_no_optimizer(run, write):
     ("options", "message"),
     [
         (("--optim", "cs_adma"), "unknown optimizer 'cs_adma'"),
-        (("--optim", "cs_adam", "--optim-args", "lr=0.1"), "--optim-args has lr=0.1: the learning rate is that of the"),
+        (
+            ("--optim", "cs_adam", "--optim-args", "lr=0.1"),
+            "--optim-args sets lr=0.1, but the learning rate is set by the",
+        ),
         (("--optim", "cs_adam", "--optim-args", "eps"), "--optim-args 'eps': 'eps' is not of the form key=value"),
     ],
     ids=str,

@@ -268,7 +268,7 @@ def test_no_temporary_as_large_as_the_values():
 def test_what_cannot_be_assigned():
     for store in (CountMin(), Dense(2), Cover(dims=(2, 2))):
         state = store.allocate((2, 2), CPU, torch.float32)
-        with pytest.raises(ValueError, match="second moment of -1"):
+        with pytest.raises(ValueError, match="second moment has the value -1"):
             store.assign(state, torch.tensor([[1.0, -1.0], [0.0, 2.0]]))
         grad = Gradient(Matrix(torch.ones(2, 2)), torch.tensor([0]), torch.float32, 64, (2, 2))
         with pytest.raises(ValueError, match="1 touched rows"):

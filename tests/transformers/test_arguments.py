@@ -95,7 +95,7 @@ MISTAKES = {
     "maximize=maybe": ["maximize='maybe'", "True or False"],
     "first_moment=int4": ["'int4'", "'int8'", "'fp32'", "'none'"],
     "preset=fat": ["'fat'", "'lean'"],
-    "width=4,compression=0.1": ["width=4", "compression=0.1", "give one"],
+    "width=4,compression=0.1": ["width=4", "compression=0.1", "use one of them"],
     "lr=0.1": ["'lr'", "TrainingArguments.learning_rate"],
     "weight_decay=0.1": ["'weight_decay'", "TrainingArguments.weight_decay"],
     "betas=0.9": ["betas", "two numbers in [0, 1)"],
@@ -134,7 +134,7 @@ def test_a_mapping_from_a_configuration_file(make_args):
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     assert cls is registry.get("cs_adam").cls
     assert (kwargs["compression"], kwargs["row_sparse"]) == (0.25, "auto")
-    with pytest.raises(ValueError, match="expected a string 'key=value,key=value', not list"):
+    with pytest.raises(ValueError, match="expected text of the form 'key=value,key=value', not list"):
         make_args(optim_args=["compression=0.1"])
 
 

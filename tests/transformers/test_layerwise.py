@@ -138,7 +138,7 @@ def test_clipping_is_warned_about_once(make_trainer, caplog):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"fp16": True}, "fp16: gradients are consumed in backward.*GradScaler"),
+        ({"fp16": True}, "does not support fp16: GradScaler"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}}, "DeepSpeed"),
         ({"optim_args": "comm=block_topk"}, "'comm' in optim_args"),
         ({"optim_args": "no_such_thing=1"}, "no_such_thing"),
@@ -200,5 +200,5 @@ def test_two_processes(launch_ranks, tmp_path):
     first, second = (json.loads((tmp_path / f"result.{rank}").read_text()) for rank in (0, 1))
     for rank in (first, second):
         assert rank["fsdp2 layerwise"] == rank["fsdp2"] == rank["fsdp2 layerwise resumed"]
-        assert "DistributedDataParallel averages gradients" in rank["ddp layerwise"]["refused"]
+        assert "does not support DistributedDataParallel" in rank["ddp layerwise"]["refused"]
     assert first["fsdp2"]["weights"] == second["fsdp2"]["weights"]

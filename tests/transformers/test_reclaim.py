@@ -346,7 +346,7 @@ def test_resumed_from_a_run_without_it(metered, tmp_path, caplog):
     trainer = metered(**saving)
     callback = reclaiming(trainer, 1)
     trainer.train(resume_from_checkpoint=True)
-    assert "was trained without it, and is resumed with per_device_train_batch_size=4" in caplog.text
+    assert "was saved without ReclaimBatchSize, so training resumes with per_device_train_batch_size=4" in caplog.text
     assert callback.batch_size is None and set(trainer.sizes) == {4}
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["ReclaimBatchSize"]["attributes"]["batch_size"] is None
@@ -440,10 +440,10 @@ class Own(Metered):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"auto_find_batch_size": True}, "does not go with auto_find_batch_size=True, which looks"),
-        ({"data": Stream()}, "does not go with a data set without length, whose samples"),
-        ({"cls": Own}, "made batches of 4 where per_device_train_batch_size is 2"),
-        ({"optim_args": "min_compress_size=256,comm=topk"}, "does not go with enable_memsgd"),
+        ({"auto_find_batch_size": True}, "does not support auto_find_batch_size=True, which also searches"),
+        ({"data": Stream()}, "does not support a data set without length, because a trial"),
+        ({"cls": Own}, "made batches of 4, but per_device_train_batch_size is 2"),
+        ({"optim_args": "min_compress_size=256,comm=topk"}, "does not support enable_memsgd"),
     ],
 )
 def test_what_cannot_be_done(options, message, metered):
@@ -454,7 +454,7 @@ def test_what_cannot_be_done(options, message, metered):
 
 
 def test_no_budget_on_a_cpu(metered):
-    with pytest.raises(ValueError, match="budget=None stands for CUDA's memory, and this is cpu"):
+    with pytest.raises(ValueError, match="budget=None means all memory of a CUDA device, but the device is cpu"):
         reclaim_batch_size(metered())
     trainer = metered()
     reclaiming(trainer, 10_000)
@@ -469,7 +469,10 @@ def test_no_budget_on_a_cpu(metered):
     ("options", "message"),
     [
         ({"mode": "slow"}, "mode='slow' is not one of 'binsearch', 'power'"),
-        ({"steps_per_trial": 1}, "steps_per_trial=1 is not allowed: the optimizer's state comes with the first step"),
+        (
+            {"steps_per_trial": 1},
+            "steps_per_trial=1 is not allowed: the optimizer's state is allocated by the first step",
+        ),
         ({"init_val": 2.5}, "init_val=2.5 is not allowed"),
         ({"max_trials": 0}, "max_trials=0 is not allowed"),
         ({"budget": "much"}, "budget='much' is not allowed"),
@@ -510,5 +513,5 @@ def test_ranks_agree(launch_ranks, tmp_path):
     assert first["budget"]["weights"] == second["budget"]["weights"] == first["budget"]["reference"]
     assert first["memory"]["weights"] == second["memory"]["weights"] == first["memory"]["reference"]
     assert "of rank 1's own" in second["failed"] and "another rank failed" in first["failed"]
-    assert "does not go with FSDP, where a rank without memory" in first["fsdp"]
-    assert "does not go with DeepSpeed, whose partitions" in first["deepspeed"]
+    assert "does not support FSDP, because a rank that runs out of memory" in first["fsdp"]
+    assert "does not support DeepSpeed, because its parameter partitions" in first["deepspeed"]

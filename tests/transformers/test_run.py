@@ -201,7 +201,11 @@ def test_directories_and_archives(archive, here, capsys):
         (["empty"], 1, "can't find '__main__' module in 'empty'"),
         (["-m", "nowhere"], 1, "No module named nowhere"),
         (["-m", "os.nowhere"], 1, "No module named os.nowhere"),
-        (["-m", "empty"], 1, "'empty' is a package without __main__ and cannot be executed. A module in it may be: "),
+        (
+            ["-m", "empty"],
+            1,
+            "'empty' is a package without __main__, so it cannot be executed. Run a module in it instead: ",
+        ),
         (["nowhere"], 127, "there is no file '{here}/nowhere', and no command 'nowhere' beside "),
         (["-m", ".relative"], 1, "relative module names are not supported: .relative"),
     ],

@@ -47,10 +47,10 @@ def test_all_linear_includes_the_linear_layer_of_gpt2_and_tied_weights(target, m
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("nowhere", "'nowhere' matches no module.*transformer.wte"),
-        (["c_fc", "nowhere"], "'nowhere'.*matches no module"),
+        ("nowhere", "'nowhere' does not match a module.*transformer.wte"),
+        (["c_fc", "nowhere"], "'nowhere'.*does not match a module"),
         ([], "selects nothing"),
-        ("(", "no regular expression"),
+        ("(", "not a regular expression"),
         (3, "expected a regular expression"),
         ([3], "expected a regular expression"),
     ],
@@ -63,12 +63,12 @@ def test_mistakes(target, message, model):
 
 def test_only_frozen_parameters_match(model):
     model.transformer.wte.requires_grad_(False)
-    with pytest.raises(ValueError, match="no module with trainable parameters"):
+    with pytest.raises(ValueError, match="does not match a module with trainable parameters"):
         select_parameters(model, "transformer.wte")
 
 
 def test_nothing_matched_stops_training(make_trainer):
-    with pytest.raises(ValueError, match="'nowhere' matches no module"):
+    with pytest.raises(ValueError, match="'nowhere' does not match a module"):
         make_trainer(optim_target_modules="nowhere").train()
 
 

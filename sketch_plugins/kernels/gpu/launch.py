@@ -50,16 +50,19 @@ def unsupported(w: Work) -> str | None:
             f"{', '.join(map(str, FLOATS))}"
         )
     if not is_rows(w.p) or not is_rows(w.g):
-        return "the numbers of a row of the parameter or of its gradient are not adjacent in memory"
+        return "the elements of a row of the parameter or of its gradient are not adjacent in memory"
     stores = [pair[0] for pair in (w.first, w.second) if pair]
     for store in stores:
         if not store.kernel:
-            return f"the Triton kernels have none for {store}"
+            return f"there is no Triton kernel for {store}"
     if len({store.block_size for store in stores} - {0}) > 1:
-        return "the Triton kernels take blocks of one size"
+        return "the Triton kernels need the same block size in both moments"
     if w.after and w.first and isinstance(w.first[0], CountSketch):
         # It is written with the gradient itself, before anything is divided.
-        return "the Triton kernels do not keep a first moment of what was divided by the denominator in a count-sketch"
+        return (
+            "the Triton kernels do not support first_moment='count_sketch' when the momentum follows the "
+            "division by the denominator"
+        )
     return misread(w)
 
 

@@ -174,9 +174,10 @@ class Sketchy(SketchOptimizer):
         eligible = [p for p in covered if covered[p] and all(covered[p])] or [p for p in covered if any(covered[p])]
         if eligible and all(self.preconditioner_of(p, group) is None for p in eligible):
             raise ValueError(
-                f"budget={group['budget']:g} bytes of state a parameter is too small for a covariance of any tensor "
-                f"that has one for every axis, beside first_moment={group['first_moment']!r} and "
-                f"graft={group['graft']!r}; allowed is more, or a smaller store, or rank= in place of budget="
+                f"budget={group['budget']:g} bytes a parameter is too small: after "
+                f"first_moment={group['first_moment']!r} and graft={group['graft']!r}, nothing is left for a "
+                "covariance of a tensor that is preconditioned along every axis. Use a larger budget, a smaller "
+                "store, or rank= instead of budget="
             )
 
     # -- for the base ---------------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ class Sketchy(SketchOptimizer):
 
     def _why_not_alone(self, group: Mapping[str, Any]) -> str | None:
         if group.get("nonfinite") == "skip":
-            return "nonfinite='skip' leaves out the whole step, which has begun by then; allowed is nonfinite='error'"
+            return "nonfinite='skip' would leave out the whole step, which has already begun; use nonfinite='error'"
         return None
 
     def _adopt(self, one: Pending) -> None:

@@ -65,13 +65,13 @@ def check(group: Mapping[str, Any]) -> None:
     """Raise ValueError where options of a group contradict each other."""
     if group["statistics"] == "accumulate" and group["tail"] != "trace":
         raise ValueError(
-            f"tail={group['tail']!r} needs statistics='sample': what escapes a sketch of gathered statistics is known "
-            "from the trace only; allowed with 'accumulate' is tail='trace'"
+            f"tail={group['tail']!r} needs statistics='sample'. With statistics='accumulate' only the trace "
+            "says what the sketch does not contain: use tail='trace'"
         )
     if group["statistics"] == "sample" and group["statistics_freq"] != 1:
         raise ValueError(
-            f"statistics_freq={group['statistics_freq']} goes with statistics='accumulate'; with 'sample' every "
-            "update_freq-th gradient is the statistic, and allowed is 1"
+            f"statistics_freq={group['statistics_freq']} needs statistics='accumulate'. With "
+            "statistics='sample' every update_freq-th gradient is used, and statistics_freq must be 1"
         )
     if group["update_freq"] % group["statistics_freq"]:
         raise ValueError(
