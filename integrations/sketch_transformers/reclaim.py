@@ -168,7 +168,7 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
     def __str__(self) -> str:
         """The table as text."""
         text = io.StringIO()
-        Console(width=120, file=text, markup=False, emoji=False).print(self.table())
+        Console(width=120, file=text, markup=False, emoji=False, force_jupyter=False).print(self.table())
         return text.getvalue()
 
     # -- the search --------------------------------------------------------------------------------------------------

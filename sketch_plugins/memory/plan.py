@@ -159,7 +159,7 @@ class Plan:
     def __str__(self) -> str:
         """The table as text."""
         text = io.StringIO()
-        Console(width=120, file=text, markup=False, emoji=False).print(self.table())
+        Console(width=120, file=text, markup=False, emoji=False, force_jupyter=False).print(self.table())
         return text.getvalue()
 
     def plot(self, path: str | os.PathLike[str]) -> None:

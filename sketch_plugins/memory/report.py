@@ -175,7 +175,7 @@ class StateReport:
         text = io.StringIO()
         from rich.console import Console
 
-        Console(width=120, file=text, markup=False, emoji=False).print(self.table())
+        Console(width=120, file=text, markup=False, emoji=False, force_jupyter=False).print(self.table())
         return text.getvalue()
 
 

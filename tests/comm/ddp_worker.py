@@ -756,7 +756,7 @@ def check_save(folder):
         lambda: fresh.load_state_dict({**mine, "memory": {"x": {"error": torch.zeros(1)}}}),
     )
     raises("no files memsgd", lambda: fresh.load(folder))
-    raises("of all 2 ranks", lambda: redistribute([mine]))
+    raises("from all 2 ranks after the same iteration", lambda: redistribute([mine]))
     raises("momentum", lambda: build(density=0.05)[1].load_state_dict(mine))
 
 

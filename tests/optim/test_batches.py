@@ -166,7 +166,7 @@ def test_a_batch_that_cannot_be_decomposed_keeps_the_other_matrices(monkeypatch)
     before = {name: tensor.clone() for name, tensor in optimizer.state[p].items() if name.startswith("preconditioner")}
     optimizer.state[p]["preconditioner.buffer_0_1"][1] = float("inf")
     p.grad = random(E, R, D, seed=2)
-    with pytest.warns(RuntimeWarning, match="no decomposition of the covariance of parameter 0"):
+    with pytest.warns(RuntimeWarning, match="the covariance of parameter 0.* could not be decomposed"):
         optimizer.step()
     for name in ("values", "vectors"):
         old, new = before[f"preconditioner.{name}_0_1"], optimizer.state[p][f"preconditioner.{name}_0_1"]
