@@ -60,18 +60,19 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
 
     Before ``train`` begins, Trainer itself trains on batches of growing size for a few steps each, with the
     accumulation of gradients and an optimizer of its own, until the memory exceeds the budget or runs out. Then
-    everything is as before: weights, buffers and attributes of modules, the state of optimizer and scheduler, random
-    numbers (also of generators that model, data set or collator hold), Trainer's state and arguments; no other
-    callback sees the trials. ``per_device_train_batch_size`` is what was found, and training goes as it would have
-    gone with that size from the start, bit for bit. What data set and collator do to other attributes of theirs is not
+    everything is restored: weights, buffers and attributes of modules, the state of optimizer and scheduler, random
+    numbers (also of generators that model, data set or collator hold), Trainer's state and arguments. No other callback
+    sees the trials. ``per_device_train_batch_size`` becomes the size that was found, and training computes the same
+    bits as a run that had this size from the start. Changes to other attributes of the data set and the collator are not
     undone.
 
-    A size is tried on the first samples of training. Where batches are padded to their longest sample, longer ones may
-    come: leave room in the budget, or use ``train_sampling_strategy="group_by_length"``, which begins with the longest.
+    A size is tried on the first samples of training. If batches are padded to their longest sample, later ones may be
+    longer: leave room in the budget, or use ``train_sampling_strategy="group_by_length"``, which begins with the
+    longest.
 
-    Under DistributedDataParallel all ranks agree on what fits on each of them; in a trial gradients are not averaged,
-    or a rank without memory would leave the others waiting. A checkpoint brings its size when it is resumed, and
-    nothing is searched; nor by a second ``train()``.
+    Under DistributedDataParallel all ranks agree on a size that fits on each of them. Gradients are not averaged in a
+    trial, because a rank that runs out of memory would leave the others waiting. A resumed run takes the size from its
+    checkpoint and does not search, and neither does a second ``train()``.
 
     Args:
         budget: bytes (``2 * 2**30`` or ``"2GiB"``) or a fraction of the device's memory (0.9) that the peak may take;

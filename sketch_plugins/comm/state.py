@@ -55,24 +55,24 @@ class MemSGDState:
     .. math::
         m_i \leftarrow m_i + g_i, \qquad \bar g = \frac{1}{n} \sum_i C(m_i), \qquad m_i \leftarrow m_i - C(m_i)
 
-    and :math:`\bar g` takes the place of the averaged gradient: whatever optimizer comes after sees k of d entries, the
-    others later. State on each rank: 4 bytes a parameter (``memory_dtype="bf16"``: 2; twice that with ``momentum``);
-    and 12 bytes (16 with ``momentum``) for each entry that the last iteration has sent: should another bucket turn out
-    not to be finite and the step be skipped, these are put back.
+    and :math:`\bar g` replaces the averaged gradient: the optimizer sees k of d entries now, and the others later.
+    State on each rank: 4 bytes a parameter (``memory_dtype="bf16"``: 2; twice that with ``momentum``), and 12 bytes (16
+    with ``momentum``) for each entry that the last iteration has sent. These are put back into the memory if another
+    bucket is not finite and the step is skipped.
 
         ddp = DistributedDataParallel(model)
         state = MemSGDState(model.named_parameters(), density=0.01)
         ddp.register_comm_hook(state, memsgd_hook)
 
     Args:
-        params: ``model.named_parameters()``, or (name, parameter) pairs; names are what memory is saved under. Their
-            order has to be the same on every rank.
+        params: ``model.named_parameters()``, or (name, parameter) pairs. The memory is saved under the names. The order
+            must be the same on every rank.
         process_group: the group of the DistributedDataParallel; None: the default group.
         compressor: ``"block_topk"`` (default), ``"topk"``, ``"randk"``, ``"count_sketch"``, or a `Compressor`.
         density: fraction of the entries that is sent, in (0, 1]; 1 averages everything, as without a hook.
-        start: iterations that average everything before, >= 2 (default 2). DistributedDataParallel sorts its buckets
-            anew after the first one, and the first gradients of a training are rarely sparse: PowerSGD's advice is the
-            length of the learning rate's warm-up.
+        start: first iterations, in which everything is averaged, >= 2 (default 2). DistributedDataParallel rebuilds its
+            buckets after the first one, and the first gradients of a training are rarely sparse. PowerSGD recommends
+            the length of the learning rate's warm-up.
         warmup: iterations after that in which the density falls from ``initial_density`` to ``density``, see
             `DensitySchedule` (default 0).
         initial_density: see there (default 0.25).

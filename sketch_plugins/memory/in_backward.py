@@ -19,48 +19,49 @@ from sketch_plugins.optim.base import SketchOptimizer
 class InBackward:
     """Let an optimizer take each parameter's step during ``backward``, as soon as its gradient is complete.
 
-    The gradient is freed at once, so what gradients take at the peak is about the largest one, not their sum. The loop
-    stays as it is, ``optimizer.step()`` included, and so do the numbers, to the last bit::
+    The gradient is freed at once, so at the peak the gradients need the memory of about the largest one, not of all.
+    The training loop does not change, ``optimizer.step()`` included, and the weights are the same bit for bit::
 
         optimizer = CSAdam(model.parameters(), lr=1e-3, stochastic_rounding=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
         InBackward(optimizer)
         for batch in batches:
-            loss(model, batch).backward()  # here the weights move
+            loss(model, batch).backward()  # here the weights change
             optimizer.step()
             schedule.step()
 
-    ``optimizer.step()`` ends the cycle: it takes the steps of those that still have a gradient, because it was put
-    there by hand or in a backward that was not the last one, and does what waits for all parameters (Sketchy's
-    decompositions). Schedulers, ``state_dict`` and resuming, from and to ordinary runs too, work as ever. With a
-    closure the step is taken in the backward that the closure runs.
+    ``optimizer.step()`` ends the cycle. It takes the steps of the parameters that still have a gradient (set by hand,
+    or by a backward that was not the last one), and does what needs all parameters (Sketchy's decompositions).
+    Schedulers, ``state_dict`` and resuming work as usual; checkpoints of ordinary runs can be loaded, and vice versa.
+    With a closure, the steps are taken in the backward that the closure runs.
 
-    *Accumulation.* Steps are taken in the last backward of a cycle. Which one that is, is said by ``last``, or the
-    other ones by ``with accumulate():``. Until then the gradients are all there: accumulation saves nothing before its
-    last backward::
+    *Accumulation.* Steps are taken in the last backward of a cycle. ``last`` says which one that is, or
+    ``with accumulate():`` marks the others. Until then all gradients are kept, so accumulation saves no memory before
+    its last backward::
 
         back = InBackward(optimizer, last=lambda: (number + 1) % 4 == 0)
         # or: with back.accumulate(): loss.backward()
 
-    *What cannot be done*, because no moment has all the gradients: clipping by their common norm (``update_clip``
-    bounds each tensor's update), a step that is skipped because some gradient overflowed (GradScaler,
-    ``nonfinite="skip"``), a look at gradients after backward. A parameter is moved while backward goes on. That is
-    safe for what autograd computes with: it has used the parameter for the last time by then, and whoever kept it
-    nevertheless (``p.detach()``, a second graph, ``retain_graph``) gets torch's error about a tensor that was "modified
-    by an inplace operation".
+    *Limits.* The gradients never exist all at once. Therefore they cannot be clipped by their common norm
+    (``update_clip`` bounds each tensor's update), a step cannot be skipped because some gradient overflowed
+    (GradScaler, ``nonfinite="skip"``), and gradients cannot be read after backward. A parameter changes while backward
+    continues. Autograd has used it for the last time by then; if other code still needs the old values
+    (``p.detach()``, a second graph, ``retain_graph``), torch raises its error about a tensor that was "modified by an
+    inplace operation".
 
-    *Errors.* `SketchOptimizer.step` looks at all gradients before anything changes. Here an error, of ours or of the
-    model in the middle of its backward, finds parameters near the loss that have taken their step, and others that have
-    not. The error comes out of ``backward`` and names the parameter. Load a checkpoint, or call `reset` and go on.
+    *Errors.* `SketchOptimizer.step` checks all gradients before anything changes. Here, when an error occurs in the
+    middle of backward, parameters near the loss have already taken their step and others have not. The error is raised
+    by ``backward`` and names the parameter. Load a checkpoint, or call `reset` and continue.
 
-    Parameters are looked up in the groups in each step. Those that come later (`add_param_group`, unfrozen, replaced by
-    FSDP2) join in after the next ``optimizer.step()``, or `install`; until then ``step`` takes their steps. FSDP2
-    (``fully_shard``) calls the hooks when a gradient has been reduced. Other hooks of
-    ``register_post_accumulate_grad_hook`` see a gradient only if they were registered before.
+    Parameters are looked up in the groups in each step. Parameters that are added later (`add_param_group`, unfrozen,
+    replaced by FSDP2) take their steps in ``optimizer.step()`` once, and in backward afterwards, or after `install`.
+    FSDP2 (``fully_shard``) calls the hooks when a gradient has been reduced. Other hooks of
+    ``register_post_accumulate_grad_hook`` see a gradient only if they were registered earlier.
 
     Args:
         optimizer: a sketched optimizer; wrappers with an ``optimizer`` attribute are looked through.
-        last: asked for each gradient: whether this is the last backward of the cycle. None: each one is.
+        last: a function without arguments, called for each gradient, that returns whether this is the last backward of
+            the cycle. None: every backward is.
 
     Raises:
         TypeError: not a sketched optimizer, or ``last`` cannot be called.
@@ -68,7 +69,7 @@ class InBackward:
             to DistributedDataParallel, whose all-reduce comes after the hooks, or to an engine of DeepSpeed's (found
             here, or in the first backward).
 
-    In backward it raises RuntimeError, naming the parameter, where one gets its gradient a second time in a cycle (a
+    In backward it raises RuntimeError, naming the parameter, if one gets a second gradient in a cycle (a
     second backward that was not said to accumulate, or a parameter shared by checkpoints with ``use_reentrant=True``:
     the second of them would compute with weights that have moved), and with ``create_graph=True``. ``optimizer.step()``
     raises it where a gradient came back after the step, and under GradScaler, whose first backward has done its damage

@@ -219,7 +219,7 @@ def plan(
     For every optimizer, ``peak = max(forward and backward, step)`` in the steady state, where the optimizer has state:
 
         forward and backward = parameters + state + max over the pass (gradients so far + everything else)
-        step                 = parameters + state + all gradients + what the step takes for a while
+        step                 = parameters + state + all gradients + temporaries of the step
 
     In backward (names ending in ``_layerwise``) a gradient is freed as soon as it is complete, and there is no step.
 
@@ -230,20 +230,20 @@ def plan(
         loss: (model, batch) -> loss.
         batch_size: samples of one pass.
         seq_len: tokens of a sample (models of transformers).
-        gpu_memory: budget: ``"16GiB"``, bytes, or a fraction of the memory of the GPU that is there.
+        gpu_memory: budget: ``"16GiB"``, bytes, or a fraction of the memory of this machine's GPU.
         precision: ``"fp32"``; ``"bf16"``: weights, gradients and activations are bfloat16; ``"bf16-mixed"`` and
             ``"fp16-mixed"``: float32 weights under autocast, whose casts are counted, as in Trainer with ``bf16=True``.
         optimizers: ``"all"``, or names; ``"cs_adam:preset=lean"`` has options, ``"cs_adam_layerwise"`` takes its steps
             in backward, ``"adamw"`` is torch's fused one, ``"adamw_foreach"`` its default on CUDA.
-        task: ``"masked-lm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"sequence-classification"``; None: what the
-            configuration's architecture is for.
+        task: ``"masked-lm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"sequence-classification"``; None: the task of the
+            configuration's architecture.
         gradient_checkpointing: as the model of transformers does it.
-        accumulation: passes of a step: from the second on, all gradients are there from the beginning.
-        zero_stage: 1, 2 or 3: a part of state, gradients, parameters for each rank; a formula, see docs/plan.md.
-        world_size: ranks, with ``zero_stage``.
+        accumulation: passes of a step; from the second pass on, all gradients exist from the beginning.
+        zero_stage: 1, 2 or 3 of DeepSpeed's ZeRO, computed by a formula, see docs/plan.md.
+        world_size: number of ranks, with ``zero_stage``.
         device: ``"cuda"``, or ``"cpu"``, whose kernels keep other things for backward.
-        reserve: part of the budget that torch's allocator does not get; None: 512 MiB on CUDA for its context.
-        progress: called with the steps done, their number, and what is at hand.
+        reserve: part of the budget that torch's allocator cannot use; None: 512 MiB on CUDA for its context.
+        progress: function that is called with the number of steps done, their total, and the name of the present one.
 
     Returns:
         A `Plan`.

@@ -182,16 +182,16 @@ class StateReport:
 def state_report(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> StateReport:
     """Bytes of an optimizer's state, for each store, parameter and group, compared with AdamW.
 
-    Where parameters are spread over ranks (FSDP2, DeepSpeed's ZeRO) everything is counted for this rank.
+    If parameters are sharded over ranks (FSDP2, DeepSpeed's ZeRO), the report counts the state of this rank.
 
-    Works for any torch optimizer (each key of its state is a store); wrappers with an ``optimizer`` attribute
-    (accelerate, LR schedulers) are looked through. Before the first step a sketched optimizer reports what it will
-    allocate, and torch's have no state, which the table says; frozen parameters (``requires_grad=False``) without state
-    are left out. Tensors are counted by their size; the scalar step counters are left out on both sides.
+    It works for any torch optimizer (each key of its state is a store), and for wrappers with an ``optimizer``
+    attribute (accelerate, LR schedulers). Before the first step, a sketched optimizer reports what it will allocate;
+    torch's optimizers have no state then, and the table says so. Frozen parameters (``requires_grad=False``) without
+    state are left out. Tensors are counted by their size; scalar step counters are left out on both sides.
 
     Args:
         optimizer: the optimizer.
-        model: whose parameters they are, for their names; not needed where the optimizer was given
+        model: the module with these parameters, for their names; not needed if the optimizer was built with
             ``named_parameters()``.
 
     Returns:

@@ -30,11 +30,11 @@ class QuadraticWarmup:
 def quadratic_warmup(
     optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int | None = None, decay: float | None = None
 ) -> LambdaLR:
-    r"""Learning rate ``lr * min(1, (t / warmup_steps)^2)`` in step t = 1, 2, ...; if asked for, down to 0 at the end.
+    r"""Learning rate ``lr * min(1, (t / warmup_steps)^2)`` in step t = 1, 2, ...; optionally falling to 0 at the end.
 
-    What the authors of SM3 advise (https://arxiv.org/abs/1901.11150 and their code): a warm-up over about 5 % of the
-    steps, preferably quadratic, and no decay, or a linear one to 0 over the last 10 %. Call ``step()`` of what is
-    returned after each step of the optimizer. Steps count from 1, so none is wasted on a learning rate of 0.
+    The authors of SM3 recommend this schedule (https://arxiv.org/abs/1901.11150 and their code): a warm-up over about
+    5 % of the steps, preferably quadratic, and no decay, or a linear decay to 0 over the last 10 %. Call the schedule's
+    ``step()`` after each step of the optimizer. Steps count from 1, so that no step has a learning rate of 0.
 
     Args:
         optimizer: any torch optimizer; the ``lr`` of its groups is the full rate.
