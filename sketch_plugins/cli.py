@@ -169,7 +169,7 @@ def _add_reshard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _reshard(arguments: argparse.Namespace) -> int:
-    # The library of tables and bars, and torch behind it, for this command alone.
+    # Imported here: it brings rich and torch, which other commands do not need.
     from sketch_plugins.checkpoints.command import main as reshard
 
     return reshard(arguments.checkpoint, arguments.world_size, arguments.output, arguments.trust, f"{PROG} reshard")

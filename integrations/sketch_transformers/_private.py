@@ -134,7 +134,7 @@ def set_batch(trainer: Any, size: int, accumulation: int) -> None:
 
 
 def only_training(trainer: Any, callback: Any, steps: int) -> None:
-    """Leave the trainer this callback alone, and ``steps`` to train for. Who calls this puts all attributes back.
+    """Leave the trainer with this callback only, and with ``steps`` steps to train. The caller restores all attributes.
 
     Nothing but gradients talks to other ranks then, but the loaders at the beginning of an epoch.
     """

@@ -29,7 +29,7 @@ class Backend:
     Attributes:
         name: of the compiler.
         unsupported: why the kernels cannot take a step; None if they can.
-        task: a work as a task, which holds for the next steps, too; None: it is like none that follow.
+        task: the work as a `Task` that later steps can reuse; None: later steps cannot reuse it.
         prepare_tasks: (tasks, rows of numbers, each task's row, addresses of the gradients, the last program): makes
             the steps ready, without changing anything. Returns the program, for the next step, and for each launch the
             places of its tasks in the list and what takes their steps.
