@@ -63,7 +63,7 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
     everything is restored: weights, buffers and attributes of modules, the state of optimizer and scheduler, random
     numbers (also of generators that model, data set or collator hold), Trainer's state and arguments. No other callback
     sees the trials. ``per_device_train_batch_size`` becomes the size that was found, and training computes the same
-    bits as a run that had this size from the start. Changes to other attributes of data set and collator are not undone.
+    bits as a run that had this size from the start. Other changes to data set and collator are not undone.
 
     A size is tried on the first samples of training. If batches are padded to their longest sample, later ones may be
     longer: leave room in the budget, or use ``train_sampling_strategy="group_by_length"``, which begins with the

@@ -56,7 +56,7 @@ class SketchOptimizer(Taking):
         super().__init__(params, {**validate(self.OPTIONS, defaults, type(self).__name__), **fixed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; it may set any option, and ``preset``. Unknown keys are kept, unless they look like a misspelt option.
+        """Add a group; it may set any option, and ``preset``. Unknown keys are kept, unless they look misspelt.
 
         Raises:
             ValueError: an option's value is not allowed (also where the key was meant as one of the user's own), a key
