@@ -155,7 +155,7 @@ def test_state_that_is_not_loaded():
         ({**good, "state": {**good["state"], 0: {"error": good["state"][0]["error"]}}}, "parameter 0 lacks 'step'"),
         (kept(error=torch.zeros(3)), r"parameter 0 has 'error' \(3 entries\).* 200 entries"),
         (kept(average=[0.0]), r"'average' \(list\)"),
-        (kept(exp_avg=torch.zeros(200)), "has 'exp_avg'"),
+        (kept(exp_avg=torch.zeros(200)), "contains 'exp_avg'"),
     ):
         with pytest.raises(ValueError, match=said):
             optimizer.load_state_dict(bad)
