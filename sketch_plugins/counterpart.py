@@ -112,7 +112,7 @@ def counterpart(
 def become(optimizer: Any, name: str, options: Mapping[str, Any], words: Wording = PLAIN) -> None:
     """Turn one of torch's optimizers that has just been built into its counterpart, the same object.
 
-    Whoever holds the object holds the counterpart: for constructors, which cannot return another object.
+    References to the object then refer to the counterpart: constructors cannot return another object.
 
     Args:
         optimizer: see `counterpart`.

@@ -100,7 +100,7 @@ class Framework:
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace ``name`` of a class or module by ``wrapper`` of what is there. What has been replaced stays as it is."""
+    """Replace ``name`` of a class or module by ``wrapper(original)``, unless it is wrapped already."""
     there = getattr(owner, name)
     if is_ours(there):
         return

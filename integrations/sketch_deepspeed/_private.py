@@ -198,7 +198,7 @@ def _accept(engine: Any, optimizer: SketchOptimizer) -> None:
         universal=bool(engine.load_universal_checkpoint()),
         zenflow=getattr(config.zero_config, "zenflow", None) is not None,
     )
-    # True is DeepSpeed's default; who writes it wants the error.
+    # True is DeepSpeed's default; a user who sets it expects DeepSpeed's error.
     if config._param_dict.get("zero_force_ds_cpu_optimizer") is not True:
         config.zero_force_ds_cpu_optimizer = False
     name_parameters(optimizer, engine.module)

@@ -1,4 +1,4 @@
-"""A checkpoint of DeepSpeed's ZeRO, written anew for another number of ranks: ``sketch-plugins reshard``.
+"""Rewrite a checkpoint of DeepSpeed's ZeRO for another number of ranks: ``sketch-plugins reshard``.
 
 DeepSpeed loads the optimizer state of a checkpoint with as many ranks as have written it. This reads the files of all
 ranks and writes those of N others, which ``engine.load_checkpoint`` takes for ones that were saved there: weights and
@@ -52,7 +52,7 @@ def reshard(
     trust: bool = False,
     progress: Progress = lambda done, of, what: None,
 ) -> Report:
-    """Write ``checkpoint`` anew for ``world_size`` ranks.
+    """Write a copy of ``checkpoint`` for ``world_size`` ranks.
 
     Args:
         checkpoint: directory given to ``engine.save_checkpoint``, with a file ``latest``, or the directory of one tag.

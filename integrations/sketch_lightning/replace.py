@@ -1,4 +1,4 @@
-"""A sketched optimizer in the place of one of torch's: whoever held the old one, schedulers too, holds the new one."""
+"""Replace an optimizer of torch by a sketched one, in every reference to it, schedulers included."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def follow(module: Any, replaced: Mapping[int, tuple[Any, SketchOptimizer]]) -> 
 
 
 def retire(old: torch.optim.Optimizer, new: SketchOptimizer) -> None:
-    """Let the use of the old optimizer be an error: whoever still has it would train, or unfreeze, with it unseen."""
+    """Make every use of the old optimizer an error: a step or a new group would have no effect."""
     names = type(old).__name__, type(new).__name__
 
     def refuse(what: str) -> Any:

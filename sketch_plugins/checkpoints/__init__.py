@@ -1,4 +1,4 @@
-"""Checkpoints of sharded runs, written anew for another number of ranks."""
+"""Checkpoints of sharded runs, rewritten for another number of ranks."""
 
 from sketch_plugins.checkpoints.saved import CannotReshard, Report, SavedOptimizer
 

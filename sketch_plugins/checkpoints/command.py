@@ -47,7 +47,7 @@ def table(report: Report) -> Table:
     out.add_column("state")
     out.add_column("pieces", justify="right")
     out.add_column("bit for bit", justify="right")
-    out.add_column("cut anew", justify="right")
+    out.add_column("rebuilt", justify="right")
     for kind in sorted({*report.exact, *report.cut}):
         exact, cut = report.exact[kind], report.cut[kind]
         out.add_row(kind, str(exact + cut), str(exact), str(cut))

@@ -1,4 +1,4 @@
-"""``sketch-plugins convert``: a checkpoint that AdamW wrote, written anew with the state of an optimizer of ours."""
+"""``sketch-plugins convert``: a copy of AdamW's checkpoint with the state of a sketched optimizer."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def convert(
     force: bool = False,
     trust: bool = False,
 ) -> Converted:
-    """Write a checkpoint of AdamW, Adam, SGD or Adagrad anew, with the state of an optimizer of ours in it.
+    """Write a copy of a checkpoint of AdamW, Adam, SGD or Adagrad with the state of a sketched optimizer.
 
     The state is what `convert_state` makes of it, bit for bit. Learning rates, betas, epsilons and weight decays of the
     groups stay. Everything else in the checkpoint stays, too.
@@ -132,7 +132,7 @@ def convert(
             to be given to the run that goes on, too.
         out: what to write: a directory for a directory; for a file a file, or a directory to put it into; None: beside
             the checkpoint, with ``-NAME`` in its name.
-        force: write over what is there; ``out`` may be the checkpoint itself.
+        force: replace an output that exists; ``out`` may be the checkpoint itself.
         trust: unpickle objects that are neither tensors nor plain values.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A directory of torch.distributed.checkpoint (FSDP2), written anew for another number of shards.
+"""Rewrite a directory of torch.distributed.checkpoint (FSDP2) for another number of shards.
 
 Weights are DTensors there, which torch itself loads on any mesh. State of our optimizers belongs to a shard: a tensor
 of size s is kept as one of size ``(W, *s)`` for W shards (`sketch_plugins.sharding.parts.wrap`), and torch refuses it
@@ -49,7 +49,7 @@ def reshard(
     trust: bool = False,
     progress: Progress = lambda done, of, what: None,
 ) -> Report:
-    """Write ``checkpoint`` anew for ``world_size`` shards (of HSDP: the size of the mesh dimension that shards).
+    """Write a copy of ``checkpoint`` for ``world_size`` shards (of HSDP: the size of the mesh dimension that shards).
 
     All of it is read into memory at once, and written by this one process.
 
@@ -96,7 +96,7 @@ def reshard(
 
 
 class _Planner(_EmptyStateDictLoadPlanner):
-    """Builds what is there, and unpickles nothing but plain values."""
+    """Builds tensors and containers, and unpickles nothing but plain values."""
 
     def __init__(self, trust: bool) -> None:
         super().__init__()

@@ -313,8 +313,8 @@ class MemSGDState:
     def settle(self) -> None:
         """Finish the last iteration: if one of its buckets was not finite, what all of them have sent is put back.
 
-        Whoever looks at a gradient skips the step then, on all ranks, and what was sent would be lost. All ranks have
-        the same flags by now. On a GPU nobody looks at them, as it would have to be waited for.
+        GradScaler, or other code that checks gradients, then skips the step on all ranks. All ranks have the same flags
+        by now. On a GPU the host does not read them, because it would have to wait.
         """
         if self._running or not (self._sent or self._flags):
             return

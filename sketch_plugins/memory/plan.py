@@ -330,7 +330,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 class _Described:
-    """The model, whoever makes it."""
+    """The model: given by name, configuration, module or function."""
 
     def __init__(
         self,

@@ -326,7 +326,7 @@ class CoupledDecay(TypedDict, total=False):
 
 
 class Torchs(TypedDict, total=False):
-    """Arguments of torch's optimizers that change nothing: whoever hands on AdamW's need not take them out."""
+    """Arguments of torch's optimizers that have no effect here, so that AdamW's arguments can be passed on."""
 
     amsgrad: Annotated[bool, unused((False,), "the maxima of AMSGrad are not kept")]
     foreach: Annotated[bool | None, unused((None, False), "fused=True is what asks for kernels here")]

@@ -86,7 +86,7 @@ class Groups(torch.optim.Optimizer):
     def _check_options(
         self, seen: dict[int, tuple[Any, dict[str, Any]]], number: int, group: Mapping[str, Any]
     ) -> None:
-        """Whoever changes a group between steps is told at once; only what is new is looked at."""
+        """Validate the options of a group that have changed since the last step."""
         # Not by number: DeepSpeed takes the steps of its groups one by one, each as the optimizer's only group.
         known, last = seen.get(id(group), (None, {}))
         last = last if known is group else {}

@@ -48,7 +48,7 @@ def begin(optim: str | None = None, optim_args: str | None = None) -> Settings:
     outer = inherited() or Settings()
     if optim is None:
         optim, optim_args = outer.optim, outer.optim_args
-    # A name only: whoever is the first to have something to note makes the file.
+    # A name only: the first process that has something to note creates the file.
     name = f"sketch-plugins-run-{os.getpid()}-{secrets.token_hex(8)}"
     settings = Settings(optim, optim_args, (*outer.notes, os.path.join(tempfile.gettempdir(), name)))
     # The triggers stand in front, for the child to read without a parser. They contain neither commas nor spaces.

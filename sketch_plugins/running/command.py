@@ -92,7 +92,7 @@ def _is_foreign(path: str, command: bool) -> bool:
         with open(path, "rb") as file:
             start = file.read(1024)
     except OSError:
-        return False  # whoever opens it next says what is wrong
+        return False  # the caller opens it next and reports the error
     if not os.access(path, os.X_OK):
         return False
     if not start.startswith(b"#!"):
@@ -165,7 +165,7 @@ def _is_in_front() -> bool:
 
 
 def _die_of(number: int) -> int:
-    """End by the signal that the command ended by, for whoever waits for this process."""
+    """End by the signal that ended the command, so that the parent process sees it."""
     try:
         import resource
 

@@ -6,8 +6,8 @@ say so, from the outside to the inside, with dots between::
     step    first_moment.codes    first_moment.scales    second_moment.table
     3[0,0:64x32].step    3[0,0:64x32].first_moment.codes
 
-Whoever walks over a state to count its bytes, to move it or to save it then meets every tensor. The code of a step has
-one part of a parameter at a time before it, and looks at it as a mapping of mappings: `nested`.
+Code that walks over a state, to count its bytes, to move it or to save it, then finds every tensor. The code of a step
+works on one part of a parameter at a time, and reads its state as a mapping of mappings: `nested`.
 """
 
 from __future__ import annotations
