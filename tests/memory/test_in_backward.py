@@ -473,7 +473,7 @@ def test_an_error_names_the_parameter_and_says_what_has_happened():
     before = {label: p.detach().clone() for label, p in net.named_parameters()}
     back = InBackward(optimizer)
     net.second.weight.register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(ValueError, match=r"parameter 'second\.weight'.*not finite.*of 13 parameters have taken"):
+    with pytest.raises(ValueError, match=r"parameter 'second\.weight'.*not finite.*of 13 parameters have already taken"):
         loss_of(net, 0).backward()
     moved = {label for label, p in net.named_parameters() if not torch.equal(p, before[label])}
     assert "second.weight" not in moved and {"narrow.weight", "narrow.bias", "wide.weight"} <= moved
