@@ -88,7 +88,7 @@ class CSAdam(SketchOptimizer):
     =============== ============== ============= ============ ============================================== ==========
     default         int8           count_min     0.05         depth 1, strided hash, bucket mean             1.24
     lean            none           count_min     0.05         + update_clip 1, scale_parameter with          0.20
-                                                              reference_rms 0.018: AdamW's rate
+                                                              reference_rms 0.017: AdamW's rate
     paper_cs_mv     count_sketch   count_min     3 x 0.0667   depth 3, affine hash, bucket sum, median and   1.60
                                                               minimum, cleaning 0.2 every 125 steps; for
                                                               row-sparse gradients (embedding, softmax)

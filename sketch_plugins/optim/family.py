@@ -14,7 +14,7 @@ from sketch_plugins.stores.sketch import BUCKETS, TABLE_DTYPES
 
 #: The RMS of weights with which `scale_parameter` takes AdamW's learning rate: measured (docs/benchmarks.md), near the
 #: standard deviation of 0.02 that transformers are initialised with.
-TYPICAL_RMS = 0.018
+TYPICAL_RMS = 0.017
 #: Adafactor's two devices, in the form that takes AdamW's learning rate: options of presets.
 ADAFACTOR_DEVICES = {"update_clip": 1.0, "scale_parameter": True, "reference_rms": TYPICAL_RMS}
 #: Options that are younger than checkpoints may be -> what these were trained with.
@@ -201,7 +201,7 @@ class Clipping(TypedDict, total=False):
         option(
             1.0,
             "with scale_parameter the RMS of weights that take a step of lr itself. 1: lr is relative to the weights "
-            "(Adafactor's relative step), 2e-2 to 2e-1. 0.018, where presets say so: AdamW's learning rate carries "
+            "(Adafactor's relative step), 2e-2 to 2e-1. 0.017, where presets say so: AdamW's learning rate carries "
             "over, for weights have an RMS of about 0.02 (docs/algorithms.md).",
             allowed="a number > 0",
             check=lambda v: v > 0,

@@ -100,7 +100,7 @@ class SM3(SketchOptimizer):
     none 0.
 
     Presets: ``"default"`` (int8 momentum); ``"lean"`` (no momentum); ``"ema"`` (no momentum, ``betas[1] = 0.999``,
-    update_clip 1, scale_parameter with ``reference_rms=0.018``: AdamW's learning rate carries over; the best of the
+    update_clip 1, scale_parameter with ``reference_rms=0.017``: AdamW's learning rate carries over; the best of the
     four on a small language model, docs/benchmarks.md); ``"exact"`` (dense accumulators, fp32 momentum: Adagrad with
     momentum, 8 bytes a parameter).
 

@@ -78,7 +78,7 @@ class Sketchy(SketchOptimizer):
     ========== =========================================================================================================
     preset     options
     ========== =========================================================================================================
-    default    graft "cs", update_clip 1, scale_parameter with reference_rms 0.018, input "update", momentum before,
+    default    graft "cs", update_clip 1, scale_parameter with reference_rms 0.017, input "update", momentum before,
                Nesterov, tail "trace", statistics "accumulate", solver "eigh", update_freq 10, rank 32
     exact      no covariances, graft "rmsprop", no momentum: the same size of step at 4 bytes a parameter. For parameter
                groups
