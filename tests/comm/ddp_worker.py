@@ -689,7 +689,7 @@ def check_errors():
     raises("model is a Net", lambda: attach(ddp.module))
     state = MemSGDState(Net().named_parameters())
     ddp.register_comm_hook(state, memsgd_hook)
-    raises("none of the", lambda: loss_of(ddp, 0, RANK).backward())
+    raises("not among the", lambda: loss_of(ddp, 0, RANK).backward())
     dist.barrier()
     raises("already has a communication hook", lambda: attach(ddp))
     ddp, state = build(density=0.1)
