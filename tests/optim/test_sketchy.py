@@ -382,7 +382,7 @@ def test_gradients_that_are_not_finite(value, preset):
 def test_low_rank_and_vanishing_gradients():
     """Rank 1 below the sketch's rank, zeros, then something new: nothing is amplified beyond the graft's norm."""
     params = parameters([(30, 20)], torch.float32)
-    optimizer = Sketchy(params, 1.8e-4, rank=8, update_freq=1)
+    optimizer = Sketchy(params, 1.7e-4, rank=8, update_freq=1)
     u, v = torch.randn(30, 1), torch.randn(1, 20)
     for g in [*[u @ v] * 5, *[torch.zeros(30, 20)] * 3, torch.randn(30, 20) * 1e-12, torch.randn(30, 20)]:
         before = params[0].detach().clone()
@@ -611,7 +611,7 @@ def test_the_last_preconditioner_stays_where_nothing_helps(options, silent, monk
     monkeypatch.setattr(torch.linalg, "eigh", broken(torch.linalg.eigh, silent))
     monkeypatch.setattr(torch.linalg, "svd", broken(torch.linalg.svd, silent))
     with pytest.warns(
-        RuntimeWarning, match=r"covariance of parameter 'weight' of shape \(20, 12\) is finite"
+        RuntimeWarning, match=r"covariance of parameter 'weight' of shape \(20, 12\) could not be decomposed"
     ) as warned:
         train(a, params, 1, first=3)
     assert len(warned) == 1

@@ -207,7 +207,7 @@ def test_stays_itself_under_deepspeed_offload(make_args):
     with pytest.raises(ValueError, match="DeepSpeedCPUAdam"):
         optimizer_cls_and_kwargs(args)
     args.hf_deepspeed_config = HfDeepSpeedConfig({"zero_optimization": {}, "optimizer": {"type": "AdamW"}})
-    with pytest.raises(ValueError, match="'AdamW'; remove that block"):
+    with pytest.raises(ValueError, match="'AdamW': remove that block"):
         optimizer_cls_and_kwargs(args)
 
 
