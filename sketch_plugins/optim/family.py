@@ -306,6 +306,19 @@ class Steps(TypedDict, total=False):
             "is a function of (seed, step, element).",
         ),
     ]
+    weight_bits: Annotated[
+        int | None,
+        option(
+            None,
+            "bits of a weight that a bfloat16 or float16 parameter cannot hold are kept among the state and take part "
+            "in every step: 24 bits a weight with one byte more, rounded by chance, or 32 with two, which of bfloat16 "
+            "is float32 itself. The parameter holds the nearest weight of its dtype. Parameters of other dtypes stay "
+            "as they are, and ``stochastic_rounding`` means nothing to those that have more bits. Whoever else writes "
+            "a weight makes its further bits void, see docs/weight_bits.md.",
+            choices=(None, 24, 32),
+            structural=True,
+        ),
+    ]
     seed: Annotated[
         int | None, option(0, "seed of all random choices; equal seeds give equal results.", structural=True)
     ]

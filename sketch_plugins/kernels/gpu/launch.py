@@ -44,6 +44,8 @@ _Action = Callable[[], Any]
 
 def unsupported(w: Work) -> str | None:
     """Why these kernels cannot take this parameter's step; None if they can."""
+    if w.correction is not None:
+        return "XXX"
     if w.p.dtype not in TYPES or w.g.dtype not in TYPES:
         return (
             f"the parameter is {w.p.dtype} and its gradient {w.g.dtype}: the Triton kernels take "
