@@ -3,13 +3,11 @@
 tests/kernels/test_weight_code.py has the code itself, tests/compare the kernels.
 """
 
-import copy
-
 import pytest
 import torch
 
-from sketch_plugins import CSAdam, CSMomentum, SAdagrad, Sketchy, registry
-from sketch_plugins.kernels.weight_code import CODES, decode
+from sketch_plugins import CSAdam, CSMomentum, registry
+from sketch_plugins.kernels.weight_code import decode
 
 NAMES = [name for name in registry.names() if "weight_bits" in registry.get(name).options]
 
