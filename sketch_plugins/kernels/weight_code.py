@@ -103,6 +103,24 @@ def encode(x: Tensor, dtype: torch.dtype, bits: int, noise: Tensor | None = None
     return torch.where(finite, signed, x.to(dtype)), code.masked_fill_(~finite, 0).to(CODES[bits])
 
 
+def decoded(weight: Tensor, code: Tensor) -> Tensor:
+    """`decode` of a whole parameter, with temporaries of a block."""
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    _blocks(CPU_NOISE if weight.device.type == "cpu" else ACCELERATOR_NOISE, (weight, code, out), decode)
+    return out
+
+
+def write_nearest(x: Tensor, weight: Tensor, code: Tensor) -> None:
+    """Write float32 numbers as weights and corrections of the same shape, to nearest, with temporaries of a block."""
+
+    def write(x: Tensor, weight: Tensor, code: Tensor) -> None:
+        stored, own = encode(x, weight.dtype, 24 if code.dtype == torch.int8 else 32)
+        weight.copy_(stored)
+        code.copy_(own)
+
+    _blocks(CPU_NOISE if x.device.type == "cpu" else ACCELERATOR_NOISE, (x, weight, code), write)
+
+
 class Corrected(Matrix):
     """A parameter with corrections as a matrix of float32 numbers: read whole, and written as weight and correction.
 

@@ -160,9 +160,13 @@ class StateLayout(Groups):
         """Before a state dict is made, which tells by the marks whether it is loaded with the weights it belongs to."""
         groups = [group for group in self.param_groups if group.get("weight_bits")]
         if groups:
-            self._written = self._written or Written()
-            self._written.check(self._parts_with_state(groups))
-            self._written.mark(self._parts_with_state(groups))
+            self._check_weights().mark(self._parts_with_state(groups))
+
+    def _check_weights(self) -> Written:
+        """Set the corrections of all weights to 0 that are void."""
+        self._written = self._written or Written()
+        self._written.check(self._parts_with_state([group for group in self.param_groups if group.get("weight_bits")]))
+        return self._written
 
     def _parts_with_state(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Part, Mapping[str, Any] | None]]:
         for group in groups:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sketch_plugins import CSMomentum
-from sketch_plugins.kernels.weight_code import CODES
 from sketch_plugins.kernels.interpretation import interpreted
+from sketch_plugins.kernels.weight_code import CODES
 
 SHAPE = (256, 256)  # every weight once
 

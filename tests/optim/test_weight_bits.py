@@ -58,9 +58,9 @@ def test_every_optimizer_moves_as_in_float32(name, bits):
         assert bool(((p.detach().float() - got).abs() <= (got.bfloat16().float() - got).abs()).all())
 
 
-def test_ten_thousand_updates_of_a_millionth_arrive():
+def test_thousands_of_updates_of_a_millionth_arrive():
     """Each is far below half of bfloat16's last place (1/512), and below that of 24 bits (1/65536)."""
-    steps, lr, copies = 10_000, 1e-6, 32
+    steps, lr, copies = 2_000, 1e-6, 64
     start = torch.arange(128, 256).repeat(copies).to(torch.bfloat16) / 128  # every weight from 1 to 2
     moved = {}
     for bits in (None, 24, 32):
@@ -68,7 +68,7 @@ def test_ten_thousand_updates_of_a_millionth_arrive():
         own = {"momentum": 0.0, "weight_decay": 0.0, "first_moment": "none", "fused": False}
         optimizer = CSMomentum([p], lr=lr, weight_bits=bits, **own)
         p.grad = -start.clone()
-        for _ in range(steps):
+        for _ in range(steps if bits else 1):  # without bits one step is like the other
             optimizer.step()
         if bits is None:
             assert torch.equal(p.detach(), start)  # nothing arrives
@@ -85,7 +85,7 @@ def test_ten_thousand_updates_of_a_millionth_arrive():
 
 
 def test_a_norm_weight_at_one_moves():
-    steps, lr = 2000, 1e-5  # a fine-tune's rate
+    steps, lr = 400, 1e-5  # a fine-tune's rate
     for bits, moves in ((None, False), (24, True), (32, True)):
         norm = torch.nn.LayerNorm(64, bias=False, dtype=torch.bfloat16)
         optimizer = CSAdam(norm.parameters(), lr=lr, weight_decay=0.0, weight_bits=bits, fused=False)
