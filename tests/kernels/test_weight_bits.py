@@ -1,7 +1,7 @@
 """``weight_bits`` in the kernels: every bfloat16 and float16 weight, bit for bit what the eager step writes.
 
-Where the arithmetic of a step is exact but for one rounding (SGD at a rate that is a power of two), all backends have to
-leave the same weights and the same corrections behind, noise included. `tests/compare` compares everything else.
+Where the arithmetic of a step is exact but for one rounding (SGD at a rate that is a power of two), all backends have
+to leave the same weights and the same corrections behind, noise included. `tests/compare` compares everything else.
 """
 
 import pytest

@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing():
     ):
         with pytest.raises(ValueError, match=said):
             load_full_precision_state_dict(model, optimizer, {**before, **change})
-    with pytest.raises(ValueError, match="missing 'embed.weight'"):
+    with pytest.raises(ValueError, match=r"missing 'embed\.weight'"):
         load_full_precision_state_dict(model, optimizer, {k: v for k, v in before.items() if k != "embed.weight"})
     after = full_precision_state_dict(model, optimizer)
     assert all(torch.equal(before[name], after[name]) for name in before)

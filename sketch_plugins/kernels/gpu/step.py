@@ -124,7 +124,8 @@ def tiles(
     FIRST: tl.constexpr, SECOND: tl.constexpr, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
     F_TYPE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr,
     UNIT: tl.constexpr, AFTER: tl.constexpr, L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr,
-    DEPTH1: tl.constexpr, DEPTH2: tl.constexpr, ALIGN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    DEPTH1: tl.constexpr, DEPTH2: tl.constexpr, ALIGN: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``M`` rows by ``BLOCK`` columns (``N`` is the power of two above it)."""
     pid = tl.program_id(0)
