@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sketch_plugins.notices import warn
 from sketch_plugins.optim.groups import Groups
 from sketch_plugins.optim.rule import Further, LastRms
 from sketch_plugins.optim.weight_bits import WeightCorrection, Written, corrects
@@ -149,6 +150,14 @@ class StateLayout(Groups):
         if not groups:
             yield
             return
+        if self._written is None and not any(corrects(p, group) for group in groups for p in group["params"]):
+            dtypes = sorted({str(p.dtype) for group in groups for p in group["params"]})
+            warn(
+                f"weight_bits={groups[0]['weight_bits']} has no effect: it is for bfloat16 and float16 parameters, and "
+                f"those of {type(self).__name__} are {', '.join(dtypes)}. Cast the model (sketch_plugins.cast_model), "
+                "or load it in bfloat16; a framework may also keep float32 weights of its own (DeepSpeed, FSDP2's "
+                "mixed precision)"
+            )
         self._written = self._written or Written()
         self._written.check(self._parts_with_state(groups))
         try:

@@ -17,7 +17,9 @@ def checkpointing(namespace, folder):
 
 def test_a_resumed_run_is_the_uninterrupted_one(namespace, fit, tmp_path):
     def run(epochs, folder, bits=24, **options):
-        made = strategy("SketchStrategy", namespace, optimizer="cs_adam", optimizer_kwargs={**SMALL, "weight_bits": bits})
+        made = strategy(
+            "SketchStrategy", namespace, optimizer="cs_adam", optimizer_kwargs={**SMALL, "weight_bits": bits}
+        )
         callbacks = [
             checkpointing(namespace, tmp_path / folder),
             callback("OptimizerStateMonitor", namespace, full_precision=True),

@@ -195,6 +195,14 @@ def test_float32_parameters_are_left_alone():
     assert CODES not in optimizer.state[norm] and CODES in optimizer.state[weight]
 
 
+def test_an_optimizer_without_half_precision_says_so_once(recwarn):
+    params = [torch.nn.Parameter(torch.ones(8))]
+    optimizer = CSAdam(params, weight_bits=24, fused=False)
+    train(params, optimizer, 0, 1)
+    (warning,) = recwarn
+    assert "weight_bits=24 has no effect" in str(warning.message) and "torch.float32" in str(warning.message)
+
+
 def test_a_step_that_fails_leaves_the_corrections():
     params, optimizer = made(32)
     train(params, optimizer, 0, 1)

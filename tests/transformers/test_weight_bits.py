@@ -22,7 +22,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, bits, make_trainer, new_mo
     whole = trainer(callbacks=[SketchCallback(full_precision=True)])
     whole.train()
     wanted = full_precision_state_dict(whole.model, whole.optimizer)
-    assert any(not torch.equal(value, p.float()) for value, p in zip(wanted.values(), whole.model.state_dict().values()))
+    stored = whole.model.state_dict()
+    assert any(not torch.equal(value, stored[key].float()) for key, value in wanted.items())
     again = trainer(seed=1, output_dir=str(tmp_path / "again"))
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     got = full_precision_state_dict(again.model, again.optimizer)
@@ -31,7 +32,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, bits, make_trainer, new_mo
     read = GPT2LMHeadModel.from_pretrained(tmp_path / "out" / "checkpoint-6" / "float32", dtype="auto")
     assert read.dtype == torch.float32
     assert all(torch.equal(wanted[key], value) for key, value in read.state_dict().items())
-    assert sorted(path.name for path in (tmp_path / "out" / "checkpoint-6").iterdir() if path.name.startswith(".")) == []
+    assert (
+        sorted(path.name for path in (tmp_path / "out" / "checkpoint-6").iterdir() if path.name.startswith(".")) == []
+    )
     # And once more, over what is there.
     save_full_precision(whole.model, whole.optimizer, tmp_path / "out" / "checkpoint-6" / "float32")
 
