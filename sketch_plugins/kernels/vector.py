@@ -115,14 +115,15 @@ def weights(typing, like_p, like_c, p, c, low, high):
     """
     array = types.Array(like_p.dtype, 1, "C")
     corrected = isinstance(like_c.dtype, types.Integer)
-    kind = types.Tuple((array, types.Array(like_c.dtype, 1, "C"), types.uint64, types.uint64)) if corrected else array
+    codes = types.Array(like_c.dtype, 1, "C")
+    kind = types.Tuple((array, codes, types.uint64, types.uint64)) if corrected else array
 
     def generate(context, builder, sig, args):
         parameter = _array_at(context, builder, array, args[2])
         if not corrected:
             return parameter
         return context.make_tuple(
-            builder, kind, (parameter, _array_at(context, builder, kind.types[1], args[3]), args[4], args[5])
+            builder, kind, (parameter, _array_at(context, builder, codes, args[3]), args[4], args[5])
         )
 
     return kind(like_p, like_c, types.uint64, types.uint64, types.uint64, types.uint64), generate
@@ -193,8 +194,8 @@ def load(typing, array, index, n):
     """
 
     def generate(context, builder, sig, args):
-        kind = sig.args[0]
-        if isinstance(kind, types.BaseTuple):
+        kind: Any = sig.args[0]
+        if isinstance(kind, types.Tuple):
             p, c = (builder.extract_value(args[0], i) for i in range(2))
             stored = builder.zext(_read(context, builder, kind.types[0], p, *args[1:]), _vector(_I32))
             code = _read(context, builder, kind.types[1], c, *args[1:])
@@ -218,8 +219,9 @@ def store(typing, array, index, value, n):
     """
 
     def generate(context, builder, sig, args):
-        kind, value = sig.args[0], args[2]
-        if isinstance(kind, types.BaseTuple):
+        kind: Any = sig.args[0]
+        value = args[2]
+        if isinstance(kind, types.Tuple):
             p, c, low, high = (builder.extract_value(args[0], i) for i in range(4))
             narrow = kind.types[1].dtype == types.int8
             noise = _noise(builder, args[1], low, high) if narrow else None

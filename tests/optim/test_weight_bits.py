@@ -58,6 +58,21 @@ def test_every_optimizer_moves_as_in_float32(name, bits):
         assert bool(((p.detach().float() - got).abs() <= (got.bfloat16().float() - got).abs()).all())
 
 
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_layouts_whose_rows_are_copied(batch_dims):
+    """Axes in another order in memory: the same weights and corrections as of a contiguous tensor."""
+    out = []
+    for layout in (lambda x: x, lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
+        (p,) = made([(20, 24, 18)])
+        p = torch.nn.Parameter(layout(p.detach()))
+        optimizer = CSAdam([p], weight_bits=24, min_compress_size=0, batch_dims=batch_dims, fused=False, chunk_size=500)
+        for step in range(3):
+            give([p], step)
+            optimizer.step()
+        out.append((p.detach(), optimizer.state[p]["weight_correction.codes"]))
+    assert torch.equal(out[0][0], out[1][0]) and torch.equal(out[0][1], out[1][1])
+
+
 def test_thousands_of_updates_of_a_millionth_arrive():
     """Each is far below half of bfloat16's last place (1/512), and below that of 24 bits (1/65536)."""
     steps, lr, copies = 2_000, 1e-6, 64

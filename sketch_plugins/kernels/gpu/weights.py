@@ -10,14 +10,13 @@ import triton.language as tl
 def decode(p, c, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr):
     """In float32, what weights and their corrections stand for."""
     FRACTION: tl.constexpr = 8 if C_TYPE == tl.int8 else 16
+    TOP: tl.constexpr = 0x7F80 if P_TYPE == tl.bfloat16 else 0x7C00  # infinity
     stored = p.to(tl.int16, bitcast=True).to(tl.int32)
     h = ((stored & 0x7FFF) << FRACTION) + c.to(tl.int32)
     h = tl.where(h < 0, 0, h)
     if P_TYPE == tl.bfloat16:
-        TOP: tl.constexpr = 0x7F80
         bits = h << (16 - FRACTION)
     else:
-        TOP: tl.constexpr = 0x7C00
         if FRACTION == 8:
             normal = (h << 5) + 0x38000000
             subnormal = h.to(tl.float32) * 2.3283064365386963e-10  # 2**-32
@@ -34,17 +33,16 @@ def decode(p, c, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr):
 def encode(x, random, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr):
     """Weights and corrections of float32 numbers; ``random`` has the noise that 24 bits are rounded with."""
     FRACTION: tl.constexpr = 8 if C_TYPE == tl.int8 else 16
+    TOP: tl.constexpr = 0x7F80 if P_TYPE == tl.bfloat16 else 0x7C00  # infinity
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     noise = (random & 0xFF).to(tl.int32)
     if P_TYPE == tl.bfloat16:
-        TOP: tl.constexpr = 0x7F80
         if FRACTION == 8:
             h = (magnitude + noise) >> 8
         else:
             h = magnitude
     else:
-        TOP: tl.constexpr = 0x7C00
         if FRACTION == 8:
             scaled = tl.abs(x) * 137438953472.0  # 2**37
         else:
