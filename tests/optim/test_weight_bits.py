@@ -39,17 +39,19 @@ def test_every_optimizer_moves_as_in_float32(name, bits):
     half = made(SHAPES)
     full = [torch.nn.Parameter(p.detach().float()) for p in half]
     own = {} if name == "sadagrad" else {"fused": False}
-    ours, reference = cls(half, lr=1e-2, weight_bits=bits, **own), cls(full, lr=1e-2, **own)
+    lr = 1e-3 if name in ("sketchy", "cs_lion") else 1e-2
+    ours, reference = cls(half, lr=lr, weight_bits=bits, **own), cls(full, lr=lr, **own)
     for step in range(6):
         give(half, step)
         for p, q in zip(half, full, strict=True):
             q.grad = p.grad.float()
         ours.step()
         reference.step()
-    for p, q in zip(half, full, strict=True):
+    for p, q, start in zip(half, full, made(SHAPES), strict=True):
         got, wanted = whole(ours, p), q.detach()
         if name == "sketchy" and p.ndim > 1:  # decompositions enlarge what gradients of two dtypes are summed up to
-            assert torch.allclose(got, wanted, atol=1e-3, rtol=0)
+            moved = float((wanted - start.detach().float()).abs().max())
+            assert float((got - wanted).abs().max()) < 0.01 * moved
         elif bits == 32:
             assert torch.equal(got, wanted)
         else:  # six roundings, by less than 2**-15 of a number each

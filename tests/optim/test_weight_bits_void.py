@@ -181,7 +181,7 @@ def test_a_checkpoint_of_other_bits_is_refused():
     state = optimizer.state_dict()
     for bits in (None, 32):
         _, fresh = made(bits)
-        with pytest.raises(ValueError, match=f"weight_bits=24 and group 0 of this CSAdam has weight_bits={bits}"):
+        with pytest.raises(ValueError, match=f"weight_bits=24, but group 0 of this CSAdam has weight_bits={bits}"):
             fresh.load_state_dict(state)
     with pytest.raises(ValueError, match="weight_bits=16 is not one of None, 24, 32"):
         made(16)
