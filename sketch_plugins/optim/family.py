@@ -18,7 +18,7 @@ TYPICAL_RMS = 0.017
 #: Adafactor's two devices, in the form that takes AdamW's learning rate: options of presets.
 ADAFACTOR_DEVICES = {"update_clip": 1.0, "scale_parameter": True, "reference_rms": TYPICAL_RMS}
 #: Options that are younger than checkpoints may be -> what these were trained with.
-BEFORE = {"batch_dims": 0, "reference_rms": 1.0}
+BEFORE = {"batch_dims": 0, "reference_rms": 1.0, "weight_bits": None}
 
 
 class Batches(TypedDict, total=False):

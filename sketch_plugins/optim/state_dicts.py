@@ -169,7 +169,8 @@ class StateDicts(StateLayout):
                 if name not in saved:  # an option that is younger than the checkpoint
                     if name == "batch_dims":
                         self._check_batches(group, saved, incoming["state"])
-                    saved[name] = group[name] if option.structural else BEFORE.get(name, group[name])
+                    known = name == "weight_bits" or not option.structural
+                    saved[name] = BEFORE.get(name, group[name]) if known else group[name]
                 saved[name] = self._group_value(name, saved[name])
                 if option.structural and saved[name] != group[name]:
                     raise ValueError(

@@ -21,6 +21,7 @@ NUMBERS = {
     "seed": [0, 1, -5, 2**40 + 3],
     "min_compress_size": [0, 100, 4096],
     "update_clip": [0.0, 0.3, 1e-2, 1.0, 1e-20, 1e10],
+    "reference_rms": [1.0, 0.018, 30.0],
     "chunk_size": [0, 300, 1000, 1 << 16],
     "block_size": [128, 16, 1, 7, 32, 200, 2000],
     "clean_every": [0, 1, 2],

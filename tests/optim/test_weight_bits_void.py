@@ -183,6 +183,14 @@ def test_a_checkpoint_of_other_bits_is_refused():
         _, fresh = made(bits)
         with pytest.raises(ValueError, match=f"weight_bits=24, but group 0 of this CSAdam has weight_bits={bits}"):
             fresh.load_state_dict(state)
+    # One that is older than the option.
+    _, before = made(None)
+    train(before.param_groups[0]["params"], before, 0)
+    state = before.state_dict()
+    del state["param_groups"][0]["weight_bits"]
+    with pytest.raises(ValueError, match="weight_bits=None, but group 0 of this CSAdam has weight_bits=24"):
+        made(24)[1].load_state_dict(state)
+    made(None)[1].load_state_dict(state)
     with pytest.raises(ValueError, match="weight_bits=16 is not one of None, 24, 32"):
         made(16)
 
