@@ -24,6 +24,11 @@ if TYPE_CHECKING:
         quadratic_warmup,
     )
     from sketch_plugins.optim.convert import convert_state
+    from sketch_plugins.optim.full_precision import (
+        cast_model,
+        full_precision_state_dict,
+        load_full_precision_state_dict,
+    )
 
 __all__ = [
     "SM3",
@@ -38,7 +43,10 @@ __all__ = [
     "SAdagrad",
     "Sketchy",
     "StateReport",
+    "cast_model",
     "convert_state",
+    "full_precision_state_dict",
+    "load_full_precision_state_dict",
     "plan",
     "quadratic_warmup",
     "state_report",
@@ -49,7 +57,10 @@ _ELSEWHERE = {
     "InBackward": "memory.in_backward",
     "Plan": "memory.plan",
     "StateReport": "memory.report",
+    "cast_model": "optim.full_precision",
     "convert_state": "optim.convert",
+    "full_precision_state_dict": "optim.full_precision",
+    "load_full_precision_state_dict": "optim.full_precision",
     "plan": "memory.plan",
     "state_report": "memory.report",
 }

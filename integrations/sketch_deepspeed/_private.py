@@ -197,6 +197,7 @@ def _accept(engine: Any, optimizer: SketchOptimizer) -> None:
         elastic=bool(engine.zero_elastic_checkpoint()),
         universal=bool(engine.load_universal_checkpoint()),
         zenflow=getattr(config.zero_config, "zenflow", None) is not None,
+        masters=bool(engine.bfloat16_enabled() or engine.fp16_enabled()),
     )
     # True is DeepSpeed's default; a user who sets it expects DeepSpeed's error.
     if config._param_dict.get("zero_force_ds_cpu_optimizer") is not True:

@@ -41,7 +41,7 @@ def optimizer_from(name: str, params: Mapping[str, Any], model_parameters: Any) 
 
 
 def refuse_impossible(
-    optimizer: SketchOptimizer, offload: Any, *, elastic: bool, universal: bool, zenflow: bool
+    optimizer: SketchOptimizer, offload: Any, *, elastic: bool, universal: bool, zenflow: bool, masters: bool = False
 ) -> None:
     """Check what the rest of the configuration asks of the optimizer.
 
@@ -51,6 +51,7 @@ def refuse_impossible(
         elastic: ``zero_optimization.elastic_checkpoint``.
         universal: ``checkpoint.load_universal``.
         zenflow: whether ``zero_optimization.zenflow`` is there.
+        masters: whether DeepSpeed keeps float32 weights of its own, which are what the optimizer steps.
 
     Raises:
         ValueError: names the setting and what works in its place.
@@ -68,6 +69,12 @@ def refuse_impossible(
         )
     if zenflow:
         raise ValueError(f'"zenflow" replaces {name} by optimizers of its own: remove it')
+    if masters and any(group.get("weight_bits") for group in optimizer.param_groups):
+        raise ValueError(
+            f'"weight_bits" of {name}: DeepSpeed keeps a float32 copy of bfloat16 and float16 weights (4 bytes a '
+            "parameter, ZeRO of all stages), which is what the optimizer steps: there is nothing to correct, and "
+            "nothing is saved. Leave weight_bits out, or train without DeepSpeed (FSDP2 takes bfloat16 parameters)"
+        )
     if offload is None:
         return
     device = getattr(offload.device, "value", offload.device)

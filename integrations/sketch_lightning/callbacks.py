@@ -12,7 +12,7 @@ import torch
 from sketch_lightning import _private
 from sketch_lightning.in_backward import SteppingInBackward
 from sketch_lightning.reclaim import Reclaiming
-from sketch_plugins import scratch, state_report
+from sketch_plugins import full_precision_state_dict, scratch, state_report
 from sketch_plugins.memory.in_backward import in_backward
 from sketch_plugins.memory.probe import SecondMomentProbe
 from sketch_plugins.optim import SketchOptimizer
@@ -66,17 +66,27 @@ class OptimizerStateMonitor:
         params: how many parameters are sampled.
         seed: chooses the rows.
         prog_bar: show the state's size in the progress bar, too.
+        full_precision: put the float32 weights of a run with ``weight_bits`` into each checkpoint, too, as
+            ``checkpoint["full_precision_state_dict"]`` on the CPU: see `sketch_plugins.full_precision_state_dict`. They
+            take 4 bytes a parameter.
 
     Raises:
         ValueError: ``rows`` or ``params`` is not a positive integer; at the start of training, ``sampled`` with steps
-            that are taken in backward.
+            that are taken in backward; ``full_precision`` where no optimizer has ``weight_bits``.
     """
 
     _namespace = ""
 
     def __init__(
-        self, sampled: bool = False, rows: int = 8, params: int = 4, seed: int = 0, prog_bar: bool = False
+        self,
+        sampled: bool = False,
+        rows: int = 8,
+        params: int = 4,
+        seed: int = 0,
+        prog_bar: bool = False,
+        full_precision: bool = False,
     ) -> None:
+        self.full_precision = full_precision
         for name, value in (("rows", rows), ("params", params)):
             _check_count(name, value)
         self.sampled, self.rows, self.params, self.seed, self.prog_bar = sampled, rows, params, seed, prog_bar
@@ -86,6 +96,11 @@ class OptimizerStateMonitor:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The table, and the samples."""
+        if self.full_precision and self._corrected(trainer) is None:
+            raise ValueError(
+                "OptimizerStateMonitor(full_precision=True) saves weights of 24 or 32 bits, and no optimizer keeps "
+                "them: give it weight_bits=24 or 32; without, a checkpoint has all bits of its weights"
+            )
         if not trainer.is_global_zero:
             return
         info = _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")
@@ -112,6 +127,31 @@ class OptimizerStateMonitor:
                         )
                     self._probes[number] = probe
                     self._handles.append(before_update(optimizer, probe.update))
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the float32 weights; every rank is asked, and shards are gathered."""
+        optimizer = self._corrected(trainer) if self.full_precision else None
+        if optimizer is None:
+            return
+        weights: dict[str, Any] = full_precision_state_dict(pl_module, optimizer)
+        for name, value in weights.items():
+            whole: Any = value.full_tensor() if is_dtensor(value) else value
+            weights[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
+        checkpoint["full_precision_state_dict"] = dict(weights)
+
+    def _corrected(self, trainer: Any) -> SketchOptimizer | None:
+        """The optimizer with ``weight_bits``; of several the one that has most."""
+        found = [
+            (
+                sum(len(group["params"]) for group in optimizer.param_groups if group.get("weight_bits")),
+                number,
+                optimizer,
+            )
+            for number, _, optimizer in _named(trainer)
+            if isinstance(optimizer, SketchOptimizer)
+        ]
+        found = [one for one in found if one[0]]
+        return max(found)[2] if found else None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log."""

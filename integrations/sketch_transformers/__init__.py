@@ -19,9 +19,18 @@ from sketch_transformers.registration import register
 if TYPE_CHECKING:
     from sketch_transformers.callback import SketchCallback
     from sketch_transformers.comm import enable_memsgd
+    from sketch_transformers.full_precision import save_full_precision
     from sketch_transformers.reclaim import ReclaimBatchSize, reclaim_batch_size
 
-__all__ = ["ReclaimBatchSize", "SketchCallback", "enable_memsgd", "known_names", "reclaim_batch_size", "register"]
+__all__ = [
+    "ReclaimBatchSize",
+    "SketchCallback",
+    "enable_memsgd",
+    "known_names",
+    "reclaim_batch_size",
+    "register",
+    "save_full_precision",
+]
 
 #: Where an optimizer is named.
 USAGE = 'TrainingArguments(optim="{name}")'
@@ -40,6 +49,10 @@ def __getattr__(name: str) -> Any:
         from sketch_transformers.comm import enable_memsgd
 
         return enable_memsgd
+    if name == "save_full_precision":
+        from sketch_transformers.full_precision import save_full_precision
+
+        return save_full_precision
     if name in ("ReclaimBatchSize", "reclaim_batch_size"):
         from sketch_transformers import reclaim
 

@@ -6,10 +6,12 @@ import base64
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import TrainingArguments
 
 from sketch_plugins import state_report
@@ -48,9 +50,17 @@ class SketchCallback(TrainerCallback, ExportableState):
         rows: sampled rows of each sampled parameter, in fp32.
         params: how many parameters are sampled.
         seed: chooses the rows.
+        full_precision: write the float32 weights of a run with ``weight_bits`` beside each checkpoint, into
+            ``checkpoint-N/float32``: see `save_full_precision`. They take 4 bytes a parameter on disk.
+
+    Raises:
+        ValueError: at the start of training, ``full_precision`` with an optimizer that has no ``weight_bits``.
     """
 
-    def __init__(self, sampled: bool = False, rows: int = 8, params: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self, sampled: bool = False, rows: int = 8, params: int = 4, seed: int = 0, full_precision: bool = False
+    ) -> None:
+        self.full_precision = full_precision
         self.sampled = sampled
         self.rows = rows
         self.params = params
@@ -86,9 +96,20 @@ class SketchCallback(TrainerCallback, ExportableState):
                 "SketchCallback(sampled=True) reads gradients before optimizer.step(), but a layerwise optim has "
                 "already freed them: use sampled=False, or optim without _layerwise"
             )
+        if self.full_precision:
+            groups = getattr(_unwrap(kwargs.get("optimizer")), "param_groups", ())
+            if not any(group.get("weight_bits") for group in groups):
+                raise ValueError(
+                    "SketchCallback(full_precision=True) writes weights of 24 or 32 bits, and the optimizer keeps "
+                    'none: give it weight_bits, as in optim_args="weight_bits=24"; without, a checkpoint has all bits'
+                )
         # Where the checkpoint was saved without this callback, Trainer's next save would fail with a KeyError.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if state.global_step > 0 and isinstance(saved, dict) and saved["args"] == self.state()["args"]:
+        if (
+            state.global_step > 0
+            and isinstance(saved, dict)
+            and self._samples_of(saved["args"]) == self._samples_of(self.state()["args"])
+        ):
             self.samples = saved["attributes"]["samples"]
 
     def on_pre_optimizer_step(
@@ -113,6 +134,18 @@ class SketchCallback(TrainerCallback, ExportableState):
                 self._restored = None
         self._probe.update()
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The float32 weights, beside the checkpoint that has just been written."""
+        if self.full_precision:
+            from sketch_transformers.full_precision import FOLDER, save_full_precision
+
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FOLDER
+            save_full_precision(kwargs["model"], _unwrap(kwargs["optimizer"]), folder, state.is_world_process_zero)
+
+    @staticmethod
+    def _samples_of(settings: Any) -> Any:
+        return {name: settings.get(name) for name in ("sampled", "rows", "params", "seed")}
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report once, as soon as there is state."""
         if not self.reported and state.is_world_process_zero:
@@ -129,7 +162,13 @@ class SketchCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What Trainer saves in ``trainer_state.json``."""
         return {
-            "args": {"sampled": self.sampled, "rows": self.rows, "params": self.params, "seed": self.seed},
+            "args": {
+                "sampled": self.sampled,
+                "rows": self.rows,
+                "params": self.params,
+                "seed": self.seed,
+                "full_precision": self.full_precision,
+            },
             "attributes": {"reported": self.reported, "samples": self.samples},
         }
 

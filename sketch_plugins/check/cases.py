@@ -101,6 +101,9 @@ HALF: list[tuple[type[SketchOptimizer], dict[str, Any]]] = [
     (CSMomentum, {}),
     (CSAdam, {"depth": 2}),
     (CSAdam, {"preset": "lean", "lagged_rms": True}),
+    (CSAdam, {"weight_bits": 24}),
+    (CSAdagrad, {"weight_bits": 32, "weight_decay": 0.1, "depth": 2}),
+    (SM3, {"weight_bits": 24, "preset": "lean"}),
 ]
 #: Error feedback in blocks: (block, dtype of the memory, with momentum).
 MESSAGES: list[tuple[int, torch.dtype, bool]] = [

@@ -14,7 +14,7 @@ from torch import Tensor
 from sketch_plugins import registry
 from sketch_plugins.check.cases import Case
 from sketch_plugins.comm.block_topk import BlockTopK
-from sketch_plugins.kernels.agreement import HALF, is_rounded, parameter_difference, rate_for, state_difference
+from sketch_plugins.kernels.agreement import HALF, is_rounded, rate_for, state_difference, weight_difference
 from sketch_plugins.optim.fused import backend, interpreted
 from sketch_plugins.optim.specialisations import Recorder, watching
 
@@ -139,8 +139,9 @@ class _Training:
             if p.numel() == 0:
                 continue
             state = eager.optimizer.state[q]
-            found = parameter_difference(p.detach(), q.detach(), is_rounded(state))
-            found = found or state_difference(self.optimizer.state[p], state, q.dtype)
+            own = self.optimizer.state[p]
+            found = weight_difference(p.detach(), own, q.detach(), state, is_rounded(state))
+            found = found or state_difference(own, state, q.dtype)
             if found is not None:
                 return f"shape {tuple(q.shape)}: {found}"
         return None

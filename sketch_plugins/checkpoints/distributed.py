@@ -38,7 +38,7 @@ from sketch_plugins.checkpoints.saved import (
 )
 from sketch_plugins.sharding.parts import trim
 from sketch_plugins.sharding.pieces import Piece
-from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours, nested
+from sketch_plugins.sharding.state_names import CORRECTION, PLACE, flattened, is_ours, nested
 
 
 def reshard(
@@ -239,6 +239,8 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         others = {name: value for name, value in state.items() if name not in own}
         state = own
         dtype = torch.float64 if torch.float64 in set(_dtypes(state)) else torch.float32
+        if CORRECTION in state:  # of a parameter of half precision, whichever
+            dtype = torch.bfloat16
         old = [
             _held(saved_optimizer, shards, rank, number, dtype, state, f"{key!r}, shard {rank},")
             for rank in range(shards.world)

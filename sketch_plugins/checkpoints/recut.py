@@ -16,6 +16,8 @@ count-sketch        tables of signed sums: the same with estimates scaled to val
                     sketch (`Store.estimate_scale`), so that nothing is counted once for each row of a bucket
 cover               the maxima of the old estimates: never below them, so that upper bounds stay upper bounds
 covariances         see below
+weight corrections  exact, bit for bit: ``weight_bits``. Their fingerprints are left out: the weights that they come
+                    with are taken to be those of the checkpoint
 rms                 of ``lagged_rms``: over the old pieces that hold a part of the new one, weighed by their size
 steps               have to agree
 =================== ================================================================================================
@@ -55,8 +57,9 @@ from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.frequent_directions import Covariance
 from sketch_plugins.linalg.kronecker import Kronecker, Side
 from sketch_plugins.linalg.solving import solve
-from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape
+from sketch_plugins.sharding.blocks import At, Matrix, Rows, matrix_shape, tiles
 from sketch_plugins.sharding.pieces import Piece
+from sketch_plugins.sharding.state_names import CORRECTION
 from sketch_plugins.stores import Dense, Gradient, Int8, Store
 from sketch_plugins.stores.base import CHUNK
 
@@ -224,6 +227,10 @@ def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.f
                 twin = next((o for o in old if _same(o, h)), None)
                 state[RMS] = _copied(twin.state[RMS]) if twin else {"last": _root_mean(started)}
                 same |= {RMS} if twin else set()
+            if CORRECTION in started[0].state:
+                twin = next((o for o in old if _same(o, h)), None)
+                state[CORRECTION] = _copied(twin.state[CORRECTION]) if twin else _codes(old, h, device)
+                same |= {CORRECTION}
             h.state.update(state)
     return exact
 
@@ -265,7 +272,7 @@ def _check(old: Sequence[Held], new: Sequence[Held]) -> None:
         )
     for h in started:
         expected = {"step", *h.stores, *([PRECONDITIONER] if h.preconditioner else [])}
-        if not expected <= set(h.state) <= expected | {"place", "shape", RMS}:
+        if not expected <= set(h.state) <= expected | {"place", "shape", RMS, CORRECTION}:
             raise ValueError(
                 f"the state of the old piece at {_at(h)} contains {', '.join(h.state)}; expected "
                 f"{', '.join(sorted(expected))}"
@@ -366,6 +373,19 @@ def _moment(
                 copied += _copy_blocks(source, h, state, store.block_size)
     dense = isinstance(store, Dense) and all(source.store == store for source in sources)
     return state, dense or copied == h.piece.numel
+
+
+def _codes(old: Sequence[Held], h: Held, device: torch.device) -> dict[str, Tensor]:
+    """Corrections of weights: each is that of its weight, wherever it lies."""
+    there = [o for o in old if o.box.meet(h.box).size]
+    # Integers of 16 bits at most, which float32 holds exactly.
+    sources = [_Source(o, Dense(), {"dense": o.state[CORRECTION]["codes"]}, 1.0) for o in there]
+    whole = _Old(sources, h, torch.float32, device)
+    dtype = there[0].state[CORRECTION]["codes"].dtype
+    codes = torch.zeros(h.matrix, dtype=dtype, device=device)
+    for at in tiles(*h.matrix, CHUNK):
+        at.put(codes, whole.get(at))
+    return {"codes": codes, "mark": torch.zeros(1, dtype=torch.int64, device=device)}
 
 
 def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) -> int:

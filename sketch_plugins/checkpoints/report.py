@@ -22,7 +22,7 @@ from torch import Tensor
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.optim.written import MARK, written_by
 from sketch_plugins.sharding.names import NAMES, names_of
-from sketch_plugins.sharding.state_names import PLACE, is_ours, nested
+from sketch_plugins.sharding.state_names import CORRECTION, PLACE, is_ours, nested
 
 #: Files of optimizers in directories: transformers' Trainer, accelerate.
 FILES = ("optimizer.pt", "optimizer.bin")
@@ -397,7 +397,7 @@ def _elements(state: Mapping[str, Any]) -> int | None:
         return prod(place[0, 2:].tolist())
     sizes = [t.numel() for name in ("exp_avg", "exp_avg_sq", "momentum_buffer", "variance")
              if isinstance(t := state.get(name), Tensor) and t.ndim]  # fmt: skip
-    for moment in ("first_moment", "second_moment"):
+    for moment in ("first_moment", "second_moment", CORRECTION):
         kept = state.get(moment)
         if isinstance(kept, Mapping):
             sizes += [t.numel() for key, t in kept.items() if key in ("dense", "codes") and isinstance(t, Tensor)]

@@ -21,7 +21,7 @@ from sketch_plugins.optim.family import BEFORE
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
-from sketch_plugins.sharding.state_names import PLACE, kind_of
+from sketch_plugins.sharding.state_names import CORRECTION, PLACE, kind_of
 
 #: Called with the steps done, their number, and what is at hand.
 Progress = Callable[[int, int, str], None]
@@ -152,6 +152,8 @@ class SavedOptimizer:
             kinds = {name: f"{name.replace('_', ' ')} ({type(store).__name__})" for name, store in new.stores.items()}
             if new.preconditioner is not None:
                 kinds["preconditioner"] = "preconditioner"
+            if CORRECTION in new.state:
+                kinds[CORRECTION] = "weight correction"
             for name, kind in kinds.items():
                 (report.exact if name in same else report.cut)[kind] += 1
         return new.state

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sketch_plugins.sharding.state_names import is_ours, kind_of
+from sketch_plugins.kernels.weight_code import decode
+from sketch_plugins.sharding.state_names import CORRECTION, is_ours, kind_of
 
 #: Codes, or cells of bfloat16 tables, that may round to the other neighbour: where a number lies half-way, or on the
 #: two sides of the noise that rounds it.
@@ -25,7 +26,8 @@ HALF = (torch.bfloat16, torch.float16)
 def moments(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """``(name, tensor)`` of what kernels keep in a parameter's state."""
     for name, tensor in state.items():
-        if is_ours(name) and "." in name and kind_of(name) != "preconditioner":  # no kernel's
+        # A preconditioner is no kernel's; corrections are looked at together with the weights: `weight_difference`.
+        if is_ours(name) and "." in name and kind_of(name) not in ("preconditioner", CORRECTION):
             yield name, tensor
 
 
@@ -48,6 +50,28 @@ def parameter_difference(ours: Tensor, eager: Tensor, rounded: bool) -> str | No
     """
     rtol, atol = _parameter_bounds(eager.dtype, rounded)
     return _apart("the parameter", ours, eager, rtol, atol)
+
+
+def weight_difference(
+    ours: Tensor, state: Mapping[str, Any], eager: Tensor, other: Mapping[str, Any], rounded: bool
+) -> str | None:
+    """`parameter_difference`; of parameters with corrections (``weight_bits``) also of what both stand for.
+
+    Args:
+        ours: as the kernels left it,
+        state: with its state.
+        eager: as the definition left it,
+        other: with its state.
+        rounded: see `parameter_difference`.
+    """
+    found, name = parameter_difference(ours, eager, rounded), f"{CORRECTION}.codes"
+    if found is not None or name not in other:
+        return found
+    a, b = (decode(p, kept[name].view(p.shape)) for p, kept in ((ours, state), (eager, other)))
+    # Two units in the last place of 24 bits, whose noise may lead to either side.
+    return _apart(
+        "the weights with their corrections", a, b, 2**-14, (0.1 if rounded else 2e-3) * rate_for(eager.dtype)
+    )
 
 
 def _parameter_bounds(dtype: torch.dtype, rounded: bool) -> tuple[float, float]:

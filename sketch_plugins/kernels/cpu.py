@@ -43,6 +43,7 @@ FIRST = {"dense": sweeps.DENSE, "int8": sweeps.INT8}
 SECOND = {"dense": "exact", "count_min": "count_min", "cover": "cover"}
 
 VIEWS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+CODES = {None: np.float32, torch.int8: np.int8, torch.int16: np.int16}
 
 
 class Task(NamedTuple):
@@ -50,7 +51,7 @@ class Task(NamedTuple):
 
     Attributes:
         sweep: which of the loops.
-        dtypes: of the parameter, the gradient and a dense first moment.
+        dtypes: of the parameter, the gradient, a dense first moment and the corrections (float32: there are none).
         row: see `cpu_table`; the address of the gradient is that of the step it was made for.
         measure: the update (and the parameter) is measured before it is applied.
     """
@@ -65,7 +66,7 @@ class Task(NamedTuple):
         return True
 
     sweep: Callable[..., Any]
-    dtypes: tuple[Any, Any, Any]
+    dtypes: tuple[Any, Any, Any, Any]
     row: Row
     measure: bool
 
@@ -127,7 +128,12 @@ def prepare(w: Work) -> Task:
     dense = state1["dense"].dtype if "dense" in state1 else torch.float32
     return Task(
         sweep,
-        (VIEWS[w.p.dtype], VIEWS[w.g.dtype], VIEWS[dense]),
+        (
+            VIEWS[w.p.dtype],
+            VIEWS[w.g.dtype],
+            VIEWS[dense],
+            CODES[w.correction.dtype if w.correction is not None else None],
+        ),
         Row(
             P=w.p.data_ptr(),
             G=w.g.data_ptr(),
@@ -146,6 +152,8 @@ def prepare(w: Work) -> Task:
             AFTER=int(w.after),
             NEW=0,
             LAST=0 if w.last is None else w.last.data_ptr(),
+            CODES=0 if w.correction is None else w.correction.data_ptr(),
+            SEED=w.seed & (1 << 64) - 1,
             MATRICES=matrices,
         ),
         w.measure,

@@ -29,6 +29,8 @@ class Row(NamedTuple):
     AFTER: int  # the first moment averages the preconditioned gradient
     NEW: int  # where its rows begin in `rows`
     LAST: int  # address of the RMS that the last step measured (0: nobody keeps them)
+    CODES: int  # address of the corrections of the weights (0: there are none)
+    SEED: int  # of the noise that they are rounded with
     MATRICES: int  # matrices (experts) that rows, buckets and units belong to, those of one behind those of another
 
 

@@ -24,6 +24,7 @@ from sketch_plugins.kernels.cpu_table import (
     BASE,
     BEGIN,
     BLOCK,
+    CODES,
     COLUMN,
     COLUMNS,
     END,
@@ -34,6 +35,7 @@ from sketch_plugins.kernels.cpu_table import (
     NEW,
     PHASE,
     SCALES,
+    SEED,
     SIZE,
     TABLE1,
     TABLE2,
@@ -57,6 +59,7 @@ from sketch_plugins.kernels.vector import (
     store,
     top,
     total,
+    weights,
 )
 from sketch_plugins.kernels.work import (
     CLIP,
@@ -70,6 +73,7 @@ from sketch_plugins.kernels.work import (
     INSIDE,
     LOOKAHEAD,
     MEAN,
+    NUMBER,
     RELATIVE,
     SCALE,
     SHIFT,
@@ -128,6 +132,16 @@ def _numbers(row):
         row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9], row[10], row[11], row[12],
         row[13], row[14], row[15], row[16], row[17], row[18], row[19],
     )  # fmt: skip
+
+
+@_part
+def _key(seed, step):
+    """The halves of `hashing.key_of`."""
+    x = (seed ^ (U(step) * U(0x9E3779B97F4A7C15))) + U(0x9E3779B97F4A7C15)
+    z = (x ^ (x >> U(30))) * U(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> U(27))) * U(0x94D049BB133111EB)
+    z = z ^ (z >> U(31))
+    return z & U(0xFFFFFFFF), z >> U(32)
 
 
 @_body
@@ -452,7 +466,7 @@ def _bucket_squares(table, o, f, n, s):
 
 
 @_compiled
-def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
+def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
     """Count-min sketches of depth 1 with a strided hash; units are bands of adjacent buckets.
 
     Adjacent buckets have adjacent members: memory is read in long runs, and a band is small enough that its gradient is
@@ -463,7 +477,9 @@ def count_min(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, ro
     for k in range(len(pieces)):
         t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
         task = tasks[t]
-        p, g, dense = at_address(like_p, task[P]), at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
+        low, high = _key(task[SEED], numbers[t, NUMBER])
+        p = weights(like_p, like_c, task[P], task[CODES], low, high)
+        g, dense = at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
         codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
         table = at_address(like_f, task[TABLE2])
         columns, kind, block, width, band = task[COLUMNS], task[KIND], task[BLOCK], task[WIDTH], task[BAND]
@@ -542,7 +558,7 @@ def _second_body(g, o, second, written, f, j, decay, gain, s, rate, n):
 
 
 @_compiled
-def exact(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
+def exact(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
     """An exact second moment, or none; units are rows of ``COLUMNS`` numbers, the last one shorter."""
     like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
     room, start = U(len(buffer)) // U(3), U(buffer.ctypes.data)
@@ -551,7 +567,9 @@ def exact(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_,
     for k in range(len(pieces)):
         t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
         task = tasks[t]
-        p, g, dense = at_address(like_p, task[P]), at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
+        low, high = _key(task[SEED], numbers[t, NUMBER])
+        p = weights(like_p, like_c, task[P], task[CODES], low, high)
+        g, dense = at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
         codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
         second = at_address(like_f, task[TABLE2])
         columns, kind, block, after = task[COLUMNS], task[KIND], task[BLOCK], task[AFTER]
@@ -630,7 +648,7 @@ def _cover_step(p, g, o, old, column, tops, c, most, s, n):
 
 
 @_compiled
-def cover(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
+def cover(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
     """Matrices with SM3-II's covers; units are rows. A piece collects the maxima of its columns in a row of its own.
 
     ``rows_`` takes the new covers of the rows, `finish` both over into the state: until then the old ones are read.
@@ -642,7 +660,9 @@ def cover(like_p, like_g, like_m, pieces, tasks, numbers, squares, norms, rows_,
     for k in range(len(pieces)):
         t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
         task = tasks[t]
-        p, g, dense = at_address(like_p, task[P]), at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
+        low, high = _key(task[SEED], numbers[t, NUMBER])
+        p = weights(like_p, like_c, task[P], task[CODES], low, high)
+        g, dense = at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
         codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
         row, column = at_address(like_f, task[TABLE2]), at_address(like_f, task[COLUMN])
         columns, kind, block, after = task[COLUMNS], task[KIND], task[BLOCK], task[AFTER]

@@ -38,6 +38,9 @@ def _vector(element: ir.Type) -> ir.VectorType:
     return ir.VectorType(element, _LANES)
 
 
+_FLOATS = _vector(_F32)
+
+
 def _all(element: ir.Type, value: float) -> ir.Constant:
     return ir.Constant(_vector(element), [value] * _LANES)
 
@@ -99,23 +102,48 @@ def at_address(typing, like, address):
     """An address as an array whose dtype is that of ``like``; its length is not known."""
 
     def generate(context, builder, sig, args):
-        array = context.make_array(sig.return_type)(context, builder)
-        size = context.get_abi_sizeof(context.get_data_type(sig.return_type.dtype))
-        none = ir.Constant(ir.IntType(64), 0)
-        context.populate_array(
-            array,
-            data=builder.inttoptr(args[1], array.data.type),
-            shape=[none],
-            strides=[ir.Constant(ir.IntType(64), size)],
-            itemsize=ir.Constant(ir.IntType(64), size),
-            meminfo=None,
-        )
-        return array._getvalue()
+        return _array_at(context, builder, sig.return_type, args[1])
 
     return types.Array(like.dtype, 1, "C")(like, types.uint64), generate
 
 
-_ELEMENTS = {types.float32: (_F32, 4), types.uint16: (_I16, 2), types.int8: (_I8, 1)}
+@intrinsic
+def weights(typing, like_p, like_c, p, c, low, high):
+    """A parameter at an address, to be given to `load` and `store`; with corrections where ``like_c`` is of integers.
+
+    ``low`` and ``high`` are the halves of the key of the noise that 24 bits are rounded with.
+    """
+    array = types.Array(like_p.dtype, 1, "C")
+    corrected = isinstance(like_c.dtype, types.Integer)
+    codes = types.Array(like_c.dtype, 1, "C")
+    kind = types.Tuple((array, codes, types.uint64, types.uint64)) if corrected else array
+
+    def generate(context, builder, sig, args):
+        parameter = _array_at(context, builder, array, args[2])
+        if not corrected:
+            return parameter
+        return context.make_tuple(
+            builder, kind, (parameter, _array_at(context, builder, codes, args[3]), args[4], args[5])
+        )
+
+    return kind(like_p, like_c, types.uint64, types.uint64, types.uint64, types.uint64), generate
+
+
+def _array_at(context: Any, builder: Any, kind: Any, address: Any) -> Any:
+    array = context.make_array(kind)(context, builder)
+    size = ir.Constant(ir.IntType(64), context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    context.populate_array(
+        array,
+        data=builder.inttoptr(address, array.data.type),
+        shape=[ir.Constant(ir.IntType(64), 0)],
+        strides=[size],
+        itemsize=size,
+        meminfo=None,
+    )
+    return array._getvalue()
+
+
+_ELEMENTS = {types.float32: (_F32, 4), types.uint16: (_I16, 2), types.int16: (_I16, 2), types.int8: (_I8, 1)}
 
 
 def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> tuple[Any, ir.Type, int]:
@@ -124,31 +152,60 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> tup
     return builder.gep(data, [index]), element, size
 
 
+def _read(context: Any, builder: Any, kind: Any, array: Any, index: Any, n: Any) -> Any:
+    """Elements as they are; 0 beyond."""
+    place, element, size = _place(context, builder, kind, array, index)
+    few = cgutils.alloca_once(builder, _vector(element))
+    whole = builder.icmp_unsigned(">=", n, ir.Constant(ir.IntType(64), _LANES))
+    with builder.if_else(whole) as (then, otherwise):
+        with then:
+            full = builder.load(builder.bitcast(place, _vector(element).as_pointer()))
+            full.align = size
+            end_then = builder.block
+        with otherwise:
+            builder.store(_all(element, 0), few)
+            cgutils.raw_memcpy(builder, builder.bitcast(few, element.as_pointer()), place, n, size)
+            part = builder.load(few)
+            end_otherwise = builder.block
+    value = builder.phi(_vector(element))
+    value.add_incoming(full, end_then)
+    value.add_incoming(part, end_otherwise)
+    return value
+
+
+def _write(context: Any, builder: Any, kind: Any, array: Any, index: Any, value: Any, n: Any) -> None:
+    """Elements as they are."""
+    place, element, size = _place(context, builder, kind, array, index)
+    whole = builder.icmp_unsigned(">=", n, ir.Constant(ir.IntType(64), _LANES))
+    few = cgutils.alloca_once(builder, _vector(element))
+    with builder.if_else(whole) as (then, otherwise):
+        with then:
+            builder.store(value, builder.bitcast(place, _vector(element).as_pointer())).align = size
+        with otherwise:
+            builder.store(value, few)
+            cgutils.raw_memcpy(builder, place, builder.bitcast(few, element.as_pointer()), n, size)
+
+
 @intrinsic
 def load(typing, array, index, n):
-    """``array[index : index + n]`` of float32, of int8, or of the bits of bfloat16 (uint16); 0 beyond."""
+    """``array[index : index + n]`` of float32, of int8, or of the bits of bfloat16 (uint16); 0 beyond.
+
+    Of `weights` with corrections: what both stand for together, see `weight_code.decode`.
+    """
 
     def generate(context, builder, sig, args):
-        place, element, size = _place(context, builder, sig.args[0], args[0], args[1])
-        few = cgutils.alloca_once(builder, _vector(element))
-        whole = builder.icmp_unsigned(">=", args[2], ir.Constant(ir.IntType(64), _LANES))
-        with builder.if_else(whole) as (then, otherwise):
-            with then:
-                full = builder.load(builder.bitcast(place, _vector(element).as_pointer()))
-                full.align = size
-                end_then = builder.block
-            with otherwise:
-                builder.store(_all(element, 0), few)
-                cgutils.raw_memcpy(builder, builder.bitcast(few, element.as_pointer()), place, args[2], size)
-                part = builder.load(few)
-                end_otherwise = builder.block
-        value = builder.phi(_vector(element))
-        value.add_incoming(full, end_then)
-        value.add_incoming(part, end_otherwise)
+        kind: Any = sig.args[0]
+        if isinstance(kind, types.Tuple):
+            p, c = (builder.extract_value(args[0], i) for i in range(2))
+            stored = builder.zext(_read(context, builder, kind.types[0], p, *args[1:]), _vector(_I32))
+            code = _read(context, builder, kind.types[1], c, *args[1:])
+            return builder.bitcast(_corrected(builder, stored, builder.sext(code, _vector(_I32)), code.type), _FLOATS)
+        value = _read(context, builder, kind, *args)
+        element = value.type.element
         if element == _I8:
-            return builder.sitofp(value, _vector(_F32))
+            return builder.sitofp(value, _FLOATS)
         if element == _I16:
-            return builder.bitcast(builder.shl(builder.zext(value, _vector(_I32)), _all(_I32, 16)), _vector(_F32))
+            return builder.bitcast(builder.shl(builder.zext(value, _vector(_I32)), _all(_I32, 16)), _FLOATS)
         return value
 
     return lanes(array, types.uint64, types.uint64), generate
@@ -156,27 +213,74 @@ def load(typing, array, index, n):
 
 @intrinsic
 def store(typing, array, index, value, n):
-    """``array[index : index + n] = value``: as it is; as the nearest int8; as the bits of the nearest bfloat16."""
+    """``array[index : index + n] = value``: as it is; as the nearest int8; as the bits of the nearest bfloat16.
+
+    Of `weights` with corrections: as both, see `weight_code.encode`; noise is that of the elements' numbers ``index``.
+    """
 
     def generate(context, builder, sig, args):
-        place, element, size = _place(context, builder, sig.args[0], args[0], args[1])
+        kind: Any = sig.args[0]
         value = args[2]
+        if isinstance(kind, types.Tuple):
+            p, c, low, high = (builder.extract_value(args[0], i) for i in range(4))
+            narrow = kind.types[1].dtype == types.int8
+            noise = _noise(builder, args[1], low, high) if narrow else None
+            stored, code = _split(builder, _bits(builder, value), noise)
+            _write(context, builder, kind.types[0], p, args[1], stored, args[3])
+            code = builder.trunc(code, _vector(_I8 if narrow else _I16))
+            _write(context, builder, kind.types[1], c, args[1], code, args[3])
+            return context.get_dummy_value()
+        element = _ELEMENTS[kind.dtype][0]
         if element == _I8:
             # Adding 1.5 * 2**23 leaves the nearest integer (ties to even) in the lowest bits.
             value = builder.trunc(_bits(builder, builder.fadd(value, _all(_F32, 12582912.0))), _vector(_I8))
         elif element == _I16:
             value = _bfloat16(builder, _bits(builder, value))
-        whole = builder.icmp_unsigned(">=", args[3], ir.Constant(ir.IntType(64), _LANES))
-        few = cgutils.alloca_once(builder, _vector(element))
-        with builder.if_else(whole) as (then, otherwise):
-            with then:
-                builder.store(value, builder.bitcast(place, _vector(element).as_pointer())).align = size
-            with otherwise:
-                builder.store(value, few)
-                cgutils.raw_memcpy(builder, place, builder.bitcast(few, element.as_pointer()), args[3], size)
+        _write(context, builder, kind, args[0], args[1], value, args[3])
         return context.get_dummy_value()
 
     return types.none(array, types.uint64, lanes, types.uint64), generate
+
+
+def _corrected(builder: Any, stored: Any, code: Any, kind: Any) -> Any:
+    """Bits of float32: `weight_code.decode` of the bits of bfloat16 numbers."""
+    fraction = 8 if kind.element == _I8 else 16
+    magnitude = builder.and_(stored, _all(_I32, 0x7FFF))
+    sign = builder.shl(builder.and_(stored, _all(_I32, 0x8000)), _all(_I32, 16))
+    h = builder.add(builder.shl(magnitude, _all(_I32, fraction)), code)
+    h = builder.select(builder.icmp_signed("<", h, _all(_I32, 0)), _all(_I32, 0), h)
+    bits = builder.or_(builder.shl(h, _all(_I32, 16 - fraction)), sign)
+    finite = builder.icmp_unsigned("<", magnitude, _all(_I32, 0x7F80))
+    return builder.select(finite, bits, builder.shl(stored, _all(_I32, 16)))
+
+
+def _split(builder: Any, bits: Any, noise: Any) -> tuple[Any, Any]:
+    """`weight_code.encode` for bfloat16: its bits, and the codes as 32-bit integers. Without noise 16 bits more."""
+    magnitude = builder.and_(bits, _all(_I32, 0x7FFFFFFF))
+    fraction = 16 if noise is None else 8
+    h = magnitude if noise is None else builder.lshr(builder.add(magnitude, noise), _all(_I32, 8))
+    stored = builder.lshr(builder.add(h, _all(_I32, 1 << (fraction - 1))), _all(_I32, fraction))
+    code = builder.sub(h, builder.shl(stored, _all(_I32, fraction)))
+    finite = builder.and_(
+        builder.icmp_unsigned("<", magnitude, _all(_I32, 0x7F800000)),
+        builder.icmp_unsigned("<", stored, _all(_I32, 0x7F80)),
+    )
+    sign = builder.and_(builder.lshr(bits, _all(_I32, 16)), _all(_I32, 0x8000))
+    stored = builder.trunc(builder.or_(stored, sign), _vector(_I16))
+    return builder.select(finite, stored, _bfloat16(builder, bits)), builder.select(finite, code, _all(_I32, 0))
+
+
+def _noise(builder: Any, index: Any, low: Any, high: Any) -> Any:
+    """The lowest 8 bits of `hashing.random32` of adjacent elements, from number ``index`` on."""
+    wide = ir.IntType(64)
+    number = builder.add(_spread(builder, index), ir.Constant(_vector(wide), list(range(_LANES))))
+    h = builder.trunc(builder.xor(number, builder.lshr(number, _all(wide, 32))), _vector(_I32))
+    for key in (low, high):
+        h = builder.xor(h, _spread(builder, builder.trunc(key, _I32)))
+        h = builder.mul(builder.xor(h, builder.lshr(h, _all(_I32, 16))), _all(_I32, 0x85EBCA6B))
+        h = builder.mul(builder.xor(h, builder.lshr(h, _all(_I32, 13))), _all(_I32, 0xC2B2AE35))
+        h = builder.xor(h, builder.lshr(h, _all(_I32, 16)))
+    return builder.and_(h, _all(_I32, 0xFF))
 
 
 def _bits(builder: Any, value: Any) -> Any:

@@ -60,6 +60,8 @@ class Work:
         stochastic: round a bfloat16 parameter stochastically.
         seed: of the rounding.
         flags: a bit for each of ``numbers`` that is not 0, for numbers that live on a device.
+        correction: what the weights have beyond their dtype, ``(R, D)`` (see `weight_code`); None: nothing. A step
+            reads and writes both.
         last: RMS of the update before it was clipped, and of the parameter before it moved, as the last step measured
             them; this step goes by them (unless it has to ``measure``) and leaves its own. None: nobody keeps them.
         emas: averages of the first and the second moment: what the host has to know of the numbers, wherever they live.
@@ -79,6 +81,7 @@ class Work:
     flags: int = 0
     emas: tuple[Ema | None, Ema | None] = (None, None)
     last: Tensor | None = None
+    correction: Tensor | None = None
 
     @property
     def once(self) -> bool:
@@ -98,8 +101,7 @@ def is_rows(tensor: Tensor) -> bool:
 def misread(w: Work) -> str | None:
     """What a kernel, which is given addresses, would not see of the tensors; None: nothing."""
     state = [tensor for pair in (w.first, w.second) if pair for tensor in pair[1].values()]
-    if w.last is not None:
-        state.append(w.last)
+    state += [tensor for tensor in (w.last, w.correction) if tensor is not None]
     if not all(has_address(tensor) for tensor in (w.p, w.g, *state)):
         return "one of its tensors has no memory of its own, and a kernel reads memory by its address"
     if any(tensor.is_neg() for tensor in (w.p, w.g, *state)):

@@ -45,7 +45,8 @@ class Choice:
         name: of the registry, or of `TORCH`.
         options: its options.
         in_backward: it takes its steps in backward, and gradients are freed one by one.
-        pure_bf16: weights are bfloat16, whatever the plan's precision: with stochastic rounding there is no other copy.
+        pure_bf16: weights are bfloat16, whatever the plan's precision: with stochastic rounding, or with corrections
+            among the state (``weight_bits``), there is no other copy.
     """
 
     label: str
@@ -182,7 +183,7 @@ def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
         part.dtype not in cpu.VIEWS
         or cpu.unkept(*optimizer._stores(part, group), matrix_shape(part.shape, optimizer._batch(part, group))[0])
         or optimizer._couples(group)
-        or (group["stochastic_rounding"] and part.dtype == torch.bfloat16)
+        or (group["stochastic_rounding"] and part.dtype == torch.bfloat16 and not group.get("weight_bits"))
         for _, group, part, _ in optimizer.held()
     )
 
@@ -217,7 +218,8 @@ def _choice(text: str) -> Choice:
         hint = f"Did you mean {near[0]!r}? Known" if near else "Known"
         raise ValueError(f"unknown optimizer {full!r}. {hint} are {', '.join(known())}")
     options = registry.parse_options(name, given)
-    choice = Choice(f"{full} {rest}".strip(), name, options, in_backward)
+    # Corrections are those of bfloat16 weights.
+    choice = Choice(f"{full} {rest}".strip(), name, options, in_backward, bool(options.get("weight_bits")))
     choice.build([torch.nn.Parameter(torch.empty(1, device="meta"))], False)  # contradictions, before anything runs
     return choice
 

@@ -126,7 +126,7 @@ class SketchOptimizer(Taking):
         cache.large = None
         taking, recall, state = StepOfAll(), cache.recall, self.state
         asks = type(self)._may_step is not SketchOptimizer._may_step
-        with neutral(), self._parts.looking():
+        with neutral(), self._parts.looking(), self._weights_kept(self.param_groups):
             for place, group in enumerate(self.param_groups):
                 self._check_options(cache.options, place, group)
                 options = cache.marks(self.OPTIONS, group)
@@ -189,7 +189,7 @@ class SketchOptimizer(Taking):
         cache = self._step_cache = self._step_cache or StepCache()
         self._check_options(cache.options, number, group)
         taking = StepOfAll()
-        with neutral(), self._parts.looking():
+        with neutral(), self._parts.looking(), self._weights_kept([{**group, "params": [owner]}]):
             self._look_at(taking, group, index, owner, cache.marks(self.OPTIONS, group))
             with scratch.scratch():
                 if self._may_step(taking.members, [{**group, "params": [owner]}]):
@@ -215,6 +215,7 @@ class SketchOptimizer(Taking):
         """Whatever is remembered of the last step was about other groups."""
         super().__setstate__(state)
         self.__dict__.pop("_step_cache", None)
+        self.__dict__.pop("_written", None)
         for p, own in self.state.items():
             if isinstance(p, Tensor) and isinstance(own, Mapping):  # a pickle of an older version has levels
                 self.state[p] = flattened(nested(own))

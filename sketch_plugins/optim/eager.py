@@ -11,8 +11,10 @@ from torch import Tensor
 from sketch_plugins import scratch
 from sketch_plugins.kernels.rounding import round_to_bf16
 from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square
+from sketch_plugins.kernels.weight_code import Corrected
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import SCALE_FLOOR, Rule
+from sketch_plugins.optim.weight_bits import matrix_of
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, tiles
 from sketch_plugins.stores import Ema, Gradient, Store
 from sketch_plugins.stores.base import State
@@ -93,14 +95,15 @@ class Factors:
 
 def take(one: Pending) -> None:
     """Write the moments that are written before they are read, then take the step in tiles."""
-    grad, rule, state, named = one.grad, one.rule, one.state, one.named
+    p, rule, state, named = matrix_of(one), one.rule, one.state, one.named
     assert rule is not None
+    grad = one.grad if one.grad.l2 is None else one.grad.of(p)
     first, second = named.get("first_moment"), named.get("second_moment")
     for name, store in named.items():
         ema = rule.first if name == "first_moment" else rule.second
         if store.write_first and ema is not None:
             store.write(state[name], grad, ema)
-    apply(grad.like(one.p.data), grad, rule, state, first, second, one.group)
+    apply(p, grad, rule, state, first, second, one.group)
 
 
 def apply(
@@ -167,7 +170,7 @@ def apply(
         g = grad.get(at)
         slices = first.slices(state["first_moment"], at, rule.first.step) if first and rule.first else {}
         part, in_place = p.get(at), p.views(at) and p.dtype == grad.dtype
-        if not in_place:
+        if not in_place and not isinstance(p, Corrected):
             part = scratch.cast("parameter", part, grad.dtype)
         if once:
             updates.append(size_of_update(at, g))

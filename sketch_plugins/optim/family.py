@@ -18,7 +18,7 @@ TYPICAL_RMS = 0.017
 #: Adafactor's two devices, in the form that takes AdamW's learning rate: options of presets.
 ADAFACTOR_DEVICES = {"update_clip": 1.0, "scale_parameter": True, "reference_rms": TYPICAL_RMS}
 #: Options that are younger than checkpoints may be -> what these were trained with.
-BEFORE = {"batch_dims": 0, "reference_rms": 1.0}
+BEFORE = {"batch_dims": 0, "reference_rms": 1.0, "weight_bits": None}
 
 
 class Batches(TypedDict, total=False):
@@ -304,6 +304,19 @@ class Steps(TypedDict, total=False):
             "bfloat16 parameters are rounded up or down with probabilities that make the rounding unbiased, so that "
             "updates below half a unit in the last place are not lost and no float32 master copy is needed; the noise "
             "is a function of (seed, step, element).",
+        ),
+    ]
+    weight_bits: Annotated[
+        int | None,
+        option(
+            None,
+            "bits of a weight that a bfloat16 or float16 parameter cannot hold are kept among the state and take part "
+            "in every step: 24 bits a weight with one byte more, rounded by chance, or 32 with two, which of bfloat16 "
+            "is float32 itself. The parameter holds the nearest weight of its dtype. Parameters of other dtypes stay "
+            "as they are, and ``stochastic_rounding`` means nothing to those that have more bits. Whoever else writes "
+            "a weight makes its further bits void, see docs/weight_bits.md.",
+            choices=(None, 24, 32),
+            structural=True,
         ),
     ]
     seed: Annotated[

@@ -16,6 +16,7 @@ from sketch_plugins.kernels.work import NUMBERS, Work
 from sketch_plugins.notices import warn
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.sharding.parts import has_address
+from sketch_plugins.sharding.state_names import CORRECTION
 from sketch_plugins.stores import Gradient, Store
 
 # On a CPU, and unless told otherwise, an optimizer of nothing but smaller tensors takes the eager path.
@@ -122,7 +123,7 @@ def describe(
         (second, ordered(second, grad, state["second_moment"])) if second else None,
         after=rule.precondition_first and first is not None,
         measure=fresh if last is not None else bool(group.get("scale_parameter") or group.get("update_clip")),
-        stochastic=group["stochastic_rounding"] and p.dtype == torch.bfloat16,
+        stochastic=group["stochastic_rounding"] and p.dtype == torch.bfloat16 and CORRECTION not in state,
         seed=group["seed"],
         # What decides which kernels can take the step and what they are compiled for; the others come with the numbers.
         flags=(0 if grad.l2 is None else 1 << places.L2)
@@ -130,6 +131,7 @@ def describe(
         | (1 << places.UNIT if rule.sign else 0),
         emas=(rule.first, rule.second),
         last=last,
+        correction=state[CORRECTION]["codes"] if CORRECTION in state else None,
     )  # fmt: skip
 
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sketch_plugins.notices import warn
 from sketch_plugins.optim.groups import Groups
 from sketch_plugins.optim.rule import Further, LastRms
+from sketch_plugins.optim.weight_bits import WeightCorrection, Written, corrects
 from sketch_plugins.sharding.blocks import is_batch, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
-from sketch_plugins.sharding.state_names import PLACE, is_ours
+from sketch_plugins.sharding.state_names import CORRECTION, PLACE, is_ours
 from sketch_plugins.stores import Store
 from sketch_plugins.stores.kinds import SHAPED, StoreOptions, store_of
 
 
 class StateLayout(Groups):
     """Which stores the options of a group mean for a parameter, or for a part of one."""
+
+    # What is remembered of weights with corrections; copies and pickles go without.
+    _written: Written | None = None
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
         """The learning rate that a group usually takes where steps are not relative to the weights; None: any.
@@ -35,7 +41,10 @@ class StateLayout(Groups):
 
     def _beside(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
         """All state beside the two moments: the further one, and what kernels keep, too."""
-        return {**self._further(p, group), **({"rms": LastRms()} if group.get("lagged_rms") else {})}
+        out = {**self._further(p, group), **({"rms": LastRms()} if group.get("lagged_rms") else {})}
+        if corrects(p, group):
+            out[CORRECTION] = WeightCorrection(self._matrix_shape(p, group), group["weight_bits"])
+        return out
 
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         """(first, second) moment stores of a parameter, or of a part of one."""
@@ -130,6 +139,50 @@ class StateLayout(Groups):
         whole = self.state.get(part.owner)
         state = self._parts.state_of(part, whole) if whole else {}
         return state if "step" in state or any(map(is_ours, state)) else None
+
+    @contextmanager
+    def _weights_kept(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        """Around a step: corrections that are void are set to 0 before it, and what it writes is remembered after it.
+
+        Weights that somebody else has written stay without corrections if the step fails: they are as void after it.
+        """
+        groups = [group for group in groups if group.get("weight_bits")]
+        if not groups:
+            yield
+            return
+        if self._written is None and not any(corrects(p, group) for group in groups for p in group["params"]):
+            dtypes = sorted({str(p.dtype) for group in groups for p in group["params"]})
+            warn(
+                f"weight_bits={groups[0]['weight_bits']} has no effect: it is for bfloat16 and float16 parameters, and "
+                f"those of {type(self).__name__} are {', '.join(dtypes)}. Cast the model (sketch_plugins.cast_model), "
+                "or load it in bfloat16; a framework may also keep float32 weights of its own (DeepSpeed, FSDP2's "
+                "mixed precision)"
+            )
+        self._written = self._written or Written()
+        self._written.check(self._parts_with_state(groups))
+        try:
+            yield
+        finally:
+            self._written.note(self._parts_with_state(groups))
+
+    def _mark_weights(self) -> None:
+        """Before a state dict is made, which tells by the marks whether it is loaded with the weights it belongs to."""
+        groups = [group for group in self.param_groups if group.get("weight_bits")]
+        if groups:
+            self._check_weights().mark(self._parts_with_state(groups))
+
+    def _check_weights(self) -> Written:
+        """Set the corrections of all weights to 0 that are void."""
+        self._written = self._written or Written()
+        self._written.check(self._parts_with_state([group for group in self.param_groups if group.get("weight_bits")]))
+        return self._written
+
+    def _parts_with_state(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Part, Mapping[str, Any] | None]]:
+        for group in groups:
+            for index, owner in enumerate(group["params"]):
+                state = self.state.get(owner)
+                if state:
+                    yield from ((part, state) for part in self._parts.of(index, owner))
 
     def held(self) -> Iterator[tuple[int, dict[str, Any], Part, dict[str, Any] | None]]:
         """``(group's number, group, part, state)`` of everything that takes a step of its own on this rank.

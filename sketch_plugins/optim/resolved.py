@@ -12,13 +12,14 @@ from sketch_plugins.optim import eager
 from sketch_plugins.optim.checks import steps_taken
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, choose
 from sketch_plugins.optim.gradients import Gradients
+from sketch_plugins.optim.layout import arithmetic
 from sketch_plugins.optim.pending import Batch, Pending, undo_slots
 from sketch_plugins.optim.rehearsal import rehearse
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.step_cache import StepCache
 from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import is_lazy
-from sketch_plugins.sharding.state_names import PLACE, is_ours
+from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours
 from sketch_plugins.stores import Gradient, Store
 
 
@@ -53,7 +54,7 @@ class Resolution(Gradients):
         state = self._state_of(p)
         fresh = not state or "step" not in state
         if fresh:
-            state = self._allocate(p, group, grad, named)
+            state = self._allocate(p, group, grad.shape, grad.dtype, named)
         assert state is not None
         if not all(map(is_ours, state)):  # what others keep beside it takes no part in a step
             own = self._expected(p, group)
@@ -95,17 +96,26 @@ class Resolution(Gradients):
             rules[key] = self._rule(group, step, sparse)
         return rules[key]
 
+    def _start(self, p: Part, group: Mapping[str, Any]) -> None:
+        """State of a part that has taken no step, for one who has something to write there; none is made anew."""
+        if self._state_of(p):
+            return
+        first, second = self._stores(p, group)
+        named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
+        state = self._allocate(p, group, self._matrix_shape(p, group), arithmetic(p), named)
+        self.state[p.owner].update(flattened(state, p.key))
+
     def _allocate(
-        self, p: Part, group: Mapping[str, Any], grad: Gradient, named: Mapping[str, Store]
+        self, p: Part, group: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype, named: Mapping[str, Store]
     ) -> dict[str, Any]:
         # Inference tensors could not be changed by a step outside of torch.inference_mode.
         with torch.inference_mode(False):
             place = p.device if group["capturable"] else torch.device("cpu")
             state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=place)}
             for name, store in named.items():
-                state[name] = store.allocate(grad.shape, p.device, grad.dtype)
+                state[name] = store.allocate(shape, p.device, dtype)
             for name, part in self._beside(p, group).items():
-                state[name] = part.allocate(p.device, grad.dtype)
+                state[name] = part.allocate(p.device, dtype)
             if p.piece is not None:
                 state[PLACE] = p.piece.place
             self._new_state(group, named, state)

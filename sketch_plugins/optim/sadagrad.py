@@ -23,7 +23,7 @@ from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Shaped
 from sketch_plugins.stores import Gradient
 
-_COMMON = ("lr", "eps", "weight_decay", "maximize", "chunk_size")
+_COMMON = ("lr", "eps", "weight_decay", "maximize", "chunk_size", "weight_bits")
 
 
 class SAdagrad(SketchOptimizer):
@@ -54,6 +54,8 @@ class SAdagrad(SketchOptimizer):
         chunk_size: elements worked on at a time (default 0: 2**20 on a CPU, 2**24 on an accelerator). Beside tiles, a
             step takes memory for one parameter at a time, several times that of
             its sketch.
+        weight_bits: 24 or 32: bits that a bfloat16 or float16 weight lacks are kept among the state, see `CSAdam`
+            (default None: they are rounded away).
         preset: ``"default"``.
 
     Raises:
@@ -80,7 +82,9 @@ class SAdagrad(SketchOptimizer):
         ),
         "solver": Option("solver", str, "decomposition (default 'eigh')", choices=("eigh", "svd")),
     }
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"default": {"maximize": False, "chunk_size": 0, "solver": "eigh"}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {"maximize": False, "chunk_size": 0, "solver": "eigh", "weight_bits": None}
+    }
     FIXED: ClassVar[dict[str, Any]] = {
         "min_compress_size": 0,
         "row_sparse": False,
@@ -103,6 +107,7 @@ class SAdagrad(SketchOptimizer):
         solver: str | None = None,
         maximize: bool | None = None,
         chunk_size: int | None = None,
+        weight_bits: int | None = None,
     ) -> None:
         super().__init__(params, self._arguments(locals()), preset)
 

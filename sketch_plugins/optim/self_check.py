@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sketch_plugins.kernels.agreement import is_rounded, parameter_difference, state_difference
+from sketch_plugins.kernels.agreement import is_rounded, state_difference, weight_difference
 from sketch_plugins.notices import warn
 from sketch_plugins.optim import verdicts
 from sketch_plugins.optim.pending import Pending
@@ -225,7 +225,7 @@ def _difference(ours: Any, eager: Any) -> str | None:
     for p, q in zip(ours.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True):
         if not q.isfinite().all():
             continue  # options under which nothing can be told
-        found = parameter_difference(p.detach(), q.detach(), is_rounded(eager.state[q]))
+        found = weight_difference(p.detach(), ours.state[p], q.detach(), eager.state[q], is_rounded(eager.state[q]))
         found = found or state_difference(ours.state[p], eager.state[q], q.dtype)
         if found is not None:
             return found

@@ -69,9 +69,9 @@ def specialisation(backend: str, w: Work) -> tuple[tuple[str, ...], str]:
     state = [t for pair in (w.first, w.second) if pair for t in pair[1].values()]
     key = (
         backend, stores, w.p.dtype, w.g.dtype, w.p.shape, w.p.stride(), w.g.stride(), w.rows is None, w.packed, w.after,
-        w.measure, w.stochastic, w.last is None,
+        w.measure, w.stochastic, w.last is None, w.correction is None or w.correction.dtype,
         w.flags & (1 << places.L2 | 1 << places.LOOKAHEAD | 1 << places.UNIT),
-        any(t.data_ptr() % 16 for t in (w.p, w.g, *state)),
+        any(t.data_ptr() % 16 for t in (w.p, w.g, *state, *([] if w.correction is None else [w.correction]))),
     )  # fmt: skip
     found = _TEXTS.get(key)
     if found is None:

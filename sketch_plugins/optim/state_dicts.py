@@ -54,6 +54,7 @@ class StateDicts(StateLayout):
                             layout = self._layout(largest(p), group, part)
                             out["state"][key] = {"step": own["step"], **flattened(wrap(p, own, layout)), **others}
 
+        self._mark_weights()
         # The first to act after: hooks of others may return what they like, and see what is saved.
         after = self.register_state_dict_post_hook(finish, prepend=True)
         try:
@@ -89,6 +90,8 @@ class StateDicts(StateLayout):
             return incoming, self._copies(incoming)
 
         load(self, state_dict, prepare)
+        if self._written is not None:
+            self._written.forget()
 
     def _copies(self, incoming: Mapping[str, Any]) -> dict[Any, Any]:
         """The state of a state dict that was found good, as this optimizer keeps it."""
@@ -166,7 +169,8 @@ class StateDicts(StateLayout):
                 if name not in saved:  # an option that is younger than the checkpoint
                     if name == "batch_dims":
                         self._check_batches(group, saved, incoming["state"])
-                    saved[name] = group[name] if option.structural else BEFORE.get(name, group[name])
+                    known = name == "weight_bits" or not option.structural
+                    saved[name] = BEFORE.get(name, group[name]) if known else group[name]
                 saved[name] = self._group_value(name, saved[name])
                 if option.structural and saved[name] != group[name]:
                     raise ValueError(

@@ -20,6 +20,7 @@ from sketch_plugins.optim.resolved import Resolution
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.self_check import confirm
 from sketch_plugins.optim.step_cache import group_marks
+from sketch_plugins.optim.weight_bits import matrix_of
 from sketch_plugins.sharding.parts import Part, opened
 from sketch_plugins.sharding.state_names import flattened
 from sketch_plugins.stores import Gradient
@@ -250,7 +251,7 @@ class Taking(Resolution):
             if one.p.numel():
                 self._clean(one)
             if one.group.get("lagged_rms") and one.step == 1:  # no row to measure, and the next step is not the first
-                one.state["rms"]["last"][1] = rms_of(one.grad.like(one.p.data), one.grad)
+                one.state["rms"]["last"][1] = rms_of(matrix_of(one), one.grad)
             stepped.append(one)
         for batch in batches:
             with self._undone_by_an_error(batch.members), ExitStack() as copies:

@@ -161,7 +161,7 @@ class Matrix:
         if self._flat is not None:
             at.put(self._flat, value)
             return
-        rows = value.reshape(-1, value.shape[-1]).to(self.dtype)
+        rows = value.reshape(-1, value.shape[-1]).to(self._base.dtype)
         if at.hi - at.lo < self.shape[1]:
             if self.batch:
                 whole = self._base[self._places(at)]

@@ -19,8 +19,10 @@ from sketch_plugins.sharding.pieces import is_key
 
 # State of a piece that says which one it is.
 PLACE = "place"
+# What weights have beyond their parameter's dtype (``weight_bits``).
+CORRECTION = "weight_correction"
 #: Kinds of state that are ours. Wrappers of optimizers keep tensors of their own beside them.
-STATE_NAMES = frozenset({"step", "first_moment", "second_moment", "preconditioner", "rms", PLACE})
+STATE_NAMES = frozenset({"step", "first_moment", "second_moment", "preconditioner", "rms", CORRECTION, PLACE})
 #: Those that keep several tensors.
 _GROUPS = STATE_NAMES - {"step", PLACE}
 

@@ -234,6 +234,7 @@ LARGE = [(1000, 768), (1000, 767), (2, 768), (64, 32, 3, 3), (768,), (7, 96, 128
         *((cls, options, False, torch.float32) for cls, options in DENSE[::4]),
         *((cls, options, True, torch.float32) for cls, options in SPARSE[::3]),
         (CSAdam, {"stochastic_rounding": True}, False, torch.bfloat16),
+        (CSAdam, {"weight_bits": 24}, False, torch.bfloat16),
         (CSAdam, {"compression": 0.005}, False, torch.float16),
         (CSAdam, {"min_compress_size": 10**9}, False, torch.float32),
         (CSMomentum, {"row_sparse": True}, False, torch.float32),

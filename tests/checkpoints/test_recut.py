@@ -242,6 +242,29 @@ def test_the_last_rms_is_over_all_that_a_piece_is_made_of():
     assert all(torch.equal(a.state["rms"]["last"], b.state["rms"]["last"]) for a, b in zip(old, again, strict=True))
 
 
+@pytest.mark.parametrize("whole", SHAPES)
+@pytest.mark.parametrize(("old_world", "new_world"), [(2, 1), (1, 4), (2, 3), (7, 2), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16], ids=str)
+def test_corrections_of_weights_go_where_their_weights_go(old_world, new_world, whole, dtype):
+    info = torch.iinfo(dtype)
+    rows, columns = matrix_shape(whole)
+    codes = torch.randint(info.min, info.max + 1, (rows, columns), generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def of(h):
+        (lo, hi), (left, right) = h.rectangle
+        return codes[lo:hi, left:right].reshape(h.matrix)
+
+    old = [steps(held(p, ["fp32"]), gradients(whole)) for p in flat(whole, old_world)]
+    for h in old:
+        h.state["weight_correction"] = {"codes": of(h).clone(), "mark": torch.ones(1, dtype=torch.int64)}
+    new = [held(p, ["fp32"]) for p in flat(whole, new_world)]
+    for h, same in zip(new, recut(old, new), strict=True):
+        assert "weight_correction" in same and torch.equal(h.state["weight_correction"]["codes"], of(h))
+        # Whose weights they are is known where nothing was cut.
+        uncut = any(o.rectangle == h.rectangle and o.piece.shape == h.piece.shape for o in old)
+        assert int(h.state["weight_correction"]["mark"]) == uncut
+
+
 def test_what_does_not_fit_is_named():
     whole = (6, 4)
     old = [steps(held(p), gradients(whole)) for p in flat(whole, 2)]

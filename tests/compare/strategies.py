@@ -21,6 +21,7 @@ NUMBERS = {
     "seed": [0, 1, -5, 2**40 + 3],
     "min_compress_size": [0, 100, 4096],
     "update_clip": [0.0, 0.3, 1e-2, 1.0, 1e-20, 1e10],
+    "reference_rms": [1.0, 0.018, 30.0],
     "chunk_size": [0, 300, 1000, 1 << 16],
     "block_size": [128, 16, 1, 7, 32, 200, 2000],
     "clean_every": [0, 1, 2],
@@ -142,6 +143,8 @@ def cases(draw, name, backend, quick=False):
         options["min_compress_size"] = 0  # or all that is small enough for a test would be exact
     if name == "sketchy" and draw(st.booleans()):
         options["precondition"] = "none"  # kernels take what has no preconditioner
+    if "weight_bits" in values and draw(st.integers(0, 3)) == 3:
+        options["weight_bits"] = draw(st.sampled_from([24, 32]))
     options = _agree(options, name)
     # Options of the whole of a group; several groups have different ones.
     of_groups = {
@@ -162,6 +165,8 @@ def cases(draw, name, backend, quick=False):
     dtypes = ["float32", "float32", "bfloat16"] if backend == "numba" else ["float32", "bfloat16", "float16"]
     if draw(st.integers(0, 9)) == 9:
         dtypes = ["float64", "float16"]
+    if options.get("weight_bits"):
+        dtypes = ["bfloat16", "bfloat16", "float32"] if backend == "numba" else ["float16", "bfloat16"]
     mixed = not quick and draw(st.integers(0, 3)) == 3  # gradients of another dtype than the parameter
     plainly = draw(st.booleans())  # contiguous parameters and gradients: all that Numba takes
     tensors = []

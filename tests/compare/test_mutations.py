@@ -64,6 +64,9 @@ NUMBA = {
     "stale table: it is read before the gradient is in it": (
         "cs_adam", "cpu", "apply = APPLY if fold_first else FOLD | APPLY", "apply = APPLY",
     ),
+    "another noise: 24 bits are rounded to the other neighbour": (
+        "cs_adam", "sweeps", "    z = z ^ (z >> U(31))\n", "    z = z ^ (z >> U(30))\n",
+    ),
 }  # fmt: skip
 TRITON = {
     "ignored flag: momentum after the denominator": (
@@ -81,6 +84,9 @@ TRITON = {
     ),
     "stale table: the step reads what was there before": (
         "cs_adam", "step", "        v = kept.to(tl.float32)\n", "        v = v + 0.0 * kept.to(tl.float32)\n",
+    ),
+    "another noise: 24 bits are rounded to the other neighbour": (
+        "cs_adam", "step", "                random = noise(t, s, index, PLAIN)\n", "                random = index\n",
     ),
 }  # fmt: skip
 

@@ -189,6 +189,7 @@ def two_processes(folder: str) -> dict[str, Any]:
         "elastic": said(zero(2, elastic_checkpoint=True)),
         "universal": said({**zero(2), "checkpoint": {"load_universal": True}}),
         "client elastic": said(zero(2, elastic_checkpoint=True), optimizer=ours),
+        "weight_bits": said({**zero(2), "bf16": {"enabled": True}}, {"weight_bits": 24}),
         "forced": said({**zero(2, offload_optimizer=CPU), "zero_force_ds_cpu_optimizer": True}, optimizer=ours),
     }
     return out

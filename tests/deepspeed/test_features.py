@@ -91,6 +91,7 @@ def test_state_and_masters_are_offloaded(stage, ranks):
         ("elastic", "sketch-plugins reshard CHECKPOINT --world-size N"),
         ("universal", "sketch-plugins reshard CHECKPOINT --world-size N"),
         ("client elastic", "sketch-plugins reshard CHECKPOINT --world-size N"),
+        ("weight_bits", "DeepSpeed keeps a float32 copy of bfloat16 and float16 weights"),
         ("forced", "ZeRORuntimeException: You are using ZeRO-Offload with a client provided optimizer"),
     ],
 )

@@ -42,6 +42,11 @@ CASES = {
     "adam_stochastic": (
         CSAdam, {"stochastic_rounding": True, "first_moment_rounding": "stochastic"}, torch.bfloat16, MATRIX, False,
     ),
+    "adam_24_bits": (CSAdam, {"weight_bits": 24}, torch.bfloat16, MATRIX, False),
+    "lean_32_bits": (CSAdam, {"preset": "lean", "weight_bits": 32, "lagged_rms": True}, torch.bfloat16, MATRIX, False),
+    "adam_24_bits_fp16": (CSAdam, {"preset": "exact", "weight_bits": 24}, torch.float16, MATRIX, False),
+    "adam_32_bits_fp16": (CSAdam, {"weight_bits": 32}, torch.float16, MATRIX, True),
+    "adagrad_24_bits": (CSAdagrad, {"weight_decay": 0.1, "weight_bits": 24, "depth": 2}, torch.bfloat16, MATRIX, False),
     "adam_unaligned": (CSAdam, {}, torch.float32, (1024, 767), False),
     "adam_many_members": (CSAdam, {"compression": 0.005}, torch.float32, MATRIX, False),
     "lean": (CSAdam, {"preset": "lean"}, torch.float32, MATRIX, False),

@@ -92,6 +92,8 @@ OPTIONS = [
     *((name, {"fused": False}) for name in NAMES),
     *((name, {"sparse": True}) for name in NAMES),
     *((name, {"dtype": torch.bfloat16, "stochastic_rounding": True}) for name in NAMES),
+    *((name, {"dtype": torch.bfloat16, "weight_bits": 24}) for name in (*NAMES, "s_adagrad")),
+    ("cs_adam", {"dtype": torch.bfloat16, "weight_bits": 32, "sparse": True}),
     *((name, {"lagged_rms": True, "update_clip": 1.0}) for name in ("cs_adam", "cs_momentum")),
     ("cs_adam", {"row_sparse": "auto", "preset": "lean"}),
     ("cs_adam", {"clean_every": 3, "depth": 2, "first_moment_rounding": "stochastic", "table_dtype": "bf16"}),

@@ -16,6 +16,8 @@ OPTIONS = [
     {"second_moment": "row_count_min"},
     {"second_moment": "cover"},
     {"table_dtype": "bf16", "first_moment_rounding": "stochastic", "stochastic_rounding": True},
+    {"weight_bits": 24, "update_clip": 1.0, "decoupled_weight_decay": False},
+    {"weight_bits": 32, "lagged_rms": True},
 ]
 
 

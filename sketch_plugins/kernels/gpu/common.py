@@ -6,8 +6,11 @@ import triton
 import triton.language as tl
 
 from sketch_plugins import hashing
+from sketch_plugins.kernels.gpu import weights
 from sketch_plugins.kernels.gpu.table import (
     BEGIN,
+    CODES,
+    COLUMNS,
     COUNT,
     FIELDS,
     FLOOR,
@@ -108,8 +111,9 @@ def load_of(t, bucket, matrix):
 
 @triton.jit
 def gradient(
-    t, s, rows, g_rows, cols, mask, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, L2_ON: tl.constexpr, ALIGN: tl.constexpr
-):
+    t, s, rows, g_rows, cols, mask, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    L2_ON: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """The gradient in float32, ascending where asked for, with the coupled weight decay."""
     g = tl.load(t + tl.load(t + G)).to(tl.pointer_type(G_TYPE))
     if ALIGN:
@@ -118,16 +122,27 @@ def gradient(
     x = tl.load(g + g_rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     x = x * tl.load(s + SIGN)
     if L2_ON:
-        x += tl.load(s + L2) * parameter(t, rows, cols, mask, P_TYPE, ALIGN)
+        x += tl.load(s + L2) * parameter(t, rows, cols, mask, P_TYPE, C_TYPE, ALIGN)
     return x
 
 
 @triton.jit
-def parameter(t, rows, cols, mask, P_TYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """The parameter in float32."""
+def parameter(t, rows, cols, mask, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """The parameter in float32, with its corrections where there are some (``C_TYPE`` is not None)."""
     p = address(t, P, P_TYPE, ALIGN)
     stride = extent(t, P_STRIDE, ALIGN)
-    return tl.load(p + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(p + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+    if C_TYPE is None:
+        return x.to(tl.float32)
+    else:
+        c = tl.load(codes(t, rows, cols, C_TYPE, ALIGN), mask=mask, other=0)
+        return weights.decode(x, c, P_TYPE, C_TYPE)
+
+
+@triton.jit
+def codes(t, rows, cols, C_TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where the corrections lie."""
+    return address(t, CODES, C_TYPE, ALIGN) + rows[:, None] * extent(t, COLUMNS, ALIGN) + cols[None, :]
 
 
 @triton.jit

@@ -82,7 +82,8 @@ def _held(x, t, s, cell, SIGNED: tl.constexpr, TYPE: tl.constexpr):
 @triton.jit
 def dense(
     table, numbers, count,
-    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, TYPE: tl.constexpr, TARGET: tl.constexpr, DECAY: tl.constexpr,
+    P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    TYPE: tl.constexpr, TARGET: tl.constexpr, DECAY: tl.constexpr,
     GAIN: tl.constexpr, SIGNED: tl.constexpr, WEIGHTED: tl.constexpr, L2_ON: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +112,7 @@ def dense(
         rows, exists = members(t, bucket, matrix, first, hashes, M)
         mask = exists[:, None] & inner[None, :]
         signs = _signs(t, rows, hashes, SIGNED)
-        x = _cell(gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), signs, SIGNED, WEIGHTED)
+        x = _cell(gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, False), signs, SIGNED, WEIGHTED)
         if WEIGHTED:
             x = x * tl.load(weights + rows, mask=exists, other=0.0)[:, None]
             kept += tl.sum(tl.load(weights + total + rows, mask=exists, other=0.0))
@@ -133,7 +134,8 @@ def dense(
 @triton.jit
 def row_means(
     table, numbers, count,
-    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, MODE: tl.constexpr, L2_ON: tl.constexpr, M: tl.constexpr,
+    P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    MODE: tl.constexpr, L2_ON: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
     """Means of the rows' squares, ``M`` rows a program, into the weights' buffer."""
@@ -147,7 +149,7 @@ def row_means(
     for lo in range(0, columns, N):
         cols = lo + tl.arange(0, N)
         mask = exists[:, None] & (cols < columns)[None, :]
-        x = gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False)
+        x = gradient(t, s, rows, g_rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, False)
         sums += tl.sum(_limited(x * x), 1)
     means = _limited(sums / columns.to(tl.float32))
     tl.store(tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32)) + place, means, mask=exists)
@@ -156,7 +158,8 @@ def row_means(
 @triton.jit
 def touched(
     table, numbers, order, bucket_of, powers,
-    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, TYPE: tl.constexpr, TARGET: tl.constexpr, MODE: tl.constexpr,
+    P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    TYPE: tl.constexpr, TARGET: tl.constexpr, MODE: tl.constexpr,
     SIGNED: tl.constexpr, WEIGHTED: tl.constexpr, L2_ON: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Touched rows, sorted by bucket for each table: the program at the head of a segment adds up the whole segment.
@@ -192,7 +195,9 @@ def touched(
                 g_rows = at
             mask = exists[:, None] & inner[None, :]
             signs = _signs(t, rows, hashes, SIGNED)
-            x = _cell(gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, False), signs, SIGNED, WEIGHTED)
+            x = _cell(
+                gradient(t, s, rows, g_rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, False), signs, SIGNED, WEIGHTED
+            )
             if WEIGHTED:
                 x = x * tl.load(weights + at, mask=exists, other=0.0)[:, None]
                 kept += tl.sum(tl.load(weights + n + at, mask=exists, other=0.0))

@@ -29,6 +29,7 @@ from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8
 from sketch_plugins.stores.sketch import Sketch
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+CODES = {None: None, torch.int8: tl.int8, torch.int16: tl.int16}
 # Numbers in a program's tile at most: what fits the registers with g, p, a moment and the factor alive.
 TILE = 4096
 # Columns of a tile where no block of codes asks for another number: 512 bytes of float32, a full transaction a warp.
@@ -346,6 +347,7 @@ class _Specialisation:
     block: int
     measure: bool
     lagged: bool
+    codes: torch.dtype | None = None
 
 
 def _specialise(w: Work) -> tuple[_Specialisation, Work]:
@@ -375,7 +377,7 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
         # The median of several tables keeps all their numbers in registers.
         most = 16 if not isinstance(store1, CountSketch) else 4
         rows, single = min(triton.next_power_of_2(r), max(1, min(most, TILE // 2 // n))), False
-    state = [*state1.values(), *state2.values(), w.p, w.g]
+    state = [*state1.values(), *state2.values(), w.p, w.g, *([] if w.correction is None else [w.correction])]
     spec = _Specialisation(
         kernel="buckets" if owned else "tiles",
         first=getattr(first, store1.kernel) if store1 else first.none,
@@ -403,12 +405,18 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
         block=block,
         measure=w.measure,
         lagged=w.last is not None,
+        codes=_codes(w),
     )
     return spec, w
 
 
 def _dtype(state: dict[str, Tensor]) -> torch.dtype:
     return next((state[name].dtype for name in ("dense", "table") if name in state), torch.float32)
+
+
+def _codes(w: Work) -> torch.dtype | None:
+    """Dtype of the corrections; None: there are none."""
+    return None if w.correction is None else w.correction.dtype
 
 
 def _has(w: Work, place: int) -> bool:
@@ -422,7 +430,14 @@ def _flat(w: Work) -> Work:
     def view(pair: Any) -> Any:
         return pair and (pair[0], {k: t.view(n) for k, t in pair[1].items()})
 
-    return replace(w, p=w.p.view(n), g=w.g.view(n), first=view(w.first), second=view(w.second))
+    return replace(
+        w,
+        p=w.p.view(n),
+        g=w.g.view(n),
+        first=view(w.first),
+        second=view(w.second),
+        correction=w.correction if w.correction is None else w.correction.view(n),
+    )
 
 
 def _launch(spec: _Specialisation, works: list[Work], device: torch.device) -> list[_Action]:
@@ -455,7 +470,7 @@ def _constants(spec: _Specialisation) -> dict[str, Any]:
     """What the kernel of a spec is compiled for, but for the phase."""
     shared: dict[str, Any] = {
         "FIRST": spec.first, "P_TYPE": TYPES[spec.p], "G_TYPE": TYPES[spec.g], "F_TYPE": TYPES[spec.f],
-        "S_TYPE": TYPES[spec.s], "AHEAD": spec.ahead, "UNIT": spec.unit, "L2_ON": spec.l2,
+        "C_TYPE": CODES[spec.codes], "S_TYPE": TYPES[spec.s], "AHEAD": spec.ahead, "UNIT": spec.unit, "L2_ON": spec.l2,
         "NOISE": spec.noise, "ROUND": spec.round, "ALIGN": spec.align, "M": spec.rows, "N": spec.columns,
         "BLOCK": spec.block, "AFTER": spec.after,
         "num_warps": max(1, min(16, spec.rows * spec.columns // 256)),
@@ -550,6 +565,7 @@ def _describe(w: Work, spec: _Specialisation) -> tuple[Row, int]:
         TILES=across,
         COUNT=count,
         SEED=_signed64(w.seed),
+        CODES=0 if w.correction is None else w.correction.data_ptr(),
         LAST=0 if w.last is None else w.last.data_ptr(),
         HEIGHT=r // matrices,
         OWN=width // matrices,
@@ -616,7 +632,7 @@ def _folding(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tenso
         WEIGHTS=0 if weights is None else weights.data_ptr(),
     )
     return _alone(w, row), {
-        "P_TYPE": TYPES[w.p.dtype], "G_TYPE": TYPES[w.g.dtype], "TYPE": TYPES[table.dtype],
+        "P_TYPE": TYPES[w.p.dtype], "C_TYPE": CODES[_codes(w)], "G_TYPE": TYPES[w.g.dtype], "TYPE": TYPES[table.dtype],
         "TARGET": Row.at("FIRST_A" if signed else "SECOND_A"),
         "SIGNED": signed, "WEIGHTED": weights is not None, "L2_ON": _has(w, places.L2), "N": _fold_columns(w),
     }  # fmt: skip
@@ -651,8 +667,8 @@ def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list
     row = row._replace(WEIGHTS=weights.data_ptr())
     measure = _ready(
         fold.row_means, (-(-_count(w) // m),), _alone(w, row), _numbers([w], device), 1,
-        P_TYPE=TYPES[w.p.dtype], G_TYPE=TYPES[w.g.dtype], MODE=_mode(w), L2_ON=_has(w, places.L2), M=m,
-        N=_fold_columns(w), num_warps=4,
+        P_TYPE=TYPES[w.p.dtype], C_TYPE=CODES[_codes(w)], G_TYPE=TYPES[w.g.dtype], MODE=_mode(w),
+        L2_ON=_has(w, places.L2), M=m, N=_fold_columns(w), num_warps=4,
     )  # fmt: skip
 
     def scale() -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sketch_plugins.kernels.gpu import weights
 from sketch_plugins.kernels.gpu.common import (
     PLAIN,
     TABLE2,
     address,
+    codes,
     extent,
     factor,
     find,
@@ -56,9 +58,9 @@ from sketch_plugins.kernels.gpu.table import (
 @triton.jit
 def apply(
     t, s, x, f, rows, g_rows, exists, cols, mask, tile,
-    FIRST: tl.constexpr, P_TYPE: tl.constexpr, F_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr,
-    UNIT: tl.constexpr, AFTER: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH: tl.constexpr,
-    ALIGN: tl.constexpr,
+    FIRST: tl.constexpr, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, F_TYPE: tl.constexpr, PHASE: tl.constexpr,
+    AHEAD: tl.constexpr, UNIT: tl.constexpr, AFTER: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr,
+    DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """First moment of ``x``, and ``p <- shrink * p - f * numerator``; returns the sums of squares of update and p.
 
@@ -78,7 +80,7 @@ def apply(
     if UNIT:
         size = tl.abs(m)
         m = tl.div_rn(m, tl.where(size < LEAST, LEAST, size))  # not tl.maximum: a NaN must stay one
-    p = parameter(t, rows, cols, mask, P_TYPE, ALIGN)
+    p = parameter(t, rows, cols, mask, P_TYPE, C_TYPE, ALIGN)
     update = tl.where(mask, m * f, 0.0)
     if MEASURE & PHASE:
         if not AFTER:
@@ -90,7 +92,16 @@ def apply(
         base = address(t, P, P_TYPE, ALIGN)
         place = base + rows[:, None] * extent(t, P_STRIDE, ALIGN) + cols[None, :]
         new = tl.load(s + SHRINK) * p - update
-        if ROUND:
+        if C_TYPE is not None:
+            index = rows[:, None] * tl.load(t + COLUMNS) + cols[None, :]
+            if C_TYPE == tl.int8:
+                random = noise(t, s, index, PLAIN)
+            else:
+                random = index  # nothing is rounded
+            weight, code = weights.encode(new, random, P_TYPE, C_TYPE)
+            tl.store(place, weight, mask=mask)
+            tl.store(codes(t, rows, cols, C_TYPE, ALIGN), code, mask=mask)
+        elif ROUND:
             index = rows[:, None] * tl.load(t + COLUMNS) + cols[None, :]
             tl.store(place, to_bf16(new, noise(t, s, index, PLAIN)), mask=mask)
         else:
@@ -110,10 +121,11 @@ def _rate(s, PLACE: tl.constexpr, PHASE: tl.constexpr):
 @triton.jit
 def tiles(
     table, numbers, partial, count,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
-    S_TYPE: tl.constexpr, MODE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, UNIT: tl.constexpr,
-    AFTER: tl.constexpr, L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, DEPTH1: tl.constexpr,
-    DEPTH2: tl.constexpr, ALIGN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    F_TYPE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr,
+    UNIT: tl.constexpr, AFTER: tl.constexpr, L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr,
+    DEPTH1: tl.constexpr, DEPTH2: tl.constexpr, ALIGN: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``M`` rows by ``BLOCK`` columns (``N`` is the power of two above it)."""
     pid = tl.program_id(0)
@@ -127,7 +139,7 @@ def tiles(
     inside = tl.arange(0, N)
     cols = tile * BLOCK + inside
     mask = exists[:, None] & ((inside < BLOCK) & (cols < extent(t, COLUMNS, ALIGN)))[None, :]
-    x = gradient(t, s, rows, g_rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
+    x = gradient(t, s, rows, g_rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
     f = _rate(s, STEP, PHASE)
     if SECOND is not None:
         STORE: tl.constexpr = (FOLD & PHASE) != 0
@@ -139,7 +151,7 @@ def tiles(
     if (MEASURE | APPLY) & PHASE:
         squares, norm = apply(
             t, s, x, f, rows, g_rows, exists, cols, mask, tile,
-            FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, DEPTH1, ALIGN,
+            FIRST, P_TYPE, C_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, DEPTH1, ALIGN,
         )  # fmt: skip
         if MEASURE & PHASE:
             tl.store(partial + 2 * pid, squares)
@@ -149,7 +161,7 @@ def tiles(
 @triton.jit
 def buckets(
     table, numbers, partial, count,
-    FIRST: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
+    FIRST: tl.constexpr, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
     S_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, UNIT: tl.constexpr, AFTER: tl.constexpr,
     L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, SINGLE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
@@ -175,7 +187,7 @@ def buckets(
     rows, exists = members(t, bucket, matrix, 0, hashes, M)
     mask = exists[:, None] & inner[None, :]
     if SINGLE:
-        x = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
+        x = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
     if FOLD & PHASE:
         if SINGLE:
             total = tl.sum(x * x, 0)
@@ -184,7 +196,7 @@ def buckets(
             for first in range(0, load, M):
                 rows, exists = members(t, bucket, matrix, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
-                y = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
+                y = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
                 total += tl.sum(y * y, 0)
         gain = tl.load(s + GAIN2)
         if tl.load(s + MEAN) != 0:
@@ -206,19 +218,19 @@ def buckets(
                 x = x * preconditioner
             squares, norm = apply(
                 t, s, x, f, rows, rows, exists, cols, mask, tile,
-                FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, 1, ALIGN,
+                FIRST, P_TYPE, C_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, 1, ALIGN,
             )  # fmt: skip
         else:
             for first in range(0, load, M):
                 rows, exists = members(t, bucket, matrix, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
-                y = gradient(t, s, rows, rows, cols, mask, P_TYPE, G_TYPE, L2_ON, ALIGN)
+                y = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
                 if AFTER:
                     y = y * preconditioner
                     f = _rate(s, STEP, PHASE)  # held through the loop, it would cost a spill
                 a, b = apply(
                     t, s, y, f, rows, rows, exists, cols, mask, tile,
-                    FIRST, P_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, 1, ALIGN,
+                    FIRST, P_TYPE, C_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, 1, ALIGN,
                 )  # fmt: skip
                 squares += a
                 norm += b

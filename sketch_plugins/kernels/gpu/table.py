@@ -41,6 +41,7 @@ class Row(NamedTuple):
     COUNT: int = 0  # rows that take part: all, or the touched ones
     SEED: int = 0  # of the rounding
     AXES: int = 0  # how far behind the row a cover's axes but the first are: (address, length, numbers of one slice)
+    CODES: int = 0  # address of the corrections of the weights
     LAST: int = 0  # address of what the last step measured
     HEIGHT: int = 0  # rows of one matrix
     OWN: int = 0  # buckets of one matrix

@@ -19,6 +19,7 @@ from sketch_plugins.optim.fused import Backend, backend, numbers, ordered, vecto
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.sharding.parts import has_address, is_fake
+from sketch_plugins.sharding.state_names import CORRECTION
 from sketch_plugins.stores import Store
 
 PARTS = ("graft", "momentum", "write_back")
@@ -76,18 +77,22 @@ def with_memory(one: Pending) -> Pending:
     state = {
         name: store.allocate(one.grad.shape, torch.device("cpu"), one.grad.dtype) for name, store in one.named.items()
     }
+    if CORRECTION in one.state:
+        state[CORRECTION] = {
+            name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in one.state[CORRECTION].items()
+        }
     return replace(one, p=p, grad=one.grad.of(one.grad.like(p.data), gradient), state=state)
 
 
 def work_of(part: str, one: Pending, x: Tensor, rule: Rule, group: Mapping[str, Any]) -> Work | None:
     """A member's part as a kernel is given it; ``x``: its place in the stack. None: its layout is no kernel's."""
-    p, g = x, x
+    p, g, correction = x, x, None
     pairs: dict[str, tuple[Store, dict[str, Tensor]] | None] = {"first": None, "second": None}
     if part == "write_back":
         flat = one.grad.like(one.p.data)._flat
         if flat is None:
             return None
-        p = flat
+        p, correction = flat, one.state[CORRECTION]["codes"] if CORRECTION in one.state else None
     else:
         name = "second" if part == "graft" else "first"
         store = one.named[f"{name}_moment"]
@@ -95,10 +100,14 @@ def work_of(part: str, one: Pending, x: Tensor, rule: Rule, group: Mapping[str, 
     return Work(
         p, g, None, False, pairs["first"], pairs["second"],
         measure=bool(group["update_clip"]),
-        stochastic=part == "write_back" and group["stochastic_rounding"] and p.dtype == torch.bfloat16,
+        stochastic=correction is None
+        and part == "write_back"
+        and group["stochastic_rounding"]
+        and p.dtype == torch.bfloat16,
         seed=group["seed"],
         flags=1 << LOOKAHEAD if rule.lookahead and rule.first is not None else 0,
         emas=(rule.first, rule.second),
+        correction=correction,
     )  # fmt: skip
 
 
@@ -191,5 +200,6 @@ def _numbers(
 
 def _tensors(part: str, one: Pending) -> list[Tensor]:
     if part == "write_back":
-        return [one.p.data]
+        kept = one.state.get(CORRECTION)
+        return [one.p.data] if kept is None else [one.p.data, kept["codes"]]
     return list(one.state["second_moment" if part == "graft" else "first_moment"].values())

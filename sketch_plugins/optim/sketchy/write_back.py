@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from sketch_plugins import scratch
+from sketch_plugins.kernels.weight_code import Corrected
 from sketch_plugins.optim.eager import number, update, write_tile
 from sketch_plugins.optim.pending import Pending
+from sketch_plugins.optim.weight_bits import matrix_of
 from sketch_plugins.sharding.blocks import Matrix
 
 
@@ -20,11 +22,11 @@ def take(one: Pending, whole: Matrix, size: float | Tensor) -> None:
     if isinstance(one.rule.decay, Tensor) or one.rule.decay != 0:
         shrink = number(1.0 - one.rule.decay, grad)
     factor = number(size, grad)
-    matrix = grad.like(one.p.data)
+    matrix = matrix_of(one)
     state: Mapping[str, Any] = one.state
     for at in grad.batches():
-        part, in_place = matrix.get(at), matrix.views(at) and one.p.dtype == grad.dtype
-        if not in_place:
+        part, in_place = matrix.get(at), matrix.views(at) and matrix.dtype == grad.dtype
+        if not in_place and not isinstance(matrix, Corrected):
             part = scratch.cast("parameter", part, grad.dtype)
         update(part, whole.get(at), {}, factor, shrink, None, None, None)
         if not in_place:

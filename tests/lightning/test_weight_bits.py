@@ -1,0 +1,40 @@
+"""``weight_bits`` in Lightning: bf16-true, resumed runs, the float32 weights in checkpoints."""
+
+import importlib
+
+import pytest
+import torch
+
+from sketch_plugins import full_precision_state_dict
+
+from .conftest import SMALL, strategy
+from .test_callbacks import adamw, callback
+
+
+def checkpointing(namespace, folder):
+    return importlib.import_module(f"{namespace}.callbacks").ModelCheckpoint(dirpath=folder, save_last=True)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(namespace, fit, tmp_path):
+    def run(epochs, folder, bits=24, **options):
+        made = strategy(
+            "SketchStrategy", namespace, optimizer="cs_adam", optimizer_kwargs={**SMALL, "weight_bits": bits}
+        )
+        callbacks = [
+            checkpointing(namespace, tmp_path / folder),
+            callback("OptimizerStateMonitor", namespace, full_precision=True),
+        ]
+        quiet = {"enable_checkpointing": True, "max_steps": -1, "precision": "bf16-true"}
+        return fit(adamw, made, namespace, max_epochs=epochs, callbacks=callbacks, **quiet, **options)
+
+    whole, trainer = run(2, "whole")
+    run(1, "parts")
+    resumed, other = run(2, "parts", seed=7, ckpt_path="last")
+    wanted = full_precision_state_dict(whole, trainer.optimizers[0])
+    got = full_precision_state_dict(resumed, other.optimizers[0])
+    assert all(torch.equal(wanted[key], got[key]) for key in wanted)
+    assert any(not torch.equal(wanted[key], p.float()) for key, p in whole.state_dict().items())
+    saved = torch.load(tmp_path / "parts" / "last.ckpt", weights_only=False)["full_precision_state_dict"]
+    assert saved.keys() == wanted.keys() and all(torch.equal(saved[key], wanted[key]) for key in wanted)
+    with pytest.raises(ValueError, match="weight_bits=24 or 32"):
+        run(1, "without", bits=None)
