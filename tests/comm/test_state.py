@@ -143,7 +143,10 @@ def test_what_is_not_loaded():
         ([{**good, "world_size": 2}, {k: v for k, v in good.items() if k != "memory"}], "lacks 'memory'"),
         ([{**good, "world_size": 2}, {**good, "world_size": 2}], "one state of each of the"),
         ([{**good, "world_size": 2}, {**good, "world_size": 3, "rank": 1}], "one of them comes from rank 1 of 3"),
-        ([{**good, "world_size": 2}, {**good, "world_size": 2, "rank": 1, "iteration": 9}], r"after iterations \[4, 9\]"),
+        (
+            [{**good, "world_size": 2}, {**good, "world_size": 2, "rank": 1, "iteration": 9}],
+            r"after iterations \[4, 9\]",
+        ),
         ([{**good, "world_size": 2},
           {**good, "world_size": 2, "rank": 1, "memory": {"a": {"error": torch.zeros(3)}}}], "3 entries on rank 1"),
     ):  # fmt: skip
