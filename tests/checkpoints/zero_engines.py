@@ -47,7 +47,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "3 sketch sketchy": (
         stage(3),
         Sketchy,
-        {"lr": 1e-2, "min_compress_size": 1, "rank": 4, "update_freq": 2, "batch_dims": 1},
+        {"lr": 2e-4, "min_compress_size": 1, "rank": 4, "update_freq": 2, "batch_dims": 1},
     ),
     "3 vector sadagrad": (stage(3), SAdagrad, {"lr": 1e-2}),
 }

@@ -1,5 +1,7 @@
 """What the optimizers do inside Trainer: hyperparameters, groups, resuming."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import Trainer
@@ -20,15 +22,30 @@ def inner(trainer):
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_name_trains(name, make_trainer, new_model):
-    # Relative to the weights, which start at 0.02.
-    rate = {"learning_rate": 2e-3} if name == "sketchy" else {}
-    trainer = make_trainer(name, max_steps=8, **rate)
+    trainer = make_trainer(name, max_steps=8)
     before = {key: value.clone() for key, value in new_model().state_dict().items()}
     trainer.train()
     assert type(inner(trainer)) is registry.get(name).cls
     moved = [key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])]
     assert len(moved) == len(before)
     assert losses(trainer)[8] < losses(trainer)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "far"),
+    [
+        ("cs_adam", "preset=lean", None), ("sketchy", None, None), ("sm3", "preset=ema", None),
+        ("sm3", None, "second moments are sums"), ("sketchy", "reference_rms=1", "relative to the weights"),
+    ],
+)  # fmt: skip
+def test_trainer_s_default_rate_is_a_usual_one_or_warned_of(name, options, far, make_trainer):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(name, optim_args=options, learning_rate=5e-5, max_steps=3).train()
+    said = [str(w.message) for w in caught if "lr=" in str(w.message)]
+    assert len(said) == (far is not None)
+    if far:
+        assert said[0].startswith("parameter group 0 has lr=5e-05") and far in said[0]
 
 
 @pytest.mark.parametrize("name", registry.names())
