@@ -472,7 +472,7 @@ def _box(h: Held, side: Side) -> tuple[Span, ...]:
     rows, columns = h.box.rows, h.box.columns
     dims = h.preconditioner.dims
     if dims == (h.piece.numel, 1):
-        width = matrix_shape(h.piece.whole)[1]
+        width = matrix_shape(h.piece.whole[h.batch :])[1]
         if rows.size > 1 and columns.size < width:
             raise ValueError(
                 f"the piece at {_at(h)} is not a run of consecutive elements, which its preconditioner needs"

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.optim.ambient import neutral, outside_graphs
-from sketch_plugins.optim.family import misspelt
+from sketch_plugins.optim.family import BEFORE, misspelt
 from sketch_plugins.optim.groups import OWN_KEY, check_compiler, check_parameter, one_of_width_and_compression
-from sketch_plugins.optim.introduction import introduce, is_first_process
+from sketch_plugins.optim.introduction import introduce
 from sketch_plugins.optim.options import unknown_option, validate
 from sketch_plugins.optim.step_cache import StepCache
 from sketch_plugins.optim.taking import Members, StepOfAll, Taking
-from sketch_plugins.optim.usual_rates import warn_of_far_rates
+from sketch_plugins.optim.usual_rates import RateWatch
 from sketch_plugins.optim.written import MARK, modernize, renew
 from sketch_plugins.sharding.state_names import flattened, nested
 
@@ -38,6 +38,9 @@ class SketchOptimizer(Taking):
 
     # An `InBackward`, where there is one; it stays with this object.
     _in_backward: Any = None
+
+    # Neither copied nor pickled.
+    _rate_watch: RateWatch | None = None
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
@@ -99,6 +102,7 @@ class SketchOptimizer(Taking):
             self.param_groups.pop()
             raise
         self._parts.add(self.param_groups[-1], len(self.param_groups) - 1, self.batch_axes)
+        self._rates.add(self.param_groups[-1])
         if self._step_cache is not None:
             self._step_cache.forget_eager()
 
@@ -122,6 +126,8 @@ class SketchOptimizer(Taking):
                 loss = closure()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._check_capture()
+        if self._watches_rates and not self._numbers_are_answered:  # a plan trains nothing
+            self._rates.step(self)
         cache = self._step_cache = self._step_cache or StepCache()
         cache.large = None
         taking, recall, state = StepOfAll(), cache.recall, self.state
@@ -159,10 +165,6 @@ class SketchOptimizer(Taking):
         cache.trim()
         if not self._introduced:
             self._introduced = introduce(self)
-        if not self._rates_are_known:
-            self._rates_are_known = True
-            if not self._numbers_are_answered and is_first_process():  # a plan trains nothing
-                warn_of_far_rates(self)
         return loss
 
     @outside_graphs
@@ -220,12 +222,22 @@ class SketchOptimizer(Taking):
             if isinstance(p, Tensor) and isinstance(own, Mapping):  # a pickle of an older version has levels
                 self.state[p] = flattened(nested(own))
         for group in self.param_groups:
+            for name, value in BEFORE.items():  # a pickle that is older than the option
+                if name in self.OPTIONS:
+                    group.setdefault(name, value)
+                    self.defaults.setdefault(name, value)
             if MARK not in group:  # a pickle that is older than the mark
                 modernize(group)
                 renew(type(self).__name__, self.OPTIONS, group)
         if self._parts_of is None:  # a copy: its parameters are those that it was given
             for number, group in enumerate(self.param_groups):
                 self._parts.add(group, number, self.batch_axes)
+
+    @property
+    def _rates(self) -> RateWatch:
+        if self._rate_watch is None:
+            self._rate_watch = RateWatch()
+        return self._rate_watch
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 

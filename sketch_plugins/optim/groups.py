@@ -45,7 +45,8 @@ class Groups(torch.optim.Optimizer):
     _parts_of: Parts | None = None
     # Whether the line of the first step has been logged; who logs it, where a framework does.
     _introduced = False
-    _rates_are_known = False
+    # Whether learning rates are looked at: not of those that are only tried out.
+    _watches_rates = True
     _introduces_to: Any = None
 
     @classmethod

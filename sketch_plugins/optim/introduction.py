@@ -42,7 +42,7 @@ def introduce(optimizer: Gradients) -> bool:
     said_to = optimizer._introduces_to() if optimizer._introduces_to is not None else logger
     if said_to is LATER:
         return False
-    if said_to is None or not said_to.isEnabledFor(logging.INFO) or not is_first_process():
+    if said_to is None or not said_to.isEnabledFor(logging.INFO) or not _is_first_process():
         return True
     if any(is_lazy(p) for group in optimizer.param_groups for p in group["params"]):
         return False
@@ -126,8 +126,7 @@ def _row_sparse(optimizer: Gradients) -> Iterator[Any]:
             yield value
 
 
-def is_first_process() -> bool:
-    """Whether this process says what one process says for all."""
+def _is_first_process() -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"  # a launcher's

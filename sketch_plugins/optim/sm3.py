@@ -137,6 +137,8 @@ class SM3(SketchOptimizer):
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False
+    # Whether no learning rate was given.
+    _own_rates = False
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {"betas": (0.9, 1.0)},
         "lean": {"first_moment": "none"},
@@ -155,10 +157,17 @@ class SM3(SketchOptimizer):
         preset: str = "default",
         **options: Unpack[SM3Options],
     ) -> None:
-        if lr is None:  # no option of the presets, or a group's preset would reset it
-            lr = 1e-3 if preset == "ema" else 1e-2
+        self._own_rates = lr is None  # no option of the presets, or a group's preset would reset what was given
+        if lr is None:
+            lr = _rate_of(preset)
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `SketchOptimizer.add_param_group`; without a rate a group takes that of its preset."""
+        if isinstance(param_group, dict) and "lr" not in param_group and "preset" in param_group and self._own_rates:
+            param_group = {**param_group, "lr": _rate_of(param_group["preset"])}
+        super().add_param_group(param_group)
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
         return ADAGRAD if group["betas"][1] == 1.0 else ADAMW
@@ -177,3 +186,7 @@ class SM3(SketchOptimizer):
             floor=eps,
             precondition_first=True,
         )
+
+
+def _rate_of(preset: Any) -> float:
+    return 1e-3 if preset == "ema" else 1e-2

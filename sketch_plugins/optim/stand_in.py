@@ -144,7 +144,7 @@ def small_optimizer(
             "param_groups": [group for group in groups if group["params"]],
         }
     )
-    small._introduced = small._rates_are_known = True
+    small._introduced, small._watches_rates = True, False
     return small, given
 
 

@@ -1,8 +1,8 @@
-"""Learning rates that an optimizer usually takes, and one warning where a rate is far from them."""
+"""Learning rates that an optimizer usually takes, and a warning where one is far from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from sketch_plugins.notices import warn
 from sketch_plugins.optim.family import TYPICAL_RMS
 from sketch_plugins.optim.layout import StateLayout
+from sketch_plugins.sharding.parts import is_fake
 
 #: A rate is far from the usual one where it is so many times as large, or as small.
 FAR = 30.0
@@ -17,57 +18,102 @@ FAR = 30.0
 ADAMW, ADAGRAD, LION = 1e-3, 1e-2, 1e-4
 
 
-def why_far(optimizer: str, group: Mapping[str, Any], given: float, usual: float) -> str | None:
-    """What is wrong with a group's rate; None: it is not far from the usual one.
-
-    AdamW's rate may be as small as anybody likes: 1e-5 fine-tunes a pretrained model. Other rates that are so small are
-    AdamW's in the place of what the options need.
+def why_large(optimizer: str, group: Mapping[str, Any], lr: float, usual: float) -> str | None:
+    """What is wrong with a group's learning rate if it is far too large, or None.
 
     Args:
         optimizer: name of its class.
         group: the parameter group.
-        given: its learning rate.
-        usual: that of steps that are not relative to the weights: `ADAMW`, `ADAGRAD`, `LION`.
+        lr: the learning rate that a step takes.
+        usual: that of steps that are not relative to the weights: `ADAMW`, `ADAGRAD` or `LION`.
     """
-    relative, sums = bool(group.get("scale_parameter")), usual == ADAGRAD
-    carries_over = not relative or group["reference_rms"] == TYPICAL_RMS
-    if relative:
-        usual *= group["reference_rms"] / TYPICAL_RMS
-    if given > FAR * usual:
-        what = f"it is {given / usual:.0f} times {usual:.2g}, which {optimizer} usually takes with these options"
-        if relative and carries_over:
-            return (
-                f"{what}: since reference_rms={group['reference_rms']:g}, rates are those of steps that are not "
-                "relative to the weights. The training may diverge. Use such a rate, or reference_rms=1, with which "
-                "rates are relative"
-            )
-        return f"{what}. The training may diverge: use a smaller rate"
-    if given * FAR >= usual or (carries_over and not sums):
+    usual = _relative(group, usual)
+    if lr <= FAR * usual:
+        return None
+    what = f"lr={lr:g} is {lr / usual:.0f} times the usual learning rate of {optimizer} with these options, {usual:.2g}"
+    if group.get("scale_parameter") and not _is_relative(group):
+        return (
+            f"{what}, and the training may diverge. With reference_rms={group['reference_rms']:g} it takes AdamW's: "
+            "use that, or set reference_rms=1 for a learning rate that is relative to the weights"
+        )
+    return f"{what}, and the training may diverge. Use a smaller learning rate"
+
+
+def why_small(optimizer: str, group: Mapping[str, Any], lr: float, usual: float) -> str | None:
+    """The same of a rate that is far too small.
+
+    AdamW's rate may be as small as anybody likes: 1e-5 fine-tunes a pretrained model. Where options need another rate,
+    such a small one is AdamW's by mistake.
+    """
+    sums, relative, usual = usual == ADAGRAD, _is_relative(group), _relative(group, usual)
+    if lr * FAR >= usual or not (sums or relative):
         return None
     what = (
-        f"it is {usual / given:.0f} times smaller than {usual:.2g}, which {optimizer} usually takes with these options"
+        f"lr={lr:g} is {usual / lr:.0f} times smaller than the usual learning rate of {optimizer} with these options, "
+        f"{usual:.2g}, and the model will hardly train"
     )
-    if sums and carries_over:
-        instead = ', or preset="ema", which takes AdamW\'s' if optimizer == "SM3" else ""
-        return f"{what}: its second moments are sums. It will hardly train: use a larger rate{instead}"
-    return (
-        f"{what}: scale_parameter makes them relative to the weights. It will hardly train: use a larger rate, or "
-        f"reference_rms={TYPICAL_RMS:g}, with which a rate carries over from steps that are not relative"
-    )
+    if relative:
+        return (
+            f"{what}: scale_parameter makes it relative to the weights. Use a larger one, or set "
+            f"reference_rms={TYPICAL_RMS:g} to use AdamW's"
+        )
+    instead = ', or preset="ema", which takes AdamW\'s' if optimizer == "SM3" else ""
+    return f"{what}: its second moments are sums. Use a larger one{instead}"
 
 
-def warn_of_far_rates(optimizer: StateLayout) -> None:
-    """Warn once, of the first group whose rate is far from what its options usually take.
+def _is_relative(group: Mapping[str, Any]) -> bool:
+    """Whether the learning rate is one relative to the weights, and not AdamW's or Adagrad's."""
+    return bool(group.get("scale_parameter")) and group["reference_rms"] > 10 * TYPICAL_RMS
 
-    The largest rate that is known counts: a schedule may have begun with a small one. Rates on a device are not read.
+
+def _relative(group: Mapping[str, Any], usual: float) -> float:
+    return usual * group["reference_rms"] / TYPICAL_RMS if group.get("scale_parameter") else usual
+
+
+class RateWatch:
+    """Looks at the learning rates of some steps, and warns once of one that is far too large, once of one too small.
+
+    Rates are looked at in steps 1, 2, 4, 8, ... as they are then, because a schedule may begin with a small one. That a
+    rate is too small is judged in the first step whose rates are not all 0, by the largest that is known: the one that
+    the group was built with, its present one, and those that schedulers leave there. Rates on a device are not read.
     """
-    for number, group in enumerate(optimizer.param_groups):
-        usual = optimizer._usual_rate(group) if group["params"] else None
-        rates = [group[key] for key in ("lr", "initial_lr", "max_lr") if key in group]
-        if usual is None or any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
-            continue
-        given = max(map(float, rates))
-        why = why_far(type(optimizer).__name__, group, given, usual) if given > 0 else None
-        if why is not None:
-            warn(f"parameter group {number} has lr={given:g}: {why}")
+
+    def __init__(self) -> None:
+        self.steps, self.built = 0, dict[int, float]()
+        self.said_large = self.judged_small = False
+
+    def add(self, group: Mapping[str, Any]) -> None:
+        """A group that has been added, with its learning rate."""
+        for rate in _known(group, ("lr",)):
+            self.built[id(group["params"])] = rate
+        self.steps = 0  # looked at again in the next step
+
+    def step(self, optimizer: StateLayout) -> None:
+        """Before a step."""
+        self.steps += 1
+        if self.steps & (self.steps - 1) or (self.said_large and self.judged_small):
             return
+        groups = [(number, group) for number, group in enumerate(optimizer.param_groups) if group["params"]]
+        if all(rate == 0 for _, group in groups for rate in _known(group, ("lr",))):
+            self.steps = 0
+            return
+        name = type(optimizer).__name__
+        for number, group in groups:
+            usual = optimizer._usual_rate(group)
+            now = _known(group, ("lr",))
+            if usual is None or not now:
+                continue
+            largest = max([*_known(group, ("lr", "initial_lr", "max_lr")), self.built.get(id(group["params"]), 0.0)])
+            large = None if self.said_large else why_large(name, group, now[0], usual)
+            small = None if self.judged_small else why_small(name, group, largest, usual)
+            for why in filter(None, (large, small)):
+                warn(f"parameter group {number}: {why}")
+            self.said_large = self.said_large or large is not None
+            self.judged_small = self.judged_small or small is not None
+        self.judged_small = True
+
+
+def _known(group: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
+    """The rates under these keys that can be read without waiting for a device."""
+    rates = [group[key] for key in keys if group.get(key) is not None]
+    return [float(r) for r in rates if not isinstance(r, Tensor) or (r.device.type == "cpu" and not is_fake(r))]

@@ -134,11 +134,12 @@ COVARIANCES = [
 @pytest.mark.parametrize("fused", [False, None])
 @pytest.mark.parametrize("options", COVARIANCES, ids=str)
 def test_each_matrix_of_a_batch_has_covariances_of_its_own(options, fused):
-    dtype, tolerance = (torch.float32, 1e-3) if fused is None else (torch.float64, 1e-10)
+    dtype, tolerance = (torch.float32, 2e-5) if fused is None else (torch.float64, 1e-10)
     options = {"update_freq": 3, "rank": 6, "batch_dims": 1, "first_moment": "fp32", **ABSOLUTE, **options}
     tensors = [random(E, R, D).to(dtype), random(E, R, D, seed=5).to(dtype)]
     steps = [[random(E, R, D, seed=10 * s + n).to(dtype) for n in range(2)] for s in range(7)]
     for step in steps:
+        step[0][2] *= 100  # norms differ
         step[1][1] = 0  # an expert that nobody asks
     together, one = train(Sketchy, tensors, steps, fused=fused, **options)
     single = [tensor for whole in tensors for tensor in whole]

@@ -45,7 +45,7 @@ def test_trainer_s_default_rate_is_a_usual_one_or_warned_of(name, options, far, 
     said = [str(w.message) for w in caught if "lr=" in str(w.message)]
     assert len(said) == (far is not None)
     if far:
-        assert said[0].startswith("parameter group 0 has lr=5e-05") and far in said[0]
+        assert said[0].startswith("parameter group 0: lr=5e-05") and far in said[0]
 
 
 @pytest.mark.parametrize("name", registry.names())

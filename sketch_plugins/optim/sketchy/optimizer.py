@@ -53,16 +53,18 @@ class Sketchy(SketchOptimizer):
 
     The graft decides the size of the step, the covariances its direction. By default the graft is the lean count-sketch
     update (`CSAdam`, ``preset="lean"``): clipped, and relative to the size of the weights over ``reference_rms``, so
-    that AdamW's learning rate carries over. With ``reference_rms=1`` lr itself is relative: 2e-2 to 2e-1.
+    that AdamW's learning rate carries over, as with the graft "rmsprop"; with "adagrad" and "sm3" it is Adagrad's. With
+    ``reference_rms=1`` lr itself is relative: 2e-2 to 2e-1.
 
     *What is preconditioned.* Tensors of 2 or more dimensions. The experts of a mixture, one parameter ``(E, R, D)``,
-    are E matrices: each has covariances of its own, and is grafted by itself (``batch_dims``). Small trailing axes are
-    merged (``merge_dims``), an axis longer than ``max_block_dim`` is cut into equal blocks with covariances of their
-    own. An axis longer than ``max_axis``, or than ``max_aspect_ratio`` times the rest of the tensor, has none: the
-    vocabulary of an embedding or a language model's head is left to the graft's diagonal, and the tensor is
-    preconditioned along its other axis alone. Vectors and scalars take the graft's update as it is, and so do
-    row-sparse gradients (``nn.Embedding(sparse=True)``), whose rows are no sample of the covariance. ``row_sparse``
-    concerns only tensors that are not preconditioned along every axis, and leaves those rows unpreconditioned.
+    are E matrices: each has covariances of its own, and the norm of its own graft (``batch_dims``); clipping and
+    scaling look at the whole tensor. Small trailing axes are merged (``merge_dims``), an axis longer than
+    ``max_block_dim`` is cut into equal blocks with covariances of their own. An axis longer than ``max_axis``, or than
+    ``max_aspect_ratio`` times the rest of the tensor, has none: the vocabulary of an embedding or a language model's
+    head is left to the graft's diagonal, and the tensor is preconditioned along its other axis alone. Vectors and
+    scalars take the graft's update as it is, and so do row-sparse gradients (``nn.Embedding(sparse=True)``), whose rows
+    are no sample of the covariance. ``row_sparse`` concerns only tensors that are not preconditioned along every axis,
+    and leaves those rows unpreconditioned.
 
     *When.* ``statistics="accumulate"``: every ``statistics_freq``-th step adds to a buffer as large as the sketch, and
     every ``update_freq``-th step (before the first one at steps 1, 2, 4, 8, ...) ends with a solve, for equal shapes in
@@ -165,7 +167,7 @@ class Sketchy(SketchOptimizer):
             raise
 
     def _check_budget(self, group: Mapping[str, Any]) -> None:
-        shaped = [p for p in group["params"] if not is_lazy(p)]
+        shaped = [p for p in group["params"] if not is_lazy(p) and p.numel()]
         axes = [group[name] for name in AXES]
         covered = {
             p: axes_with_covariances(tuple(p.shape)[self.batch_axes(tuple(p.shape), group) :], *axes)[1] for p in shaped
@@ -235,7 +237,9 @@ class Sketchy(SketchOptimizer):
         return False if self._whole(p, group) else super()._row_sparse(p, group)
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
-        return {"none": None, "adagrad": ADAGRAD, "sm3": ADAGRAD}.get(group["graft"], ADAMW)
+        if group["graft"] == "none" and not group["update_clip"]:
+            return None
+        return ADAGRAD if group["graft"] in ("adagrad", "sm3") else ADAMW
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
         (beta1, beta2), graft, lr = group["betas"], group["graft"], step_rate(group)

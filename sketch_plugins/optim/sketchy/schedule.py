@@ -41,7 +41,8 @@ class Statistics(TypedDict, total=False):
         option(
             False,
             "after the first whole period each tensor is solved at its own step of a period (by its number in the "
-            "group), so that no step solves all of them. Up to then, and with False, all are solved in the same steps.",
+            "group; the experts of one tensor together), so that no step solves all of them. Up to then, and with "
+            "False, all are solved in the same steps.",
         ),
     ]
     solver: Annotated[str | None, option("eigh", "decomposition, ibid.", choices=SOLVERS)]

@@ -373,7 +373,8 @@ def _rates(members: Sequence[Pending], x: Tensor) -> list[float | Tensor]:
 def _scale(x: Tensor, factor: Tensor | None, rates: Sequence[float | Tensor]) -> None:
     """``x <- rate * factor * x`` of ``(n, *)``, of each its own."""
     rate = rates[0]
-    if all(one is rate or (not isinstance(one, Tensor) and one == rate) for one in rates):
+    tensors = any(isinstance(one, Tensor) for one in rates)
+    if all(one is rate or (not tensors and one == rate) for one in rates):
         if factor is not None:
             x.mul_((factor * rate).unsqueeze(-1))
         else:
@@ -381,7 +382,7 @@ def _scale(x: Tensor, factor: Tensor | None, rates: Sequence[float | Tensor]) ->
         return
     if factor is not None:
         x.mul_(factor.unsqueeze(-1))
-    if any(isinstance(one, Tensor) for one in rates):  # nobody waits for a device to read them
+    if tensors:  # nobody waits for a device to read them
         each = [one.view(()) if isinstance(one, Tensor) else x.new_full((), one) for one in rates]
         x.mul_(torch.stack(each).unsqueeze(-1))
     else:
