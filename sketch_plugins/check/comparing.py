@@ -15,7 +15,7 @@ from sketch_plugins import registry
 from sketch_plugins.check.cases import Case
 from sketch_plugins.comm.block_topk import BlockTopK
 from sketch_plugins.kernels.agreement import HALF, is_rounded, rate_for, state_difference, weight_difference
-from sketch_plugins.optim.fused import backend, interpreted
+from sketch_plugins.optim.fused import EAGERLY, backend, interpreted
 from sketch_plugins.optim.specialisations import Recorder, watching
 
 AGREES, DIFFERS, FAILS, LEFT_OUT = "agrees", "DIFFERS", "FAILS", "left out"
@@ -62,9 +62,9 @@ def compare(case: Case, device: torch.device) -> Row:
             found = _message(case, device) if case.message is not None else _steps(case, device)
         row.result, row.note = found
         if row.result == AGREES and case.message is None:
-            eager = [str(one.message) for one in said if "takes the eager path" in str(one.message)]
+            eager = [str(one.message) for one in said if EAGERLY in str(one.message)]
             if eager:
-                row.note = "eagerly: " + eager[0].partition("the eager path")[2].strip(" ()")
+                row.note = "eagerly: " + eager[0].partition(EAGERLY)[2].strip(" ():")
             if not recorder.seen:
                 row.result = LEFT_OUT
     except Exception as error:  # a row, whatever it is

@@ -19,6 +19,8 @@ from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.sharding.state_names import CORRECTION
 from sketch_plugins.stores import Gradient, Store
 
+#: What a warning says of a tensor that no kernel takes; `sketch-plugins check` looks for it.
+EAGERLY = "takes eager steps, which are slower"
 # On a CPU, and unless told otherwise, an optimizer of nothing but smaller tensors takes the eager path.
 CPU_MIN_SIZE = 1 << 15
 
@@ -161,7 +163,7 @@ def choose(
         if group["fused"]:
             odd = p if not has_address(p) else grad.matrix.tensor
             warn(
-                f"fused=True: a parameter of shape {tuple(p.shape)} takes eager steps, which are slower: a kernel "
+                f"fused=True: a parameter of shape {tuple(p.shape)} {EAGERLY}: a kernel "
                 f"reads memory by its address, and a {type(odd).__name__} has no memory of its own"
             )
         return None, None
@@ -172,7 +174,7 @@ def choose(
     if why is None:
         return kernels, work
     if group["fused"]:
-        warn(f"fused=True: a parameter of shape {tuple(p.shape)} takes eager steps, which are slower ({why})")
+        warn(f"fused=True: a parameter of shape {tuple(p.shape)} {EAGERLY} ({why})")
     return None, None
 
 

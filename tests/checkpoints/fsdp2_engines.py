@@ -32,7 +32,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sketch": (CSAdam, {**SKETCH, "compression": 0.25, "block_size": 8}),
     "sketch lagged": (CSAdam, {**SKETCH, "preset": "lean", "lagged_rms": True}),
     "sketch sm3": (SM3, SKETCH),
-    "sketch sketchy": (Sketchy, {**SKETCH, "rank": 4, "update_freq": 2}),
+    "sketch sketchy": (Sketchy, {**SKETCH, "rank": 4, "update_freq": 2, "reference_rms": 1.0}),
 }
 SAVED, MORE, BATCH = 3, 2, 12
 

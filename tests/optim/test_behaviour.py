@@ -506,7 +506,7 @@ def test_a_group_changed_between_steps_is_checked_before_the_step(name, option, 
 
 @pytest.mark.parametrize("option", ["lr", "eps", "weight_decay"])
 def test_none_for_an_option_without_another_default_is_an_error(name, option):
-    if name == "sketchy" and option == "lr":
+    if name == "sm3" and option == "lr":
         return  # its presets have rates of their own
     with pytest.raises(ValueError, match=f"{option}=None is not allowed: {option} must be"):
         registry.get(name).cls([torch.nn.Parameter(torch.zeros(4, 4))], **{option: None})

@@ -63,7 +63,8 @@ def build(name, options, mesh=None, seed=0, shard=True):
         for layer in (model.embed, model.conv, model.inner):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    own = {k: v for k, v in {**SMALL, **options}.items() if k in registry.get(name).options}
+    own = {"reference_rms": 1.0, **SMALL, **options}
+    own = {k: v for k, v in own.items() if k in registry.get(name).options}
     return model, registry.get(name).cls(model.named_parameters(), lr=0.02, **own)
 
 
