@@ -216,6 +216,7 @@ class SketchOptimizer(Taking):
         super().__setstate__(state)
         self.__dict__.pop("_step_cache", None)
         self.__dict__.pop("_written", None)
+        self.__dict__.pop("_bits_are_known", None)
         for p, own in self.state.items():
             if isinstance(p, Tensor) and isinstance(own, Mapping):  # a pickle of an older version has levels
                 self.state[p] = flattened(nested(own))

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from sketch_plugins import SM3, CSAdam, Sketchy
+from sketch_plugins import SM3, CSAdam, InBackward, Sketchy
 from sketch_plugins.kernels.weight_code import UNKNOWN, decode
 
 CODES, MARK = "weight_correction.codes", "weight_correction.mark"
@@ -206,9 +206,177 @@ def test_float32_parameters_are_left_alone():
 def test_an_optimizer_without_half_precision_says_so_once(recwarn):
     params = [torch.nn.Parameter(torch.ones(8))]
     optimizer = CSAdam(params, weight_bits=24, fused=False)
+    optimizer.state_dict()  # which looks at the corrections, too
     train(params, optimizer, 0, 1)
     (warning,) = recwarn
     assert "weight_bits=24 has no effect" in str(warning.message) and "torch.float32" in str(warning.message)
+
+
+def test_steps_in_backward_look_at_all_parameters(recwarn):
+    """The first parameter to take its step is in float32, and the other is not."""
+    norm = torch.nn.Parameter(torch.ones(24))
+    weight = torch.nn.Parameter(torch.randn(40, 24).bfloat16())
+    optimizer = CSAdam([{"params": []}, {"params": [norm]}, {"params": [weight]}], weight_bits=24, fused=False)
+    InBackward(optimizer)
+    for _ in range(2):
+        (weight.float().sum() + norm.sum()).backward()
+        optimizer.step()
+    assert CODES in optimizer.state[weight] and not recwarn.list
+    # Groups without parameters say nothing, of whatever dtype those will be that come later.
+    empty = CSAdam([{"params": []}], weight_bits=24, fused=False)
+    empty.step()
+    assert not recwarn.list
+
+
+class Quantized(torch.Tensor):
+    """A weight that keeps 8 bits and a scale, and says that it is bfloat16."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.bfloat16)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def numbers(self):
+        return (self.codes * self.scale).bfloat16()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        if func is torch.ops.aten.clone.default:
+            return cls(args[0].codes.clone(), args[0].scale)
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
+            args[0].codes.copy_((args[1].float() / args[0].scale).round().clamp(-127, 127))
+            return args[0]
+        plain = [a.numbers() if isinstance(a, cls) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_weights_that_compute_their_numbers_have_no_corrections(recwarn):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-100, 100, (40, 24), dtype=torch.int8, generator=generator)
+    quantized = torch.nn.Parameter(Quantized(codes, 0.01))
+    weight = torch.nn.Parameter(torch.randn(40, 24, generator=generator).bfloat16())
+    optimizer = CSAdam([("packed", quantized), ("plain", weight)], lr=0.1, weight_bits=24, fused=False)
+    before = codes.clone()
+    for _ in range(2):
+        for p in (quantized, weight):
+            p.grad = torch.randn(40, 24, generator=generator).bfloat16()
+        optimizer.step()
+    assert not torch.equal(before, quantized.codes)
+    assert CODES not in optimizer.state[quantized] and CODES in optimizer.state[weight]
+    said = [str(warning.message) for warning in recwarn if "weight_bits" in str(warning.message)]
+    assert len(said) == 1 and "weight_bits=24 has no effect on parameter 'packed'" in said[0]
+
+
+def test_a_state_dict_keeps_its_fingerprints_until_a_step():
+    """It has the optimizer's own tensors: what else looks at the corrections must not change them."""
+    params, optimizer = made(32)
+    train(params, optimizer, 0, 1)
+    state = optimizer.state_dict()
+    marks = [int(one[MARK]) for one in state["state"].values()]
+    assert UNKNOWN not in marks
+    for _ in range(2):
+        optimizer._check_weights()
+        optimizer.state_dict()
+    assert marks == [int(one[MARK]) for one in state["state"].values()]
+    # Loaded, too: looking at the corrections is no step.
+    fresh = made(32)[1]
+    fresh.load_state_dict(state)
+    fresh._check_weights()
+    train(params, optimizer, 2)  # the state dict's tensors are those of the next step now, for good
+    assert all(int(one[MARK]) == UNKNOWN for one in state["state"].values())
+    loaded = [int(fresh.state[p][MARK]) for p in fresh.param_groups[0]["params"]]
+    assert loaded == [UNKNOWN] * 3  # its weights are others, and the corrections 0
+
+
+@pytest.mark.parametrize("model_first", [False, True])
+def test_a_checkpoint_that_is_read_into_the_tensors_of_a_state_dict(model_first):
+    """As torch.distributed.checkpoint does, which asks for a state dict once more before it is loaded."""
+    params, optimizer = made(24)
+    train(params, optimizer, 0, 1)
+    checkpoint = saved(params, optimizer)
+    again, fresh = made(24, seed=1)
+    train(again, fresh, 7)
+    state = fresh.state_dict()
+
+    def read_weights():
+        with torch.no_grad():
+            for p, value in zip(again, checkpoint["model"], strict=True):
+                p.copy_(value)
+
+    def read_state():
+        for key, one in checkpoint["optimizer"]["state"].items():
+            for name, value in one.items():
+                state["state"][key][name].copy_(value)
+
+    for read in (read_weights, read_state) if model_first else (read_state, read_weights):
+        read()
+    fresh.state_dict()
+    fresh.load_state_dict(state)
+    train(params, optimizer, 2)
+    train(again, fresh, 2)
+    for p, q in zip(params, again, strict=True):
+        assert torch.equal(p, q) and torch.equal(optimizer.state[p][CODES], fresh.state[q][CODES])
+    # The state alone, whose weights are others than those that were there: void, though no weight was written.
+    again, fresh = made(24, seed=1)
+    train(again, fresh, 7)
+    state = fresh.state_dict()
+    read_state()
+    train(again, fresh, 8)
+    assert all(torch.equal(whole(fresh, p).bfloat16(), p) for p in again)
+
+
+def test_who_writes_weights_in_each_step_is_told_once(recwarn, caplog):
+    torch.manual_seed(0)
+    embed = torch.nn.Embedding(50, 24, max_norm=1.0).bfloat16()
+    clamped = torch.nn.Parameter(torch.randn(40, 24).bfloat16())
+    left = torch.nn.Parameter(torch.randn(24).bfloat16())
+    named = [("embed.weight", embed.weight), ("clamped", clamped), ("left", left)]
+    optimizer = CSAdam(named, lr=1e-3, weight_bits=24, fused=False)
+    with caplog.at_level("INFO", logger="sketch_plugins"):
+        for step in range(8):
+            (embed(torch.arange(50)).float() @ left.float()).sum().backward()
+            clamped.grad = torch.randn_like(clamped)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                clamped.clamp_(-2, 2)
+            assert len(recwarn.list) == (step >= 3)
+    said = str(recwarn.list[0].message)
+    assert "'embed.weight'" in said and "'clamped'" in said and "'left'" not in said and "max_norm" in said
+    logged = [record.getMessage() for record in caplog.records if "something wrote the weights" in record.getMessage()]
+    assert len(logged) == 14 and not any("'left'" in line for line in logged)
+
+
+def test_one_who_writes_weights_now_and_then_is_not_told(recwarn):
+    params, optimizer = made(24)
+    for step in range(8):
+        train(params, optimizer, step)
+        if step % 3:
+            with torch.no_grad():
+                params[0].clamp_(-2, 2)
+    assert not recwarn.list
+
+
+def test_nothing_that_a_graph_would_repeat_is_captured():
+    """What a capture asks for; that replays agree is a matter for a GPU."""
+    params, optimizer = made(24)
+    train(params, optimizer, 0, 1)
+    written, parts = optimizer._written, lambda: optimizer._parts_with_state(optimizer.param_groups)
+    optimizer.state_dict()
+    written.check(parts(), optimizer._label_of, stepping=True, capturing=True)
+    assert all(int(optimizer.state[p][MARK]) == UNKNOWN for p in params)  # as each replay leaves them
+    kept = optimizer.state[params[1]][CODES].clone()
+    with torch.no_grad():
+        params[1].mul_(2)
+    with pytest.raises(ValueError, match=r"captured in a CUDA graph, but the weights of parameter 1 of group 0"):
+        written.check(parts(), optimizer._label_of, stepping=True, capturing=True)
+    assert torch.equal(kept, optimizer.state[params[1]][CODES])
+    train(params, optimizer, 2)
+    written.check(parts(), optimizer._label_of, stepping=True, capturing=True)
 
 
 def test_a_step_that_fails_leaves_the_corrections():
