@@ -4,7 +4,8 @@ A correction (`kernels.weight_code`) is right for the weight that it was written
 makes it void: it would move that weight by up to half the distance to the next number. `Written` finds that out before
 a step, from what it remembers of each part after the last one: the address of its numbers and torch's counters of
 in-place changes. Neither is state. A state dict has the fingerprint of the weights in place of them, which is compared
-before the first step after it was loaded; a step removes it. docs/weight_bits.md says what is found out and what is not.
+before the first step after it was loaded; a step removes it. docs/weight_bits.md says what is found out and what is
+not.
 """
 
 from __future__ import annotations
@@ -188,8 +189,9 @@ class Written:
             warn(
                 f"something wrote the weights of {_listed(copies, label)} after the last step, so that the further "
                 "bits of weight_bits are 0 now on this process. With replicated parameters (DistributedDataParallel) "
-                "every process has to write them alike and before the same step: otherwise the weights of the processes "
-                "drift apart, by less than one unit in the last place of the dtype, and nothing brings them together"
+                "every process has to write them alike and before the same step: otherwise the weights of the "
+                "processes drift apart, by less than one unit in the last place of the dtype at first, and nothing "
+                "brings them together again"
             )
 
 

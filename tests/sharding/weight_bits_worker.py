@@ -174,6 +174,9 @@ def check_full_precision():
     same(whole(out), weights)
     load_full_precision_state_dict(model, optimizer, out)
     same(whole(full_precision_state_dict(model, optimizer)), weights)
+    gathered = full_precision_state_dict(model, optimizer, device="cpu", whole=True, keep=RANK == 0)
+    assert not any(isinstance(value, DTensor) for value in gathered.values())
+    same(gathered, weights if RANK == 0 else {})
 
 
 def check_load(folder):
