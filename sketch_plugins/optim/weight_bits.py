@@ -72,6 +72,25 @@ def matrix_of(one: Pending) -> Matrix:
     return Corrected(matrix, kept["codes"], one.group["seed"], int(one.state["step"]))
 
 
+def recoded(
+    state: dict[str, Any], part: Part, group: Mapping[str, Any], before: int | None, shape: tuple[int, int]
+) -> None:
+    """Make a part's state, `nested`, that was saved with ``weight_bits=before``, one of the group's.
+
+    From None: zeros, for the weights are what they are. To None: the corrections are dropped. From 24 to 32: the same
+    numbers. (32 to 24 would have to round them.)
+    """
+    now, kept = group["weight_bits"], state.get(CORRECTION)
+    if now is None:
+        state.pop(CORRECTION, None)
+    elif before is None and corrects(part, group):
+        state.setdefault(CORRECTION, WeightCorrection(shape, now).allocate(part.device, part.dtype))
+    elif (before, now) == (24, 32) and isinstance(kept, Mapping):
+        codes = kept.get("codes")
+        if isinstance(codes, Tensor) and codes.dtype == CODES[24]:  # others are refused like any wrong state
+            state[CORRECTION] = {**kept, "codes": codes.to(CODES[32]) * 256}
+
+
 def corrections(part: Part, state: Mapping[str, Any] | None) -> tuple[Tensor, Tensor] | None:
     """``(codes, mark)`` of a part in the state of its owner; None: there are none."""
     if not state:

@@ -175,24 +175,72 @@ def test_a_copy_of_model_and_optimizer_goes_on_alike():
         assert torch.equal(p, q) and torch.equal(optimizer.state[p][CODES], fresh.state[q][CODES])
 
 
-def test_a_checkpoint_of_other_bits_is_refused():
+@pytest.mark.parametrize("cls", [CSAdam, Sketchy])
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_goes_on_with_more_bits(bits, cls, old):
+    """A checkpoint without corrections, also one that is older than the option: the weights are what they are."""
+    params, optimizer = made(None, cls=cls)
+    train(params, optimizer, 0, 1)
+    checkpoint = saved(params, optimizer)
+    if old:
+        del checkpoint["optimizer"]["param_groups"][0]["weight_bits"]
+    again, fresh = made(bits, seed=1, cls=cls)
+    with torch.no_grad():
+        for p, value in zip(again, checkpoint["model"], strict=True):
+            p.copy_(value)
+    fresh.load_state_dict(checkpoint["optimizer"])
+    assert fresh.param_groups[0]["weight_bits"] == bits
+    for p, q in zip(params, again, strict=True):
+        assert not bool(fresh.state[q][CODES].any()) and fresh.state[q][CODES].element_size() == bits // 8 - 2
+        for name, value in optimizer.state[p].items():
+            assert torch.equal(value, fresh.state[q][name])
+    train(again, fresh, 2)
+    fresh.load_state_dict(fresh.state_dict())  # its mark says the new value
+    train(again, fresh, 3)
+    assert all(bool(fresh.state[q][CODES].any()) for q in again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_from_24_bits_to_32_no_weight_changes(dtype):
+    params = [torch.nn.Parameter(torch.randn(40, 24).mul(2.0**-12).to(dtype))]  # half of float16's are subnormal
+    optimizer = CSAdam(params, lr=1e-5, weight_bits=24, fused=False)
+    train(params, optimizer, 0, 1)
+    again = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    fresh = CSAdam(again, lr=1e-5, weight_bits=32, fused=False)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert bool(fresh.state[again[0]][CODES].any())
+    assert torch.equal(whole(fresh, again[0]), whole(optimizer, params[0]))
+    kept = whole(fresh, again[0]).clone()
+    if dtype == torch.bfloat16:  # of float16, 32 bits are more than a step's float32
+        assert torch.equal(effective(again, fresh)[0], kept)
+
+
+def test_further_bits_are_dropped_with_a_warning():
     params, optimizer = made(24)
     train(params, optimizer, 0)
-    state = optimizer.state_dict()
-    for bits in (None, 32):
-        _, fresh = made(bits)
-        with pytest.raises(ValueError, match=f"weight_bits=24, but group 0 of this CSAdam has weight_bits={bits}"):
-            fresh.load_state_dict(state)
-    # One that is older than the option.
-    _, before = made(None)
-    train(before.param_groups[0]["params"], before, 0)
-    state = before.state_dict()
-    del state["param_groups"][0]["weight_bits"]
-    with pytest.raises(ValueError, match="weight_bits=None, but group 0 of this CSAdam has weight_bits=24"):
-        made(24)[1].load_state_dict(state)
-    made(None)[1].load_state_dict(state)
+    state = copy.deepcopy(optimizer.state_dict())
+    again, fresh = made(None)
+    with pytest.warns(UserWarning, match=r"weight_bits=24, and group 0 .* weight_bits=None: what 3 parameters have"):
+        fresh.load_state_dict(state)
+    assert not any(name.startswith("weight_correction") for p in again for name in fresh.state[p])
+    train(again, fresh, 1)
+    assert all("weight_correction.codes" in one for one in state["state"].values())  # the caller's stays
+
+
+def test_a_checkpoint_of_more_bits_is_refused():
+    params, optimizer = made(32)
+    train(params, optimizer, 0)
+    with pytest.raises(ValueError, match="weight_bits=32, but group 0 of this CSAdam has weight_bits=24"):
+        made(24)[1].load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="weight_bits=16 is not one of None, 24, 32"):
         made(16)
+    # One that says so of its group, and lacks them.
+    state = optimizer.state_dict()
+    for one in state["state"].values():
+        del one[CODES], one[MARK]
+    with pytest.raises(ValueError, match=r"expected .*weight_correction"):
+        made(32)[1].load_state_dict(state)
 
 
 def test_float32_parameters_are_left_alone():
