@@ -8,6 +8,7 @@ import torch
 
 from sketch_plugins import SM3, CSAdam, InBackward, Sketchy
 from sketch_plugins.kernels.weight_code import UNKNOWN, decode
+from sketch_plugins.sharding.blocks import Matrix
 
 CODES, MARK = "weight_correction.codes", "weight_correction.mark"
 SHAPES = [(40, 24), (5,), ()]
@@ -438,3 +439,28 @@ def test_a_step_that_fails_leaves_the_corrections():
         optimizer.step()
     optimizer.param_groups[0]["lr"] = 1e-3
     assert all(map(torch.equal, effective(params, optimizer), kept))
+
+
+def test_a_step_that_fails_half_way_leaves_no_correction_of_another_weight(monkeypatch):
+    """Small parameters are as before, those that have stepped are as after; a large one is what is stored."""
+    shapes = [(40, 24), (200, 90), (30,)]
+    params, optimizer = made(32, shapes, chunk_size=4096)
+    train(params, optimizer, 0, 1)
+    others, reference = made(32, shapes, chunk_size=4096)
+    train(others, reference, 0, 1, 2)
+    kept, put, calls = whole(optimizer, params[2]).clone(), Matrix.put, []
+
+    def fails(self, at, value):
+        if self.tensor.shape == (200, 90):
+            calls.append(at)
+            if len(calls) == 3:
+                raise RuntimeError("a device that is gone")
+        put(self, at, value)
+
+    monkeypatch.setattr(Matrix, "put", fails)
+    with pytest.raises(RuntimeError, match="a device that is gone"):
+        train(params, optimizer, 2)
+    monkeypatch.undo()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [3, 2, 2]
+    wanted = [whole(reference, others[0]).clone(), params[1].detach().float().clone(), kept]
+    assert all(map(torch.equal, effective(params, optimizer), wanted))
