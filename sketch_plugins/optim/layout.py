@@ -30,6 +30,9 @@ class StateLayout(Groups):
     _written: Written | None = None
     # Whether it is known, and said, what `weight_bits` does nothing to.
     _bits_are_known = False
+    # Identities of parts with state that no step has changed, where the number of steps is on a device (`capturable`)
+    # and the next step depends on it (`lagged_rms`).
+    _unmeasured: frozenset[Any] = frozenset()
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
         """The learning rate that a group usually takes where steps are not relative to the weights; None: any.
@@ -220,6 +223,12 @@ class StateLayout(Groups):
                 state = self.state.get(owner)
                 if state:
                     yield from ((part, state) for part in self._parts.of(index, owner))
+
+    def _find_unmeasured(self) -> None:
+        """State was made, or loaded, and not by a step: here the device may be waited for, in a step it may not."""
+        groups = [group for group in self.param_groups if group.get("capturable") and group.get("lagged_rms")]
+        states = [(part, self._state_of(part)) for part, _ in self._parts_with_state(groups)]
+        self._unmeasured = frozenset(part.identity for part, state in states if state and not float(state["step"]))
 
     def held(self) -> Iterator[tuple[int, dict[str, Any], Part, dict[str, Any] | None]]:
         """``(group's number, group, part, state)`` of everything that takes a step of its own on this rank.

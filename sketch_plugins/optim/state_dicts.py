@@ -97,6 +97,7 @@ class StateDicts(StateLayout):
         load(self, state_dict, prepare)
         if self._written is not None:
             self._written.forget()
+        self._find_unmeasured()
 
     def _copies(self, incoming: Mapping[str, Any]) -> dict[Any, Any]:
         """The state of a state dict that was found good, as this optimizer keeps it."""

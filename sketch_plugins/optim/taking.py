@@ -117,6 +117,8 @@ class Taking(Resolution):
                 places = {id(one): place for place, one in enumerate(pending)}
                 for one in sorted(stepped, key=lambda one: places[id(one)]):
                     self._adopt(one)
+                if self._unmeasured:
+                    self._unmeasured -= {one.p.identity for one in stepped}
         if slots is not None:
             slots.update(scratch.used())
         self._describe(pending, marks)
