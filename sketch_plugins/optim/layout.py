@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -213,8 +214,9 @@ class StateLayout(Groups):
     def _label_of(self, part: Part) -> str:
         """`_label` of a part, whichever group it is in."""
         for group in self.param_groups:
-            if part.index < len(group["params"]) and group["params"][part.index] is part.owner:
-                return self._label(group, part)
+            for index, owner in enumerate(group["params"]):
+                if owner is part.owner:  # a step in backward sees a group of one parameter
+                    return self._label(group, replace(part, index=index))
         return f"a parameter of shape {part.whole}"
 
     def _parts_with_state(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Part, Mapping[str, Any] | None]]:

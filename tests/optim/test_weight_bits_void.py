@@ -378,6 +378,19 @@ def test_a_checkpoint_that_is_read_into_the_tensors_of_a_state_dict(model_first)
     assert all(torch.equal(whole(fresh, p).bfloat16(), p) for p in again)
 
 
+def test_who_writes_weights_in_each_step_is_told_by_steps_in_backward_too(recwarn):
+    weights = [torch.nn.Parameter(torch.randn(40, 24).bfloat16()) for _ in range(3)]
+    optimizer = CSAdam([(f"layer{i}", p) for i, p in enumerate(weights)], lr=1e-3, weight_bits=24, fused=False)
+    InBackward(optimizer)
+    for _ in range(6):
+        sum(p.float().square().sum() for p in weights).backward()
+        optimizer.step()
+        with torch.no_grad():
+            weights[1].clamp_(-2, 2)
+    (warning,) = recwarn
+    assert "'layer1'" in str(warning.message) and "nn.Embedding(max_norm=...)" in str(warning.message)
+
+
 def test_who_writes_weights_in_each_step_is_told_once(recwarn, caplog):
     torch.manual_seed(0)
     embed = torch.nn.Embedding(50, 24, max_norm=1.0).bfloat16()
