@@ -18,7 +18,8 @@ float16, abs(x) < 2**-14   a multiple of 2**-32                     a multiple o
 Float32's own subnormal numbers are bfloat16's, with more bits: there the bound is 2**-141 (F = 8, by chance). With
 F = 8 a number between two codes goes to the upper one with a probability that is its distance from the lower one, so
 that the expectation is the number itself; the noise is a function of (seed, step, number of the element in what is
-here of the parameter), see `round_to_bf16`: shards of other sizes are rounded with other noise, and parameters share it.
+here of the parameter), see `round_to_bf16`: shards of other sizes are rounded with other noise, and all parameters
+have the same.
 
 The stored weight is the representable number nearest to the one that h stands for, half-way away from zero. The sign is
 the stored weight's, at zero, too. What rounds to an infinity is one, as without a correction; what does not has the

@@ -109,11 +109,13 @@ class Written:
         self._marked: dict[Any, tuple[Tensor, int | None]] = {}
         # Part's identity -> before how many steps in a row its corrections were void.
         self._voids: dict[Any, int] = {}
+        # Those whose next step that will be.
+        self._before_step: set[Any] = set()
         self._warned: set[str] = set()
 
     def forget(self) -> None:
         """Other state is there: its fingerprints say which weights it belongs to."""
-        self._seen, self._marked, self._voids = {}, {}, {}
+        self._seen, self._marked, self._voids, self._before_step = {}, {}, {}, set()
 
     def check(
         self,
@@ -138,15 +140,13 @@ class Written:
             # A checkpoint was read into the tensors of a state dict (torch.distributed.checkpoint).
             if _version(mark) != version:
                 self._seen.pop(identity, None)
-        void, loaded, marks, voids = [], [], [], self._voids
+        void, loaded, marks = [], [], []
         for part, codes, mark in _corrected(parts):
             identity = part.identity
             known, now = self._seen.get(identity), looks(part)
             if capturing:
                 marks.append(mark)
             if known == now:
-                if voids and stepping:
-                    voids.pop(identity, None)
                 continue
             if capturing:
                 raise ValueError(
@@ -159,8 +159,9 @@ class Written:
                 codes.zero_()
                 mark.fill_(UNKNOWN)
                 (loaded if known is None else void).append(part)
-                if known is not None:
-                    voids[identity] = voids.get(identity, 0) + 1
+                if known is not None and identity not in self._before_step:
+                    self._before_step.add(identity)
+                    self._voids[identity] = self._voids.get(identity, 0) + 1
             self._seen[identity] = now
             self._marked[identity] = mark, None
         if capturing and marks:  # recorded, so that replays remove what a later state dict puts there
@@ -178,7 +179,13 @@ class Written:
     def note(self, parts: Iterable[tuple[Part, Mapping[str, Any] | None]]) -> None:
         """Remember what a step has left behind."""
         for part, _, _ in _corrected(parts):
-            self._seen[part.identity] = looks(part)
+            identity, now = part.identity, looks(part)
+            if self._voids and self._seen.get(identity) != now:  # it has taken a step
+                if identity in self._before_step:
+                    self._before_step.remove(identity)
+                else:
+                    self._voids.pop(identity, None)
+            self._seen[identity] = now
 
     def mark(self, parts: Iterable[tuple[Part, Mapping[str, Any] | None]]) -> None:
         """Before a state dict is made: the fingerprint of the weights beside their corrections."""
@@ -193,7 +200,7 @@ class Written:
             logger.info("weight_bits: the corrections of %s were saved with other weights: they are 0 now", label(part))
         for part in void:
             logger.info("weight_bits: something wrote the weights of %s: its corrections are 0 now", label(part))
-        often = [part for part in void if self._voids[part.identity] >= OFTEN]
+        often = [part for part in void if self._voids.get(part.identity, 0) >= OFTEN]
         if often and "often" not in self._warned:
             self._warned.add("often")
             warn(
