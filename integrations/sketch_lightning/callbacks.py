@@ -68,7 +68,7 @@ class OptimizerStateMonitor:
         prog_bar: show the state's size in the progress bar, too.
         full_precision: put the float32 weights of a run with ``weight_bits`` into each checkpoint, too, as
             ``checkpoint["full_precision_state_dict"]`` on the CPU: see `sketch_plugins.full_precision_state_dict`. They
-            take 4 bytes a parameter.
+            take 4 bytes a parameter, on the first rank alone.
 
     Raises:
         ValueError: ``rows`` or ``params`` is not a positive integer; at the start of training, ``sampled`` with steps
@@ -96,7 +96,7 @@ class OptimizerStateMonitor:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The table, and the samples."""
-        if self.full_precision and self._corrected(trainer) is None:
+        if self.full_precision and not self._corrected(trainer):
             raise ValueError(
                 "OptimizerStateMonitor(full_precision=True) saves weights of 24 or 32 bits, and no optimizer keeps "
                 "them: give it weight_bits=24 or 32; without, a checkpoint has all bits of its weights"
@@ -130,28 +130,22 @@ class OptimizerStateMonitor:
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the float32 weights; every rank is asked, and shards are gathered."""
-        optimizer = self._corrected(trainer) if self.full_precision else None
-        if optimizer is None:
+        optimizers = self._corrected(trainer) if self.full_precision else []
+        if not optimizers:
             return
-        weights: dict[str, Any] = full_precision_state_dict(pl_module, optimizer)
-        for name, value in weights.items():
-            whole: Any = value.full_tensor() if is_dtensor(value) else value
-            weights[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
-        checkpoint["full_precision_state_dict"] = dict(weights)
+        weights = full_precision_state_dict(
+            pl_module, optimizers, device="cpu", whole=True, keep=trainer.is_global_zero
+        )
+        if trainer.is_global_zero:
+            checkpoint["full_precision_state_dict"] = dict(weights)
 
-    def _corrected(self, trainer: Any) -> SketchOptimizer | None:
-        """The optimizer with ``weight_bits``; of several the one that has most."""
-        found = [
-            (
-                sum(len(group["params"]) for group in optimizer.param_groups if group.get("weight_bits")),
-                number,
-                optimizer,
-            )
-            for number, _, optimizer in _named(trainer)
-            if isinstance(optimizer, SketchOptimizer)
+    def _corrected(self, trainer: Any) -> list[SketchOptimizer]:
+        """The optimizers with ``weight_bits``."""
+        return [
+            optimizer
+            for _, _, optimizer in _named(trainer)
+            if isinstance(optimizer, SketchOptimizer) and any(g.get("weight_bits") for g in optimizer.param_groups)
         ]
-        found = [one for one in found if one[0]]
-        return max(found)[2] if found else None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log."""

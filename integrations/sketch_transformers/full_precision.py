@@ -21,23 +21,18 @@ def save_full_precision(model: Any, optimizer: Any, directory: str | os.PathLike
 
     A model of transformers is saved by ``save_pretrained``, with ``"float32"`` in its configuration:
     ``from_pretrained(directory)`` reads it. Of any other module the state dict is in ``pytorch_model.bin``. The folder
-    appears when it is whole. On the host the weights take 4 bytes a parameter for a while.
+    appears when it is whole. On the host the weights take 4 bytes a parameter for a while, on the device one tensor.
 
     Args:
         model: the model in training; shards (FSDP2) are gathered, for which every process has to call this.
-        optimizer: its optimizer, of sketch-plugins, or accelerate's wrapper around it.
+        optimizer: its optimizer, of sketch-plugins, or accelerate's wrapper around it; a list of several.
         directory: where to write; what is there is replaced.
         write: False on processes that only take part in gathering.
 
     Raises:
         ValueError: as `sketch_plugins.full_precision_state_dict`.
     """
-    weights: dict[str, Any] = full_precision_state_dict(model, optimizer)
-    for name, value in weights.items():
-        if hasattr(value, "full_tensor"):
-            value = value.full_tensor()
-        if isinstance(value, torch.Tensor):
-            weights[name] = value.cpu() if write else None
+    weights = full_precision_state_dict(model, optimizer, device="cpu", whole=True, keep=write)
     if not write:
         return
     target = Path(directory)

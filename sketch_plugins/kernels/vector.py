@@ -259,12 +259,11 @@ def _split(builder: Any, bits: Any, noise: Any) -> tuple[Any, Any]:
     magnitude = builder.and_(bits, _all(_I32, 0x7FFFFFFF))
     fraction = 16 if noise is None else 8
     h = magnitude if noise is None else builder.lshr(builder.add(magnitude, noise), _all(_I32, 8))
+    last = _all(_I32, (0x7F80 << fraction) - (1 << (fraction - 1)) - 1)
+    h = builder.select(builder.icmp_unsigned("<", h, last), h, last)
     stored = builder.lshr(builder.add(h, _all(_I32, 1 << (fraction - 1))), _all(_I32, fraction))
     code = builder.sub(h, builder.shl(stored, _all(_I32, fraction)))
-    finite = builder.and_(
-        builder.icmp_unsigned("<", magnitude, _all(_I32, 0x7F800000)),
-        builder.icmp_unsigned("<", stored, _all(_I32, 0x7F80)),
-    )
+    finite = builder.icmp_unsigned("<", magnitude, _all(_I32, 0x7F7F8000))
     sign = builder.and_(builder.lshr(bits, _all(_I32, 16)), _all(_I32, 0x8000))
     stored = builder.trunc(builder.or_(stored, sign), _vector(_I16))
     return builder.select(finite, stored, _bfloat16(builder, bits)), builder.select(finite, code, _all(_I32, 0))

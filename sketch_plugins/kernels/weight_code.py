@@ -17,12 +17,15 @@ float16, abs(x) < 2**-14   a multiple of 2**-32                     a multiple o
 
 Float32's own subnormal numbers are bfloat16's, with more bits: there the bound is 2**-141 (F = 8, by chance). With
 F = 8 a number between two codes goes to the upper one with a probability that is its distance from the lower one, so
-that the expectation is the number itself; the noise is a function of (seed, step, element), see `round_to_bf16`.
+that the expectation is the number itself; the noise is a function of (seed, step, number of the element in what is
+here of the parameter), see `round_to_bf16`: shards of other sizes are rounded with other noise, and all parameters
+have the same.
 
 The stored weight is the representable number nearest to the one that h stands for, half-way away from zero. The sign is
-the stored weight's, at zero, too. What rounds to an infinity is one, as without a correction; an infinity and NaN have
-the correction 0, and one that is there is not read. No pair of bits decodes to NaN but a stored NaN: where a weight was
-changed by somebody else, a c that would lead below zero leads to zero.
+the stored weight's, at zero, too. What rounds to an infinity is one, as without a correction; what does not has the
+last code before it at most, where 24 bits would be rounded further. An infinity and NaN have the correction 0, and one
+that is there is not read. No pair of bits decodes to NaN but a stored NaN: where a weight was changed by somebody else,
+a c that would lead below zero leads to zero.
 """
 
 from __future__ import annotations
@@ -43,10 +46,14 @@ CODES = {24: torch.int8, 32: torch.int16}
 #: Dtypes of parameters that may have one.
 HALF = (torch.bfloat16, torch.float16)
 
-_ABS, _INFINITE = 0x7FFFFFFF, 0x7F800000
+_ABS = 0x7FFFFFFF
 # Of float16: the bits of 2**-14 in float32 (below are its subnormal numbers), those of 2**16, where it is infinite, and
 # what the bits of its own numbers, shifted, lack of float32's.
 _LEAST, _ABOVE, _SHIFT = 0x38800000, 0x47800000, 0x38000000
+# From here on the nearest number of the dtype is infinite: half-way from its largest one to what would be the next.
+_TIE = {torch.bfloat16: 0x7F7F8000, torch.float16: 0x477FF000}
+# The bits of infinity.
+_TOP = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 # In the place of a fingerprint that nobody has taken.
 UNKNOWN = 0
 _KNOWN = 1 << 62
@@ -79,7 +86,7 @@ def encode(x: Tensor, dtype: torch.dtype, bits: int, noise: Tensor | None = None
             from zero.
     """
     fraction, magnitude = 8 if bits == 24 else 16, x.contiguous().view(torch.int32) & _ABS
-    finite = magnitude < _INFINITE
+    finite = magnitude < _TIE[dtype]
     add: Tensor | int = 0
     if dtype == torch.bfloat16:
         if fraction == 8:
@@ -96,9 +103,10 @@ def encode(x: Tensor, dtype: torch.dtype, bits: int, noise: Tensor | None = None
         else:
             high = high << 3
         h = torch.where(magnitude < _LEAST, low, high)
+    # Rounding must not carry a number to infinity that is nearer to the largest one.
+    h = h.clamp(max=(_TOP[dtype] << fraction) - (1 << (fraction - 1)) - 1)
     stored = (h + (1 << (fraction - 1))) >> fraction
     code = h - (stored << fraction)
-    finite &= stored < (0x7F80 if dtype == torch.bfloat16 else 0x7C00)
     signed = torch.where(x.signbit(), stored - 0x8000, stored).to(torch.int16).view(dtype)
     return torch.where(finite, signed, x.to(dtype)), code.masked_fill_(~finite, 0).to(CODES[bits])
 

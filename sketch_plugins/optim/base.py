@@ -218,6 +218,8 @@ class SketchOptimizer(Taking):
         super().__setstate__(state)
         self.__dict__.pop("_step_cache", None)
         self.__dict__.pop("_written", None)
+        self.__dict__.pop("_bits_are_known", None)
+        self.__dict__.pop("_unmeasured", None)
         for p, own in self.state.items():
             if isinstance(p, Tensor) and isinstance(own, Mapping):  # a pickle of an older version has levels
                 self.state[p] = flattened(nested(own))
@@ -232,6 +234,7 @@ class SketchOptimizer(Taking):
         if self._parts_of is None:  # a copy: its parameters are those that it was given
             for number, group in enumerate(self.param_groups):
                 self._parts.add(group, number, self.batch_axes)
+        self._find_unmeasured()
 
     @property
     def _rates(self) -> RateWatch:

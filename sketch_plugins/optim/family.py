@@ -303,7 +303,7 @@ class Steps(TypedDict, total=False):
             False,
             "bfloat16 parameters are rounded up or down with probabilities that make the rounding unbiased, so that "
             "updates below half a unit in the last place are not lost and no float32 master copy is needed; the noise "
-            "is a function of (seed, step, element).",
+            "is a function of (seed, step, element), with elements numbered in each rank's shard.",
         ),
     ]
     weight_bits: Annotated[

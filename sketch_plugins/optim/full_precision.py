@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,41 +13,65 @@ from sketch_plugins.kernels.weight_code import HALF, decoded, write_nearest
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.weight_bits import corrections, corrects
 from sketch_plugins.sharding.parts import Part, is_dtensor, local_of
+from sketch_plugins.sharding.pieces import is_lazy
+from sketch_plugins.sharding.state_names import is_ours
 
 
 def full_precision_state_dict(
-    model: torch.nn.Module, optimizer: Any, *, device: torch.device | str | None = None
-) -> dict[str, Tensor]:
+    model: torch.nn.Module,
+    optimizer: Any,
+    *,
+    device: torch.device | str | None = None,
+    whole: bool = False,
+    keep: bool = True,
+) -> dict[str, Any]:
     """``model.state_dict()`` in float32: of weights with corrections all 24 or 32 bits, as the next step reads them.
 
     Other bfloat16 and float16 parameters and buffers are widened; what is float32, or no number of half precision, is
     as in ``state_dict()``. Names that stand for one tensor (tied weights) have one here, too. DTensors (FSDP2) stay
-    DTensors of the same placement. Nothing is changed but corrections that are void, which are set to 0.
+    DTensors of the same placement, unless ``whole``. Nothing is changed but corrections that are void, which are set
+    to 0.
 
     Args:
-        model: whose parameters the optimizer has.
-        optimizer: an optimizer of sketch-plugins, or what a framework has wrapped around one (``.optimizer``).
-        device: where to put each tensor as it is made; None: where the parameter is. They take 4 bytes a parameter.
+        model: has all parameters with corrections of the optimizer (or of the optimizers).
+        optimizer: an optimizer of sketch-plugins, or what a framework has wrapped around one (``.optimizer``); or a
+            list of them, where several step the model.
+        device: where to put each tensor as it is made, one after the other, so that the parameters' device has room
+            for one of them; None: where the parameter is. All together they take 4 bytes a parameter there.
+        whole: gather DTensors, one after the other: every process of their meshes has to call this.
+        keep: False on processes that only take part in gathering: nothing is returned then, and nothing made that is
+            not gathered.
 
     Returns:
         Name -> tensor, detached. Float32 weights are the model's own memory unless ``device`` is another one.
 
     Raises:
-        ValueError: there is no optimizer of sketch-plugins; it steps flat partitions (ZeRO), whose float32 weights
-            DeepSpeed has.
+        ValueError: there is no optimizer of sketch-plugins, or none with ``weight_bits``; parameters with corrections
+            are not the model's (it is a copy, or a part of what is trained); it steps flat partitions (ZeRO), whose
+            float32 weights DeepSpeed has.
     """
-    own = _unwrapped(optimizer)
-    kept = _corrections(own)
-    made: dict[int, Tensor] = {}
-    found = model.state_dict(keep_vars=True)
+    optimizers, found = _unwrapped(optimizer), model.state_dict(keep_vars=True)
+    kept = _corrected(optimizers, model, found)
+    for own in optimizers:
+        own._check_weights()
+    made: dict[int, Any] = {}
     out = type(found)() if isinstance(found, dict) else {}
     for name, value in found.items():
         if not isinstance(value, Tensor):
-            out[name] = value
+            if keep:
+                out[name] = value
             continue
         if id(value) not in made:
-            made[id(value)] = _widened(value, kept.get(id(value)), device)
-        out[name] = made[id(value)]
+            if not keep and not (whole and is_dtensor(value)):
+                continue
+            wide: Any = _widened(value, kept.get(id(value)))
+            if whole and is_dtensor(wide):
+                wide = wide.full_tensor()
+            # What is not kept is gathered once, too: tied names have one tensor on all processes.
+            made[id(value)] = None if not keep else wide if device is None else wide.to(device)
+            del wide
+        if keep:
+            out[name] = made[id(value)]
     if hasattr(found, "_metadata"):
         out._metadata = found._metadata  # type: ignore[attr-defined]
     return out
@@ -60,51 +84,43 @@ def load_full_precision_state_dict(
 
     Into bfloat16 and float16 parameters of an optimizer with ``weight_bits``: the nearest weight and its correction
     (24 bits to nearest, without noise), whether or not the optimizer has stepped yet. Into all others as
-    ``model.load_state_dict`` does. A float32 model needs nothing but that.
+    ``model.load_state_dict`` does: also into those of an optimizer that is not given, whose corrections are void then.
+    A float32 model needs nothing but ``load_state_dict``.
 
     Args:
-        model: whose parameters the optimizer has.
-        optimizer: an optimizer of sketch-plugins, or what a framework has wrapped around one.
+        model: has all parameters with corrections of the optimizer (or of the optimizers).
+        optimizer: an optimizer of sketch-plugins, what a framework has wrapped around one, or a list of them.
         state_dict: name -> tensor; of a sharded parameter (DTensor) a DTensor or the whole tensor.
         strict: names that are missing, or that the model does not have, are an error.
 
     Raises:
-        ValueError: names or shapes are not the model's (nothing has been changed then), or as in
-            `full_precision_state_dict`.
+        ValueError: names, shapes or types are not the model's, a group's options are not allowed or not those of its
+            state, or as in `full_precision_state_dict`. Nothing has been changed then.
     """
-    own, found = _unwrapped(optimizer), model.state_dict(keep_vars=True)
-    missing = [name for name in found if name not in state_dict]
-    unknown = [name for name in state_dict if name not in found]
-    if strict and (missing or unknown):
-        raise ValueError(
-            f"the state dict does not fit the model: missing {_some(missing)}; not of the model {_some(unknown)}. "
-            "strict=False takes what fits"
-        )
-    for name, value in found.items():
-        given = state_dict.get(name)
-        if isinstance(value, Tensor) and isinstance(given, Tensor) and given.shape != value.shape:
-            raise ValueError(f"{name!r} has shape {tuple(given.shape)} in the state dict and {tuple(value.shape)} here")
-    _corrections(own)  # those that are void are 0 now
+    optimizers, found = _unwrapped(optimizer), model.state_dict(keep_vars=True)
+    _check_fits(found, state_dict, strict)
+    kept = _corrected(optimizers, model, found)
+    for own in optimizers:
+        for number, group in enumerate(own.param_groups):
+            own._check_options({}, number, group)
     with torch.no_grad():
         values = {name: _placed(value, found[name]) for name, value in state_dict.items() if name in found}
-        model.load_state_dict(values, strict=False)
-        places = {id(value): name for name, value in found.items() if name in values}
-        parts = []
-        for group in own.param_groups:
-            for index, owner in enumerate(group["params"]):
-                if id(owner) not in places:
-                    continue
-                for part in own._parts.of(index, owner):
-                    if corrects(part, group) and part.numel():
-                        parts.append((part, group, local_of(values[places[id(owner)]])))
-        for part, group, value in parts:
-            own._start(part, group)
-            codes = corrections(part, own.state[part.owner])
+        given = {id(found[name]): value for name, value in values.items() if id(found[name]) in kept}
+        parts = [(kept[key], local_of(value)) for key, value in given.items() if kept[key].part.numel()]
+        _start(one for one, _ in parts)
+        for own in optimizers:
+            own._check_weights()  # corrections that are void are 0 now, of what is not given
+        # Whatever is found wrong has been found. These write no weight with a correction:
+        rest = {name: value for name, value in values.items() if id(found[name]) not in kept}
+        model.load_state_dict(rest, strict=False)
+        for one, value in parts:
+            codes = corrections(one.part, one.optimizer.state[one.part.owner])
             assert codes is not None
-            write_nearest(value.to(part.device, torch.float32), part.data, codes[0].view(part.shape))
+            write_nearest(value.to(one.part.device, torch.float32), one.part.data, codes[0].view(one.part.shape))
             codes[1].zero_()
-        assert own._written is not None
-        own._written.note((part, own.state[part.owner]) for part, _, _ in parts)
+        for own in optimizers:
+            assert own._written is not None
+            own._written.note((one.part, own.state[one.part.owner]) for one, _ in parts if one.optimizer is own)
 
 
 def cast_model(
@@ -166,44 +182,127 @@ def _staying(model: torch.nn.Module, keep: tuple[str | type, ...]) -> tuple[set[
     return staying, kept
 
 
-def _unwrapped(optimizer: Any) -> SketchOptimizer:
-    inner = optimizer
-    for _ in range(4):
-        if isinstance(inner, SketchOptimizer):
-            return inner
-        inner = getattr(inner, "optimizer", None)
-    raise ValueError(
-        f"{type(optimizer).__name__} is no optimizer of sketch-plugins with weight_bits, and wraps none: without one "
-        "model.state_dict() holds all there is"
-    )
+class _Corrected(NamedTuple):
+    """A parameter whose group has ``weight_bits``, and what of it is on this rank."""
+
+    optimizer: SketchOptimizer
+    group: dict[str, Any]
+    part: Part
 
 
-def _corrections(optimizer: SketchOptimizer) -> dict[int, tuple[Part, Tensor]]:
-    """Identity of a parameter -> its part on this rank and the codes, where there are some; none that are void."""
-    optimizer._check_weights()
-    out = {}
-    for group in optimizer.param_groups:
-        for part, state in optimizer._parts_with_state([group]):
-            if part.key is not None:
-                raise ValueError(
-                    "the optimizer steps flat partitions of parameters (ZeRO), whose float32 weights DeepSpeed keeps: "
-                    "use its zero_to_fp32"
-                )
-            found = corrections(part, state)
-            if found is not None:
-                out[id(part.owner)] = part, found[0]
+def _unwrapped(optimizer: Any) -> list[SketchOptimizer]:
+    """The optimizers of sketch-plugins within one or several wrappers."""
+    out = []
+    for one in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+        inner = one
+        for _ in range(4):
+            if isinstance(inner, SketchOptimizer):
+                break
+            inner = getattr(inner, "optimizer", None)
+        if not isinstance(inner, SketchOptimizer):
+            raise ValueError(
+                f"{type(one).__name__} is no optimizer of sketch-plugins with weight_bits, and wraps none: without "
+                "one model.state_dict() holds all there is"
+            )
+        out.append(inner)
+    if not any(group.get("weight_bits") for own in out for group in own.param_groups):
+        kinds = ", ".join(type(own).__name__ for own in out) or "an empty list"
+        raise ValueError(
+            f"weight_bits is None in every parameter group of {kinds}: model.state_dict() holds all bits of the "
+            "weights. Build the optimizer with weight_bits=24 or 32 to keep more"
+        )
     return out
 
 
-def _widened(value: Tensor, kept: tuple[Part, Tensor] | None, device: torch.device | str | None) -> Tensor:
+def _corrected(
+    optimizers: Sequence[SketchOptimizer], model: torch.nn.Module, found: Mapping[str, Any]
+) -> dict[int, _Corrected]:
+    """Identity of a parameter -> what has corrections of it, or will have them with the first step."""
+    out, missing = {}, []
+    here, names = {id(value) for value in found.values()}, {id(p): name for name, p in model.named_parameters()}
+    for own in optimizers:
+        for group in own.param_groups:
+            for index, owner in enumerate(group["params"]):
+                if is_lazy(owner) or not group.get("weight_bits"):
+                    continue
+                for part in own._parts.of(index, owner):
+                    if not corrects(part, group):
+                        continue
+                    if part.key is not None:
+                        raise ValueError(
+                            "the optimizer steps flat partitions of parameters (ZeRO), whose float32 weights DeepSpeed "
+                            "keeps: use its zero_to_fp32"
+                        )
+                    out[id(owner)] = _Corrected(own, group, part)
+                    # A hook may leave a parameter out of the state dict; a copy under its name is without corrections.
+                    if id(owner) not in here and (id(owner) not in names or names[id(owner)] in found):
+                        missing.append(own._label(group, part).rstrip(","))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{'; '.join(missing[:3])}{more} of {', '.join(type(own).__name__ for own in optimizers)}: not among the "
+            f"tensors of this {type(model).__name__}, so that their further bits (weight_bits) would be lost. Give the "
+            "model that the optimizer was built with, not a copy (an average of weights has the bits of its own dtype: "
+            "keep it in float32), and of several modules one that has them all, such as torch.nn.ModuleDict"
+        )
+    return out
+
+
+def _check_fits(found: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> None:
+    """Raise ValueError where names, shapes or types of a state dict are not the model's."""
+    missing = [name for name in found if name not in given]
+    unknown = [name for name in given if name not in found]
+    if strict and (missing or unknown):
+        raise ValueError(
+            f"the state dict does not fit the model: missing {_some(missing)}; not of the model {_some(unknown)}. "
+            "strict=False takes what fits"
+        )
+    for name, value in found.items():
+        if name not in given or not isinstance(value, Tensor):
+            continue
+        one = given[name]
+        if not isinstance(one, Tensor):
+            raise ValueError(f"{name!r} is of type {type(one).__name__} in the state dict and a tensor here")
+        if one.shape != value.shape:
+            raise ValueError(f"{name!r} has shape {tuple(one.shape)} in the state dict and {tuple(value.shape)} here")
+        if one.is_floating_point() != value.is_floating_point() or one.is_complex() or one.device.type == "meta":
+            where = " without memory" if one.device.type == "meta" else ""
+            raise ValueError(
+                f"{name!r} is a tensor of {one.dtype}{where} in the state dict and of {value.dtype} here: give "
+                f"{'floating point numbers' if value.is_floating_point() else str(value.dtype)}"
+            )
+
+
+def _start(members: Iterable[_Corrected]) -> None:
+    """State for all that have taken no step; an error leaves none of it."""
+    started: list[_Corrected] = []
+    try:
+        for one in members:
+            own, owner = one.optimizer, one.part.owner
+            if own._state_of(one.part) is None:
+                started.append(one)
+                own._start(one.part, one.group)
+            elif corrections(one.part, own.state[owner]) is None:
+                raise ValueError(
+                    f"{own._label(one.group, one.part).rstrip(',')} has state without corrections, but weight_bits="
+                    f"{one.group['weight_bits']}: the option, or the parameter's dtype, was changed after the last step"
+                )
+    except BaseException:
+        for one in started:
+            state = one.optimizer.state.get(one.part.owner, {})
+            for name in [name for name in state if is_ours(name)]:
+                del state[name]
+            if not state:
+                one.optimizer.state.pop(one.part.owner, None)
+        raise
+
+
+def _widened(value: Tensor, kept: _Corrected | None) -> Tensor:
     value = value.detach()
-    if kept is not None:
-        part, codes = kept
-        local = decoded(part.data.detach(), codes.view(part.shape))
-        value = _like(local, value)
-    elif value.dtype in HALF:
-        value = value.to(torch.float32)
-    return value if device is None else value.to(device)
+    found = None if kept is None else corrections(kept.part, kept.optimizer.state.get(kept.part.owner))
+    if kept is not None and found is not None:
+        return _like(decoded(kept.part.data.detach(), found[0].view(kept.part.shape)), value)
+    return value.to(torch.float32) if value.dtype in HALF else value
 
 
 def _like(local: Tensor, whole: Tensor) -> Tensor:

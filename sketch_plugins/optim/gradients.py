@@ -133,11 +133,12 @@ class Gradients(StateDicts):
                 f"{label} has a row-sparse gradient, which cannot be captured in a CUDA graph because its rows "
                 "differ from step to step"
             )
-        if group.get("lagged_rms") and not self._state_of(p) and is_capturing(p.device):
+        first = not self._state_of(p) or p.identity in self._unmeasured
+        if group.get("lagged_rms") and first and is_capturing(p.device):
             raise ValueError(
-                f"{label} has no state yet. Its first step with lagged_rms=True differs from later ones (it "
-                "measures before it steps), so a CUDA graph of it cannot be replayed. Take one step, or load a "
-                "state, before the capture"
+                f"{label} has taken no step yet. Its first step with lagged_rms=True differs from later ones (it "
+                "measures before it steps), so a CUDA graph of it cannot be replayed. Take one step, or load the "
+                "state of one, before the capture"
             )
         stores = self._stores(p, group)
         named: dict[str, Any] = {

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sketch_plugins.kernels.weight_code import HALF
 from sketch_plugins.notices import warn
 from sketch_plugins.optim.groups import Groups
 from sketch_plugins.optim.rule import Further, LastRms
-from sketch_plugins.optim.weight_bits import WeightCorrection, Written, corrects
+from sketch_plugins.optim.weight_bits import WeightCorrection, Written, computes_its_numbers, corrects
 from sketch_plugins.sharding.blocks import is_batch, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
@@ -27,6 +29,11 @@ class StateLayout(Groups):
 
     # What is remembered of weights with corrections; copies and pickles go without.
     _written: Written | None = None
+    # Whether it is known, and said, what `weight_bits` does nothing to.
+    _bits_are_known = False
+    # Identities of parts with state that no step has changed, where the number of steps is on a device (`capturable`)
+    # and the next step depends on it (`lagged_rms`).
+    _unmeasured: frozenset[Any] = frozenset()
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
         """The learning rate that a group usually takes where steps are not relative to the weights; None: any.
@@ -150,20 +157,46 @@ class StateLayout(Groups):
         if not groups:
             yield
             return
-        if self._written is None and not any(corrects(p, group) for group in groups for p in group["params"]):
-            dtypes = sorted({str(p.dtype) for group in groups for p in group["params"]})
-            warn(
-                f"weight_bits={groups[0]['weight_bits']} has no effect: it is for bfloat16 and float16 parameters, and "
-                f"those of {type(self).__name__} are {', '.join(dtypes)}. Cast the model (sketch_plugins.cast_model), "
-                "or load it in bfloat16; a framework may also keep float32 weights of its own (DeepSpeed, FSDP2's "
-                "mixed precision)"
-            )
-        self._written = self._written or Written()
-        self._written.check(self._parts_with_state(groups))
+        if not self._bits_are_known:
+            self._look_for_bits()
+        written = self._written = self._written or Written()
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        written.check(self._parts_with_state(groups), self._label_of, stepping=True, capturing=capturing)
         try:
             yield
         finally:
-            self._written.note(self._parts_with_state(groups))
+            written.note(self._parts_with_state(groups))
+
+    def _look_for_bits(self) -> None:
+        """Warn, once, of what ``weight_bits`` does nothing to."""
+        # Of all groups, whichever parameter takes its step first.
+        groups = [group for group in self.param_groups if group.get("weight_bits")]
+        given = [(p, group) for group in groups for p in group["params"]]
+        if not given:
+            return
+        self._bits_are_known = True
+        if not any(corrects(p, group) for p, group in given):
+            found = sorted({f"{p.dtype}{_kind_of(p)}" for p, _ in given})
+            warn(
+                f"weight_bits={groups[0]['weight_bits']} has no effect: it is for bfloat16 and float16 parameters, and "
+                f"those of {type(self).__name__} are {', '.join(found)}. Cast the model (sketch_plugins.cast_model), "
+                "or load it in bfloat16; a framework may also keep float32 weights of its own (DeepSpeed, FSDP2's "
+                "mixed precision), and weights that are quantized have no further bits"
+            )
+            return
+        computed = [
+            self._label(group, index).rstrip(",")
+            for group in groups
+            for index, p in enumerate(group["params"])
+            if p.dtype in HALF and computes_its_numbers(p)
+        ]
+        if computed:
+            more = f" and {len(computed) - 3} more" if len(computed) > 3 else ""
+            warn(
+                f"weight_bits={groups[0]['weight_bits']} has no effect on {'; '.join(computed[:3])}{more}: these are "
+                "quantized weights or other subclasses of Tensor that compute their numbers, and further bits would "
+                "belong to other numbers than theirs"
+            )
 
     def _mark_weights(self) -> None:
         """Before a state dict is made, which tells by the marks whether it is loaded with the weights it belongs to."""
@@ -174,8 +207,17 @@ class StateLayout(Groups):
     def _check_weights(self) -> Written:
         """Set the corrections of all weights to 0 that are void."""
         self._written = self._written or Written()
-        self._written.check(self._parts_with_state([group for group in self.param_groups if group.get("weight_bits")]))
+        groups = [group for group in self.param_groups if group.get("weight_bits")]
+        self._written.check(self._parts_with_state(groups), self._label_of)
         return self._written
+
+    def _label_of(self, part: Part) -> str:
+        """`_label` of a part, whichever group it is in."""
+        for group in self.param_groups:
+            for index, owner in enumerate(group["params"]):
+                if owner is part.owner:  # a step in backward sees a group of one parameter
+                    return self._label(group, replace(part, index=index))
+        return f"a parameter of shape {part.whole}"
 
     def _parts_with_state(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Part, Mapping[str, Any] | None]]:
         for group in groups:
@@ -183,6 +225,12 @@ class StateLayout(Groups):
                 state = self.state.get(owner)
                 if state:
                     yield from ((part, state) for part in self._parts.of(index, owner))
+
+    def _find_unmeasured(self) -> None:
+        """State was made, or loaded, and not by a step: here the device may be waited for, in a step it may not."""
+        groups = [group for group in self.param_groups if group.get("capturable") and group.get("lagged_rms")]
+        states = [(part, self._state_of(part)) for part, _ in self._parts_with_state(groups)]
+        self._unmeasured = frozenset(part.identity for part, state in states if state and not float(state["step"]))
 
     def held(self) -> Iterator[tuple[int, dict[str, Any], Part, dict[str, Any] | None]]:
         """``(group's number, group, part, state)`` of everything that takes a step of its own on this rank.
@@ -218,3 +266,7 @@ def is_exact(p: Shaped, group: Mapping[str, Any]) -> bool:
     """Whether a parameter, or a part of one, is a vector or too small to be compressed."""
     whole = whole_shape(p)  # or all but a few ranks' parts would be small
     return len(whole) < 2 or math.prod(whole) < group["min_compress_size"]
+
+
+def _kind_of(p: Tensor) -> str:
+    return f" ({type(p).__name__})" if computes_its_numbers(p) else ""

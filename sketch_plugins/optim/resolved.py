@@ -68,8 +68,9 @@ class Resolution(Gradients):
             # The graph's replays take the number of the step from the device; nothing here may look at it.
             one.step = state["step"]
             one.backend, one.work = choose(
-                p.data, group, grad, self._rule(group, 1, sparse), (first, second), state, large, fresh
-            )
+                p.data, group, grad, self._rule(group, 1, sparse), (first, second), state, large,
+                fresh or p.identity in self._unmeasured,
+            )  # fmt: skip
             assert one.backend is not None and one.work is not None
             return one
         one.step = step = int(steps_taken(state["step"])) + 1
@@ -104,6 +105,7 @@ class Resolution(Gradients):
         named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
         state = self._allocate(p, group, self._matrix_shape(p, group), arithmetic(p), named)
         self.state[p.owner].update(flattened(state, p.key))
+        self._find_unmeasured()
 
     def _allocate(
         self, p: Part, group: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype, named: Mapping[str, Store]

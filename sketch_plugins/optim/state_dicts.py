@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sketch_plugins.notices import warn
 from sketch_plugins.optim.checks import (
     copied,
     described,
@@ -23,6 +24,7 @@ from sketch_plugins.optim.family import BEFORE
 from sketch_plugins.optim.layout import StateLayout, arithmetic
 from sketch_plugins.optim.loading import load
 from sketch_plugins.optim.rule import Layout
+from sketch_plugins.optim.weight_bits import corrects, recoded
 from sketch_plugins.optim.written import modernize, renew, written_by, written_with
 from sketch_plugins.sharding.names import NAMES
 from sketch_plugins.sharding.parts import Part, is_dtensor, largest, leading, trim, unwrap, wrap
@@ -67,6 +69,9 @@ class StateDicts(StateLayout):
 
         (torch casts every state tensor to the parameter's dtype: tables, codes and scales would not survive bf16.)
 
+        ``weight_bits`` may have been another: from None the corrections start with 0, from 24 to 32 they are the same
+        numbers, and to None they are dropped, with a warning.
+
         Raises:
             ValueError: the state was written with other options (compression, depth, seed, ...; both values are
                 named), by another kind of optimizer, or for other shapes. Nothing has been changed then.
@@ -92,6 +97,7 @@ class StateDicts(StateLayout):
         load(self, state_dict, prepare)
         if self._written is not None:
             self._written.forget()
+        self._find_unmeasured()
 
     def _copies(self, incoming: Mapping[str, Any]) -> dict[Any, Any]:
         """The state of a state dict that was found good, as this optimizer keeps it."""
@@ -172,6 +178,8 @@ class StateDicts(StateLayout):
                     known = name == "weight_bits" or not option.structural
                     saved[name] = BEFORE.get(name, group[name]) if known else group[name]
                 saved[name] = self._group_value(name, saved[name])
+                if name == "weight_bits" and written.get(name, saved[name]) == saved[name]:
+                    written[name] = saved[name] = self._recode(number, saved, incoming["state"])
                 if option.structural and saved[name] != group[name]:
                     raise ValueError(
                         f"the state dict was written with {name}={saved[name]!r}, but group {number} "
@@ -212,6 +220,40 @@ class StateDicts(StateLayout):
                     )
                 for part in parts if ours else ():
                     self._check_state(part, group, state[part.key], self._label(group, part))
+
+    def _recode(self, number: int, saved: Mapping[str, Any], state: dict[Any, Any]) -> int | None:
+        """Give the state of a group the corrections of the group's ``weight_bits``, and return that; or the saved one.
+
+        Args:
+            number: of the group.
+            saved: the group of the state dict.
+            state: of all parameters, with mappings that are nobody else's.
+        """
+        group = self.param_groups[number]
+        before, now = saved["weight_bits"], group["weight_bits"]
+        if before == now or (before, now) == (32, 24):
+            return before
+        lost = 0
+        for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            given = state.get(key)
+            if not isinstance(given, Mapping) or not any(map(is_ours, given)) or is_lazy(p):
+                continue
+            state[key] = given = dict(given)
+            for part in self._parts.of(index, p):
+                own = given if part.key is None else given.get(part.key)
+                if isinstance(own, Mapping):
+                    own = given if own is given else dict(own)
+                    recoded(own, part, group, before, self._matrix_shape(part, group))
+                    if part.key is not None:
+                        given[part.key] = own
+                    lost += now is None and corrects(part, {**group, "weight_bits": before})
+        if lost:
+            warn(
+                f"the state dict was written with weight_bits={before}, and group {number} of this "
+                f"{type(self).__name__} has weight_bits=None: what {lost} parameters have beyond their dtype is "
+                f"dropped. Build the optimizer with weight_bits={before} to keep it"
+            )
+        return now
 
     def _check_batches(self, group: Mapping[str, Any], saved: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
         """Raise ValueError where state is from the time when all the matrices of a batch shared their buckets."""

@@ -22,7 +22,7 @@ from sketch_plugins.optim.self_check import confirm
 from sketch_plugins.optim.step_cache import group_marks
 from sketch_plugins.optim.weight_bits import matrix_of
 from sketch_plugins.sharding.parts import Part, opened
-from sketch_plugins.sharding.state_names import flattened
+from sketch_plugins.sharding.state_names import CORRECTION, flattened
 from sketch_plugins.stores import Gradient
 
 # (group, number in the group) of parameters with a gradient.
@@ -117,6 +117,8 @@ class Taking(Resolution):
                 places = {id(one): place for place, one in enumerate(pending)}
                 for one in sorted(stepped, key=lambda one: places[id(one)]):
                     self._adopt(one)
+                if self._unmeasured:
+                    self._unmeasured -= {one.p.identity for one in stepped}
         if slots is not None:
             slots.update(scratch.used())
         self._describe(pending, marks)
@@ -282,6 +284,10 @@ class Taking(Resolution):
                 one.state["step"].fill_(one.step - 1)
             for tensors, before in copies:
                 torch._foreach_copy_(tensors, before)
+            for one in members:
+                # A tile's corrections may be those of weights that were not written any more.
+                if CORRECTION in one.state and not one.undone:
+                    one.state[CORRECTION]["codes"].zero_()
             raise
 
     def _clean(self, one: Pending) -> None:

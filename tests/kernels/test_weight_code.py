@@ -108,6 +108,23 @@ def test_what_is_not_finite(dtype):
         assert code.tolist() == [0] * 5
 
 
+@pytest.mark.parametrize("noise", [None, 0, 255])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_near_the_largest_number(dtype, noise):
+    """What is finite in the dtype stays so, and keeps its correction, whatever the noise; the rest becomes infinite."""
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=torch.float32)
+    tie = (largest.double() * (1 + 2.0 ** -(SHAPE[dtype][0] + 2))).float()  # near it; the exact one is found below
+    x = (tie.view(torch.int32) + torch.arange(-70_000, 70_000, dtype=torch.int32)).view(torch.float32)
+    x = torch.cat([x, -x])
+    weight, code = encode(x, dtype, 24, None if noise is None else torch.full(x.shape, noise, dtype=torch.int32))
+    finite = x.to(dtype).isfinite()
+    assert bool(finite.any()) and not bool(finite.all())
+    assert torch.equal(weight.isfinite(), finite) and not bool(code[~finite].any())
+    got = decode(weight, code)
+    error = (got.double() - x.double())[finite].abs()
+    assert bool((error < largest.double() * 2.0 ** -(SHAPE[dtype][0] + 8)).all())
+
+
 def test_rounding_by_chance_is_unbiased():
     x = torch.full((256,), 1.0) + 77 * 2.0**-23
     weight, code = encode(x, torch.bfloat16, 24, torch.arange(256, dtype=torch.int32))

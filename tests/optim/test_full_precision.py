@@ -1,10 +1,13 @@
 """Float32 weights of a run with ``weight_bits``, the way back, and `cast_model`."""
 
+import copy
+
 import pytest
 import torch
 
 from sketch_plugins import CSAdam, cast_model, full_precision_state_dict, load_full_precision_state_dict
 from sketch_plugins.kernels.weight_code import decode
+from sketch_plugins.memory.meter import AllocatorMeter
 
 
 class Net(torch.nn.Module):
@@ -140,3 +143,126 @@ def test_cast_model_leaves_statistics_constants_and_what_is_named():
         assert all(p.dtype == torch.float32 for p in model.parameters())
     with pytest.raises(ValueError, match=r"dtype=torch.float64 is not one of"):
         cast_model(Net(), torch.float64)
+
+
+def test_several_optimizers():
+    """Each corrects what it steps, and nothing that one of them corrects is written without its further bits."""
+
+    def pair(seed=0, steps=0):
+        torch.manual_seed(seed)
+        model = torch.nn.ModuleDict({"one": torch.nn.Linear(24, 24), "two": torch.nn.Linear(24, 24)}).bfloat16()
+        optimizers = [CSAdam(part.parameters(), lr=1e-3, weight_bits=24, fused=False) for part in model.values()]
+        for step in range(steps):
+            x = torch.randn(8, 24, generator=torch.Generator().manual_seed(step)).bfloat16()
+            model["two"](model["one"](x)).float().square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return model, optimizers
+
+    model, optimizers = pair(steps=3)
+    out = full_precision_state_dict(model, optimizers)
+    for optimizer in optimizers:
+        for p in optimizer.param_groups[0]["params"]:
+            (name,) = (name for name, q in model.named_parameters() if q is p)
+            wanted = decode(p.detach(), optimizer.state[p]["weight_correction.codes"].view(p.shape))
+            assert torch.equal(out[name], wanted) and not torch.equal(out[name], p.float())
+    for steps in (0, 2):
+        other, fresh = pair(1, steps)
+        load_full_precision_state_dict(other, tuple(fresh), out)
+        again = full_precision_state_dict(other, fresh)
+        assert all(torch.equal(out[name], again[name]) for name in out)
+    with pytest.raises(ValueError, match=r"AdamW is no optimizer"):
+        full_precision_state_dict(model, [optimizers[0], torch.optim.AdamW(model["two"].parameters())])
+
+
+def test_a_model_that_is_not_the_optimizers_is_refused():
+    model, optimizer = built(steps=1)
+    average = copy.deepcopy(model)
+    weights = full_precision_state_dict(model, optimizer)
+    before = {name: value.clone() for name, value in average.state_dict().items()}
+    said = r"parameter 0 of group 0, of shape \(50, 24\); .* and 2 more of CSAdam: not among the tensors of this Net"
+    with pytest.raises(ValueError, match=said):
+        full_precision_state_dict(average, optimizer)
+    with pytest.raises(ValueError, match=said):
+        load_full_precision_state_dict(average, optimizer, weights)
+    assert all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
+    model, optimizer = built(None, steps=1)
+    for call in (full_precision_state_dict, lambda *given: load_full_precision_state_dict(*given, weights)):
+        with pytest.raises(ValueError, match="weight_bits is None in every parameter group of CSAdam"):
+            call(model, optimizer)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_nothing_is_loaded_by_halves(steps):
+    """Whatever is wrong is found before the first write: types, options, state that cannot be made."""
+    model, optimizer = built(steps=steps)
+    before = {name: value.clone() for name, value in full_precision_state_dict(model, optimizer).items()}
+    good = {name: value + 1 if value.is_floating_point() else value for name, value in before.items()}
+    group = optimizer.param_groups[0]
+
+    def unchanged():
+        after = full_precision_state_dict(model, optimizer)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert bool(optimizer.state) is bool(steps)
+
+    for change, said in (
+        ({"head.weight": None}, "'head.weight' is of type NoneType"),
+        ({"inner.0.bias": torch.zeros(24, dtype=torch.int64)}, "'inner.0.bias' is a tensor of torch.int64"),
+        ({"inner.0.bias": torch.zeros(24, device="meta")}, "'inner.0.bias' is a tensor of torch.float32 without"),
+        ({"inner.0.bias": torch.zeros(24, dtype=torch.complex64)}, "'inner.0.bias' is a tensor of torch.complex64"),
+        ({"count": torch.zeros(())}, "'count' is a tensor of torch.float32 in the state dict and of torch.int64"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_full_precision_state_dict(model, optimizer, {**good, **change})
+        unchanged()
+    options = {"second_moment": "nonsense"} if not steps else {"weight_bits": 32}
+    kept = {name: group[name] for name in options}
+    group.update(options)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        load_full_precision_state_dict(model, optimizer, good)
+    group.update(kept)
+    unchanged()
+    if not steps:
+        last = [p for p in group["params"] if p.dtype == torch.bfloat16][-1]
+        allocate = optimizer._allocate
+
+        def fails(part, *rest):
+            if part.owner is last:
+                raise RuntimeError("no memory")
+            return allocate(part, *rest)
+
+        optimizer._allocate = fails
+        with pytest.raises(RuntimeError, match="no memory"):
+            load_full_precision_state_dict(model, optimizer, good)
+        del optimizer._allocate
+        unchanged()
+    load_full_precision_state_dict(model, optimizer, good)
+
+
+def test_one_tensor_at_a_time():
+    """The device has room for one float32 tensor, not for all; who keeps nothing makes nothing."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 512, bias=False) for _ in range(8))).bfloat16()
+    optimizer = CSAdam(model.parameters(), preset="lean", weight_bits=24, fused=False)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    one, peaks = 1024 * 512 * 4, []
+    # A device whose memory is another's: what is moved there does not count.
+    for options in ({"device": "meta"}, {"device": "meta", "whole": True, "keep": False}, {}):
+        meter = AllocatorMeter()
+        meter.start()
+        out = full_precision_state_dict(model, optimizer, **options)
+        peaks.append((meter.read() - meter.live) / one)
+        assert len(out) == 8 * options.get("keep", True)
+        del out
+    assert peaks[0] < 1.5 and peaks[1] < 0.1 and peaks[2] > 7.9, peaks
+
+
+def test_tied_weights_are_one_tensor_wherever_they_are_put():
+    model, optimizer = built(steps=1)
+    for device in (None, "cpu", "meta"):
+        out = full_precision_state_dict(model, optimizer, device=device, whole=True)
+        assert out["head.weight"] is out["embed.weight"]

@@ -6,7 +6,18 @@ import importlib.util
 import pytest
 import torch
 
-from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, Sketchy, registry, state_report
+from sketch_plugins import (
+    SM3,
+    CSAdagrad,
+    CSAdam,
+    CSMomentum,
+    CSRMSprop,
+    Sketchy,
+    full_precision_state_dict,
+    load_full_precision_state_dict,
+    registry,
+    state_report,
+)
 from sketch_plugins.optim import gradients as looked_at
 
 R, D, WIDTH = 23, 6, 5
@@ -315,3 +326,35 @@ def test_a_first_step_is_not_captured(monkeypatch):
     monkeypatch.setattr(looked_at, "is_capturing", lambda device: True)
     optimizer.step()
     assert optimizer.state[p]["step"] == 2
+
+
+@pytest.mark.parametrize("way", ["started", "copied", "loaded"])
+def test_state_that_no_step_has_changed_has_no_rms(way, monkeypatch):
+    """`load_full_precision_state_dict` makes state without a step: the first one measures, also under capturable."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    generator = torch.Generator().manual_seed(0)
+    weights = {"weight": 0.01 * torch.randn(24, 48, generator=generator)}
+    grads = [(3.0 * torch.randn(24, 48, generator=generator)).bfloat16() for _ in range(2)]
+    out = []
+    for capturable in (True, False):
+        model = torch.nn.Linear(48, 24, bias=False).bfloat16()
+        options = {"update_clip": 0.1, "scale_parameter": True, "lagged_rms": True, "weight_bits": 32}
+        optimizer = CSAdam(model.parameters(), lr=0.1, fused=True, capturable=capturable, preset="lean", **options)
+        load_full_precision_state_dict(model, optimizer, weights)
+        if way == "copied":
+            model, optimizer = copy.deepcopy((model, optimizer))
+        elif way == "loaded":
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        if capturable:
+            model.weight.grad = grads[0]
+            with monkeypatch.context() as patch, pytest.raises(ValueError, match="has taken no step yet"):
+                patch.setattr(looked_at, "is_capturing", lambda device: True)
+                optimizer.step()
+        for grad in grads:
+            model.weight.grad = grad
+            optimizer.step()
+        assert not optimizer._unmeasured
+        out.append(full_precision_state_dict(model, optimizer)["weight"])
+    moved = float((out[1] - weights["weight"]).abs().max())
+    assert float((out[0] - out[1]).abs().max()) < 1e-4 * moved

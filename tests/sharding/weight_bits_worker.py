@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -143,6 +144,24 @@ def check_void():
     same(got, {name: value.float() for name, value in whole(dict(other.named_parameters())).items()})
 
 
+def check_replicas():
+    """A copy of the weights that one rank alone writes: that rank says what comes of it, once."""
+    model, optimizer = build(CSAdam, 24, shard=False, **EXACT)
+    said = []
+    for step in range(4):
+        g = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=g).bfloat16()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said += [str(one.message) for one in caught if "drift apart" in str(one.message)]
+        if RANK == 1:
+            with torch.no_grad():
+                model.norm.weight.mul_(1.0)
+    assert len(said) == (RANK == 1) and all("'norm.weight'" in one for one in said), said
+
+
 def check_full_precision():
     """Whole float32 tensors into shards, and back."""
     alone, _ = build(CSAdam, 32, shard=False)
@@ -155,6 +174,9 @@ def check_full_precision():
     same(whole(out), weights)
     load_full_precision_state_dict(model, optimizer, out)
     same(whole(full_precision_state_dict(model, optimizer)), weights)
+    gathered = full_precision_state_dict(model, optimizer, device="cpu", whole=True, keep=RANK == 0)
+    assert not any(isinstance(value, DTensor) for value in gathered.values())
+    same(gathered, weights if RANK == 0 else {})
 
 
 def check_load(folder):
@@ -175,6 +197,7 @@ def main():
     else:
         check_equal()
         check_void()
+        check_replicas()
         check_full_precision()
         check_sharded_checkpoint(sys.argv[2])
         check_full_checkpoint()

@@ -34,6 +34,7 @@ def encode(x, random, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr):
     """Weights and corrections of float32 numbers; ``random`` has the noise that 24 bits are rounded with."""
     FRACTION: tl.constexpr = 8 if C_TYPE == tl.int8 else 16
     TOP: tl.constexpr = 0x7F80 if P_TYPE == tl.bfloat16 else 0x7C00  # infinity
+    TIE: tl.constexpr = 0x7F7F8000 if P_TYPE == tl.bfloat16 else 0x477FF000  # in float32, the least that becomes it
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     noise = (random & 0xFF).to(tl.int32)
@@ -56,8 +57,12 @@ def encode(x, random, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr):
         else:
             high = high << 3
         h = tl.where(magnitude < 0x38800000, low, high)
+    last = (TOP << FRACTION) - (1 << (FRACTION - 1)) - 1
+    h = tl.where(h < last, h, last)
     stored = (h + (1 << (FRACTION - 1))) >> FRACTION
     code = h - (stored << FRACTION)
-    finite = (magnitude < 0x7F800000) & (stored < TOP)
+    finite = magnitude < TIE
+    stored = tl.where(finite, stored, TOP)
     weight = (stored | ((bits >> 16) & 0x8000)).to(tl.int16).to(P_TYPE, bitcast=True)
-    return tl.where(finite, weight, x.to(P_TYPE)), tl.where(finite, code, 0).to(C_TYPE)
+    # A NaN is the conversion's.
+    return tl.where(magnitude > 0x7F800000, x.to(P_TYPE), weight), tl.where(finite, code, 0).to(C_TYPE)
