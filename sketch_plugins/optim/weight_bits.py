@@ -140,7 +140,9 @@ class Written:
             # A checkpoint was read into the tensors of a state dict (torch.distributed.checkpoint).
             if _version(mark) != version:
                 self._seen.pop(identity, None)
-        void, loaded, marks = list[Part](), list[Part](), list[Tensor]()
+        void: list[Part] = []
+        loaded: list[Part] = []
+        marks: list[Tensor] = []
         for part, codes, mark in _corrected(parts):
             identity = part.identity
             known, now = self._seen.get(identity), looks(part)
