@@ -363,7 +363,8 @@ def _measured(row, task, squares, norms):
 def _settle(row, task, rms, size):
     """Put both RMS into a task's numbers."""
     if row[RELATIVE] != _0:
-        row[STEP] *= np.float32(1e-3 if size < 1e-3 else size)  # a NaN stays one
+        bounded = 1e-3 if size < 1e-3 else size  # a NaN stays one
+        row[STEP] *= np.float32(row[RELATIVE] if bounded > row[RELATIVE] else bounded)
     if row[CLIP] != _0:
         excess = rms / row[CLIP]
         divisor = np.float32(1.0) if excess < 1.0 else np.float32(excess)

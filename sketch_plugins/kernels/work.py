@@ -35,7 +35,7 @@ FOLD, MEASURE, APPLY = 1, 2, 4
     CORRECTION,  # bias correction of the first moment alone: part of the update that CLIP measures
     INNER,  # multiplies the preconditioned gradient before the first moment averages it (`Work.after`)
     CLIP,  # update_clip; 0: off
-    RELATIVE,  # 1: the step is multiplied by max(1e-3, RMS of the parameter)
+    RELATIVE,  # not 0: the step is multiplied by the RMS of the parameter, at least 1e-3 and at most this
     NUMBER,  # of the step, from 1: seeds stochastic rounding
     UNIT,  # 1: the numerator is divided by its own magnitude, or by tile.LEAST where that is less: its sign
 ) = range(20)

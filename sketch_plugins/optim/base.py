@@ -126,8 +126,6 @@ class SketchOptimizer(Taking):
                 loss = closure()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._check_capture()
-        if self._watches_rates and not self._numbers_are_answered:  # a plan trains nothing
-            self._rates.step(self)
         cache = self._step_cache = self._step_cache or StepCache()
         cache.large = None
         taking, recall, state = StepOfAll(), cache.recall, self.state
@@ -156,6 +154,8 @@ class SketchOptimizer(Taking):
                 if whole and len(recalled) == len(given) and cache.may_learn(given, group):
                     parts = [part for index, owner in recalled for part in self._parts.of(index, owner)]
                     cache.learn_group(given, parts, group, state)
+            if self._watches_rates and not self._numbers_are_answered:  # a plan trains nothing
+                self._rates.step(self)
             with scratch.scratch():
                 try:
                     if not asks or self._may_step(taking.members, self.param_groups):

@@ -11,6 +11,7 @@ from torch import Tensor
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.checks import STATES
 from sketch_plugins.optim.family import FAMILY
+from sketch_plugins.optim.options import largest_rms
 from sketch_plugins.optim.rule import SCALE_FLOOR
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.written import written_by
@@ -292,7 +293,7 @@ def _first(
         update = update / (update.square().mean().sqrt() / group["update_clip"]).clamp_(min=1.0)
     if preconditioned and group["scale_parameter"]:  # of other tensors it is a part of the step
         size = part.data.detach().to(update.dtype).square().mean().sqrt()
-        update = update * size.clamp_(min=SCALE_FLOOR)
+        update = update * size.clamp_(min=SCALE_FLOOR, max=largest_rms(group))
     return update
 
 

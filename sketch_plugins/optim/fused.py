@@ -14,6 +14,7 @@ from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.interpretation import interpreted
 from sketch_plugins.kernels.work import NUMBERS, Work
 from sketch_plugins.notices import warn
+from sketch_plugins.optim.options import largest_rms
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.sharding.state_names import CORRECTION
@@ -188,7 +189,7 @@ def numbers(rule: Rule, group: Mapping[str, Any], step: float | Tensor, l2: floa
         places.CORRECTION: rule.correction,
         places.INNER: 1.0,
         places.CLIP: group.get("update_clip", 0.0),
-        places.RELATIVE: float(group.get("scale_parameter", False)),
+        places.RELATIVE: largest_rms(group) if group.get("scale_parameter") else 0.0,
         places.MEAN: float(group.get("bucket", "mean") == "mean"),
         places.NUMBER: step,
     }

@@ -169,7 +169,7 @@ def test_update_clip_and_scale_parameter(first_moment, sparse):
 
 def test_scale_parameter_has_a_floor_and_a_zero_parameter_moves():
     p = torch.nn.Parameter(torch.zeros(8, 8))
-    optimizer = CSAdam([p], 1.0, preset="lean", min_compress_size=0)
+    optimizer = CSAdam([p], 1.0, preset="lean", reference_rms=1.0, min_compress_size=0)
     p.grad = torch.ones(8, 8)
     optimizer.step()
     torch.testing.assert_close(p.detach(), torch.full((8, 8), -1e-3))

@@ -37,8 +37,10 @@ def _measured(table, partial, index, count, programs, s, N: tl.constexpr):
 def _settle(s, update, parameter, AFTER: tl.constexpr):
     """Put both RMS into a tensor's numbers."""
     step = tl.load(s + STEP)
-    if tl.load(s + RELATIVE) != 0:
-        step = step * tl.where(parameter < 1e-3, 1e-3, parameter)
+    most = tl.load(s + RELATIVE)
+    if most != 0:
+        bounded = tl.where(parameter < 1e-3, 1e-3, parameter)
+        step = step * tl.where(bounded > most, most, bounded)
     clip = tl.load(s + CLIP)
     if clip != 0:
         excess = update / clip

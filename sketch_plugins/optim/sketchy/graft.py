@@ -103,8 +103,8 @@ def clipped(rms: Tensor, group: Mapping[str, Any]) -> Tensor | None:
     return (rms / group["update_clip"]).clamp_(min=1.0).reciprocal_()
 
 
-def sizes(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """``(c)``: what `scale_parameter` multiplies updates by: the RMS of each parameter, at least `SCALE_FLOOR`."""
+def sizes(parameters: Sequence[Tensor], dtype: torch.dtype, most: float) -> Tensor:
+    """``(c)``: what `scale_parameter` multiplies updates by: RMS of parameters, within `SCALE_FLOOR` and ``most``."""
     if all(p.is_contiguous() for p in parameters):
         found = torch._foreach_norm(list(parameters), 2, dtype=dtype)
     else:  # the same bits for any layout
@@ -112,4 +112,4 @@ def sizes(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     norms = torch.stack(found)
     # Beyond this squares of float32 are infinite, and what was a step would be NaN.
     largest = torch.finfo(dtype).max ** 0.5
-    return norms.clamp_(max=largest).div_(parameters[0].numel() ** 0.5).clamp_(min=SCALE_FLOOR)
+    return norms.clamp_(max=largest).div_(parameters[0].numel() ** 0.5).clamp_(min=SCALE_FLOOR, max=most)
