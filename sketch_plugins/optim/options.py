@@ -183,7 +183,7 @@ def step_rate(group: Mapping[str, Any]) -> float | torch.Tensor:
 
 
 def largest_rms(group: Mapping[str, Any]) -> float:
-    """The RMS that `scale_parameter` takes a parameter's for at most: its steps are at most 10 times those of lr itself.
+    """The most that `scale_parameter` takes a parameter's RMS for: its steps are at most 10 times those of lr itself.
 
     With ``reference_rms=1``, Adafactor's form, there is no such limit.
     """
