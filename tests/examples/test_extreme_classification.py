@@ -219,7 +219,7 @@ def test_contenders_are_parsed():
         (["--optimizers", "adamw"], "unknown optimizer 'adamw'. Did you mean 'cs_adam'? The optimizers are cs_adam"),
         (["--optimizers", "adam:betas=0:0.9"], "adam takes no options here"),
         (["--optimizers", "cs_rmsprop:compression=2"], "compression='2' is not allowed"),
-        (["--optimizers", "cs_rmsprop:momentum=0.9"], "cs_rmsprop has no option 'momentum'"),
+        (["--optimizers", "cs_rmsprop:momentum=0.9"], "RMSprop's momentum is not kept"),
         (["--optimizers", "cs_rmsprop@0@1e-3"], "'cs_rmsprop': the first learning rate, '0', is not a positive number"),
         (["--optimizers", "adam@@1e-3"], "'adam': the first learning rate, '', is not a positive number"),
         (["--optimizers", "cs_adam:depth=2@1@2@3"], "'depth=2': the first learning rate, '1@2', is not a positive"),
