@@ -57,7 +57,7 @@ def normal(*seeds, shape=SHAPE):
 )
 def test_sketchy_without_covariances_averages_what_is_preconditioned(kernels, options, shape):
     gradients = [g * 0.1 for g in normal(1, 2, 3, shape=shape)]
-    options = {"momentum_of": "all", "group": {"precondition": "none"}, "shape": shape, **options}
+    options = {"momentum_of": "all", "group": {"precondition": "none"}, "shape": shape, "lr": 2e-3, **options}
     ours, right = (moved(Sketchy, kernels, fused, gradients, **options)[0] for fused in (True, False))
     # Differences of rounding alone: a wrong order of momentum and denominator is 4 % of the step and more.
     assert (ours - right).norm() <= 1e-5 * right.norm()
@@ -325,7 +325,7 @@ TOLD = {
     places.CORRECTION: ({"measure": True, "numbers": CLIPS}, 1.0, 3.0),
     places.INNER: ({"after": True, "needs": "both"}, 1.0, 0.5),
     places.CLIP: ({"measure": True}, 0.02, 0.01),
-    places.RELATIVE: ({"measure": True}, 0.0, 1.0),
+    places.RELATIVE: ({"measure": True}, 0.0, 100.0),
     places.NUMBER: (NOISY, 1.0, 2.0),
     places.UNIT: ({}, 0.0, 1.0),
 }
