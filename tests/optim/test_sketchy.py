@@ -181,8 +181,9 @@ def test_a_rank_of_the_whole_axis_is_dense_shampoo(options):
 def test_every_graft_and_place_of_the_momentum_moves_downhill(graft, momentum):
     p = torch.nn.Parameter(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)))
     start = p.detach().square().sum()
-    lr = 4e-4 if graft in ("cs", "rmsprop") else 4e-3  # the steps of sums become shorter
-    optimizer = Sketchy([p], lr, graft=graft, momentum_placement=momentum, rank=4, update_freq=3)
+    lr = 0.02 if graft in ("cs", "rmsprop") else 0.2  # the steps of sums become shorter
+    options = {"reference_rms": 1.0, "momentum_placement": momentum, "rank": 4, "update_freq": 3}
+    optimizer = Sketchy([p], lr, graft=graft, **options)
     for _ in range(60):
         p.grad = 2 * p.detach()
         optimizer.step()
