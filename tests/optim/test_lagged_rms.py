@@ -142,7 +142,7 @@ OPTIMIZERS = [
     (CSAdam, {"preset": "lean"}),
     (CSAdam, {"update_clip": 0.3}),
     (CSRMSprop, {"preset": "lean"}),
-    (CSAdagrad, {"preset": "lean"}),
+    (CSAdagrad, {"preset": "lean", "reference_rms": 1.0}),
     (CSMomentum, {"update_clip": 0.3}),
     (SM3, {"preset": "ema"}),
     (SM3, {"update_clip": 0.3}),
