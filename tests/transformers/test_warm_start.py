@@ -152,7 +152,7 @@ def test_where_it_is_not_possible(make_args):
             make_args(optim_args=f"warm_start={value}")
     with pytest.raises(ValueError, match=r"warm_start=true is not possible here: FSDP"):
         make_args(optim_args="warm_start=true", fsdp=True, fsdp_config={"version": 2})
-    with pytest.raises(ValueError, match=r"warm_start=true is not possible here: optim_target_modules"):
+    with pytest.raises(ValueError, match=r"warm_start=true is not possible here: with optim_target_modules"):
         make_args(optim_args="warm_start=true", optim_target_modules=".*mlp.*")
     assert make_args(optim_args="warm_start=false", fsdp=True, fsdp_config={"version": 2}).fsdp
     assert make_args(optim_args={"warm_start": True, "compression": 0.1}).optim_args
