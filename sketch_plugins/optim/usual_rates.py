@@ -46,7 +46,7 @@ def why_small(optimizer: str, group: Mapping[str, Any], lr: float, usual: float)
     such a small one is AdamW's by mistake.
     """
     sums, relative, usual = usual == ADAGRAD, _is_relative(group), _relative(group, usual)
-    if lr * FAR >= usual or not (sums or relative):
+    if lr == 0 or lr * FAR >= usual or not (sums or relative):  # a rate of 0 is meant
         return None
     what = (
         f"lr={lr:g} is {usual / lr:.0f} times smaller than the usual learning rate of {optimizer} with these options, "

@@ -182,6 +182,12 @@ def test_what_a_schedule_makes_of_a_rate_decides():
     assert len(found) == 1
 
 
+def test_a_group_with_a_rate_of_0_stays_still_without_a_word():
+    params = parameters(SHAPES, torch.float32)
+    optimizer = SM3([{"params": params[:1], "lr": 0.0}, {"params": params[1:]}])
+    assert said_in_steps(optimizer, params) == []
+
+
 def test_a_group_that_is_added_is_looked_at_and_an_error_changes_nothing():
     params = parameters(SHAPES, torch.float32)
     optimizer = CSAdam(params[:1])
