@@ -202,7 +202,7 @@ class Clipping(TypedDict, total=False):
             1.0,
             "with scale_parameter the RMS of weights that take a step of lr itself. 1: lr is relative to the weights "
             "(Adafactor's relative step), 2e-2 to 2e-1. 0.017, where presets say so: AdamW's learning rate carries "
-            "over, for weights have an RMS of about 0.02 (docs/algorithms.md). Below 1 the factor is at most 30. No "
+            "over, for weights have an RMS of about 0.02 (docs/algorithms.md). Below 1 the factor is at most 20. No "
             "effect without scale_parameter.",
             allowed="a number > 0",
             check=lambda v: v > 0,

@@ -174,7 +174,7 @@ def rate(group: Mapping[str, Any]) -> float | torch.Tensor:
 
 
 #: Weights of RMS 1 (a norm's, an embedding's by default) would take 59 times AdamW's step.
-MOST_RELATIVE = 30.0
+MOST_RELATIVE = 20.0
 
 
 def step_rate(group: Mapping[str, Any]) -> float | torch.Tensor:
@@ -183,7 +183,7 @@ def step_rate(group: Mapping[str, Any]) -> float | torch.Tensor:
 
 
 def largest_rms(group: Mapping[str, Any]) -> float:
-    """The most that `scale_parameter` takes a parameter's RMS for: its steps are at most 30 times those of lr itself.
+    """The most that `scale_parameter` takes a parameter's RMS for: its steps are at most 20 times those of lr itself.
 
     With ``reference_rms=1``, Adafactor's form, there is no such limit.
     """
