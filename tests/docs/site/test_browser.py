@@ -1,17 +1,17 @@
 """The built site in a real browser, at the width of a phone and of a desktop: nothing is wider than the window.
 
 The browser is the distribution's Chromium, without a window and without a driver: a page of our own loads each page of
-the site in a frame of the width in question, and writes down how wide its content is. Pictures of five pages lie in
-SITE/screenshots afterwards: part of what was built, not of the repository.
+the site in a frame of the width in question, and sends the server how wide its content is and which words are on its
+first screen. Pictures of five pages lie in SITE/screenshots afterwards: part of what was built, not of the repository.
 """
 
 import functools
-import html
 import http.server
 import json
 import os
-import re
+import queue
 import shutil
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -21,16 +21,22 @@ import pytest
 SITE = Path(__file__).parents[3] / os.environ["SITE"] if os.environ.get("SITE") else None
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = {"phone": 390, "desktop": 1280}
+HEIGHT = 844
 SHOWN = ("", "which_optimizer/", "sketchy/", "api/optimizers/", "troubleshooting/")
-MEASURE = """<!doctype html><body><iframe style="height:900px;border:0"></iframe><script>
+MEASURE = """<!doctype html><body><iframe style="height:%dpx;border:0"></iframe><script>
 const found = [], frame = document.querySelector("iframe");
 (async () => {
   for (const width of %s) for (const page of %s) {
     frame.style.width = width + "px";
     await new Promise(loaded => { frame.onload = loaded; frame.src = page; });
-    found.push([page, width, frame.contentDocument.documentElement.scrollWidth]);
+    const shown = frame.contentDocument, words = [];
+    for (const one of shown.querySelectorAll("article :is(h1, h2, p, li, th, td, pre, figcaption)")) {
+      const place = one.getBoundingClientRect();
+      if (place.height && place.bottom <= frame.clientHeight) words.push(one.innerText);
+    }
+    found.push([page, width, shown.documentElement.scrollWidth, words.join(" ")]);
   }
-  document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";
+  await fetch("/measured", {method: "POST", body: JSON.stringify(found)});
 })();
 </script></body>"""
 
@@ -41,10 +47,16 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def address():
-    """Where the site is served, with the page that measures."""
-    pages = ["/" + path.parent.relative_to(SITE).as_posix().replace(".", "") for path in SITE.rglob("index.html")]
-    page = MEASURE % (json.dumps(list(WIDTHS.values())), json.dumps([f"{one.rstrip('/')}/" for one in pages]))
+def pages():
+    found = [path.parent.relative_to(SITE).as_posix() for path in SITE.rglob("index.html")]
+    return sorted("/" if one == "." else f"/{one}/" for one in found)
+
+
+@pytest.fixture(scope="module")
+def served(pages):
+    """Where the site is served, with the page that measures; and the queue of what that page sends."""
+    page = MEASURE % (HEIGHT, json.dumps(list(WIDTHS.values())), json.dumps(pages))
+    measured = queue.Queue()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -55,35 +67,55 @@ def address():
             self.end_headers()
             self.wfile.write(page.encode())
 
+        def do_POST(self):
+            measured.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
         def log_message(self, *_):
             pass
 
     handler = functools.partial(Handler, directory=str(SITE))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http://127.0.0.1:{server.server_address[1]}", measured
         server.shutdown()
 
 
-def browse(*arguments, folder):
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
+def command(*arguments, folder):
+    return [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", *arguments]
 
 
-def test_no_page_is_wider_than_the_window(address, tmp_path):
-    shown = browse("--virtual-time-budget=120000", "--dump-dom", f"{address}/measure", folder=tmp_path)
-    found = re.search(r"<pre>(\[.*\])</pre>", shown)
-    assert found, shown[-2000:]
-    measured = json.loads(html.unescape(found[1]))
-    assert len(measured) == len(WIDTHS) * len(list(SITE.rglob("index.html")))
-    assert [one for one in measured if one[2] > one[1]] == []
+@pytest.fixture(scope="module")
+def measured(served, pages, tmp_path_factory):
+    """For each page and width: how wide the page is, and the words on its first screen."""
+    address, sent = served
+    log = tmp_path_factory.mktemp("browser") / "log"
+    with log.open("w") as output:
+        start = command("--remote-debugging-port=0", f"{address}/measure", folder=log.parent / "profile")
+        browser = subprocess.Popen(start, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            found = sent.get(timeout=240)
+        except queue.Empty:
+            pytest.fail(f"The browser measured nothing within 240 s:\n{log.read_text()[-2000:]}")
+        finally:
+            os.killpg(browser.pid, signal.SIGKILL)
+            browser.wait()
+    assert len(found) == len(WIDTHS) * len(pages)
+    return {(page, width): (wide, " ".join(words.split())) for page, width, wide, words in found}
 
 
-def test_pictures_of_pages(address, tmp_path):
+def test_no_page_is_wider_than_the_window(measured):
+    assert [(page, width, wide) for (page, width), (wide, _) in measured.items() if wide > width] == []
+
+
+def test_pictures_of_pages(served, tmp_path):
+    address, _ = served
     target = SITE / "screenshots"
     target.mkdir(exist_ok=True)
     for name, width in WIDTHS.items():
         for page in SHOWN:
             file = target / f"{page.strip('/').replace('/', '-') or 'home'}-{name}.png"
-            browse(f"--screenshot={file}", f"--window-size={width},900", f"{address}/{page}", folder=tmp_path)
+            arguments = (f"--screenshot={file}", f"--window-size={width},{HEIGHT}", f"{address}/{page}")
+            subprocess.run(command(*arguments, folder=tmp_path), capture_output=True, timeout=120, check=True)
             assert file.stat().st_size > 5_000
