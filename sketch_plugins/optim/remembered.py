@@ -80,8 +80,9 @@ class Again:
         tasks: their steps as the kernels are given them.
         gradients: addresses.
         counters: their numbers of steps.
-        rules: (group, number of this step) of each rule that is needed;
-        which: the place of its own in there, for each part.
+        rules: (group, number of this step) of each rule that is needed, which is a row of numbers; with ``capturable``
+            (group, counters): nobody reads those, and each has a row of its own.
+        which: the row of each part.
         changed: the tensors that are written: the parts, and the parameters where these are others.
         idle: the numbers of steps of parts without elements, which are counted and nothing else.
         outliving: gradients and state. Kernels know addresses only: another thread may replace the tensors while they
@@ -91,6 +92,7 @@ class Again:
     __slots__ = (
         "_group",
         "_places",
+        "_rows",
         "_step",
         "changed",
         "counters",
@@ -106,12 +108,13 @@ class Again:
         self.tasks: list[Any] = []
         self.gradients: list[int] = []
         self.counters: list[Tensor] = []
-        self.rules: list[tuple[dict[str, Any], int]] = []
+        self.rules: list[tuple[dict[str, Any], int | list[Tensor]]] = []
         self.which: list[int] = []
         self.changed: list[Tensor] = []
         self.idle: list[Tensor] = []
         self.outliving: list[Any] = []
         self._places: dict[tuple[int, int], int] = {}
+        self._rows = 0
         self._group: Any = None
         self._step = -1.0
 
@@ -120,41 +123,69 @@ class Again:
         tasks: list[Any],
         addresses: list[int],
         counters: Sequence[Tensor],
-        steps: list[Any],
+        steps: list[Any] | None,
         group: dict[str, Any],
         parts: Sequence[Tensor],
         outliving: list[Tensor],
     ) -> None:
-        """The parameters of a group: `add` for each."""
+        """The parameters of a group, whose counters are on one device: `add` for each."""
         self.tasks += tasks
         self.gradients += addresses
         self.counters += counters
         self.changed += parts
         self.outliving += outliving
+        if steps is None:
+            self.rules.append((group, list(counters)))
+            self.which += range(self._rows, self._rows + len(counters))
+            self._rows += len(counters)
+            return
         places = {}
         for step in set(steps):
-            places[step] = len(self.rules)
-            self.rules.append((group, int(step) + 1))
+            places[step] = self._row(group, step)
         self.which += [*places.values()] * len(steps) if len(places) == 1 else [places[step] for step in steps]
 
     def add(
-        self, task: Any, address: int, counter: Tensor, step: float, group: dict[str, Any], p: Tensor, owner: Tensor
+        self,
+        task: Any,
+        address: int,
+        counter: Tensor,
+        step: float | None,
+        group: dict[str, Any],
+        p: Tensor,
+        owner: Tensor,
     ) -> None:
-        """One more part, which has taken ``step`` steps."""
+        """One more part, which has taken ``step`` steps; None: the number of them stays where it is."""
         self.tasks.append(task)
         self.gradients.append(address)
         self.counters.append(counter)
         self.changed.append(p)
         if owner is not p:
             self.changed.append(owner)
+        if step is None:
+            if self.rules:
+                last, counters = self.rules[-1]
+                if last is group and isinstance(counters, list) and counters[0].device == counter.device:
+                    counters.append(counter)
+                    self.which.append(self._rows)
+                    self._rows += 1
+                    return
+            self.rules.append((group, [counter]))
+            self.which.append(self._rows)
+            self._rows += 1
+            return
         if step == self._step and group is self._group:  # as the part before
             self.which.append(self.which[-1])
             return
         self._group, self._step = group, step
-        place = self._places.setdefault((id(group), int(step)), len(self.rules))
-        if place == len(self.rules):
-            self.rules.append((group, int(step) + 1))
-        self.which.append(place)
+        key = id(group), int(step)
+        if key not in self._places:
+            self._places[key] = self._row(group, step)
+        self.which.append(self._places[key])
+
+    def _row(self, group: dict[str, Any], step: float) -> int:
+        self.rules.append((group, int(step) + 1))
+        self._rows += 1
+        return self._rows - 1
 
 
 class Counters:

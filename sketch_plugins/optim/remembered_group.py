@@ -141,15 +141,17 @@ class RememberedGroup:
                 states = list(map(state.__getitem__, given))
             tensors, counters = self._tensors(states)
             idle = [states[i]["step"] for i in self.empty]
-            if not all(map(_is_counter, idle)) or list(map(id, [*tensors, *counters])) != self.tensors:
+            if not all(is_counter(one, group) for one in idle) or list(map(id, [*tensors, *counters])) != self.tensors:
                 return False
         except (KeyError, TypeError, AttributeError):  # another layout of the state
             return False
         if list(map(ADDRESS, tensors)) != self.addresses:
             return False
-        steps = self._steps(counters, pieces)
-        if min(steps) < 1 or max(steps) >= 1e18:
-            return False
+        steps = None  # nobody waits for a device to read them, and the first step was another one
+        if not group["capturable"]:
+            steps = self._steps(counters, pieces)
+            if min(steps) < 1 or max(steps) >= 1e18:
+                return False
         again.extend(self.tasks, places, counters, steps, group, changed, [*grads, *tensors])
         again.idle += idle
         self.times += 1
@@ -244,6 +246,8 @@ def remember(
         return None
     if any(one.backend is not found[0].backend or one.options is not found[0].options for one in found):
         return None
+    if len({counter.device for one in found if (counter := one.counter()) is not None}) != 1:  # `Again.extend`
+        return None
     if all(part.data is part.owner and part.numel() for part in parts):
         return RememberedGroup(owners, parts, found, state)
     if all(part.key is not None and part.piece is not None for part in parts):
@@ -261,8 +265,11 @@ def _picking(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     return itemgetter(*places)
 
 
-def _is_counter(tensor: Any) -> bool:
-    return type(tensor) is Tensor and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.numel() == 1
+def is_counter(tensor: Any, group: dict[str, Any]) -> bool:
+    """Whether this is a number of steps as a step of the group would make it."""
+    if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.numel() != 1:
+        return False
+    return bool(tensor.is_cpu or group["capturable"])
 
 
 def _facts(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:

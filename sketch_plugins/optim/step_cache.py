@@ -18,7 +18,7 @@ from sketch_plugins.optim.checks import steps_taken
 from sketch_plugins.optim.fused import Backend
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.remembered import Again, Counters, Remembered
-from sketch_plugins.optim.remembered_group import RememberedGroup, remember
+from sketch_plugins.optim.remembered_group import RememberedGroup, is_counter, remember
 from sketch_plugins.scratch import Slot
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Part
@@ -106,7 +106,12 @@ class StepCache:
         self._marks: dict[int, tuple[Any, ...] | None] = {}
 
     def marks(self, options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """`group_marks`; the same object as long as they are equal."""
+        """`group_marks`; the same object as long as they are equal. None in the capture of a graph.
+
+        Replays read again what was uploaded in the capture, and what a later step uploads must not lie there.
+        """
+        if group["capturable"] and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return None
         now = group_marks(options, group)
         last = self._marks.get(id(group))
         if last == now:
@@ -126,7 +131,7 @@ class StepCache:
         """`recall` of all parameters of a group that have a gradient; nothing is added unless all are recalled."""
         key = _key(group)
         known = self._groups.get(key)
-        if known is None:
+        if known is None or options is None:
             return False
         those = again.get(known.backend)
         if those is None:
@@ -192,9 +197,11 @@ class StepCache:
         if not found.holds(p, grad, address, state):
             return False
         counter = state[found.step]
-        step = steps_taken(counter)
+        if not is_counter(counter, group):
+            return False
+        step = None if group["capturable"] else steps_taken(counter)
         # A first step is no repetition: with lagged_rms it has to measure.
-        if not 1 <= step < 1e18 or counter.dtype is not torch.float32:
+        if step is not None and not 1 <= step < 1e18:
             return False
         those = again.get(found.backend)
         if those is None:
@@ -278,12 +285,13 @@ def _key(group: Mapping[str, Any]) -> tuple[int, int]:
 
 def group_marks(options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """The options that a description depends on; None where every step has to be looked at."""
-    if group["capturable"] or group["compile"] or group["row_sparse"] is not False or group.get("clean_every"):
+    if group["compile"] or group["row_sparse"] is not False or group.get("clean_every"):
         return None
     for name in _NUMBERS:
         value = group.get(name)
         for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, Tensor) and not one.is_cpu:  # nobody waits for a device to read it
+            on_device = isinstance(one, Tensor) and not one.is_cpu  # nobody waits for it
+            if on_device and not (name == "lr" and group["capturable"]):
                 return None
     return (*[group.get(name) for name in options if name not in _NUMBERS], *_ways(group))
 
@@ -302,8 +310,7 @@ def _is_rememberable(p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> bool:
         return False
     if any(type(tensor) is not Tensor for tensor in state.values()):
         return False
-    counter = state[next(filter(is_step, state))]
-    return counter.numel() == 1 and bool(counter.is_cpu)
+    return state[next(filter(is_step, state))].numel() == 1
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
+from sketch_plugins.kernels.work import NUMBERS
 from sketch_plugins.optim.ambient import outside_graphs, uninterrupted
 from sketch_plugins.optim.eager import rms_of
 from sketch_plugins.optim.fused import Backend, numbers, vector
@@ -19,7 +20,6 @@ from sketch_plugins.optim.remembered import Again, Counters
 from sketch_plugins.optim.resolved import Resolution
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.self_check import confirm
-from sketch_plugins.optim.step_cache import group_marks
 from sketch_plugins.optim.weight_bits import matrix_of
 from sketch_plugins.sharding.parts import Part, opened
 from sketch_plugins.sharding.state_names import CORRECTION, flattened
@@ -27,6 +27,8 @@ from sketch_plugins.stores import Gradient
 
 # (group, number in the group) of parameters with a gradient.
 Members = Sequence[tuple[dict[str, Any], int]]
+# A row of numbers that are on a device.
+EMPTY = [0.0] * NUMBERS
 # A part with its group and its gradient, or what has been resolved of its eager step.
 Work = tuple[Part, dict[str, Any], Gradient] | Pending
 
@@ -135,11 +137,13 @@ class Taking(Resolution):
         self, backend: Backend, pending: list[Pending], known: Again | None, only: int | None
     ) -> list[tuple[list[Pending], list[Tensor], Callable[[], None]]]:
         """(parts, the counters of their steps, what takes the steps) for each launch."""
+        assert self._step_cache is not None
         alone, described = [], []
         for new in pending:
             assert new.work is not None
             # Steps that will not come again like this are not described for the next ones.
-            likely = backend.prepare is None or (new.rule is not None and group_marks(self.OPTIONS, new.group))
+            counted = new.rule is not None or new.group["capturable"]
+            likely = backend.prepare is None or (counted and self._step_cache.marks(self.OPTIONS, new.group))
             task = backend.task(new.work) if likely else None
             if task is None:
                 alone.append(new)
@@ -161,8 +165,13 @@ class Taking(Resolution):
         assert self._step_cache is not None
         cache = self._step_cache
         rows: list[list[float]] = []
+        filled: list[tuple[int, Tensor]] = []  # places among them, and the rows that are on a device
         for group, step in known.rules:
             l2 = group["weight_decay"] if self._couples(group) else None
+            if isinstance(step, list):
+                filled.append((len(rows), self._numbers_on_device(group, step, False, l2)[0]))
+                rows += [EMPTY] * len(step)
+                continue
             row, _ = vector(numbers(self._rule(group, step, False), group, step, l2), torch.device("cpu"))
             rows.append(row.tolist() if isinstance(row, Tensor) else row)
         tasks, which = list(known.tasks), list(known.which)
@@ -174,12 +183,17 @@ class Taking(Resolution):
             values = new.work.numbers
             if id(values) not in given:
                 given[id(values)] = len(rows)
-                rows.append(values.tolist() if isinstance(values, Tensor) else values)
+                if isinstance(values, Tensor):
+                    filled.append((len(rows), values[None]))
+                rows.append(EMPTY if isinstance(values, Tensor) else values)
             tasks.append(task)
             which.append(given[id(values)])
             gradients.append(new.work.g.data_ptr())
             counters.append(new.state["step"])
-        program, takes = backend.prepare_tasks(tasks, rows, which, gradients, cache.programs.get((backend, only)))
+        last = cache.programs.get((backend, only))
+        program, takes = backend.prepare_tasks(
+            tasks, rows, which, gradients, last, **({"filled": filled} if filled else {})
+        )
 
         marks = {id(new.group): cache.marks(self.OPTIONS, new.group) for new, _ in described}
 
@@ -201,7 +215,8 @@ class Taking(Resolution):
             members = [described[i - before] for i in places if i >= before] if described else []
             run = partial(learning, take, members, len(places))
             steps = [counters[i] for i in places]
-            if again and len(steps) > 1:
+            # Replays of a graph count where the counters were in its capture.
+            if again and not filled and len(steps) > 1:
                 steps = self._counted_at_once((backend, only, number), steps)
             out.append(([new for new, _ in members], steps, run))
         return out
@@ -216,24 +231,34 @@ class Taking(Resolution):
 
     def _fill_numbers(self, pending: list[Pending]) -> None:
         shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}
-        on_device: dict[tuple[int, bool], list[Pending]] = {}
+        on_device: dict[tuple[int, bool, torch.device], list[Pending]] = {}
         for one in pending:
             assert one.work is not None
             sparse = one.grad.rows is not None
             if one.rule is None:
-                on_device.setdefault((id(one.group), sparse), []).append(one)
+                on_device.setdefault((id(one.group), sparse, one.step.device), []).append(one)
                 continue
             key = (id(one.group), one.step, sparse, one.work.p.device)
             if key not in shared:
                 shared[key] = vector(numbers(one.rule, one.group, one.step, _l2(one.grad)), one.work.p.device)
             one.work.numbers, one.work.flags = shared[key]
-        for (_, sparse), members in on_device.items():
-            group, steps = members[0].group, torch.stack([one.step for one in members]) + 1
-            rule = self._rule(group, steps.double(), sparse)
-            rows, flags = vector(numbers(rule, group, steps, _l2(members[0].grad)), steps.device, len(members))
+        for (_, sparse, _), members in on_device.items():
+            counters, l2 = [one.step for one in members], _l2(members[0].grad)
+            rows, flags = self._numbers_on_device(members[0].group, counters, sparse, l2)
             for one, row in zip(members, rows, strict=True):
                 assert one.work is not None
                 one.work.numbers, one.work.flags = row, flags
+
+    def _numbers_on_device(
+        self, group: dict[str, Any], counters: list[Tensor], sparse: bool, l2: float | None
+    ) -> tuple[Tensor, int]:
+        """`vector` with a row for each of the numbers of steps, which are on a device and stay there."""
+        steps = torch.stack(counters) + 1
+        rows, flags = vector(
+            numbers(self._rule(group, steps.double(), sparse), group, steps, l2), steps.device, len(counters)
+        )
+        assert isinstance(rows, Tensor)
+        return rows, flags
 
     def _commit(
         self,

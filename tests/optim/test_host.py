@@ -101,8 +101,9 @@ KINDS = pytest.mark.parametrize(
 
 
 @KINDS
-def test_calls_for_each_tensor_and_launches(cls, options, free):
-    few, each = calls_by_layers(cls, options, free)
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+def test_calls_for_each_tensor_and_launches(cls, options, capturable, free):
+    few, each = calls_by_layers(cls, {**options, "capturable": capturable}, free)
     # Measured: 2. A step that describes its tensors makes about 600 calls for each.
     assert each <= 3 and few <= 1200
 
@@ -173,9 +174,30 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("fused", [True, None], ids=["triton_interpreter", "numba"])
-def test_what_is_remembered_is_not_trusted(change, fused, monkeypatch):
+def rate_in_a_tensor(optimizer, params):
+    optimizer.param_groups[0]["lr"] = torch.tensor(3e-2)
+
+
+def not_capturable(optimizer, params):
+    optimizer.param_groups[0]["capturable"] = False
+
+
+# A capturable step refuses what no kernel takes.
+CAPTURABLE = [one for one in CHANGES if one not in (transposed_gradient, negative_gradient, wider_gradient)]
+
+
+@pytest.mark.parametrize(
+    ("change", "fused", "capturable"),
+    [
+        *[pytest.param(one, None, False, id=f"{one.__name__}-numba") for one in CHANGES],
+        *[pytest.param(one, True, False, id=f"{one.__name__}-triton_interpreter") for one in CHANGES],
+        *[
+            pytest.param(one, True, True, id=f"{one.__name__}-capturable")
+            for one in [*CAPTURABLE, rate_in_a_tensor, not_capturable]
+        ],
+    ],
+)
+def test_what_is_remembered_is_not_trusted(change, fused, capturable, monkeypatch):
     """After any change the step is that of an optimizer which remembers nothing."""
     pytest.importorskip("triton" if fused else "numba")
     if torch.cuda.is_available():
@@ -186,7 +208,7 @@ def test_what_is_remembered_is_not_trusted(change, fused, monkeypatch):
     for forgets in (False, True):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-        optimizer = CSAdam(params, lr=1e-2, fused=fused, min_compress_size=0)
+        optimizer = CSAdam(params, lr=1e-2, fused=fused, capturable=capturable, min_compress_size=0)
         given = []
         for step in range(8):
             for p in params:

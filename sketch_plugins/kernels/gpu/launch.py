@@ -106,7 +106,7 @@ def task(w: Work) -> Task | None:
 
     None where other launches come before the step: sketches of several tables, and touched rows, are written first.
     """
-    if w.rows is not None or isinstance(w.numbers, Tensor) or _folds(w):
+    if w.rows is not None or _folds(w):
         return None
     return _task(*_specialise(w))
 
@@ -166,9 +166,11 @@ class Program:
             places.setdefault(one.device, []).append(place)
         self.devices = [_Device(device, at, self.tasks, self.which) for device, at in places.items()]
 
-    def prepare(self, rows: Sequence[Sequence[float]], gradients: Sequence[int]) -> list[tuple[list[int], _Action]]:
+    def prepare(
+        self, rows: Sequence[Sequence[float]], gradients: Sequence[int], filled: Sequence[tuple[int, Tensor]]
+    ) -> list[tuple[list[int], _Action]]:
         """The steps, as `prepare` returns them."""
-        return [take for device in self.devices for take in device.prepare(rows, gradients)]
+        return [take for device in self.devices for take in device.prepare(rows, gradients, filled)]
 
 
 def prepare_step(
@@ -177,6 +179,7 @@ def prepare_step(
     which: Sequence[int],
     gradients: Sequence[int],
     last: Program | None = None,
+    filled: Sequence[tuple[int, Tensor]] = (),
 ) -> tuple[Program, list[tuple[list[int], _Action]]]:
     """Make the steps ready: nothing but the calls of what is returned changes anything.
 
@@ -186,13 +189,14 @@ def prepare_step(
         which: the place of its numbers in ``rows``, for each task.
         gradients: address of its gradient, for each task.
         last: the program of another step, used again if it was made for the same tasks.
+        filled: places in ``rows``, and matrices on a device which have the numbers of the rows from there on.
 
     Returns:
         The program, for the next step; and for each launch, the places of its tasks, and what takes their steps.
     """
     if last is None or which != last.which or not same_tasks(tasks, last.tasks):
         last = Program(tasks, which)
-    return last, last.prepare(rows, gradients)
+    return last, last.prepare(rows, gradients, filled)
 
 
 class _Device:
@@ -237,7 +241,9 @@ class _Device:
         self.fixed = values
         self.buffer: Tensor | None = None
 
-    def prepare(self, rows: Sequence[Sequence[float]], gradients: Sequence[int]) -> list[tuple[list[int], _Action]]:
+    def prepare(
+        self, rows: Sequence[Sequence[float]], gradients: Sequence[int], filled: Sequence[tuple[int, Tensor]]
+    ) -> list[tuple[list[int], _Action]]:
         with _on(self.device):
             covers = _covers_of([one.covers for one in self.launches], self.device)
             size = -(-len(rows) * NUMBERS // 2)
@@ -257,6 +263,9 @@ class _Device:
             assert self.buffer is not None
             self.buffer[begin : begin + len(host)].copy_(_pinned(host, self.device), non_blocking=True)
             numbers = self.buffer[self.numbers :].view(torch.float32)[: len(rows) * NUMBERS].view(-1, NUMBERS)
+            for place, matrix in filled:
+                if matrix.device == self.device:
+                    numbers[place : place + len(matrix)].copy_(matrix)
             return [
                 (one.places, partial(_run, self.device, one.actions(self.buffer, numbers, cover)))
                 for one, cover in zip(self.launches, covers, strict=True)
