@@ -87,6 +87,8 @@ class StepCache:
         self.programs: dict[tuple[Backend, int | None], Any] = {}
         #: Whether the optimizer has a tensor for whose sake kernels are compiled; None: not known.
         self.large: bool | None = None
+        #: Whether a step has been captured in a graph.
+        self.captured = False
         #: Tasks of the step that is under way, and of the largest of the last ones.
         self.used = self.lately = 0
         #: Identity of a group -> the group, and its options in the last step.
@@ -111,6 +113,7 @@ class StepCache:
         Replays read again what was uploaded in the capture, and what a later step uploads must not lie there.
         """
         if group["capturable"] and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self.captured = True
             return None
         now = group_marks(options, group)
         last = self._marks.get(id(group))

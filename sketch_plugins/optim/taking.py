@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.work import NUMBERS
 from sketch_plugins.optim.ambient import outside_graphs, uninterrupted
 from sketch_plugins.optim.eager import rms_of
 from sketch_plugins.optim.fused import Backend, numbers, vector
@@ -27,8 +26,8 @@ from sketch_plugins.stores import Gradient
 
 # (group, number in the group) of parameters with a gradient.
 Members = Sequence[tuple[dict[str, Any], int]]
-# A row of numbers that are on a device.
-EMPTY = [0.0] * NUMBERS
+# The row of numbers that are on a device.
+EMPTY: tuple[float, ...] = ()
 # A part with its group and its gradient, or what has been resolved of its eager step.
 Work = tuple[Part, dict[str, Any], Gradient] | Pending
 
@@ -164,7 +163,7 @@ class Taking(Resolution):
     ) -> list[tuple[list[Pending], list[Tensor], Callable[[], None]]]:
         assert self._step_cache is not None
         cache = self._step_cache
-        rows: list[list[float]] = []
+        rows: list[Sequence[float]] = []
         filled: list[tuple[int, Tensor]] = []  # places among them, and the rows that are on a device
         for group, step in known.rules:
             l2 = group["weight_decay"] if self._couples(group) else None
@@ -215,17 +214,18 @@ class Taking(Resolution):
             members = [described[i - before] for i in places if i >= before] if described else []
             run = partial(learning, take, members, len(places))
             steps = [counters[i] for i in places]
-            # Replays of a graph count where the counters were in its capture.
-            if again and not filled and len(steps) > 1:
+            if again and len(steps) > 1:
                 steps = self._counted_at_once((backend, only, number), steps)
             out.append(([new for new, _ in members], steps, run))
         return out
 
     def _counted_at_once(self, launch: Any, counters: list[Tensor]) -> list[Tensor]:
-        """One tensor in place of the counters of a launch that comes again and again."""
+        """One tensor in place of the counters of a launch that comes again and again, where that is possible."""
         assert self._step_cache is not None
         known = self._step_cache.counters.get(launch)
         if known is None or not known.holds(counters):
+            if self._step_cache.captured:  # replays count where the counters were in the capture
+                return counters
             known = self._step_cache.counters[launch] = Counters(counters)
         return [known.all]
 

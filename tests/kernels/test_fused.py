@@ -372,27 +372,32 @@ def test_a_captured_graph_replays_the_training():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
-    grads = [torch.randn(64, 128, device=device) for _ in range(8)]
+    grads = [torch.randn(5, 64, 128, device=device) for _ in range(16)]
     results = []
-    for graphed in (True, False):
-        p = torch.nn.Parameter(torch.ones(64, 128, device=device))
-        p.grad = torch.zeros_like(p)
-        optimizer = CSAdam([p], fused=True, capturable=True, min_compress_size=0)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for g in grads[:3]:
-                p.grad.copy_(g)
-                optimizer.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        if graphed:
-            with torch.cuda.graph(graph):
-                optimizer.step()
-        for g in grads[3:]:
-            p.grad.copy_(g)
-            graph.replay() if graphed else optimizer.step()
-        results.append(p.detach().clone())
-    assert torch.equal(*results)
+    # Steps that the optimizer remembers come before the capture, or between the replays only.
+    for warm in (3, 1):
+        for graphed in (True, False):
+            params = [torch.nn.Parameter(torch.ones(64, 128, device=device)) for _ in range(5)]
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer = CSAdam(params, fused=True, capturable=True, min_compress_size=0)
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for given in grads[:warm]:
+                    torch._foreach_copy_([p.grad for p in params], list(given))
+                    optimizer.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            if graphed:
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+            for number, given in enumerate(grads[3:]):
+                torch._foreach_copy_([p.grad for p in params], list(given))
+                graph.replay() if graphed and number % 4 == 0 else optimizer.step()
+            assert {float(optimizer.state[p]["step"]) for p in params} == {warm + 13.0}
+            results.append(torch.stack([p.detach() for p in params]))
+    for ours, right in zip(results[::2], results[1::2], strict=True):
+        assert torch.equal(ours, right)
 
 
 @pytest.mark.gpu

@@ -230,6 +230,19 @@ def test_what_is_remembered_is_not_trusted(change, fused, capturable, monkeypatc
         assert torch.equal(a, b)
 
 
+def test_counters_stay_where_they_were_when_a_graph_was_captured(free):
+    """Replays count there. (tests/kernels has a real capture, which needs a GPU.)"""
+    params, optimizer = build(CSAdam, 4, True, capturable=True)
+    places = []
+    for step in range(6):
+        give(params)
+        optimizer.step()
+        optimizer._step_cache.captured = True
+        places.append([optimizer.state[p]["step"].data_ptr() for p in params])
+    assert places == places[:1] * 6 and len(optimizer._step_cache._groups) == 1
+    assert {float(optimizer.state[p]["step"]) for p in params} == {6.0}
+
+
 def test_groups_are_recalled_whole_and_no_tensor_is_kept(free):
     params, optimizer = build(CSAdam, 4, True)
     for _ in range(4):

@@ -189,7 +189,8 @@ def prepare_step(
         which: the place of its numbers in ``rows``, for each task.
         gradients: address of its gradient, for each task.
         last: the program of another step, used again if it was made for the same tasks.
-        filled: places in ``rows``, and matrices on a device which have the numbers of the rows from there on.
+        filled: places in ``rows``, and matrices on a device which have the numbers of the rows from there on; those
+            rows are empty.
 
     Returns:
         The program, for the next step; and for each launch, the places of its tasks, and what takes their steps.
@@ -258,8 +259,13 @@ class _Device:
             at += len(self.order)
             new = [address for one in covers if one for address in one.places]
             host[at : at + len(new)] = new
-            floats = host[self.numbers - begin :].view(np.float32)
-            floats[: len(rows) * NUMBERS] = np.array(rows, np.float32).reshape(-1)
+            floats = host[self.numbers - begin :].view(np.float32)[: len(rows) * NUMBERS].reshape(-1, NUMBERS)
+            if filled:
+                for place, row in enumerate(rows):
+                    if row:
+                        floats[place] = row
+            else:
+                floats[:] = np.array(rows, np.float32)
             assert self.buffer is not None
             self.buffer[begin : begin + len(host)].copy_(_pinned(host, self.device), non_blocking=True)
             numbers = self.buffer[self.numbers :].view(torch.float32)[: len(rows) * NUMBERS].view(-1, NUMBERS)
