@@ -21,7 +21,7 @@ from sketch_plugins.optim.family import BEFORE, misspelt
 from sketch_plugins.optim.groups import OWN_KEY, check_compiler, check_parameter, one_of_width_and_compression
 from sketch_plugins.optim.introduction import introduce
 from sketch_plugins.optim.options import unknown_option, validate
-from sketch_plugins.optim.step_cache import StepCache
+from sketch_plugins.optim.step_cache import StepCache, is_sparse
 from sketch_plugins.optim.taking import Members, StepOfAll, Taking
 from sketch_plugins.optim.usual_rates import RateWatch
 from sketch_plugins.optim.written import MARK, modernize, renew
@@ -136,15 +136,22 @@ class SketchOptimizer(Taking):
                 options = cache.marks(self.OPTIONS, group)
                 given = group["params"]
                 grads = [owner.grad for owner in given]
-                present = [grad for grad in grads if grad is not None]
+                alike = cache.dense(grads, group)  # those that may be as they were in the last step
+                present = [grad for grad in alike if grad is not None]
                 if len(present) < len(given):
-                    given = [owner for owner, grad in zip(given, grads, strict=True) if grad is not None]
-                if given and cache.recall_group(taking.again, given, present, group, options, state):
-                    taking.groups.append((group, grads))
-                    continue
-                recalled, whole = [], True
+                    given = [owner for owner, grad in zip(given, alike, strict=True) if grad is not None]
+                found = bool(given) and cache.recall_group(taking.again, given, present, group, options, state)
+                if found:
+                    taking.groups.append((group, alike))
+                    if alike is grads:
+                        continue
+                recalled, whole = [], not found
                 for index, (owner, grad) in enumerate(zip(group["params"], grads, strict=True)):
-                    if grad is None or owner.numel() == 0:
+                    if grad is None or owner.numel() == 0 or (found and alike[index] is not None):
+                        continue
+                    if is_sparse(grad):
+                        cache.see_sparse(group)
+                        self._look_at(taking, group, index, owner, options)
                         continue
                     if recall(taking.again, id(owner), owner, owner, grad, group, options, state.get(owner)):
                         taking.single.append((group, index))

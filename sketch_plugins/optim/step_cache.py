@@ -102,6 +102,7 @@ class StepCache:
         #: Identities of a group and of its first parameter -> its steps; how often they were not what they had been.
         self._groups: dict[tuple[int, int], RememberedGroup] = {}
         self._failed: dict[tuple[int, int], int] = {}
+        self._sparse: set[tuple[int, int]] = set()
         self._tasks: dict[Any, Remembered] = {}
         #: Those whose steps are eager.
         self._described: dict[Any, Remembered] = {}
@@ -148,6 +149,19 @@ class StepCache:
         del self._groups[key]
         self._failed[key] = self._failed.get(key, 0) + 1
         return False
+
+    def dense(self, grads: list[Any], group: Mapping[str, Any]) -> list[Any]:
+        """The gradients of a group, None in the place of sparse ones: the rows that these touch change all the time.
+
+        They are looked for where there have been any, which `see_sparse` says. Else this is the list itself.
+        """
+        if _key(group) not in self._sparse:
+            return grads
+        return [None if grad is None or is_sparse(grad) else grad for grad in grads]
+
+    def see_sparse(self, group: Mapping[str, Any]) -> None:
+        """A parameter of the group has a sparse gradient."""
+        self._sparse.add(_key(group))
 
     def may_learn(self, given: Sequence[Tensor], group: dict[str, Any]) -> bool:
         """Whether `learn_group` makes sense: not for a group that changes all the time, or cannot be remembered."""
@@ -275,10 +289,15 @@ class StepCache:
         self.lately = max(self.used, self.lately * 63 // 64)
         if max(len(self._tasks), len(self._described), len(self.programs), len(self._marks)) > 2 * self.lately + 1000:
             self._tasks, self._described, self.programs, self._marks = {}, {}, {}, {}
-            self._groups, self._failed, self.counters, self.stacks = {}, {}, {}, {}
+            self._groups, self._failed, self.counters, self.stacks, self._sparse = {}, {}, {}, {}, set()
         if len(self.stacks) > 64 + self.lately:  # gradients that come and go make other stacks in each step
             self.stacks = {}
         self.used = 0
+
+
+def is_sparse(grad: Any) -> bool:
+    """Whether a gradient has rows of its own."""
+    return getattr(grad, "layout", torch.strided) is not torch.strided
 
 
 def _key(group: Mapping[str, Any]) -> tuple[int, int]:

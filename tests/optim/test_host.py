@@ -234,7 +234,7 @@ def test_counters_stay_where_they_were_when_a_graph_was_captured(free):
     """Replays count there. (tests/kernels has a real capture, which needs a GPU.)"""
     params, optimizer = build(CSAdam, 4, True, capturable=True)
     places = []
-    for step in range(6):
+    for _ in range(6):
         give(params)
         optimizer.step()
         optimizer._step_cache.captured = True
@@ -340,6 +340,38 @@ def test_groups_that_share_a_launch_keep_their_own_numbers(cls):
         ends.append((params, optimizer))
     (ours, one), (theirs, other) = ends
     assert any(group.times for group in one._step_cache._groups.values())
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(t, other.state[q][name]) for name, t in one.state[p].items())
+
+
+@pytest.mark.parametrize("fused", [True, None], ids=["triton_interpreter", "numba"])
+def test_sparse_gradients_leave_the_others_remembered(fused, monkeypatch):
+    """An embedding with sparse gradients among dense parameters; now and then it has a dense one, or none."""
+    pytest.importorskip("triton" if fused else "numba")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if fused else "0")
+    ends = []
+    for forgets in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(40, 16), (24, 16), (16,), (24,), (300, 128)]]
+        optimizer = CSAdam(params, lr=1e-2, fused=fused, min_compress_size=0)
+        for step in range(9):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            rows = torch.tensor([[step, step + 7]])
+            if step == 6:
+                params[0].grad = None
+            elif step != 4:
+                params[0].grad = torch.sparse_coo_tensor(rows, torch.randn(2, 16), (40, 16), check_invariants=True)
+            if forgets:
+                optimizer._step_cache = None
+            optimizer.step()
+        ends.append((params, optimizer))
+    (ours, one), (theirs, other) = ends
+    (group,) = one._step_cache._groups.values()
+    assert len(group.tasks) == 4 and group.times >= 3
     for p, q in zip(ours, theirs, strict=True):
         assert torch.equal(p, q)
         assert all(torch.equal(t, other.state[q][name]) for name, t in one.state[p].items())
