@@ -1,4 +1,4 @@
-"""SM3: Adagrad with one accumulator for each slice of a tensor."""
+"""SM3: a second moment with one number for each slice of a tensor."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ from sketch_plugins.stores import Ema
 from sketch_plugins.stores.cover import VARIANTS
 from sketch_plugins.stores.kinds import FIRST_MOMENTS
 
+_AVERAGES, _SUMS = (0.9, 0.999), (0.9, 1.0)
+_PAPER = {"betas": _SUMS, "update_clip": 0.0, "scale_parameter": False, "reference_rms": 1.0}
 _BETAS = Option(
     "betas",
     tuple,
-    "decay rates of the momentum and of the covers, 1 for a sum; as text: 0.9:1 (default)",
+    "decay rates of the momentum and of the covers, 1 for a sum; as text: 0.9:0.999 (default)",
     allowed="two numbers, the first in [0, 1), the second in [0, 1]",
     check=lambda v: len(v) == 2 and 0 <= v[0] < 1 and 0 <= v[1] <= 1,
 )
@@ -77,7 +79,7 @@ class SM3Options(Accumulators, Batches, FirstMoment, Steps, Clipping, Lagged, Ke
     },
 )
 class SM3(SketchOptimizer):
-    r"""Adagrad whose accumulators are maxima over the slices of each axis: 1.03 bytes of state a parameter, or 0.005.
+    r"""A second moment of maxima over the slices of each axis: 1.03 bytes of state a parameter, or 0.005.
 
     A parameter of shape :math:`d_0 \times d_1 \times \ldots` keeps one number :math:`\mu_r` for each slice r of each
     axis (for a matrix: each row and each column), :math:`\sum_k d_k` in all. At step :math:`t`, with i an element and
@@ -88,10 +90,11 @@ class SM3(SketchOptimizer):
         u_t &= g_t / \sqrt{\nu_t + \epsilon} \qquad m_t = \beta_1 m_{t-1} + (1 - \beta_1) u_t \\
         \theta_t &= (1 - \gamma \lambda) \theta_{t-1} - \gamma m_t
 
-    That is SM3-II. ``variant="I"`` has :math:`\mu_t(r) = \mu_{t-1}(r) + \max_{i \in r} g_t(i)^2`,
+    That is SM3-II with sums, the paper's form (``preset="paper"``), which bounds Adagrad's accumulators.
+    ``variant="I"`` has :math:`\mu_t(r) = \mu_{t-1}(r) + \max_{i \in r} g_t(i)^2`,
     :math:`\nu_t(i) = \min_{r \ni i} \mu_t(r)`: looser, one more pass over the gradient, for comparison. In both
     :math:`\sum_s g_s(i)^2 \le \nu_t(i)`, never falling, and :math:`\nu^{II} \le \nu^I`. Vectors and scalars keep exact
-    accumulators, where both variants are Adagrad. ``betas[1] < 1`` turns the sums into averages,
+    accumulators, where both variants are Adagrad. ``betas[1] < 1``, the default, turns the sums into averages,
     :math:`\nu_t = \beta_2 \min \mu_{t-1} + (1 - \beta_2) g_t^2` (I: the same of :math:`\mu`), and the covers are
     overwritten, so they fall where gradients do. There is no bias correction, of neither moment.
 
@@ -99,12 +102,13 @@ class SM3(SketchOptimizer):
     parameter; vectors 4 a parameter); first moment, a parameter: int8 ``1 + 4 / min(block_size, D)``, fp32 4, bf16 2,
     none 0.
 
-    Presets: ``"default"`` (int8 momentum); ``"lean"`` (no momentum); ``"ema"`` (no momentum, ``betas[1] = 0.999``,
-    update_clip 1, scale_parameter with ``reference_rms=0.017``: AdamW's learning rate carries over; the best of the
-    four on a small language model, docs/benchmarks.md); ``"exact"`` (dense accumulators, fp32 momentum: Adagrad with
-    momentum, 8 bytes a parameter).
+    Presets: ``"default"`` (int8 momentum, averages with ``betas[1] = 0.999``, update_clip 1, scale_parameter with
+    ``reference_rms=0.017``: AdamW's learning rate carries over); ``"ema"`` (the same without momentum, the least
+    state); ``"paper"`` (int8 momentum, sums, no clipping: the published optimizer); ``"lean"`` (sums, no momentum);
+    ``"exact"`` (dense sums, fp32 momentum: Adagrad with momentum, 8 bytes a parameter). docs/benchmarks.md compares
+    them on a small language model.
 
-    *Learning rate.* AdamW's with the preset "ema" (default 1e-3). With sums, as in the other presets, 1e-2, that of
+    *Learning rate.* AdamW's with the presets "default" and "ema" (1e-3). With sums, as in the others, 1e-2, that of
     `torch.optim.Adagrad`, which these approximate: without a past, u is the sign of the gradient, so the first steps
     move every element by up to lr, and :math:`\nu` grows until lr can be large. AdamW's rate is too small after that
     (try 10 times as much), 0.1 needs a warm-up. The authors warm up over 5 % of the steps, preferably quadratically,
@@ -119,8 +123,8 @@ class SM3(SketchOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
-        lr: learning rate, float or tensor (default 1e-2, for the preset "ema" 1e-3; see above).
-        betas: decay rates (default (0.9, 1.0), or the preset's): of the momentum, without effect with
+        lr: learning rate, float or tensor (default 1e-3, for the presets with sums 1e-2; see above).
+        betas: decay rates (default (0.9, 0.999), or the preset's): of the momentum, without effect with
             ``first_moment="none"``; of the covers, where 1 is the sum of the paper and 0.999 an average as in Adam.
         eps: added to :math:`\nu` under the root (default 1e-30): only keeps 0 / 0 away. An element without a gradient
             so far has u = 0, also at ``eps=0``.
@@ -131,19 +135,21 @@ class SM3(SketchOptimizer):
     Raises:
         ValueError: as `CSAdam`.
 
-    Source: https://arxiv.org/abs/1901.11150. Deviations: momentum in int8 by default (the paper's is dense); momentum
-    for sparse gradients (the authors' code has none there); the covers of other axes are kept valid in sparse steps
-    (their code leaves them out); decoupled weight decay; epsilon as in the authors' TensorFlow code.
+    Source: https://arxiv.org/abs/1901.11150. Deviations: averages, clipping and relative steps by default
+    (``preset="paper"`` has none of them); momentum in int8 (the paper's is dense); momentum for sparse gradients (the
+    authors' code has none there); the covers of other axes are kept valid in sparse steps (their code leaves them
+    out); decoupled weight decay; epsilon as in the authors' TensorFlow code.
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False
     # Whether no learning rate was given.
     _own_rates = False
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": {"betas": (0.9, 1.0)},
-        "lean": {"first_moment": "none"},
-        "ema": {"first_moment": "none", "betas": (0.9, 0.999), **ADAFACTOR_DEVICES},
-        "exact": {"first_moment": "fp32", "second_moment": "dense"},
+        "default": {"betas": _AVERAGES, **ADAFACTOR_DEVICES},
+        "ema": {"first_moment": "none"},
+        "paper": _PAPER,
+        "lean": {**_PAPER, "first_moment": "none"},
+        "exact": {**_PAPER, "first_moment": "fp32", "second_moment": "dense"},
     }
 
     def __init__(
@@ -189,4 +195,4 @@ class SM3(SketchOptimizer):
 
 
 def _rate_of(preset: Any) -> float:
-    return 1e-3 if preset == "ema" else 1e-2
+    return 1e-3 if preset in ("default", "ema") else 1e-2

@@ -172,7 +172,9 @@ class Taking(Resolution):
                 rows += [EMPTY] * len(step)
                 continue
             row, _ = vector(numbers(self._rule(group, step, False), group, step, l2), torch.device("cpu"))
-            rows.append(row.tolist() if isinstance(row, Tensor) else row)
+            if isinstance(row, Tensor):
+                filled.append((len(rows), row[None]))
+            rows.append(EMPTY if isinstance(row, Tensor) else row)
         tasks, which = list(known.tasks), list(known.which)
         gradients, counters = list(known.gradients), list(known.counters)
         before = len(tasks)

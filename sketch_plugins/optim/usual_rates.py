@@ -57,7 +57,7 @@ def why_small(optimizer: str, group: Mapping[str, Any], lr: float, usual: float)
             f"{what}: scale_parameter makes it relative to the weights. Use a larger one, or set "
             f"reference_rms={TYPICAL_RMS:g} to use AdamW's"
         )
-    instead = ', or preset="ema", which takes AdamW\'s' if optimizer == "SM3" else ""
+    instead = ', or the presets "default" or "ema", which take AdamW\'s' if optimizer == "SM3" else ""
     return f"{what}: its second moments are sums. Use a larger one{instead}"
 
 

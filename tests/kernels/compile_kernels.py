@@ -66,10 +66,11 @@ CASES = {
     "adagrad": (CSAdagrad, {"weight_decay": 0.1}, torch.float32, MATRIX, False),
     "momentum": (CSMomentum, {"nesterov": True}, torch.float32, MATRIX, False),
     "lion": (CSLion, {}, torch.float32, MATRIX, False),
-    "sm3": (SM3, {}, torch.float32, MATRIX, False),
+    "sm3_default": (SM3, {}, torch.float32, MATRIX, False),
+    "sm3": (SM3, {"preset": "paper"}, torch.float32, MATRIX, False),
     "sm3_lean": (SM3, {"preset": "lean", "update_clip": 0.5}, torch.float32, MATRIX, False),
     "sm3_conv": (SM3, {"preset": "lean"}, torch.float32, (64, 32, 3, 3), False),
-    "sm3_one": (SM3, {"variant": "I"}, torch.float32, MATRIX, False),
+    "sm3_one": (SM3, {"preset": "paper", "variant": "I"}, torch.float32, MATRIX, False),
     "sm3_six_axes": (SM3, {"preset": "lean"}, torch.float32, (64, 8, 4, 2, 3, 3), False),
     "bf16_tables": (CSAdam, {"table_dtype": "bf16"}, torch.bfloat16, MATRIX, False),
     "bf16_tables_deep": (

@@ -14,7 +14,7 @@ from sketch_plugins import SM3, CSAdam, CSMomentum
         (CSMomentum, {"first_moment": "none"}),
         (CSMomentum, {"block_size": 16}),
         (CSAdam, {"first_moment": "none"}),
-        (SM3, {"eps": 1.0}),
+        (SM3, {"preset": "paper", "eps": 1.0}),
     ],
     ids=str,
 )

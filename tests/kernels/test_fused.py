@@ -348,7 +348,8 @@ def test_capturable_keeps_the_step_on_the_device(kernels, request):
     for cls, options in [
         (CSAdam, {}), (CSAdam, {"table_dtype": "bf16"}), (CSAdam, {"second_moment": "row_count_min"}),
         (CSAdam, {"preset": "lean", "lagged_rms": True}), (SM3, {"preset": "ema", "lagged_rms": True}),
-        (CSAdagrad, {"lr_decay": 0.1, "update_clip": 0.1}), (SM3, {"variant": "I"}), (SM3, {}),
+        (CSAdagrad, {"lr_decay": 0.1, "update_clip": 0.1}), (SM3, {"preset": "paper", "variant": "I"}),
+        (SM3, {"preset": "paper"}), (SM3, {}),
     ]:  # fmt: skip
         options["shapes"] = [(24, 48), (37, 33), (5,), ()]
         ours = train(cls, kernels, True, capturable=True, **options)
@@ -496,7 +497,7 @@ ON_DEVICE = [
     (CSAdam, {"second_moment": "row_count_min", "table_dtype": "bf16"}),
     (CSAdam, {"second_moment": "cover", "maximize": True}),
     (CSAdagrad, {"weight_decay": 0.1, "lr_decay": 0.1}),
-    (SM3, {"variant": "I"}),
+    (SM3, {"preset": "paper", "variant": "I"}),
 ]
 
 

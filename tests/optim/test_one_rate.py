@@ -63,12 +63,14 @@ def test_weight_decay_is_that_of_the_rate_itself(cls, options):
 
 def test_which_names_take_adamw_s_rate_by_default():
     p = torch.nn.Parameter(torch.ones(4, 4))
-    for cls, preset in ((CSAdam, "lean"), (CSRMSprop, "lean"), (SM3, "ema"), (Sketchy, "default")):
+    for cls, preset in ((CSAdam, "lean"), (CSRMSprop, "lean"), (SM3, "default"), (SM3, "ema"), (Sketchy, "default")):
         (group,) = cls([p], preset=preset).param_groups
         assert (group["lr"], group["scale_parameter"], group["reference_rms"]) == (1e-3, True, TYPICAL_RMS), cls
     (group,) = Sketchy([p], preset="paper").param_groups
     assert (group["lr"], group["scale_parameter"]) == (1e-3, False)
-    assert SM3([p]).param_groups[0]["lr"] == 1e-2  # Adagrad's
+    for preset in ("paper", "lean", "exact"):
+        (group,) = SM3([p], preset=preset).param_groups
+        assert (group["lr"], group["scale_parameter"], group["betas"][1]) == (1e-2, False, 1.0)  # Adagrad's
     # A group's own preset brings its own reference.
     mixed = CSAdam([{"params": [p], "preset": "lean"}, {"params": [torch.nn.Parameter(torch.ones(2))]}])
     assert [g["reference_rms"] for g in mixed.param_groups] == [TYPICAL_RMS, 1.0]
@@ -122,7 +124,7 @@ FAR = [
     (Sketchy, {"graft": "none", "lr": 5.0}, "may diverge"),
     (CSAdam, {"preset": "lean", "reference_rms": 1.0, "lr": 5e-5}, "relative to the weights"),
     (CSAdam, {"lr": 0.1}, "may diverge. Use a smaller learning rate"),
-    (SM3, {"lr": 5e-5}, 'preset="ema"'),
+    (SM3, {"preset": "paper", "lr": 5e-5}, '"default" or "ema"'),
     (CSAdagrad, {"lr": 5e-5}, "Use a larger one"),
     (CSLion, {"lr": 1e-2}, "may diverge"),
 ]
@@ -131,7 +133,8 @@ USUAL = [
     (Sketchy, {"graft": "none", "lr": 5.0, "update_clip": 0.0, "scale_parameter": False}),
     (Sketchy, {"reference_rms": 1.0, "lr": 0.08}), (CSAdam, {"preset": "lean", "lr": 5e-5}), (CSAdam, {"lr": 0.0}),
     (CSAdam, {"preset": "lean", "lr": 2e-5, "reference_rms": 0.02}), (SM3, {"preset": "ema", "lr": 5e-5}),
-    (SM3, {"lr": 1e-3}), (SM3, {}), (CSAdagrad, {}), (CSLion, {}),
+    (SM3, {"preset": "paper", "lr": 1e-3}), (SM3, {"preset": "paper"}), (SM3, {}), (SM3, {"lr": 1e-6}),
+    (CSAdagrad, {}), (CSLion, {}),
 ]  # fmt: skip
 
 
@@ -168,7 +171,7 @@ def test_what_a_schedule_makes_of_a_rate_decides():
     def rates(optimizer, values):
         return lambda step: [group.update(lr=values(step)) for group in optimizer.param_groups]
 
-    warm_up = SM3(params, lr=1e-2)
+    warm_up = SM3(params, lr=1e-2, preset="paper")
     assert said_in_steps(warm_up, params, 3, rates(warm_up, lambda step: 1e-5 * step)) == []
     noam = CSAdam(params, lr=1.0)
     torch.optim.lr_scheduler.LambdaLR(noam, lambda step: 1e-7 * (step + 1))
@@ -184,7 +187,7 @@ def test_what_a_schedule_makes_of_a_rate_decides():
 
 def test_a_group_with_a_rate_of_0_stays_still_without_a_word():
     params = parameters(SHAPES, torch.float32)
-    optimizer = SM3([{"params": params[:1], "lr": 0.0}, {"params": params[1:]}])
+    optimizer = SM3([{"params": params[:1], "lr": 0.0}, {"params": params[1:]}], preset="paper")
     assert said_in_steps(optimizer, params) == []
 
 
@@ -203,8 +206,12 @@ def test_a_group_that_is_added_is_looked_at_and_an_error_changes_nothing():
 
 def test_the_rate_of_sm3_is_that_of_each_group_s_preset():
     p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    groups = [{"params": [p], "preset": "ema"}, {"params": [q], "preset": "default"}]
-    assert [g["lr"] for g in SM3(groups).param_groups] == [1e-3, 1e-2]
+    groups = [{"params": [p], "preset": "default"}, {"params": [q], "preset": "paper"}]
+    for preset in ("default", "ema", "paper"):
+        found = SM3(groups, preset=preset).param_groups
+        assert [(g["lr"], g["betas"], g["update_clip"], g["scale_parameter"]) for g in found] == [
+            (1e-3, (0.9, 0.999), 1.0, True), (1e-2, (0.9, 1.0), 0.0, False),
+        ]  # fmt: skip
     assert [g["lr"] for g in SM3(groups, lr=0.5).param_groups] == [0.5, 0.5]
     assert [g["lr"] for g in SM3([p], preset="ema").param_groups] == [1e-3]
 

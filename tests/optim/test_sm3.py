@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from sketch_plugins.sharding.state_names import nested
 
 from .conftest import known, parameters, train
 
+# The published form, which the references are written for.
+Paper = partial(SM3, preset="paper")
 SHAPES = [(), (1,), (5,), (4, 3), (1, 6), (3, 1), (3, 2, 4), (2, 3, 2, 2)]
 
 
@@ -85,7 +88,9 @@ def sparse(g, rows):
 def test_dense_trajectory(shape, variant, beta2, momentum, chunk):
     p = start(shape)
     expected = p.detach().clone()
-    optimizer = SM3([p], 0.05, (0.8, beta2), weight_decay=0.1, variant=variant, first_moment=momentum, chunk_size=chunk)
+    optimizer = Paper(
+        [p], 0.05, (0.8, beta2), weight_decay=0.1, variant=variant, first_moment=momentum, chunk_size=chunk
+    )
     naive = Naive(shape, variant, 0.8, beta2)
     for g in some(shape, 6):
         p.grad = g
@@ -103,7 +108,7 @@ def test_dense_and_sparse_steps_in_turn(shape, variant, beta2, momentum, how):
     p = start(shape)
     expected = p.detach().clone()
     options = {"variant": variant, "first_moment": momentum, "chunk_size": 4}
-    optimizer = SM3([p], 0.05, (0.8, beta2), weight_decay=0.1, row_sparse=how == "row_sparse", **options)
+    optimizer = Paper([p], 0.05, (0.8, beta2), weight_decay=0.1, row_sparse=how == "row_sparse", **options)
     naive = Naive(shape, variant, 0.8, beta2)
     for t, g in enumerate(some(shape, 8)):
         rows = None if t % 3 == 0 else [[0, 2, 4], [1, 2], [3]][t % 3]
@@ -130,7 +135,7 @@ def test_repeated_indices_of_a_sparse_gradient_are_one_row():
     torch.manual_seed(0)
     values = torch.randn(4, 3, dtype=torch.float64)
     once, twice = start((6, 3)), start((6, 3))
-    a, b = SM3([once]), SM3([twice])
+    a, b = Paper([once]), Paper([twice])
     for _ in range(3):
         twice.grad = torch.sparse_coo_tensor(torch.tensor([[4, 1, 4, 1]]), values, (6, 3), check_invariants=True)
         once.grad = sparse(twice.grad.to_dense(), [1, 4])
@@ -143,7 +148,7 @@ def test_repeated_indices_of_a_sparse_gradient_are_one_row():
 def test_untouched_rows_keep_parameter_cover_and_momentum_bit_for_bit(variant):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(30, 20))
-    optimizer = SM3([p], weight_decay=0.1, variant=variant)
+    optimizer = Paper([p], weight_decay=0.1, variant=variant)
     for t in range(6):
         before = p.detach().clone(), copy.deepcopy(optimizer.state.get(p, {}))
         rows = torch.randperm(30)[:7].sort().values
@@ -163,7 +168,7 @@ def test_untouched_rows_keep_parameter_cover_and_momentum_bit_for_bit(variant):
 def test_where_covers_are_exact_it_is_adagrad(shape):
     """Vectors, numbers, and matrices of one row or one column: no two elements share every slice."""
     mine, theirs = start(shape), start(shape)
-    a = SM3([mine], 0.1, first_moment="none")
+    a = Paper([mine], 0.1, first_moment="none")
     b = torch.optim.Adagrad([theirs], 0.1, eps=1e-30)
     for g in some(shape, 8):
         mine.grad, theirs.grad = g + 0.1, g + 0.1
@@ -176,7 +181,7 @@ def test_where_covers_are_exact_it_is_adagrad(shape):
 def test_the_exact_preset_is_adagrad_with_momentum_on_its_update(shape):
     p = start(shape)
     expected, total, m = p.detach().clone(), torch.zeros(shape), torch.zeros(shape)
-    optimizer = SM3([p], 0.1, preset="exact")
+    optimizer = Paper([p], 0.1, preset="exact")
     for g in some(shape, 6):
         g = g + 0.1
         total = total + g * g
@@ -193,7 +198,7 @@ def test_the_exact_preset_is_adagrad_with_momentum_on_its_update(shape):
 def test_elements_that_never_had_a_gradient_stay_where_they_are(options, eps):
     p = torch.nn.Parameter(torch.randn(6, 5))
     before = p.detach().clone()
-    optimizer = SM3([p], eps=eps, **options)
+    optimizer = Paper([p], eps=eps, **options)
     for _ in range(3):
         p.grad = torch.zeros(6, 5)
         optimizer.step()
@@ -209,13 +214,13 @@ def test_the_first_step_without_momentum_is_the_sign():
     p = torch.nn.Parameter(torch.zeros(4, 6))
     g = torch.randn(4, 6) * torch.logspace(-8, 8, 6)
     p.grad = g
-    SM3([p], 0.5, preset="lean").step()
+    Paper([p], 0.5, preset="lean").step()
     torch.testing.assert_close(p.detach(), -0.5 * g.sign(), rtol=1e-6, atol=0)
 
 
 def test_averages_decay():
     p = torch.nn.Parameter(torch.zeros(4, 3, 2, dtype=torch.float64))
-    optimizer = SM3([p], betas=(0.9, 0.5), preset="lean")
+    optimizer = Paper([p], betas=(0.9, 0.5), preset="lean")
     p.grad = torch.ones_like(p) * 8
     optimizer.step()
     for t in range(1, 20):
@@ -232,7 +237,7 @@ def test_the_chunk_size_does_not_change_a_bit(shape, options):
     for chunk in (1, 70, 300, 10**6):
         p = parameters([shape], torch.float32)[0]
         # Blocks of 4: int8 tiles hold whole ones at every chunk size.
-        optimizer = SM3([p], chunk_size=chunk, block_size=4, weight_decay=0.1, **options)
+        optimizer = Paper([p], chunk_size=chunk, block_size=4, weight_decay=0.1, **options)
         train(optimizer, [p], 5)
         results.append((p, nested(optimizer.state[p])["second_moment"]))
     for p, covers in results[1:]:
@@ -244,15 +249,15 @@ def test_state_bytes():
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)):
         for shape in [(64, 3, 3, 3), (100, 7), (5, 4, 3), (1, 9)]:
             p = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
-            optimizer = SM3([p], preset="lean")
+            optimizer = Paper([p], preset="lean")
             assert state_report(optimizer).state_bytes == size * sum(shape)
             p.grad = torch.ones_like(p)
             optimizer.step()
             assert state_report(optimizer).by_store() == {"second_moment": size * sum(shape)}
     p = torch.nn.Parameter(torch.zeros(1024, 4096, device="meta"))
-    report = state_report(SM3([p]))
+    report = state_report(Paper([p]))
     assert report.by_store() == {"first_moment": p.numel() + p.numel() // 128 * 4, "second_moment": 4 * (1024 + 4096)}
-    small = SM3([torch.nn.Parameter(torch.zeros(8, 8))], preset="lean", min_compress_size=100)
+    small = Paper([torch.nn.Parameter(torch.zeros(8, 8))], preset="lean", min_compress_size=100)
     assert state_report(small).state_bytes == 4 * 64
 
 
@@ -261,7 +266,7 @@ def test_update_clip_comes_before_the_momentum(first_moment):
     shape = (9, 8)
     p = start(shape)
     expected = p.detach().clone()
-    optimizer = SM3([p], 0.1, update_clip=0.3, first_moment=first_moment, chunk_size=16)
+    optimizer = Paper([p], 0.1, update_clip=0.3, first_moment=first_moment, chunk_size=16)
     naive, clipped = Naive(shape, "II", 0.9, 1.0), 0
     for g in some(shape, 8):
         p.grad = g
@@ -275,7 +280,7 @@ def test_update_clip_comes_before_the_momentum(first_moment):
 
 def test_scale_parameter():
     p, q = start((9, 8)), start((9, 8))
-    a, b = SM3([p], 1.0, scale_parameter=True), SM3([q], 1.0)
+    a, b = Paper([p], 1.0, scale_parameter=True), Paper([q], 1.0)
     for g in some((9, 8), 4):
         b.param_groups[0]["lr"] = float(p.detach().square().mean().sqrt())
         q.grad = p.grad = g
@@ -288,11 +293,11 @@ def test_resume_is_bit_for_bit_and_another_structure_is_refused():
     shapes = [(7, 9), (4, 3, 2, 2), (5,), ()]
     for dtype in (torch.float32, torch.bfloat16):
         params = parameters(shapes, dtype)
-        optimizer = SM3(params, update_clip=0.5, first_moment_rounding="stochastic")
+        optimizer = Paper(params, update_clip=0.5, first_moment_rounding="stochastic")
         train(optimizer, params, 3)
         saved = copy.deepcopy(optimizer.state_dict())
         copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        other = SM3(copies, lr=9.0)
+        other = Paper(copies, lr=9.0)
         other.load_state_dict(saved)
         for o, ps in ((optimizer, params), (other, copies)):
             train(o, ps, 3, first=3)
@@ -307,9 +312,9 @@ def test_resume_is_bit_for_bit_and_another_structure_is_refused():
             ("min_compress_size", 0, 50),
         ):  # fmt: skip
             with pytest.raises(ValueError, match=f"{option}={old!r}.*{option}={now!r}"):
-                SM3(parameters(shapes, dtype), **{option: now}).load_state_dict(saved)
+                Paper(parameters(shapes, dtype), **{option: now}).load_state_dict(saved)
     # (2, 3, 4) and (2, 4, 3) are the same matrix, but not the same covers.
-    one, two = SM3(parameters([(2, 3, 4)])), SM3(parameters([(2, 4, 3)]))
+    one, two = Paper(parameters([(2, 3, 4)])), Paper(parameters([(2, 4, 3)]))
     train(one, one.param_groups[0]["params"], 1)
     with pytest.raises(ValueError, match=r"'axis_1' of shape \(3,\).*expected \(4,\)"):
         two.load_state_dict(one.state_dict())
@@ -317,10 +322,10 @@ def test_resume_is_bit_for_bit_and_another_structure_is_refused():
 
 def test_options():
     p = torch.nn.Parameter(torch.ones(4, 4))
-    assert SM3([p]).param_groups[0]["betas"] == (0.9, 1.0)
+    assert Paper([p]).param_groups[0]["betas"] == (0.9, 1.0)
     for betas in [(1.0, 0.9), (0.9, 1.1), (-0.1, 1.0), (0.9, -0.1), (0.9,)]:
         with pytest.raises(ValueError, match=r"betas=.* not allowed.*the second in \[0, 1\]"):
-            SM3([p], betas=betas)
+            Paper([p], betas=betas)
     for cls in (CSAdam, CSAdagrad, CSRMSprop):  # 1 is SM3's alone: Adam would divide by 1 - 1
         with pytest.raises(ValueError, match=r"two numbers in \[0, 1\)"):
             cls([p], betas=(0.9, 1.0))
@@ -332,18 +337,18 @@ def test_options():
     ):
         (key, value), = options.items()  # fmt: skip
         with pytest.raises(ValueError, match=f"{key}={value!r} is not one of"):
-            SM3([p], **options)
+            Paper([p], **options)
     # What only a sketch has is refused, in a constructor as in a group, where other unknown keys are kept.
     sketch = {"width": 4, "depth": 2, "hash": "affine", "compression": 0.1, "bucket": "sum", "clean_every": 3}
     assert known("sm3", sketch) == {}
     for key, value in sketch.items():
         with pytest.raises(TypeError, match=key):
-            SM3([p], **{key: value})
+            Paper([p], **{key: value})
         if key in ("width", "depth"):  # words that others use, too: theirs
-            assert SM3([{"params": [p], key: value}]).param_groups[0][key] == value
+            assert Paper([{"params": [p], key: value}]).param_groups[0][key] == value
             continue
         with pytest.raises(ValueError, match=f"SM3 has no option '{key}'"):
-            SM3([{"params": [p], key: value}])
+            Paper([{"params": [p], key: value}])
 
 
 # -- covers in the other optimizers ----------------------------------------------------------------------------------
@@ -428,7 +433,7 @@ def test_probe_measures_how_far_covers_are_from_the_exact_sum(shape):
     errors = {}
     for flat in (True, False):
         p = torch.nn.Parameter(torch.zeros(shape))
-        optimizer = SM3([p])
+        optimizer = Paper([p])
         probe = SecondMomentProbe(optimizer, rows=20)
         for _ in range(4):
             p.grad = torch.ones(shape) if flat else torch.randn(shape)
@@ -443,7 +448,7 @@ def test_probe_measures_how_far_covers_are_from_the_exact_sum(shape):
 
 def rates(steps, *args, **kwargs):
     p = torch.nn.Parameter(torch.ones(3))
-    optimizer = SM3([{"params": [p]}, {"params": [torch.nn.Parameter(torch.ones(2))], "lr": 4.0}], lr=2.0)
+    optimizer = Paper([{"params": [p]}, {"params": [torch.nn.Parameter(torch.ones(2))], "lr": 4.0}], lr=2.0)
     scheduler = quadratic_warmup(optimizer, *args, **kwargs)
     out = []
     for _ in range(steps):
@@ -466,14 +471,14 @@ def test_quadratic_warmup():
 def test_quadratic_warmup_is_resumed_from_its_state_and_pickled():
     whole = rates(9, 5, total_steps=8, decay=0.5)
     p = torch.nn.Parameter(torch.ones(3))
-    optimizer = SM3([p], lr=2.0)
+    optimizer = Paper([p], lr=2.0)
     scheduler = quadratic_warmup(optimizer, 5, total_steps=8, decay=0.5)
     for _ in range(4):
         optimizer.step()
         scheduler.step()
     optimizer, scheduler = pickle.loads(pickle.dumps((optimizer, scheduler)))
     assert optimizer.param_groups[0]["lr"] / 2 == pytest.approx(whole[4])
-    other = SM3([p], lr=2.0)
+    other = Paper([p], lr=2.0)
     resumed = quadratic_warmup(other, 1)  # another schedule: the saved one wins
     resumed.load_state_dict(scheduler.state_dict())
     other.load_state_dict(optimizer.state_dict())
@@ -499,7 +504,7 @@ def test_quadratic_warmup_is_resumed_from_its_state_and_pickled():
 )
 def test_bad_arguments_of_the_warmup_are_named(args, words):
     with pytest.raises(ValueError) as error:
-        quadratic_warmup(SM3([torch.nn.Parameter(torch.ones(2))]), *args)
+        quadratic_warmup(Paper([torch.nn.Parameter(torch.ones(2))]), *args)
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -508,8 +513,8 @@ def test_it_learns_a_convolution():
     losses = {}
     for label, build in (
         ("adagrad", lambda p: torch.optim.Adagrad(p, lr=0.05)),
-        ("sm3", lambda p: SM3(p, lr=0.05)),
-        ("lean", lambda p: SM3(p, lr=0.05, preset="lean")),
+        ("sm3", lambda p: Paper(p, lr=0.05)),
+        ("lean", lambda p: Paper(p, lr=0.05, preset="lean")),
     ):
         torch.manual_seed(0)
         model, target = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(3, 8, 3)

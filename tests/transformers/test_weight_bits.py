@@ -13,10 +13,9 @@ OPTIONS = "min_compress_size=256,weight_bits={}"
 @pytest.mark.parametrize(("name", "bits"), [("cs_adam", 24), ("cs_adam_layerwise", 24), ("sm3", 32)])
 def test_a_resumed_run_is_the_uninterrupted_one(name, bits, make_trainer, new_model, tmp_path):
     def trainer(seed=0, callbacks=None, **options):
-        adam = {} if name != "sm3" else {"learning_rate": 0.01}
         return make_trainer(
             name, new_model(seed, torch.bfloat16), callbacks, optim_args=OPTIONS.format(bits), max_grad_norm=0.0,
-            save_strategy="steps", save_steps=3, **adam, **options,
+            save_strategy="steps", save_steps=3, **options,
         )  # fmt: skip
 
     whole = trainer(callbacks=[SketchCallback(full_precision=True)])
