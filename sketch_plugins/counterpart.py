@@ -89,10 +89,11 @@ def counterpart(
     """The optimizer ``name`` for the parameter groups of one of torch's, with their hyperparameters.
 
     What both have in common is carried over, group by group and to the defaults, from which groups that are added later
-    take what they do not say: ``lr``, ``maximize``, ``weight_decay``; of Adam and AdamW
-    ``betas`` and ``eps`` (not to ``sm3``, where they mean something else); of SGD ``momentum`` and ``nesterov``; of
-    Adagrad everything, to ``cs_adagrad``. Keys that schedulers keep in the groups stay. Nothing that was set is
-    dropped: what the new optimizer cannot do is an error, unless ``options`` say what to do instead.
+    take what they do not say: ``lr``, ``maximize``, ``weight_decay``; of Adam and AdamW ``betas`` and ``eps`` (not to
+    ``sm3``, which has an epsilon and decay rates of its own); of SGD ``momentum`` and ``nesterov``; of Adagrad
+    everything, to ``cs_adagrad``. ``sm3`` takes the place of Adagrad with ``preset="paper"``, whose second moments are
+    sums as well. Keys that schedulers keep in the groups stay. Nothing that was set is dropped: what the new optimizer
+    cannot do is an error, unless ``options`` say what to do instead.
 
     Args:
         optimizer: of type Adam, AdamW, SGD or Adagrad, without state.
@@ -147,6 +148,8 @@ class _Carrying:
             raise ValueError(without_counterpart(type(optimizer), words))
         self.cls, self.name, self.options, self.words = registry.get(name).cls, name, options, words
         self.kind, self.said = type(optimizer).__name__, dict(optimizer.defaults)
+        if self.kind == "Adagrad" and name == "sm3":  # sums, as Adagrad's, and a rate that is meant for them
+            self.options = {"preset": "paper", **options}
 
     def groups(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         """All of the optimizer's groups, for the constructor."""

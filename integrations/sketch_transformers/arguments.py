@@ -99,7 +99,7 @@ def _cls_and_kwargs(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer
 
 
 def _check_adam_settings(args: TrainingArguments, given: Mapping[str, Any]) -> None:
-    """``adam_*`` are Adam's, and so are their defaults: 0.999 would make averages of SM3's sums without a word."""
+    """``adam_*`` and their defaults are Adam's. SM3 has others, which they would replace without a word."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     pair = f"betas={args.adam_beta1}:{args.adam_beta2}"
     for field, key, instead in (

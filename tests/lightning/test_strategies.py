@@ -317,6 +317,9 @@ def test_the_error_reaches_fit(fit):
         ),
         (lambda ps: SGD(ps), "cs_momentum", {}, {"momentum": 0, "nesterov": False}),
         (lambda ps: SGD(ps, momentum=0.5), "sm3", {"preset": "ema"}, {"betas": (0.5, 0.999)}),
+        (lambda ps: SGD(ps, momentum=0.5), "sm3", {}, {"betas": (0.5, 0.999), "scale_parameter": True}),
+        (lambda ps: Adagrad(ps), "sm3", {}, {"lr": 1e-2, "betas": (0.9, 1.0), "scale_parameter": False}),
+        (lambda ps: Adagrad(ps), "sm3", {"preset": "ema"}, {"betas": (0.9, 0.999), "scale_parameter": True}),
         (lambda ps: SGD(ps), "sketchy", {}, {"betas": (0.9, 0.999), "nesterov": True}),
         (
             lambda ps: AdamW(ps, weight_decay=0.1), "cs_adagrad", {},
