@@ -68,6 +68,23 @@ def layers():
     return [line.split() for line in block[1].splitlines()]
 
 
+def tree():
+    """The modules that docs/architecture.md lists under "Files": names in one line are separated by commas."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    block = re.search(r"^## Files$.*?^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found, folders = set(), []
+    for line in block[1].splitlines():
+        indent, names = re.match(r"( *)([^\s,]+(?:, [^\s,]+)*)", line).groups()
+        if len(indent) > 8:  # the rest of the line above, or a caption
+            continue
+        folders = folders[: len(indent) // 2]
+        for name in names.split(", "):
+            found.add(".".join([*folders, *name.rstrip("/").split("/")]).removeprefix("integrations."))
+        if names.endswith("/"):
+            folders.append(names[:-1])
+    return found - {"integrations"}
+
+
 def entry_of(module, entries):
     """The entry that ``module`` belongs to: itself, or the nearest package around it; None without one."""
     name = module.removeprefix("sketch_plugins.")
@@ -106,6 +123,11 @@ def test_every_module_has_a_layer_and_every_entry_a_module(graph):
     used = {module: entry_of(module, entries) for module in graph}
     assert [module for module, entry in used.items() if entry is None] == []
     assert set(entries) - set(used.values()) == set()
+
+
+def test_the_list_of_files_has_every_module(graph):
+    initial = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("sketch_plugins/**/__init__.py")}
+    assert tree() - initial == {name for name in graph if name not in initial}
 
 
 def test_imports_go_down(graph):
