@@ -30,15 +30,58 @@ const found = [], frame = document.querySelector("iframe");
     frame.style.width = width + "px";
     await new Promise(loaded => { frame.onload = loaded; frame.src = page; });
     const shown = frame.contentDocument, words = [];
-    for (const one of shown.querySelectorAll("article :is(h1, h2, p, li, th, td, pre, figcaption)")) {
+    for (const one of shown.querySelectorAll("article :is(h1, h2, p, li, th, td, dt, dd, pre, figcaption)")) {
       const place = one.getBoundingClientRect();
-      if (place.height && place.bottom <= frame.clientHeight) words.push(one.innerText);
+      const seen = place.bottom <= frame.clientHeight && place.left < frame.clientWidth;
+      if (place.height && seen) words.push(one.innerText);
     }
     found.push([page, width, shown.documentElement.scrollWidth, words.join(" ")]);
   }
   await fetch("/measured", {method: "POST", body: JSON.stringify(found)});
 })();
 </script></body>"""
+
+#: Page -> words that must be on its first screen, at both widths: the answer that most readers come for.
+#: Not for the pages of api/, which are made of docstrings.
+ANSWERS = {
+    "/": "keep 0.03 to 1.3 bytes of state a parameter where AdamW keeps 8",
+    "/accelerate/": "model, optimizer, data, schedule = accelerator.prepare(model, optimizer, data, schedule)",
+    "/algorithms/": "This page defines what every optimizer computes",
+    "/architecture/": "loss.backward() leaves a gradient in p.grad. The trainer calls optimizer.step()",
+    "/benchmarks/": 'very little memory cs_adam, preset="lean" 0.203 5.702 0.92',
+    "/changelog/": "take AdamW's learning rate",
+    "/check/": "sketch-plugins check compares them with eager torch on your device",
+    "/checkpoints/": "optimizer.load_state_dict(torch.load(file, weights_only=True))",
+    "/cli/": "run an unmodified program with our optimizers",
+    "/communication/": "state = attach(ddp, density=0.01)",
+    "/contributing/": "Run make quick before every commit",
+    "/cs_adam/": "1.24 bytes of state a parameter in place of 8, at AdamW's learning rate",
+    "/deepspeed/": '"type": "cs_adam"',
+    "/distributed/": "Every optimizer of the registry works under DDP, FSDP2 and DeepSpeed's ZeRO",
+    "/extending/": "a file in sketch_plugins/stores/ two lines in stores/kinds.py",
+    "/extreme_classification/": "For a classifier with very many classes, use cs_rmsprop with compression=0.01",
+    "/glossary/": "bucket The rows of a matrix that share one row of a sketch's table",
+    "/in_backward/": "lets the optimizer take each parameter's step as soon as its gradient is complete",
+    "/larger_batch/": "that AdamW needs for a batch of 16, cs_adam trained a small BERT with a batch of 30",
+    "/lightning/": 'trainer = lightning.Trainer(strategy="cs_adam")',
+    "/mem_sgd/": "sends the largest entries of its gradient, keeps the others in a memory",
+    "/memory/": "cs_adam in place of AdamW saves 6.76 bytes a parameter of state",
+    "/migrating/": "torch.optim.AdamW(params, lr=1e-3) CSAdam(params, lr=1e-3) the same",
+    "/plain_torch/": "optimizer = CSAdam(model.parameters(), lr=1e-3, weight_decay=0.01)",
+    "/plan/": "predicts the memory of a training step with each optimizer, and the largest batch that fits",
+    "/quickstart/": 'pip install ".[transformers,cpu]"',
+    "/recipes/": "sketch-plugins run trl sft",
+    "/resharding/": "sketch-plugins reshard CHECKPOINT --world-size N",
+    "/run/": "sketch-plugins run --optim cs_adam train.py",
+    "/security/": "Report a vulnerability privately, not in a public issue",
+    "/sketchy/": "a lower loss than AdamW in fewer steps, for 1 to 2 bytes of state a parameter",
+    "/sm3/": "It takes AdamW's learning rate",
+    "/transformers/": 'TrainingArguments("out", optim="cs_adam"',
+    "/troubleshooting/": "a learning rate that does not fit the optimizer",
+    "/versions/": "works with torch 2.6 or newer, on Python 3.10, 3.11, 3.12 and 3.13",
+    "/weight_bits/": "weight_bits=24 1 byte 8 bits more",
+    "/which_optimizer/": "Start with cs_adam at AdamW's learning rate",
+}
 
 pytestmark = [
     pytest.mark.skipif(SITE is None, reason="SITE is not set: `make docs` builds the site and sets it"),
@@ -107,6 +150,17 @@ def measured(served, pages, tmp_path_factory):
 
 def test_no_page_is_wider_than_the_window(measured):
     assert [(page, width, wide) for (page, width), (wide, _) in measured.items() if wide > width] == []
+
+
+def test_every_page_has_an_answer(pages):
+    assert set(ANSWERS) == {page for page in pages if not page.startswith("/api/")}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("page", ANSWERS)
+def test_the_first_screen_has_the_answer(page, width, measured):
+    words = measured[page, WIDTHS[width]][1]
+    assert ANSWERS[page] in words, f"The first screen of {page} at {WIDTHS[width]} px has no {ANSWERS[page]!r}: {words}"
 
 
 def test_pictures_of_pages(served, tmp_path):
