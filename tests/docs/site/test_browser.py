@@ -32,7 +32,7 @@ const found = [], frame = document.querySelector("iframe");
     const shown = frame.contentDocument, words = [];
     for (const one of shown.querySelectorAll("article :is(h1, h2, p, li, th, td, dt, dd, pre, figcaption)")) {
       const place = one.getBoundingClientRect();
-      const seen = place.bottom <= frame.clientHeight && place.left < frame.clientWidth;
+      const seen = place.bottom <= frame.clientHeight && place.right <= frame.clientWidth;
       if (place.height && seen) words.push(one.innerText);
     }
     found.push([page, width, shown.documentElement.scrollWidth, words.join(" ")]);
@@ -51,7 +51,7 @@ ANSWERS = {
     "/benchmarks/": 'very little memory cs_adam, preset="lean" 0.203 5.702 0.92',
     "/changelog/": "take AdamW's learning rate",
     "/check/": "sketch-plugins check compares them with eager torch on your device",
-    "/checkpoints/": "optimizer.load_state_dict(torch.load(file, weights_only=True))",
+    "/checkpoints/": "Save optimizer.state_dict() and load it with optimizer.load_state_dict",
     "/cli/": "run an unmodified program with our optimizers",
     "/communication/": "state = attach(ddp, density=0.01)",
     "/contributing/": "Run make quick before every commit",
@@ -66,7 +66,7 @@ ANSWERS = {
     "/lightning/": 'trainer = lightning.Trainer(strategy="cs_adam")',
     "/mem_sgd/": "sends the largest entries of its gradient, keeps the others in a memory",
     "/memory/": "cs_adam in place of AdamW saves 6.76 bytes a parameter of state",
-    "/migrating/": "torch.optim.AdamW(params, lr=1e-3) CSAdam(params, lr=1e-3) the same",
+    "/migrating/": "Replace torch.optim.AdamW by CSAdam and keep the learning rate",
     "/plain_torch/": "optimizer = CSAdam(model.parameters(), lr=1e-3, weight_decay=0.01)",
     "/plan/": "predicts the memory of a training step with each optimizer, and the largest batch that fits",
     "/quickstart/": 'pip install ".[transformers,cpu]"',
