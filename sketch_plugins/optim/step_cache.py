@@ -155,7 +155,7 @@ class StepCache:
 
         They are looked for where there have been any, which `see_sparse` says. Else this is the list itself.
         """
-        if _key(group) not in self._sparse:
+        if not self._sparse or not grads or _key(group) not in self._sparse:
             return grads
         return [None if grad is None or is_sparse(grad) else grad for grad in grads]
 

@@ -356,7 +356,7 @@ def test_sparse_gradients_leave_the_others_remembered(fused, monkeypatch):
     for forgets in (False, True):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(40, 16), (24, 16), (16,), (24,), (300, 128)]]
-        optimizer = CSAdam(params, lr=1e-2, fused=fused, min_compress_size=0)
+        optimizer = CSAdam([{"params": params}, {"params": []}], lr=1e-2, fused=fused, min_compress_size=0)
         for step in range(9):
             for p in params:
                 p.grad = torch.randn(p.shape)
