@@ -10,9 +10,8 @@ from torch import Tensor
 
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.checks import STATES
+from sketch_plugins.optim.clipping import bounded, excess
 from sketch_plugins.optim.family import FAMILY
-from sketch_plugins.optim.options import largest_rms
-from sketch_plugins.optim.rule import SCALE_FLOOR
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.blocks import matrix_shape
@@ -289,11 +288,11 @@ def _first(
     if group["graft"] == "none" or (preconditioned and group["input"] == "gradient"):
         return m
     update = _over_root(optimizer, group, m, second, source.step)
-    if group["update_clip"]:
-        update = update / (update.square().mean().sqrt() / group["update_clip"]).clamp_(min=1.0)
+    if (clip := excess(update.square().mean().sqrt(), group)) is not None:
+        update = update / clip
     if preconditioned and group["scale_parameter"]:  # of other tensors it is a part of the step
         size = part.data.detach().to(update.dtype).square().mean().sqrt()
-        update = update * size.clamp_(min=SCALE_FLOOR, max=largest_rms(group))
+        update = update * bounded(size, group)
     return update
 
 

@@ -12,9 +12,9 @@ from sketch_plugins import scratch
 from sketch_plugins.kernels.rounding import round_to_bf16
 from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square
 from sketch_plugins.kernels.weight_code import Corrected
-from sketch_plugins.optim.options import largest_rms
+from sketch_plugins.optim.clipping import bounded, excess
 from sketch_plugins.optim.pending import Pending
-from sketch_plugins.optim.rule import SCALE_FLOOR, Rule
+from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.weight_bits import matrix_of
 from sketch_plugins.sharding.blocks import At, Matrix, Rows, tiles
 from sketch_plugins.stores import Ema, Gradient, Store
@@ -150,9 +150,8 @@ def apply(
         updates = [size_of_update(at, grad.get(at)) for at in grad.batches(period, align)]
         rms = joined(updates) * rule.correction
     if group.get("scale_parameter"):
-        step_size = size.clamp(min=SCALE_FLOOR, max=largest_rms(group)) * step_size
-    if group.get("update_clip"):
-        clip = (rms / group["update_clip"]).clamp_(min=1.0)
+        step_size = bounded(size, group) * step_size
+    if (clip := excess(rms, group)) is not None:
         if before:
             inner_scale = clip.reciprocal_()
         else:

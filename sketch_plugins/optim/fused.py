@@ -14,7 +14,7 @@ from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.interpretation import interpreted
 from sketch_plugins.kernels.work import NUMBERS, Work
 from sketch_plugins.notices import warn
-from sketch_plugins.optim.options import largest_rms
+from sketch_plugins.optim.clipping import largest_rms
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.sharding.state_names import CORRECTION

@@ -173,22 +173,9 @@ def rate(group: Mapping[str, Any]) -> float | torch.Tensor:
     return lr if lr > 0 else 0.0
 
 
-#: Weights of RMS 1 (a norm's, an embedding's by default) would take 59 times AdamW's step.
-MOST_RELATIVE = 20.0
-
-
 def step_rate(group: Mapping[str, Any]) -> float | torch.Tensor:
     """What a group's updates are multiplied by: the learning rate, over ``reference_rms`` with `scale_parameter`."""
     return rate(group) / group["reference_rms"] if group.get("scale_parameter") else rate(group)
-
-
-def largest_rms(group: Mapping[str, Any]) -> float:
-    """The most that `scale_parameter` takes a parameter's RMS for: its steps are at most 20 times those of lr itself.
-
-    With ``reference_rms=1``, Adafactor's form, there is no such limit.
-    """
-    reference = float(group["reference_rms"])
-    return MOST_RELATIVE * reference if reference < 1 else math.inf
 
 
 def _beta(value: Any) -> bool:

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from sketch_plugins.stores import Ema
 
-# Adafactor's floor of the parameter's root mean square (arXiv 1804.04235): a bias that starts at 0 still moves.
-SCALE_FLOOR = 1e-3
-
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.kernels.tile import joined, root_mean_square
+from sketch_plugins.optim.clipping import bounded, excess
 from sketch_plugins.optim.declaring import option
 from sketch_plugins.optim.eager import Factors
 from sketch_plugins.optim.pending import Pending
-from sketch_plugins.optim.rule import SCALE_FLOOR
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.stores import Gradient
 
@@ -98,13 +98,12 @@ def stacked(grads: Sequence[Gradient], x: Tensor) -> None:
 
 def clipped(rms: Tensor, group: Mapping[str, Any]) -> Tensor | None:
     """``(c)``: what `update_clip` multiplies updates of this RMS by; None: it is off."""
-    if not group["update_clip"]:
-        return None
-    return (rms / group["update_clip"]).clamp_(min=1.0).reciprocal_()
+    found = excess(rms, group)
+    return None if found is None else found.reciprocal_()
 
 
-def sizes(parameters: Sequence[Tensor], dtype: torch.dtype, most: float) -> Tensor:
-    """``(c)``: what `scale_parameter` multiplies updates by: RMS of parameters, within `SCALE_FLOOR` and ``most``."""
+def sizes(parameters: Sequence[Tensor], dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
+    """``(c)``: what `scale_parameter` multiplies updates by, the RMS of the parameters within its bounds."""
     if all(p.is_contiguous() for p in parameters):
         found = torch._foreach_norm(list(parameters), 2, dtype=dtype)
     else:  # the same bits for any layout
@@ -112,4 +111,4 @@ def sizes(parameters: Sequence[Tensor], dtype: torch.dtype, most: float) -> Tens
     norms = torch.stack(found)
     # Beyond this squares of float32 are infinite, and what was a step would be NaN.
     largest = torch.finfo(dtype).max ** 0.5
-    return norms.clamp_(max=largest).div_(parameters[0].numel() ** 0.5).clamp_(min=SCALE_FLOOR, max=most)
+    return bounded(norms.clamp_(max=largest).div_(parameters[0].numel() ** 0.5), group)

@@ -18,7 +18,7 @@ from sketch_plugins.linalg import kronecker
 from sketch_plugins.linalg.kronecker import Kronecker, Root
 from sketch_plugins.optim.declaring import count, option, unused
 from sketch_plugins.optim.fused import Backend
-from sketch_plugins.optim.options import largest_rms, step_rate
+from sketch_plugins.optim.options import step_rate
 from sketch_plugins.optim.pending import Batch, Pending
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.sketchy import graft, kernels, momentum, write_back
@@ -287,7 +287,7 @@ class Stack(Batch):
         group = members[0].group
         sizes = None
         if group["scale_parameter"] and self.grafted:
-            sizes = graft.sizes([one.p.data for one in members], x.dtype, largest_rms(group))
+            sizes = graft.sizes([one.p.data for one in members], x.dtype, group)
         if "graft" in self.taken:
             graft.stacked([one.grad for one in members], x)
             self.taken["graft"]()
@@ -344,7 +344,7 @@ class Stack(Batch):
 
     def _sizes(self, members: Sequence[Pending], dtype: torch.dtype) -> Tensor:
         """Of each matrix, that of its parameter."""
-        found = graft.sizes([one.p.data for one in members], dtype, largest_rms(members[0].group))
+        found = graft.sizes([one.p.data for one in members], dtype, members[0].group)
         return found.repeat_interleave(self.count)
 
     def _write(self, members: Sequence[Pending], x: Tensor) -> None:
