@@ -9,6 +9,7 @@ from sketch_plugins.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from sketch_plugins.memory.in_backward import InBackward
+    from sketch_plugins.memory.numerics import NumericsProbe
     from sketch_plugins.memory.plan import Plan, plan
     from sketch_plugins.memory.report import StateReport, state_report
     from sketch_plugins.optim import (
@@ -39,6 +40,7 @@ __all__ = [
     "CSRMSprop",
     "InBackward",
     "MemSGD",
+    "NumericsProbe",
     "Plan",
     "SAdagrad",
     "Sketchy",
@@ -55,6 +57,7 @@ __all__ = [
 #: Names that are not in `sketch_plugins.optim` -> the module that has them.
 _ELSEWHERE = {
     "InBackward": "memory.in_backward",
+    "NumericsProbe": "memory.numerics",
     "Plan": "memory.plan",
     "StateReport": "memory.report",
     "cast_model": "optim.full_precision",

@@ -12,8 +12,9 @@ import torch
 from sketch_lightning import _private
 from sketch_lightning.in_backward import SteppingInBackward
 from sketch_lightning.reclaim import Reclaiming
-from sketch_plugins import full_precision_state_dict, scratch, state_report
+from sketch_plugins import NumericsProbe, full_precision_state_dict, scratch, state_report
 from sketch_plugins.memory.in_backward import in_backward
+from sketch_plugins.memory.numerics import check_setting
 from sketch_plugins.memory.probe import SecondMomentProbe
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.introduction import hand_over
@@ -49,15 +50,17 @@ class OptimizerStateMonitor:
     * ``optimizer/state_bytes_per_param``: the same for each parameter;
     * ``optimizer/saved_vs_adamw_bytes``: what ``torch.optim.AdamW`` would keep, less that;
     * ``optimizer/second_moment_relative_error``, if ``sampled``: how far the second moment in use is from an exact one
-      of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``.
+      of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``;
+    * ``numerics/unmoved``, with ``check_numerics``: the share of weights with a gradient that a step did not move, in
+      the last step that was looked at, and ``numerics/unmoved_group_0``, ... of each parameter group.
 
     and with compressed gradients (``ddp_memsgd``, ``comm=...``) what the first rank has sent in the last step
 
     * ``comm/wire_bytes``, ``comm/dense_bytes``, ``comm/wire_over_dense``, ``comm/density``, ``comm/memory_norm``,
       ``comm/memory_bytes``: see `sketch_plugins.comm.MemSGDState.figures`.
 
-    Of several optimizers they are ``optimizer_0/...`` and so on. Any torch optimizer is accounted for, so that a run
-    with AdamW can be put beside. The samples are saved in checkpoints and go on when one is resumed.
+    Of several optimizers they are ``optimizer_0/...``, ``numerics_0/...`` and so on. Any torch optimizer is accounted
+    for, so that a run with AdamW can be put beside. The samples are saved in checkpoints and go on when one is resumed.
 
     Args:
         sampled: keep the exact second moment of a few rows (of sketched optimizers, on the first rank) and log the
@@ -69,10 +72,14 @@ class OptimizerStateMonitor:
         full_precision: put the float32 weights of a run with ``weight_bits`` into each checkpoint, too, as
             ``checkpoint["full_precision_state_dict"]`` on the CPU: see `sketch_plugins.full_precision_state_dict`. They
             take 4 bytes a parameter, on the first rank alone.
+        check_numerics: compare a sample of the weights before and after a step, on the first rank: every 100 steps, or
+            every so many. One warning says if more than half of them stay where they are in three looks in a row, see
+            `sketch_plugins.NumericsProbe`. Any torch optimizer will do, and steps in backward.
 
     Raises:
-        ValueError: ``rows`` or ``params`` is not a positive integer; at the start of training, ``sampled`` with steps
-            that are taken in backward; ``full_precision`` where no optimizer has ``weight_bits``.
+        ValueError: ``rows`` or ``params`` is not a positive integer, ``check_numerics`` neither a bool nor an integer
+            >= 0; at the start of training, ``sampled`` with steps that are taken in backward; ``full_precision`` where
+            no optimizer has ``weight_bits``; ``check_numerics`` with DeepSpeed.
     """
 
     _namespace = ""
@@ -85,8 +92,11 @@ class OptimizerStateMonitor:
         seed: int = 0,
         prog_bar: bool = False,
         full_precision: bool = False,
+        check_numerics: bool | int = False,
     ) -> None:
         self.full_precision = full_precision
+        self.check_numerics, self._every = check_numerics, check_setting(check_numerics)
+        self.numerics: dict[int, NumericsProbe] = {}
         for name, value in (("rows", rows), ("params", params)):
             _check_count(name, value)
         self.sampled, self.rows, self.params, self.seed, self.prog_bar = sampled, rows, params, seed, prog_bar
@@ -101,6 +111,7 @@ class OptimizerStateMonitor:
                 "OptimizerStateMonitor(full_precision=True) saves weights of 24 or 32 bits, and no optimizer keeps "
                 "them: give it weight_bits=24 or 32; without, a checkpoint has all bits of its weights"
             )
+        self._watch_numerics(trainer)
         if not trainer.is_global_zero:
             return
         info = _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")
@@ -127,6 +138,26 @@ class OptimizerStateMonitor:
                         )
                     self._probes[number] = probe
                     self._handles.append(before_update(optimizer, probe.update))
+
+    def _watch_numerics(self, trainer: Any) -> None:
+        self._end_numerics()
+        self.numerics = {}
+        if not self._every:
+            return
+        if isinstance(trainer.strategy, _private.find(self._namespace, "strategies", "DeepSpeedStrategy")):
+            raise ValueError(
+                f"OptimizerStateMonitor(check_numerics={self.check_numerics}) does not support DeepSpeed, which steps "
+                "float32 weights of its own, so that no update is lost to the rounding of bfloat16: leave it out"
+            )
+        if trainer.is_global_zero:
+            self.numerics = {
+                number: NumericsProbe(optimizer, every=self._every, seed=self.seed)
+                for number, _, optimizer in _named(trainer)
+            }
+
+    def _end_numerics(self) -> None:
+        for probe in self.numerics.values():
+            probe.remove()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the float32 weights; every rank is asked, and shards are gathered."""
@@ -162,6 +193,8 @@ class OptimizerStateMonitor:
             error = self._probes[number].relative_error() if number in self._probes else math.nan
             if not math.isnan(error):  # an optimizer without a second moment has nothing to sample
                 figures[f"{prefix}/second_moment_relative_error"] = error
+            if number in self.numerics:
+                figures.update(self.numerics[number].figures(prefix.replace("optimizer", "numerics")))
         if (sending := getattr(trainer.strategy, "comm_state", None)) is not None:
             figures.update({f"comm/{name}": value for name, value in sending.figures().items()})
         for logger in trainer.loggers:
@@ -174,10 +207,12 @@ class OptimizerStateMonitor:
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """No more samples."""
         self._remove(keep=True)
+        self._end_numerics()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """No more samples."""
         self._remove(keep=True)
+        self._end_numerics()
 
     def state_dict(self) -> dict[str, Any]:
         """The samples, and what they are samples of."""

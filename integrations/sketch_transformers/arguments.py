@@ -76,7 +76,7 @@ def check_arguments(args: TrainingArguments) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"optim={name_of(args)!r} with optim_args={args.optim_args!r}: {error}") from error
     _check_sharding(args)
-    deepspeed = bool(_deepspeed_config(args)) or bool(getattr(args, "deepspeed", None))
+    deepspeed = bool(deepspeed_config(args)) or bool(getattr(args, "deepspeed", None))
     warm_start.check(args, deepspeed, _fsdp_version(args) is not None)
     if _is_layerwise(args):
         from sketch_transformers.layerwise import check
@@ -145,7 +145,7 @@ def _fsdp_version(args: TrainingArguments) -> int | None:
 
 
 def _check_deepspeed(args: TrainingArguments) -> None:
-    config, name = _deepspeed_config(args), name_of(args)
+    config, name = deepspeed_config(args), name_of(args)
     block = config.get("optimizer")
     if block is not None and block.get("type") != name:
         raise ValueError(
@@ -167,7 +167,7 @@ def check_deepspeed_block(args: TrainingArguments) -> None:
             ``"auto"`` would give Adam's betas or eps to an optimizer that has its own; ``optim_args`` or
             ``optim_target_modules`` beside it.
     """
-    block = _deepspeed_config(args).get("optimizer") or {}
+    block = deepspeed_config(args).get("optimizer") or {}
     name = block.get("type")
     if name not in registry.names():
         return
@@ -196,7 +196,7 @@ def check_deepspeed_block(args: TrainingArguments) -> None:
 
 def prepare_deepspeed(args: TrainingArguments) -> None:
     """Keep DeepSpeed from replacing an optimizer of ours."""
-    config = _deepspeed_config(args)
+    config = deepspeed_config(args)
     if _offloads(config):
         # Or accelerate replaces the optimizer by DeepSpeedCPUAdam, with full state and without a word.
         config["zero_force_ds_cpu_optimizer"] = False
@@ -211,7 +211,8 @@ def _as_written(args: TrainingArguments) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def _deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
+def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
+    """The configuration of the DeepSpeed that is going to run the training; empty without."""
     # `deepspeed=...` in the arguments sets the first, `accelerate launch --use_deepspeed` only the second.
     plugin = getattr(args, "deepspeed_plugin", None)
     holder = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)

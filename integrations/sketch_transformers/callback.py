@@ -14,9 +14,10 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import TrainingArguments
 
-from sketch_plugins import state_report
+from sketch_plugins import NumericsProbe, state_report
 from sketch_plugins.comm import MemSGDState
 from sketch_plugins.memory.in_backward import in_backward
+from sketch_plugins.memory.numerics import check_setting
 from sketch_plugins.memory.probe import SecondMomentProbe
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,9 @@ class SketchCallback(TrainerCallback, ExportableState):
     * ``optimizer/state_bytes_per_param``: the same for each parameter;
     * ``optimizer/saved_vs_adamw_bytes``: what ``torch.optim.AdamW`` would keep, less that;
     * ``optimizer/second_moment_relative_error``, if ``sampled``: how far the second moment in use is from an exact one
-      of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``.
+      of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``;
+    * ``numerics/unmoved``, with ``check_numerics``: the share of weights with a gradient that a step did not move, in
+      the last step that was looked at, and ``numerics/unmoved_group_0``, ... of each parameter group.
 
     and with `enable_memsgd` (of this process, in the last step)
 
@@ -52,14 +55,27 @@ class SketchCallback(TrainerCallback, ExportableState):
         seed: chooses the rows.
         full_precision: write the float32 weights of a run with ``weight_bits`` beside each checkpoint, into
             ``checkpoint-N/float32``: see `save_full_precision`. They take 4 bytes a parameter on disk.
+        check_numerics: compare a sample of the weights before and after a step, on the first process: every 100 steps,
+            or every so many. One warning says if more than half of them stay where they are in three looks in a row,
+            see `sketch_plugins.NumericsProbe`. Any torch optimizer will do, and names ending in ``_layerwise``.
 
     Raises:
-        ValueError: at the start of training, ``full_precision`` with an optimizer that has no ``weight_bits``.
+        ValueError: ``check_numerics`` is neither a bool nor an integer >= 0; at the start of training:
+            ``full_precision`` with an optimizer that has no ``weight_bits``; ``check_numerics`` under DeepSpeed.
     """
 
     def __init__(
-        self, sampled: bool = False, rows: int = 8, params: int = 4, seed: int = 0, full_precision: bool = False
+        self,
+        sampled: bool = False,
+        rows: int = 8,
+        params: int = 4,
+        seed: int = 0,
+        full_precision: bool = False,
+        check_numerics: bool | int = False,
     ) -> None:
+        self._every = check_setting(check_numerics)
+        self.check_numerics = check_numerics
+        self.numerics: NumericsProbe | None = None
         self.full_precision = full_precision
         self.sampled = sampled
         self.rows = rows
@@ -80,6 +96,8 @@ class SketchCallback(TrainerCallback, ExportableState):
         error = math.nan if self._probe is None else self._probe.relative_error()
         if not math.isnan(error):  # an optimizer without a second moment has nothing to sample
             logs["optimizer/second_moment_relative_error"] = error
+        if self.numerics is not None:
+            logs.update(self.numerics.figures())
         if communication is not None:
             logs.update({f"comm/{name}": value for name, value in communication.figures().items()})
 
@@ -89,7 +107,7 @@ class SketchCallback(TrainerCallback, ExportableState):
         """Take up the samples of the checkpoint that is resumed.
 
         Raises:
-            ValueError: ``sampled`` with an optimizer whose steps are taken in backward.
+            ValueError: ``sampled`` with an optimizer whose steps are taken in backward; see the class.
         """
         if self.sampled and in_backward(kwargs.get("optimizer")) is not None:
             raise ValueError(
@@ -103,6 +121,7 @@ class SketchCallback(TrainerCallback, ExportableState):
                     "SketchCallback(full_precision=True) writes weights of 24 or 32 bits, and the optimizer keeps "
                     'none: give it weight_bits, as in optim_args="weight_bits=24"; without, a checkpoint has all bits'
                 )
+        self._watch_numerics(args, state, kwargs.get("optimizer"))
         # Where the checkpoint was saved without this callback, Trainer's next save would fail with a KeyError.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if (
@@ -111,6 +130,29 @@ class SketchCallback(TrainerCallback, ExportableState):
             and self._samples_of(saved["args"]) == self._samples_of(self.state()["args"])
         ):
             self.samples = saved["attributes"]["samples"]
+
+    def _watch_numerics(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+        if self.numerics is not None:
+            self.numerics.remove()
+            self.numerics = None
+        if not self._every:
+            return
+        from sketch_transformers.arguments import deepspeed_config
+
+        if deepspeed_config(args):
+            raise ValueError(
+                f"SketchCallback(check_numerics={self.check_numerics}) does not support DeepSpeed, which steps float32 "
+                "weights of its own, so that no update is lost to the rounding of bfloat16: leave it out"
+            )
+        if state.is_world_process_zero:
+            self.numerics = NumericsProbe(optimizer, every=self._every, seed=self.seed)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at no more steps; what was seen last stays in ``self.numerics``."""
+        if self.numerics is not None:
+            self.numerics.remove()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,6 +210,7 @@ class SketchCallback(TrainerCallback, ExportableState):
                 "params": self.params,
                 "seed": self.seed,
                 "full_precision": self.full_precision,
+                "check_numerics": self.check_numerics,
             },
             "attributes": {"reported": self.reported, "samples": self.samples},
         }

@@ -38,6 +38,8 @@ class SketchOptimizer(Taking):
 
     # An `InBackward`, where there is one; it stays with this object.
     _in_backward: Any = None
+    # A `NumericsProbe`, where there is one; likewise.
+    _numerics: Any = None
 
     # Neither copied nor pickled.
     _rate_watch: RateWatch | None = None
@@ -198,11 +200,16 @@ class SketchOptimizer(Taking):
         cache = self._step_cache = self._step_cache or StepCache()
         self._check_options(cache.options, number, group)
         taking = StepOfAll()
+        probe = self._numerics
+        if probe is not None:
+            probe.before_parameter(number, index)
         with neutral(), self._parts.looking(), self._weights_kept([{**group, "params": [owner]}]):
             self._look_at(taking, group, index, owner, cache.marks(self.OPTIONS, group))
             with scratch.scratch():
                 if self._may_step(taking.members, [{**group, "params": [owner]}]):
                     self._update(taking.work, taking.again, id(owner))
+        if probe is not None:
+            probe.after_parameter()
 
     def _look_at(
         self, taking: StepOfAll, group: dict[str, Any], index: int, owner: Tensor, options: tuple[Any, ...] | None

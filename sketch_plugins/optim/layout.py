@@ -204,10 +204,10 @@ class StateLayout(Groups):
         if groups:
             self._check_weights().mark(self._parts_with_state(groups))
 
-    def _check_weights(self) -> Written:
-        """Set the corrections of all weights to 0 that are void."""
+    def _check_weights(self, among: Sequence[Mapping[str, Any]] | None = None) -> Written:
+        """Set the corrections to 0 that are void: of the weights in these groups, or of all."""
         self._written = self._written or Written()
-        groups = [group for group in self.param_groups if group.get("weight_bits")]
+        groups = [group for group in (self.param_groups if among is None else among) if group.get("weight_bits")]
         self._written.check(self._parts_with_state(groups), self._label_of)
         return self._written
 

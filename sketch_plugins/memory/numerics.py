@@ -1,0 +1,401 @@
+"""How many weights a step leaves where they are, because rounding to their dtype takes away the update."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sketch_plugins.hashing import derive
+from sketch_plugins.kernels.weight_code import HALF
+from sketch_plugins.memory.weight_sample import Sample, gradient_of, parts_of, sampled, steps_of, values_of
+from sketch_plugins.notices import warn
+from sketch_plugins.optim import MemSGD
+from sketch_plugins.optim.base import SketchOptimizer
+from sketch_plugins.optim.weight_bits import corrects
+from sketch_plugins.sharding.parts import Part
+from sketch_plugins.sharding.pieces import is_lazy
+
+#: Steps from one look to the next, unless told otherwise.
+EVERY = 100
+
+
+@dataclass(frozen=True)
+class Unmoved:
+    """Weights that have not moved, of a parameter group or of all.
+
+    Attributes:
+        sampled: weights of the sample that have a finite gradient other than zero.
+        weights: about how many weights of the model these stand for.
+        unmoved: about how many of those have not moved.
+    """
+
+    sampled: int = 0
+    weights: float = 0.0
+    unmoved: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """``unmoved / weights``; NaN where no weight of the sample has a gradient."""
+        return self.unmoved / self.weights if self.weights else math.nan
+
+    def __add__(self, other: Unmoved) -> Unmoved:
+        """Of both."""
+        return Unmoved(self.sampled + other.sampled, self.weights + other.weights, self.unmoved + other.unmoved)
+
+
+@dataclass(frozen=True)
+class NumericsReport:
+    """What `NumericsProbe` has seen in one step.
+
+    Attributes:
+        step: which one, counted from 1 since the probe was made.
+        groups: number of each parameter group that took a step -> its weights.
+        lasting: the same without weights that are rounded by chance, which lose no update on average.
+    """
+
+    step: int
+    groups: Mapping[int, Unmoved]
+    lasting: Mapping[int, Unmoved] = field(repr=False)
+
+    @property
+    def total(self) -> Unmoved:
+        """Of all groups."""
+        return sum(self.groups.values(), Unmoved())
+
+    def __str__(self) -> str:
+        """In a line."""
+        each = ", ".join(f"group {number}: {one.share:.1%}" for number, one in sorted(self.groups.items()))
+        return f"step {self.step}: {self.total.share:.1%} of the weights with a gradient did not move ({each})"
+
+
+class NumericsProbe:
+    r"""The share of weights with a gradient that a step did not move.
+
+    A weight w does not move if its update is below half a unit in its last place: in bfloat16 at 1.0 an update of less
+    than :math:`2^{-8}` upwards or :math:`2^{-9}` downwards. With ``weight_bits`` the weight is the stored one and its
+    correction together, as `sketch_plugins.full_precision_state_dict` returns it::
+
+        probe = NumericsProbe(optimizer, every=100)
+        for batch in batches:  # the loop does not change
+            ...
+        probe.share, probe.last.groups
+
+    In steps 1, 1 + every, 1 + 2 * every, ... a sample of the weights is compared with what it was before the step. The
+    sample is the same for the same seed: of each parameter one place in each of equally long stretches. A share is
+
+    .. math:: \sum_p n_p\, u_p / k_p \;\Big/\; \sum_p n_p\, g_p / k_p
+
+    over parameters p of n elements, of which k are sampled, g have a finite gradient other than zero and u of these
+    did not move. Nothing is counted of groups whose learning rate is 0, nor of parameters that took no step (skipped
+    by GradScaler or ``nonfinite="skip"``). The training computes the same bits as without; between looks a step costs
+    two calls of Python, and in a look some small operations for each parameter and one wait for the device.
+
+    A warning, one for each probe, says where more than ``bound`` of a group's weights, or of all, did not move in
+    ``looks`` looks one after the other. Weights that are rounded by chance (``stochastic_rounding`` in bfloat16,
+    ``weight_bits=24``) are counted but never warned of: a weight that stays has lost nothing on average.
+
+    *Supported*: sketched optimizers with eager, Numba's and Triton's steps, row-sparse ones included, any optimizer of
+    torch's; DTensors (FSDP2), of which this rank's shards are looked at without communication; steps with a closure;
+    steps in backward (`InBackward`); GradScaler. *Not looked at*: tensors that compute their numbers (quantized ones),
+    gradients of DTensors that are laid out otherwise than their parameter, and steps within a CUDA graph.
+
+    Args:
+        optimizer: wrappers with an ``optimizer`` attribute are looked through.
+        every: steps from one look to the next.
+        elements: size of the sample, and at least one weight of each parameter; about 16 bytes each during a look.
+        seed: of the sample.
+        bound: share that is warned of.
+        looks: how often in a row it has to be above that.
+
+    Attributes:
+        last: the `NumericsReport` of the last look; None before the first.
+
+    Raises:
+        TypeError: not an optimizer.
+        ValueError: an argument is not allowed; the optimizer has such a probe already; `MemSGD`, which moves only the
+            entries that it sends and keeps what rounding leaves; flat partitions of DeepSpeed's ZeRO (in the first step
+            for stage 3), which are float32, whatever the model is.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        every: int = EVERY,
+        elements: int = 1 << 16,
+        seed: int = 0,
+        bound: float = 0.5,
+        looks: int = 3,
+    ) -> None:
+        for name, value in (("every", every), ("elements", elements), ("looks", looks)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer >= 1")
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound <= 1:
+            raise ValueError(f"bound={bound!r} is not allowed: bound must be a number in [0, 1]")
+        optimizer = _unwrapped(optimizer)
+        if isinstance(optimizer, MemSGD):
+            raise ValueError(
+                "NumericsProbe does not support MemSGD: it moves only the entries that it sends, and what rounding "
+                "leaves of an update stays in its memory, so that a weight that does not move has lost nothing"
+            )
+        if getattr(optimizer, "_numerics", None) is not None:
+            raise ValueError(f"this {type(optimizer).__name__} has a NumericsProbe already: call its remove() first")
+        self.every, self.elements, self.seed, self.bound, self.looks = every, elements, seed, float(bound), looks
+        self.last: NumericsReport | None = None
+        # The optimizer keeps this object, not the other way round.
+        self._optimizer = weakref.ref(optimizer)
+        self._steps = 0
+        self._looking = True  # in the cycle that ends with the next step()
+        self._before: list[Sample] = []
+        self._counts: list[tuple[Sample, Tensor]] = []
+        # Number of a group, or None for all -> the looks in a row in which it was above the bound.
+        self._above: dict[int | None, int] = {}
+        self._warned = False
+        for group in optimizer.param_groups:
+            for index, p in enumerate(group["params"]):
+                if not is_lazy(p):
+                    parts_of(optimizer, index, p)  # refuses what cannot be looked at
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        optimizer._numerics = self
+
+    @property
+    def share(self) -> float:
+        """Of all weights, in the last look; NaN before the first one, or where it saw no gradient."""
+        return math.nan if self.last is None else self.last.total.share
+
+    def figures(self, prefix: str = "numerics") -> dict[str, float]:
+        """For a logger: ``numerics/unmoved``, and ``numerics/unmoved_group_0``, ... where there are several groups."""
+        if self.last is None or math.isnan(self.share):
+            return {}
+        each = self.last.groups if len(self.last.groups) > 1 else {}
+        named = {f"{prefix}/unmoved_group_{number}": one.share for number, one in sorted(each.items())}
+        return {f"{prefix}/unmoved": self.share, **{name: v for name, v in named.items() if not math.isnan(v)}}
+
+    def remove(self) -> None:
+        """Look no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._before, self._counts = [], [], []
+        optimizer: Any = self._optimizer()
+        if optimizer is not None and getattr(optimizer, "_numerics", None) is self:
+            optimizer._numerics = None
+
+    def __enter__(self) -> NumericsProbe:
+        """``with NumericsProbe(optimizer) as probe: ...`` removes it in the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove it."""
+        self.remove()
+
+    # -- before and after ----------------------------------------------------------------------------------------
+
+    def before_parameter(self, number: int, index: int) -> None:
+        """Called by `SketchOptimizer.step_parameter`, whose steps are taken in backward: of one parameter."""
+        optimizer = self._optimizer()
+        if self._looking and optimizer is not None and not _capturing():
+            self._look(optimizer, [(number, index)])
+
+    def after_parameter(self) -> None:
+        """Its counterpart."""
+        optimizer = self._optimizer()
+        if self._before and optimizer is not None:
+            self._compare(optimizer)
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._looking or _capturing():
+            return None
+
+        def look() -> None:
+            self._look(
+                optimizer,
+                [(n, i) for n, group in enumerate(optimizer.param_groups) for i, _ in enumerate(group["params"])],
+            )
+
+        # A closure computes the gradients, and with steps in backward it moves weights, too.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            look()
+            return None
+
+        def then() -> Any:
+            loss = closure()
+            look()
+            return loss
+
+        return ((args[0], then, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": then})
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        self._steps += 1
+        if self._looking and not _capturing():
+            self._compare(optimizer)
+            self._conclude(optimizer)
+        self._counts = []
+        self._looking = self._steps % self.every == 0
+
+    @torch.no_grad()
+    def _look(self, optimizer: Any, members: list[tuple[int, int]]) -> None:
+        """Remember what the sampled weights of some parameters are, and which of them have a gradient."""
+        self._before = []
+        each = max(1, self.elements // max(1, sum(len(group["params"]) for group in optimizer.param_groups)))
+        for number, index in members:
+            group = optimizer.param_groups[number]
+            owner = group["params"][index]
+            if owner.grad is None or owner.numel() == 0 or not _rate(group):
+                continue
+            if isinstance(optimizer, SketchOptimizer) and group.get("weight_bits"):
+                optimizer._check_weights([{**group, "params": [owner]}])  # as the step is about to do
+            state = optimizer.state.get(owner)
+            for part in parts_of(optimizer, index, owner):
+                gradient = gradient_of(part)
+                if gradient is None or part.numel() == 0:
+                    continue
+                seed = derive(self.seed, number, index)
+                here, g, standing_for = sampled(gradient, part.shape, each, seed)
+                mask = g.isfinite() & (g != 0)
+                self._before.append(
+                    Sample(number, index, part, here, mask, values_of(part, state, here), steps_of(state), standing_for)
+                )
+
+    @torch.no_grad()
+    def _compare(self, optimizer: Any) -> None:
+        """How many of them have not moved. Nothing waits for the device here."""
+        for one in self._before:
+            state = optimizer.state.get(one.part.owner)
+            now = values_of(one.part, state, one.places)
+            stays = one.mask & (now == one.values.to(now.dtype))
+            counts = torch.stack([one.mask.sum(), stays.sum()])
+            steps = steps_of(state)
+            if steps is None:  # ours count; others may not
+                taken: bool | Tensor = not isinstance(optimizer, SketchOptimizer)
+            else:
+                taken = steps != (0.0 if one.steps is None else one.steps)
+            self._counts.append((one, counts * taken))
+        self._before = []
+
+    def _conclude(self, optimizer: Any) -> None:
+        groups: dict[int, Unmoved] = {}
+        lasting: dict[int, Unmoved] = {}
+        where: list[tuple[float, Sample]] = []
+        for (one, _), (seen, stay) in zip(self._counts, _read([counts for _, counts in self._counts]), strict=True):
+            found = Unmoved(seen, seen * one.standing_for, stay * one.standing_for)
+            group = optimizer.param_groups[one.number]
+            groups[one.number] = groups.get(one.number, Unmoved()) + found
+            if not _by_chance(one.part, group):
+                lasting[one.number] = lasting.get(one.number, Unmoved()) + found
+                where.append((found.unmoved, one))
+        self.last = NumericsReport(self._steps, groups, lasting)
+        self._judge(optimizer, lasting, where)
+
+    def _judge(self, optimizer: Any, lasting: dict[int, Unmoved], where: list[tuple[float, Sample]]) -> None:
+        watched: dict[int | None, Unmoved] = {None: sum(lasting.values(), Unmoved()), **lasting}
+        for key, one in watched.items():
+            if not one.weights:  # nothing is known of this step
+                continue
+            self._above[key] = self._above.get(key, 0) + 1 if one.share > self.bound else 0
+        high = [key for key, count in self._above.items() if count >= self.looks and key in watched]
+        if self._warned or not high:
+            return
+        self._warned = True
+        numbers = sorted(key for key in high if key is not None)
+        share = watched[None if None in high else numbers[0]].share
+        said = "the weights" if None in high else f"the weights of parameter group {numbers[0]}"
+        # Stable: those of equal size in their order.
+        most = sorted(
+            (one for one in where if one[0] and (None in high or one[1].number in numbers)), key=lambda o: -o[0]
+        )
+        labels = [_label(optimizer, one) for _, one in most[:3]]
+        dtypes = {one.part.dtype for _, one in most}
+        more = f" and {len(most) - 3} more" if len(most) > 3 else ""
+        warn(
+            f"check_numerics: in each of the last {self.looks} looks more than {self.bound:.0%} of {said} with a "
+            f"gradient did not move ({share:.0%} in step {self._steps}), because their updates are below half a unit "
+            f"in the last place of {', '.join(sorted(str(dtype) for dtype in dtypes))}. "
+            f"Most of them are in {'; '.join(labels)}{more}. {_advice(optimizer, dtypes)}"
+        )
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside of wrappers."""
+    found = optimizer
+    while True:
+        inner = getattr(found, "optimizer", None)
+        if isinstance(inner, torch.optim.Optimizer) or (inner is not None and not _is_one(found)):
+            found = inner
+        elif _is_one(found):
+            return found
+        else:
+            raise TypeError(f"NumericsProbe takes an optimizer, not {type(optimizer).__name__}")
+
+
+def _is_one(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Optimizer)
+
+
+def _rate(group: Mapping[str, Any]) -> bool:
+    """Whether the learning rate is another one than 0."""
+    return float(group.get("lr", 1.0)) > 0
+
+
+def _by_chance(part: Part, group: Mapping[str, Any]) -> bool:
+    """Whether a weight that stays has lost nothing on average."""
+    if corrects(part, group):
+        return bool(group["weight_bits"] == 24)
+    return bool(group.get("stochastic_rounding")) and part.dtype == torch.bfloat16
+
+
+def _read(counts: list[Tensor]) -> list[tuple[int, int]]:
+    """Pairs of counts as numbers, with one wait for each device."""
+    out: list[tuple[int, int]] = [(0, 0)] * len(counts)
+    for device in {one.device for one in counts}:
+        places = [i for i, one in enumerate(counts) if one.device == device]
+        for i, (seen, stay) in zip(places, torch.stack([counts[i] for i in places]).tolist(), strict=True):
+            out[i] = seen, stay
+    return out
+
+
+def _label(optimizer: Any, one: Sample) -> str:
+    if isinstance(optimizer, SketchOptimizer):
+        return optimizer._label(optimizer.param_groups[one.number], one.part).rstrip(",")
+    names = optimizer.param_groups[one.number].get("param_names")
+    name = f" ({names[one.index]})" if names else ""
+    return f"parameter {one.index}{name} of group {one.number}, shape {tuple(one.part.owner.shape)}"
+
+
+def _advice(optimizer: Any, dtypes: set[torch.dtype]) -> str:
+    if not dtypes & set(HALF):
+        return "Use a larger learning rate, or float64 parameters"
+    which = "" if isinstance(optimizer, SketchOptimizer) else " of an optimizer of sketch-plugins"
+    return (
+        f"Use weight_bits=24{which}, keep these parameters in float32 (sketch_plugins.cast_model has keep=), or use a "
+        "larger learning rate"
+    )
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being recorded, in which nothing may be read."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def check_setting(value: Any) -> int:
+    """Steps from one look to the next for an option ``check_numerics``: False is 0, which is off, True is `EVERY`.
+
+    Raises:
+        ValueError: neither a bool nor an integer of at least 0.
+    """
+    if isinstance(value, bool):
+        return EVERY if value else 0
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"check_numerics={value!r} is not allowed: check_numerics must be False, True (every {EVERY} steps), or "
+            "how many steps there are from one look to the next, an integer >= 0"
+        )
+    return value
