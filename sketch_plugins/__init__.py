@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sketch_plugins.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from sketch_plugins.memory.advise import Advice, advise
     from sketch_plugins.memory.in_backward import InBackward
     from sketch_plugins.memory.numerics import NumericsProbe
     from sketch_plugins.memory.plan import Plan, plan
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SM3",
+    "Advice",
     "CSAdagrad",
     "CSAdam",
     "CSLion",
@@ -45,6 +47,7 @@ __all__ = [
     "SAdagrad",
     "Sketchy",
     "StateReport",
+    "advise",
     "cast_model",
     "convert_state",
     "full_precision_state_dict",
@@ -56,10 +59,12 @@ __all__ = [
 
 #: Names that are not in `sketch_plugins.optim` -> the module that has them.
 _ELSEWHERE = {
+    "Advice": "memory.advise",
     "InBackward": "memory.in_backward",
     "NumericsProbe": "memory.numerics",
     "Plan": "memory.plan",
     "StateReport": "memory.report",
+    "advise": "memory.advise",
     "cast_model": "optim.full_precision",
     "convert_state": "optim.convert",
     "full_precision_state_dict": "optim.full_precision",

@@ -236,7 +236,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         epilog="examples:\n"
         "  sketch-plugins plan --model gpt2 --gpu-memory 16GiB\n"
         "  sketch-plugins plan --model bert-large-uncased --batch-size 8 --seq-len 512 --precision bf16 \\\n"
-        "      --optimizer adamw,cs_adam:preset=lean,sm3 --plot plan.png\n\n"
+        "      --optimizer adamw,cs_adam:preset=lean,sm3 --plot plan.png\n"
+        "  sketch-plugins plan --model llama-3.2-1b --gpu-memory 16GiB --advise least-change\n\n"
         "The exit status is 2 if the arguments are wrong.",
     )
     parser.add_argument(
@@ -271,6 +272,13 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--device", default="cuda", help="device whose kernels are assumed: cuda (default) or cpu")
     parser.add_argument(
         "--reserve", metavar="SIZE", help="part of --gpu-memory that torch cannot use (default: 512MiB on cuda)"
+    )
+    parser.add_argument(
+        "--advise",
+        metavar="WISH",
+        choices=("largest-batch", "largest-model", "least-change"),
+        help="what to turn on for --gpu-memory, in the order of what it costs: largest-batch, largest-model, or "
+        "least-change (stops at the first thing that makes --batch-size fit)",
     )
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart: FILE.png, FILE.svg, FILE.pdf")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")

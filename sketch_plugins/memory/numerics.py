@@ -296,7 +296,8 @@ class NumericsProbe:
         self._judge(optimizer, lasting, where)
 
     def _judge(self, optimizer: Any, lasting: dict[int, Unmoved], where: list[tuple[float, Sample]]) -> None:
-        watched: dict[int | None, Unmoved] = {None: sum(lasting.values(), Unmoved()), **lasting}
+        watched: dict[int | None, Unmoved] = {None: sum(lasting.values(), Unmoved())}
+        watched.update((number, one) for number, one in lasting.items())
         for key, one in watched.items():
             if not one.weights:  # nothing is known of this step
                 continue

@@ -270,21 +270,7 @@ def plan(
         if not kept or (len(kept) < len(wanted) and optimizers != "all"):
             raise ValueError("steps in backward (NAME_layerwise) and ZeRO cannot be combined: use one of them")
         wanted = kept
-    if reserve is not None and gpu_memory is None:
-        raise ValueError(
-            f"reserve={reserve!r} is subtracted from a budget, and there is none: set gpu_memory, too, as in "
-            "gpu_memory='16GiB'"
-        )
-    budget = None if gpu_memory is None else _budget(gpu_memory, device, "gpu_memory")
-    kept_back = 0
-    if budget is not None:
-        given = (RESERVE if device == "cuda" else 0) if reserve is None else reserve
-        kept_back = _budget(given, device, "reserve")
-        if kept_back >= budget:
-            raise ValueError(
-                f"gpu_memory={gpu_memory!r} is not larger than the {format_bytes(kept_back)} of reserve, which "
-                "torch cannot use: use more memory or a smaller reserve"
-            )
+    budget, kept_back = budget_and_reserve(gpu_memory, reserve, device)
     described = _Described(model, sample, loss, task, seq_len, gradient_checkpointing)
     runs = _Runs(described, device == "cuda", precision, accumulation)
     most = None if budget is None else budget - kept_back
@@ -311,6 +297,29 @@ def plan(
         accumulation=accumulation,
         rows=rows,
     )
+
+
+def budget_and_reserve(gpu_memory: Any, reserve: Any, device: str) -> tuple[int | None, int]:
+    """Both in bytes, as `plan` takes them; ``(None, 0)`` without a budget.
+
+    Raises:
+        ValueError: one of them is not allowed, or there is no budget to subtract ``reserve`` from, or none is left.
+    """
+    if gpu_memory is None:
+        if reserve is not None:
+            raise ValueError(
+                f"reserve={reserve!r} is subtracted from a budget, and there is none: set gpu_memory, too, as in "
+                "gpu_memory='16GiB'"
+            )
+        return None, 0
+    budget = _budget(gpu_memory, device, "gpu_memory")
+    kept_back = _budget((RESERVE if device == "cuda" else 0) if reserve is None else reserve, device, "reserve")
+    if kept_back >= budget:
+        raise ValueError(
+            f"gpu_memory={gpu_memory!r} is not larger than the {format_bytes(kept_back)} of reserve, which "
+            "torch cannot use: use more memory or a smaller reserve"
+        )
+    return budget, kept_back
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:

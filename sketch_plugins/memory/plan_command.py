@@ -1,16 +1,18 @@
-"""``sketch-plugins plan``: shows the plan, writes the chart, and says what went wrong."""
+"""``sketch-plugins plan``: shows the plan, or advice, writes the chart, and says what went wrong."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sketch_plugins.memory.plan import check_plot, plan
+from sketch_plugins.memory.advise import Advice, advise
+from sketch_plugins.memory.plan import Plan, check_plot, plan
 
 
 def main(arguments: argparse.Namespace, program: str) -> int:
@@ -26,23 +28,8 @@ def main(arguments: argparse.Namespace, program: str) -> int:
             def show(done: int, of: int, what: str) -> None:
                 bar.update(task, completed=done, total=of, description=what)
 
-            found = plan(
-                arguments.model,
-                batch_size=arguments.batch_size,
-                seq_len=arguments.seq_len,
-                gpu_memory=arguments.gpu_memory,
-                precision=arguments.precision,
-                optimizers=arguments.optimizer or "all",
-                task=arguments.task,
-                gradient_checkpointing=arguments.gradient_checkpointing,
-                accumulation=arguments.accumulation,
-                zero_stage=arguments.zero_stage,
-                world_size=arguments.world_size,
-                device=arguments.device,
-                reserve=arguments.reserve,
-                progress=show,
-            )
-        if arguments.plot is not None:
+            found = _found(arguments, show)
+        if arguments.plot is not None and isinstance(found, Plan):
             found.plot(arguments.plot)
     except (ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
@@ -60,7 +47,37 @@ def main(arguments: argparse.Namespace, program: str) -> int:
     needed = Measurement.get(out, out.options.update(max_width=1000), table).minimum
     out.width = max(out.width, needed)
     out.print(table)
-    out.print(found.notes, soft_wrap=True, highlight=False)
+    out.print(found.notes if isinstance(found, Plan) else found.text, soft_wrap=True, highlight=False)
     if arguments.plot is not None:
         out.print(f"chart: {arguments.plot}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _found(arguments: argparse.Namespace, progress: Any) -> Plan | Advice:
+    common = {
+        name: getattr(arguments, name)
+        for name in (
+            "batch_size", "seq_len", "gpu_memory", "precision", "task", "gradient_checkpointing", "accumulation",
+            "device", "reserve",
+        )
+    }  # fmt: skip
+    if arguments.advise is None:
+        return plan(
+            arguments.model,
+            optimizers=arguments.optimizer or "all",
+            zero_stage=arguments.zero_stage,
+            world_size=arguments.world_size,
+            progress=progress,
+            **common,
+        )
+    if arguments.gpu_memory is None:
+        raise ValueError(f"--advise {arguments.advise} needs a budget: add --gpu-memory, as in --gpu-memory 16GiB")
+    for name, value, why in (
+        ("--optimizer", arguments.optimizer, "the ladder has optimizers of its own"),
+        ("--plot", arguments.plot, "there is no chart of a ladder"),
+        ("--zero-stage", arguments.zero_stage or None, "24-bit weights and steps in backward are refused by DeepSpeed"),
+        ("--world-size", arguments.world_size, "the ladder is for one process"),
+    ):
+        if value is not None:
+            raise ValueError(f"{name} and --advise cannot be combined, because {why}: leave one of them out")
+    return advise(arguments.model, wish=arguments.advise, progress=progress, **common)

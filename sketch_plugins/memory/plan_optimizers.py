@@ -47,6 +47,7 @@ class Choice:
         in_backward: it takes its steps in backward, and gradients are freed one by one.
         pure_bf16: weights are bfloat16, whatever the plan's precision: with stochastic rounding, or with corrections
             among the state (``weight_bits``), there is no other copy.
+        offloaded: state, and the weights that are stepped, are in host memory, and so is the step: 0 bytes here.
     """
 
     label: str
@@ -54,6 +55,7 @@ class Choice:
     options: Mapping[str, Any] = field(default_factory=dict)
     in_backward: bool = False
     pure_bf16: bool = False
+    offloaded: bool = False
 
     def build(self, parameters: Sequence[Tensor], cuda: bool) -> torch.optim.Optimizer:
         """The optimizer, for parameters on fake tensors."""
@@ -121,6 +123,8 @@ def choices(optimizers: str | Sequence[str | Choice], precision: str) -> list[Ch
 
 def cost(choice: Choice, subject: Subject, cuda: bool) -> Cost:
     """State and temporaries of an optimizer without ZeRO."""
+    if choice.offloaded:
+        return Cost(0, 0)
     optimizer = choice.build(subject.parameters, cuda)
     if isinstance(optimizer, SketchOptimizer):
         state = 0

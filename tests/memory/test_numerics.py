@@ -119,7 +119,7 @@ def test_the_training_computes_the_same_bits(bits, back):
             InBackward(optimizer)
         probe = NumericsProbe(optimizer, every=2, elements=100, bound=1.0) if probed else None
         for step in range(6):
-            if step == 3:  # somebody writes a weight, whose correction is void from then on
+            if step in (2, 3):  # somebody writes a weight, whose correction is void from then on
                 with torch.no_grad():
                     model[0].weight.mul_(0.5)
             model(torch.randn(4, 64, dtype=torch.bfloat16)).float().square().mean().backward()
@@ -229,6 +229,14 @@ def test_what_is_rounded_by_chance_is_counted_and_not_warned_of():
         first_steps(optimizer, [p], 1)
     assert probe.share == pytest.approx(15 / 16, abs=0.02)
     assert probe.last.lasting == {}
+    # Weights of 24 bits are 2**-15 apart there.
+    p = norm(4096)
+    optimizer = CSAdam([p], lr=1e-5, weight_decay=0.0, weight_bits=24, maximize=True)
+    probe = NumericsProbe(optimizer, every=1, looks=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_steps(optimizer, [p], 1)
+    assert probe.share == pytest.approx(1 - 1e-5 * 2**15, abs=0.03)
 
 
 def test_nothing_is_counted_where_no_step_is_meant():

@@ -1,0 +1,386 @@
+"""What to turn on so that a model fits a budget: a ladder in the order of what its rungs cost in quality and time.
+
+Every rung keeps what the ones before it have turned on, and its bytes are those of `plan`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from sketch_plugins.memory.advise_lines import Settings, lines, refused
+from sketch_plugins.memory.plan import PRECISIONS, Plan, Progress, Row, budget_and_reserve, plan
+from sketch_plugins.memory.plan_cuda import WORKSPACE
+from sketch_plugins.memory.plan_optimizers import Choice, choices
+from sketch_plugins.memory.report import format_bytes
+
+#: What may be wished -> in words.
+WISHES = {
+    "largest-batch": "the largest batch",
+    "largest-model": "the largest model",
+    "least-change": "the least change that fits",
+}
+#: Bytes that DeepSpeed's offloading keeps in host memory for each parameter: float32 weights and float32 gradients.
+HOST_BYTES = 8
+#: Frameworks in the order in which their lines are shown.
+FRAMEWORKS = {"trainer": "Trainer", "lightning": "Lightning", "accelerate": "accelerate", "deepspeed": "DeepSpeed"}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung, with all that is below it.
+
+    Attributes:
+        name: what it turns on.
+        cost: what that costs in quality and time.
+        plan: its bytes, and the largest batch (None with the wish ``"largest-model"``).
+        fits: whether a batch of the size that was asked for does.
+        largest_model: parameters of the largest model that fits, with the wish ``"largest-model"``.
+        host: bytes in host memory, about.
+        lines: framework -> code, or of DeepSpeed its configuration in JSON.
+        refused: framework -> why it cannot have this rung.
+    """
+
+    name: str
+    cost: str
+    plan: Row
+    fits: bool
+    largest_model: int | None
+    host: int
+    lines: dict[str, str] = field(repr=False)
+    refused: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What `advise` returns; ``print(advice)`` shows the ladder, the choice and what to write for it.
+
+    Attributes:
+        wish: what was wished.
+        model: what it is called.
+        params: number of its parameters.
+        batch_size: samples of a pass, for which the bytes are.
+        budget: bytes of the device.
+        reserve: bytes of it that torch cannot use.
+        rungs: from the bottom; with the wish ``"least-change"`` up to the first one that fits.
+        chosen: the place in ``rungs`` of the one that grants the wish; None: none does.
+        verdict: that, in words.
+        notes: what has been left out of the ladder and why, and what is assumed.
+    """
+
+    wish: str
+    model: str
+    params: int
+    batch_size: int
+    title: str
+    budget: int
+    reserve: int
+    rungs: list[Rung]
+    chosen: int | None
+    verdict: str
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """The ladder as a rich table."""
+        table = Table(title=self.title)
+        table.add_column("", justify="right")
+        table.add_column("turn on", overflow="fold")
+        for heading in ("weights", "gradients", "state", "activations", "peak"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        largest = self.wish == "largest-model"
+        table.add_column("largest model" if largest else "largest batch", justify="right")
+        for number, rung in enumerate(self.rungs):
+            row = rung.plan
+            cells = [row.parameters, row.gradients, row.state, row.activations, row.peak]
+            most = rung.largest_model if largest else row.largest_batch
+            style = "bold" if number == self.chosen else None if rung.fits else "dim"
+            said = "none" if not most else format_count(most) if largest else str(most)
+            table.add_row(str(number), rung.name, *map(format_bytes, cells), said, style=style)
+        return table
+
+    @property
+    def text(self) -> str:
+        """What belongs below the table."""
+        parts = [
+            f"budget {format_bytes(self.budget)}"
+            + (f", of which {format_bytes(self.reserve)} are left to the CUDA context" if self.reserve else ""),
+            "",
+            "Each rung keeps what those above it have turned on. What it costs:",
+            *(f"  {number}  {rung.name}: {rung.cost}{_of_host(rung)}" for number, rung in enumerate(self.rungs)),
+            "",
+            self.verdict,
+            *self.notes,
+        ]
+        if self.chosen is not None:
+            rung = self.rungs[self.chosen]
+            for key, framework in FRAMEWORKS.items():
+                shown = rung.lines.get(key) or f"not with {framework}: {rung.refused[key]}"
+                first = " (import sketch_deepspeed before deepspeed.initialize)" if framework == "DeepSpeed" else ""
+                parts += ["", f"--- {framework}{first if key in rung.lines else ''}", shown]
+        return "\n".join(parts)
+
+    def __str__(self) -> str:
+        """The table and what belongs below it."""
+        out = io.StringIO()
+        Console(width=120, file=out, markup=False, emoji=False, force_jupyter=False).print(self.table())
+        return out.getvalue() + self.text
+
+
+def advise(
+    model: Any,
+    *,
+    gpu_memory: int | str,
+    wish: str = "least-change",
+    sample: Callable[[int], Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    batch_size: int = 8,
+    seq_len: int = 512,
+    precision: str = "bf16-mixed",
+    task: str | None = None,
+    gradient_checkpointing: bool = False,
+    accumulation: int = 1,
+    device: str = "cuda",
+    reserve: int | str | None = None,
+    progress: Progress = lambda done, of, what: None,
+) -> Advice:
+    r"""The ladder for a model and a budget, and the rung that grants a wish.
+
+    From the bottom: AdamW as it is; sketched state (`cs_adam`); lean state (``preset="lean"``); bfloat16 with 24-bit
+    weights; steps in backward; gradient checkpointing; float32 weights, gradients and state in host memory.
+
+    ``"largest-batch"`` chooses the rung with the largest one, ``"largest-model"`` that with the most parameters at
+    ``batch_size``, and of equals the lowest. ``"least-change"`` stops at the first rung in which ``batch_size`` fits.
+
+    The largest model has
+
+    .. math:: P \cdot (budget - reserve - w) / (peak - w)
+
+    parameters, with P those of the model and w the workspace of cuBLAS (64 MiB on CUDA). So it is assumed that weights,
+    gradients, state *and activations* grow in proportion to the parameters, as with more layers of the same kind;
+    wider layers need less for activations, and more of them fit.
+
+    Args:
+        model: as in `sketch_plugins.plan`.
+        gpu_memory: the budget.
+        wish: ``"largest-batch"``, ``"largest-model"`` or ``"least-change"``.
+        sample: as in `sketch_plugins.plan`, and the others, too.
+        loss: with a module.
+        batch_size: samples of a pass.
+        seq_len: tokens of a sample.
+        precision: of the lowest rungs.
+        task: of the model.
+        gradient_checkpointing: it is on from the start, and no rung.
+        accumulation: passes of a step.
+        device: whose kernels are assumed.
+        reserve: part of the budget that torch cannot use.
+        progress: called as work goes on.
+
+    Raises:
+        ValueError: an unknown wish; no budget; as in `sketch_plugins.plan`.
+    """
+    if wish not in WISHES:
+        raise ValueError(f"wish={wish!r} is not one of {', '.join(WISHES)}")
+    if gpu_memory is None:
+        raise ValueError("advice needs a budget: set gpu_memory, as in gpu_memory='16GiB'")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device={device!r} is not one of cuda, cpu")
+    budget, kept_back = budget_and_reserve(gpu_memory, reserve, device)
+    assert budget is not None
+    module = isinstance(model, nn.Module) or (callable(model) and not hasattr(model, "model_type"))
+    start = Settings("adamw", precision, checkpointing=gradient_checkpointing, accumulation=accumulation)
+    steps, notes = _ladder(replace(start, batch=batch_size), device, module)
+
+    def planned(of: Sequence[_Step], checkpointing: bool) -> Plan:
+        return plan(
+            model,
+            sample=sample,
+            loss=loss,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            precision=precision,
+            optimizers=[step.choice for step in of],
+            task=task,
+            gradient_checkpointing=checkpointing,
+            accumulation=accumulation,
+            device=device,
+            progress=progress,
+            # A model that is too large has an answer if the largest one is wanted, and no batch is looked for.
+            gpu_memory=None if wish == "largest-model" else gpu_memory,
+            reserve=None if wish == "largest-model" else reserve,
+        )
+
+    first = [step for step in steps if step.own.checkpointing == gradient_checkpointing]
+    last = steps[len(first) :]
+    found = planned(first, gradient_checkpointing)
+    rows, limit = list(found.rows), budget - kept_back
+    if last and not (wish == "least-change" and any(row.peak <= limit for row in rows)):
+        try:
+            rows += planned(last, True).rows
+        except ValueError as error:
+            if "does not support gradient checkpointing" not in str(error):
+                raise
+            notes.append(f"gradient checkpointing is no rung: {error}")
+            last = [step.without_checkpointing() for step in last if step.own.offloaded]
+            rows += planned(last, False).rows if last else []
+    lean = next(row.state for row, step in zip(rows, steps, strict=False) if step.own.lean)
+    rungs = [
+        _rung(step, row, limit, wish, found.params, WORKSPACE if device == "cuda" else 0, lean)
+        for step, row in zip([*first, *last], rows, strict=False)  # fewer where the first that fits was found
+    ]
+    chosen, verdict = _choose(wish, rungs, batch_size)
+    if wish == "least-change" and chosen is not None:
+        rungs = rungs[: chosen + 1]
+    if wish == "largest-model":
+        notes.append(
+            "largest model: weights, gradients, state and activations are assumed to grow in proportion to the "
+            f"parameters, as with more layers of the same kind, at batch {batch_size}"
+        )
+    return Advice(
+        wish=wish,
+        model=found.model,
+        params=found.params,
+        batch_size=batch_size,
+        title=f"{found.title}: {WISHES[wish]}",
+        budget=budget,
+        reserve=kept_back,
+        rungs=rungs,
+        chosen=chosen,
+        verdict=verdict,
+        notes=notes,
+    )
+
+
+def format_count(n: float) -> str:
+    """Parameters for people: 1.5 K, 2.3 M, 7.0 B."""
+    for unit in ("", " K", " M"):
+        if abs(n) < 1000:
+            return f"{n:.0f}{unit}" if not unit else f"{n:.1f}{unit}"
+        n /= 1000
+    return f"{n:.1f} B"
+
+
+def _of_host(rung: Rung) -> str:
+    return f". Host memory: about {format_bytes(rung.host)}" if rung.host else ""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A rung, before it is planned."""
+
+    name: str
+    cost: str
+    choice: Choice
+    own: Settings
+
+    def without_checkpointing(self) -> _Step:
+        """The same for a model that cannot compute its activations again."""
+        return replace(self, own=replace(self.own, checkpointing=False))
+
+
+def _ladder(start: Settings, device: str, module: bool) -> tuple[list[_Step], list[str]]:
+    """``(rungs, what has been left out and why)``; those that turn checkpointing on come last."""
+    steps: list[_Step] = []
+    notes = []
+    own = start
+
+    def add(name: str, cost: str, text: str, offloaded: bool = False) -> None:
+        (choice,) = choices(text, start.precision)
+        pure_bf16 = choice.pure_bf16 or offloaded
+        steps.append(_Step(name, cost, replace(choice, label=name, pure_bf16=pure_bf16, offloaded=offloaded), own))
+
+    add("AdamW, as it is", "nothing: the run to compare with", "adamw")
+    own = replace(own, optimizer="cs_adam")
+    add(
+        "sketched state",
+        "several rows share a second moment, the momentum has 8 bits; AdamW's learning rate",
+        "cs_adam",
+    )
+    own, options = replace(own, lean=True), "preset=lean"
+    add("lean state", "there is no momentum; AdamW's learning rate", f"cs_adam:{options}")
+    if start.precision == "bf16":
+        notes.append(
+            "24-bit weights are no rung, for the weights are bfloat16 already: weight_bits=24 takes a byte a parameter "
+            "more and keeps the updates that bfloat16 rounds away"
+        )
+    else:
+        own, options = replace(own, precision="bf16", weight_bits=24), f"{options},weight_bits=24"
+        cost = "weights, gradients and activations in bfloat16; 8 more bits of each weight are among the state"
+        add("bf16 with 24-bit weights", cost, f"cs_adam:{options}")
+    own = replace(own, in_backward=True)
+    cost = "no clipping by the gradients' common norm, no gradients to look at; one process, or FSDP2"
+    add("steps in backward", cost, f"cs_adam_layerwise:{options}")
+    if start.checkpointing:
+        notes.append("gradient checkpointing is on from the start and therefore no rung")
+    elif module:
+        notes.append("gradient checkpointing is no rung: turn it on in the module itself, and ask again")
+    else:
+        own = replace(own, checkpointing=True)
+        cost = "the forward pass is computed twice: about a third more time"
+        add("gradient checkpointing", cost, f"cs_adam_layerwise:{options}")
+    if device == "cpu":
+        notes.append("offloading is no rung: on a CPU the budget is host memory itself")
+        return steps, notes
+    own = replace(own, precision="bf16", weight_bits=None, offloaded=True)
+    cost = (
+        "DeepSpeed's ZeRO-2 keeps float32 weights, gradients and state on the host and takes the steps there, in place "
+        "of 24-bit weights and steps in backward; the time of the transfers and its buckets (reduce_bucket_size) are "
+        "not predicted"
+    )
+    add("offload to host memory", cost, "cs_adam_layerwise:preset=lean", offloaded=True)
+    return steps, notes
+
+
+def _rung(step: _Step, row: Row, limit: int, wish: str, params: int, workspace: int, lean: int) -> Rung:
+    own, most = step.own, None
+    if wish == "largest-model":
+        most = max(0, int(params * (limit - workspace) / max(1, row.peak - workspace)))
+    elif wish == "largest-batch" and row.largest_batch:
+        own = replace(own, batch=row.largest_batch)
+    return Rung(
+        name=step.name,
+        cost=step.cost,
+        plan=row,
+        fits=row.peak <= limit,
+        largest_model=most,
+        host=HOST_BYTES * params + lean if own.offloaded else 0,
+        lines=lines(own),
+        refused=refused(own),
+    )
+
+
+def _choose(wish: str, rungs: Sequence[Rung], batch: int) -> tuple[int | None, str]:
+    """``(place of the rung that grants the wish, that in words)``."""
+    if wish == "least-change":
+        for place, rung in enumerate(rungs):
+            if rung.fits:
+                said = f"stopped at rung {place}, {rung.name}: the first one in which batch {batch} fits"
+                return place, f"{said} (peak {format_bytes(rung.plan.peak)})"
+        least = min(range(len(rungs)), key=lambda i: rungs[i].plan.peak)
+        peak, smaller = format_bytes(rungs[least].plan.peak), max(rung.plan.largest_batch or 0 for rung in rungs)
+        said = f"batch {batch} fits in no rung: the least peak is {peak}, in rung {least}, {rungs[least].name}"
+        return None, f"{said}. {f'A batch of {smaller} fits' if smaller else 'Not even one sample fits'}"
+
+    def most(rung: Rung) -> int:
+        return (rung.largest_model if wish == "largest-model" else rung.plan.largest_batch) or 0
+
+    best = max(range(len(rungs)), key=lambda i: (most(rungs[i]), -i))
+    if not most(rungs[best]):
+        return None, "not even one sample fits in any rung"
+    if wish == "largest-model":
+        before = f"{format_count(most(rungs[0]))} with AdamW" if most(rungs[0]) else "nothing with AdamW"
+        said = f"the largest model has about {format_count(most(rungs[best]))} parameters, in rung {best}, "
+        return best, f"{said}{rungs[best].name} ({before})"
+    before = f"{most(rungs[0])} with AdamW" if most(rungs[0]) else "none fits with AdamW"
+    return best, f"the largest batch is {most(rungs[best])}, in rung {best}, {rungs[best].name} ({before})"
