@@ -7,7 +7,7 @@ to leave the same weights and the same corrections behind, noise included. `test
 import pytest
 import torch
 
-from sketch_plugins import CSMomentum
+from sketch_plugins import CSAdam, CSMomentum, NumericsProbe
 from sketch_plugins.kernels.interpretation import interpreted
 from sketch_plugins.kernels.weight_code import CODES
 
@@ -77,3 +77,17 @@ def test_the_largest_weight(kernels, dtype):
     assert torch.equal(p, wanted[0]) and torch.equal(codes, wanted[1])
     assert bool((p[:, :32] == largest).all()) and bool((codes[:, :32] == 127).all())
     assert bool((p[:, 32] == float("inf")).all()) and not bool(codes[:, 32].any())
+
+
+@pytest.mark.parametrize("bits", [None, 24, 32])
+def test_the_probe_sees_what_kernels_have_written(kernels, bits):
+    """They write to addresses: what was read before a step must be no view of it."""
+    if bits is None and interpreted():
+        pytest.skip("Triton's interpreter cuts numbers to bfloat16, where processors round to nearest")
+    p = torch.nn.Parameter(torch.ones(64, 40, dtype=torch.bfloat16, device=kernels))
+    optimizer = CSAdam([p], lr=1e-4, weight_decay=0.0, weight_bits=bits, fused=True, min_compress_size=256)
+    with NumericsProbe(optimizer, every=1) as probe:
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+    assert probe.last.total.sampled == p.numel() and probe.share == (1.0 if bits is None else 0.0)
