@@ -162,7 +162,8 @@ def cases() -> list[Case]:
         _case(CSAdam, {}, gradients="gaps", shapes=_SHAPES[:3]),
         _case(CSAdam, {"preset": "exact"}, gradients="gaps", shapes=_SHAPES[:3]),
     ]
-    out += [_case(SM3, {"variant": variant}, shapes=_AXES) for variant in ("I", "II")]
+    out += [_case(SM3, {"variant": variant, "preset": "paper"}, shapes=_AXES) for variant in ("I", "II")]
+    out.append(_case(SM3, {}, shapes=_AXES))
     out += [
         _case(cls, {**options, "capturable": True})
         for cls, options in [(CSAdam, {}), (CSAdam, {"preset": "lean", "lagged_rms": True}), (SM3, {})]

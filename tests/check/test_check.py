@@ -33,7 +33,7 @@ def test_every_optimizer_store_and_kernel_has_a_case():
     ("word", "kernels"),
     [
         ("cs_adam scale_parameter", {"step.buckets", "step.tiles", "norms.step_sizes"}),
-        ("sm3 variant=I 2 to 6 axes", {"step.tiles", "fold.covers"}),
+        ("sm3 variant=I preset=paper 2 to 6 axes", {"step.tiles", "fold.covers"}),
         ("initial_accumulator", {"step.buckets", "step.tiles"}),
         ("cs_momentum bfloat16", {"step.tiles"}),
         ("bucket=sum row_sparse=True", {"fold.touched", "step.tiles"}),
@@ -74,7 +74,7 @@ def test_numba(capsys):
     assert {row["result"] for row in rows.values()} == {"agrees", "left out"}
     # Of two axes and more there are vectors, which are kept exactly, and none in the other case.
     assert rows["sm3 variant=I preset=ema update_clip=0.3"]["kernels"] == ["sweeps.exact"]
-    left_out = rows["sm3 variant=I 2 to 6 axes"]
+    left_out = rows["sm3 variant=I preset=paper 2 to 6 axes"]
     assert left_out["result"] == "left out" and "do not keep the second moment" in left_out["note"]
 
 

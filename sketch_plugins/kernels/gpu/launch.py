@@ -391,7 +391,8 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
     else:
         # The median of several tables keeps all their numbers in registers.
         most = 16 if not isinstance(store1, CountSketch) else 4
-        rows, single = min(triton.next_power_of_2(r), max(1, min(most, TILE // 2 // n))), False
+        # Not fewer where the matrix has fewer: tall and flat matrices share a launch, and a mask leaves the rest out.
+        rows, single = max(1, min(most, TILE // 2 // n)), False
     state = [*state1.values(), *state2.values(), w.p, w.g, *([] if w.correction is None else [w.correction])]
     spec = _Specialisation(
         kernel="buckets" if owned else "tiles",
