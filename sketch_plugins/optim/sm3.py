@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import option, with_options
 from sketch_plugins.optim.family import (
-    ADAFACTOR_DEVICES,
+    TYPICAL_RMS,
     Batches,
     Clipping,
     Decoupled,
@@ -73,7 +73,10 @@ class SM3Options(Accumulators, Batches, FirstMoment, Steps, Clipping, Lagged, Ke
         "doc": "elements worked on at a time (0: 2**20 on a CPU, 2**22 compiled, 2**24 on an accelerator); the "
         "result does not depend on it."
     },
+    scale_parameter={"default": True},
+    reference_rms={"default": TYPICAL_RMS},
     update_clip={
+        "default": 1.0,
         "doc": "divide u by ``max(1, RMS(u) / update_clip)`` *before* it enters the momentum (0: off). With "
         "``betas[1] = 1`` no element of u exceeds 1, so only values below 1 do anything.",
     },
@@ -145,7 +148,7 @@ class SM3(SketchOptimizer):
     # Whether no learning rate was given.
     _own_rates = False
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "default": {"betas": _AVERAGES, **ADAFACTOR_DEVICES},
+        "default": {"betas": _AVERAGES},
         "ema": {"first_moment": "none"},
         "paper": _PAPER,
         "lean": {**_PAPER, "first_moment": "none"},

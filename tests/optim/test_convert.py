@@ -134,7 +134,7 @@ def test_kept_betas_convert_by_weight():
 
 def test_sm3_is_an_upper_bound_of_the_squares_and_momentum_is_preconditioned():
     params, adamw = trained("AdamW")
-    ours = registry.get("sm3").cls(params, first_moment="fp32")
+    ours = registry.get("sm3").cls(params, first_moment="fp32", preset="paper")
     ours.load_state_dict(convert_state(adamw.state_dict(), ours))
     for p in params:
         v, t = adamw.state[p]["exp_avg_sq"], float(adamw.state[p]["step"])

@@ -34,8 +34,8 @@ def test_every_name_trains(name, make_trainer, new_model):
 @pytest.mark.parametrize(
     ("name", "options", "far"),
     [
-        ("cs_adam", "preset=lean", None), ("sketchy", None, None), ("sm3", "preset=ema", None),
-        ("sm3", None, "second moments are sums"), ("sketchy", "reference_rms=1", "relative to the weights"),
+        ("cs_adam", "preset=lean", None), ("sketchy", None, None), ("sm3", None, None),
+        ("sm3", "preset=paper", "second moments are sums"), ("sketchy", "reference_rms=1", "relative to the weights"),
     ],
 )  # fmt: skip
 def test_trainer_s_default_rate_is_a_usual_one_or_warned_of(name, options, far, make_trainer):
@@ -69,7 +69,7 @@ def test_arguments_arrive(name, make_trainer):
 
 def test_sm3_keeps_its_own_defaults_and_refuses_those_of_adam(make_trainer, make_args):
     group = make_trainer("sm3").create_optimizer().param_groups[0]
-    assert (group["betas"], group["eps"]) == ((0.9, 1.0), 1e-30)
+    assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-30)
     for field, value, instead in (
         ("adam_beta1", 0.8, "betas=0.8:0.999"),
         ("adam_beta2", 0.95, "betas=0.9:0.95"),
