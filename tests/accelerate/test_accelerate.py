@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 SCRIPT = Path(__file__).with_name("worker.py")
-TORCH = ("ddp", "fsdp 2 sharded", "fsdp 2 full bf16", "fsdp 1", "exact")
+TORCH = ("ddp", "ddp 24 bits", "fsdp 2 sharded", "fsdp 2 full bf16", "fsdp 2 sharded 24 bits", "fsdp 1", "exact")
 DEEPSPEED = ("zero2", "zero2 offload", "zero3", "zero2 named")
 
 
@@ -39,6 +39,11 @@ def look(results, runner, name):
 @pytest.mark.parametrize("runner", ["ddp", "fsdp 2 sharded", "fsdp 2 full bf16"])
 def test_trains_and_resumes_bit_for_bit(runner, name, of_torch):
     look(of_torch, runner, name)
+
+
+@pytest.mark.parametrize("runner", ["ddp 24 bits", "fsdp 2 sharded 24 bits"])
+def test_weights_of_24_bits_resume_bit_for_bit_and_are_exported(runner, of_torch):
+    look(of_torch, runner, "cs_adam")
 
 
 def test_fsdp1_is_refused(name, of_torch):

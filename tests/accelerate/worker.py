@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, set_seed
 
 import sketch_accelerate  # noqa: F401
-from sketch_plugins import registry
+from sketch_plugins import cast_model, full_precision_state_dict, registry
 
 MICROS, SAVED, LAST = 2, 2, 4  # micro-batches of a step; the steps that are saved after, and that end a run
 #: Where the result does not depend on how parameters are cut, so that FSDP2 has to equal DDP to the last bit.
@@ -88,6 +88,9 @@ def build(runner: str, name: str, seed: int, **options: Any) -> tuple[Any, ...]:
     accelerator = accelerator_of(runner)
     set_seed(seed)
     model = Net()
+    if "24 bits" in runner:
+        cast_model(model, torch.bfloat16)
+        options = {"weight_bits": 24, **options}
     own = {"lr": 0.01, "min_compress_size": 64, "rank": 4, "update_freq": 2, **options}
     own = {k: v for k, v in own.items() if k in registry.get(name).options or k == "preset"}
     if "named" in runner:
@@ -176,15 +179,25 @@ def check(runner: str, name: str, folder: Path) -> str:
     losses += train(accelerator, prepared, SAVED, LAST)
     weights, state = held(ours)
     # A dense Adam's, of which this rank would have its share.
-    dense = 8 * sum(p.numel() for p in Net().parameters()) / (1 if runner == "ddp" else 2)
+    dense = 8 * sum(p.numel() for p in Net().parameters()) / (1 if runner.startswith("ddp") else 2)
     size = sum(t.nbytes for t in state.values())
     assert size < 0.75 * dense, (size, dense)
+    if "24 bits" in runner:
+        exported = tensors(full_precision_state_dict(accelerator.unwrap_model(prepared[0]), ours))
 
     accelerator, *prepared = build(runner, name, seed=1)
     accelerator.load_state(saved)
     assert train(accelerator, prepared, SAVED, LAST) == losses[SAVED * MICROS :]
-    for was, now, what in zip((weights, state), held(inner(prepared[1])), ("weights", "state"), strict=True):
+    ours = inner(prepared[1])
+    for was, now, what in zip((weights, state), held(ours), ("weights", "state"), strict=True):
         equal(was, now, f"{what} after a resume")
+    if "24 bits" in runner:
+        again = tensors(full_precision_state_dict(accelerator.unwrap_model(prepared[0]), ours))
+        equal(exported, again, "exported weights after a resume")
+        kept = tensors(accelerator.unwrap_model(prepared[0]).state_dict())
+        for key, value in again.items():  # at most half of a unit in the last place away
+            torch.testing.assert_close(value, kept[key].float(), rtol=2**-8, atol=0)
+        assert any(not torch.equal(value, kept[key].float()) for key, value in again.items())
     return "ok"
 
 
@@ -219,7 +232,7 @@ def main(out: str, folder: str, runners: list[str]) -> None:
             checks = {name: partial(check_exact, name, preset) for name, preset in EXACT.items()}
         else:
             # Every optimizer under every stage is the business of the tests of sketch_deepspeed.
-            names = ["cs_adam"] if "zero" in runner else registry.names()
+            names = ["cs_adam"] if "zero" in runner or "24 bits" in runner else registry.names()
             checks = {name: partial(check, runner, name, Path(folder)) for name in names}
         for name, one in checks.items():
             try:

@@ -493,8 +493,11 @@ def test_what_is_remembered_of_shards_is_not_trusted(change, mesh, monkeypatch):
         ({"preset": "lean", "lagged_rms": True}, torch.float32, 12.6),
         ({}, torch.bfloat16, 8.7),
         ({"preset": "lean", "lagged_rms": True}, torch.bfloat16, 6.6),
+        # The corrections of 24-bit weights: a byte read, a byte written.
+        ({"weight_bits": 24}, torch.bfloat16, 10.7),
+        ({"preset": "lean", "lagged_rms": True, "weight_bits": 24}, torch.bfloat16, 8.6),
     ],
-    ids=["cs_adam", "lean", "cs_adam bf16", "lean bf16"],
+    ids=["cs_adam", "lean", "cs_adam bf16", "lean bf16", "cs_adam 24 bits", "lean 24 bits"],
 )
 def test_bytes_that_a_kernel_moves(options, dtype, most, monkeypatch):
     """Read and written for each parameter, by the elements of loads and stores. AdamW moves 28 (float32)."""

@@ -36,9 +36,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sketch_plugins import registry
+from sketch_plugins import cast_model, registry
 
-NAMES = registry.names()
+#: Of 24 bits: a model in bfloat16, with the further bits among the state.
+NAMES = [*registry.names(), "cs_adam 24 bits"]
 KINDS = ("ddp", "fsdp2")
 EPOCH, STEPS, EVERY = 5, 12, 2  # steps
 ROWS, WORLD = 40, 2
@@ -68,15 +69,19 @@ class Run:
             for name in NAMES:
                 torch.manual_seed(0)
                 model: Any = Net()
+                options = {"lr": 0.02, "min_compress_size": 64, "rank": 4, "update_freq": 3}
+                if "24 bits" in name:
+                    cast_model(model, torch.bfloat16)
+                    options["weight_bits"] = 24
                 if kind == "fsdp2":
                     fully_shard(model.inner)
                     fully_shard(model)
                 else:
                     model = DistributedDataParallel(model)
-                options = {"lr": 0.02, "min_compress_size": 64, "rank": 4, "update_freq": 3}
-                own = {k: v for k, v in options.items() if k in registry.get(name).options}
+                entry = registry.get(name.split()[0])
+                own = {k: v for k, v in options.items() if k in entry.options}
                 self.models[f"{kind} {name}"] = model
-                self.optimizers[f"{kind} {name}"] = registry.get(name).cls(model.named_parameters(), **own)
+                self.optimizers[f"{kind} {name}"] = entry.cls(model.named_parameters(), **own)
         torch.manual_seed(dist.get_rank())  # dropout
 
     def train(self) -> dict[str, list[float]]:
@@ -164,7 +169,7 @@ class Run:
             whole = hashlib.sha256()
             for p in model.parameters():
                 local = p.to_local() if hasattr(p, "to_local") else p
-                whole.update(local.detach().numpy().tobytes())
+                whole.update(local.detach().view(torch.uint8).numpy().tobytes())
             out[key] = whole.hexdigest()
         return out
 

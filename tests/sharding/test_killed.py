@@ -44,7 +44,15 @@ def checkpoints(folder):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_ends_as_if_it_had_not_been_killed(kind, name, ends):
-    key = f"{kind} {name}"
+    check(f"{kind} {name}", ends)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_weights_of_24_bits_end_as_if_the_run_had_not_been_killed(kind, ends):
+    check(f"{kind} cs_adam 24 bits", ends)
+
+
+def check(key, ends):
     for whole, killed in zip(*ends, strict=True):
         assert (whole["first"], killed["first"]) == (0, 6)
         assert whole["losses"][key][6:] == killed["losses"][key]
