@@ -1,4 +1,4 @@
-"""A sketched optimizer with the hyperparameters and groups of one of torch's, to take its place."""
+"""Replaces one of torch's optimizers by a sketched optimizer with the same hyperparameters and parameter groups."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sketch_plugins.optim.hyperparameters import carried_over
 
 @dataclass(frozen=True)
 class Wording:
-    """How messages call what the user wrote; the defaults are those of a caller in Python.
+    """The words that error messages use for what the user wrote. The defaults suit a caller in Python.
 
     Attributes:
         options: where the options of the new optimizer are given.
         owner: who builds torch's optimizer.
-        instead: what to do about an optimizer without counterpart.
-        set_option: a pattern for what the user writes to set an option, with ``{key}`` and ``{value}``.
+        instead: what the user can do about an optimizer that has no counterpart.
+        set_option: a pattern of what the user writes to set an option, with ``{key}`` and ``{value}``.
     """
 
     options: str = "options"
@@ -37,7 +37,7 @@ class Wording:
 
 PLAIN = Wording()
 
-#: What is replaced. Subclasses are not: they may do something else.
+#: The classes that are replaced. Their subclasses are not, because they may do something else.
 REPLACED: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -47,10 +47,10 @@ REPLACED: tuple[type[torch.optim.Optimizer], ...] = (
 
 
 def split_options(text: str | None) -> dict[str, str]:
-    """``"compression=0.1,seed=1"`` as a dictionary.
+    """The options in ``"compression=0.1,seed=1"`` as a dictionary.
 
     Raises:
-        ValueError: a part is not of the form key=value, or a key is given twice.
+        ValueError: a part of the text is not of the form key=value, or a key is given twice.
     """
     given: dict[str, str] = {}
     for part in text.split(",") if text else ():
@@ -64,11 +64,11 @@ def split_options(text: str | None) -> dict[str, str]:
 
 
 def check_options(name: str, options: Mapping[str, Any], words: Wording = PLAIN) -> dict[str, Any]:
-    """Options for every parameter group, typed; values may be text.
+    """Check options that are meant for every parameter group, and return them typed. Their values may be text.
 
     Raises:
-        ValueError: no such optimizer; an unknown option, or one with a value that is not allowed; ``lr``, which belongs
-            to who builds torch's optimizer, because its schedule starts from it.
+        ValueError: the optimizer or an option does not exist, a value is not allowed, or ``lr`` is given. The learning
+            rate belongs to whoever builds torch's optimizer, because its schedule starts from it.
     """
     given = registry.parse_options(name, options)
     if "lr" in given:
@@ -77,7 +77,7 @@ def check_options(name: str, options: Mapping[str, Any], words: Wording = PLAIN)
             f"its schedule starts. Set it in {words.owner}"
         )
     try:
-        registry.get(name).cls([torch.empty(0)], **given)  # the constructor knows which values go together
+        registry.get(name).cls([torch.empty(0)], **given)  # the constructor checks which values go together
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer={name!r} with {words.options}={dict(options)!r}: {error}") from error
     return given
@@ -86,23 +86,23 @@ def check_options(name: str, options: Mapping[str, Any], words: Wording = PLAIN)
 def counterpart(
     optimizer: torch.optim.Optimizer, name: str, options: Mapping[str, Any], words: Wording = PLAIN
 ) -> SketchOptimizer:
-    """The optimizer ``name`` for the parameter groups of one of torch's, with their hyperparameters.
+    """A new optimizer ``name`` with the parameter groups and hyperparameters of one of torch's optimizers.
 
-    What both have in common is carried over, group by group and to the defaults, from which groups that are added later
-    take what they do not say: ``lr``, ``maximize``, ``weight_decay``; of Adam and AdamW ``betas`` and ``eps`` (not to
-    ``sm3``, which has an epsilon and decay rates of its own); of SGD ``momentum`` and ``nesterov``; of Adagrad
-    everything, to ``cs_adagrad``. ``sm3`` takes the place of Adagrad with ``preset="paper"``, whose second moments are
-    sums as well. Keys that schedulers keep in the groups stay. Nothing that was set is dropped: what the new optimizer
-    cannot do is an error, unless ``options`` say what to do instead.
+    The hyperparameters that both optimizers have are carried over for each group, and for the defaults of groups that
+    are added later: ``lr``, ``maximize`` and ``weight_decay``; from Adam and AdamW ``betas`` and ``eps`` (not to
+    ``sm3``, which has an epsilon and decay rates of its own); from SGD ``momentum`` and ``nesterov``; from Adagrad
+    everything, to ``cs_adagrad``. If ``sm3`` replaces Adagrad, it has ``preset="paper"``, whose second moments are
+    sums, too. Keys that schedulers keep in the groups stay. No setting is dropped: a hyperparameter that the new
+    optimizer does not support is an error, unless ``options`` say what to do instead.
 
     Args:
-        optimizer: of type Adam, AdamW, SGD or Adagrad, without state.
-        name: of the registry.
-        options: for every group; they win over the hyperparameters.
-        words: of error messages.
+        optimizer: an optimizer of type Adam, AdamW, SGD or Adagrad, without state.
+        name: name of the new optimizer in the registry.
+        options: options for every group; they override the hyperparameters.
+        words: the words of error messages.
 
     Raises:
-        ValueError: another type of optimizer; a hyperparameter that has no meaning for the new one.
+        ValueError: the optimizer has another type, or a hyperparameter has no meaning for the new optimizer.
     """
     carry = _Carrying(optimizer, name, options, words)
     made = carry.cls(carry.groups(optimizer), **carry.settings())
@@ -111,18 +111,18 @@ def counterpart(
 
 
 def become(optimizer: Any, name: str, options: Mapping[str, Any], words: Wording = PLAIN) -> None:
-    """Turn one of torch's optimizers that has just been built into its counterpart, the same object.
+    """Turn one of torch's optimizers that has just been built into its counterpart. It stays the same object.
 
-    References to the object then refer to the counterpart: constructors cannot return another object.
+    A constructor cannot return another object, so the object itself changes, and all references to it stay valid.
 
     Args:
         optimizer: see `counterpart`.
         name: see `counterpart`.
         options: see `counterpart`.
-        words: of error messages.
+        words: the words of error messages.
 
     Raises:
-        ValueError: see `counterpart`. The object is then of no use.
+        ValueError: see `counterpart`. The object cannot be used afterwards.
     """
     carry = _Carrying(optimizer, name, options, words)
     groups, settings = carry.groups(optimizer), carry.settings()
@@ -133,7 +133,7 @@ def become(optimizer: Any, name: str, options: Mapping[str, Any], words: Wording
 
 
 def without_counterpart(cls: type, words: Wording = PLAIN) -> str:
-    """The message for an optimizer that has none."""
+    """The error message for an optimizer that has no counterpart."""
     return (
         f"{cls.__module__}.{cls.__qualname__} has no sketched counterpart; only "
         f"{', '.join(cls.__name__ for cls in REPLACED)} can be replaced. {words.instead}"
@@ -141,26 +141,26 @@ def without_counterpart(cls: type, words: Wording = PLAIN) -> str:
 
 
 class _Carrying:
-    """From parameter groups in the words of a torch optimizer to groups of ours: the first ones, and later ones."""
+    """Translates parameter groups of a torch optimizer to ours: the first ones and those that are added later."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, name: str, options: Mapping[str, Any], words: Wording) -> None:
         if type(optimizer) not in REPLACED:
             raise ValueError(without_counterpart(type(optimizer), words))
         self.cls, self.name, self.options, self.words = registry.get(name).cls, name, options, words
         self.kind, self.said = type(optimizer).__name__, dict(optimizer.defaults)
-        if self.kind == "Adagrad" and name == "sm3":  # sums, as Adagrad's, and a rate that is meant for them
+        if self.kind == "Adagrad" and name == "sm3":  # this preset has sums, as Adagrad does, and takes its rates
             self.options = {"preset": "paper", **options}
 
     def groups(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-        """All of the optimizer's groups, for the constructor."""
+        """All groups of the optimizer, translated for the constructor."""
         return [self.group(group) for group in optimizer.param_groups]
 
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of the constructor, which groups that are added later take what they do not say from."""
+        """Keyword arguments of the constructor. They are the defaults of groups that are added later."""
         return {**self._own(self.said), **self.options}
 
     def group(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """One of the optimizer's groups, which has all hyperparameters."""
+        """One of the optimizer's groups, translated. It has all hyperparameters."""
         names = group.get("param_names")
         members = list(zip(names, group["params"], strict=True)) if names else group["params"]
         if not isinstance(members, torch.Tensor):
@@ -168,13 +168,13 @@ class _Carrying:
         extra = {
             key: value for key, value in group.items() if key not in self.said and key not in ("params", "param_names")
         }
-        return {**self._own(group), **extra, "params": members}  # what is said in our words wins
+        return {**self._own(group), **extra, "params": members}  # options under our own names come last and win
 
     def follow(self, made: SketchOptimizer) -> None:
-        """Let groups that are added to ``made`` later say what they say in the words of the replaced optimizer.
+        """Let groups that are added to ``made`` later use the option names of the replaced optimizer.
 
-        A group of SGD that has a momentum means ``betas[0]`` of an optimizer with betas, and what cannot be carried
-        over is the same error as at the start.
+        For example, the momentum of a group of SGD becomes ``betas[0]`` if the new optimizer has betas. Anything that
+        cannot be carried over is the same error as at the start.
         """
 
         def add_param_group(self: SketchOptimizer, param_group: Any) -> None:
@@ -186,14 +186,14 @@ class _Carrying:
         made.add_param_group = types.MethodType(add_param_group, made)  # type: ignore[method-assign]
 
     def _own(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        # A scheduler that cycles the momentum has changed the group's already; it will drive the new optimizer's.
+        # If a scheduler cycles the momentum, it has already changed the group's, and it will change the new one, too.
         said = self.said if "max_momentum" in group else group
         own = carried_over(self.cls, self.name, self.kind, group, said=said, given=self.options, how=self.words.how)
         return {key: value for key, value in own.items() if key not in self.options}
 
 
 def describe(old: type[torch.optim.Optimizer], new: SketchOptimizer, options: Mapping[str, Any]) -> str:
-    """What was replaced by what, for the log."""
+    """What was replaced and by what, for the log."""
     rates = sorted({float(group["lr"]) for group in new.param_groups})
     given = "".join(f", {key}={value!r}" for key, value in options.items())
     return f"{old.__name__} by {type(new).__name__}(lr={', '.join(f'{rate:g}' for rate in rates)}{given})"

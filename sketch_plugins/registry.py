@@ -1,4 +1,4 @@
-"""Names of the optimizers, as every framework's configuration uses them."""
+"""The optimizers by name, as every framework's configuration uses them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Entry:
 
     @property
     def options(self) -> dict[str, Option]:
-        """Its options by name, ``preset`` included."""
+        """The optimizer's options by name, including ``preset``."""
         preset = Option("preset", str, "named set of options (default 'default')", choices=tuple(self.cls.PRESETS))
         return {"preset": preset, **self.cls.OPTIONS}
 
@@ -33,7 +33,7 @@ _ENTRIES = {
         Entry("cs_adagrad", CSAdagrad),
         Entry("cs_momentum", CSMomentum),
         Entry("cs_rmsprop", CSRMSprop),
-        # Not "lion": DeepSpeed has an optimizer of that name.
+        # The name is not "lion", because DeepSpeed has an optimizer of that name.
         Entry("cs_lion", CSLion),
         Entry("sm3", SM3),
         Entry("sketchy", Sketchy),
@@ -50,7 +50,7 @@ def get(name: str) -> Entry:
     """The entry of a name.
 
     Raises:
-        ValueError: no such optimizer; lists the names, and says which one may be meant.
+        ValueError: there is no such optimizer. The message lists the names and suggests the one that may be meant.
     """
     if name not in _ENTRIES:
         raise ValueError(f"unknown optimizer {name!r}.{did_you_mean(name)} The optimizers are {', '.join(_ENTRIES)}")
@@ -58,7 +58,7 @@ def get(name: str) -> Entry:
 
 
 def did_you_mean(name: str, names: Iterable[str] = tuple(_ENTRIES)) -> str:
-    """`` Did you mean 'cs_adam'?`` of a name (or the name of a class) that is nearly one of ``names``, or nothing."""
+    """`` Did you mean 'cs_adam'?`` if a name (of an optimizer or a class) is nearly one of ``names``, else ""."""
     written = {other.replace("_", ""): other for other in names}
     close = difflib.get_close_matches(str(name).lower().replace("_", ""), written, n=1, cutoff=0.7)
     return f" Did you mean {written[close[0]]!r}?" if close else ""
@@ -69,18 +69,23 @@ def parse_options(
 ) -> dict[str, Any]:
     """Typed keyword arguments for the optimizer ``name`` from text (or values): ``{"compression": "0.05"}``.
 
-    Arguments of torch's optimizers that change nothing (``foreach=false``, ``amsgrad=false``) are left out. ``also``:
-    what else could have been given, for the message about a name that is misspelt; the caller has taken it out.
+    Arguments of torch's optimizers that have no effect here (``foreach=false``, ``amsgrad=false``) are left out.
+
+    Args:
+        name: name of the optimizer.
+        values: options by name, as text or as values.
+        also: further options that the caller reads itself and has removed from ``values``. They are only listed in the
+            error about a misspelt name.
 
     Raises:
-        ValueError: an option that does not exist (lists those that do), of the wrong type, or with a value that is
-            not allowed (says what is); options that contradict each other.
+        ValueError: an option does not exist, has the wrong type or a value that is not allowed (the message lists what
+            is allowed), or two options contradict each other.
     """
     entry = get(name)
     options = entry.options
     parsed = {}
     for key, value in values.items():
-        if key not in options and key in entry.cls.NO_EFFECT:  # an argument of torch's that changes nothing
+        if key not in options and key in entry.cls.NO_EFFECT:  # an argument of torch's optimizer without effect here
             entry.cls.NO_EFFECT[key].accept(value, name)
             continue
         if key not in options:
