@@ -1,4 +1,4 @@
-"""How an accumulator is kept: the eager definition of every store."""
+"""How moments are kept. The stores here are the definition that the fused kernels are tested against."""
 
 from sketch_plugins.stores.base import Ema, Gradient, Store
 from sketch_plugins.stores.count_min import CountMin

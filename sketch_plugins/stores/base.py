@@ -1,4 +1,4 @@
-"""What every store of an accumulator can do, and the gradient it is fed from."""
+"""The interface of a store, and the gradient that is written to it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ T = TypeVar("T")
 class Ema(NamedTuple):
     """One step of an accumulator: ``s <- decay * s + gain * x``.
 
-    An exponential moving average has ``gain = 1 - decay``; Adagrad's sum ``decay = gain = 1``; SGD's momentum buffer
-    ``gain = 1``. ``step`` (from 1) seeds stochastic rounding.
+    An exponential moving average has ``gain = 1 - decay``, Adagrad's sum has ``decay = gain = 1``, and SGD's momentum
+    buffer has ``gain = 1``. ``step`` (from 1) seeds stochastic rounding.
     """
 
     decay: float
@@ -28,12 +28,12 @@ class Ema(NamedTuple):
     step: Any = 0
 
     def repeated(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """``(decay, gain)`` of ``times`` steps with one and the same x: ``a**c`` and ``b * (1 - a**c) / (1 - a)``.
+        """``(decay, gain)`` of ``times`` steps with the same x: ``a**c`` and ``b * (1 - a**c) / (1 - a)``.
 
-        This is the order-free rule for ``c`` rows of one bucket touched in one step: the c values are replaced by
-        their mean, so no order is needed and the result stays within the range of its inputs for any c. (Reading c
-        old values and adding c updates multiplies the bucket by ``1 - c * (1 - decay)``: divergence for c > 20 at
-        decay 0.9.) For ``decay = 1`` the limit is c: a sum.
+        If a step touches ``c`` rows of one bucket, their c values are replaced by their mean. So the order of the rows
+        does not matter, and the result stays within the range of its inputs for any c. (Reading c old values and
+        adding c updates would multiply the bucket by ``1 - c * (1 - decay)``, which diverges for c > 20 at decay 0.9.)
+        For ``decay = 1`` the gain becomes ``b * c``, which is a sum.
         """
         c = times.to(torch.float64)
         if self.decay == 1.0:
@@ -46,15 +46,15 @@ class Gradient:
     """One parameter's gradient as a matrix: all of it, or only its touched rows.
 
     Args:
-        matrix: the gradient as ``(R, D)``; for a sparse gradient its values ``(n, D)``.
-        rows: the touched rows, distinct and ascending (int64), or None where every row counts.
+        matrix: the gradient as ``(R, D)``, or the values ``(n, D)`` of a sparse gradient.
+        rows: the touched rows, distinct and ascending (int64). None means all rows.
         dtype: arithmetic dtype (float32, or float64 for float64 parameters).
-        chunk: elements of a tile.
+        chunk: number of elements of a tile.
         shape: ``(R, D)`` of the parameter.
-        packed: ``matrix`` holds the touched rows only (a sparse gradient), in the order of ``rows``.
-        negate: ascend instead of descend (``maximize``).
-        compile: run the tile functions through torch.compile.
-        matrices: how many matrices the rows of the parameter belong to, one behind the other.
+        packed: ``matrix`` holds only the touched rows (a sparse gradient), in the order of ``rows``.
+        negate: use the negative gradient, which ascends instead of descending (``maximize``).
+        compile: run the functions of a tile through torch.compile.
+        matrices: number of matrices that the rows of the parameter belong to. Their rows follow each other.
         l2: ``(parameter, weight)`` adds ``weight * p`` to the gradient (coupled weight decay).
     """
 
@@ -77,7 +77,7 @@ class Gradient:
         self.device = matrix.device
 
     def of(self, parameter: Matrix, matrix: Matrix | None = None) -> Gradient:
-        """The same for a copy of the parameter (and, as ``matrix``, of the gradient)."""
+        """The same gradient for a copy of the parameter (and, if ``matrix`` is given, with a copy of its values)."""
         l2 = None if self.l2 is None else (parameter, self.l2[1])
         return Gradient(
             matrix or self.matrix, self.rows, self.dtype, self.chunk, self.shape, self.packed, self.negate, l2,
@@ -85,7 +85,7 @@ class Gradient:
         )  # fmt: skip
 
     def batches(self, period: int = 0, align: int = 1) -> Iterator[At]:
-        """Where to look, a chunk at a time: tiles of a dense gradient, batches of the touched rows of a sparse one."""
+        """The places of all elements, one chunk at a time: tiles, or batches of touched rows of a sparse gradient."""
         if self.rows is None:
             yield from self.distinct(tiles(*self.shape, self.chunk, period, align, self.matrices), lambda at: at.shape)
         else:
@@ -93,10 +93,10 @@ class Gradient:
                 yield Touched(at.total, at.rows, at.lo, at.hi, part)
 
     def distinct(self, places: Iterable[T], shape: Callable[[T], Any]) -> Iterator[T]:
-        """All of them; of a gradient without memory only the first of each shape.
+        """All ``places``. If the gradient is on the meta device, only the first place of each shape.
 
-        A step is rehearsed with such tensors to find out what temporaries it takes, which the shapes decide. torch's
-        operators take half a millisecond each there.
+        A rehearsal steps such tensors to find the temporaries of a step, which only depend on shapes. On the meta
+        device each operator takes half a millisecond, so places of equal shape are not repeated.
         """
         if self.device.type != "meta":
             yield from places
@@ -108,15 +108,15 @@ class Gradient:
                 yield place
 
     def like(self, tensor: Tensor) -> Matrix:
-        """A tensor of the parameter's shape as the same matrix."""
+        """A tensor of the parameter's shape, as a matrix of the same form."""
         return Matrix(tensor, self.matrix.batch)
 
     def run(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The tile function itself, or its compiled form where that was asked for."""
+        """The function of a tile, compiled if ``compile`` is set."""
         return compiled(function) if self.compile else function
 
     def get(self, at: At) -> Tensor:
-        """The gradient there in the arithmetic dtype, until the next call. Read-only: it may be a view of it."""
+        """The gradient at a place in the arithmetic dtype, valid until the next call. It may be a view: read only."""
         if self.packed:
             assert isinstance(at, Touched)
             if isinstance(at.position, slice):
@@ -136,30 +136,30 @@ class Gradient:
 
 
 class Estimates(Matrix):
-    """What a store reads, as a matrix: for `Store.assign` of another one."""
+    """The estimates of a store as a matrix, so that another store can be assigned them."""
 
     def __init__(self, store: Store, state: State, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.store, self.state, self.shape, self.dtype = store, state, shape, dtype
         self.device = next(iter(state.values())).device
 
     def views(self, at: At) -> bool:
-        """Nothing is written into it."""
+        """False: nothing is written into estimates."""
         return False
 
     def get(self, at: At) -> Tensor:
-        """The estimate there. Read-only: it may be a view of the state."""
+        """The estimate at a place. It may be a view of the state: read only."""
         return self.store.read(self.state, at, self.dtype).expand(at.shape)
 
 
-# Elements of a tile where no step says how large: what is assigned fits a CPU's cache.
+# Elements of a tile when no step sets its size. Such a tile fits a CPU's cache.
 CHUNK = 1 << 18
 
 
 def given(values: Tensor | Gradient, order: int) -> Gradient:
-    """What `Store.assign` is given, in the form of a gradient: something that is looked at a tile at a time.
+    """The argument of `Store.assign` as a `Gradient`, which is read one tile at a time.
 
     Raises:
-        ValueError: a tensor of second moments (``order`` 2) with a negative number; touched rows only.
+        ValueError: the values are second moments (``order`` 2) and one is negative, or there are only touched rows.
     """
     if isinstance(values, Gradient):
         if values.rows is not None:
@@ -184,23 +184,26 @@ class Touched(Rows):
 
 
 class Store:
-    """How one moment of a parameter is kept: a stateless object over plain tensors.
+    """How one moment of a parameter is kept: an object without state of its own, which works on plain tensors.
 
-    ``allocate`` makes the tensors, ``write`` folds a whole gradient in, ``read`` gives the estimate of a tile in the
-    arithmetic dtype. Stores in which a row has cells of its own (dense, int8) need no pass before reading:
-    ``advance`` reads, blends and writes one tile and returns the new estimate. Where rows share cells (``shared``)
-    there are two ways. Sketches have to be written with every row before any is read (``write_first``): the optimizer
-    calls ``write`` first and ``advance`` only reads. Covers are read as the last step left them: what ``begin`` returns
-    goes to ``advance`` in place of the state, tile after tile, and ``finish`` takes the new state from it.
+    ``allocate`` makes the tensors, ``write`` adds a whole gradient, and ``read`` returns the estimate of a tile in the
+    arithmetic dtype. If a row has cells of its own (dense, int8), no pass is needed before reading: ``advance`` reads,
+    blends and writes one tile and returns the new estimate. If rows share cells (``shared``), there are two ways:
+
+    * With ``write_first`` (sketches) every row has to be written before any is read. The optimizer calls ``write``
+      first, and ``advance`` only reads.
+    * Otherwise (covers) a step reads what the last step left. ``begin`` returns a working state, ``advance`` gets it
+      for every tile, and ``finish`` takes the new state from it.
 
     Attributes:
-        shared: rows share cells: estimates are not exact.
+        shared: rows share cells, so estimates are not exact.
         write_first: every row has to be written before any is read.
-        by_bucket: rows of one bucket have the same estimate.
-        order: 1: the store accumulates x = g; 2: x = g * g.
-        align: column tiles start on multiples of this.
-        block_size: columns of a block; 0: the store has no blocks.
-        kernel: name of the function in `kernels/gpu` (first.py or second.py) that keeps it in a step; empty: none.
+        by_bucket: all rows of one bucket have the same estimate.
+        order: 1 if the store accumulates x = g, 2 if it accumulates x = g * g.
+        align: tiles start at columns that are multiples of this number.
+        block_size: number of columns of a block, or 0 if the store has no blocks.
+        kernel: name of the function in `kernels/gpu` (first.py or second.py) that reads and writes the store; empty if
+            there is none.
     """
 
     shared = False
@@ -212,11 +215,11 @@ class Store:
     kernel = ""
 
     def loop(self, rows: int) -> str:
-        """How Numba's loops keep it in a matrix of so many rows (see `kernels/cpu.py`); empty: they do not."""
+        """Name of Numba's loop for a matrix with this number of rows (see `kernels/cpu.py`); empty if there is none."""
         return ""
 
     def why_impossible(self, name: str, tensor: Tensor) -> str | None:
-        """What is wrong with a saved tensor beyond shape, dtype and numbers that are not finite; None: nothing."""
+        """What is wrong with a saved tensor whose shape and dtype are right and whose numbers are finite, or None."""
         return None
 
     def allocate(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
@@ -227,11 +230,11 @@ class Store:
         }
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> (shape, dtype) of every state tensor."""
+        """The shape and dtype of every state tensor, by name."""
         raise NotImplementedError
 
     def nbytes(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of state for an ``(R, D)`` parameter, without allocating it."""
+        """Bytes of state of an ``(R, D)`` parameter, computed without allocating it."""
         total = 0
         for size, kind in self.layout(shape, dtype).values():
             n = kind.itemsize
@@ -241,56 +244,56 @@ class Store:
         return total
 
     def period(self, rows: int) -> int:
-        """Buckets of a strided hash (of each matrix) that tiles should respect; 0 where there is none."""
+        """Number of buckets of a strided hash (of each matrix), at which tiles should be cut; 0 if there is none."""
         return 0
 
     def bucket_of(self, at: Tile) -> int:
-        """The bucket of the first row of a tile that respects the period."""
+        """The bucket of the first row of a tile that was cut at the period."""
         raise NotImplementedError
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
-        """The estimate, broadcastable to ``at.shape``. Read-only: it may be a view of the state."""
+        """The estimate, in a shape that broadcasts to ``at.shape``. It may be a view of the state: read only."""
         raise NotImplementedError
 
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:
-        """Fold a whole gradient in: ``s <- decay * s + gain * x`` for every row, or for the touched rows."""
+        """Add a whole gradient: ``s <- decay * s + gain * x`` for every row, or for the touched rows."""
         working = self.begin(state, grad)
         for at in grad.batches(align=self.align):
             self.advance(working, at, grad.get(at), ema)
         self.finish(state, working, grad)
 
     def begin(self, state: State, grad: Gradient) -> State:
-        """What the ``advance`` of every tile of a step is given: the state itself, where tiles do not meet in it."""
+        """The working state that ``advance`` gets for every tile: here the state itself, as tiles share nothing."""
         return state
 
     def finish(self, state: State, working: State, grad: Gradient) -> None:
-        """After the last tile: take over into the state what they left in ``working``, which `begin` returned."""
+        """After the last tile: copy into the state what the tiles left in ``working``, which `begin` returned."""
 
     def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
-        """The estimate after this step; stores with cells of their own also write it."""
+        """The estimate after this step. A store whose rows have cells of their own also writes it."""
         slices = self.slices(state, at, ema.step)
         est = self.blend(slices, self.view(g), ema)
         self.write_back(state, at, slices)
         return self.unview(est)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """How `blend` wants to see a tile."""
+        """The tile in the shape that `blend` works on."""
         return tensor
 
     def unview(self, tensor: Tensor) -> Tensor:
-        """What `view` was made of."""
+        """The inverse of `view`."""
         return tensor
 
     def slices(self, state: State, at: At, step: int) -> State:
-        """What `blend` needs of the state there: views of it for a tile, copies for rows."""
+        """The part of the state that `blend` needs at a place: views for a tile, copies for rows."""
         return {name: at.get(tensor) for name, tensor in state.items()}
 
     def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
-        """Blend the gradient into the slices, in place; returns the estimate, which may be one of them."""
+        """Blend the gradient into the slices, in place, and return the estimate, which may be one of them."""
         raise NotImplementedError
 
     def write_back(self, state: State, at: At, slices: State) -> None:
-        """Write slices that were copies back."""
+        """Write the slices to the state if they were copies."""
         if isinstance(at, Rows):
             for name, tensor in state.items():
                 at.put(tensor, slices[name])
@@ -307,50 +310,51 @@ class Store:
     def assign(self, state: State, values: Tensor | Gradient) -> None:
         r"""Set freshly allocated state so that it holds ``values`` as well as the store can.
 
-        ``values`` are the accumulator itself (m, or v >= 0), not what enters it. The state becomes what the store's
-        linear map makes of them: where `write` is linear in the accumulator (dense, count-min and count-sketch), what
-        the store would hold had it been written with the gradients that the values averaged. So
+        ``values`` are the accumulator itself (m, or v >= 0), not the gradients that it is made of. The state is the
+        store's linear map of them. If `write` is linear in the accumulator (dense, count-min and count-sketch), this
+        is what the store would hold if it had been written with the gradients behind the values. Each store holds:
 
         ============= =======================================================================================
-        dense         the values; bfloat16: to nearest
-        int8          their codes, to nearest. Values that are codes of the same blocks keep their codes, and
-                      scales to a unit in the last place
-        log8          the nearest of sixteen numbers in each octave; values that are such numbers stay
-        count-min     each bucket the mean of its rows' values; ``bucket="sum"``: their sum, and `read` gives
-                      an upper bound, as ever. A bucket of one row is exact. bfloat16: rounded by chance
+        dense         the values; bfloat16 is rounded to nearest
+        int8          their codes, rounded to nearest. Values that are codes of the same blocks keep their
+                      codes, and their scales up to a unit in the last place
+        log8          the nearest of sixteen numbers in each octave; such numbers themselves stay exact
+        count-min     in each bucket the mean of its rows' values. With ``bucket="sum"`` it is their sum, and
+                      `read` returns an upper bound, as always. A bucket of one row is exact. bfloat16 is
+                      rounded stochastically
         count-sketch  the signed sum (or mean)
-        row count-min the row's mean exactly; of the profile the mean over the bucket's rows
-        cover         the maximum over each slice: `read` is an upper bound, the least that covers have
+        row count-min each row's mean exactly, and in the profile the mean over the bucket's rows
+        cover         the maximum over each slice: `read` returns an upper bound, the lowest that covers allow
         ============= =======================================================================================
 
         Estimates that were read from a sketch with ``bucket="sum"`` are sums already: see `estimate_scale`.
 
         Args:
-            state: of `allocate`, for the shape of the values.
-            values: a tensor (of any shape whose matrix is ``(R, D)``), or, where they are not to be had at once, a
-                `Gradient` without ``rows``, which is asked for tiles. Beside them no more than tiles is allocated.
+            state: made by `allocate` for the shape of the values.
+            values: a tensor (of any shape whose matrix is ``(R, D)``). If the values are not in memory at once, a
+                `Gradient` without ``rows``, which is read tile by tile. No more than tiles is allocated beside them.
 
         Raises:
-            ValueError: a tensor of second moments with a negative number; a gradient with touched rows.
+            ValueError: a tensor of second moments has a negative number, or a gradient has only touched rows.
         """
         raise NotImplementedError
 
     def estimate_scale(self, state: State, shape: tuple[int, int]) -> float:
-        """What `read` is to be multiplied by before it is assigned to another store: 1 but for sketches that sum."""
+        """The factor to apply to `read` before another store is assigned it: 1, except for sketches that sum."""
         return 1.0
 
     def clean(self, state: State, factor: float, step: int = 0) -> None:
-        """Multiply every estimate by ``factor`` (the sketches' cleaning); other stores have nothing to clean.
+        """Multiply every estimate by ``factor`` (the sketches' cleaning). Other stores do nothing.
 
         ``step`` seeds stochastic rounding.
         """
 
 
 def blend(old: Tensor, g: Tensor, ema: Ema, order: int) -> Tensor:
-    """``decay * old + gain * x`` in place of ``old``, with x = g or g * g."""
+    """``decay * old + gain * x``, written to ``old`` and returned, with x = g or g * g."""
     if order == 2:
         return old.mul_(ema.decay).addcmul_(g, g, value=ema.gain)
-    # Without a decay, lerp would make NaN of an infinite gradient, and `update_clip` then NaN of every number.
+    # With decay 0, lerp would turn an infinite gradient into NaN, and `update_clip` would then spread the NaN.
     if ema.decay and ema.gain == 1.0 - ema.decay:
-        return old.lerp_(g, ema.gain)  # what torch.optim.AdamW does, in one pass
+        return old.lerp_(g, ema.gain)  # one pass, as torch.optim.AdamW does it
     return old.mul_(ema.decay).add_(g, alpha=ema.gain)

@@ -1,4 +1,4 @@
-"""The count-min sketch of squared gradients: unsigned, read back as the minimum. Cormode & Muthukrishnan 2005."""
+"""The count-min sketch of squared gradients (Cormode & Muthukrishnan 2005), which is read as a minimum."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sketch_plugins.stores.sketch import Sketch, mean_weight
 class CountMin(Sketch):
     """Second moments in buckets (arXiv 1902.00179, Alg. 3 and 4): the estimate of row i is ``min_j V_j[h_j(i)]``.
 
-    ``bucket="mean"`` (not in the paper): a dense step moves each bucket towards the *mean* of its rows' g * g, which
-    keeps the size of Adam's steps, so that its learning rate carries over. ``bucket="sum"`` is the count-min sketch
-    proper: with ``decay = 1`` the estimate never falls below the true sum, with any decay never below the true average
-    of a dense gradient; steps shrink by up to the square root of the bucket's load.
+    With ``bucket="mean"`` (not in the paper) a dense step moves each bucket towards the *mean* of its rows' g * g.
+    Steps then have the size of Adam's, so Adam's learning rate carries over. ``bucket="sum"`` is the original
+    count-min sketch. With ``decay = 1`` its estimate is never below the true sum. With any decay it is never below the
+    true average of a dense gradient. Its steps shrink by up to the square root of the number of rows in the bucket.
     """
 
     by_bucket = True
@@ -33,7 +33,7 @@ class CountMin(Sketch):
     order: int = 2
 
     def loop(self, rows: int) -> str:
-        """One table of float32 whose buckets follow each other as the rows do; of this class itself."""
+        """The loop takes one float32 table with a strided hash, and only this class, no subclass."""
         one = type(self) is CountMin and self.depth == 1 and not self.bf16
         return "count_min" if one and self.hashes(rows)[0].strided else ""
 
@@ -61,13 +61,13 @@ class CountMin(Sketch):
     def _combine(self, estimates: list[Tensor]) -> Tensor:
         least = estimates[0]
         for other in estimates[1:]:
-            least = torch.minimum(least, other, out=least)  # of two or more tables: copies
+            least = torch.minimum(least, other, out=least)  # with two or more tables the estimates are copies
         return least
 
     def clean(self, state: State, factor: float, step: int = 0) -> None:
-        """``V *= factor``: what rare rows have inherited from frequent ones fades."""
+        """Multiply the table by ``factor``, so that what rare rows inherited from frequent ones fades."""
         self._cleaned(state["table"], factor, step)
 
     def fill(self, state: State, value: float) -> None:
-        """Every bucket."""
+        """Set every bucket."""
         self._filled(state["table"], value)

@@ -1,4 +1,4 @@
-"""The count-sketch: signed buckets, read back as the median. Charikar et al. 2002; Spring et al. 2019."""
+"""The count-sketch (Charikar et al. 2002, Spring et al. 2019): signed buckets, which are read as a median."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from sketch_plugins.stores.sketch import Sketch
 class CountSketch(Sketch):
     """Signed sketch of a first moment (arXiv 1902.00179, Alg. 2): ``S_j[h_j(i)]`` collects ``s_j(i) * x_i``.
 
-    Estimate of row i: the median over j of ``s_j(i) * S_j[h_j(i)]`` (of an even depth: the mean of the middle two).
-    Dense gradients use the linear sketch ``S = decay * S + gain * sum``, whose estimate is unbiased; the reference
-    code's ``S += gain * (x - old)`` summed over c rows multiplies the bucket by ``1 - c * gain`` and diverges.
+    The estimate of row i is the median over j of ``s_j(i) * S_j[h_j(i)]``; for an even depth it is the mean of the
+    middle two. Dense gradients use the linear sketch ``S = decay * S + gain * sum``, whose estimate is unbiased. The
+    reference code's ``S += gain * (x - old)``, summed over c rows, multiplies the bucket by ``1 - c * gain`` and
+    diverges.
 
-    The colliding rows of a dense first moment are as large as the row itself, so it does not train (measured: depth 1
-    diverges, depth 3 stays far behind); the optimizers refuse it unless told otherwise. It is meant for row-sparse
+    In a dense first moment the colliding rows are as large as the row itself, so it does not train: depth 1 diverged,
+    and depth 3 stayed far behind. The optimizers refuse it unless an option allows it. It is meant for row-sparse
     gradients.
     """
 

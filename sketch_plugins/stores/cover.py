@@ -1,4 +1,4 @@
-"""Axis-slice covers of squared gradients: one vector of maxima for each axis. SM3, Anil et al. 2019."""
+"""SM3's covers of squared gradients (Anil et al. 2019): one vector of maxima for each axis."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ VARIANTS = ("II", "I")
 class Cover(Store):
     r"""Second moments of an n-d tensor as maxima over its slices (arXiv 1901.11150): ``4 * sum(dims)`` bytes in all.
 
-    State ``axis_k`` of shape ``(dims[k],)``: :math:`\mu_r` of every slice r of axis k. An element lies in one slice of
-    each axis, and its estimate is at most the minimum of theirs. With ``s <- decay * s + gain * x``
+    The state has a tensor ``axis_k`` of shape ``(dims[k],)`` for each axis: :math:`\mu_r` of every slice r of axis k.
+    An element belongs to one slice of each axis, and the minimum of their covers bounds it. With
+    ``s <- decay * s + gain * x``
 
     .. math::
         \text{II:}\quad \nu_i &= \mathrm{decay} \min_{r \ni i} \mu_r + \mathrm{gain}\, g_i^2, \qquad
@@ -29,21 +30,21 @@ class Cover(Store):
         \text{I:}\quad \mu_r &\leftarrow \mathrm{decay}\, \mu_r + \mathrm{gain} \max_{i \in r} g_i^2, \qquad
             \nu_i = \min_{r \ni i} \mu_r
 
-    so that :math:`s_i \le \nu^{II}_i \le \nu^I_i` for the exact accumulator s; with ``decay = gain = 1`` none of them
-    ever falls. II overwrites the covers (``max(old, new)`` would be a peak-hold that no decay can lower).
+    so that :math:`s_i \le \nu^{II}_i \le \nu^I_i` for the exact accumulator s. With ``decay = gain = 1`` none of them
+    ever falls. II overwrites the covers; ``max(old, new)`` would keep peaks that no decay could lower.
 
-    The maxima of a step are collected beside the old covers, which every tile still has to read, and take their place
-    when the step ends. Maxima have no order: the same bits for any cut into tiles.
+    Every tile of a step reads the old covers, so the new maxima are collected beside them and replace them when the
+    step ends. The order of maxima does not matter, so the result has the same bits for any cut into tiles.
 
-    Row-sparse gradients: the row's own cover decides, :math:`\nu_i = \mathrm{decay}\, \mu_{row} + \mathrm{gain}\,
-    g_i^2` (I: :math:`\nu_i = \mu_{row}`), and only touched rows take a new one. The covers of the other axes become
-    ``max(old, what the rule gives for the touched rows)``: they also cover rows that were not touched and have not
-    decayed, so they may not fall. That keeps :math:`s \le \nu` in any mixture of dense and sparse steps (with a decay:
-    for the lazy accumulator, in which rows decay when they are touched); the price is that they stay high until the
-    next dense step under II, which computes all of them anew.
+    For a row-sparse gradient the row's own cover decides: :math:`\nu_i = \mathrm{decay}\, \mu_{row} +
+    \mathrm{gain}\, g_i^2` (I: :math:`\nu_i = \mu_{row}`). Only the covers of touched rows are replaced. The covers of
+    the other axes become the maximum of their old value and of what the rule gives for the touched rows. They must not
+    fall, because they also cover rows that were not touched and have not decayed. So :math:`s \le \nu` holds in any
+    mixture of dense and sparse steps (with a decay, for the lazy accumulator, whose rows decay when they are touched).
+    The price is that these covers stay high until the next dense step of II, which computes all covers anew.
 
     Args:
-        dims: shape of the parameter, 2 or more dimensions (of fewer, an exact store is as small).
+        dims: shape of the parameter, with 2 or more dimensions (with fewer, an exact store is as small).
         variant: ``"II"`` or ``"I"``.
     """
 
@@ -55,23 +56,23 @@ class Cover(Store):
 
     @property
     def kernel(self) -> str:  # type: ignore[override]
-        """That of II finds the new covers, too; that of I reads them."""
+        """The kernel of II also collects the new covers; the kernel of I only reads them."""
         return "cover" if self.variant == "II" else "cover_estimate"
 
     def loop(self, rows: int) -> str:
-        """II of a matrix: its rows and its columns."""
+        """The loop takes variant II of a matrix, whose covers are those of rows and columns."""
         return "cover" if self.variant == "II" and len(self.dims) == 2 else ""
 
     @property
     def write_first(self) -> bool:  # type: ignore[override]
-        """I reads the new covers; II the old ones, together with the gradient."""
+        """True for I, which reads the new covers. II reads the old ones together with the gradient."""
         return self.variant == "I"
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """One vector for each axis, in the arithmetic dtype.
 
         Raises:
-            ValueError: ``dims`` is not a tensor whose matrix has this shape.
+            ValueError: ``dims`` is not the shape of a tensor whose matrix has this shape.
         """
         if len(self.dims) < 2 or (self.dims[0], math.prod(self.dims[1:])) != tuple(shape):
             raise ValueError(
@@ -80,11 +81,11 @@ class Cover(Store):
         return {f"axis_{k}": ((n,), dtype) for k, n in enumerate(self.dims)}
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
-        """The minimum over the slices; for touched rows of a sparse gradient the row's cover."""
+        """The minimum over the slices. For touched rows of a sparse gradient it is the row's cover alone."""
         return self._least(state, at)
 
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:
-        """One whole step: II as `advance` does it, I from the maxima of g * g."""
+        """Take one whole step: II as `advance` does it, I from the maxima of g * g."""
         working = self.begin(state, grad)
         for at in grad.batches():
             g = grad.get(at)
@@ -99,7 +100,7 @@ class Cover(Store):
         self.finish(state, working, grad)
 
     def begin(self, state: State, grad: Gradient) -> State:
-        """The covers, and room for the maxima of this step: under ``new_k``."""
+        """The covers, and tensors ``new_k`` for the maxima of this step."""
         rows = state["axis_0"] if grad.rows is None else grad.rows
         room = {"new_0": torch.zeros(len(rows), dtype=state["axis_0"].dtype, device=state["axis_0"].device)}
         for k in range(1, len(self.dims)):
@@ -107,7 +108,7 @@ class Cover(Store):
         return {**state, **room}
 
     def advance(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
-        """The estimate; under II its maxima are collected in what `begin` made room for."""
+        """The estimate. II also collects its maxima in the tensors that `begin` added."""
         if self.variant == "I":
             return self._least(state, at)
         nu = self._estimate(state, at, g, ema)
@@ -115,7 +116,7 @@ class Cover(Store):
         return nu
 
     def finish(self, state: State, working: State, grad: Gradient) -> None:
-        """The new covers take the old ones' place."""
+        """Replace the old covers by the new ones."""
         for axis, new in _new(working).items():
             if grad.rows is None:
                 state[axis].copy_(new)
@@ -129,7 +130,7 @@ class Cover(Store):
         return self._least(state, at) if self.variant == "I" else self._estimate(state, at, g, ema)
 
     def assign(self, state: State, values: Tensor | Gradient) -> None:
-        """The maximum over each slice."""
+        """Set each cover to the maximum over its slice."""
         values = given(values, self.order)
         working = self.begin(state, values)
         for at in values.batches():
@@ -137,7 +138,7 @@ class Cover(Store):
         self.finish(state, working, values)
 
     def fill(self, state: State, value: float) -> None:
-        """Every cover."""
+        """Set every cover."""
         for tensor in state.values():
             tensor.fill_(value)
 
@@ -148,7 +149,7 @@ class Cover(Store):
         return nu.addcmul_(g, g, value=ema.gain)
 
     def _least(self, state: State, at: At) -> Tensor:
-        """The minimum of the covers there, in a buffer of its own."""
+        """The minimum of the covers at a place, in a buffer of its own."""
         rows = state["axis_0"]
         out = scratch.empty("cover", at.shape, rows.dtype, rows.device)
         if isinstance(at, Touched):
@@ -160,7 +161,7 @@ class Cover(Store):
         return torch.minimum(rows.unsqueeze(-1), self._columns(state, at), out=out)
 
     def _columns(self, state: State, at: At) -> Tensor:
-        """The minimum over all axes but the first, for the columns of a tile."""
+        """The minimum over all axes except the first, for the columns of a tile."""
         if len(self.dims) == 2:
             return state["axis_1"][at.lo : at.hi]
         first = state["axis_1"]
@@ -176,13 +177,13 @@ class Cover(Store):
         return least
 
     def _collect(self, working: State, at: At, nu: Tensor) -> None:
-        """Raise the maxima of the slices that the tile meets."""
+        """Raise the maxima of the slices that the tile intersects."""
         matrix = nu.flatten(0, -2)
         if isinstance(at, Tile):
             rows = working["new_0"][at.start : at.start + len(matrix)]
             torch.maximum(rows, matrix.amax(1), out=rows)
         else:
-            # By position among the touched rows, once for each cut of the columns.
+            # Rows are indexed by their position among the touched rows. They come again for each cut of the columns.
             position = at.position  # type: ignore[attr-defined]
             working["new_0"][position] = torch.maximum(working["new_0"][position], matrix.amax(1))
         columns = scratch.empty("maxima", matrix.shape[1:], nu.dtype, nu.device)
@@ -195,10 +196,10 @@ class Cover(Store):
                 torch.maximum(new, view.amax(others) if others else view, out=new)
 
     def _boxes(self, at: At) -> list[tuple[slice, tuple[slice, ...]]]:
-        """The tile's columns as boxes: ``(columns within the tile, a slice of each axis but the first)``.
+        """The tile's columns as boxes: ``(columns within the tile, a slice of each axis except the first)``.
 
-        Whole columns are one box, and so is any cut of a matrix; a cut through the product of k axes is at most
-        ``2 * k - 1``. Each box is a view of the flat columns: no index vectors, no scatter.
+        All columns together are one box, and so is any cut of a matrix. If k axes are flattened into the columns, a cut
+        gives at most ``2 * k - 1`` boxes. Each box is a view of the flat columns, so no indices or scatter are needed.
         """
         out, start = [], 0
         for box in _boxes(at.lo, at.hi, self.dims[1:]):
@@ -209,10 +210,10 @@ class Cover(Store):
 
 
 def _boxes(lo: int, hi: int, dims: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Flat positions ``[lo, hi)`` of a tensor of shape ``dims``, in order, as boxes."""
+    """The flat positions ``[lo, hi)`` of a tensor of shape ``dims`` as boxes, in order."""
     inner = math.prod(dims[1:])
     first, last = -(-lo // inner), hi // inner  # whole slices of the first axis: [first, last)
-    if first > last:  # within one slice
+    if first > last:  # the range lies within one slice
         yield from ((slice(last, first), *box) for box in _boxes(lo - last * inner, hi - last * inner, dims[1:]))
         return
     if lo < first * inner:
@@ -228,5 +229,5 @@ def _along(vector: Tensor, axis: int, ndim: int) -> Tensor:
 
 
 def _new(working: State) -> dict[str, Tensor]:
-    """Axis name -> its maxima of this step."""
+    """The maxima of this step, by the name of their axis."""
     return {f"axis_{name[4:]}": tensor for name, tensor in working.items() if name.startswith("new_")}

@@ -14,34 +14,34 @@ from sketch_plugins.stores.base import Ema, Gradient, State, Store, blend, given
 
 @dataclass(frozen=True)
 class Dense(Store):
-    """``(R, D)`` numbers: 4 bytes a parameter, or 2 with ``dtype="bf16"``.
+    """``(R, D)`` numbers: 4 bytes a parameter, or 2 with ``bf16``.
 
-    bfloat16 rounds to nearest: right for a first moment (a step of 10 % moves it), wrong for an average with
-    ``decay = 0.999``, whose steps are below half a unit in the last place; second moments are therefore float32.
+    bfloat16 is rounded to nearest. That suits a first moment, of which a step moves 10 %. It does not suit an average
+    with ``decay = 0.999``: its steps are below half a unit in the last place. Second moments are therefore float32.
     """
 
     kernel = "dense"
 
     def loop(self, rows: int) -> str:
-        """Number by number."""
+        """Every dense state has a loop."""
         return "dense"
 
     order: int = 1
     bf16: bool = False
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """One table of the parameter's shape."""
+        """One tensor of the parameter's shape."""
         return {"dense": (shape, torch.bfloat16 if self.bf16 else dtype)}
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
-        """The stored numbers: a view of them for a tile in the arithmetic dtype."""
+        """The stored numbers: a view if they have the dtype and the place is a tile."""
         stored = at.get(state["dense"])
         if stored.dtype == dtype:
             return stored
         return scratch.cast("decoded", stored, dtype)
 
     def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
-        """Blend; the estimate is the unrounded one."""
+        """Blend the gradient. The returned estimate is not rounded."""
         stored = slices["dense"]
         if stored.dtype == g.dtype:
             return blend(stored, g, ema, self.order)
@@ -50,11 +50,11 @@ class Dense(Store):
         return est
 
     def assign(self, state: State, values: Tensor | Gradient) -> None:
-        """The values themselves; bfloat16: to nearest."""
+        """Store the values, rounded to nearest in bfloat16."""
         values = given(values, self.order)
         for at in values.batches():
             at.put(state["dense"], values.get(at))
 
     def fill(self, state: State, value: float) -> None:
-        """Every number."""
+        """Set every number."""
         state["dense"].fill_(value)

@@ -1,7 +1,7 @@
 """The values of ``first_moment`` and ``second_moment``, and the store that each of them means.
 
-A new store is a class in a file of its own, a line here, and a function of its name in `kernels/gpu` where Triton's
-kernels are to keep it (`Store.kernel`; of Numba's loops `Store.loop`); see docs/extending.md.
+A new store is a class in a file of its own and a line here. For fused steps it also needs a function of its name in
+`kernels/gpu` (`Store.kernel`, Triton) or a loop (`Store.loop`, Numba). See docs/extending.md.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from sketch_plugins.stores.row_count_min import RowCountMin
 
 
 class StoreOptions(NamedTuple):
-    """What the options of a parameter group, and the shape of a parameter, say of its stores.
+    """What a store needs to know of the options of a parameter group and of the shape of a parameter.
 
     Attributes:
-        compression, width, depth, hash, bucket: of sketches.
+        compression, width, depth, hash, bucket: for sketches.
         bf16: the tables of sketches are bfloat16.
-        matrices: how many matrices have buckets of their own.
-        seed: of hashes and of noise.
-        block_size: columns of a block.
-        stochastic: int8 codes are rounded by chance.
-        dims: shape that covers belong to.
-        variant: of covers.
+        matrices: number of matrices that have buckets of their own.
+        seed: seed of hashes and of noise.
+        block_size: number of columns of a block.
+        stochastic: int8 codes are rounded stochastically.
+        dims: the shape that covers belong to.
+        variant: for covers.
     """
 
     compression: float = 1.0
@@ -49,7 +49,7 @@ class StoreOptions(NamedTuple):
 
     @property
     def sketch(self) -> dict[str, object]:
-        """What all sketches take."""
+        """The arguments that all sketches take."""
         names = ("compression", "width", "depth", "hash", "seed", "bf16", "matrices")
         return {name: getattr(self, name) for name in names}
 
@@ -71,11 +71,11 @@ SECOND_MOMENTS: Mapping[str, Made] = {
     "dense": lambda o: Dense(order=2),
     "none": lambda o: None,
 }
-#: Kinds that depend on the shape of the parameter, and not on its number of matrices alone.
+#: Kinds whose store depends on the whole shape of the parameter, not only on its number of matrices.
 SHAPED = frozenset({"cover"})
 
 
 @lru_cache(maxsize=4096)
 def store_of(order: int, kind: str, options: StoreOptions) -> Store | None:
-    """The store of a kind; equal options give the same object."""
+    """The store of a kind, or None for "none". Equal options return the same object."""
     return (FIRST_MOMENTS if order == 1 else SECOND_MOMENTS)[kind](options)

@@ -14,7 +14,7 @@ from sketch_plugins.sharding.blocks import At
 from sketch_plugins.stores.base import Ema, Gradient, State, blend, given
 from sketch_plugins.stores.blocked import Blocked
 
-# Bits of a float32 that are cut off: 4 of its 23 bits of mantissa stay, a step of 1/16 to 1/32 of the number.
+# The number of low bits of a float32 that are cut off. 4 of its 23 mantissa bits stay: 1/16 to 1/32 of the number.
 CUT = 19
 # The bits of the largest finite number, and of infinity.
 LARGEST, INFINITE = 0x7F7FFFFF, 0x7F800000
@@ -22,23 +22,24 @@ LARGEST, INFINITE = 0x7F7FFFFF, 0x7F800000
 
 @dataclass(frozen=True)
 class Log8(Blocked):
-    r"""Logarithmically spaced second moment: 1.016 bytes a parameter, each within a sixteenth.
+    r"""Logarithmically spaced second moments: 1.016 bytes a parameter, each number within a sixteenth.
 
-    A number v > 0 of float32 has the bits :math:`b`, which grow as its logarithm does. Of them the upper ones are
-    kept, :math:`k = \lfloor b / 2^{19} \rfloor`: sixteen numbers in each octave. A block of ``block_size`` consecutive
-    columns of a row keeps its largest k, and each of its elements a code c of 8 bits with :math:`k = top - 255 + c`;
-    0 stands for v = 0. Codes reach 16 octaves below the largest number of the block (1/65,000 of it, 1/256 of its
-    root). What is smaller takes code 1: it is then read as too large, which makes a step smaller, never larger.
+    The bits :math:`b` of a float32 number v > 0, read as an integer, grow as its logarithm does. The upper bits
+    :math:`k = \lfloor b / 2^{19} \rfloor` are kept, which gives sixteen numbers in each octave. A block of
+    ``block_size`` consecutive columns of a row keeps its largest k, called top, and for each element a code c of 8 bits
+    with :math:`k = top - 255 + c`. Code 0 stands for v = 0. Codes reach 16 octaves below the largest number of the
+    block (1/65,000 of it, 1/256 of its root). A smaller number gets code 1 and is read as too large, which makes its
+    step smaller, never larger.
 
-    A step of an average with ``decay = 0.999`` is smaller than the distance between codes. Numbers are therefore
-    rounded up or down by chance, so that the expectation is the number: 19 random bits are added before the lower ones
+    With ``decay = 0.999`` one step moves an average by less than the distance between codes. Numbers are therefore
+    rounded stochastically, so that the expected value is the number: 19 random bits are added before the lower bits
     are cut off. The noise is a function of (seed, step, element). k does not depend on the block's largest number, so
-    a block whose largest number changes leaves the others where they are. (An infinity or a NaN lifts all others of its
-    block but zeros to 16 octaves below it: their steps are next to nothing until it is gone.)
+    the other numbers of a block stay when its largest number changes. (An infinity or a NaN lifts all other numbers of
+    its block, except zeros, to 16 octaves below it. Their steps are almost zero until it is gone.)
 
     Args:
-        block_size: columns of a block, >= 1.
-        seed: of the noise.
+        block_size: number of columns of a block, >= 1.
+        seed: seed of the noise.
     """
 
     kernel = "log8"
@@ -53,7 +54,7 @@ class Log8(Blocked):
         return {"codes": (shape, torch.uint8), "tops": ((rows, -(-columns // self.block_size)), torch.int16)}
 
     def why_impossible(self, name: str, tensor: Tensor) -> str | None:
-        """Exponents of NaN, and such that no float32 has."""
+        """NaN if a block's exponent is that of NaN, or the number if no float32 has such an exponent; else None."""
         if name != "tops" or not tensor.numel():
             return None
         low, high = (int(number) for number in torch.aminmax(tensor))
@@ -62,14 +63,14 @@ class Log8(Blocked):
         return None if 0 <= low and high <= INFINITE >> CUT else str(low if low < 0 else high)
 
     def slices(self, state: State, at: At, step: int) -> State:
-        """Codes in blocks, the blocks' largest k, and what is added before bits are cut off."""
+        """Codes in blocks, the largest k of each block, and the noise that is added before bits are cut off."""
         out = super().slices(state, at, step)
         if step:
             out["noise"] = self.view(self._noise(at, state["codes"], step))
         return out
 
     def _noise(self, at: At, codes: Tensor, step: int) -> Tensor:
-        """19 random bits for each element. They are made of int64, so of a few rows at a time."""
+        """19 random bits for each element. They are made of int64, so only a few rows are made at one time."""
         columns, device = codes.shape[1], codes.device
         out = scratch.empty("noise of codes", at.shape, torch.int32, device)
         first = at.from_rows(at.index(device).unsqueeze(-1) * columns).reshape(-1, 1)
@@ -81,30 +82,30 @@ class Log8(Blocked):
         return out
 
     def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
-        """Decode, blend, encode; the estimate is the one before rounding."""
+        """Decode, blend and encode. The returned estimate is not rounded."""
         est = blend(self._decode(slices, g.dtype), g, ema, self.order)
         number = scratch.cast("number", est, torch.float32)
         bits = number.view(torch.int32).bitwise_and_(0x7FFFFFFF)  # a NaN may have a sign
-        noise = slices.get("noise", 1 << (CUT - 1))  # without: to nearest
+        noise = slices.get("noise", 1 << (CUT - 1))  # without noise: to nearest
         k = torch.add(bits, noise, **scratch.out("rounded bits", bits)).clamp_(max=LARGEST)
-        torch.maximum(k, bits, out=k).bitwise_right_shift_(CUT)  # an infinity or a NaN stays one
+        torch.maximum(k, bits, out=k).bitwise_right_shift_(CUT)  # keeps an infinity or a NaN
         tops = k.amax(-1).clamp_(min=255)
         codes = torch.sub(k, tops.unsqueeze(-1), **scratch.out("new codes", k)).add_(255).clamp_(min=1)
-        slices["codes"].copy_(torch.minimum(codes, k, out=codes))  # 0 where k is
+        slices["codes"].copy_(torch.minimum(codes, k, out=codes))  # code 0 if k is 0
         slices["tops"].copy_(tops)
         return est
 
     def assign(self, state: State, values: Tensor | Gradient) -> None:
-        """Encode, to nearest."""
+        """Encode the values, rounded to nearest."""
         values = given(values, self.order)
         for at in values.batches(align=self.align):
             slices = self.slices(state, at, 0)
-            root = torch.sqrt(self.view(values.get(at)))  # what is blended is a gradient, whose square is averaged
+            root = torch.sqrt(self.view(values.get(at)))  # `blend` takes a gradient and averages its square
             self.blend(slices, root, Ema(0.0, 1.0))
             self.write_back(state, at, slices)
 
     def fill(self, state: State, value: float) -> None:
-        """Every number, to nearest."""
+        """Set every number to ``value``, rounded to nearest."""
         bits = int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
         k = min(bits + (1 << (CUT - 1)), LARGEST) >> CUT
         state["tops"].fill_(max(k, 255))

@@ -1,4 +1,4 @@
-"""Signed 8-bit state: int8 codes with one scale for each block of a row."""
+"""First moments as int8 codes with one scale for each block of a row."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sketch_plugins.stores.blocked import Blocked
 class Int8(Blocked):
     """Block-quantised first moment: ``m = code * scale``, ``scale = max |m| of the block / 127``, code in [-127, 127].
 
-    Blocks are ``block_size`` consecutive columns of one row (the last block of a row may be shorter), so a touched row
-    is decoded and encoded alone. Cost: ``1 + 4 / min(block_size, D)`` bytes a parameter: 1.016 at 256, 1.031 at the
-    default 128, 1.0625 at 64. The largest rounding error is ``scale / 2``, 1/254 of the block's maximum: smaller blocks
-    cost scales and isolate outliers better.
+    A block is ``block_size`` consecutive columns of one row (the last block of a row may be shorter), so a touched row
+    is decoded and encoded by itself. It costs ``1 + 4 / min(block_size, D)`` bytes a parameter: 1.016 at 256, 1.031 at
+    the default 128, 1.0625 at 64. Rounding to nearest has an error of at most ``scale / 2``, which is 1/254 of the
+    block's maximum. Smaller blocks isolate outliers better and cost more scales.
 
     Args:
-        block_size: columns of a block, >= 1.
-        stochastic: round up with probability equal to the fraction, so that the stored value is unbiased; the noise
-            is a function of (seed, step, element). Default: to nearest.
+        block_size: number of columns of a block, >= 1.
+        stochastic: round up with a probability equal to the fraction, so that the expected value is exact. The noise
+            is a function of (seed, step, element). By default codes are rounded to nearest.
         seed: seed of that noise.
     """
 
@@ -39,7 +39,7 @@ class Int8(Blocked):
     seed: int = 0
 
     def loop(self, rows: int) -> str:
-        """Block by block; rounded to nearest only."""
+        """The loop only rounds to nearest."""
         return "" if self.stochastic else "int8"
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -48,7 +48,7 @@ class Int8(Blocked):
         return {"codes": (shape, torch.int8), "scales": ((rows, -(-columns // self.block_size)), torch.float32)}
 
     def slices(self, state: State, at: At, step: int) -> State:
-        """Codes in blocks, their scales, and the noise of a stochastic rounding."""
+        """Codes in blocks, their scales, and the noise for stochastic rounding."""
         out = super().slices(state, at, step)
         if self.stochastic and step:
             columns = state["codes"].shape[1]
@@ -58,10 +58,10 @@ class Int8(Blocked):
         return out
 
     def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
-        """Decode, blend, encode; the estimate is the one before rounding."""
+        """Decode, blend and encode. The returned estimate is not rounded."""
         est = blend(self._decode(slices, g.dtype), g, ema, self.order)
         scale = torch.abs(est, **scratch.out("codes", est)).amax(-1).div(127.0)
-        # A block of zeros (or of numbers whose 1/127 underflows) has codes 0; a NaN or Inf lives on in the scale.
+        # If a block is zero (or a 127th of its maximum underflows), its codes are 0. The scale keeps a NaN or infinity.
         inverse = torch.where(scale > 1e-37, 1.0 / scale, 0.0)
         codes = torch.mul(est, inverse.unsqueeze(-1), **scratch.out("codes", est))
         if "noise" in slices:
@@ -73,7 +73,7 @@ class Int8(Blocked):
         return est
 
     def assign(self, state: State, values: Tensor | Gradient) -> None:
-        """Encode, to nearest: a step that forgets all before it."""
+        """Encode the values, rounded to nearest, as a step that forgets everything before it."""
         self.write(state, given(values, self.order), Ema(0.0, 1.0))
 
     def _decode(self, slices: State, dtype: torch.dtype) -> Tensor:

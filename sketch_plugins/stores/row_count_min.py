@@ -1,4 +1,4 @@
-"""The row-normalised count-min sketch: an exact scale for each row, a sketch of the shape within the row."""
+"""The row-normalised count-min sketch: an exact scale for each row, and a sketch of the profile within the row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sketch_plugins.stores.base import Ema, Gradient, State, given
 from sketch_plugins.stores.count_min import CountMin
 from sketch_plugins.stores.sketch import Cell, Segments, mean_weight
 
-# Scales below have no profile: the quotient would overflow.
+# Rows with a scale below this number leave the profile unchanged, because the quotient would overflow.
 LEAST = 1e-30
 
 
@@ -21,31 +21,33 @@ LEAST = 1e-30
 class RowCountMin(CountMin):
     """``v_i = r_i * min_j P_j[h_j(i)]``: r_i is the exact accumulator of row i's mean g * g, P_j a profile of mean 1.
 
-    A rare row that shares a bucket with a frequent one keeps its own scale; only the profile is shared. Each step
+    A rare row that shares a bucket with a frequent one keeps its own scale; only the profile is shared. In each step
 
         r_i' = decay * r_i + gain * mean(g_i * g_i)
         P_j[b]' = mean over the bucket's (touched) rows of (decay * r_i * P_j[b] + gain * g_i * g_i) / r_i'
 
-    is, for a bucket of one row, exactly ``decay * v + gain * g * g``; rows with ``r_i' < 1e-30`` (`LEAST`) leave the
-    profile alone. Squares end at a 512th of the largest number (`largest_square`): an infinite one would make NaN of
-    the quotient. State: ``table (depth, width, D)`` and ``row (R, 1)``, ``4 / D`` bytes a parameter more than
-    count-min. ``bucket`` has no meaning here (profiles are always means). Not in the papers; docs/algorithms.md has the
-    figures.
+    For a bucket of one row this is exactly ``decay * v + gain * g * g``. Rows with ``r_i' < 1e-30`` (`LEAST`) leave
+    the profile unchanged. Squares are limited to a 512th of the largest number (`largest_square`), because an infinite
+    square would make the quotient NaN.
+
+    State: ``table (depth, width, D)`` and ``row (R, 1)``, which is ``4 / D`` bytes a parameter more than count-min.
+    ``bucket`` has no meaning here, because profiles are always means. The method is not in the papers;
+    docs/algorithms.md has its figures.
     """
 
     by_bucket = False
     kernel = "row_count_min"
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The profiles and the rows' scales."""
+        """The tables of profiles, and the scales of the rows."""
         return {**super().layout(shape, dtype), "row": ((shape[0], 1), dtype)}
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
-        """Profile times row scale."""
+        """The profile times the row's scale."""
         return self._estimate(state["table"], at, dtype) * at.get(state["row"], 0, 1)
 
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:
-        """Row scales first, then the profiles relative to them."""
+        """Update the scales of the rows first, and then the profiles relative to them."""
         means = self._row_means(grad)
         row = state["row"].squeeze(-1)
         if grad.rows is None:
@@ -55,9 +57,9 @@ class RowCountMin(CountMin):
             old = row.index_select(0, grad.rows).mul_(ema.decay)
             scale = old.add(means, alpha=ema.gain)
             row.index_copy_(0, grad.rows, scale)
-        # x_i enters the profile with weight gain / r_i', and leaves decay * r_i / r_i' of it: exactly nothing if it is
-        # the row's first gradient. One minus the share of x_i would leave a rounding error there, of the size of cells
-        # whose gradient is small.
+        # x_i enters the profile with weight gain / r_i', and the old profile keeps the weight decay * r_i / r_i'. That
+        # is exactly 0 for the row's first gradient. Computed as one minus the weight of x_i it would have a rounding
+        # error, as large as the cells of small gradients.
         weight = torch.where(scale > LEAST, ema.gain / scale, 0.0)
         kept = torch.where(scale > LEAST, old / scale, 1.0)
         index = torch.arange(grad.shape[0], device=grad.device) if grad.rows is None else grad.rows
@@ -73,7 +75,7 @@ class RowCountMin(CountMin):
                 self._fold_touched(state["table"], j, h, grad, segments, decay, weights, ema.step)
 
     def assign(self, state: State, values: Tensor | Gradient) -> None:
-        """The rows' means, and of the profiles the mean over those of a bucket's rows that have one."""
+        """Set each row's scale to its mean, and each profile to the mean over the bucket's rows that have a profile."""
         values = given(values, self.order)
         scale = state["row"].squeeze(-1).copy_(self._row_means(values, self._value_cell))
         weights = torch.where(scale > LEAST, 1.0 / scale, 0.0)
@@ -85,17 +87,17 @@ class RowCountMin(CountMin):
             self._fold(state["table"], j, h, values, 0.0, share, 0, weight, self._value_cell)
 
     def estimate_scale(self, state: State, shape: tuple[int, int]) -> float:
-        """Profiles are means."""
+        """1, because profiles are means."""
         return 1.0
 
     def clean(self, state: State, factor: float, step: int = 0) -> None:
-        """Scales the rows, and with them every estimate."""
+        """Multiply the scales of the rows, and with them every estimate."""
         state["row"].mul_(factor) if factor else state["row"].zero_()
 
     def fill(self, state: State, value: float) -> None:
-        """Every row's scale, over flat profiles."""
+        """Set the scale of every row, and flat profiles."""
         state["row"].fill_(value)
-        state["table"].fill_(1.0)  # bfloat16 holds it
+        state["table"].fill_(1.0)  # exact in bfloat16, too
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
         return super()._cell(x, sign).clamp_(max=largest_square(x.dtype))
@@ -115,7 +117,7 @@ class RowCountMin(CountMin):
 
 
 def largest_square(dtype: torch.dtype) -> float:
-    """Where the squares of large gradients end: gain / scale is then no subnormal number, which GPUs take as zero."""
+    """The limit of squared gradients. With it, gain / scale is never subnormal; GPUs take subnormal numbers as 0."""
     return torch.finfo(dtype).max / 512
 
 

@@ -1,4 +1,4 @@
-"""What count-sketch and count-min share: ``depth`` tables of ``width`` buckets, rows hashed, columns kept apart."""
+"""The base of count-sketch and count-min: ``depth`` tables of ``width`` buckets. Rows are hashed, columns are not."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from sketch_plugins.kernels.rounding import round_to_bf16
 from sketch_plugins.sharding.blocks import At, Rows, Tile, column_cuts, tiles
 from sketch_plugins.stores.base import CHUNK, Ema, Estimates, Gradient, State, Store, Touched, given
 
-# A row's number and its sign -> what enters a bucket.
+# The numbers of rows, and a function that returns the rows' signs -> what the rows add to their buckets.
 Cell = Callable[[Tensor, Callable[[], Tensor]], Tensor]
 
 BUCKETS = ("mean", "sum")
 TABLE_DTYPES = ("fp32", "bf16")
-# Numbers of a bfloat16 table that are rewritten at a time where no gradient says how large a chunk is.
+# How many numbers of a bfloat16 table are rewritten at one time when no gradient sets the size of a chunk.
 _REWRITE = 1 << 18
 
 
 @dataclass(frozen=True)
 class Sketch(Store):
-    """State ``table`` of shape ``(depth, width, D)``: row i lives in bucket ``h_j(i)`` of each table j.
+    """State ``table`` of shape ``(depth, width, D)``: row i belongs to bucket ``h_j(i)`` of each table j.
 
-    ``width`` is given, or follows from ``compression``, the fraction of rows kept as buckets in each table:
-    ``width = ceil(compression * R)``, at least 1 and at most R. ``compression = 1`` hashes injectively and reproduces
-    the dense method. Bytes: ``4 * depth * width / R`` a parameter, with ``bf16`` 2 in place of 4.
+    ``width`` is given, or follows from ``compression``, the number of buckets as a fraction of the rows:
+    ``width = ceil(compression * R)``, at least 1 and at most R. With ``compression = 1`` each row has a bucket of its
+    own, which is the dense method. Bytes a parameter: ``4 * depth * width / R``, or half of that with ``bf16``.
 
-    Of ``matrices`` matrices, whose rows follow each other, R and ``width`` are those of one: each has buckets of its
-    own, which follow each other, too.
+    With several ``matrices``, R and ``width`` are those of one matrix. Each matrix has buckets of its own, and the
+    buckets of the matrices follow each other, as their rows do.
 
-    Dense gradients: every table decays once a step and each bucket takes the mean (or the sum) of its rows' x. Sparse
-    gradients: only the buckets of touched rows change, by the order-free rule of `Ema.repeated`.
+    With a dense gradient every table decays once a step, and each bucket takes the mean (or the sum) of its rows' x.
+    With a sparse gradient only the buckets of touched rows change, as `Ema.repeated` describes.
 
-    ``bf16`` tables are computed in the arithmetic dtype and rounded stochastically, away from zero with a probability
-    equal to the fraction that is cut off, so that the expected value of a cell is what float32 would hold. Rounding to
-    nearest is not offered: at ``decay = 0.999`` a step changes a cell by at most 1/1000 of its value, and half a unit
-    in the last place of bfloat16 is 1/512 to 1/256 of it: every step would be rounded away, and no cell could ever
-    fall. A write rounds each cell once, however many tiles its rows come from; the noise is a function of (seed,
-    step, cell), so that it repeats, resumes and does not depend on the chunk size. What the step reads is the rounded
-    table. Besides the step's own write only cleaning and the initial value round, with noise of their own.
+    ``bf16`` tables are computed in the arithmetic dtype and rounded stochastically: away from zero with a probability
+    equal to the fraction that is cut off. So the expected value of a cell is what float32 would hold. Rounding to
+    nearest is not offered. At ``decay = 0.999`` a step lowers a cell by at most 1/1000 of its value, and half a unit in
+    the last place of bfloat16 is 1/512 to 1/256 of it. Every decrease would be rounded away, and no cell could ever
+    fall. A write rounds each cell once, however many tiles its rows come from. The noise is a function of (seed, step,
+    cell), so it does not depend on the chunk size and is the same in a repeated or resumed run. The step reads the
+    rounded table. Apart from the step's own write, only cleaning and the initial value round, with their own noise.
     """
 
     shared = True
@@ -64,7 +64,7 @@ class Sketch(Store):
     matrices: int = 1
 
     def buckets(self, rows: int) -> int:
-        """Width of each table for a parameter with ``rows`` rows, of all matrices."""
+        """Width of each table for a parameter with ``rows`` rows; both numbers are those of all matrices."""
         rows //= self.matrices
         width = self.width or math.ceil(self.compression * rows - 1e-9)
         return self.matrices * max(1, min(rows, width))
@@ -75,7 +75,7 @@ class Sketch(Store):
 
     @property
     def noise_seed(self) -> int:
-        """Seed of the noise that rounds bfloat16 tables: first and second moments have streams of their own."""
+        """Seed of the noise that rounds bfloat16 tables. First and second moments have different streams."""
         return self.seed ^ (TABLE1 if self.order == 1 else TABLE2)
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -83,20 +83,20 @@ class Sketch(Store):
         return {"table": ((self.depth, self.buckets(shape[0]), shape[1]), torch.bfloat16 if self.bf16 else dtype)}
 
     def period(self, rows: int) -> int:
-        """Tiles follow the buckets of the strided hash where it is the only one."""
+        """The buckets of one matrix, at which tiles are cut if there is one table and its hash is strided; else 0."""
         hash = self.hashes(rows)[0]
         return hash.own if self.depth == 1 and hash.strided else 0
 
     def bucket_of(self, at: Tile) -> int:
-        """The bucket of the first row of a tile that respects the period."""
+        """The bucket of the first row of a tile that was cut at the period."""
         return self.hashes(at.total)[0].bucket_of_place(at.start)
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
-        """The combined estimate of the rows' buckets."""
+        """The estimates of all tables for the rows, combined."""
         return self._estimate(state["table"], at, dtype)
 
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:
-        """Decay and add; see the class."""
+        """Decay every table and add the gradient, as the class describes."""
         for j, h in enumerate(self.hashes(grad.shape[0])):
             if grad.rows is None:
                 self._write_dense(state["table"], j, h, grad, ema)
@@ -107,30 +107,31 @@ class Sketch(Store):
                 self._fold_touched(state["table"], j, h, grad, segments, decay.to(grad.dtype), weights, ema.step)
 
     def slices(self, state: State, at: At, step: int) -> State:
-        """`write` has been called: only the estimate is needed."""
+        """The estimate alone, because `write` was called before."""
         table = state["table"]
         return {"estimate": self.read(state, at, torch.float32 if self.bf16 else table.dtype)}
 
     def blend(self, slices: State, g: Tensor, ema: Ema) -> Tensor:
-        """The estimate."""
+        """The estimate, which already contains the gradient."""
         return slices["estimate"].to(g.dtype)
 
     def write_back(self, state: State, at: At, slices: State) -> None:
-        """Nothing to write."""
+        """Do nothing, because `write` was called before."""
 
     def assign(self, state: State, values: Tensor | Gradient) -> None:
-        """Each bucket the (signed) mean or sum of its rows' values."""
+        """Set each bucket to the (signed) mean or sum of its rows' values."""
         values = given(values, self.order)
         for j, h in enumerate(self.hashes(values.shape[0])):
             share = self._share(h, values.device)
             self._fold(state["table"], j, h, values, 0.0, share, 0, cell=self._value_cell)
 
     def estimate_scale(self, state: State, shape: tuple[int, int]) -> float:
-        r"""Of tables that sum, the c for which the sketch of ``c * read`` is nearest to the present table.
+        r"""For tables that sum: the c for which the sketch of ``c * read`` is nearest to the present table.
 
-        Every row of a bucket reads the whole sum, and their sum would be the bucket's load times it. With A the linear
-        map of `assign` and S the table, :math:`c = \langle S, A\,read \rangle / \|A\,read\|^2`: one over the load
-        for one table, whose sketch is then S again. Bytes beside the state: as many again.
+        Every row of a bucket reads the bucket's whole sum. If these estimates were summed again, the result would be
+        too large by the number of rows in the bucket. With A the linear map of `assign` and S the table,
+        :math:`c = \langle S, A\,read \rangle / \|A\,read\|^2`. For one table that is one over the number of rows in a
+        bucket, and the sketch is S again. The computation allocates a second table, of the arithmetic dtype.
         """
         if self.bucket == "mean":
             return 1.0
@@ -141,17 +142,17 @@ class Sketch(Store):
         exact.assign(again, Gradient(Estimates(self, state, shape, dtype), None, dtype, CHUNK, shape))
         dot = norm = 0.0
         for new, old in zip(again["table"].view(-1).split(CHUNK), table.reshape(-1).split(CHUNK), strict=True):
-            new, old = new.double(), old.double()  # products of two second moments overflow float32 from 2e19 on
+            new, old = new.double(), old.double()  # products of second moments above 2e19 overflow float32
             dot += float(torch.dot(new, old))
             norm += float(torch.dot(new, new))
         return dot / norm if norm > 0 else 1.0
 
     def _cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
-        """What a row adds to its bucket, as a new tensor; ``sign()`` is broadcastable to ``x``."""
+        """What a row with gradient ``x`` adds to its bucket, as a new tensor. ``sign()`` broadcasts to ``x``."""
         raise NotImplementedError
 
     def _value_cell(self, x: Tensor, sign: Callable[[], Tensor]) -> Tensor:
-        """What a row whose accumulator is ``x`` adds to its bucket, as a new tensor."""
+        """What a row with accumulator ``x`` adds to its bucket, as a new tensor."""
         raise NotImplementedError
 
     def _combine(self, estimates: list[Tensor]) -> Tensor:
@@ -165,7 +166,7 @@ class Sketch(Store):
         self._fold(tables, j, h, grad, ema.decay, self._share(h, grad.device) * ema.gain, ema.step)
 
     def _share(self, h: RowHash, device: torch.device) -> Tensor | float:
-        """What a row's number is multiplied by as it enters its bucket."""
+        """The factor that a row's number is multiplied by when it enters its bucket."""
         return mean_weight(h, device) if self.bucket == "mean" and h.width < h.rows else 1.0
 
     def _fold(
@@ -180,14 +181,14 @@ class Sketch(Store):
         weights: Tensor | None = None,
         cell: Cell | None = None,
     ) -> None:
-        """``bucket <- decay * bucket + gain * sum of its rows' cells``: a slice of table j at a time, written once.
+        """``bucket <- decay * bucket + gain * sum of its rows' cells``, for table j, each slice of it written once.
 
-        ``decay`` and ``gain`` are numbers or ``(width, 1)``; ``weights (R, 1)`` multiplies the rows' cells; ``cell`` is
-        `_cell` where it is not given. A bucket's members are ``width`` places apart, in a fixed order: tiles of places
-        are tiles of rows of a strided hash.
+        ``decay`` and ``gain`` are numbers or ``(width, 1)``. ``weights (R, 1)`` multiplies the rows' cells. ``cell``
+        is `_cell` by default. A bucket's members are ``width`` places apart, in a fixed order, so tiles of places are
+        tiles of rows if the hash is strided.
         """
         cell = cell or self._cell
-        # The noise is made of int64.
+        # The noise is made of int64, which takes twice the memory.
         chunk = grad.chunk // 2 if self.bf16 else grad.chunk
         cut = tiles(*grad.shape, max(1, chunk), h.own, matrices=h.matrices)
         slices = groupby(cut, lambda at: (h.bucket_of_place(at.start), at.lo, at.hi))
@@ -204,11 +205,11 @@ class Sketch(Store):
                     cells.mul_(at.get(weights, 0, 1))
                 if not h.strided:
                     cells = place.from_rows(cells)
-                # The slot of the factors: nothing else of a step is needed before its sketches are written.
+                # This uses the slot of the factors, because a step needs them only after its sketches are written.
                 slot = scratch.out("factor" if total is None else "sums", cells[0])
                 sums = torch.sum(cells, [0], **slot) if place.cycles > 1 or total is None else cells[0]
                 if total is None:
-                    total = sums  # the first of them is as large as any
+                    total = sums  # the first sum has at least as many buckets as the others
                 else:
                     total[: len(sums)].add_(sums)
             assert total is not None
@@ -228,7 +229,7 @@ class Sketch(Store):
         weights: Tensor,
         step: int,
     ) -> None:
-        """The same for touched rows: ``decay`` for each touched bucket, ``weights`` for each row, sorted by bucket."""
+        """`_fold` for touched rows: ``decay`` has one number for each touched bucket, ``weights`` for each row."""
         assert grad.rows is not None
         ends = [0, *segments.counts.cumsum(0).tolist()]
         number = torch.arange(len(segments.touched), device=grad.device).repeat_interleave(segments.counts)
@@ -238,7 +239,7 @@ class Sketch(Store):
             for first in range(0, len(segments.touched), n):
                 last = min(first + n, len(segments.touched))
                 total: Tensor | None = None
-                for begin in range(ends[first], ends[last], n):  # a long segment may span several batches
+                for begin in range(ends[first], ends[last], n):  # the rows of a bucket may span several batches
                     part = slice(begin, min(begin + n, ends[last]))
                     position = segments.order[part]
                     at = Touched(grad.shape[0], grad.rows[position], lo, hi, position)
@@ -257,7 +258,7 @@ class Sketch(Store):
                 self._blend(tables, where, decay[first:last].unsqueeze(-1), total, step)
 
     def _blend(self, tables: Tensor, where: At, decay: Tensor | float, total: Tensor, step: int) -> None:
-        """``decay * cell + total``, for cells of all tables seen as one behind the other."""
+        """Write ``decay * cell + total`` to cells of ``tables``, which are seen as one matrix, table after table."""
         flat = tables.view(-1, tables.shape[-1])
         cells = where.get(flat)
         if not self.bf16:
@@ -269,7 +270,7 @@ class Sketch(Store):
         where.put(flat, self._rounded(new, where, flat.shape[1], self.noise_seed, step))
 
     def _rewrite(self, table: Tensor, value: Callable[[Tensor], Tensor], seed: int, step: int) -> None:
-        """Every cell in place, outside of a step's own write."""
+        """Apply ``value`` to every cell in place, outside of a step's own write."""
         if not self.bf16:
             value(table)
             return
@@ -280,7 +281,7 @@ class Sketch(Store):
             where.put(flat, self._rounded(new, where, flat.shape[1], seed, step))
 
     def _cleaned(self, table: Tensor, factor: float, step: int) -> None:
-        # Not 0 * infinity: cleaning with 0 is a new beginning, also after squares that have overflowed.
+        # zero_ is not 0 * infinity: cleaning with 0 starts again even if squares have overflowed.
         clean = (lambda cells: cells.mul_(factor)) if factor else Tensor.zero_
         self._rewrite(table, clean, self.noise_seed ^ CLEANING, step)
 
@@ -313,9 +314,9 @@ class Segments(NamedTuple):
     """Touched rows sorted by bucket.
 
     Attributes:
-        order: positions among the touched rows, by bucket.
-        touched: the buckets, ascending.
-        counts: how many of the touched rows each of them has.
+        order: positions among the touched rows, sorted by bucket.
+        touched: the numbers of the touched buckets, ascending.
+        counts: how many of the touched rows belong to each of these buckets.
     """
 
     order: Tensor
@@ -324,23 +325,22 @@ class Segments(NamedTuple):
 
     @classmethod
     def of(cls, h: RowHash, rows: Tensor) -> Segments:
-        """Sort them."""
+        """Sort the touched rows by their buckets."""
         buckets, order = h.bucket(rows).sort(stable=True)
-        if (
-            len(rows) == h.rows
-        ):  # all of them: known without a look at the numbers, which a rehearsed step does not have
+        # If all rows are touched, the counts are known without the numbers, which a rehearsal does not have.
+        if len(rows) == h.rows:
             every = torch.arange(h.width, device=rows.device)
             return cls(order, every, h.load(every))
         return cls(order, *buckets.unique_consecutive(return_counts=True))
 
     def means(self, values: Tensor) -> Tensor:
-        """The mean over each bucket's touched rows of a number for each row."""
+        """The mean of ``values``, which has one number for each touched row, over the touched rows of each bucket."""
         sums = torch.segment_reduce(values.index_select(0, self.order), "sum", lengths=self.counts)
         return sums / self.counts
 
 
 def mean_weight(h: RowHash, device: torch.device) -> Tensor | float:
-    """One over the rows of each bucket: a number where they are equal, else ``(width, 1)`` in float64."""
+    """One over the number of rows of each bucket: a number if all are equal, else ``(width, 1)`` in float64."""
     if h.rows % h.width == 0:
         return h.width / h.rows
     return 1.0 / h.load(torch.arange(h.width, device=device)).double().unsqueeze(-1)
@@ -351,7 +351,7 @@ def _sign(h: RowHash, at: At, like: Tensor) -> Tensor:
 
 
 def _segments(buckets: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the rows of ``cells`` with equal (ascending) ``buckets``: no atomics, so the same on every run."""
+    """Sums of the rows of ``cells`` with equal (ascending) ``buckets``. Without atomics, every run gives equal bits."""
     bucket, counts = buckets.unique_consecutive(return_counts=True)
     if len(bucket) == len(buckets):
         return bucket, cells
