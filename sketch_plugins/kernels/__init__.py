@@ -1,1 +1,1 @@
-"""What a step computes: of a tile in torch, and whole in the fused kernels of Numba and Triton."""
+"""The fused steps of Numba and Triton, and the arithmetic of a tile that they share with the eager step."""

@@ -1,4 +1,4 @@
-"""torch.compile for the functions that work on a tile (``compile=True``)."""
+"""torch.compile for the functions of a tile (``compile=True``)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @lru_cache(maxsize=64)
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function through torch.compile: one piece of code for all shapes."""
+    """The function compiled by torch.compile, once for all shapes."""
     inner = torch.compile(function, dynamic=True)
 
     def run(*args: Any) -> Any:
         for arg in args:
             for tensor in arg.values() if isinstance(arg, dict) else (arg,):
                 if isinstance(tensor, Tensor) and tensor.ndim == 4:
-                    # A view in blocks: loops over a block of unknown size would not be vectorised.
+                    # A tile as blocks: loops over a block of unknown size would not be vectorised.
                     torch._dynamo.mark_static(tensor, 3)
         return inner(*args)
 

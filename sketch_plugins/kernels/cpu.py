@@ -1,12 +1,12 @@
 """The fused step on a CPU: one sweep over parameter and gradient, compiled by Numba. Optional (extra ``cpu``).
 
-The eager path (the definition) makes a dozen passes over each tile; `sweeps` sums a bucket's members and takes their
-step while they are in the cache: p and g are read and p is written once. This file describes each parameter to them
-(`Task`), cuts the step into pieces, and hands these to threads. A unit of a parameter is swept by one thread, and sums
-have a fixed order: the bits do not depend on the number of threads.
+The eager path (the definition) makes a dozen passes over each tile. `sweeps` adds up the members of a bucket and takes
+their step while they are in the cache, so p and g are read once and p is written once. This file describes each
+parameter to the loops (`Task`), cuts the step into pieces, and gives the pieces to threads. One thread sweeps a unit of
+a parameter, and sums have a fixed order, so the bits do not depend on the number of threads.
 
-Why Numba: measured on BERT-base shapes beside it, torch.compile of the same sweep took 1.7 times as long, at 80
-microseconds a call and 10 to 40 seconds of compilation; docs/architecture.md has the figures.
+Why Numba: on BERT-base shapes torch.compile of the same sweep took 1.7 times as long, with 80 microseconds a call and
+10 to 40 seconds of compilation; docs/architecture.md has the figures.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from sketch_plugins.kernels.work import APPLY, FOLD, L2, MEASURE, Work, is_rows,
 from sketch_plugins.stores import CountMin, Store
 from sketch_plugins.stores.base import State
 
-# Numbers of a band of buckets, all members together: gradient and parameter, 8 bytes a number, stay in the second-level
-# cache until they are looked at again.
+# Numbers of a band of buckets with all their members. Gradient and parameter (8 bytes a number) stay in the
+# second-level cache until they are read again.
 BAND = 1 << 15
-# Numbers of a band's table where each sweep looks at a number once: long runs of memory are faster.
+# Numbers of a band's table if each sweep reads a number once: long runs of memory are faster.
 LONG = 1 << 15
-# Numbers of a unit of a parameter whose numbers depend on each other only within blocks.
+# Numbers of a unit of a parameter that has no structure except blocks.
 FLAT = 1 << 12
-# Pieces of a step for each thread: what is left when the first one finds no more is a fraction of its share.
+# Pieces of a step for each thread. When the first thread finds no more pieces, only a fraction of its share is left.
 PIECES = 12
 
-#: `Store.loop` of a first moment -> its branch in a loop; of a second one -> the name of the loop.
+#: `Store.loop` of a first moment -> its branch in a loop; `Store.loop` of a second moment -> the name of the loop.
 FIRST = {"dense": sweeps.DENSE, "int8": sweeps.INT8}
 SECOND = {"dense": "exact", "count_min": "count_min", "cover": "cover"}
 
@@ -47,13 +47,13 @@ CODES = {None: np.float32, torch.int8: np.int8, torch.int16: np.int16}
 
 
 class Task(NamedTuple):
-    """One parameter's step as the loops are given it; addresses, no tensors: it keeps nothing alive.
+    """One parameter's step as the loops get it. It holds addresses and no tensors, so it keeps no tensor alive.
 
     Attributes:
-        sweep: which of the loops.
-        dtypes: of the parameter, the gradient, a dense first moment and the corrections (float32: there are none).
-        row: see `cpu_table`; the address of the gradient is that of the step it was made for.
-        measure: the update (and the parameter) is measured before it is applied.
+        sweep: the loop that takes the step.
+        dtypes: of the parameter, the gradient, a dense first moment and the corrections (float32 without corrections).
+        row: its row of `cpu_table`. The gradient's address is that of the step that the task was made for.
+        measure: the update (and the parameter) is measured before the step is applied.
     """
 
     @property
@@ -62,7 +62,7 @@ class Task(NamedTuple):
         return self.row.LAST != 0 and not self.measure
 
     def fits(self, gradient: int) -> bool:
-        """Whether a gradient at this address can be read as the task says: any can."""
+        """Whether the task can read a gradient at this address. Numba's loops can read any."""
         return True
 
     sweep: Callable[..., Any]
@@ -91,7 +91,7 @@ def unsupported(w: Work) -> str | None:
 
 
 def unkept(first: Store | None, second: Store | None, rows: int) -> str | None:
-    """Why these loops cannot keep such moments of a matrix of so many rows; None if they can."""
+    """Why these loops cannot keep such moments of a matrix with this number of rows; None if they can."""
     if first is not None and first.loop(rows) not in FIRST:
         return f"the Numba kernels do not keep the first moment in {first}"
     if second is not None and second.loop(rows) not in SECOND:
@@ -100,7 +100,7 @@ def unkept(first: Store | None, second: Store | None, rows: int) -> str | None:
 
 
 def prepare(w: Work) -> Task:
-    """The task of a work that is supported. It holds as long as addresses, shapes and dtypes of the tensors do."""
+    """The task of a supported work. It is valid while addresses, shapes and dtypes of the tensors stay the same."""
     (rows, columns), size = w.p.shape, w.p.numel()
     first: Store | None
     second: Store | None
@@ -121,7 +121,7 @@ def prepare(w: Work) -> Task:
     elif sweep is sweeps.cover:
         table, column, units = state2["axis_0"].data_ptr(), state2["axis_1"].data_ptr(), rows
     else:
-        if kind != sweeps.INT8 or columns % block == 0:  # no row ends within a block: the matrix is as good as a vector
+        if kind != sweeps.INT8 or columns % block == 0:  # no row ends within a block: the matrix is like a vector
             columns = FLAT if kind != sweeps.INT8 else -(-FLAT // block) * block
         units = -(-size // columns)
     moment = state1.get("dense", state1.get("codes"))
@@ -161,10 +161,10 @@ def prepare(w: Work) -> Task:
 
 
 class Program:
-    """The pieces of a step of certain tasks with a certain number of threads. Valid as long as the tasks are.
+    """The pieces of a step of certain tasks with a certain number of threads. It is valid as long as the tasks are.
 
-    What one thread measures it applies at once. Only a parameter that is a large part of the step is measured by all
-    threads, which then meet: ``pieces[0]`` comes before that, ``pieces[1]`` after it.
+    A thread applies what it has measured at once. Only a parameter that is a large part of the step is measured by all
+    threads, which then wait for each other: ``pieces[0]`` runs before that, ``pieces[1]`` after it.
     """
 
     def __init__(self, tasks: Sequence[Task], threads: int) -> None:
@@ -208,11 +208,11 @@ class Program:
         self.compiled = False
 
     def prepare(self, numbers: np.ndarray, gradients: Sequence[int]) -> Callable[[], None]:
-        """The step, to be taken by calling it: compiled, and with all the memory that it needs.
+        """Everything that can fail is done here: loops are compiled, memory is allocated. The result takes the step.
 
         Args:
-            numbers: a row for each task (they are changed).
-            gradients: the address of its gradient for each task.
+            numbers: a row of numbers for each task. The step changes them.
+            gradients: the address of each task's gradient.
         """
         table = self.table
         table[:, cpu_table.G] = gradients
@@ -239,7 +239,7 @@ class Program:
         return run
 
     def _compile(self, common: tuple[np.ndarray, ...]) -> None:
-        """Call every loop once with nothing to do: Numba compiles a function in its first call."""
+        """Call every loop once without pieces, because Numba compiles a function in its first call."""
         table, numbers, squares, norms, rows, maxima = common
         seen = set()
         for call in (*self.calls[0], *self.calls[1]):
@@ -260,17 +260,17 @@ def prepare_step(
     gradients: Sequence[int],
     last: Program | None = None,
 ) -> tuple[Program, list[tuple[Sequence[int], Callable[[], None]]]]:
-    """Make the steps ready: nothing but the call of what is returned changes anything, and nothing in it allocates.
+    """Make the steps ready. Only calling the result changes anything, and that call allocates nothing.
 
     Args:
         tasks: one for each parameter.
         rows: vectors of numbers.
-        which: the place of its numbers in ``rows``, for each task.
-        gradients: address of its gradient, for each task.
-        last: the program of another step, used again if it was made for the same tasks.
+        which: for each task, the place of its numbers in ``rows``.
+        gradients: for each task, the address of its gradient.
+        last: the program of another step, which is used again if it was made for the same tasks.
 
     Returns:
-        The program, for the next step; and once, the places of the tasks (all of them) and what takes the steps.
+        The program, for the next step, and one pair: the places of all tasks, and the function that takes their steps.
     """
     threads = torch.get_num_threads()
     if last is None or last.threads != threads or not same_tasks(tasks, last.tasks):
@@ -279,7 +279,7 @@ def prepare_step(
 
 
 def moved(tasks: Sequence[Task], program: Program, further: int) -> list[Task]:
-    """The same tasks of parameters that lie so many bytes further on in memory; the program of theirs, changed."""
+    """The same tasks for parameters that have moved by ``further`` bytes. ``program`` is changed to these tasks."""
     new = [task._replace(row=task.row._replace(P=task.row.P + further)) for task in tasks]
     program.tasks = list(new)
     program.table[:, cpu_table.P] = [task.row.P for task in new]
@@ -290,10 +290,10 @@ class _Call(NamedTuple):
     """Pieces for one call of a sweep.
 
     Attributes:
-        sweep: which of the loops.
-        likes: arrays that tell it the dtypes.
+        sweep: the loop.
+        likes: arrays whose dtypes specialise it.
         pieces: see `cpu_table`.
-        room: numbers that its buffers take.
+        room: number of float32 that its buffers take.
     """
 
     sweep: Callable[..., Any]
@@ -303,7 +303,7 @@ class _Call(NamedTuple):
 
 
 class _Pieces:
-    """Collects pieces that one call can take, until they are as large as ``limit``."""
+    """Collects pieces that one call can take, up to ``limit`` numbers."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -311,10 +311,10 @@ class _Pieces:
         self._full: list[tuple[int, _Call]] = []
 
     def add(self, task: Task, piece: Piece) -> None:
-        """A piece of a task."""
+        """Add a piece of a task."""
         row, kernel = task.row, (task.sweep, task.dtypes)
         cost = row.SIZE * (piece.END - piece.BEGIN) // row.UNITS
-        # The factors of a band, and where momentum comes after them, two runs beside; else three runs.
+        # The factors of a band, and two more runs if the momentum comes after them; for other loops three runs.
         band, run = row.BAND * row.COLUMNS, max(SPAN, row.BLOCK)
         need = band + 2 * run * row.AFTER if band else 3 * run
         size, pieces, room = self._open.pop(kernel, (0, [], 0))
@@ -324,7 +324,7 @@ class _Pieces:
         self._open[kernel] = size + cost, [*pieces, piece], max(room, need)
 
     def calls(self) -> list[_Call]:
-        """The largest first."""
+        """All calls, the largest first."""
         for kernel, rest in self._open.items():
             self._close(kernel, *rest)
         self._open = {}
@@ -347,7 +347,7 @@ _POOL: tuple[int, int, ThreadPoolExecutor] | None = None
 
 
 class _Batch:
-    """Calls of which each is made by the thread that is free first."""
+    """Calls that are made by whichever thread is free."""
 
     def __init__(self, calls: Sequence[_Call], common: tuple[np.ndarray, ...], threads: int) -> None:
         self.calls, self.common = calls, common
@@ -356,7 +356,7 @@ class _Batch:
         self.pool = _pool(threads) if len(self.buffers) > 1 else None
 
     def run(self) -> None:
-        """Make them all. How many threads there are changes no bit."""
+        """Make all calls. The number of threads does not change the result."""
         waiting = deque(self.calls)
 
         def drain(buffer: np.ndarray) -> None:
@@ -374,7 +374,7 @@ class _Batch:
                 working.append(self.pool.submit(drain, buffer))  # type: ignore[union-attr]
             except RuntimeError:
                 # The interpreter is shutting down (a thread that trains may outlive the main one), or the system has no
-                # thread left: this one does the work.
+                # thread left. This thread does the work.
                 break
         try:
             drain(own)
@@ -384,7 +384,7 @@ class _Batch:
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of its parent are gone after a fork."""
+    """The threads of this process. A fork does not copy those of its parent, so they belong to a process id."""
     global _POOL
     if _POOL is None or _POOL[:2] != (os.getpid(), threads):
         _POOL = (os.getpid(), threads, ThreadPoolExecutor(threads - 1, "sketch-plugins"))
@@ -392,7 +392,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def specialisation(w: Work) -> tuple[tuple[str, ...], str]:
-    """The loop that takes a step which is supported, and what it is compiled for."""
+    """The loop that takes a supported step, and the text of everything that it is compiled for."""
     task = prepare(w)
     name = f"sweeps.{task.sweep.__name__}"
     dtypes = " ".join(dtype.__name__ for dtype in task.dtypes)

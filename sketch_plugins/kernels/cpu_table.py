@@ -1,7 +1,7 @@
-"""The table that describes parameters to Numba's loops: its fields, and those of a piece, as constants.
+"""The table that describes parameters to Numba's loops. Its fields, and those of a piece, are constants.
 
-Each parameter is a `Row` of unsigned integers (signed and unsigned ones must not meet: their sum would be a float).
-Loops read a field by the constant of its name, from ``from sketch_plugins.kernels.cpu_table import COLUMNS``.
+Each parameter is a `Row` of unsigned integers: in Numba the sum of a signed and an unsigned integer is a float. Loops
+read a field by the constant of its name: ``from sketch_plugins.kernels.cpu_table import COLUMNS``.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from typing import NamedTuple
 class Row(NamedTuple):
     """One parameter."""
 
-    P: int  # addresses of the parameter and of its gradient
-    G: int
-    SIZE: int  # elements
+    P: int  # address of the parameter
+    G: int  # address of its gradient
+    SIZE: int  # number of elements
     COLUMNS: int
-    KIND: int  # store of the first moment, and the addresses of its state
-    TABLE1: int  # dense numbers or codes
-    SCALES: int
-    BLOCK: int  # columns that share a scale
-    TABLE2: int  # of the second moment: table, dense numbers (0: there is none), covers of the rows
-    COLUMN: int  # covers of the columns
-    WIDTH: int  # buckets of one matrix
-    BAND: int  # buckets of a unit
-    UNITS: int
-    BASE: int  # where its units begin in `squares` and `norms`
-    AFTER: int  # the first moment averages the preconditioned gradient
-    NEW: int  # where its rows begin in `rows`
-    LAST: int  # address of the RMS that the last step measured (0: nobody keeps them)
+    KIND: int  # store of the first moment
+    TABLE1: int  # address of its dense numbers or codes
+    SCALES: int  # address of its scales
+    BLOCK: int  # number of columns that share a scale
+    TABLE2: int  # address of the second moment: table, dense numbers (0: there is none), or covers of the rows
+    COLUMN: int  # address of the covers of the columns
+    WIDTH: int  # number of buckets of one matrix
+    BAND: int  # number of buckets of a unit
+    UNITS: int  # number of units
+    BASE: int  # place of its first unit in `squares` and `norms`
+    AFTER: int  # 1 if the first moment averages the preconditioned gradient
+    NEW: int  # place of its first row in `rows`
+    LAST: int  # address of the RMS that the last step measured (0: none are kept)
     CODES: int  # address of the corrections of the weights (0: there are none)
-    SEED: int  # of the noise that they are rounded with
-    MATRICES: int  # matrices (experts) that rows, buckets and units belong to, those of one behind those of another
+    SEED: int  # seed of the noise that rounds them
+    MATRICES: int  # number of matrices (experts). The rows, buckets and units of one follow those of the one before
 
 
 class Piece(NamedTuple):
     """A range of one parameter's units, for one call of a loop."""
 
-    TASK: int  # which row
+    TASK: int  # row of the table
     BEGIN: int
     END: int
-    PHASE: int  # what is done: see `sketch_plugins.kernels.work`
-    MAXIMA: int  # where its maxima of the columns begin
+    PHASE: int  # what the sweep does: see `sketch_plugins.kernels.work`
+    MAXIMA: int  # place of its first column in `maxima`
 
 
 FIELDS = len(Row._fields)

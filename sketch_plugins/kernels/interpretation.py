@@ -6,5 +6,5 @@ import os
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets kernels in this process (``TRITON_INTERPRET``): on a CPU, slowly, for tests."""
+    """Whether ``TRITON_INTERPRET`` is set: kernels then run on a CPU, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, and the noise that it takes."""
+"""Stochastic rounding to bfloat16, and its noise."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from sketch_plugins.hashing import random32
 from sketch_plugins.sharding.blocks import At
 
-# Elements whose noise is drawn at once: it takes 40 bytes for each, ten times what a tile itself does.
+# Elements whose noise is drawn at one time. It takes 40 bytes for each, ten times what the tile itself takes.
 CPU_NOISE, ACCELERATOR_NOISE = 1 << 14, 1 << 20
 
 
 def round_to_bf16(part: Tensor, at: At, columns: int, seed: int, step: int) -> Tensor:
-    """``part`` (float32, changed) rounded stochastically to numbers that bfloat16 holds exactly.
+    """``part`` (float32, changed in place), rounded stochastically to numbers that bfloat16 holds exactly.
 
-    Away from zero with a probability equal to the fraction that is cut off, so that the expectation is the unrounded
-    number; the noise is a function of (seed, step, element). Infinities and NaN stay what they are.
+    Numbers are rounded away from zero with a probability equal to the fraction that is cut off, so that the expected
+    value is the unrounded number. The noise is a function of (seed, step, element). Infinities and NaN stay.
     """
     rows = at.from_rows(at.index(part.device).unsqueeze(-1) * columns)
     own = torch.arange(at.lo, at.hi, device=part.device)
@@ -27,7 +27,7 @@ def round_to_bf16(part: Tensor, at: At, columns: int, seed: int, step: int) -> T
 
 
 def _round_blocks(part: Tensor, rows: Tensor, own: Tensor, seed: int, step: int, limit: int, dim: int = 0) -> None:
-    """In place; the first number of each row and the places in it (``own``) add up to those of the elements."""
+    """Round in place. The sum of ``rows`` (the first element of each row) and ``own`` is the number of each element."""
     if part.numel() <= limit:
         round_stochastically(part, rows + own, seed, step)
         return
@@ -41,9 +41,9 @@ def _round_blocks(part: Tensor, rows: Tensor, own: Tensor, seed: int, step: int,
 
 
 def round_stochastically(part: Tensor, index: Tensor, seed: int, step: int) -> Tensor:
-    """`round_to_bf16` of elements whose numbers (int64, in the shape of ``part``) are ``index``."""
+    """`round_to_bf16` of elements with the numbers ``index`` (int64, in the shape of ``part``)."""
     bits = part.view(torch.int32)
     noise = (random32(index, seed, step) & 0xFFFF).to(torch.int32)
     noise.masked_fill_((bits & 0x7F800000) == 0x7F800000, 0)
-    nan = part.isnan()  # its bits may all be in the half that is cut off
+    nan = part.isnan()  # all bits that make it a NaN may be among those that are cut off
     return bits.add_(noise).bitwise_and_(-0x10000).view(torch.float32).masked_fill_(nan, float("nan"))

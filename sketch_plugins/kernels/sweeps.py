@@ -1,8 +1,8 @@
 """The loops of a fused step on a CPU, compiled by Numba: one for each store of the second moment.
 
-Each takes a list of pieces (a range of one parameter's units) and is called once for many of them: 199 parameters of
-BERT at 75 microseconds of Python each were a tenth of a step. A parameter is a row of `tasks` (see `cpu_table`),
-addresses included. `cpu` makes these rows and cuts them into pieces.
+Each loop takes a list of pieces (ranges of units of a parameter), so one call serves many parameters: 199 parameters of
+BERT at 75 microseconds of Python each were a tenth of a step. A parameter is a row of `tasks` (see `cpu_table`), which
+also holds its addresses. `cpu` makes these rows and cuts them into pieces.
 """
 
 from __future__ import annotations
@@ -88,27 +88,29 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": F
 # Stores of a first moment.
 NONE, DENSE, INT8 = np.uint64(0), np.uint64(1), np.uint64(2)
 
-# Elements summed in float32 before the sum is one of float64's; and of a row's buffers, which stay in the first cache.
+# Numbers that are summed in float32 before their sum is added in float64. A row's buffers have this length, too, so
+# that they stay in the first-level cache.
 SPAN = 1024
 U = np.uint64
 _SPAN, _ZERO, _ONE, _TWO = U(SPAN), U(0), U(1), U(2)
 FOLD, MEASURE, APPLY = U(work.FOLD), U(work.MEASURE), U(work.APPLY)
-# A phase of this and of the others: one sweep measures, for the next step, what it applies.
+# Another phase, beside those of `work`: one sweep measures, for the next step, what it applies.
 ONCE = U(8)
 _0, _1 = np.float32(0.0), np.float32(1.0)
 _LEAST_UNIT = np.float32(tile.LEAST)
-# A sum of squares that float32 cannot hold is summed again, of numbers times DOWN: any sum of theirs is finite.
+# If float32 cannot hold a sum of squares, the squares of the numbers times DOWN are summed: any such sum is finite.
 _MOST, _DOWN, _UP = np.float64(np.finfo(np.float32).max), np.float32(2.0**-70), np.float64(2.0**140)
-# A sum below LEAST may have lost squares that underflow: it is summed again, of numbers times RAISE.
+# A sum below LEAST may have lost squares by underflow, so the squares of the numbers times RAISE are summed.
 _LEAST, _RAISE, _LOWER = np.float64(2.0**-80), np.float32(2.0**70), np.float64(2.0**-140)
-# Denominators from which on the squares of a bucket's gradients stand for those of its updates: a gradient whose square
-# underflows, below 1e-19, is then an update below 1e-10. A sum of squares has to be ENOUGH to outweigh such updates.
+# If denominators are at least PLAIN, the sum of squares of a bucket's updates may be computed from the sum of squares
+# of its gradients. A gradient below 1e-19, whose square underflows, is then an update below 1e-10, and a sum of at
+# least ENOUGH outweighs such updates.
 _PLAIN, _ENOUGH = np.float32(1e-9), np.float64(1e-10)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled on first use, and kept on disk where there is a folder to write to."""
-    # Numba looks for a change in this file only, and in what a function closes over.
+    """Compile the function in its first call. The result is kept on disk if there is a folder to write to."""
+    # Numba only notices changes in this file and in a function's closure, so the closure has a hash of the other files.
     sources = [Path(str(module.__file__)).read_bytes() for module in (cpu_table, vector, work, tile)]
     stamp = CellType(hashlib.sha256(b"".join(sources)).hexdigest())
     code = function.__code__.replace(co_freevars=("_stamp",))
@@ -116,18 +118,18 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     stamped.__doc__, stamped.__qualname__ = function.__doc__, function.__qualname__
     try:
         return njit(cache=True, **_OPTIONS)(stamped)
-    except RuntimeError:  # "no locator available": neither the package's folder nor the user's can be written
+    except RuntimeError:  # "no locator available": neither the package's folder nor the user's is writable
         return njit(**_OPTIONS)(stamped)
 
 
-# A loop's body is written once, and called with the constant LANES and, for what is left of a row, with less.
+# A loop's body is written once. It is called with the constant LANES, and with less for the rest of a row.
 _body = register_jitable(forceinline=True, **_OPTIONS)
 _part = register_jitable(**_OPTIONS)
 
 
 @_body
 def _numbers(row):
-    """A task's numbers as values: nothing that is stored can change them, as it could change an array."""
+    """A task's numbers as a tuple. The compiler would expect a store to change an array of them."""
     return (
         row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9], row[10], row[11], row[12],
         row[13], row[14], row[15], row[16], row[17], row[18], row[19],
@@ -190,7 +192,7 @@ def _coded(p, o, x, xo, sign, f, fo, codes, old, gain, ahead, unit, shrink, inve
 
 @_body
 def _block(p, o, x, xo, sign, f, fo, codes, scales, at, n, s):
-    """First moment in int8 and update of one block of ``n`` numbers."""
+    """Write the int8 first moment of one block of ``n`` numbers, and update the parameter."""
     gain, ahead, unit, shrink = s[GAIN1], s[LOOKAHEAD], s[UNIT], s[SHRINK]
     old, most, whole = s[DECAY1] * scales[at], splat(_0), n - n % LANES
     for j in range(_ZERO, whole, LANES):
@@ -209,10 +211,10 @@ def _block(p, o, x, xo, sign, f, fo, codes, scales, at, n, s):
 
 @_part
 def _apply(p, o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s):
-    """First moment and update of ``n`` adjacent numbers, from offset ``o``.
+    """Write the first moment of ``n`` adjacent numbers, from offset ``o``, and update the parameter.
 
-    ``x`` (from ``xo`` on, times ``sign``) is what the first moment averages, ``f`` (from ``fo`` on) what multiplies the
-    numerator; ``at`` is the place of the first block's scale.
+    The first moment averages ``x`` (from ``xo`` on, times ``sign``). ``f`` (from ``fo`` on) multiplies the numerator.
+    ``at`` is the place of the first block's scale.
     """
     shrink, unit, whole = s[SHRINK], s[UNIT], n - n % LANES
     if kind == NONE:
@@ -227,7 +229,7 @@ def _apply(p, o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s
         if whole < n:
             j, left = whole, n - whole
             _averaged(p, o + j, x, xo + j, sign, f, fo + j, dense, decay, gain, ahead, unit, shrink, left)
-    elif block == U(128) and n % block == 0:  # the loops over a block whose length is known are unrolled
+    elif block == U(128) and n % block == 0:  # loops over a block of known length are unrolled
         for j in range(_ZERO, n, U(128)):
             _block(p, o + j, x, xo + j, sign, f, fo + j, codes, scales, at, U(128), s)
             at += _ONE
@@ -239,7 +241,7 @@ def _apply(p, o, n, x, xo, sign, f, fo, kind, dense, codes, scales, at, block, s
 
 @_body
 def _updated(o, x, xo, sign, f, fo, kind, dense, codes, old, s, n):
-    """The update, as `_measure` wants it."""
+    """The update that `_measure` squares."""
     y = sign * load(x, xo, n)
     u = y
     if kind == DENSE:
@@ -313,9 +315,9 @@ def _preconditioned_body(g, o, sign, x, xo, f, fo, n):
 
 @_part
 def _span(p, o, n, g, x, f, fo, ones, kind, dense, codes, scales, at, block, s, now, after):
-    """Measure or apply ``n`` adjacent numbers whose factors are ``f``, from ``fo`` on.
+    """Measure or apply ``n`` adjacent numbers with the factors ``f``, from ``fo`` on.
 
-    ``after``: the first moment averages their preconditioned gradient, which ``x`` has room for.
+    With ``after``, the first moment averages their preconditioned gradient, for which ``x`` has room.
     """
     if after:
         whole = n - n % LANES
@@ -335,7 +337,7 @@ def _span(p, o, n, g, x, f, fo, ones, kind, dense, codes, scales, at, block, s, 
 
 @_part
 def _turns(phase):
-    """(Sweeps, looks at each unit in one): what is measured and applied takes two of either."""
+    """(Sweeps, looks at each unit in a sweep): to measure and apply takes two looks, in two sweeps or in one (ONCE)."""
     both = phase & MEASURE and phase & APPLY
     once = phase & ONCE
     return (_TWO if both and not once else _ONE), (_TWO if both and once else _ONE)
@@ -343,7 +345,7 @@ def _turns(phase):
 
 @_part
 def _now(phase, turn):
-    """What is done at a turn."""
+    """What this turn (a sweep or a look) does."""
     if phase & MEASURE and phase & APPLY:
         return MEASURE if turn == _ZERO else FOLD | APPLY
     return phase
@@ -351,7 +353,7 @@ def _now(phase, turn):
 
 @_part
 def _measured(row, task, squares, norms):
-    """RMS of the update and of the parameter; the sums have one order, whoever measured."""
+    """RMS of the update and of the parameter. The order of the sums does not depend on who measured."""
     square, norm, n = np.float64(0.0), np.float64(0.0), np.float64(task[SIZE])
     for i in range(task[BASE], task[BASE] + task[UNITS]):
         square += squares[i]
@@ -361,9 +363,9 @@ def _measured(row, task, squares, norms):
 
 @_part
 def _settle(row, task, rms, size):
-    """Put both RMS into a task's numbers."""
+    """Change a task's numbers according to both RMS."""
     if row[RELATIVE] != _0:
-        bounded = 1e-3 if size < 1e-3 else size  # a NaN stays one
+        bounded = 1e-3 if size < 1e-3 else size  # this comparison keeps NaN
         row[STEP] *= np.float32(row[RELATIVE] if bounded > row[RELATIVE] else bounded)
     if row[CLIP] != _0:
         excess = rms / row[CLIP]
@@ -376,7 +378,7 @@ def _settle(row, task, rms, size):
 
 @_part
 def _settled(row, task, squares, norms):
-    """A task's numbers with what its units have measured."""
+    """Change a task's numbers according to what its units have measured."""
     rms, size = _measured(row, task, squares, norms)
     _settle(row, task, rms, size)
 
@@ -398,17 +400,17 @@ def _table_body(table, o, f, j, decay, gain, n):
 
 @_body
 def _bucket_body(table, o, f, j, part, most, s, n):
-    """The squares of a bucket's updates are its squares over one denominator: no second look at the gradient."""
+    """Squares of a bucket's updates, as its squares over one denominator. The gradient is not read a second time."""
     u = _factor(load(table, o, n), s, _1)
     return part + load(f, j, n) * u * u, top(most, u)
 
 
 @_part
 def _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, before):
-    """Squares of a band's members into the table, and in ``f``; the sum of the parameter's squares if ``norm``.
+    """Add the squares of a band's members to the table and to ``f``; return the parameter's sum of squares if ``norm``.
 
-    ``rows`` and ``width`` are those of one matrix; ``above`` and ``before`` are the rows and the buckets of those that
-    come before it.
+    ``rows`` and ``width`` are those of one matrix. ``above`` and ``before`` are the numbers of rows and of buckets of
+    the matrices before it.
     """
     out = np.float64(0.0)
     for i in range(first, rows, width):
@@ -452,7 +454,7 @@ def _factors(table, o, f, n, s, rate):
 
 @_part
 def _bucket_squares(table, o, f, n, s):
-    """Sum of squares of a band's updates, from those of its gradients; and whether these stand for them."""
+    """The sum of squares of a band's updates, from the squares of its gradients, and whether that sum can be used."""
     out, most = np.float64(0.0), splat(_0)
     for lo in range(_ZERO, n, _SPAN):
         length, part = min(_SPAN, n - lo), splat(_0)
@@ -468,10 +470,10 @@ def _bucket_squares(table, o, f, n, s):
 
 @_compiled
 def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
-    """Count-min sketches of depth 1 with a strided hash; units are bands of adjacent buckets.
+    """Take the steps of count-min sketches of depth 1 with a strided hash. A unit is a band of adjacent buckets.
 
-    Adjacent buckets have adjacent members: memory is read in long runs, and a band is small enough that its gradient is
-    still in the cache when its squares are summed and the members take their step.
+    Adjacent buckets have adjacent members, so memory is read in long runs. A band is so small that its gradient is
+    still in the cache when its squares have been summed and its members take their step.
     """
     like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
     f = at_address(like_f, U(buffer.ctypes.data))
@@ -490,7 +492,7 @@ def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, n
         # Rows, buckets and bands of one matrix.
         rows, blocks = task[SIZE] // columns // task[MATRICES], (columns + block - _ONE) // block
         bands = (width + band - _ONE) // band
-        # Where blocks end with a row, one run for all rows; else row by row.
+        # If blocks end with a row, one run covers all rows; otherwise each row is a run.
         even = kind != INT8 or columns % block == 0
         s = _numbers(numbers[t])
         norm = s[RELATIVE] != _0 or task[LAST] != _ZERO
@@ -506,7 +508,7 @@ def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, n
                 for j in range(wide):
                     ones[j] = s[STEP]
             for one in range(begin, end):
-                # Back again: what was looked at last is still in the cache.
+                # The second sweep goes in reverse, because the last units are still in the cache.
                 unit = one if now & FOLD else begin + (end - _ONE - one)
                 matrix = unit // bands
                 first, above, before = (unit - matrix * bands) * band, matrix * rows, matrix * width
@@ -522,12 +524,12 @@ def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, n
                             if not measured:
                                 square = np.float64(0.0)
                 members = (rows - first + width - _ONE) // width
-                for look in (MEASURE, APPLY):  # both in one sweep: while the band is in the cache
+                for look in (MEASURE, APPLY):  # with ONCE both, while the band is in the cache
                     if not now & look or (look == MEASURE and measured):
                         continue
                     rate = _1 if look == MEASURE else s[INNER] if after else s[STEP]
                     _factors(table, (before + first) * columns, f, n, s, rate)
-                    # Back again here, too, but where the fold has just gone forth in the same band.
+                    # The second sweep goes in reverse here, too. After a fold of the same band the order stays.
                     back = now == APPLY
                     for one_ in range(members):
                         i = first + (members - _ONE - one_ if back else one_) * width
@@ -560,7 +562,7 @@ def _second_body(g, o, second, written, f, j, decay, gain, s, rate, n):
 
 @_compiled
 def exact(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
-    """An exact second moment, or none; units are rows of ``COLUMNS`` numbers, the last one shorter."""
+    """Take the steps of exact second moments, or of none. A unit is ``COLUMNS`` numbers; the last one is shorter."""
     like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
     room, start = U(len(buffer)) // U(3), U(buffer.ctypes.data)
     f, x = at_address(like_f, start), at_address(like_f, start + U(4) * room)
@@ -621,7 +623,7 @@ def _estimate(g, o, old, column, c, decay, gain, n):
 
 @_body
 def _cover_body(g, o, old, column, tops, c, f, j, most, s, rate, fold, n):
-    """Factors of a few columns; returns the maximum so far."""
+    """Factors of a few columns. Returns the maximum so far."""
     _, nu = _estimate(g, o, old, column, c, s[DECAY2], s[GAIN2], n)
     store(f, j, _factor(nu, s, rate), n)
     if fold:
@@ -632,7 +634,7 @@ def _cover_body(g, o, old, column, tops, c, f, j, most, s, rate, fold, n):
 
 @_body
 def _cover_ahead(g, o, old, column, tops, c, x, j, most, s, rate, n):
-    """The same, and in place of the factors the preconditioned gradient."""
+    """`_cover_body` that stores the preconditioned gradient in place of the factors."""
     y, nu = _estimate(g, o, old, column, c, s[DECAY2], s[GAIN2], n)
     store(x, j, s[SIGN] * y * _factor(nu, s, rate), n)
     store(tops, c, top(load(tops, c, n), nu), n)
@@ -641,7 +643,7 @@ def _cover_ahead(g, o, old, column, tops, c, x, j, most, s, rate, n):
 
 @_body
 def _cover_step(p, g, o, old, column, tops, c, most, s, n):
-    """The same, and the step itself, where there is no first moment."""
+    """`_cover_body` that takes the step itself, if there is no first moment."""
     y, nu = _estimate(g, o, old, column, c, s[DECAY2], s[GAIN2], n)
     store(tops, c, top(load(tops, c, n), nu), n)
     _update(p, o, s[SIGN] * y * _factor(nu, s, s[STEP]), s[SHRINK], n)
@@ -650,9 +652,10 @@ def _cover_step(p, g, o, old, column, tops, c, most, s, n):
 
 @_compiled
 def cover(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
-    """Matrices with SM3-II's covers; units are rows. A piece collects the maxima of its columns in a row of its own.
+    """Take the steps of matrices with SM3-II's covers. A unit is a row.
 
-    ``rows_`` takes the new covers of the rows, `finish` both over into the state: until then the old ones are read.
+    Each piece collects the maxima of its columns in a row of ``maxima``, and ``rows_`` gets the new covers of the rows.
+    `finish` copies both into the state, because the old covers are read until then.
     """
     like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
     room, start = U(len(buffer)) // U(3), U(buffer.ctypes.data)
@@ -733,7 +736,7 @@ def cover(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms
 
 @_compiled
 def settle(tasks, numbers, chosen, squares, norms):
-    """Put what several pieces have measured into the numbers of the tasks ``chosen``."""
+    """Change the numbers of the tasks ``chosen`` according to what several pieces have measured."""
     for k in range(len(chosen)):
         _settled(numbers[chosen[k]], tasks[chosen[k]], squares, norms)
     return 0
@@ -741,7 +744,7 @@ def settle(tasks, numbers, chosen, squares, norms):
 
 @_compiled
 def recall(tasks, numbers, chosen):
-    """Put what the last step has measured into the numbers of the tasks ``chosen``."""
+    """Change the numbers of the tasks ``chosen`` according to what the last step measured."""
     like_f = np.empty(0, np.float32)
     for k in range(len(chosen)):
         task = tasks[chosen[k]]
@@ -752,7 +755,7 @@ def recall(tasks, numbers, chosen):
 
 @_compiled
 def record(tasks, numbers, chosen, squares, norms):
-    """What this step has measured of the tasks ``chosen``, for the next one."""
+    """Store what this step has measured of the tasks ``chosen``, for the next step."""
     like_f = np.empty(0, np.float32)
     for k in range(len(chosen)):
         task = tasks[chosen[k]]
@@ -765,7 +768,7 @@ def record(tasks, numbers, chosen, squares, norms):
 
 @_compiled
 def finish(tasks, pieces, rows_, maxima):
-    """New covers take the place of the old ones; of the columns, the largest of all pieces (``pieces`` by task)."""
+    """Replace the old covers by the new ones. A column's cover is the maximum of all pieces (``pieces`` by task)."""
     like_f = np.empty(0, np.float32)
     for k in range(len(pieces)):
         task = tasks[pieces[k, TASK]]

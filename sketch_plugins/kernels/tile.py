@@ -1,6 +1,7 @@
-"""What a step computes of one tile, with or without torch.compile: the numerator, sums of squares, their root mean.
+"""The arithmetic of one tile, with or without torch.compile: the numerator, sums of squares, root mean squares.
 
-The functions take plain tensors. Whatever varies from step to step is a tensor, or it would be compiled anew.
+The functions take plain tensors. Anything that changes from step to step is a tensor, because torch.compile would
+compile the function again for another number.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 
-# Of a numerator's magnitude, where that divides it: 0 over it is 0.
+# The smallest magnitude that a numerator is divided by to get its sign, so that 0 stays 0.
 LEAST = 1e-30
 
 
 def numerator_of(g: Tensor, m: Tensor | None, lookahead: float | None, sign: bool = False) -> Tensor:
-    """What the update divides: g, m, or Nesterov's ``g + lookahead * m``; or the ``sign`` of that."""
+    """The numerator of the update: g, m, or Nesterov's ``g + lookahead * m``; with ``sign``, the sign of that."""
     if m is None:
         out = g
     elif lookahead is None:
@@ -28,13 +29,13 @@ def numerator_of(g: Tensor, m: Tensor | None, lookahead: float | None, sign: boo
         out = torch.add(g, m, alpha=lookahead, **scratch.out("numerator", g))
     if not sign:
         return out
-    # Not torch.sign, which makes 0 of NaN.
+    # torch.sign would turn NaN into 0.
     size = torch.abs(out, **scratch.out("magnitude", out)).clamp_(min=LEAST)
     return torch.div(out, size, **scratch.out("magnitude", out))
 
 
 def fold_squares(target: Tensor, x: Tensor, weight: Tensor) -> None:
-    """``target += weight * sum over the cycles of x * x``; ``weight`` is 0-d or one for each row of ``target``."""
+    """``target += weight * sum over the cycles of x * x``. ``weight`` is 0-d or has one number for each target row."""
     squares = torch.mul(x, x, **scratch.out("cells", x))
     sums = squares[0] if x.shape[0] == 1 else torch.sum(squares, [0], **scratch.out("sums", x[0]))
     target.addcmul_(sums, weight)
@@ -48,17 +49,17 @@ def root_mean_square(
 ) -> Tensor:
     """``sqrt(sum((numerator * factor) ** 2) / count)``, 0-d: a tile's part of the RMS of ``count`` numbers.
 
-    The result is right for all numbers of the arithmetic dtype, although squares of float32 overflow from 1.8e19 on and
-    underflow below 1e-19: where their sum is not finite, or too small to be trusted, the numbers are divided by the
-    largest one and their squares are summed again.
+    The result is right for all numbers of the arithmetic dtype, although squares in float32 overflow from 1.8e19 on and
+    underflow below 1e-19. If the sum is not finite, or so small that squares may have been lost, the numbers are
+    divided by the largest one and their squares are summed again.
 
     Args:
-        numerator: tile of the update before it is divided.
-        factor: what it is multiplied by, broadcastable to it; None: nothing.
-        count: how many numbers all tiles have together; `joined` puts their parts together.
+        numerator: tile of the numerator.
+        factor: its factor, which broadcasts to it; None means 1.
+        count: the number of elements of all tiles; `joined` combines their parts.
         run: `stores.base.Gradient.run`, which may compile a function.
     """
-    if numerator.device.type == "cpu":  # elsewhere, a look at the sum would wait for the device
+    if numerator.device.type == "cpu":  # on other devices, reading the sum would wait for the device
         total = run(sum_of_squares)(numerator, factor)
         if 1e8 * torch.finfo(numerator.dtype).tiny * numerator.numel() < float(total) < math.inf:
             return (total / count).sqrt_()
@@ -67,12 +68,12 @@ def root_mean_square(
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The root mean square of a whole, 0-d, from those parts of it that `root_mean_square` found in its tiles."""
+    """The root mean square of the whole, 0-d, from the parts that `root_mean_square` returned for its tiles."""
     return parts[0] if len(parts) == 1 else root_mean_square(torch.stack(list(parts)), None, 1)
 
 
 def sum_of_squares(numerator: Tensor, factor: Tensor | None) -> Tensor:
-    """``sum((numerator * factor) ** 2)``, 0-d, as far as the arithmetic dtype can hold it."""
+    """``sum((numerator * factor) ** 2)``, 0-d. It may overflow or underflow."""
     u = _product(numerator, factor)
     if torch.compiler.is_compiling():
         return (u * u).sum()
@@ -83,7 +84,7 @@ def sum_of_squares(numerator: Tensor, factor: Tensor | None) -> Tensor:
 def scaled_squares(numerator: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(sum((numerator * factor / largest) ** 2), largest)``, both 0-d, with the largest magnitude of the products.
 
-    Where that is 0 or not finite, ``largest`` is 1 and the sum what it is.
+    If that is 0 or not finite, ``largest`` is 1 and nothing is scaled.
     """
     u = _product(numerator, factor)
     compiling = torch.compiler.is_compiling()

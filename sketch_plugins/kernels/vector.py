@@ -1,11 +1,11 @@
 """Vectors of 16 float32 for Numba's loops: a type of their own, with loads, stores and arithmetic.
 
-Numba leaves vectors to LLVM's automatic ones, which are half as wide as the registers of a CPU with AVX-512, compare
-all addresses before every loop, and give up on a short or a mixed one: measured, a step of SM3 took twice as long. A
-`Lanes` is what LLVM calls ``<16 x float>``: one register with AVX-512, two with AVX2, four on ARM.
+Numba leaves vectors to LLVM's automatic ones. These are half as wide as the registers of a CPU with AVX-512, compare
+all addresses before every loop, and are not used for short loops or loops of mixed types; a step of SM3 took twice as
+long. A `Lanes` is what LLVM calls ``<16 x float>``: one register with AVX-512, two with AVX2, four on ARM.
 
-Every load and store is told how many lanes count, so that a loop's body also does the rest of a row: with the constant
-`LANES` it is one instruction; with less, the lanes beyond are 0 and their memory is not touched.
+Every load and store gets the number of lanes that count, so that a loop's body also does the rest of a row. With the
+constant `LANES` it is one instruction. With less, the other lanes are 0 and their memory is not touched.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
-# Unsigned, as all offsets: one that may be negative is checked for it.
+# Unsigned, as all offsets are: signed indices would be checked for negative values.
 LANES = np.uint64(16)
 _LANES = int(LANES)
 
-# Nothing that lets the compiler choose between roundings ("contract", "reassoc", "arcp"): code that was compiled in a
-# process and code from Numba's cache on disk would differ in the last bit. A NaN or an infinity comes out as one.
+# No flag lets the compiler choose between roundings ("contract", "reassoc", "arcp"), because code that was compiled in
+# the process and code from Numba's cache on disk could then differ in the last bit. NaN and infinity are kept.
 FAST_MATH = {"nsz"}
 _FLAGS = tuple(sorted(FAST_MATH))
 
@@ -68,7 +68,7 @@ def _spread(builder: Any, value: Any) -> Any:
 
 
 def _arithmetic(symbol: Callable[..., Any], instruction: str) -> None:
-    """``symbol`` of two vectors, or of one and a float32 that stands for all lanes."""
+    """Define ``symbol`` for two vectors, and for a vector and a float32 that stands for all lanes."""
 
     @infer_global(symbol)
     class _Typing(AbstractTemplate):
@@ -93,13 +93,13 @@ _arithmetic(operator.truediv, "fdiv")
 
 @intrinsic
 def splat(typing, value):
-    """A float32 in every lane."""
+    """A vector with the float32 in every lane."""
     return lanes(types.float32), lambda context, builder, sig, args: _spread(builder, args[0])
 
 
 @intrinsic
 def at_address(typing, like, address):
-    """An address as an array whose dtype is that of ``like``; its length is not known."""
+    """The memory at an address as an array of unknown length with the dtype of ``like``."""
 
     def generate(context, builder, sig, args):
         return _array_at(context, builder, sig.return_type, args[1])
@@ -109,9 +109,9 @@ def at_address(typing, like, address):
 
 @intrinsic
 def weights(typing, like_p, like_c, p, c, low, high):
-    """A parameter at an address, to be given to `load` and `store`; with corrections where ``like_c`` is of integers.
+    """The parameter at an address, for `load` and `store`. If ``like_c`` is an integer array, it has corrections.
 
-    ``low`` and ``high`` are the halves of the key of the noise that 24 bits are rounded with.
+    ``low`` and ``high`` are the halves of the key of the noise that rounds to 24 bits.
     """
     array = types.Array(like_p.dtype, 1, "C")
     corrected = isinstance(like_c.dtype, types.Integer)
@@ -153,7 +153,7 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> tup
 
 
 def _read(context: Any, builder: Any, kind: Any, array: Any, index: Any, n: Any) -> Any:
-    """Elements as they are; 0 beyond."""
+    """Elements without conversion; lanes beyond ``n`` are 0."""
     place, element, size = _place(context, builder, kind, array, index)
     few = cgutils.alloca_once(builder, _vector(element))
     whole = builder.icmp_unsigned(">=", n, ir.Constant(ir.IntType(64), _LANES))
@@ -174,7 +174,7 @@ def _read(context: Any, builder: Any, kind: Any, array: Any, index: Any, n: Any)
 
 
 def _write(context: Any, builder: Any, kind: Any, array: Any, index: Any, value: Any, n: Any) -> None:
-    """Elements as they are."""
+    """Write elements without conversion."""
     place, element, size = _place(context, builder, kind, array, index)
     whole = builder.icmp_unsigned(">=", n, ir.Constant(ir.IntType(64), _LANES))
     few = cgutils.alloca_once(builder, _vector(element))
@@ -188,9 +188,9 @@ def _write(context: Any, builder: Any, kind: Any, array: Any, index: Any, value:
 
 @intrinsic
 def load(typing, array, index, n):
-    """``array[index : index + n]`` of float32, of int8, or of the bits of bfloat16 (uint16); 0 beyond.
+    """``array[index : index + n]`` of float32, of int8, or of the bits of bfloat16 (uint16). Other lanes are 0.
 
-    Of `weights` with corrections: what both stand for together, see `weight_code.decode`.
+    For `weights` with corrections it returns the corrected weights, see `weight_code.decode`.
     """
 
     def generate(context, builder, sig, args):
@@ -213,9 +213,9 @@ def load(typing, array, index, n):
 
 @intrinsic
 def store(typing, array, index, value, n):
-    """``array[index : index + n] = value``: as it is; as the nearest int8; as the bits of the nearest bfloat16.
+    """``array[index : index + n] = value``: as float32, as the nearest int8, or as the bits of the nearest bfloat16.
 
-    Of `weights` with corrections: as both, see `weight_code.encode`; noise is that of the elements' numbers ``index``.
+    For `weights` with corrections it writes both, see `weight_code.encode`. Element ``index`` is the noise's first.
     """
 
     def generate(context, builder, sig, args):
@@ -243,7 +243,7 @@ def store(typing, array, index, value, n):
 
 
 def _corrected(builder: Any, stored: Any, code: Any, kind: Any) -> Any:
-    """Bits of float32: `weight_code.decode` of the bits of bfloat16 numbers."""
+    """`weight_code.decode` of the bits of bfloat16 numbers, as the bits of float32."""
     fraction = 8 if kind.element == _I8 else 16
     magnitude = builder.and_(stored, _all(_I32, 0x7FFF))
     sign = builder.shl(builder.and_(stored, _all(_I32, 0x8000)), _all(_I32, 16))
@@ -255,7 +255,7 @@ def _corrected(builder: Any, stored: Any, code: Any, kind: Any) -> Any:
 
 
 def _split(builder: Any, bits: Any, noise: Any) -> tuple[Any, Any]:
-    """`weight_code.encode` for bfloat16: its bits, and the codes as 32-bit integers. Without noise 16 bits more."""
+    """`weight_code.encode` for bfloat16: its bits, and the codes as 32-bit integers. Without noise F is 16, else 8."""
     magnitude = builder.and_(bits, _all(_I32, 0x7FFFFFFF))
     fraction = 16 if noise is None else 8
     h = magnitude if noise is None else builder.lshr(builder.add(magnitude, noise), _all(_I32, 8))
@@ -270,7 +270,7 @@ def _split(builder: Any, bits: Any, noise: Any) -> tuple[Any, Any]:
 
 
 def _noise(builder: Any, index: Any, low: Any, high: Any) -> Any:
-    """The lowest 8 bits of `hashing.random32` of adjacent elements, from number ``index`` on."""
+    """The lowest 8 bits of `hashing.random32` of adjacent elements, starting with element ``index``."""
     wide = ir.IntType(64)
     number = builder.add(_spread(builder, index), ir.Constant(_vector(wide), list(range(_LANES))))
     h = builder.trunc(builder.xor(number, builder.lshr(number, _all(wide, 32))), _vector(_I32))
@@ -292,7 +292,7 @@ def _unsigned(builder: Any, value: Any) -> Any:
 
 
 def _bfloat16(builder: Any, bits: Any) -> Any:
-    """Nearest, ties to even; a NaN stays one."""
+    """The bits of the nearest bfloat16, ties to even. NaN stays NaN."""
     high = builder.lshr(bits, _all(_I32, 16))
     even = builder.add(builder.add(bits, _all(_I32, 0x7FFF)), builder.and_(high, _all(_I32, 1)))
     nan = builder.icmp_unsigned(">", builder.and_(bits, _all(_I32, 0x7FFFFFFF)), _all(_I32, 0x7F800000))
@@ -317,11 +317,11 @@ def root(typing, x):
 
 @intrinsic
 def least(typing, x, y):
-    """The smaller one, lane by lane; NaN if either is."""
+    """The smaller number in each lane, or NaN if either is NaN."""
 
     def generate(context, builder, sig, args):
         x, y = args
-        smaller = builder.select(builder.fcmp_ordered("<", x, y), x, y)  # y where either is NaN
+        smaller = builder.select(builder.fcmp_ordered("<", x, y), x, y)  # y if either is NaN
         return builder.select(builder.fcmp_unordered("uno", x, x), x, smaller)
 
     return lanes(lanes, lanes), generate
@@ -329,7 +329,7 @@ def least(typing, x, y):
 
 @intrinsic
 def at_least(typing, x, floor):
-    """``floor if x < floor else x``: a NaN stays one."""
+    """``floor if x < floor else x``, which keeps NaN."""
 
     def generate(context, builder, sig, args):
         floor = _spread(builder, args[1])
@@ -338,9 +338,9 @@ def at_least(typing, x, floor):
     return lanes(lanes, types.float32), generate
 
 
-# Of numbers that are not negative the order of the bits is that of the numbers, NaN above all: an integer maximum is
-# one instruction, and none of a floating point one's rules for NaN. But a NaN may have a sign (0 times infinity has one
-# on x86), with which it would be below all numbers: signs are cleared.
+# The bits of numbers that are not negative have the order of the numbers, and NaN is the largest. An integer maximum
+# is one instruction, without the rules of a floating-point maximum for NaN. A NaN may have a sign (0 times infinity has
+# one on x86), which would make it the smallest, so signs are cleared.
 @intrinsic
 def magnitude(typing, x):
     """Absolute values."""
@@ -353,7 +353,7 @@ def magnitude(typing, x):
 
 @intrinsic
 def top(typing, x, y):
-    """The larger one of numbers >= 0 or NaN; NaN if either is."""
+    """The larger number in each lane, for numbers >= 0; NaN if either is NaN."""
 
     def generate(context, builder, sig, args):
         a, b = (_unsigned(builder, x) for x in args)
@@ -364,7 +364,7 @@ def top(typing, x, y):
 
 @intrinsic
 def largest(typing, x):
-    """The largest lane of numbers >= 0 or NaN, as a float32."""
+    """The largest lane as a float32, for numbers >= 0; NaN if any lane is NaN."""
 
     def generate(context, builder, sig, args):
         name = f"llvm.vector.reduce.smax.v{_LANES}i32"
@@ -375,7 +375,7 @@ def largest(typing, x):
 
 @intrinsic
 def total(typing, x):
-    """The sum of the lanes, as a float32; its order is always the same."""
+    """The sum of the lanes as a float32, always in the same order."""
 
     def generate(context, builder, sig, args):
         name = f"llvm.vector.reduce.fadd.v{_LANES}f32"

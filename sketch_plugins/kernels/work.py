@@ -1,4 +1,4 @@
-"""What a fused backend is given: one parameter's step, described by plain tensors and a vector of numbers."""
+"""The input of a fused backend: one parameter's step, described by plain tensors and a vector of numbers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.stores.base import Ema, State, Store
 
-# A sweep may fold the gradient into the second moment, measure the update (and the parameter), and apply the step.
+# The phases of a sweep. It may write the second moment, measure the update (and the parameter), and apply the step.
 FOLD, MEASURE, APPLY = 1, 2, 4
 
-# Places in the vector of numbers that a kernel is given for each parameter.
+# The places of the numbers in the vector that a kernel gets for each parameter.
 (
-    DECAY1,  # of the first moment: m <- decay * m + gain * x
+    DECAY1,  # first moment: m <- decay * m + gain * x
     GAIN1,
-    DECAY2,  # of the second
+    DECAY2,  # second moment
     GAIN2,
-    MEAN,  # 1: a bucket takes the mean of its rows' squares; 0: the sum
+    MEAN,  # 1: a bucket takes the mean of its rows' squares. 0: it takes the sum
     SCALE,  # denominator = max(sqrt(v + inside) * scale + shift, floor)
     SHIFT,
     INSIDE,
@@ -30,14 +30,14 @@ FOLD, MEASURE, APPLY = 1, 2, 4
     STEP,  # learning rate, with the bias correction of the first moment
     SHRINK,  # one minus the decoupled weight decay
     LOOKAHEAD,  # Nesterov's momentum
-    SIGN,  # -1 ascends
+    SIGN,  # -1 for ascent
     L2,  # coupled weight decay
-    CORRECTION,  # bias correction of the first moment alone: part of the update that CLIP measures
-    INNER,  # multiplies the preconditioned gradient before the first moment averages it (`Work.after`)
+    CORRECTION,  # bias correction of the first moment alone, for the update that CLIP measures
+    INNER,  # factor of the preconditioned gradient before the first moment averages it (`Work.after`)
     CLIP,  # update_clip; 0: off
-    RELATIVE,  # not 0: the step is multiplied by the RMS of the parameter, at least 1e-3 and at most this
-    NUMBER,  # of the step, from 1: seeds stochastic rounding
-    UNIT,  # 1: the numerator is divided by its own magnitude, or by tile.LEAST where that is less: its sign
+    RELATIVE,  # if not 0, the step is multiplied by the RMS of the parameter, which counts as 1e-3 to RELATIVE
+    NUMBER,  # number of the step, from 1, which seeds stochastic rounding
+    UNIT,  # 1: the numerator is replaced by its sign (it is divided by its magnitude, which counts as >= tile.LEAST)
 ) = range(20)
 NUMBERS = 20
 
@@ -48,23 +48,23 @@ class Work:
 
     Attributes:
         p: the parameter as an ``(R, D)`` view with unit stride along columns.
-        g: its gradient, likewise; for a sparse gradient the ``(n, D)`` values.
-        rows: touched rows (int64, distinct, ascending), None: all.
-        packed: ``g`` holds the touched rows only.
-        first: store of the first moment and its state; None: there is none.
-        second: store of the second moment and its state; None: there is none.
-        numbers: see the places above.
-        after: the first moment averages the gradient over the denominator, and is not divided any more (SM3, Sketchy);
-            what is clipped is then that quotient, before it is averaged: by INNER, not by STEP.
-        measure: the sweep before has to measure the update or the parameter.
+        g: its gradient in the same form; for a packed sparse gradient the ``(n, D)`` values.
+        rows: touched rows (int64, distinct, ascending), or None for all rows.
+        packed: ``g`` holds only the touched rows.
+        first: store of the first moment and its state, or None if there is no first moment.
+        second: store of the second moment and its state, or None if there is no second moment.
+        numbers: the numbers of the step, at the places above.
+        after: the first moment averages the gradient after it was divided by the denominator (SM3, Sketchy). Clipping
+            then measures that quotient and changes INNER, not STEP.
+        measure: a sweep has to measure the update or the parameter before the step.
         stochastic: round a bfloat16 parameter stochastically.
-        seed: of the rounding.
-        flags: a bit for each of ``numbers`` that is not 0, for numbers that live on a device.
-        correction: what the weights have beyond their dtype, ``(R, D)`` (see `weight_code`); None: nothing. A step
-            reads and writes both.
-        last: RMS of the update before it was clipped, and of the parameter before it moved, as the last step measured
-            them; this step goes by them (unless it has to ``measure``) and leaves its own. None: nobody keeps them.
-        emas: averages of the first and the second moment: what the host has to know of the numbers, wherever they live.
+        seed: seed of that rounding.
+        flags: one bit for each of ``numbers``, set if it is not 0. The host reads it if the numbers are on a device.
+        correction: the corrections of the weights, ``(R, D)`` (see `weight_code`), or None. A step reads and writes
+            both weights and corrections.
+        last: two RMS that the last step measured: of the update before it was clipped, and of the parameter before it
+            moved. This step uses them (unless it has to ``measure``) and replaces them. None if they are not kept.
+        emas: averages of the first and the second moment, which the host needs even if the numbers are on a device.
     """
 
     p: Tensor
@@ -85,7 +85,7 @@ class Work:
 
     @property
     def once(self) -> bool:
-        """The sweep that takes the step also measures it, for the next one."""
+        """Whether the sweep that takes the step also measures it, for the next step."""
         return self.last is not None and not self.measure
 
     def __post_init__(self) -> None:
@@ -94,12 +94,12 @@ class Work:
 
 
 def is_rows(tensor: Tensor) -> bool:
-    """Whether a 2-D tensor is rows of adjacent numbers, each behind the other or with gaps."""
+    """Whether each row of a 2-D tensor is adjacent in memory. There may be gaps between the rows."""
     return tensor.shape[1] == 1 or tensor.stride(1) == 1 or tensor.numel() == 0
 
 
 def misread(w: Work) -> str | None:
-    """What a kernel, which is given addresses, would not see of the tensors; None: nothing."""
+    """Why a kernel, which reads memory by its address, would misread a tensor of this work, or None."""
     state = [tensor for pair in (w.first, w.second) if pair for tensor in pair[1].values()]
     state += [tensor for tensor in (w.last, w.correction) if tensor is not None]
     if not all(has_address(tensor) for tensor in (w.p, w.g, *state)):
@@ -117,7 +117,7 @@ def misread(w: Work) -> str | None:
 
 
 def same_tasks(tasks: Sequence[Any], last: Sequence[Any]) -> bool:
-    """Whether a program that was made for ``last`` is one for ``tasks``: the same objects in the same order."""
+    """Whether a program made for ``last`` is one for ``tasks``: they are the same objects in the same order."""
     return len(tasks) == len(last) and all(map(is_, tasks, last))
 
 

@@ -1,4 +1,4 @@
-"""The stores and rules as Triton kernels: for CUDA and ROCm, and (for tests) Triton's interpreter.
+"""The fused steps as Triton kernels, for CUDA and ROCm, and for Triton's interpreter in tests.
 
-One template (`step`) takes the stores' functions as compile-time arguments; `launch` is the only code that knows grids.
+One template (`step`) takes the stores' functions as compile-time arguments. Only `launch` knows grids.
 """

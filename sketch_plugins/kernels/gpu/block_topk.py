@@ -1,7 +1,7 @@
-"""Error feedback with the largest entries of each block, in one sweep: add to the memory, pick, clear.
+"""Error feedback with the largest entries of each block in one sweep: add to the memory, pick, clear.
 
-The definition is `sketch_plugins.comm.base.Compressor.take` with `BlockTopK`. Which of equal magnitudes goes is the
-only difference: here the first.
+The definition is `sketch_plugins.comm.base.Compressor.take` with `BlockTopK`. The only difference is which of equal
+magnitudes is picked: here it is the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from sketch_plugins.hashing import TABLE1, TABLE2, key_of
 from sketch_plugins.kernels.gpu import common
 
-# What one thread holds of a block: nothing is spilt on any target, and 16 warps of them are the largest block.
+# How many numbers of a block one thread holds. No target spills, and 16 warps of them are the largest block.
 PER_THREAD = 8
 LARGEST = 16 * 32 * PER_THREAD
 
@@ -33,7 +33,7 @@ def take(
     beta: float,
     masking: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Values (float32) and offsets (int16) of what was picked, each block's in ascending order of the offsets."""
+    """The picked values (float32) and their offsets (int16), for each block in ascending order of the offsets."""
     blocks, each, last = parts
     device, size = memory.device, memory.numel()
     values = torch.empty(blocks * each + last, dtype=torch.float32, device=device)
@@ -42,11 +42,11 @@ def take(
         return values, index
     gain = gain if isinstance(gain, Tensor) else torch.full((), gain, dtype=torch.float32, device=device)
     noise = [k >> s & 0xFFFFFFFF for stream in (TABLE1, TABLE2) for k in (key_of(key ^ stream, step),) for s in (0, 32)]
-    # int64, as unsigned numbers of 32 bits do not fit an int32.
+    # The dtype is int64, because unsigned numbers of 32 bits do not fit an int32.
     keys = torch.tensor(noise, dtype=torch.int64)
     keys = keys.pin_memory().to(device, non_blocking=True) if memory.is_cuda else keys
     with torch.cuda.device(device) if memory.is_cuda else contextlib.nullcontext():
-        # Whole blocks need no masks, without which loads are 128 bits wide; what is left is a launch of its own.
+        # Whole blocks need no masks, and only then are loads 128 bits wide. The rest has a launch of its own.
         for programs, first, k, whole in ((blocks, 0, each, True), (int(last > 0), blocks, last, False)):
             if programs:
                 select[(programs,)](
@@ -64,7 +64,7 @@ def select(
     size, first, each, k, beta,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr, MOMENTUM: tl.constexpr, MASKING: tl.constexpr,
 ):  # fmt: skip
-    """A program for each block from ``first`` on, of which ``k`` entries go."""
+    """Pick ``k`` entries of a block. There is one program for each block from ``first`` on."""
     block = tl.program_id(0).to(tl.int64) + first
     begin = block * BLOCK
     memory += begin
@@ -72,7 +72,7 @@ def select(
     offset = tl.arange(0, BLOCK)
     mask = offset >= 0 if WHOLE else offset < size - begin
     m = _load(memory + offset, mask, WHOLE)
-    # A gain of 0 says that the gradient is not finite: nothing is added, and nothing decays.
+    # A gain of 0 means that the gradient is not finite. Then nothing is added, and nothing decays.
     factor = tl.load(gain)
     g = tl.where(factor == 0, 0.0, _load(grad + begin + offset, mask, WHOLE) * factor)
     if MOMENTUM:
@@ -80,11 +80,11 @@ def select(
         m += tl.where(factor == 0, 0.0, g)
     else:
         m += g
-    # The bits of magnitudes are ordered as they are. What does not exist comes last.
+    # The bits of magnitudes have their order. Elements that do not exist come last.
     bits = m.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if not WHOLE:
         bits = tl.where(mask, bits, -1)
-    # The k-th largest, from its highest bit down: 31 counts, whatever k is.
+    # The k-th largest magnitude is found from its highest bit down: 31 counts for any k.
     threshold = 0
     for i in range(31):
         candidate = threshold | (1 << (30 - i))
@@ -123,12 +123,12 @@ def _write(pointer, x, begin, offset, keys, mask, WHOLE: tl.constexpr):
 
 @triton.jit
 def _held(x, begin, offset, keys, TYPE: tl.constexpr):
-    """What a memory of this type holds of ``x``; the noise is that of `hashing.random32`."""
+    """``x`` as a memory of this type holds it. The noise is that of `hashing.random32`."""
     if TYPE == tl.bfloat16:
         at = begin + offset
         low = tl.load(keys).to(tl.uint64, bitcast=True)
         high = tl.load(keys + 1).to(tl.uint64, bitcast=True)
         first = common.mix32(at.to(tl.uint64, bitcast=True), low).to(tl.uint64)
         return common.to_bf16(x, common.mix32(first, high))
-    else:  # a type of its own for each case
+    else:  # Triton needs a branch, because the types differ
         return x

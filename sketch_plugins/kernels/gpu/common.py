@@ -1,4 +1,4 @@
-"""What every kernel shares: addressing, gradients, rounding noise, the rule."""
+"""What all kernels share: addresses, gradients, rounding noise, denominators."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from sketch_plugins.kernels.gpu.table import (
     P,
 )
 
-# What a kernel is compiled for besides its stores: named once, handed through.
+# How a kernel finds its rows: all of them, touched rows of a dense gradient, or rows of a packed gradient.
 RANGE, TOUCHED, PACKED = (tl.constexpr(i) for i in range(3))
-# Streams of noise.
+# Streams of rounding noise.
 PLAIN, TABLE1, TABLE2 = tl.constexpr(0), tl.constexpr(hashing.TABLE1), tl.constexpr(hashing.TABLE2)
 
 
 @triton.jit
 def find(table, count, pid):
-    """The tensor that program ``pid`` works on: the last one whose first program is not behind it."""
+    """The tensor that program ``pid`` works on: the last one whose first program is not after it."""
     low = 0
     high = count
     while high - low > 1:
@@ -51,9 +51,10 @@ def find(table, count, pid):
 
 @triton.jit
 def address(t, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """A pointer of the table. ``ALIGN``: the launcher has checked that it lies on 16 bytes: loads may be 128 bits wide.
+    """A pointer of the table. With ``ALIGN`` the launcher has checked that it is a multiple of 16 bytes.
 
-    The hint belongs to the operation that makes the value; given in a function of its own it would be lost.
+    Loads may then be 128 bits wide. The hint belongs to the operation that makes the value; if it were given to a
+    function's argument, it would be lost.
     """
     pointer = tl.load(t + FIELD).to(tl.pointer_type(TYPE))
     if ALIGN:
@@ -63,7 +64,7 @@ def address(t, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def extent(t, FIELD: tl.constexpr, ALIGN: tl.constexpr):
-    """A number of columns or a stride. ``ALIGN``: a multiple of 16."""
+    """A number of columns or a stride. With ``ALIGN`` it is a multiple of 16."""
     n = tl.load(t + FIELD)
     if ALIGN:
         n = tl.multiple_of(n, 16)
@@ -72,7 +73,7 @@ def extent(t, FIELD: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def rows_at(t, first, M: tl.constexpr, MODE: tl.constexpr):
-    """Numbers of ``M`` rows from ``first`` on: in the parameter, the gradient, the touched rows; and which exist."""
+    """The numbers of ``M`` rows from ``first`` on in parameter, gradient and touched rows, and which of them exist."""
     position = first + tl.arange(0, M).to(tl.int64)
     exists = position < tl.load(t + COUNT)
     if MODE == RANGE:
@@ -95,7 +96,7 @@ def buckets_of(t, rows, hashes):
 
 @triton.jit
 def members(t, bucket, matrix, first, hashes, M: tl.constexpr):
-    """``M`` rows of a bucket, from the ``first``-th member on, and which of them exist: the hash run backwards."""
+    """``M`` rows of a bucket, from member ``first`` on, by the inverse hash, and which of them exist."""
     height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
     place = bucket - matrix * own + (first + tl.arange(0, M).to(tl.int64)) * own
     row = ((place + height - tl.load(hashes + 1)) % height) * tl.load(hashes + 2) % height
@@ -104,7 +105,7 @@ def members(t, bucket, matrix, first, hashes, M: tl.constexpr):
 
 @triton.jit
 def load_of(t, bucket, matrix):
-    """How many rows share a bucket."""
+    """The number of rows in a bucket."""
     height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
     return (height - (bucket - matrix * own) + own - 1) // own
 
@@ -114,7 +115,7 @@ def gradient(
     t, s, rows, g_rows, cols, mask, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
     L2_ON: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient in float32, ascending where asked for, with the coupled weight decay."""
+    """The gradient in float32, with the sign of the step's direction and with coupled weight decay."""
     g = tl.load(t + tl.load(t + G)).to(tl.pointer_type(G_TYPE))
     if ALIGN:
         g = tl.multiple_of(g, 16)
@@ -128,7 +129,7 @@ def gradient(
 
 @triton.jit
 def parameter(t, rows, cols, mask, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """The parameter in float32, with its corrections where there are some (``C_TYPE`` is not None)."""
+    """The parameter in float32, corrected if it has corrections (``C_TYPE`` is not None)."""
     p = address(t, P, P_TYPE, ALIGN)
     stride = extent(t, P_STRIDE, ALIGN)
     x = tl.load(p + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
@@ -141,15 +142,15 @@ def parameter(t, rows, cols, mask, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, A
 
 @triton.jit
 def codes(t, rows, cols, C_TYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """Where the corrections lie."""
+    """The addresses of the corrections."""
     return address(t, CODES, C_TYPE, ALIGN) + rows[:, None] * extent(t, COLUMNS, ALIGN) + cols[None, :]
 
 
 @triton.jit
 def sum_of_squares(x):
-    """In float64, which holds it whatever ``x`` is; summed in float32, and once more, scaled, where that cannot."""
+    """The sum of squares in float64. If float32 cannot hold it, it is computed again from scaled numbers."""
     total = tl.sum(x * x).to(tl.float64)
-    if total > 3.4028234663852886e38:  # infinite, but not NaN
+    if total > 3.4028234663852886e38:  # infinite, not NaN
         y = x * 8.470329472543003e-22  # 2**-70
         total = tl.sum(y * y).to(tl.float64) * 1.3937965749081639e42  # 2**140
     elif total < 8.271806125530277e-25:  # 2**-80: squares may have underflowed
@@ -160,9 +161,9 @@ def sum_of_squares(x):
 
 @triton.jit
 def factor(v, s, rate):
-    """``rate`` over the denominator, in correctly rounded operations."""
+    """``rate`` divided by the denominator, in correctly rounded operations."""
     root = tl.sqrt_rn(v + tl.load(s + INSIDE)) * tl.load(s + SCALE) + tl.load(s + SHIFT)
-    # Not tl.maximum: a NaN must stay one.
+    # tl.maximum would not keep a NaN.
     floor = tl.load(s + FLOOR)
     root = tl.where(root < floor, floor, root)
     return tl.div_rn(rate + tl.zeros_like(root), root)
@@ -191,7 +192,7 @@ def noise(t, s, index, STREAM: tl.constexpr):
 
 @triton.jit
 def to_bf16(x, random):
-    """Stochastic rounding to bfloat16: up with a probability equal to the fraction cut off."""
+    """Stochastic rounding to bfloat16: away from zero with a probability equal to the fraction that is cut off."""
     bits = x.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     rounded = tl.where(finite, bits + (random & 0xFFFF), bits | ((bits & 0xFFFF) != 0).to(tl.uint32) << 16)
@@ -200,8 +201,8 @@ def to_bf16(x, random):
 
 @triton.jit
 def held(x, t, s, cell, STREAM: tl.constexpr, TYPE: tl.constexpr):
-    """What a table of this type holds of ``x``: itself, or rounded to bfloat16 with the noise of its ``cell``."""
+    """``x`` as a table of this type holds it: unchanged, or rounded to bfloat16 with the noise of its ``cell``."""
     if TYPE == tl.bfloat16:
         return to_bf16(x, noise(t, s, cell, STREAM))
-    else:  # a type of its own for each case
+    else:  # Triton needs a branch, because the types differ
         return x

@@ -1,4 +1,4 @@
-"""First moments: what a tile of each store reads, blends and writes. Each returns the new estimate, unrounded."""
+"""First moments: each function reads, blends and writes a tile of one store, and returns the unrounded estimate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def none(
     DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """The gradient itself."""
+    """Without a first moment the estimate is the gradient itself."""
     return x
 
 
@@ -78,7 +78,7 @@ def int8(
     old = tl.load(codes, mask=mask, other=0).to(tl.float32) * tl.load(scales, mask=exists, other=0.0)[:, None]
     m = tl.load(s + DECAY1) * old + tl.load(s + GAIN1) * x
     if STORE:
-        # The order of the bits of |m| is that of the numbers, NaN above all: the maximum is one of integers.
+        # The bits of |m| have the order of the numbers, and NaN is the largest: the maximum of integers is enough.
         bits = tl.where(mask, m.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
         top = tl.max(bits, 1).to(tl.float32, bitcast=True)
         scale = tl.div_rn(top, 127.0 + tl.zeros_like(top))
@@ -124,7 +124,7 @@ def count_sketch(
     DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """The median over the tables, which `fold` has written before; the middle ones are found by rank."""
+    """The median over the tables, which `fold` has written before. The middle values are found by their rank."""
     columns = tl.load(t + COLUMNS)
     m = tl.zeros_like(x)
     for i in tl.static_range(DEPTH):
@@ -138,6 +138,6 @@ def count_sketch(
             m += tl.where(rank == DEPTH // 2, value, 0.0)
         else:
             m += tl.where((rank == DEPTH // 2) | (rank == DEPTH // 2 - 1), value * 0.5, 0.0)
-        # A NaN has no rank, and must not vanish.
+        # A NaN has no rank, but must be kept.
         m = tl.where(value == value, m, value)
     return m

@@ -1,4 +1,4 @@
-"""Writing sketches that the step only reads: several tables, signs, or touched rows."""
+"""Writes sketches before a step that only reads them: sketches of several tables, with signs, or of touched rows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LARGEST_SQUARE = tl.constexpr(largest_square(torch.float32))
 
 @triton.jit
 def _signs(t, rows, hashes, SIGNED: tl.constexpr):
-    """Of each row, 1 or -1. Found before the gradient is loaded: held through the division, that would cost a spill."""
+    """1 or -1 for each row. They are computed before the gradient is loaded, which the division would else spill."""
     if SIGNED:
         seed = tl.load(hashes + 3).to(tl.uint64, bitcast=True)
         odd = mix32((rows % tl.load(t + HEIGHT)).to(tl.uint64, bitcast=True), seed) & 1
@@ -67,7 +67,7 @@ def _cell(x, signs, SIGNED: tl.constexpr, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _limited(x):
-    """Squares end at a 512th of the largest float32: `sketch_plugins.stores.row_count_min.largest_square`."""
+    """Limit squares to a 512th of the largest float32, as `sketch_plugins.stores.row_count_min.largest_square` says."""
     return tl.where(x > LARGEST_SQUARE, LARGEST_SQUARE, x)
 
 
@@ -87,10 +87,10 @@ def dense(
     GAIN: tl.constexpr, SIGNED: tl.constexpr, WEIGHTED: tl.constexpr, L2_ON: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One bucket of one table (grid dimension 1) by ``N`` columns, all its members.
+    """Write one bucket of one table (grid dimension 1) for ``N`` columns, from all its members.
 
-    ``WEIGHTED`` (row-normalised count-min): a member's squares enter with a weight of its own, and the bucket keeps
-    the mean of what its members keep of it.
+    With ``WEIGHTED`` (row-normalised count-min) a member's squares have a weight of their own, and the bucket keeps the
+    mean of the fractions that its members keep.
     """
     pid, j = tl.program_id(0), tl.program_id(1)
     index = find(table, count, pid)
@@ -117,7 +117,7 @@ def dense(
             x = x * tl.load(weights + rows, mask=exists, other=0.0)[:, None]
             kept += tl.sum(tl.load(weights + total + rows, mask=exists, other=0.0))
         sums += tl.sum(x, 0)
-    # Loaded again: held through the loop, they would cost a spill.
+    # These are loaded here, because holding them through the loop would spill registers.
     cell = (j * tl.load(t + WIDTH) + bucket) * tl.load(t + COLUMNS) + cols
     place = tl.load(t + TARGET).to(tl.pointer_type(TYPE)) + cell
     old = tl.load(place, mask=inner, other=0.0).to(tl.float32)
@@ -138,7 +138,7 @@ def row_means(
     MODE: tl.constexpr, L2_ON: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
-    """Means of the rows' squares, ``M`` rows a program, into the weights' buffer."""
+    """Write the means of the rows' squares, ``M`` rows a program, to the weights' buffer."""
     pid = tl.program_id(0)
     index = find(table, count, pid)
     t = table + index * FIELDS
@@ -162,11 +162,11 @@ def touched(
     TYPE: tl.constexpr, TARGET: tl.constexpr, MODE: tl.constexpr,
     SIGNED: tl.constexpr, WEIGHTED: tl.constexpr, L2_ON: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Touched rows, sorted by bucket for each table: the program at the head of a segment adds up the whole segment.
+    """Write the buckets of touched rows, which are sorted by bucket for each table.
 
-    The bucket takes as many steps as it has touched rows, each with their mean; ``powers`` holds, for c of them, the
-    decay and the gain of c steps (``WEIGHTED``: as in `dense`). It is written once. No atomics, and no number of
-    segments that the host would have to wait for.
+    The program at the head of a segment adds up the whole segment and writes the bucket once. The bucket takes as many
+    steps as it has touched rows, each with their mean. ``powers`` holds the decay and the gain of c steps (with
+    ``WEIGHTED``, see `dense`). There are no atomics, and the host does not wait for the number of segments.
     """
     t, s, j = table, numbers, tl.program_id(2)
     n = tl.load(t + COUNT)
@@ -207,7 +207,7 @@ def touched(
             same = found == M
         c = end - position
         mean = sums / c.to(tl.float32)
-        # Loaded again: held through the loop, they would cost a spill.
+        # These are loaded here, because holding them through the loop would spill registers.
         bucket = tl.load(bucket_of + position)
         cell = (j * tl.load(t + WIDTH) + bucket) * tl.load(t + COLUMNS) + cols
         target = tl.load(t + TARGET).to(tl.pointer_type(TYPE)) + cell
@@ -221,9 +221,9 @@ def touched(
 
 @triton.jit
 def covers(table, numbers, AVERAGE: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr):
-    """The covers of every tensor take their new values; ``AVERAGE`` (SM3-I): the new maxima enter an average.
+    """Replace the covers of every tensor by the new maxima. With ``AVERAGE`` (SM3-I) the maxima enter an average.
 
-    A row of programs for each tensor, which share its axes.
+    A row of programs for each tensor shares the elements of its axes.
     """
     t = table + tl.program_id(0) * FIELDS
     s = numbers + tl.load(t + ROW) * NUMBERS

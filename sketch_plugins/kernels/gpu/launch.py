@@ -1,7 +1,7 @@
-"""From a list of parameters to as few kernel launches as their stores allow. The only code that knows grids.
+"""Turns a list of parameters into as few kernel launches as their stores allow. Only this file knows grids.
 
-Nothing here waits for the device: tables of pointers are uploaded from pinned memory and kept while the pointers stay
-the same, and the numbers of a step travel with it (or are on the device already: ``capturable``).
+Nothing here waits for the device. Tables of pointers are uploaded from pinned memory and kept while the pointers stay
+the same. The numbers of a step are uploaded with it (with ``capturable`` they are on the device already).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from sketch_plugins.stores.sketch import Sketch
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 CODES = {None: None, torch.int8: tl.int8, torch.int16: tl.int16}
-# Numbers in a program's tile at most: what fits the registers with g, p, a moment and the factor alive.
+# The largest number of elements in a program's tile: with g, p, a moment and the factor it still fits the registers.
 TILE = 4096
-# Columns of a tile where no block of codes asks for another number: 512 bytes of float32, a full transaction a warp.
+# Columns of a tile without blocks of codes: 512 bytes of float32, which is a full transaction of a warp.
 COLUMNS = 128
 FLAT = 1024
 TABLES = 32
@@ -59,7 +59,7 @@ def unsupported(w: Work) -> str | None:
     if len({store.block_size for store in stores} - {0}) > 1:
         return "the Triton kernels need the same block size in both moments"
     if w.after and w.first and isinstance(w.first[0], CountSketch):
-        # It is written with the gradient itself, before anything is divided.
+        # A count-sketch is written with the gradient itself, before the division.
         return (
             "the Triton kernels do not support first_moment='count_sketch' when the momentum follows the "
             "division by the denominator"
@@ -69,16 +69,16 @@ def unsupported(w: Work) -> str | None:
 
 @dataclass(frozen=True)
 class Task:
-    """One parameter's step as the launches of later steps take it, too: addresses, no tensors.
+    """One parameter's step, as addresses and no tensors, so that later steps can launch it again.
 
     Attributes:
         spec: what the kernel is compiled for.
-        device: of the parameter.
-        row: its fields (see `common`); those that depend on the launch are 0.
+        device: device of the parameter.
+        row: its fields (see `table`). Those that depend on the launch are 0.
         programs: how many programs its step takes.
-        axes: of its cover, if it has one: pointer, length and numbers of one slice, for each axis but the first.
-        lengths: of the buffers for the new covers.
-        cover: the store of its covers.
+        axes: pointer, length and numbers of one slice, for each axis of its cover except the first.
+        lengths: lengths of the buffers for the new covers.
+        cover: the store of its covers, if it has any.
         gradient: address of the gradient that it was described with.
     """
 
@@ -97,14 +97,14 @@ class Task:
         return self.spec.lagged and not self.spec.measure
 
     def fits(self, gradient: int) -> bool:
-        """Whether a gradient at this address can be read as the task says."""
+        """Whether the task can read a gradient at this address."""
         return not self.spec.align or gradient % 16 == 0
 
 
 def task(w: Work) -> Task | None:
-    """The task of a work that is supported. It holds as long as addresses, shapes and dtypes of the tensors do.
+    """The task of a supported work. It is valid while addresses, shapes and dtypes of the tensors stay the same.
 
-    None where other launches come before the step: sketches of several tables, and touched rows, are written first.
+    None if other launches come before the step: sketches of several tables and of touched rows are written first.
     """
     if w.rows is not None or _folds(w):
         return None
@@ -114,7 +114,7 @@ def task(w: Work) -> Task | None:
 def _task(spec: _Specialisation, w: Work) -> Task:
     row, programs = _describe(w, spec)
     cover = w.second[0] if w.second and isinstance(w.second[0], Cover) else None
-    # Of row-sparse gradients a maximum for each touched row.
+    # With a row-sparse gradient there is one maximum for each touched row.
     lengths = (_count(w), *cover.dims[1:]) if cover else ()
     return Task(spec, w.p.device, row, programs, tuple(_axes(w)) if cover else (), lengths, cover, w.g.data_ptr())
 
@@ -122,10 +122,11 @@ def _task(spec: _Specialisation, w: Work) -> Task:
 def prepare(works: Sequence[Work]) -> list[tuple[list[int], Callable[[], None]]]:
     """Make the steps ready. Every work must be supported.
 
-    Whatever can fail is done here, before anything changes: memory is allocated, tables are uploaded, kernels compiled.
+    Everything that can fail is done here, before anything changes: memory is allocated, tables are uploaded, and
+    kernels are compiled.
 
     Returns:
-        For each launch, the places of its works in the list, and what takes their steps.
+        For each launch, the places of its works in the list, and the function that takes their steps.
     """
     groups: dict[tuple[torch.device, _Specialisation], tuple[list[int], list[Work], list[_Action]]] = {}
     for place, given in enumerate(works):
@@ -153,10 +154,10 @@ def _run(device: torch.device, actions: Iterable[_Action]) -> None:
 
 
 class Program:
-    """The launches of a step of certain tasks. Valid as long as the tasks are.
+    """The launches of a step of certain tasks. It is valid as long as the tasks are.
 
-    What is the same in every step is on the device already: the table. The gradients' addresses and the numbers travel
-    behind it, in one copy.
+    The table, which is the same in every step, is already on the device. The gradients' addresses and the numbers
+    follow it in memory, and are uploaded in one copy.
     """
 
     def __init__(self, tasks: Sequence[Task], which: Sequence[int]) -> None:
@@ -181,19 +182,20 @@ def prepare_step(
     last: Program | None = None,
     filled: Sequence[tuple[int, Tensor]] = (),
 ) -> tuple[Program, list[tuple[list[int], _Action]]]:
-    """Make the steps ready: nothing but the calls of what is returned changes anything.
+    """Make the steps ready. Only calling the returned functions changes anything.
 
     Args:
         tasks: one for each parameter.
         rows: vectors of numbers.
-        which: the place of its numbers in ``rows``, for each task.
-        gradients: address of its gradient, for each task.
-        last: the program of another step, used again if it was made for the same tasks.
-        filled: places in ``rows``, and matrices on a device which have the numbers of the rows from there on; those
-            rows are empty.
+        which: for each task, the place of its numbers in ``rows``.
+        gradients: for each task, the address of its gradient.
+        last: the program of another step, which is used again if it was made for the same tasks.
+        filled: matrices on a device and their places in ``rows``. A matrix holds the numbers of the rows from its place
+            on, and these rows are empty.
 
     Returns:
-        The program, for the next step; and for each launch, the places of its tasks, and what takes their steps.
+        The program, for the next step, and for each launch the places of its tasks and the function that takes their
+        steps.
     """
     if last is None or which != last.which or not same_tasks(tasks, last.tasks):
         last = Program(tasks, which)
@@ -201,10 +203,10 @@ def prepare_step(
 
 
 class _Device:
-    """The part of a program that one device takes.
+    """The part of a program that runs on one device.
 
-    Its buffer of int64: the tables of all launches, rows and axes; for each task its place among the numbers; for each
-    task the gradient's address, for each with covers that of the new ones, and the numbers.
+    Its buffer of int64 holds: the tables of all launches (rows and axes); for each task its place among the numbers;
+    for each task the address of its gradient; for each task with covers the address of its new covers; the numbers.
     """
 
     def __init__(self, device: torch.device, places_: list[int], tasks: list[Task], which: list[int]) -> None:
@@ -214,11 +216,11 @@ class _Device:
             groups.setdefault(tasks[place].spec, []).append(place)
         values: list[int] = []
         self.launches = []
-        slots: list[tuple[int, int, int]] = []  # where a row begins, its task's place, and where the launch does
+        slots: list[tuple[int, int, int]] = []  # where a row begins, the task's place, and where its launch begins
         for spec, members in groups.items():
             start, rows, axes, begin = len(values), [], [], 0
             for i, place in enumerate(members):
-                # What a sweep measures goes into a tensor's own numbers.
+                # A sweep writes what it measures into the tensor's own numbers.
                 own = i if spec.measure or spec.lagged else which[place]
                 rows.append(tasks[place].row._replace(BEGIN=begin, ROW=own))
                 begin += tasks[place].programs
@@ -226,7 +228,7 @@ class _Device:
                 axes.append(tasks[place].axes)
             values += _laid_out(rows, axes)
             self.launches.append(_Launch(spec, members, [tasks[place] for place in members], start, begin))
-            values += [0] * (-len(values) % 2)  # tables begin on 16 bytes
+            values += [0] * (-len(values) % 2)  # tables begin at multiples of 16 bytes
         for one in self.launches:
             one.index = len(values)
             values += [which[place] for place in one.places]
@@ -279,7 +281,7 @@ class _Device:
 
 
 class _Launch:
-    """The tasks that share a launch."""
+    """Tasks that share a launch."""
 
     def __init__(self, spec: _Specialisation, places_: list[int], tasks: list[Task], start: int, programs: int) -> None:
         self.spec, self.places, self.start, self.programs = spec, places_, start, programs
@@ -299,11 +301,11 @@ class _Launch:
 
 def _pinned(values: np.ndarray, device: torch.device) -> Tensor:
     host = torch.from_numpy(values)
-    # torch's allocator of pinned memory does not give a block away before the copy out of it has been made.
+    # torch's allocator of pinned memory does not reuse a block before the copy from it is done.
     return host.pin_memory() if device.type == "cuda" else host
 
 
-# What has been compiled: kernel, constants, and what Triton compiles its arguments for.
+# The kernels that were compiled, with their constants and what Triton specialises their arguments for.
 _COMPILED: set[tuple[Any, ...]] = set()
 
 
@@ -312,13 +314,13 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def _ready(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> _Action:
-    """A launch, compiled and loaded already: one of no programs does that, and nothing else."""
+    """A launch that is already compiled and loaded, by a launch of no programs, which does nothing else."""
     _compile(kernel, grid, args, constants)
     return partial(kernel[grid], *args, **constants)
 
 
 def _again(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> _Action:
-    """The same where a program has had it made ready before."""
+    """`_ready` for a launch that a program has already made ready."""
     return partial(kernel[grid], *args, **constants)
 
 
@@ -337,7 +339,7 @@ def _compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constant
 
 @dataclass(frozen=True)
 class _Specialisation:
-    """What a kernel is compiled for: tensors with equal specialisations share a launch."""
+    """What a kernel is compiled for. Tensors with equal specialisations share a launch."""
 
     kernel: str
     first: Any
@@ -389,7 +391,7 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
         single = rows * n <= TILE
         rows = rows if single else max(1, TILE // 2 // n)
     else:
-        # The median of several tables keeps all their numbers in registers.
+        # The median of several tables keeps the numbers of all tables in registers.
         most = 16 if not isinstance(store1, CountSketch) else 4
         # Not fewer where the matrix has fewer: tall and flat matrices share a launch, and a mask leaves the rest out.
         rows, single = max(1, min(most, TILE // 2 // n)), False
@@ -431,7 +433,7 @@ def _dtype(state: dict[str, Tensor]) -> torch.dtype:
 
 
 def _codes(w: Work) -> torch.dtype | None:
-    """Dtype of the corrections; None: there are none."""
+    """Dtype of the corrections, or None if there are none."""
     return None if w.correction is None else w.correction.dtype
 
 
@@ -440,7 +442,7 @@ def _has(w: Work, place: int) -> bool:
 
 
 def _flat(w: Work) -> Work:
-    """Elementwise state has no shape: any number of small tensors and large ones look alike as one row."""
+    """The work as one row: elementwise state has no shape, and so small and large tensors can share a launch."""
     n = (1, w.p.numel())
 
     def view(pair: Any) -> Any:
@@ -457,7 +459,7 @@ def _flat(w: Work) -> Work:
 
 
 def _launch(spec: _Specialisation, works: list[Work], device: torch.device) -> list[_Action]:
-    """The actions of works that share a launch, in this step alone."""
+    """The actions of works that share a launch, for this step alone."""
     tasks = [_task(spec, w) for w in works]
     covers = _Covers(_CoverLayout(tasks), device, works) if tasks[0].lengths else None
     rows, axes, begin = [], [], 0
@@ -473,7 +475,7 @@ def _launch(spec: _Specialisation, works: list[Work], device: torch.device) -> l
 
 
 def _laid_out(rows: Sequence[Row], more: Sequence[Sequence[int]]) -> list[int]:
-    """The rows of a table, one after the other, and behind them what they refer to as their axes."""
+    """The rows of a table one after the other, followed by the values that their axes refer to."""
     behind, laid = len(rows) * FIELDS, []
     for i, (row, values) in enumerate(zip(rows, more, strict=True)):
         laid.append(row._replace(AXES=behind - i * FIELDS))
@@ -483,7 +485,7 @@ def _laid_out(rows: Sequence[Row], more: Sequence[Sequence[int]]) -> list[int]:
 
 @lru_cache(maxsize=256)
 def _constants(spec: _Specialisation) -> dict[str, Any]:
-    """What the kernel of a spec is compiled for, but for the phase."""
+    """The constants that the kernel of a spec is compiled for, except the phase."""
     shared: dict[str, Any] = {
         "FIRST": spec.first, "P_TYPE": TYPES[spec.p], "G_TYPE": TYPES[spec.g], "F_TYPE": TYPES[spec.f],
         "C_TYPE": CODES[spec.codes], "S_TYPE": TYPES[spec.s], "AHEAD": spec.ahead, "UNIT": spec.unit, "L2_ON": spec.l2,
@@ -505,13 +507,13 @@ def _actions(
     covers: _Covers | None,
     ready: bool = False,
 ) -> list[_Action]:
-    """The launches of ``count`` tensors. ``ready``: they have been compiled."""
+    """The launches of ``count`` tensors. With ``ready`` they were compiled before."""
     constants, owned = _constants(spec), spec.kernel == "buckets"
     kernel = step.buckets if owned else step.tiles
-    # A program that owns a bucket writes it while it measures.
+    # A program that owns a bucket writes it when it measures.
     before, after = (FOLD | MEASURE, APPLY) if owned else (MEASURE, FOLD | APPLY)
     once = spec.lagged and not spec.measure
-    # float64: squares of what float32 holds.
+    # The dtype is float64, because it holds the squares of all float32.
     partial_ = table
     if spec.measure or once:
         partial_ = torch.empty(2 * programs, dtype=torch.float64, device=table.device)
@@ -524,7 +526,7 @@ def _actions(
         )
 
     if covers and spec.second is second.cover_estimate:
-        # Variant I reads the new covers: the maxima of g * g come first.
+        # Variant I reads the new covers, so the maxima of g * g come first.
         sweep(numbers, FOLD, SECOND=second.cover_maxima)
         actions.append(covers.renew(launch, table, numbers, spec))
         covers = None
@@ -553,7 +555,7 @@ def _actions(
 
 
 def _describe(w: Work, spec: _Specialisation) -> tuple[Row, int]:
-    """Its fields, and how many programs its step takes; what depends on the launch or on the step is 0."""
+    """The fields of a work, and how many programs its step takes. Fields of the launch or of the step are 0."""
     r, d = w.p.shape
     state1, state2 = (w.first[1] if w.first else {}), (w.second[1] if w.second else {})
     a1, b1 = (*(t.data_ptr() for t in state1.values()), 0, 0)[:2]
@@ -594,7 +596,7 @@ def _count(w: Work) -> int:
 
 
 def _axes(w: Work) -> list[int]:
-    """Pointer, length and numbers of one slice of a cover's axes but the first."""
+    """Pointer, length and numbers of one slice, for each axis of a cover except the first."""
     assert w.second is not None and isinstance(w.second[0], Cover)
     dims = w.second[0].dims
     return [
@@ -609,7 +611,7 @@ def _signed64(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-# -- sketches that several programs read: written before --------------------------------------------------------------
+# -- sketches that several programs read, and that are therefore written before ---------------------------------------
 
 
 def _folds(w: Work) -> bool:
@@ -636,7 +638,7 @@ def _fold(w: Work) -> list[_Action]:
 
 
 def _folding(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Tensor | None) -> tuple[Tensor, Any]:
-    """The one row that describes ``w``, and what both kernels are compiled for."""
+    """A table of one row that describes ``w``, and the constants that both kernels are compiled for."""
     row, _ = _describe(w, _FOLDING)
     width = store.buckets(w.p.shape[0])
     row = row._replace(
@@ -676,7 +678,7 @@ def _fold_dense(w: Work, store: Sketch, table: Tensor, signed: bool, weights: Te
 
 
 def _profile_weights(w: Work, state: dict[str, Tensor], weights: Tensor) -> list[_Action]:
-    """The rows' new scales; ``weights (2, rows)``: weight of a row's squares in its bucket, and what is kept of it."""
+    """Write the rows' new scales, and to ``weights (2, rows)`` how much a row's squares count and how much is kept."""
     device, ema, m = w.p.device, w.emas[1], 16
     assert ema is not None
     row, _ = _describe(w, _FOLDING)
@@ -709,7 +711,7 @@ def _fold_touched(w: Work, store: Sketch, table: Tensor, signed: bool, weights: 
     bucket, order = (w.rows // height * own + place % own).sort(dim=1, stable=True)
     powers = _powers(ema.decay, ema.gain, -(-height // own), w.p.device)
     description, shared = _folding(w, store, table, signed, weights)
-    n = shared["N"] = min(256, triton.next_power_of_2(d))  # few rows: longer pieces of them
+    n = shared["N"] = min(256, triton.next_power_of_2(d))  # there are few rows, so longer pieces of them are better
     return _ready(
         fold.touched, (len(w.rows), -(-d // n), store.depth), description, _numbers([w], w.p.device), order, bucket,
         powers, MODE=_mode(w), M=4, num_warps=max(1, min(4, n // 32)), **shared,
@@ -728,7 +730,7 @@ _FOLDING = _Specialisation(
 
 
 class _CoverLayout:
-    """Where the new covers of one launch lie in a buffer: for each task a length for each axis, one after the other."""
+    """Where the new covers of one launch lie in a buffer: for each task, one axis after the other."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.lengths = [one.lengths for one in tasks]
@@ -740,15 +742,15 @@ class _CoverLayout:
 
 
 class _Covers:
-    """Buffers for the maxima of one launch (of one variant, dense or row-sparse): the old covers are still read.
+    """Buffers for the maxima of one launch (of one variant, dense or row-sparse), because the old covers are read.
 
-    What becomes of them is said in `stores.cover`.
+    `stores.cover` says how the maxima replace the covers.
 
     Args:
-        layout: of the covers.
-        device: of them.
-        works: whose they are, where rows are touched.
-        buffer: zeros, where they are part of something larger.
+        layout: places of the maxima.
+        device: device of the maxima.
+        works: the works they belong to, which are only needed if rows are touched.
+        buffer: zeros, if the buffer is a part of a larger one.
     """
 
     def __init__(
@@ -760,7 +762,7 @@ class _Covers:
         self.places = [first + 4 * offset for offset in layout.offsets]
 
     def renew(self, launch: Callable[..., _Action], table: Tensor, numbers: Tensor, spec: _Specialisation) -> _Action:
-        """What gives the covers their new values."""
+        """The action that replaces the covers by their new values."""
         if self.works:
             return self._renew_touched
         n = 256
@@ -771,11 +773,11 @@ class _Covers:
         return partial(self._renew, kernel)
 
     def _renew(self, kernel: _Action) -> None:
-        # Kernels know the address of the buffer only: as a method of its owner, this keeps it until they are launched.
+        # The kernel only knows the buffer's address. As a method of its owner, this action keeps the buffer alive.
         kernel()
 
     def _renew_touched(self) -> None:
-        """Touched rows have a cover each; the other axes keep what is larger."""
+        """Touched rows get new covers. The other axes keep the larger of old and new."""
         parts = iter(self.buffer.split([n for lengths in self.layout.lengths for n in lengths]))
         old = [list(w.second[1].values()) for w in self.works]  # type: ignore[index]
         new = [[next(parts) for _ in lengths] for lengths in self.layout.lengths]
@@ -798,7 +800,7 @@ class _Covers:
 
 
 def _covers_of(layouts: Sequence[_CoverLayout | None], device: torch.device) -> list[_Covers | None]:
-    """The buffers of several launches, in one piece of memory."""
+    """The buffers of several launches, in one allocation."""
     sizes = [0 if layout is None else layout.size for layout in layouts]
     if not any(sizes):
         return [None] * len(sizes)
@@ -815,14 +817,14 @@ _TABLES: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
 
 def _table(device: torch.device, values: list[int]) -> Tensor:
-    """A table on the device, kept for a few steps."""
+    """A table on the device, which is kept for a few steps."""
     key = (device, *values)
     found = _TABLES.get(key)
     if found is None:
         host = torch.tensor(values, dtype=torch.int64)
         if device.type == "cuda":
             host = host.pin_memory()
-        # The host's copy is kept: a captured graph reads it again at every replay.
+        # The host's copy is kept, because a captured graph reads it again at every replay.
         found = _TABLES[key] = (host.to(device, non_blocking=True), host)
         while len(_TABLES) > TABLES:
             _TABLES.popitem(last=False)
@@ -837,7 +839,7 @@ def _upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _numbers(works: Sequence[Work], device: torch.device) -> Tensor:
-    """``(len(works), NUMBERS)``; numbers that are on the device already stay there."""
+    """``(len(works), NUMBERS)``. Numbers that are already on the device stay there."""
     if any(isinstance(w.numbers, Tensor) for w in works):
         return torch.stack([
             w.numbers if isinstance(w.numbers, Tensor) else _upload(w.numbers, torch.float32, device) for w in works
@@ -847,7 +849,7 @@ def _numbers(works: Sequence[Work], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _hashes(store: Sketch, rows: int, device: torch.device) -> Tensor:
-    """``(depth, 4)``: a, b, the inverse of a modulo the rows of a matrix, and the seed of the signs."""
+    """``(depth, 4)``: a, b, the inverse of a modulo the rows of one matrix, and the seed of the signs."""
     hashes = store.hashes(rows)
     values = [[h.a, h.b, pow(h.a, -1, h.height) if h.height > 1 else 0, h.sign_seed] for h in hashes]
     return _upload(values, torch.int64, device)
@@ -855,19 +857,19 @@ def _hashes(store: Sketch, rows: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _powers(decay: float, gain: float, most: int, device: torch.device) -> Tensor:
-    """``(most + 1, 2)``: decay and gain of c steps with one value."""
+    """``(most + 1, 2)``: the decay and the gain of c steps with the same value."""
     c = torch.arange(most + 1)
     decays, gains = Ema(decay, gain).repeated(c)
     return _upload(torch.stack([decays, gains], 1), torch.float32, device)
 
 
-# -- what is compiled -------------------------------------------------------------------------------------------------
+# -- what kernels are compiled for ------------------------------------------------------------------------------------
 
 
 def specialisation(w: Work) -> tuple[tuple[str, ...], str]:
-    """The kernels that take a step which is supported, and what they are compiled for.
+    """The kernels that take a supported step, and the text of everything that they are compiled for.
 
-    Tensors of other sizes are compiled for the same where the texts are equal, in this process and in any other one.
+    If the texts of two tensors are equal, in this process or in another one, they run the same compiled code.
     """
     spec, _ = _specialise(w)
     names, folds = [], []

@@ -1,6 +1,7 @@
-"""Adafactor's two devices: the step size of each tensor from the sums that a measuring sweep left behind.
+"""``update_clip`` and ``scale_parameter`` (Adafactor): each tensor's step size, from the sums of a measuring sweep.
 
-Or, with ``lagged_rms``, from the two numbers that the last step recorded: `recall` before the sweep, `record` after it.
+With ``lagged_rms`` the step size follows from two numbers that the last step recorded: `recall` runs before the sweep
+and `record` after it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ CLIP, RELATIVE, CORRECTION = (tl.constexpr(i) for i in (work.CLIP, work.RELATIVE
 
 @triton.jit
 def _measured(table, partial, index, count, programs, s, N: tl.constexpr):
-    """RMS of a tensor's update and of the tensor; its partial sums are added in a fixed order."""
+    """RMS of a tensor's update and of the tensor. Its partial sums are added in a fixed order."""
     t = table + index * FIELDS
     begin = tl.load(t + BEGIN)
     end = programs.to(tl.int64)
@@ -35,7 +36,7 @@ def _measured(table, partial, index, count, programs, s, N: tl.constexpr):
 
 @triton.jit
 def _settle(s, update, parameter, AFTER: tl.constexpr):
-    """Put both RMS into a tensor's numbers."""
+    """Change a tensor's numbers according to both RMS."""
     step = tl.load(s + STEP)
     most = tl.load(s + RELATIVE)
     if most != 0:
@@ -63,7 +64,7 @@ def _record(table, index, update, parameter):
 def step_sizes(
     table, numbers, measured, partial, count, programs, AFTER: tl.constexpr, LAGGED: tl.constexpr, N: tl.constexpr
 ):
-    """One program for each tensor. ``LAGGED``: the next step will want to know, too."""
+    """One program for each tensor. With ``LAGGED`` the RMS are also recorded for the next step."""
     index = tl.program_id(0)
     update, parameter = _measured(table, partial, index, count, programs, measured + index * NUMBERS, N)
     _settle(numbers + index * NUMBERS, update, parameter, AFTER)
@@ -73,7 +74,7 @@ def step_sizes(
 
 @triton.jit
 def recall(table, numbers, AFTER: tl.constexpr):
-    """The same from what the last step has kept."""
+    """Change the numbers according to what the last step recorded."""
     index = tl.program_id(0)
     last = tl.load(table + index * FIELDS + LAST).to(tl.pointer_type(tl.float32))
     _settle(numbers + index * NUMBERS, tl.load(last), tl.load(last + 1), AFTER)
@@ -81,7 +82,7 @@ def recall(table, numbers, AFTER: tl.constexpr):
 
 @triton.jit
 def record(table, numbers, partial, count, programs, N: tl.constexpr):
-    """What this step has measured, for the next one."""
+    """Record what this step has measured, for the next one."""
     index = tl.program_id(0)
     update, parameter = _measured(table, partial, index, count, programs, numbers + index * NUMBERS, N)
     _record(table, index, update, parameter)

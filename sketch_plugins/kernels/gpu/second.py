@@ -1,4 +1,4 @@
-"""Second moments: each reads, blends and (``STORE``) writes its estimate for a tile of rows and columns."""
+"""Second moments: each function reads, blends and (with ``STORE``) writes the estimate of a tile, and returns it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sketch_plugins.kernels.gpu.table import (
 )
 from sketch_plugins.stores import log8 as definition
 
-# Bits that are cut off, and a mask of them.
+# The number of bits that are cut off, and a mask of them.
 CUT, LOWER = tl.constexpr(definition.CUT), tl.constexpr((1 << definition.CUT) - 1)
 LARGEST, INFINITE = tl.constexpr(definition.LARGEST), tl.constexpr(definition.INFINITE)
 
@@ -46,7 +46,7 @@ def log8(
     t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Upper bits of a float32 and one exponent for each block of a row; a tile's columns are one block."""
+    """The upper bits of a float32, and one exponent for each block of a row. A tile's columns are one block."""
     columns = extent(t, COLUMNS, ALIGN)
     index = rows[:, None] * columns + cols[None, :]
     codes = address(t, SECOND_A, tl.uint8, ALIGN) + index
@@ -101,7 +101,7 @@ def row_count_min(
 
 @triton.jit
 def _slices(axis, cols, K: tl.constexpr, DEPTH: tl.constexpr):
-    """Which slice of axis ``K`` holds each column; of a matrix it is the column."""
+    """The slice of axis ``K`` that each column belongs to. In a matrix it is the column itself."""
     index = cols
     if DEPTH > 2:
         index = cols // tl.load(axis + 2)
@@ -112,8 +112,8 @@ def _slices(axis, cols, K: tl.constexpr, DEPTH: tl.constexpr):
 
 @triton.jit
 def _collect(t, values, place, exists, cols, mask, DEPTH: tl.constexpr):
-    """Raise the maxima of this step. Rows count as they are touched: of all of them, by their number."""
-    # Integer maxima of the bits of numbers >= 0: no order of the atomics changes them, and NaN is above all.
+    """Raise the maxima of this step. ``place`` is the position among the touched rows, or the row's number."""
+    # Integer maxima of the bits of numbers >= 0: the order of the atomics does not matter, and NaN is the largest.
     new = tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.int32))
     inner = cols < tl.load(t + COLUMNS)
     bits = tl.where(mask, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
@@ -132,7 +132,7 @@ def cover_estimate(
     t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """The minimum over ``DEPTH`` axes, rows the first; of touched rows the row's cover. All that SM3-I reads."""
+    """The minimum over ``DEPTH`` axes, rows first; for touched rows, the row's cover. SM3-I reads nothing else."""
     rows_cover = tl.load(tl.load(t + SECOND_A).to(tl.pointer_type(tl.float32)) + rows, mask=exists, other=0.0)
     least = tl.zeros_like(square) + rows_cover[:, None]
     if MODE == RANGE:
@@ -151,7 +151,7 @@ def cover(
     t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """SM3-II: from the old covers and the gradient; the new maxima go to buffers."""
+    """The estimate of SM3-II, from the old covers and the gradient. The new maxima are collected in buffers."""
     least = cover_estimate(t, s, square, rows, place, exists, cols, mask, tile, STORE, S_TYPE, MODE, DEPTH, ALIGN)
     nu = tl.load(s + DECAY2) * least + tl.load(s + GAIN2) * square
     if STORE:
@@ -164,6 +164,6 @@ def cover_maxima(
     t, s, square, rows, place, exists, cols, mask, tile,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """SM3-I, the sweep before: the maxima of g * g alone."""
+    """The sweep before a step of SM3-I, which only collects the maxima of g * g."""
     _collect(t, square, place, exists, cols, mask, DEPTH)
     return square

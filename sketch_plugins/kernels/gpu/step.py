@@ -1,8 +1,8 @@
 """The fused step: one template for every store and rule. p and g are read once, p is written once.
 
-``tiles`` works on a rectangle of a parameter; ``buckets`` on the rows that share a bucket of a count-min sketch of
-depth 1: their squares are summed in registers, the bucket is written once, and its members take their step. No program
-writes what another one reads, so nothing depends on the order in which programs run.
+A program of ``tiles`` works on a rectangle of a parameter. A program of ``buckets`` works on the rows that share a
+bucket of a count-min sketch of depth 1: it adds up their squares in registers, writes the bucket once and takes the
+step of the rows. No program writes what another one reads, so the order in which programs run does not matter.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ def apply(
     AHEAD: tl.constexpr, UNIT: tl.constexpr, AFTER: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr,
     DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """First moment of ``x``, and ``p <- shrink * p - f * numerator``; returns the sums of squares of update and p.
+    """Write the first moment of ``x``, and ``p <- shrink * p - f * numerator``; return sums of squares of update and p.
 
-    In a phase that measures and applies, the step's size is in neither ``f`` nor ``x``: it comes after the measuring.
+    If a phase measures and applies, ``f`` and ``x`` do not contain the step size, which is applied after measuring.
     """
     ONCE: tl.constexpr = (MEASURE & PHASE) != 0 and (APPLY & PHASE) != 0
     squares = tl.full([], 0.0, tl.float64)
     norm = tl.full([], 0.0, tl.float64)
     if AFTER and (MEASURE & PHASE):
-        # What is clipped: the update, or where a first moment averages it, what enters there.
+        # Clipping measures the update, or, if a first moment averages it, the input of that average.
         squares = sum_of_squares(tl.where(mask, x, 0.0))
     if AFTER and ONCE:
         x = x * tl.load(s + INNER)
@@ -79,7 +79,7 @@ def apply(
         m = x + tl.load(s + LOOKAHEAD) * m
     if UNIT:
         size = tl.abs(m)
-        m = tl.div_rn(m, tl.where(size < LEAST, LEAST, size))  # not tl.maximum: a NaN must stay one
+        m = tl.div_rn(m, tl.where(size < LEAST, LEAST, size))  # tl.maximum would not keep a NaN
     p = parameter(t, rows, cols, mask, P_TYPE, C_TYPE, ALIGN)
     update = tl.where(mask, m * f, 0.0)
     if MEASURE & PHASE:
@@ -111,10 +111,10 @@ def apply(
 
 @triton.jit
 def _rate(s, PLACE: tl.constexpr, PHASE: tl.constexpr):
-    """One of the numbers; 1 where `apply` will come to it (what is measured has no learning rate, which may be 0)."""
+    """A number of the step, or 1 if `apply` uses it later (a measurement must not contain a learning rate of 0)."""
     if (MEASURE & PHASE) != 0 and (APPLY & PHASE) != 0:
         return tl.full([], 1.0, tl.float32)
-    else:  # a type of its own for each case
+    else:  # Triton needs a branch, because the types differ
         return tl.load(s + PLACE)
 
 
@@ -127,7 +127,7 @@ def tiles(
     DEPTH1: tl.constexpr, DEPTH2: tl.constexpr, ALIGN: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``M`` rows by ``BLOCK`` columns (``N`` is the power of two above it)."""
+    """Take the step of ``M`` rows and ``BLOCK`` columns (``N`` is the next power of two)."""
     pid = tl.program_id(0)
     index = find(table, count, pid)
     t = table + index * FIELDS
@@ -166,7 +166,10 @@ def buckets(
     L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, SINGLE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One bucket by ``BLOCK`` columns. ``SINGLE``: its members fit one tile of ``M`` rows, and g is read once."""
+    """Take the step of one bucket and ``BLOCK`` columns.
+
+    With ``SINGLE`` the bucket's members fit one tile of ``M`` rows, and g is read once.
+    """
     pid = tl.program_id(0)
     index = find(table, count, pid)
     t = table + index * FIELDS
@@ -204,7 +207,7 @@ def buckets(
         kept = held(tl.load(s + DECAY2) * v + gain * total, t, s, bucket * columns + cols, TABLE2, S_TYPE)
         tl.store(place, kept, mask=inner)
         v = kept.to(tl.float32)
-    # What multiplies the gradient before the first moment averages it (AFTER), and what multiplies the numerator.
+    # AFTER: the factor of the gradient before the first moment averages it. f: the factor of the numerator.
     f = _rate(s, STEP, PHASE)
     if AFTER:
         preconditioner = factor(v, s, _rate(s, INNER, PHASE))[None, :]
@@ -227,7 +230,7 @@ def buckets(
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
                 if AFTER:
                     y = y * preconditioner
-                    f = _rate(s, STEP, PHASE)  # held through the loop, it would cost a spill
+                    f = _rate(s, STEP, PHASE)  # loaded again, because holding it through the loop spills a register
                 a, b = apply(
                     t, s, y, f, rows, rows, exists, cols, mask, tile,
                     FIRST, P_TYPE, C_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, 1, ALIGN,

@@ -1,7 +1,7 @@
-"""The table that describes parameters to Triton's kernels: its fields, and the places of the numbers, as constants.
+"""The table that describes parameters to Triton's kernels. Its fields and the places of the numbers are constants.
 
-A launch covers many tensors, and each of them is a `Row` of int64. Kernels read a field by the constant of its name, a
-number of a step by that of `sketch_plugins.kernels.work`::
+A launch covers many tensors, and each of them is a `Row` of int64. Kernels read a field by the constant of its name,
+and a number of the step by the constant in `sketch_plugins.kernels.work`::
 
     from sketch_plugins.kernels.gpu.table import COLUMNS, STEP
 
@@ -19,33 +19,33 @@ from sketch_plugins.kernels import tile, work
 
 
 class Row(NamedTuple):
-    """One tensor. Addresses are 0 where there is nothing; what depends on the launch is 0 until there is one."""
+    """One tensor. An address is 0 if there is nothing. Fields that depend on the launch are 0 until it is made."""
 
     P: int = 0  # address of the parameter
-    G: int = 0  # how far behind the row the address of the gradient is, which changes in every step
+    G: int = 0  # distance from the row to the address of the gradient, which changes in every step
     FIRST_A: int = 0  # addresses of the tensors of the first moment's store
     FIRST_B: int = 0
-    SECOND_A: int = 0  # and of the second's
+    SECOND_A: int = 0  # addresses of the tensors of the second moment's store
     SECOND_B: int = 0
-    NEW: int = 0  # how far behind the row the address of the new covers is
+    NEW: int = 0  # distance from the row to the address of the new covers
     INDEX: int = 0  # address of the touched rows
     HASHES: int = 0  # address of the parameters of the hashes
-    WEIGHTS: int = 0  # address of the weights of rows, where a bucket takes them
-    ROWS: int = 0  # of the parameter, whose matrices (experts) lie behind each other
+    WEIGHTS: int = 0  # address of the weights with which rows enter buckets (row_count_min)
+    ROWS: int = 0  # number of rows of the parameter, with those of all matrices (experts)
     COLUMNS: int = 0
-    P_STRIDE: int = 0  # numbers between two rows of the parameter
+    P_STRIDE: int = 0  # number of elements from one row of the parameter to the next
     G_STRIDE: int = 0
-    WIDTH: int = 0  # buckets of all matrices
-    BEGIN: int = 0  # the first program that works on it
-    TILES: int = 0  # tiles beside each other
-    COUNT: int = 0  # rows that take part: all, or the touched ones
-    SEED: int = 0  # of the rounding
-    AXES: int = 0  # how far behind the row a cover's axes but the first are: (address, length, numbers of one slice)
+    WIDTH: int = 0  # number of buckets of all matrices
+    BEGIN: int = 0  # the first program that works on the tensor
+    TILES: int = 0  # number of tiles beside each other
+    COUNT: int = 0  # number of rows that take part: all rows, or the touched ones
+    SEED: int = 0  # seed of the rounding
+    AXES: int = 0  # distance from the row to a cover's axes except the first: (address, length, numbers of one slice)
     CODES: int = 0  # address of the corrections of the weights
-    LAST: int = 0  # address of what the last step measured
-    HEIGHT: int = 0  # rows of one matrix
-    OWN: int = 0  # buckets of one matrix
-    ROW: int = 0  # which vector of numbers is the tensor's: tensors of one group share theirs
+    LAST: int = 0  # address of the RMS that the last step measured
+    HEIGHT: int = 0  # number of rows of one matrix
+    OWN: int = 0  # number of buckets of one matrix
+    ROW: int = 0  # which vector of numbers the tensor uses; tensors of one group share theirs
 
     @classmethod
     def at(cls, name: str) -> int:
@@ -59,7 +59,7 @@ FOLD, MEASURE, APPLY = (tl.constexpr(phase) for phase in (work.FOLD, work.MEASUR
 
 
 def __getattr__(name: str) -> tl.constexpr:
-    """A field of a row, or a place among the numbers, as Triton wants its constants."""
+    """A field of a row, or the place of a number, as a Triton constant."""
     if name in Row._fields:
         return tl.constexpr(Row.at(name))
     value = getattr(work, name, None)

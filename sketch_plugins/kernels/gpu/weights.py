@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def decode(p, c, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr):
-    """In float32, what weights and their corrections stand for."""
+    """The float32 numbers that weights and their corrections stand for."""
     FRACTION: tl.constexpr = 8 if C_TYPE == tl.int8 else 16
     TOP: tl.constexpr = 0x7F80 if P_TYPE == tl.bfloat16 else 0x7C00  # infinity
     stored = p.to(tl.int16, bitcast=True).to(tl.int32)
@@ -24,17 +24,17 @@ def decode(p, c, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr):
             normal = (h >> 3) + 0x38000000
             subnormal = h.to(tl.float32) * 9.094947017729282e-13  # 2**-40
         bits = tl.where((h >> (10 + FRACTION)) > 0, normal, subnormal.to(tl.int32, bitcast=True))
-    # Not by a minus sign, which would lose that of zero.
+    # A minus sign would lose the sign of zero, so the bit is set.
     value = (bits | ((stored & 0x8000) << 16)).to(tl.float32, bitcast=True)
     return tl.where((stored & 0x7FFF) < TOP, value, p.to(tl.float32))
 
 
 @triton.jit
 def encode(x, random, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr):
-    """Weights and corrections of float32 numbers; ``random`` has the noise that 24 bits are rounded with."""
+    """Weights and corrections of float32 numbers. ``random`` is the noise that rounds to 24 bits."""
     FRACTION: tl.constexpr = 8 if C_TYPE == tl.int8 else 16
     TOP: tl.constexpr = 0x7F80 if P_TYPE == tl.bfloat16 else 0x7C00  # infinity
-    TIE: tl.constexpr = 0x7F7F8000 if P_TYPE == tl.bfloat16 else 0x477FF000  # in float32, the least that becomes it
+    TIE: tl.constexpr = 0x7F7F8000 if P_TYPE == tl.bfloat16 else 0x477FF000  # the least float32 that rounds to infinity
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     noise = (random & 0xFF).to(tl.int32)
@@ -64,5 +64,5 @@ def encode(x, random, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr):
     finite = magnitude < TIE
     stored = tl.where(finite, stored, TOP)
     weight = (stored | ((bits >> 16) & 0x8000)).to(tl.int16).to(P_TYPE, bitcast=True)
-    # A NaN is the conversion's.
+    # A NaN is converted by the hardware.
     return tl.where(magnitude > 0x7F800000, x.to(P_TYPE), weight), tl.where(finite, code, 0).to(C_TYPE)
