@@ -1,4 +1,4 @@
-"""Pure functions of matrices: sketches of covariances, their inverse roots, preconditioners made of them."""
+"""Pure functions of matrices: sketches of covariances, their inverse roots, and preconditioners."""
 
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS, Covariance, drain, fold, sampled, start
 

@@ -1,14 +1,14 @@
 r"""Frequent Directions: a sketch of rank k of a decayed covariance, for any number of equal shapes at once.
 
 The covariance of a stream of matrices :math:`A_1, A_2, \ldots` of shape ``(d, n)`` is
-:math:`L_t = \beta L_{t-1} + A_t A_t^\top`, a ``(d, d)`` matrix. Its sketch keeps k orthonormal directions V, what L
-weighs in them, and two numbers for the rest. Everything here is a pure function of tensors with leading batch
-dimensions ``*``. A device is waited for by decompositions only: `torch.linalg` does that itself, and one flag is read
-beside it, whether all numbers of the result are finite. `torch.autocast` has no effect on any of it.
+:math:`L_t = \beta L_{t-1} + A_t A_t^\top`, a ``(d, d)`` matrix. Its sketch keeps k orthonormal directions V, the
+eigenvalues of L in them, and two numbers for the rest. Everything here is a pure function of tensors with leading batch
+dimensions ``*``. Only decompositions wait for a device: `torch.linalg` does so itself, and one flag is read beside it,
+whether all numbers of the result are finite. `torch.autocast` has no effect on any of it.
 
-Sources: Liberty 2013 (https://arxiv.org/abs/1206.0594); with a decay and escaped mass, Feinberg et al. 2023, "Sketchy"
-(https://arxiv.org/abs/2302.03764, Alg. 1 and section 5); Nystrom's form of an accumulated product, Tropp et al. 2017
-(https://arxiv.org/abs/1706.05736).
+Sources: Liberty 2013 (https://arxiv.org/abs/1206.0594); for the decay and the escaped mass, Feinberg et al. 2023,
+"Sketchy" (https://arxiv.org/abs/2302.03764, Alg. 1 and section 5); for Nystrom's form of an accumulated product, Tropp
+et al. 2017 (https://arxiv.org/abs/1706.05736).
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from sketch_plugins.hashing import mix32
 TAILS = ("trace", "paper", "sqrt")
 SOLVERS = ("svd", "eigh", "power")
 
-# Columns beside the warm start of a block power step: where directions that are not in the sketch yet can enter, and
-# the next eigenvalue, which "paper" subtracts, is found.
+# Columns that a block power step adds to its warm start. Through them new directions can enter, and they give the next
+# eigenvalue, which "paper" subtracts.
 OVERSAMPLING = 8
-# Up to this many rows or columns "power" costs more than the exact "eigh", and is that.
+# Up to this number of rows or columns "power" would cost more than the exact "eigh", which is then used.
 SMALL = 64
 _SEED = 0x5EED
 
 
 class Covariance(NamedTuple):
-    r"""A sketch :math:`V \, \mathrm{diag}(values) \, V^\top` of a ``(d, d)`` covariance, and what it leaves out.
+    r"""A sketch :math:`V \, \mathrm{diag}(values) \, V^\top` of a ``(d, d)`` covariance, and two numbers for the rest.
 
     Attributes:
-        vectors: V, ``(*, d, k)``, orthonormal columns.
-        values: ``(*, k)``, descending, at least 0; 0 where the covariance has less than k directions.
-        tail: ``(*)``: stands for every eigenvalue outside of V. See `fold`.
+        vectors: V, ``(*, d, k)``, with orthonormal columns.
+        values: ``(*, k)``, descending, at least 0. They are 0 if the covariance has fewer than k directions.
+        tail: ``(*)``: the eigenvalue that stands for all outside of V. See `fold`.
         trace: ``(*)``: the trace of the covariance itself.
     """
 
@@ -55,9 +55,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def in_full_precision(function: _F) -> _F:
-    """A function whose products `torch.autocast` leaves alone.
+    """Exempt the products of a function from `torch.autocast`.
 
-    Covariances of products in bfloat16 have three digits, and a decomposition would take the rest for directions.
+    Covariances of products in bfloat16 have three digits, and a decomposition would find directions in the rest.
     """
 
     @wraps(function)
@@ -73,9 +73,9 @@ def in_full_precision(function: _F) -> _F:
 
 
 def start(batch: tuple[int, ...], d: int, k: int, dtype: torch.dtype, device: torch.device) -> Covariance:
-    """The sketch of a covariance that is 0: directions of no weight, the same ones on every machine."""
+    """The sketch of a covariance that is 0: directions of weight 0, which are the same on every machine."""
     none = torch.zeros(batch, dtype=dtype, device=device)
-    # Contiguous: a checkpoint keeps no strides, and products of another layout have other bits.
+    # The vectors are contiguous: a checkpoint keeps no strides, and products of another layout have other bits.
     vectors = torch.linalg.qr(_noise(d, k, none)).Q.expand(*batch, d, k).clone(memory_format=torch.contiguous_format)
     return Covariance(vectors, torch.zeros(*batch, k, dtype=dtype, device=device), none, none.clone())
 
@@ -92,8 +92,8 @@ def fold(
 ) -> Covariance:
     r"""The sketch after ``L <- decay * L + columns @ columns.T``.
 
-    With U, s the left singular pairs of :math:`[\sqrt{decay} \, V \mathrm{diag}(\sqrt{values}), columns]`, in
-    descending order, and :math:`c = s_{k+1}` (0 where there is none):
+    Let U, s be the left singular pairs of :math:`[\sqrt{decay} \, V \mathrm{diag}(\sqrt{values}), columns]`, in
+    descending order, and :math:`c = s_{k+1}` (0 if it does not exist). Then:
 
     ======== =================================== ===============================================================
     ``tail`` values (V is U's first k columns)   tail
@@ -101,45 +101,45 @@ def fold(
     paper    :math:`s_i^2 - c^2`                 :math:`decay \cdot tail + c^2`: the escaped mass, an upper bound
                                                  of what the sketch misses in any direction:
                                                  :math:`0 \le L - V values V^\top \le tail \cdot I`
-    sqrt     the same                            :math:`\sqrt{decay} \cdot tail + c^2`, as the authors' JAX code
-                                                 has it; ends near twice too large. For comparison
+    sqrt     :math:`s_i^2 - c^2`                 :math:`\sqrt{decay} \cdot tail + c^2`, as in the authors' JAX
+                                                 code. It ends near twice too large, and is kept for comparison
     trace    :math:`s_i^2`                       :math:`(trace - \sum values) / (d - k)`: the mean of the other
-                                                 eigenvalues. Not in the paper; nearer to the covariance's own
-                                                 inverse root
+                                                 eigenvalues. It is not in the paper, and nearer to the
+                                                 covariance's own inverse root
     ======== =================================== ===============================================================
 
     Args:
         old: the sketch so far.
         columns: ``(*, d, n)``.
-        decay: :math:`\beta` in (0, 1], or one for each of the batch.
+        decay: :math:`\beta` in (0, 1], one number or one for each member of the batch.
         tail: see above.
-        solver: how U and s are found. ``"svd"``: the reference. ``"eigh"``: eigenvectors of the smaller of A A^T and
-            A^T A: s is good to about the root of the dtype's precision, relative to the largest. ``"power"``: one step
-            of block power iteration from the present V and a few columns more, QR, Rayleigh-Ritz: the cheapest where
-            k is far below d and n, and close as long as the directions turn slowly. It may exceed L: the paper's
-            bound holds for the other two. Matrices of few rows or columns (`SMALL`) are left to ``"eigh"``.
-        mass: ``(*)``, the trace that ``columns`` stand for, where they are themselves an approximation.
+        solver: how U and s are computed. ``"svd"`` is the reference. ``"eigh"`` takes eigenvectors of the smaller of
+            A A^T and A^T A; relative to the largest, s is good to about the root of the dtype's precision. ``"power"``
+            is one step of block power iteration from the present V and a few more columns, then QR and Rayleigh-Ritz.
+            It is the cheapest if k is far below d and n, and close as long as the directions turn slowly. It may exceed
+            L; the paper's bound holds for the other two. Matrices of few rows or columns (`SMALL`) use ``"eigh"``.
+        mass: ``(*)``, the trace that ``columns`` stand for, if they are an approximation themselves.
 
     Returns:
-        The new sketch. A member of the batch that cannot be decomposed in any way, or whose numbers overflow, is not
-        finite (`finite`), and the others are as they would be without it: the caller keeps what it has.
+        The new sketch. If a member of the batch cannot be decomposed in any way, or its numbers overflow, that member
+        is not finite (`finite`) and the others are not affected. The caller then keeps the old one.
 
     Raises:
-        ValueError: an unknown ``tail`` or ``solver``.
+        ValueError: ``tail`` or ``solver`` is unknown.
     """
     if tail not in TAILS:
         raise ValueError(f"tail={tail!r} is not one of {', '.join(map(repr, TAILS))}")
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
     d, k = old.vectors.shape[-2:]
-    # Filled in, not copied: a device would have to be waited for.
+    # A number is filled in, because copying it would wait for the device.
     weight = decay.to(old.trace) if isinstance(decay, Tensor) else torch.full_like(old.trace, decay)
     kept = old.vectors * (old.values * weight.unsqueeze(-1)).clamp_min(0).sqrt().unsqueeze(-2)
     vectors, squares = {"svd": _svd, "eigh": _eigh, "power": _power}[solver](kept, columns, old.vectors)
     values = squares[..., :k]
     trace = weight * old.trace + (_squares(columns) if mass is None else mass)
     if tail == "trace":
-        # With k = d the difference is round-off of many steps.
+        # With k = d the difference is only the round-off of many steps.
         rest = (trace - values.sum(-1)).clamp_min(0) / (d - k) if k < d else torch.zeros_like(trace)
     else:
         escaped = squares[..., k] if squares.shape[-1] > k else torch.zeros_like(trace)
@@ -152,10 +152,10 @@ def fold(
 def sampled(x: Tensor, vectors: Tensor) -> Tensor:
     r"""``x @ (x.T @ vectors)``: the product of the covariance of ``x``, ``(*, d, n)``, with directions ``(*, d, k)``.
 
-    What a sketch gathers between two calls of `fold` is the decayed sum :math:`\sum_s \beta^{t-s} A_s A_s^\top V`:
-    linear in the covariance, and as large as V, however many matrices it has seen. `drain` turns it into columns.
+    Between two calls of `fold` a sketch gathers the decayed sum :math:`\sum_s \beta^{t-s} A_s A_s^\top V`. It is linear
+    in the covariance, and as large as V for any number of matrices. `drain` turns it into columns.
     """
-    if x.ndim == 3:  # `matmul` would take more operations
+    if x.ndim == 3:  # `matmul` would launch more operations
         return torch.bmm(x, torch.bmm(x.mT, vectors))
     return x @ (x.mT @ vectors)
 
@@ -164,12 +164,12 @@ def sampled(x: Tensor, vectors: Tensor) -> Tensor:
 def drain(buffer: Tensor, vectors: Tensor) -> Tensor:
     r"""Columns B, ``(*, d, k)``, with :math:`B B^\top = Y (V^\top Y + \nu)^{-1} Y^\top`: Nystrom's approximation.
 
-    Of the covariance that Y (``buffer``) is the product of, :math:`Y = L V`: B B^T never exceeds L, is L on the span of
-    V, and where L has rank k or less and V meets all its directions it is the whole. What it misses is known from the
-    trace. :math:`\nu`, two units in the last place of the norm of Y, is the round-off of :math:`V^\top Y`: without it
-    directions that V meets by round-off alone come out with any size at all, many times the covariance.
+    Y (``buffer``) is the product :math:`Y = L V` of a covariance L. B B^T never exceeds L, and equals L on the span of
+    V. If L has rank k or less and V meets all its directions, B B^T is all of L. The trace tells what it misses.
+    :math:`\nu`, two units in the last place of the norm of Y, is the round-off of :math:`V^\top Y`. Without it,
+    directions that V only meets by round-off could get any size, even many times the covariance.
     """
-    # Relative to the largest number, or the norm's squares would overflow long before the buffer does.
+    # Numbers are taken relative to the largest one: the squares of the norm would overflow long before the buffer does.
     top = torch.linalg.vector_norm(buffer, float("inf"), (-2, -1), keepdim=True)
     buffer = buffer / torch.where(top > 0, top, 1.0)
     core = vectors.mT @ buffer
@@ -181,7 +181,7 @@ def drain(buffer: Tensor, vectors: Tensor) -> Tensor:
 
 
 def spectrum(sketch: Covariance, tail: str) -> tuple[Tensor, Tensor]:
-    """``(*, k)`` eigenvalues in the directions of V and ``(*)`` everywhere else, as the preconditioner takes them."""
+    """The eigenvalues that the preconditioner uses: ``(*, k)`` in the directions of V, and ``(*)`` everywhere else."""
     return _spectrum(sketch.values, sketch.tail, tail)
 
 
@@ -196,13 +196,14 @@ def inverse_root(
 ) -> tuple[Tensor, Tensor]:
     r"""``(*, k)`` and ``(*)``: :math:`(\lambda + \epsilon \lambda_{max})^{exponent}` inside and outside of V.
 
-    Not ``relative``: :math:`(\lambda + \epsilon)^{exponent}`. Not ``absolute``: over :math:`\lambda_{max}^{exponent}`,
-    for directions whose size comes from elsewhere: numbers of moderate size, whatever that of the covariance.
+    Without ``relative`` it is :math:`(\lambda + \epsilon)^{exponent}`. Without ``absolute`` it is divided by
+    :math:`\lambda_{max}^{exponent}`, for directions that get their size elsewhere: then all numbers are moderate,
+    whatever the size of the covariance.
 
-    The tail is floored at round-off, :math:`d \, u \, \lambda_{max}` with u half a unit in the last place: a covariance
-    of rank k or less leaves nothing but that in the tail, and its inverse root would amplify directions never seen.
-    Where x itself is in the sketch before it is multiplied a lower floor does, ``units`` in place of d. Of a covariance
-    that is 0 (below the smallest normal number) both are 1.
+    The eigenvalues are at least the round-off :math:`d \, u \, \lambda_{max}`, with u half a unit in the last place. A
+    covariance of rank k or less leaves only round-off in the tail, and its inverse root would amplify directions that
+    were never seen. If x itself is in the sketch before it is multiplied, a lower floor is enough: ``units`` in place
+    of d. For a covariance of 0 (below the smallest normal number) both results are 1.
     """
     inside, outside = spectrum(sketch, tail)
     top, nothing = _top(inside)
@@ -219,19 +220,20 @@ def inverse_root(
 def relative_root(
     values: Tensor, tail: Tensor, exponent: Tensor | float, floor: Tensor | float, eps: float, kind: str
 ) -> tuple[Tensor, Tensor]:
-    r"""`inverse_root` of many sketches at once: what it is inside over what it is outside, less 1; and the latter.
+    r"""`inverse_root` of many sketches at once, as the ratio of inside and outside, less 1, and the logarithm outside.
 
     Args:
         values: ``(n, k)``, see `Covariance`.
-        tail: ``(n)``, likewise.
-        exponent: at most 0; one, or ``(n)``.
-        floor: see `floor_of`; one, or ``(n)``.
+        tail: ``(n)``, see `Covariance`.
+        exponent: at most 0; one number, or ``(n)``.
+        floor: see `floor_of`; one number, or ``(n)``.
         eps: relative to the largest eigenvalue.
-        kind: see ``tail`` of `fold`.
+        kind: the ``tail`` of `fold`.
 
     Returns:
-        ``(n, k)``: :math:`(in / out)^{exponent} - 1`, and ``(n)``: :math:`\ln out^{exponent}`, with the eigenvalues in
-        and outside of V, floored and shifted as in `inverse_root`. Of a covariance that is 0 both are 0.
+        ``(n, k)``: :math:`(in / out)^{exponent} - 1`, and ``(n)``: :math:`\ln out^{exponent}`. ``in`` and ``out`` are
+        the eigenvalues inside and outside of V, floored and shifted as in `inverse_root`. For a covariance of 0 both
+        results are 0.
     """
     inside, outside = _spectrum(values, tail, kind)
     top, nothing = _top(inside)
@@ -243,13 +245,13 @@ def relative_root(
 
 
 def floor_of(units: float, dtype: torch.dtype) -> float:
-    """What part of the largest eigenvalue the others are at least taken for, see `inverse_root`."""
+    """The fraction of the largest eigenvalue that the others are raised to if they are smaller, see `inverse_root`."""
     return units * torch.finfo(dtype).eps / 2
 
 
 def _spectrum(values: Tensor, rest: Tensor, tail: str) -> tuple[Tensor, Tensor]:
     if tail == "trace":
-        # Truncation after truncation V has lost a little; its directions weigh no less than the mean of the others.
+        # Repeated truncation has lost a little of V, so its directions weigh no less than the mean of the others.
         return torch.maximum(values, rest.unsqueeze(-1)), rest
     return values + rest.unsqueeze(-1), rest
 
@@ -264,7 +266,7 @@ def _top(inside: Tensor) -> tuple[Tensor, Tensor]:
 def multiply(x: Tensor, vectors: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
     r"""``x <- V inside V^T x + outside (x - V V^T x)``, in place, for ``x`` of shape ``(d, n)`` or ``(m, d, n)``.
 
-    One covariance for all of x. Beside x it takes memory for ``(m, k, n)`` and ``(d, k)`` only.
+    There is one covariance for all of x. Beside x it only takes memory for ``(m, k, n)`` and ``(d, k)``.
     """
     projected = vectors.mT @ x
     scaled = vectors * (inside - outside)
@@ -276,29 +278,29 @@ def multiply(x: Tensor, vectors: Tensor, inside: Tensor, outside: Tensor) -> Ten
 
 @in_full_precision
 def stretch(x: Tensor, vectors: Tensor, ratio: Tensor) -> None:
-    r"""``x <- x + V ratio V^T x``, in place: of ``(c, d, n)``, each with directions ``(c, d, k)`` of its own."""
+    r"""``x <- x + V ratio V^T x``, in place, for ``(c, d, n)``, each with its own directions ``(c, d, k)``."""
     x.baddbmm_(vectors * ratio.unsqueeze(-2), torch.bmm(vectors.mT, x))
 
 
 @in_full_precision
 def stretch_rows(x: Tensor, vectors: Tensor, ratio: Tensor) -> None:
-    """`stretch` of the transposed: ``(c, n, d)``."""
+    """`stretch` of the transposed matrices, ``(c, n, d)``."""
     x.baddbmm_(torch.bmm(x, vectors), (vectors * ratio.unsqueeze(-2)).mT)
 
 
 def finite(sketch: Covariance, *doubts: Tensor) -> list[bool]:
-    """Whether all numbers of a sketch are finite, for each of a batch (of one dimension, or none: one flag).
+    """Whether all numbers of a sketch are finite, for each member of a batch (one dimension or none: one flag).
 
-    A device is waited for once. Of meta tensors the answer is yes.
+    The device is waited for once. For meta tensors the answer is yes.
 
     Args:
-        sketch: which.
-        doubts: of `unchecked`.
+        sketch: the sketch.
+        doubts: the tensors that `unchecked` yielded.
     """
     count = sketch.tail.numel()
     if sketch.tail.is_meta:
         return [True] * count
-    # What is not finite makes a sum that is not. The values add up to the trace at most: no sum overflows.
+    # A number that is not finite makes the sum not finite. The values sum to the trace at most, so no sum overflows.
     total = torch.add(sketch.values.sum(-1), sketch.trace, alpha=-0.5).add_(sketch.tail, alpha=-0.25)
     total = total + sketch.vectors.sum((-2, -1))
     for doubt in doubts:
@@ -307,11 +309,11 @@ def finite(sketch: Covariance, *doubts: Tensor) -> list[bool]:
 
 
 def _squares(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(-2, -1)).square()  # no memory for the squares
+    return torch.linalg.vector_norm(x, dim=(-2, -1)).square()  # takes no memory for the squares of all numbers
 
 
-# -- solvers: A = [kept, new], (*, d, k) and (*, d, n), and the present V -> (*, d, k) orthonormal and the squares of
-# the first k + 1 singular values. A itself would copy what may be a whole gradient: only the reference makes it.
+# -- solvers. Of A = [kept, new], (*, d, k) and (*, d, n), and the present V they return (*, d, k) orthonormal columns
+# and the squares of the first k + 1 singular values. Only the reference makes A, which may copy a whole gradient.
 
 
 def _svd(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,10 +333,10 @@ def _eigh(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     upper, lower = torch.cat([kept.mT @ kept, cross], -1), torch.cat([cross.mT, new.mT @ new], -1)
     values, inner = _eigenpairs(torch.cat([upper, lower], -2))
     values, inner = values.flip(-1)[..., : k + 1], inner.flip(-1)[..., :k]
-    # What is smaller has lost all its digits in the product. (NaN is not smaller: it must not pass for 0.)
+    # Smaller values have lost all their digits in the product. (NaN is not smaller, so it does not pass for 0.)
     seen = ~(values <= values[..., :1] * (m * torch.finfo(new.dtype).eps))
-    # Descending, so what is badly known leaves the others alone; QR does not mind the columns' lengths. Present
-    # directions fill up what was not seen, and if they were seen already, any others.
+    # The columns are descending, so badly known ones do not affect the others, and QR does not depend on their lengths.
+    # Present directions take the place of those that were not seen; if they are in the span already, QR finds others.
     u = kept @ inner[..., :k, :] + new @ inner[..., k:, :]
     return _basis(torch.where(seen[..., None, :k], u, old)), torch.where(seen, values, 0.0)
 
@@ -346,7 +348,7 @@ def _power(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     guess = old
     if extra := min(OVERSAMPLING, d - k, n):
         fresh = new @ _noise(n, extra, new)
-        # As long as the others: squares of squares are taken.
+        # The new columns get the size of the others, because squares of squares are taken.
         top = torch.linalg.vector_norm(fresh, float("inf"), (-2, -1), keepdim=True)
         guess = torch.cat([old, fresh / torch.where(top > 0, top, 1.0)], -1)
     q = _basis(kept @ (kept.mT @ guess) + new @ (new.mT @ guess))
@@ -356,16 +358,16 @@ def _power(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     return q @ w[..., :k], values[..., : k + 1]
 
 
-# -- decompositions that do not fail in silence ----------------------------------------------------------------------
+# -- decompositions that do not fail silently ------------------------------------------------------------------------
 
 
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues and eigenvectors of symmetric matrices."""
+    """Ascending eigenvalues, and eigenvectors, of symmetric matrices."""
     return _robust(_symmetric, matrix)
 
 
 def _basis(matrix: Tensor) -> Tensor:
-    """Orthonormal columns that span, one after the other, what the columns of the matrix span."""
+    """Orthonormal columns, of which the first j span what the first j columns of the matrix span."""
     return _robust(_orthogonal, matrix)[1]
 
 
@@ -393,11 +395,11 @@ _DOUBTS = _Doubts()
 
 @contextmanager
 def unchecked() -> Iterator[list[Tensor]]:
-    """Decompositions within the block do not look at what they find, for which a device would have to be waited for.
+    """Within this block decompositions do not check their results, so that they do not wait for the device.
 
     Yields:
-        A list that takes, for each decomposition, a number for each member of its batch: it is finite where all that
-        went in and came out is.
+        A list to which each decomposition adds a tensor with one number for each member of its batch. The number is
+        finite if all numbers that went in and came out are finite.
     """
     before, _DOUBTS.sums = _DOUBTS.sums, []
     try:
@@ -407,17 +409,17 @@ def unchecked() -> Iterator[list[Tensor]]:
 
 
 def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``decompose`` makes of each matrix of a batch: a part that grows with the matrix, and one that does not.
+    """Decompose each matrix of a batch into two parts: one that grows with the matrix, and one that does not.
 
-    LAPACK's divide and conquer fails for finite matrices, in MKL for one in six of float32 with many zero rows: it
-    does not converge, or returns NaN and says nothing. Whatever is not finite is therefore computed again, for the
-    members of the batch concerned (`_rescued`). One that nothing helps comes out as NaN.
+    LAPACK's divide and conquer fails for some finite matrices (MKL's for one in six float32 matrices with many zero
+    rows): it does not converge, or returns NaN without an error. Members of the batch whose result is not finite are
+    therefore computed again (`_rescued`). If nothing helps, the result is NaN.
     """
-    if matrix.is_meta:  # a rehearsal: there are no numbers to look at
+    if matrix.is_meta:  # a rehearsal has no numbers to check
         return decompose(matrix)
     if _DOUBTS.sums is not None:
         size, vectors = decompose(matrix)
-        # The matrix, too: of some matrices eigh reads one half only.
+        # The matrix is checked, too, because eigh may read only one half of it.
         _DOUBTS.sums.append(
             _sum(size, matrix.ndim - 2) + _sum(vectors, matrix.ndim - 2) + _sum(matrix, matrix.ndim - 2)
         )
@@ -425,7 +427,7 @@ def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor
     good: Tensor | None = None
     try:
         size, vectors = decompose(matrix)
-        # The matrix, too: of some matrices eigh reads one half only.
+        # The matrix is checked, too, because eigh may read only one half of it.
         good = _finite_members(size, vectors) & matrix.isfinite().flatten(-2).all(-1)
         if bool(good.all()):
             return size, vectors
@@ -433,7 +435,7 @@ def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor
         pass
     batch = matrix.shape[:-2]
     members = matrix.reshape(-1, *matrix.shape[-2:])
-    # After an exception nobody knows which members it was about.
+    # An exception does not say which members failed.
     fine = [False] * len(members) if good is None else good.reshape(-1).tolist()
     found: list[tuple[Tensor, Tensor]] = []
     for i, one in enumerate(members):
@@ -448,9 +450,10 @@ def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor
 def _rescued(
     decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor, untried: bool
 ) -> tuple[Tensor, Tensor]:
-    """One matrix: as it is where that is ``untried``, in float64 scaled to 1, then with a little more on its diagonal.
+    """Decompose one matrix: as it is if ``untried``, then in float64 scaled to 1, then with a slightly larger diagonal.
 
-    The last moves eigenvalues by some units in float64's last place: the algorithms fail where numbers are exactly 0.
+    A larger diagonal moves eigenvalues by some units in the last place of float64. It helps because the algorithms fail
+    where numbers are exactly 0.
     """
     top = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
     if bool(top.isfinite()):
@@ -471,7 +474,7 @@ def _rescued(
 
 
 def _nothing(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """NaN of the shapes that ``decompose`` returns."""
+    """NaN in the shapes that ``decompose`` returns."""
     d, n = matrix.shape[-2:]
     least = min(d, n)
     shape = (least, n) if decompose is _orthogonal else (least,)
@@ -484,7 +487,7 @@ def _sum(x: Tensor, batch: int) -> Tensor:
 
 
 def _finite_members(size: Tensor, vectors: Tensor) -> Tensor:
-    """``(*)``, a flag for each member of a batch."""
+    """``(*)``: a flag for each member of a batch."""
     numbers = size.isfinite()
     for _ in range(size.ndim - vectors.ndim + 2):
         numbers = numbers.all(-1)
@@ -492,10 +495,10 @@ def _finite_members(size: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _noise(d: int, k: int, like: Tensor) -> Tensor:
-    """``(d, k)`` numbers that no gradient is likely to be orthogonal to: the same on every device.
+    """``(d, k)`` numbers to which gradients are hardly ever orthogonal. They are the same on every device.
 
-    They are 1 and -1. Small matrices of signs are often singular, and the QR of a singular one has columns of rounding
-    errors, which are others on each processor: up to 16 rows the numbers are uniform in [-1, 1).
+    They are 1 and -1. But small matrices of signs are often singular, and then QR makes columns of rounding errors,
+    which differ between processors. So for up to 16 rows the numbers are uniform in [-1, 1).
     """
     hashed = mix32(torch.arange(d * k, device=like.device), _SEED)
     if d <= 16:

@@ -1,9 +1,9 @@
 r"""Shampoo's preconditioner of a tensor: one sketched covariance for each axis of each of its blocks.
 
-A tensor X with axes :math:`d_1, \ldots, d_r` is multiplied along axis i by
-:math:`(L_i + \epsilon)^{a}`, where :math:`L_i` is the covariance of its unfoldings on that axis and :math:`a` the
-exponent, :math:`-1 / (2 r)` in Shampoo (Gupta et al. 2018, https://arxiv.org/abs/1802.09568). The covariances are
-sketches: `sketch_plugins.linalg.frequent_directions`.
+A tensor X with axes :math:`d_1, \ldots, d_r` is multiplied along each axis i by :math:`(L_i + \epsilon)^{a}`.
+:math:`L_i` is the covariance of its unfoldings on that axis, and :math:`a` the exponent, :math:`-1 / (2 r)` in Shampoo
+(Gupta et al. 2018, https://arxiv.org/abs/1802.09568). The covariances are sketches:
+`sketch_plugins.linalg.frequent_directions`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Kronecker:
-    """Which axes of a tensor have a covariance, and of which rank.
+    """Which axes of a tensor have a covariance, and the ranks.
 
     Attributes:
-        dims: the tensor's shape, small trailing axes merged (`merged`).
+        dims: the tensor's shape, with small trailing axes merged (`merged`).
         cuts: for each axis the bounds of its blocks: ``((0, 512, 1024), (0, 768))``.
-        ranks: for each axis the rank of its covariances; 0: the axis has none.
+        ranks: for each axis the rank of its covariances; 0 if it has none.
         buffered: covariances gather between solves (`frequent_directions.sampled`).
-        matrices: None, or that the tensor is a batch of so many matrices of shape ``dims`` (experts). Each matrix has
-            covariances of its own, and each state tensor has a first axis for them.
+        matrices: None, or the number of matrices of shape ``dims`` if the tensor is a batch (experts). Each matrix has
+            its own covariances, and the state tensors have a first axis for the matrices.
     """
 
     dims: tuple[int, ...]
@@ -45,12 +45,12 @@ class Kronecker:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """First axes of the state tensors: ``(matrices,)``, or none."""
+        """The first axes of the state tensors: ``(matrices,)``, or none."""
         return () if self.matrices is None else (self.matrices,)
 
     @property
     def count(self) -> int:
-        """How many matrices there are; what is no batch is one."""
+        """The number of matrices. A tensor that is no batch counts as one."""
         return 1 if self.matrices is None else self.matrices
 
     @cached_property
@@ -70,7 +70,7 @@ class Kronecker:
         )
 
     def layout(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> (shape, dtype) of every state tensor."""
+        """The shape and dtype of every state tensor, by name."""
         return dict(_layout(self, dtype))
 
     def nbytes(self, dtype: torch.dtype) -> int:
@@ -89,7 +89,7 @@ class Kronecker:
         return state
 
     def columns(self, x: Tensor) -> dict[Side, Tensor]:
-        """The unfoldings ``(*batch, d, n)`` themselves; views where the layout allows it."""
+        """The unfoldings ``(*batch, d, n)`` themselves; they are views if the layout allows it."""
         return {side: part.transpose(-3, -2).reshape(*self.batch, side.size, -1) for side, part in self._unfolded(x)}
 
     def gather(self, state: State, x: Tensor, decay: float) -> None:
@@ -97,7 +97,7 @@ class Kronecker:
         Stack(self, [state]).gather(x.unsqueeze(0), decay)
 
     def precondition(self, state: State, x: Tensor, exponent: float, eps: float, tail: str) -> None:
-        """``x``, contiguous and of the tensor's shape, times the inverse roots along every axis, in place."""
+        """Multiply ``x`` (contiguous, of the tensor's shape) by the inverse roots along every axis, in place."""
         each = x.view(self.count, -1)
         power = moderate(each)
         stack = Stack(self, [state])
@@ -119,10 +119,10 @@ class Kronecker:
 
 
 class Root(NamedTuple):
-    """The inverse roots of one side of a stack, over what they are outside of the sketch's directions.
+    """The inverse roots of one side of a stack, relative to the root outside of the sketch's directions.
 
     Attributes:
-        ratio: ``(n, k)``: the root in each direction of V, over that outside of V, less 1.
+        ratio: ``(n, k)``: the root in each direction of V, divided by the root outside of V, less 1.
         log: ``(n)``: the logarithm of the root outside of V.
     """
 
@@ -131,11 +131,11 @@ class Root(NamedTuple):
 
 
 class Stack:
-    """The covariances of c tensors of equal layout, for operations on all of their n matrices at once.
+    """The covariances of c tensors of equal layout. Its operations work on all of their n matrices at once.
 
     Args:
-        kronecker: their layout.
-        states: that of each.
+        kronecker: the layout.
+        states: the state of each tensor.
     """
 
     def __init__(self, kronecker: Kronecker, states: Sequence[State]) -> None:
@@ -143,7 +143,7 @@ class Stack:
         self._vectors: dict[Side, Tensor] = {}
 
     def gather(self, x: Tensor, decay: float) -> None:
-        """Add the covariances of ``x``, ``(c, *shape)`` of any layout, to what the buffers hold, in place."""
+        """Add the covariances of ``x``, ``(c, *shape)`` of any layout, to the buffers, in place."""
         x = x.reshape(-1, *self.kronecker.dims)
         names = [side.key(name) for side in self.kronecker.sides for name in ("buffer", "mass", "decay")]
         torch._foreach_mul_([state[name] for state in self.states for name in names], decay)
@@ -155,7 +155,7 @@ class Stack:
             for side in sides:
                 self._add(side, "buffer", _sampled(part, side.axis, self.vectors(side)))
             squares = torch.linalg.vector_norm(part.reshape(len(part), -1), dim=1).square()
-            for side in sides:  # the same along every axis
+            for side in sides:  # the sum of squares is the same along every axis
                 self._add(side, "mass", squares)
 
     def roots(self, exponent: float, eps: float, tail: str) -> dict[Side, Root]:
@@ -163,18 +163,18 @@ class Stack:
         return roots([self], [exponent], eps, tail)[0]
 
     def turn(self, x: Tensor, roots: Mapping[Side, Root], sizes: bool) -> Tensor | None:
-        """Multiply ``x`` by the inverse roots along every axis, but for a positive factor for each tensor, in place.
+        """Multiply ``x`` by the inverse roots along every axis, up to a positive factor for each matrix, in place.
 
-        The roots themselves have any size (of a covariance of 1e-30 an exponent of -1 makes 1e30 along each axis).
-        Here each is taken over its value outside of the sketch, where it is largest: no number grows.
+        The roots themselves may have any size: a covariance of 1e-30 with an exponent of -1 gives 1e30 along each
+        axis. Here each root is divided by its value outside of the sketch, where it is largest. So no number grows.
 
         Args:
-            x: ``(c, *shape)``, contiguous, of moderate numbers (`moderate`).
-            roots: of `roots`.
-            sizes: whether the factor is wanted.
+            x: ``(c, *shape)``, contiguous, with moderate numbers (`moderate`).
+            roots: as `roots` returns them.
+            sizes: whether to return the factor.
 
         Returns:
-            ``(n)``, the logarithm of the factor that each matrix misses, float64 where the device has that; None
+            ``(n)``: the logarithm of the factor that is missing from each matrix (float64 if the device has it); None
             without ``sizes``.
         """
         x, blocks = x.view(-1, *self.kronecker.dims), self.kronecker.blocks
@@ -200,22 +200,22 @@ class Stack:
         return common
 
     def vectors(self, side: Side) -> Tensor:
-        """``(n, d, k)``; a copy where there are several tensors, made once."""
+        """``(n, d, k)``. With several tensors it is a copy, which is made once."""
         if side not in self._vectors:
             self._vectors[side] = self.stacked(side, "vectors")
         return self._vectors[side]
 
     def fetch(self) -> None:
-        """Have the directions of all sides ready."""
+        """Prepare the directions of all sides."""
         for side in self.kronecker.sides:
             self.vectors(side)
 
     def forget(self) -> None:
-        """Let go of the directions: they have changed, or are not needed any more."""
+        """Release the directions, because they have changed or are not needed any more."""
         self._vectors = {}
 
     def stacked(self, side: Side, name: str) -> Tensor:
-        """A tensor of each state, in a row, by matrices."""
+        """A tensor of each state, one after the other, by matrices."""
         return _rows([state[side.key(name)] for state in self.states], bool(self.kronecker.batch))
 
     def _add(self, side: Side, name: str, values: Tensor) -> None:
@@ -225,20 +225,20 @@ class Stack:
 
 
 def roots(stacks: Sequence[Stack], exponents: Sequence[float], eps: float, tail: str) -> list[dict[Side, Root]]:
-    """The inverse roots of all sides of stacks, of one dtype and on one device, in a few operations for all of them.
+    """The inverse roots of all sides of stacks of one dtype and device, in a few operations for all of them.
 
     Args:
-        stacks: whose.
-        exponents: of the covariances of each stack, at most 0.
+        stacks: the stacks.
+        exponents: for each stack, the exponent of its covariances, at most 0.
         eps: see `frequent_directions.inverse_root`.
         tail: see `frequent_directions.fold`.
 
     Returns:
-        Side -> its root, for each stack.
+        For each stack, the root of each side.
     """
     sides = [(number, side) for number, stack in enumerate(stacks) for side in stack.kronecker.sides]
     ranks = sorted({side.rank for _, side in sides})
-    # By rank: shorter ones are filled up, with 0 in the place of values, which is never the largest.
+    # Sides are sorted by rank. Shorter ones are padded with values of 0, which is never the largest.
     sides.sort(key=lambda one: one[1].rank)
     states = [(stacks[number], side) for number, side in sides]
     batched = any(stack.kronecker.batch for stack in stacks)
@@ -260,7 +260,7 @@ def roots(stacks: Sequence[Stack], exponents: Sequence[float], eps: float, tail:
 
 
 def _floors_and_powers(each: tuple[tuple[int, float, int], ...], like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """A number where all are equal; else a tensor, which has to be copied to a device, once."""
+    """Floors and exponents: a number if all are equal, else a tensor, which is copied to the device once."""
     key = each, like.dtype, like.device
     found = _CONSTANTS.get(key)
     if found is None:
@@ -272,7 +272,7 @@ def _floors_and_powers(each: tuple[tuple[int, float, int], ...], like: Tensor) -
             one[0] if len(set(one)) == 1 else torch.tensor(one, dtype=like.dtype, device=like.device) for one in lists
         )
         found = floors, powers
-        if type(like) is Tensor:  # what a fake one is given is fake, too
+        if type(like) is Tensor:  # tensors made from a fake one are fake, too, and must not be kept
             if len(_CONSTANTS) > 256:
                 _CONSTANTS.clear()
             _CONSTANTS[key] = found
@@ -283,15 +283,15 @@ _CONSTANTS: dict[Any, tuple[Tensor | float, Tensor | float]] = {}
 
 
 def moderate(x: Tensor) -> Tensor:
-    """Multiply each of ``x``, ``(c, *)``, by a power of 2, in place: their largest numbers are then in [1/2, 1).
+    """Multiply each of ``x``, ``(c, *)``, by a power of 2 that brings its largest number into [1/2, 1), in place.
 
     That changes no digit, and squares neither overflow nor vanish.
 
     Returns:
-        ``(c)``, int32: the power by which each has to be multiplied to be what it was.
+        ``(c)``, int32: the exponent of the power of 2 that restores each of them.
     """
     top = torch.linalg.vector_norm(x.reshape(len(x), -1), math.inf, dim=1)
-    # Times 2**127 the smallest normal numbers of float32 are above 1. What is not finite has no exponent.
+    # Times 2**127 the smallest normal numbers of float32 are above 1. Numbers that are not finite have no exponent.
     limit = -math.frexp(torch.finfo(x.dtype).tiny)[1]
     power = torch.frexp(torch.where(top.isfinite(), top, 1.0)).exponent.clamp_(-limit, limit)
     x.mul_(torch.ldexp(torch.ones_like(top), -power.to(x.dtype)).view(-1, *[1] * (x.ndim - 1)))
@@ -328,22 +328,22 @@ class Side:
         return Covariance(*(state[self.key(name)] for name in Covariance._fields))
 
     def put(self, state: dict[str, Tensor], new: Covariance) -> None:
-        """Into a state that has none yet."""
+        """Add the covariance to a state that has none yet."""
         state |= {self.key(name): tensor for name, tensor in new._asdict().items()}
 
     def replace(self, state: State, new: Covariance) -> None:
-        """In place of the present one."""
+        """Replace the present covariance."""
         for name, tensor in new._asdict().items():
             state[self.key(name)].copy_(tensor)
 
 
 def _rows(tensors: Sequence[Tensor], batched: bool, ndim: int | None = None) -> Tensor:
-    """Tensors one after the other: those of a batch by their matrices.
+    """Concatenate tensors along a first axis: those of a batch have one, the others get one.
 
     Args:
-        tensors: which.
+        tensors: the tensors.
         batched: whether any of them has an axis for matrices.
-        ndim: dimensions without that axis, where only some have it; None: all have.
+        ndim: number of dimensions without that axis, if only some of them have it; None if all have.
     """
     if not batched:
         return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
@@ -351,15 +351,15 @@ def _rows(tensors: Sequence[Tensor], batched: bool, ndim: int | None = None) -> 
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of a first axis, one after the other; of one alone no copy."""
+    """Concatenate tensors along their first axis. A single tensor is not copied."""
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
 def merged(shape: Sequence[int], most: int) -> tuple[int, ...]:
     """``shape`` with trailing axes merged while their product is at most ``most``; the first axis stays alone.
 
-    Axes of length 1 vanish, but for the second of a vector. A convolution ``(64, 32, 3, 3)`` is ``(64, 288)`` at
-    ``most=1024``.
+    Axes of length 1 are removed, except the second axis of a vector. A convolution ``(64, 32, 3, 3)`` becomes
+    ``(64, 288)`` with ``most=1024``.
     """
     first, *rest = [n for n in shape if n != 1] or [1]
     out: list[int] = []
@@ -372,13 +372,13 @@ def merged(shape: Sequence[int], most: int) -> tuple[int, ...]:
 
 
 def cut(n: int, most: int) -> tuple[int, ...]:
-    """Bounds of the fewest blocks of at most ``most`` (0: any size), as equal as can be."""
+    """The bounds of the fewest blocks of at most ``most`` (0: any size), of sizes as equal as possible."""
     count = -(-n // most) if most else 1
     return tuple(round(i * n / count) for i in range(count + 1))
 
 
 def _sampled(x: Tensor, axis: int, vectors: Tensor) -> Tensor:
-    """``L V`` with the covariances L of ``x``, ``(c, *)``, along an axis of each: ``(c, d, k)``."""
+    """``L V`` for the covariances L of ``x``, ``(c, *)``, along one axis: ``(c, d, k)``."""
     count, d, k = vectors.shape
     before, behind = math.prod(x.shape[1 : axis + 1]), math.prod(x.shape[axis + 2 :])
     if behind == 1:
@@ -386,14 +386,14 @@ def _sampled(x: Tensor, axis: int, vectors: Tensor) -> Tensor:
     if before == 1:
         return fd.sampled(x.reshape(count, d, behind), vectors)
     x = x.reshape(count, before, d, behind)
-    # As many of the matrices at a time as keep the products below the size of x.
+    # So many matrices are taken at a time that the products stay below the size of x.
     most, vectors = max(1, before * behind // k), vectors.unsqueeze(1)
     parts = [fd.sampled(x[:, first : first + most], vectors).sum(1) for first in range(0, before, most)]
     return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
 
 def _stretch(x: Tensor, axis: int, vectors: Tensor, ratio: Tensor) -> None:
-    """`frequent_directions.stretch` of contiguous ``x``, ``(c, *)``, along an axis of each."""
+    """`frequent_directions.stretch` of contiguous ``x``, ``(c, *)``, along one axis."""
     count, d, k = vectors.shape
     before, behind = math.prod(x.shape[1 : axis + 1]), math.prod(x.shape[axis + 2 :])
     if behind == 1:

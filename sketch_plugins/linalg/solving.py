@@ -1,4 +1,4 @@
-"""Solves of covariances: what was gathered is folded into the sketches, equal shapes in one batched decomposition."""
+"""Solves of covariances: what was gathered is folded into the sketches, with one decomposition for equal shapes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.frequent_directions import Covariance
 from sketch_plugins.linalg.kronecker import Side, State, joined
 
-# Numbers in a stack of equal shapes that is decomposed in one call: bounds what it takes beside the state.
+# How many numbers of equal shapes are decomposed in one call. This limits the memory that a call takes.
 STACK = 1 << 24
 
-#: Covariances of a side (one for each matrix of a batch), their state, and new columns; without these what was gathered
-#: is folded.
+#: Covariances of a side (one for each matrix of a batch), their state, and new columns. Without columns, what was
+#: gathered is folded.
 Due = tuple[Side, State, Tensor | None]
 
 
 def solve(due: Iterable[Due], decay: float, tail: str, solver: str) -> list[Due]:
-    """Fold what was gathered (or the columns given) into the covariances: equal shapes in one batched call.
+    """Fold what was gathered (or the given columns) into the covariances, equal shapes in one batched call.
 
-    A stack is bounded by `STACK` numbers; all of it is computed before anything of it is written. One flag is read for
-    each: whether everything is finite.
+    A stack has at most `STACK` numbers. All of it is computed before any of it is written. The host waits once for each
+    stack, for one flag of each matrix: whether its result is finite.
 
     Returns:
-        Those that could not be folded. Their covariances are the last ones, and what was gathered waits for the next
-        solve, unless it is not finite itself: then it is dropped.
+        The items that could not be folded. Their covariances stay, and what they gathered waits for the next solve,
+        unless it is not finite itself: then it is dropped.
     """
     stacks: dict[tuple[object, ...], list[Due]] = {}
     failed: list[Due] = []
@@ -47,7 +47,7 @@ def solve(due: Iterable[Due], decay: float, tail: str, solver: str) -> list[Due]
 
 
 def _batches(members: Sequence[Due], most: int) -> Iterator[list[_Some]]:
-    """Runs of at most ``most`` matrices: whole members, and where one has more, runs of its matrices."""
+    """Runs of at most ``most`` matrices. A member with more matrices is split into runs of its own matrices."""
     some: list[_Some] = []
     held = 0
     for item in members:
@@ -66,20 +66,20 @@ def _batches(members: Sequence[Due], most: int) -> Iterator[list[_Some]]:
 
 
 class _Some(NamedTuple):
-    """Matrices of one item: all of them, those of a slice, or (None) what is no batch."""
+    """Matrices of one item: those of a slice, or (``at=None``) the only one of an item that is no batch."""
 
     item: Due
     at: slice | None
     size: int
 
     def get(self, name: str) -> Tensor:
-        """``(size, *)``: a tensor of its state, as a view."""
+        """``(size, *)``: a state tensor, as a view."""
         side, state, _ = self.item
         tensor = state[side.key(name)]
         return tensor.unsqueeze(0) if self.at is None else tensor[self.at]
 
     def columns(self) -> Tensor | None:
-        """``(size, d, n)``."""
+        """The new columns, ``(size, d, n)``, or None."""
         columns = self.item[2]
         return columns if columns is None else columns.unsqueeze(0) if self.at is None else columns[self.at]
 
@@ -104,7 +104,7 @@ def _solve(members: Sequence[_Some], decay: float, tail: str, solver: str) -> li
             by += _where(part, fit)
     if to:
         torch._foreach_copy_(to, by)
-    # What was gathered is used up, or of no use where it is not finite. Else it waits for the next solve.
+    # What was gathered is used up, or useless if it is not finite. Otherwise it waits for the next solve.
     emptied, ones = [], []
     for one, fit in zip(members, fits, strict=True):
         if one.item[2] is not None:
@@ -122,7 +122,7 @@ def _solve(members: Sequence[_Some], decay: float, tail: str, solver: str) -> li
 
 
 def _where(tensor: Tensor, fit: Sequence[bool]) -> list[Tensor]:
-    """Views of the matrices' rows that fit: one view where all do."""
+    """The matrices that fit, as views; one view if all fit."""
     return [tensor] if all(fit) else [tensor[i] for i, good in enumerate(fit) if good]
 
 
