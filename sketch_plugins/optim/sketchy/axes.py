@@ -1,4 +1,4 @@
-"""Which axes of a tensor have a covariance (`Sketchy`), and of which rank."""
+"""Which axes of a tensor have a covariance (`Sketchy`), and its rank."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from sketch_plugins.optim.declaring import count, option
 
 
 class Covariances(TypedDict, total=False):
-    """Which axes have a covariance, and of which rank."""
+    """Which axes have a covariance, and its rank."""
 
     rank: Annotated[
         float | None,
         option(
             32,
-            "k: an integer, or a fraction (0, 1) of the axis. More than the axis is the axis: exact Shampoo.",
+            "k: an integer, or a fraction (0, 1) of the axis. If it exceeds the axis, it becomes its length, which is "
+            "exact Shampoo.",
             allowed="an integer >= 1 or a fraction in (0, 1)",
             check=lambda v: 0 < v < 1 or (v >= 1 and v == int(v)),
             structural=True,
@@ -28,9 +29,10 @@ class Covariances(TypedDict, total=False):
         float | None,
         option(
             0.0,
-            "bytes of state a parameter, instead of ``rank`` (0: use ``rank``): each preconditioned tensor takes the "
-            "largest rank, the same for its axes, with which its whole state stays within it; none at all where rank 1 "
-            "does not. An error where that goes for every tensor of the group that would have one for every axis.",
+            "bytes of state a parameter, in place of ``rank`` (0: use ``rank``). Each preconditioned tensor takes the "
+            "largest rank, the same for its axes, with which its whole state stays within the budget. If rank 1 does "
+            "not fit, the tensor is not preconditioned. It is an error if this is so for every tensor of the group "
+            "that would have a covariance for every axis.",
             allowed="a number >= 0",
             check=lambda v: v >= 0,
             structural=True,
@@ -55,7 +57,7 @@ class Covariances(TypedDict, total=False):
         float | None,
         option(
             16.0,
-            "nor have axes longer than this times the rest of the tensor.",
+            "axes longer than this times the rest of the tensor have no covariance either.",
             allowed="a number > 0",
             check=lambda v: v > 0,
             structural=True,
@@ -63,7 +65,7 @@ class Covariances(TypedDict, total=False):
     ]
 
 
-#: Options that decide which axes have one.
+#: Options that decide which axes have a covariance.
 AXES = ("precondition", "merge_dims", "max_axis", "max_aspect_ratio")
 
 
@@ -71,7 +73,7 @@ AXES = ("precondition", "merge_dims", "max_axis", "max_aspect_ratio")
 def axes_with_covariances(
     shape: tuple[int, ...], precondition: str, merge: int, longest: int, ratio: float
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """The tensor's axes, small ones merged, and which of them have a covariance."""
+    """The tensor's axes, with small ones merged, and which of them have a covariance."""
     size = 1
     for n in shape:
         size *= n
@@ -85,9 +87,9 @@ def axes_with_covariances(
 
 @lru_cache(maxsize=1024)
 def axes_of(shape: tuple[int, ...], whole: tuple[int, ...], *options: Any) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """`axes_with_covariances` of a part of a parameter: those axes have a covariance that have one in the whole.
+    """`axes_with_covariances` of a part of a parameter: an axis has a covariance if it has one in the whole parameter.
 
-    But a part that is a single row, or column, of what was more has none.
+    But if the part is a single row or column of a larger parameter, no axis has one.
     """
     dims, own = axes_with_covariances(shape, *options)
     if shape == whole or not own:
@@ -111,7 +113,7 @@ def preconditioner_of(
     dtype: torch.dtype,
     matrices: int | None = None,
 ) -> Kronecker | None:
-    """The covariances of these axes (of each of so many matrices); None where the budget is too small for any."""
+    """The covariances of these axes (for each of the matrices); None if the budget is too small for rank 1."""
     cuts = tuple(cut(d, longest) if on else (0, d) for d, on in zip(dims, preconditioned, strict=True))
 
     def of_rank(rank: float) -> Kronecker:

@@ -17,20 +17,20 @@ from sketch_plugins.optim.pending import Pending
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.stores import Gradient
 
-#: Graft -> how its second moment is kept.
+#: The grafts, and how the second moment of each is kept.
 GRAFTS = {"cs": "count_min", "rmsprop": "dense", "adagrad": "dense", "sm3": "cover", "none": "none"}
 INPUTS = ("update", "gradient")
 
 
 class Graft(TypedDict, total=False):
-    """Whose size the step has, and what is preconditioned."""
+    """What decides the size of the step, and what is preconditioned."""
 
     graft: Annotated[
         str | None,
         option(
             "cs",
-            'whose size the step has. With ``"none"`` x itself is the step, whatever its size; update_clip and '
-            "scale_parameter then concern x, and are on unless they are set to 0 and False.",
+            'the method whose update decides the size of the step. With ``"none"`` the step is x itself, whatever its '
+            "size; update_clip and scale_parameter then apply to x, and are on unless they are set to 0 and False.",
             choices=tuple(GRAFTS),
             structural=True,
         ),
@@ -39,29 +39,29 @@ class Graft(TypedDict, total=False):
         str | None,
         option(
             "update",
-            "what is preconditioned and whose covariance it is: the graft's update, or the gradient (the step then has "
-            'the size of :math:`u_t`). With ``graft="none"`` they are the same.',
+            "what is preconditioned, and what the covariances are made of: the graft's update, or the gradient (the "
+            'step then still has the size of :math:`u_t`). With ``graft="none"`` both are the same.',
             choices=INPUTS,
         ),
     ]
 
 
 def is_of_gradient(group: Mapping[str, Any]) -> bool:
-    """Whether the gradient is preconditioned, and not an update made of it. Without a graft the two are the same."""
+    """Whether the gradient is preconditioned, not an update made of it. Without a graft the two are the same."""
     return group["input"] == "gradient" and group["graft"] != "none"
 
 
 def write(one: Pending, whole: Matrix, of_update: bool, rows: Tensor | None = None) -> Tensor:
-    """Write the second moment, and into ``whole`` the update (or the gradient); returns the update's RMS.
+    """Write the second moment, and the update (or the gradient) to ``whole``. Returns the update's RMS.
 
-    ``rows``, ``(R, 1)``: the squares of each row of the update are added to it.
+    If ``rows``, ``(R, 1)``, is given, the sum of squares of each row of the update is added to it.
     """
     grad, rule, state = one.grad, one.rule, one.state
     assert rule is not None
     second, count = one.named.get("second_moment"), grad.shape[0] * grad.shape[1]
     if second is None or rule.second is None:
         fill(grad, whole)
-        return torch.zeros((), dtype=grad.dtype, device=grad.device)  # of no use without a graft
+        return torch.zeros((), dtype=grad.dtype, device=grad.device)  # unused without a graft
     if second.write_first:
         second.write(state["second_moment"], grad, rule.second)
     working = dict(state)
@@ -82,13 +82,13 @@ def write(one: Pending, whole: Matrix, of_update: bool, rows: Tensor | None = No
 
 
 def fill(grad: Gradient, whole: Matrix) -> None:
-    """Write the gradient into ``whole``."""
+    """Write the gradient to ``whole``."""
     for at in grad.batches():
         whole.put(at, grad.get(at))
 
 
 def stacked(grads: Sequence[Gradient], x: Tensor) -> None:
-    """Write gradients, as they are, into ``x``, ``(c, R, D)``."""
+    """Write gradients, unchanged, to ``x``, ``(c, R, D)``."""
     tensors = [grad.matrix.tensor for grad in grads]
     if all(tensor.dtype == x.dtype and tensor.is_contiguous() for tensor in tensors):
         torch.stack([tensor.view(x.shape[1:]) for tensor in tensors], out=x)
@@ -97,18 +97,18 @@ def stacked(grads: Sequence[Gradient], x: Tensor) -> None:
 
 
 def clipped(rms: Tensor, group: Mapping[str, Any]) -> Tensor | None:
-    """``(c)``: what `update_clip` multiplies updates of this RMS by; None: it is off."""
+    """``(c)``: the factors with which `update_clip` multiplies updates of this RMS; None if it is off."""
     found = excess(rms, group)
     return None if found is None else found.reciprocal_()
 
 
 def sizes(parameters: Sequence[Tensor], dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
-    """``(c)``: what `scale_parameter` multiplies updates by, the RMS of the parameters within its bounds."""
+    """``(c)``: the factors with which `scale_parameter` multiplies updates: the parameters' RMS within its bounds."""
     if all(p.is_contiguous() for p in parameters):
         found = torch._foreach_norm(list(parameters), 2, dtype=dtype)
-    else:  # the same bits for any layout
+    else:  # copies, so that every layout gives the same bits
         found = tuple(torch.linalg.vector_norm(p.contiguous(), 2, dtype=dtype) for p in parameters)
     norms = torch.stack(found)
-    # Beyond this squares of float32 are infinite, and what was a step would be NaN.
+    # The squares of larger norms overflow float32, and the step would become NaN.
     largest = torch.finfo(dtype).max ** 0.5
     return bounded(norms.clamp_(max=largest).div_(parameters[0].numel() ** 0.5), group)

@@ -1,8 +1,8 @@
-"""The elementwise parts of a stack's step in the fused kernels: the graft's update, the momentum, the write-back.
+"""The elementwise parts of a stack's step as fused kernels: the graft's update, the momentum, the write-back.
 
-The kernels that take whole steps take these, too. Of the graft and the momentum the "parameter" is the tensor's place
-in the stack, which is the "gradient" at the same time: ``x <- 0 * x - (-1) * update(x)``. A kernel reads each number
-before it writes it, and its numbers are those of one place.
+The kernels that take whole steps are used. For the graft and the momentum, the kernel's parameter and its gradient are
+both the tensor's place in the stack: ``x <- 0 * x - (-1) * update(x)``. This works because a kernel reads each number
+before it writes it, and each result depends on one place only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sketch_plugins.sharding.state_names import CORRECTION
 from sketch_plugins.stores import Store
 
 PARTS = ("graft", "momentum", "write_back")
-#: What a kernel is told of options that are another part's.
+#: Options that belong to another part, as the kernels of a part get them.
 _NEUTRAL = {"update_clip": 0.0, "scale_parameter": False, "maximize": False}
 _NOTHING = Rule(
     first=None, second=None, step_size=-1.0, correction=1.0, decay=1.0, lookahead=None, denominator=None
@@ -34,7 +34,7 @@ _NOTHING = Rule(
 class Program:
     """The tasks of a part of a stack's step, made for an address of the stack, and their program.
 
-    They are used again as long as what they were made of looks the same.
+    They are used again as long as everything they were made from looks the same.
     """
 
     looks: Any
@@ -44,12 +44,12 @@ class Program:
 
 
 def rule_of(part: str, rule: Rule, momentum: Rule) -> tuple[Rule, Mapping[str, Any]]:
-    """What the kernel of a part computes, and which options it is not told of.
+    """The rule that the kernel of a part computes, and the options that are changed for it.
 
     Args:
         part: one of `PARTS`.
-        rule: of the graft.
-        momentum: has the average and the lookahead of the momentum.
+        rule: the graft's rule.
+        momentum: a rule with the average and the lookahead of the momentum.
     """
     if part == "graft":
         only = replace(_NOTHING, second=rule.second, denominator=rule.denominator, floor=rule.floor)
@@ -60,7 +60,7 @@ def rule_of(part: str, rule: Rule, momentum: Rule) -> tuple[Rule, Mapping[str, A
 
 
 def kernels_for(members: Sequence[Pending], large: bool) -> Backend | None:
-    """The kernels that may take parts of this stack's step; `supported` says which."""
+    """The kernels that may take parts of this stack's step, or None. They decide for each part (`Stack._parts`)."""
     first = members[0]
     kernels = backend(first.p.device, first.group["fused"])
     if kernels is None or first.grad.dtype != torch.float32:
@@ -71,7 +71,7 @@ def kernels_for(members: Sequence[Pending], large: bool) -> Backend | None:
 
 
 def with_memory(one: Pending) -> Pending:
-    """A stand-in of a part without numbers: a tensor like it, on the CPU."""
+    """A stand-in for a part whose tensors have no memory: tensors of the same shape on the CPU."""
     p = replace(one.p, data=torch.empty(one.p.shape, dtype=one.p.dtype))
     gradient = one.grad.like(torch.empty(one.p.shape, dtype=one.grad.matrix.dtype))
     state = {
@@ -85,7 +85,7 @@ def with_memory(one: Pending) -> Pending:
 
 
 def work_of(part: str, one: Pending, x: Tensor, rule: Rule, group: Mapping[str, Any]) -> Work | None:
-    """A member's part as a kernel is given it; ``x``: its place in the stack. None: its layout is no kernel's."""
+    """A part of a member's step as a kernel gets it, with ``x`` its place in the stack; None if no kernel takes it."""
     p, g, correction = x, x, None
     pairs: dict[str, tuple[Store, dict[str, Tensor]] | None] = {"first": None, "second": None}
     if part == "write_back":
@@ -124,15 +124,16 @@ def prepare(
 
     Args:
         part: one of `PARTS`.
-        kernels: which.
-        members: of the stack.
+        kernels: the backend.
+        members: the stack's members.
         x: ``(c, R, D)``, the stack.
         momentum: see `rule_of`.
-        marks: the options, the same object as long as they are equal; None: they have to be looked at in each step.
+        marks: the options, which are the same object as long as they are equal. None: they have to be read in each
+            step.
         known: the program of the last step.
 
     Returns:
-        The program, for the next step, and what takes the part; None where the kernels cannot.
+        The program, for the next step, and the function that takes the part. None if the kernels cannot take it.
     """
     rows, which = _numbers(part, members, momentum, x.device)
     if rows is None:
@@ -180,7 +181,7 @@ def _numbers(
 ) -> tuple[list[list[float]] | None, list[int]]:
     """A row of numbers for each group (rates and weight decays may differ), and the row of each member.
 
-    None in place of the rows where some live on a device.
+    The rows are None if some numbers are on a device.
     """
     rows: list[list[float]] = []
     places: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""The momentum of a preconditioned step: an average of updates, or of gradients, before or after the preconditioner."""
+"""The momentum of a preconditioned step: an average of updates or gradients, before or after preconditioning."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PLACES = ("before", "after")
 
 
 class Momentum(TypedDict, total=False):
-    """Where the momentum comes, and what has one."""
+    """Where the momentum is, and which tensors have one."""
 
     momentum_placement: Annotated[
         str | None,
         option(
             "before",
-            '``"before"``: the momentum is that of u (or g), and is preconditioned; ``"after"``: it is that of '
-            "the grafted x, as in the paper's code.",
+            '``"before"``: the momentum averages u (or g) and is then preconditioned; ``"after"``: it averages the '
+            "grafted x, as in the paper's code.",
             choices=PLACES,
         ),
     ]
@@ -31,16 +31,16 @@ class Momentum(TypedDict, total=False):
         bool | None,
         option(
             True,
-            "the step uses :math:`\\beta_1 m_t + (1 - \\beta_1) u_t`. No effect where there is no first moment, as for "
-            "momentum_placement.",
+            "the step uses :math:`\\beta_1 m_t + (1 - \\beta_1) u_t`. Like momentum_placement, it has no effect "
+            "without a first moment.",
         ),
     ]
     momentum_of: Annotated[
         str | None,
         option(
             "preconditioned",
-            "tensors that keep a first moment: those with a covariance for every axis, or embeddings, heads and "
-            "vectors, too.",
+            "which tensors keep a first moment: those with a covariance for every axis, or all (embeddings, heads and "
+            "vectors, too).",
             choices=("preconditioned", "all"),
             structural=True,
         ),
@@ -48,15 +48,15 @@ class Momentum(TypedDict, total=False):
 
 
 def debiased(beta1: float, step: float | Tensor, nesterov: bool) -> tuple[float | Tensor, float | None]:
-    """``(size, lookahead)``: ``size * m``, or ``size * (x + lookahead * m)``, is an average of all x so far."""
+    """``(size, lookahead)``: ``size * m``, or ``size * (x + lookahead * m)``, is a weighted mean of all x so far."""
     if nesterov and beta1 > 0:
-        # beta1 * m + (1 - beta1) * x: its weights add up to 1 - beta1 ** (step + 1).
+        # The weights of beta1 * m + (1 - beta1) * x add up to 1 - beta1 ** (step + 1).
         return (1.0 - beta1) / (1.0 - beta1 ** (step + 1)), beta1 / (1.0 - beta1)
     return 1.0 / (1.0 - beta1**step), None
 
 
 def average(one: Pending, whole: Matrix, ema: Ema, lookahead: float | None) -> None:
-    """``whole <- m``, or Nesterov's ``whole + lookahead * m``, with m averaging it, tile by tile."""
+    """``whole <- m``, or Nesterov's ``whole + lookahead * m``, where m averages ``whole``, tile by tile."""
     first, state = one.named["first_moment"], one.state["first_moment"]
     for at in one.grad.batches(align=first.align):
         x = first.view(whole.get(at))

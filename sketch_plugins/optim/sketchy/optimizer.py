@@ -40,10 +40,10 @@ FIXED = {"compile": False, "capturable": False, "lagged_rms": False}
 
 @with_options(SketchyOptions, **CHANGES)
 class Sketchy(SketchOptimizer):
-    r"""Shampoo with sketched covariances: a diagonal method's update, turned by low-rank inverse roots, its size kept.
+    r"""Shampoo with sketched covariances: low-rank inverse roots turn a diagonal method's update and keep its size.
 
-    A parameter with r axes (a matrix: 2) keeps for each of them a sketch of rank k of the covariance
-    :math:`L_i` of what it preconditions. At step :math:`t`
+    A parameter with r axes (2 for a matrix) keeps, for each axis, a sketch of rank k of the covariance :math:`L_i` of
+    what is preconditioned. At step :math:`t`
 
     .. math::
         u_t &= \mathrm{graft}(g_t) \qquad m_t = \beta_1 m_{t-1} + (1 - \beta_1) u_t \\
@@ -51,39 +51,39 @@ class Sketchy(SketchOptimizer):
         \theta_t &= (1 - \gamma \lambda) \theta_{t-1} - \gamma \, \frac{\|m_t\|}{\|x_t\|} \, x_t \\
         L_i &\leftarrow \beta_s L_i + u_t^{(i)} u_t^{(i)\top} \quad (u^{(i)}: \text{unfolded on axis } i)
 
-    The graft decides the size of the step, the covariances its direction. By default the graft is the lean count-sketch
-    update (`CSAdam`, ``preset="lean"``): clipped, and relative to the size of the weights over ``reference_rms``, so
-    that AdamW's learning rate carries over, as with the graft "rmsprop"; with "adagrad" and "sm3" it is Adagrad's. With
-    ``reference_rms=1`` lr itself is relative: 2e-2 to 2e-1.
+    The graft decides the size of the step, and the covariances decide its direction. By default the graft is the lean
+    count-sketch update (`CSAdam`, ``preset="lean"``): clipped, and relative to the size of the weights divided by
+    ``reference_rms``. So AdamW's learning rate carries over. The same holds for the graft "rmsprop"; with "adagrad" and
+    "sm3" it is Adagrad's rate. With ``reference_rms=1`` lr itself is relative: 2e-2 to 2e-1.
 
     *What is preconditioned.* Tensors of 2 or more dimensions. The experts of a mixture, one parameter ``(E, R, D)``,
-    are E matrices: each has covariances of its own, and the norm of its own graft (``batch_dims``); clipping and
-    scaling look at the whole tensor. Small trailing axes are merged (``merge_dims``), an axis longer than
+    are E matrices: each has its own covariances and the norm of its own graft (``batch_dims``), while clipping and
+    scaling measure the whole tensor. Small trailing axes are merged (``merge_dims``), and an axis longer than
     ``max_block_dim`` is cut into equal blocks with covariances of their own. An axis longer than ``max_axis``, or than
-    ``max_aspect_ratio`` times the rest of the tensor, has none: the vocabulary of an embedding or a language model's
-    head is left to the graft's diagonal, and the tensor is preconditioned along its other axis alone. Vectors and
-    scalars take the graft's update as it is, and so do row-sparse gradients (``nn.Embedding(sparse=True)``), whose rows
-    are no sample of the covariance. ``row_sparse`` concerns only tensors that are not preconditioned along every axis,
-    and leaves those rows unpreconditioned.
+    ``max_aspect_ratio`` times the rest of the tensor, has no covariance. So the vocabulary of an embedding or of a
+    language model's head is left to the graft's diagonal, and the tensor is preconditioned along its other axis alone.
+    Vectors and scalars take the graft's update unchanged. So do row-sparse gradients (``nn.Embedding(sparse=True)``),
+    whose rows are no sample of the covariance. ``row_sparse`` only applies to tensors that are not preconditioned along
+    every axis, and leaves touched rows unpreconditioned.
 
-    *When.* ``statistics="accumulate"``: every ``statistics_freq``-th step adds to a buffer as large as the sketch, and
-    every ``update_freq``-th step (before the first one at steps 1, 2, 4, 8, ...) ends with a solve, for equal shapes in
-    one batched call: the preconditioner of a step is made of the steps before it, as in SOAP. ``"sample"``: every
-    ``update_freq``-th gradient enters the sketch by itself, before it is used, as in the paper.
+    *When.* With ``statistics="accumulate"`` every ``statistics_freq``-th step adds to a buffer as large as the sketch.
+    Every ``update_freq``-th step (before the first of these, steps 1, 2, 4, 8, ...) ends with a solve, in one batched
+    call for equal shapes. The preconditioner of a step is therefore made of the steps before it, as in SOAP. With
+    ``"sample"`` every ``update_freq``-th gradient enters the sketch by itself, before it is used, as in the paper.
 
-    State bytes of a matrix m x n: covariances ``4 * k * (m + n)``, twice that with ``statistics="accumulate"``; first
-    moment, of tensors preconditioned along every axis, as in `CSAdam`; the graft's second moment ("cs" as `CSAdam`'s,
-    "rmsprop" and "adagrad" 4 a parameter, "sm3" ``4 * (m + n)``).
+    State bytes of a matrix m x n: covariances ``4 * k * (m + n)``, twice that with ``statistics="accumulate"``; the
+    first moment, for tensors that are preconditioned along every axis, as in `CSAdam`; the graft's second moment ("cs"
+    as in `CSAdam`, "rmsprop" and "adagrad" 4 a parameter, "sm3" ``4 * (m + n)``).
 
-    Presets (any option given explicitly wins):
+    Presets (an option that is given explicitly overrides them):
 
     ========== =========================================================================================================
     preset     options
     ========== =========================================================================================================
     default    graft "cs", update_clip 1, scale_parameter with reference_rms 0.017, input "update", momentum before,
                Nesterov, tail "trace", statistics "accumulate", solver "eigh", update_freq 10, rank 32
-    exact      no covariances, graft "rmsprop", no momentum: the same size of step at 4 bytes a parameter. For parameter
-               groups
+    exact      no covariances, graft "rmsprop", no momentum: steps of the same size at 4 bytes a parameter. For
+               parameter groups
     paper      graft "rmsprop", no clipping, lr absolute, input "gradient", momentum after, tail "paper", statistics
                "sample", solver "svd", update_freq 10, rank 256, shampoo_beta 0.999, Nesterov, fp32 momentum: the form
                of the paper and of its code
@@ -91,31 +91,31 @@ class Sketchy(SketchOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
-        lr: learning rate, float or tensor (default 1e-3, AdamW's; see above).
-        betas: decay rates of momentum and of the graft's second moment (default (0.9, 0.999)); the second has no effect
-            with the grafts "adagrad" and "sm3", which sum.
+        lr: learning rate, float or tensor (default 1e-3, which is AdamW's; see above).
+        betas: decay rates of the momentum and of the graft's second moment (default (0.9, 0.999)). The second has no
+            effect with the grafts "adagrad" and "sm3", which sum.
         eps: added to the graft's denominator (default 1e-8).
         weight_decay: decoupled weight decay (default 0).
         preset: see above.
         {options}
 
     Raises:
-        ValueError: as `CSAdam`; options that contradict each other; in `step`, a gradient that is not finite.
+        ValueError: see `CSAdam`; also if options contradict each other, or, in `step`, if a gradient is not finite.
 
     Warns:
-        RuntimeWarning: a covariance could not be decomposed, in float64 neither. The step has been taken with the last
-            preconditioner, which stays; the warning names the parameter.
+        RuntimeWarning: a covariance could not be decomposed, even in float64. The step was taken with the last
+            preconditioner, which stays. The warning names the parameter.
 
-    Source: https://arxiv.org/abs/2302.03764. Deviations of the default from it, each measured (docs/benchmarks.md): the
-    trace-matched tail; covariances of the graft's update rather than of the gradient, gathered in every step; momentum
-    before preconditioning; a graft that costs 0.2 bytes a parameter. The preset "paper" has none of these; momentum and
-    grafting there follow the authors' code. One-sided treatment of vocabularies, and solves at steps 1, 2, 4, 8, ...
-    before the first whole period, are additions to both.
+    Source: https://arxiv.org/abs/2302.03764. The default deviates from it as follows, each measured
+    (docs/benchmarks.md): the trace-matched tail; covariances of the graft's update, not of the gradient, gathered in
+    every step; momentum before preconditioning; a graft that costs 0.2 bytes a parameter. The preset "paper" has none
+    of these, and its momentum and grafting follow the authors' code. Both have two additions: vocabularies are
+    preconditioned on one side, and solves take place at steps 1, 2, 4, 8, ... before the first whole period.
     """
 
-    # Decompositions are neither compiled nor captured; what preconditions a tensor is a sweep of its own anyway.
+    # Decompositions are neither compiled nor captured, and `lagged_rms` would gain nothing: the sweep is needed anyway.
     FIXED: ClassVar[dict[str, Any]] = FIXED
-    # Until `_complete`: part of a parameter, its group, (tail, solver), what is to be decomposed.
+    # Until `_complete`: a part of a parameter, its group, (tail, solver), and the sides to be solved.
     _solves: tuple[tuple[Part, Mapping[str, Any], tuple[str, str], list[Due]], ...] = ()
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
@@ -151,10 +151,10 @@ class Sketchy(SketchOptimizer):
         super().__init__(params, given, preset)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `SketchOptimizer.add_param_group`.
+        """Add a parameter group, see `SketchOptimizer.add_param_group`.
 
         Raises:
-            ValueError: also where options contradict each other, or the budget is too small.
+            ValueError: also if options contradict each other, or the budget is too small.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -172,7 +172,7 @@ class Sketchy(SketchOptimizer):
         covered = {
             p: axes_with_covariances(tuple(p.shape)[self.batch_axes(tuple(p.shape), group) :], *axes)[1] for p in shaped
         }
-        # Tables of a vocabulary are easily kept; what matters are the others, where there are any.
+        # The table of a vocabulary easily fits the budget, so tensors with all covariances decide, if there are any.
         eligible = [p for p in covered if covered[p] and all(covered[p])] or [p for p in covered if any(covered[p])]
         if eligible and all(self.preconditioner_of(p, group) is None for p in eligible):
             raise ValueError(
@@ -182,7 +182,7 @@ class Sketchy(SketchOptimizer):
                 "store, or rank= instead of budget="
             )
 
-    # -- for the base ---------------------------------------------------------------------------------------------
+    # -- what the base class asks for -----------------------------------------------------------------------------
 
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
         return self._moments(p, group, group["momentum_of"] == "all" or self._whole(p, group))
@@ -205,12 +205,12 @@ class Sketchy(SketchOptimizer):
         return {} if preconditioner is None else {"preconditioner": preconditioner}
 
     def preconditioner_of(self, p: Shaped, group: Mapping[str, Any]) -> Kronecker | None:
-        """Axes, blocks and ranks of a parameter's covariances; None where it has none."""
+        """The axes, blocks and ranks of a parameter's covariances; None if it has none."""
         shape, whole = tuple(p.shape), whole_shape(p)
         batch, matrices = 0, None
         if len(whole) > 2 and self.batch_axes(whole, group):  # each matrix has covariances of its own
             batch, whole = self._batch(p, group), whole[1:]
-            if batch:  # else it is a piece of one matrix
+            if batch:  # otherwise the part is a piece of one matrix
                 shape, matrices = shape[1:], shape[0]
                 if not matrices:
                     return None
@@ -233,7 +233,7 @@ class Sketchy(SketchOptimizer):
             check(saved)
 
     def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
-        # Rows of what is preconditioned along them are no rows of an embedding.
+        # If rows are preconditioned along their axis, they are not the rows of an embedding.
         return False if self._whole(p, group) else super()._row_sparse(p, group)
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
@@ -250,10 +250,10 @@ class Sketchy(SketchOptimizer):
             denominator = Denominator(root2, group["eps"] / root2 if sparse else group["eps"])
         elif graft == "sm3":
             denominator, floor = Denominator(1.0, 0.0), 1e-30
-        # What is not preconditioned has a momentum only where everything has.
+        # Tensors that are not preconditioned only have a momentum if all tensors have one.
         momentum = group["first_moment"] != "none" and group["momentum_of"] == "all"
         size, lookahead = debiased(beta1, step, group["nesterov"]) if momentum else (1.0, None)
-        # With a denominator the momentum comes after it, and `update_clip` looks at what enters there.
+        # With a denominator the momentum follows it, and `update_clip` measures the input of the average.
         after = graft != "none"
         return Rule(
             first=Ema(beta1, 1.0 - beta1, step) if momentum else None,
@@ -294,7 +294,7 @@ class Sketchy(SketchOptimizer):
         if not self._solves:
             return
         solves, self._solves = self._solves, ()
-        # Those who came in another order, during backward, are decomposed in the same batches all the same.
+        # Steps in backward come in another order. Sorted, they are solved in the same batches.
         members = [p for group in self.param_groups for p in group["params"]]
         order = {id(p): number for number, p in enumerate(members)}
         batches: dict[tuple[str, str], list[Due]] = {}
@@ -307,7 +307,7 @@ class Sketchy(SketchOptimizer):
             warn_of([whose[id(state)] for _, state, _ in failed], self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What was to be decomposed belonged to other state."""
+        """Restore a copy or a pickle. Pending solves are dropped, because they belong to other state."""
         super().__setstate__(state)
         self.__dict__.pop("_solves", None)
 
@@ -330,13 +330,13 @@ class Sketchy(SketchOptimizer):
 
     def _eager(self, one: Pending) -> None:
         if one.rule is not None and one.rule.first is None and self.preconditioner_of(one.p, one.group) is not None:
-            # Touched rows: a momentum that is there belongs to preconditioned steps.
+            # Touched rows are not preconditioned, and the existing momentum belongs to preconditioned steps.
             named = {name: store for name, store in one.named.items() if name != "first_moment"}
             one = replace(one, named=named)
         super()._eager(one)
 
     def _gather(self, members: Sequence[Pending], covariances: kronecker.Stack, x: Tensor) -> bool:
-        """Take what is preconditioned into the covariances; whether these have changed."""
+        """Add what is preconditioned to the covariances or buffers; return whether the covariances have changed."""
         group, step = members[0].group, members[0].step
         if group["statistics"] == "accumulate":
             if sampled(step, group["statistics_freq"]):

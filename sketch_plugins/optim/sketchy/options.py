@@ -1,4 +1,4 @@
-"""The options of `Sketchy`: those of its parts, each declared there, and those of the family."""
+"""The options of `Sketchy`: those that its parts declare, and those of the family."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class SketchyOptions(
     """Keywords of `Sketchy`."""
 
 
-_FUSED = "of tensors that are not preconditioned, and of the elementwise parts of the others' steps"
-#: What is declared otherwise than for the family.
+_FUSED = "applies to tensors that are not preconditioned, and to the elementwise parts of the others' steps"
+#: Options of the family that are declared differently here.
 CHANGES: dict[str, dict[str, Any]] = {
     **{
-        name: {"doc": f'of the graft ``"cs"``: {one.doc}'}
+        name: {"doc": f'for the graft ``"cs"``: {one.doc}'}
         for name, one in declared(Sketches).items()
         if name != "batch_dims"
     },
@@ -37,13 +37,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "update_clip": {
         "default": 1.0,
-        "doc": 'divide u by ``max(1, RMS(u) / update_clip)`` (0: off); with ``graft="none"`` x.',
+        "doc": 'divide u by ``max(1, RMS(u) / update_clip)`` (0: off); with ``graft="none"``, divide x.',
     },
     "scale_parameter": {"default": True},
     "reference_rms": {"default": TYPICAL_RMS},
     "chunk_size": {
         "doc": "elements worked on at a time (0: 2**20 on a CPU, 2**24 on an accelerator). Beside tiles, a step takes "
-        "memory for one stack of preconditioned tensors (``stack_bytes``), or for one of these where it is larger "
-        '(``solver="svd"`` with ``statistics="sample"``: a few).'
+        "memory for one stack of preconditioned tensors (``stack_bytes``), or for one tensor if that is larger "
+        '(a few of them with ``solver="svd"`` and ``statistics="sample"``).'
     },
 }

@@ -1,4 +1,4 @@
-"""When `Sketchy` gathers statistics, when it solves, and how; which options of these contradict each other."""
+"""When `Sketchy` gathers statistics, when and how it solves, and which of these options contradict each other."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ STATISTICS = ("accumulate", "sample")
 
 
 class Statistics(TypedDict, total=False):
-    """What a covariance gathers, and when and how it is solved."""
+    """What the covariances gather, and when and how they are solved."""
 
     statistics: Annotated[str | None, option("accumulate", "see above.", choices=STATISTICS, structural=True)]
     statistics_freq: Annotated[
         int | None,
         count(
             1,
-            'steps between statistics, with ``statistics="accumulate"``; divides update_freq. A step in which a '
-            "solve is due before the first whole period, and no statistic, has none.",
+            'steps between statistics, with ``statistics="accumulate"``; it must divide update_freq. A solve that is '
+            "due before the first whole period is left out if its step gathers no statistic.",
             1,
         ),
     ]
@@ -29,8 +29,8 @@ class Statistics(TypedDict, total=False):
         float | None,
         option(
             0.99,
-            ":math:`\\beta_s`, decay of the covariances for each of their statistics. 1 is refused: deflation then "
-            "drives the sketch to 0.",
+            ":math:`\\beta_s`, decay of the covariances with each statistic. 1 is refused, because deflation would "
+            "then drive the sketch to 0.",
             allowed="a number in (0, 1)",
             check=lambda v: 0 < v < 1,
         ),
@@ -41,21 +41,24 @@ class Statistics(TypedDict, total=False):
         option(
             False,
             "after the first whole period each tensor is solved at its own step of a period (by its number in the "
-            "group; the experts of one tensor together), so that no step solves all of them. Up to then, and with "
+            "group; the experts of one tensor together), so that no step solves all of them. Before that, and with "
             "False, all are solved in the same steps.",
         ),
     ]
-    solver: Annotated[str | None, option("eigh", "decomposition, ibid.", choices=SOLVERS)]
+    solver: Annotated[
+        str | None,
+        option("eigh", "decomposition, see `sketch_plugins.linalg.frequent_directions.fold`.", choices=SOLVERS),
+    ]
     refresh_every: Annotated[
         int | None,
-        count(10, 'with ``solver="power"`` every so many solves are done by ``"eigh"`` (0: never).', 0),
+        count(10, 'with ``solver="power"``, one in refresh_every solves uses ``"eigh"`` (0: none).', 0),
     ]
     tail: Annotated[
         str | None,
         option(
             "trace",
-            "what stands for the covariance outside of the sketch, see "
-            '`sketch_plugins.linalg.frequent_directions.fold`. ``"paper"`` and ``"sqrt"`` go with '
+            "the eigenvalue that is assumed outside of the sketch, see "
+            '`sketch_plugins.linalg.frequent_directions.fold`. ``"paper"`` and ``"sqrt"`` need '
             '``statistics="sample"``.',
             choices=TAILS,
         ),
@@ -63,7 +66,7 @@ class Statistics(TypedDict, total=False):
 
 
 def check(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where options of a group contradict each other."""
+    """Raise ValueError if options of a group contradict each other."""
     if group["statistics"] == "accumulate" and group["tail"] != "trace":
         raise ValueError(
             f"tail={group['tail']!r} needs statistics='sample'. With statistics='accumulate' only the trace "
@@ -81,17 +84,17 @@ def check(group: Mapping[str, Any]) -> None:
 
 
 def due(step: int, every: int, offset: int = 0) -> bool:
-    """Whether a step solves: ``offset`` steps after every whole period.
+    """Whether a step solves. Steps that are ``offset`` after a whole period do.
 
-    And at 1, 2, 4, 8, ... before the first one, so that a short run is not left without a preconditioner.
+    Before the first whole period steps 1, 2, 4, 8, ... do, so that a short run has a preconditioner, too.
     """
     return (step >= every and (step - offset) % every == 0) or (step < every and step & (step - 1) == 0)
 
 
 def offset_of(p: Part, group: Mapping[str, Any]) -> int:
-    """Steps from the first tensor's solve to this one's (`stagger_solves`): those with statistics, in turn.
+    """With `stagger_solves`, the steps from the first tensor's solve to this one's: tensors take the statistics' steps.
 
-    The number of the parameter decides: in its group, or in the flat partition that holds pieces of several.
+    The number of the parameter in its group decides, or its number in the flat partition that holds the piece.
     """
     if not group["stagger_solves"]:
         return 0
@@ -100,14 +103,14 @@ def offset_of(p: Part, group: Mapping[str, Any]) -> int:
 
 
 def sampled(step: int, every: int) -> bool:
-    """Whether a step adds a statistic."""
+    """Whether a step gathers a statistic."""
     return step % every == 0 or step == 1
 
 
 def solver_of(step: int, group: Mapping[str, Any], offset: int = 0) -> str:
-    """The decomposition of this step's solve; ``offset``: see `due`."""
+    """The decomposition of this step's solve. For ``offset`` see `due`."""
     if group["solver"] != "power":
         return group["solver"]
     every, refresh = group["update_freq"], group["refresh_every"]
-    # Before the first whole period directions still come in quickly.
+    # Before the first whole period directions still change quickly.
     return "eigh" if step < every or (refresh and (step - offset) // every % refresh == 0) else "power"

@@ -1,4 +1,4 @@
-"""The step of preconditioned tensors of equal shape, as one stack: graft, statistics, momentum, roots, write-back."""
+"""The step of preconditioned tensors of equal shape, as a stack: graft, statistics, momentum, roots, write-back."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from sketch_plugins.stores import Ema
 
 
 class Preconditioned(TypedDict, total=False):
-    """The preconditioned step itself."""
+    """Options of the preconditioned step itself."""
 
     start_preconditioning_step: Annotated[
-        int | None, count(1, "the first step that is preconditioned (1: from the first solve on).", 0)
+        int | None, count(1, "the first step that is preconditioned (with 1, from the first solve on).", 0)
     ]
     exponent: Annotated[
         float | None,
@@ -55,11 +55,11 @@ class Preconditioned(TypedDict, total=False):
         int | None,
         option(
             -1,
-            "tensors of equal shape and options take their preconditioned step together, in stacks of at most so many "
-            "bytes in the dtype of the arithmetic, or of one tensor (0: one by one; -1: 32 MiB on a CPU, 256 MiB "
-            "elsewhere). More is fewer operations, and more memory in a step: a stack, of its covariances' directions "
-            "and of products with them a few copies, and of tensors of 16,384 elements or less what an error would be "
-            "undone with, which counts.",
+            "tensors of equal shape and options take their preconditioned step together, in stacks of at most this "
+            "many bytes in the arithmetic dtype, or of one tensor (0: one by one; -1: 32 MiB on a CPU, 256 MiB "
+            "elsewhere). Larger stacks take fewer operations and more memory in a step: the stack itself, a few copies "
+            "of its covariances' directions and of products with them, and, for tensors of 16,384 elements or less, "
+            "copies to undo an error, which count towards the limit.",
             allowed="an integer >= -1",
             check=lambda v: v >= -1,
         ),
@@ -68,16 +68,16 @@ class Preconditioned(TypedDict, total=False):
         str | None,
         option(
             "error",
-            "a NaN or an infinity in a gradient, or a norm from 1e18 on, of which float32 cannot keep a covariance: "
-            "an error, or the whole step is skipped. Either way nothing has changed. The price is one number that the "
-            "host waits for in each step.",
+            "what happens if a gradient has a NaN or an infinity, or a norm of 1e18 or more, whose covariance float32 "
+            "cannot hold: an error, or the whole step is skipped. Either way nothing changes. For this the host waits "
+            "for one number in each step.",
             choices=("error", "skip"),
         ),
     ]
     capturable: Annotated[bool, unused((False,), "decompositions cannot be captured in a CUDA graph")]
 
 
-#: Takes what is preconditioned, ``(c, R, D)``, into the covariances of the members, or into what they gather.
+#: Adds ``x``, ``(c, R, D)``, to the members' covariances or to their buffers; returns whether covariances changed.
 Gather = Callable[[Sequence[Pending], kronecker.Stack, Tensor], bool]
 
 
@@ -85,11 +85,11 @@ class Stack(Batch):
     """The step of preconditioned tensors of equal shape and options.
 
     Args:
-        members: theirs; learning rates and weight decays may differ.
-        preconditioner: what each has of covariances.
-        gather: see `Gather`; says whether the covariances have changed.
-        backend: kernels that may take the elementwise parts; None: none do.
-        programs: those of the last step, by part, and which parts there were: looked up and replaced there.
+        members: the members' steps. Learning rates and weight decays may differ.
+        preconditioner: the layout of each member's covariances.
+        gather: see `Gather`.
+        backend: kernels that may take the elementwise parts, or None.
+        programs: the last step's program of each part, and the parts that kernels took. This object replaces them.
         marks: see `kernels.prepare`.
     """
 
@@ -105,40 +105,40 @@ class Stack(Batch):
         super().__init__(_never, members)
         self.preconditioner, self.gather, self.backend = preconditioner, gather, backend
         self.programs, self.marks = programs, marks
-        #: Finds the roots together with those of other stacks (see `stacking`).
+        #: Returns the roots, which are computed together with those of other stacks (see `stacking`).
         self.shared: Callable[[], Mapping[kronecker.Side, Root]] | None = None
-        #: Part -> what takes it in a kernel, made for a stack at this address.
+        #: For each part that a kernel takes, the function that launches it, made for a stack at the address `place`.
         self.taken: dict[str, Callable[[], None]] = {}
         self.place = 0
         group, step = members[0].group, members[0].step
         first = members[0].named.get("first_moment")
         self.started = step >= group["start_preconditioning_step"]
         self.grafted = group["graft"] != "none"
-        #: Whether what is preconditioned is the gradient, and not the graft's update.
+        #: Whether the gradient is preconditioned, not the graft's update.
         self.of_gradient = graft.is_of_gradient(group)
         self.before = group["momentum_placement"] == "before"
         if self.of_gradient and self.before and not self.started:
-            first = None  # which averages gradients, and no step is made of those yet
+            first = None  # it averages gradients, and no step uses their average yet
         self.averages, beta1 = first is not None, group["betas"][0]
         self.size, lookahead = momentum.debiased(beta1, step, group["nesterov"]) if self.averages else (1.0, None)
         self.ema = Ema(beta1, 1.0 - beta1, step)
         self.momentum = Rule(
             first=self.ema, second=None, step_size=1.0, correction=1.0, decay=0.0, lookahead=lookahead, denominator=None
         )
-        #: Options and layouts that the parts depend on; None: they are not known to be those of another step.
+        #: Options and layouts that `parts` depends on; None if they cannot be compared with another step's.
         self.looks: Any = None
         self.tried: list[str] = []
-        #: Those that kernels take, as far as their kind and options say.
+        #: Parts that kernels take, if their stores and options allow it.
         self.parts = self._parts()
 
     @property
     def samples(self) -> bool:
-        """Whether the covariances change within a step."""
+        """Whether the covariances change within the step."""
         return self.members[0].group["statistics"] == "sample"
 
     @property
     def exponent(self) -> float:
-        """Of the covariances."""
+        """The exponent of the covariances, which is negative."""
         return -(self.members[0].group["exponent"] or 0.5 / len(self.preconditioner.dims))
 
     @property
@@ -147,11 +147,11 @@ class Stack(Batch):
         return self.parts, self.started
 
     def _parts(self) -> tuple[str, ...]:
-        """Also finds the trials: parts that have not been tried out yet, or not with these options."""
+        """The parts that kernels take. Parts that were not tried yet with these options are added to the trials."""
         one = self.members[0]
         if self.backend is None or one.rule is None:
             return ()
-        if self.marks is not None:  # the same object as long as the options are equal
+        if self.marks is not None:  # this object stays the same as long as the options are equal
             lies = [(member.p.data.stride(), member.p.dtype) for member in self.members]
             self.looks = self.backend, self.marks, self._fills, self.averages, self.momentum.lookahead is None, lies
         known = self.programs.get("parts")
@@ -169,13 +169,13 @@ class Stack(Batch):
         return tuple(self.tried)
 
     def _trial(self, part: str) -> Work | None:
-        """A part of the first member as a kernel would be given it; None: no kernel takes it."""
+        """The work of a part of the first member, as a kernel would get it; None if no kernel takes it."""
         one, backend = self.members[0], self.backend
         assert backend is not None and one.rule is not None
         rule, changed = kernels.rule_of(part, one.rule, self.momentum)
         with _disable_current_modes() if is_fake(one.p.data) else nullcontext():
             device = one.p.device
-            if is_fake(one.p.data):  # kernels read addresses, and are asked about a tensor that has one
+            if is_fake(one.p.data):  # kernels read addresses, so they are asked about a stand-in that has one
                 one, device = kernels.with_memory(one), torch.device("cpu")
             like = torch.empty(one.grad.shape, dtype=one.grad.dtype, device=device)
             work = kernels.work_of(part, one, like, rule, {**one.group, **changed})
@@ -192,7 +192,7 @@ class Stack(Batch):
 
     @property
     def _fills(self) -> bool:
-        """Whether the stack takes the gradient in the place of the graft's update."""
+        """Whether the stack is filled with the gradient in place of the graft's update."""
         return self.of_gradient and self.started
 
     def twin(self) -> Stack:
@@ -202,12 +202,12 @@ class Stack(Batch):
         return other
 
     def covariances(self, members: Sequence[Pending]) -> kronecker.Stack:
-        """Those of the members, or of copies of them."""
+        """The covariances of the members, or of copies of them."""
         return kronecker.Stack(self.preconditioner, [one.state["preconditioner"] for one in members])
 
     @property
     def count(self) -> int:
-        """Matrices of each member: of a batch (experts) each is grafted by itself."""
+        """The number of matrices of each member. In a batch (experts) each matrix has its own graft norm."""
         return self.preconditioner.count
 
     def _empty(self, members: Sequence[Pending]) -> Tensor:
@@ -219,7 +219,7 @@ class Stack(Batch):
         self.taken = {}
         x = self._empty(self.members)
         if is_fake(x):
-            self.taken = dict.fromkeys(self.parts, _nothing)  # there is no memory to work on
+            self.taken = dict.fromkeys(self.parts, _nothing)  # fake tensors have no memory to work on
             return
         self.place = x.data_ptr()
         for part in self.parts:
@@ -229,16 +229,16 @@ class Stack(Batch):
             )
             if made is not None:
                 self.programs[part], self.taken[part] = made
-        if len(self.taken) < len(self.parts):  # the others are eager, and need what these take
+        if len(self.taken) < len(self.parts):  # the other parts are eager and need the temporaries of eager parts
             self.parts = tuple(self.taken)
 
     def take(self, members: Sequence[Pending]) -> None:
         """See `Batch`."""
         group, x = members[0].group, self._empty(members)
         if self.taken and not (x.is_meta or is_fake(x)) and x.data_ptr() != self.place:
-            self.prepare()  # a larger buffer has taken the place of the one that it was made for
+            self.prepare()  # a larger buffer has replaced the one that the programs were made for
         covariances = self.covariances(members)
-        # What can fail for want of memory comes before the first write.
+        # Everything that can run out of memory comes before the first write.
         covariances.fetch()
         roots = self.shared() if self.started and self.shared is not None else None
         changed = False
@@ -253,7 +253,7 @@ class Stack(Batch):
             self._average(members, x)
         power, each = None, x.view(-1, x[0].numel() // self.count)
         if self.of_gradient or not self.grafted or not group["update_clip"]:
-            power = kronecker.moderate(each)  # else they are those of an update that was clipped
+            power = kronecker.moderate(each)  # otherwise the numbers are those of a clipped update
         if norm is None and self.grafted:
             norm = _norms(each) if power is None else _norms(each).ldexp(power.to(x.dtype))
         missing = None
@@ -280,9 +280,10 @@ class Stack(Batch):
         self._write(members, x)
 
     def _graft(self, members: Sequence[Pending], x: Tensor) -> Tensor | None:
-        """Write the second moments; ``x`` becomes the update, or stays the gradient. Returns the norms of updates.
+        """Write the second moments. ``x`` becomes the update, or stays the gradient.
 
-        None: of what is in ``x``. Of each matrix.
+        Returns:
+            The norm of each matrix's update; None if that is the norm of what ``x`` holds.
         """
         group = members[0].group
         sizes = None
@@ -292,7 +293,7 @@ class Stack(Batch):
             graft.stacked([one.grad for one in members], x)
             self.taken["graft"]()
         else:
-            # Where the update is not kept, and one RMS is not enough: of each row, the sum of its squares.
+            # The update is not kept, and one RMS is not enough for several matrices: sum the squares of each row.
             wide = torch.float32 if x.device.type == "mps" else torch.float64
             rows = x.new_zeros((*x.shape[:2], 1), dtype=wide) if self._fills and self.count > 1 else None
             found = [
@@ -325,7 +326,7 @@ class Stack(Batch):
     def _length(self, members: Sequence[Pending], now: Tensor, missing: Tensor | None, power: Tensor | None) -> Tensor:
         """Without a graft: the lengths of the steps, ``(c)``.
 
-        As logarithms: roots of covariances have any size, and what is left of it is up to `update_clip`.
+        They are computed as logarithms, because roots of covariances have any size. `update_clip` then limits them.
         """
         group, wide = members[0].group, torch.float32 if now.device.type == "mps" else torch.float64
         length = now.to(wide).log()
@@ -343,7 +344,7 @@ class Stack(Batch):
         return norm / self.size if self.averages and self.before else norm
 
     def _sizes(self, members: Sequence[Pending], dtype: torch.dtype) -> Tensor:
-        """Of each matrix, that of its parameter."""
+        """For each matrix, the factor of `scale_parameter`, which is that of its parameter."""
         found = graft.sizes([one.p.data for one in members], dtype, members[0].group)
         return found.repeat_interleave(self.count)
 
@@ -356,7 +357,7 @@ class Stack(Batch):
 
 
 def _each(members: Sequence[Pending], x: Tensor) -> list[tuple[Pending, Tensor]]:
-    """Each member with its place; in a rehearsal one that is like all."""
+    """Each member with its place in the stack. In a rehearsal one pair stands for all."""
     return [(members[0], x[0])] if x.is_meta else list(zip(members, x, strict=True))
 
 
@@ -366,7 +367,7 @@ def _norms(x: Tensor) -> Tensor:
 
 
 def _rates(members: Sequence[Pending], x: Tensor) -> list[float | Tensor]:
-    """The learning rate of each: the same object for the members of a group."""
+    """The learning rate of each member. Members of one group get the same object."""
     of_group: dict[int, float | Tensor] = {}
     for one in members:
         if id(one.group) not in of_group:
@@ -376,7 +377,7 @@ def _rates(members: Sequence[Pending], x: Tensor) -> list[float | Tensor]:
 
 
 def _scale(x: Tensor, factor: Tensor | None, rates: Sequence[float | Tensor]) -> None:
-    """``x <- rate * factor * x`` of ``(n, *)``, of each its own."""
+    """``x <- rate * factor * x`` for ``x`` of shape ``(n, *)``, with a rate and a factor for each of the n."""
     rate = rates[0]
     tensors = any(isinstance(one, Tensor) for one in rates)
     if all(one is rate or (not tensors and one == rate) for one in rates):
@@ -387,7 +388,7 @@ def _scale(x: Tensor, factor: Tensor | None, rates: Sequence[float | Tensor]) ->
         return
     if factor is not None:
         x.mul_(factor.unsqueeze(-1))
-    if tensors:  # nobody waits for a device to read them
+    if tensors:  # they are not read, because that would wait for the device
         each = [one.view(()) if isinstance(one, Tensor) else x.new_full((), one) for one in rates]
         x.mul_(torch.stack(each).unsqueeze(-1))
     else:
@@ -399,4 +400,4 @@ def _never(one: Pending) -> None:
 
 
 def _nothing() -> None:
-    """What a kernel does in a rehearsal."""
+    """Stands for a kernel in a rehearsal."""

@@ -1,4 +1,4 @@
-"""Which preconditioned tensors take their steps in one stack, and the roots that all stacks find at once."""
+"""Which preconditioned tensors take their steps in one stack. The roots of all stacks are computed at once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.sketchy.stack import Stack
 from sketch_plugins.sharding.parts import has_address, is_fake
 
-#: Options that members of a stack may have each of its own.
+#: Options that may differ between members of a stack.
 PER_MEMBER = ("lr", "weight_decay")
-#: Bytes of a stack where the option does not say: on a CPU what its caches hold, elsewhere what makes launches few.
+#: The default size of a stack in bytes: what fits a CPU's caches, and enough to make launches few elsewhere.
 CPU_STACK, ACCELERATOR_STACK = 1 << 25, 1 << 28
 
 
 def stacked(eager: Iterable[Pending], options: Iterable[str]) -> list[list[Pending]]:
-    """The members of each stack, in their own order.
+    """The members of each stack, in the order they came in.
 
     Args:
         eager: steps of preconditioned tensors.
@@ -33,13 +33,13 @@ def stacked(eager: Iterable[Pending], options: Iterable[str]) -> list[list[Pendi
             of_group[id(one.group)] = tuple([one.group[name] for name in names])
         try:
             kinds.setdefault((of_group[id(one.group)], alike(one)), []).append(one)
-        except TypeError:  # an option that has no hash
+        except TypeError:  # an option cannot be hashed
             kinds[id(one)] = [one]
     return [members for those in kinds.values() for members in cut(those, stack_bytes(those[0]))]
 
 
 def stack_bytes(one: Pending) -> int:
-    """What a stack of tensors like this one may have."""
+    """The largest size in bytes of a stack of tensors like this one."""
     given = int(one.group["stack_bytes"])
     if given >= 0:
         return given
@@ -47,15 +47,15 @@ def stack_bytes(one: Pending) -> int:
 
 
 def alike(one: Pending) -> tuple[Any, ...]:
-    """What members of a stack have in common beside the options."""
+    """What members of a stack have in common, apart from options."""
     p, grad = one.p, one.grad
-    # What is copied to be stepped is no member of a stack: there would be as many copies.
+    # A tensor that is copied for its step gets a stack of its own, because each member would be another copy.
     own = None if has_address(p.data) or is_fake(p.data) else p.identity
     return p.shape, p.whole, p.dtype, p.device, grad.dtype, grad.shape, grad.matrix.dtype, one.step, own
 
 
 def share_roots(stacks: Sequence[Stack]) -> None:
-    """Find the inverse roots of all stacks at once: these are small, and operations on them are launches, too."""
+    """Have the inverse roots of all stacks computed at once: they are small, and each operation is a launch."""
     kinds: dict[Any, list[Stack]] = {}
     for stack in [one for one in stacks if one.started and not one.samples]:
         one = stack.members[0]
@@ -68,9 +68,9 @@ def share_roots(stacks: Sequence[Stack]) -> None:
 
 
 class Shared:
-    """The roots of several stacks, found when the first of them asks.
+    """The roots of several stacks, computed when the first stack asks for its own.
 
-    It knows their covariances and not the stacks, which hold gradients: a circle would keep these alive.
+    This object refers to the covariances and not to the stacks. A reference cycle would keep their gradients alive.
     """
 
     def __init__(self, stacks: Sequence[tuple[kronecker.Stack, float]], eps: float, tail: str) -> None:
@@ -78,7 +78,7 @@ class Shared:
         self.found: list[dict[kronecker.Side, Root]] = []
 
     def of(self, index: int) -> Mapping[kronecker.Side, Root]:
-        """Of one of them."""
+        """The roots of one stack."""
         if not self.found:
             each, exponents = zip(*self.stacks, strict=True)
             self.found = kronecker.roots(each, exponents, self.eps, self.tail)
@@ -86,7 +86,7 @@ class Shared:
 
 
 def cut(members: Sequence[Pending], most: int) -> list[list[Pending]]:
-    """Stacks of at most ``most`` bytes, or of one member; of small ones with what an error would be undone with."""
+    """Stacks of at most ``most`` bytes, or of one member. The copies to undo an error of small tensors count, too."""
     one = members[0]
     size = one.p.numel() * one.grad.dtype.itemsize + sum(t.numel() * t.element_size() for t in one.undone)
     count = max(1, most // size)

@@ -1,4 +1,4 @@
-"""The last part of a preconditioned step: learning rate and weight decay, written to the parameter."""
+"""The last part of a preconditioned step: it writes the parameter, with learning rate and weight decay."""
 
 from __future__ import annotations
 
