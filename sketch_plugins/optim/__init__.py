@@ -1,4 +1,4 @@
-"""One file for each optimizer family; `base` is the only Optimizer logic."""
+"""The optimizers, one file for each or for two close relatives. `base` has the step that they share."""
 
 from sketch_plugins.optim.adagrad import CSAdagrad
 from sketch_plugins.optim.adam import CSAdam, CSRMSprop

@@ -31,11 +31,11 @@ from sketch_plugins.stores import Ema, Store
 
 
 class Accumulator(TypedDict, total=False):
-    """What torch.optim.Adagrad has, too."""
+    """Options that torch.optim.Adagrad has, too."""
 
     lr_decay: Annotated[float, option(0.0, ":math:`\\eta` above.", allowed="a number >= 0", check=lambda v: v >= 0)]
     initial_accumulator_value: Annotated[
-        float, option(0.0, "what every estimate starts from.", allowed="a number >= 0", check=lambda v: v >= 0)
+        float, option(0.0, "start value of every estimate.", allowed="a number >= 0", check=lambda v: v >= 0)
     ]
 
 
@@ -61,8 +61,8 @@ class AdagradOptions(
     bucket={"default": "sum"},
     second_moment={
         "doc": 'store of the accumulator. ``"cover"`` is SM3-II without momentum (see `SM3`); ``"log8"`` has 8 bits '
-        "for each number, within a sixteenth of it (see `sketch_plugins.stores.Log8`). The options of a sketch mean "
-        'nothing to these two and ``"dense"``.'
+        "for each number, within a sixteenth of it (see `sketch_plugins.stores.Log8`). The options of a sketch have no "
+        'effect on these two and on ``"dense"``.'
     },
 )
 class CSAdagrad(SketchOptimizer):
@@ -72,25 +72,25 @@ class CSAdagrad(SketchOptimizer):
         G_t = G_{t-1} + \mathrm{bucket}(g_t^2) \qquad
         \theta_t = \theta_{t-1} - \frac{\gamma}{1 + (t - 1) \eta} \frac{g_t}{\sqrt{G_t} + \epsilon}
 
-    By default a bucket holds the *sum* of its rows' squares: the count-min sketch proper, whose estimate never falls
-    below the true accumulator (with every gradient dense, and with any mixture of sparse ones). For dense layers the
-    steps are then up to ``1 / sqrt(rows a bucket)`` of Adagrad's; ``bucket="mean"`` keeps Adagrad's learning rate and
-    gives up that guarantee (``table_dtype="bf16"`` keeps it in expectation only). Sparse gradients add exactly the
-    touched rows in either case.
+    By default a bucket holds the *sum* of its rows' squares. That is the original count-min sketch, whose estimate is
+    never below the true accumulator (with dense gradients, and with any mixture of dense and sparse ones). In dense
+    layers the steps can then shrink to ``1 / sqrt(rows a bucket)`` of Adagrad's. ``bucket="mean"`` keeps Adagrad's
+    learning rate and gives up that guarantee (``table_dtype="bf16"`` keeps it in expectation only). Sparse gradients
+    add exactly the touched rows in either case.
 
     Args:
         params: parameters or parameter groups.
         lr: learning rate (default 1e-2).
         betas: no effect; accepted so that one configuration can name any optimizer of the family.
         eps: added to the root (default 1e-10).
-        weight_decay: added to the gradient as ``weight_decay * p``, as in `torch.optim.Adagrad`; for sparse gradients
-            to that of touched rows.
+        weight_decay: added to the gradient as ``weight_decay * p``, as in `torch.optim.Adagrad`; with sparse gradients,
+            for touched rows only.
         preset: ``"default"``; ``"lean"`` (+ update_clip 1, scale_parameter); ``"paper"`` (depth 3, 20 %, cleaning 0.5
             every 125 steps); ``"exact"`` (dense, is `torch.optim.Adagrad`).
         {options}
 
     Raises:
-        ValueError: as `CSAdam`.
+        ValueError: see `CSAdam`.
 
     Source: https://arxiv.org/abs/1902.00179, Alg. 3; deviations as in `CSAdam`.
     """

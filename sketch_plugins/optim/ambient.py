@@ -1,7 +1,7 @@
-"""Modes that are in force around a step and must not change what it computes.
+"""Modes around a step that must not change what it computes.
 
-A training loop may call ``step`` inside `torch.autocast` (Lightning's manual optimization does), under another default
-device or dtype, or in `torch.inference_mode`. The arithmetic of a step and where its state lives depend on none of
+A training loop may call ``step`` inside `torch.autocast` (Lightning's manual optimization does), with another default
+device or dtype, or in `torch.inference_mode`. The arithmetic of a step, and the device of its state, depend on none of
 these.
 """
 
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-# torch.compile leaves the step alone, as it does torch.optim's. The public decorator imports the compiler at once, two
-# seconds that few scripts need; torch.optim's own one does so when something is compiled.
+# torch.compile does not trace the step, as it does not trace torch.optim's. The public decorator would import the
+# compiler at once, which takes two seconds; torch.optim's private one imports it when something is compiled.
 outside_graphs: Callable[..., Any] = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
 
-# Kinds of device on which a step may compute.
+# Types of devices on which a step may compute.
 _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu")
 
 
@@ -29,17 +29,17 @@ def _autocasting() -> list[str]:
         try:
             if torch.is_autocast_enabled(kind):
                 found.append(kind)
-        except RuntimeError:  # this build of torch does not know the kind
+        except RuntimeError:  # this build of torch does not know the device type
             continue
     return found
 
 
 @contextmanager
 def neutral() -> Iterator[None]:
-    """No autocast, and tensors are on the CPU unless said otherwise.
+    """Disable autocast, and make the CPU the default device.
 
-    The default dtype belongs to the whole process and stays: everything in a step says its own.
-    Inference mode stays: parameters may have been made in it. Who allocates state leaves it for that moment.
+    The default dtype belongs to the whole process and stays, because every tensor of a step has an explicit dtype.
+    Inference mode stays, because parameters may have been made in it. State is allocated outside of it.
     """
     device = torch.get_default_device()
     with ExitStack() as stack:
@@ -52,9 +52,9 @@ def neutral() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block: many save a checkpoint then, of whole steps."""
+    """Delay Ctrl-C to the end of the block, because programs often save a checkpoint then, which needs whole steps."""
     before = signal.getsignal(signal.SIGINT)
-    # Python runs handlers in the main thread only, and only it may set them.
+    # Python runs handlers in the main thread only, and only that thread may set them.
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return

@@ -1,8 +1,8 @@
-"""The optimizer that all are made of: parameter groups, and a step from the gradients to the kernels.
+"""The base of all optimizers but `MemSGD`: parameter groups, and a step from the gradients to the kernels.
 
-A concrete optimizer names its options, its stores' averages and its update rule. Everything else is done here, in rooms
-that build on each other: `groups` (options), `layout` (what state consists of), `state_dicts`, `gradients`, `resolved`
-(a part's step before anything changes) and `taking` (all steps, prepared and taken).
+A concrete optimizer declares its options and its update rule. Everything else is done by classes that build on each
+other: `groups` (options), `layout` (what state consists of), `state_dicts`, `gradients`, `resolved` (a part's step
+before anything changes) and `taking` (prepares and takes all steps).
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from sketch_plugins.sharding.state_names import flattened, nested
 
 
 class SketchOptimizer(Taking):
-    """Base of the sketched optimizers; see `CSAdam` for the options.
+    """Base of the sketched optimizers. `CSAdam` describes the options.
 
-    Subclasses set ``OPTIONS``, ``PRESETS`` (name -> option values; the first one holds every default) and implement
-    ``_rule``. Group options are resolved when a group is added: its own keys, else its ``preset``'s, else the
+    Subclasses set ``OPTIONS`` and ``PRESETS`` (option values by name; the first preset holds every default) and
+    implement ``_rule``. A group's option is its own key if it has one, else its ``preset``'s value, else the
     constructor's.
     """
 
-    # An `InBackward`, where there is one; it stays with this object.
+    # The `InBackward` that uses this optimizer, if there is one. It belongs to this object alone.
     _in_backward: Any = None
-    # A `NumericsProbe`, where there is one; likewise.
+    # The `NumericsProbe` that watches this optimizer, if there is one. It belongs to this object alone.
     _numerics: Any = None
 
-    # Neither copied nor pickled.
+    # It is neither copied nor pickled.
     _rate_watch: RateWatch | None = None
 
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
-        """Validate and resolve the options; ``explicit`` values of None are left to the preset."""
+        """Validate and resolve the options. A value of None in ``explicit`` leaves the option to the preset."""
         unknown = [name for name in explicit if name not in self.OPTIONS and name not in self.NO_EFFECT]
-        if unknown:  # as Python says of an argument that there is not
+        if unknown:  # Python raises TypeError for an unknown argument, too
             raise TypeError(unknown_option(type(self).__name__, unknown[0], self.OPTIONS))
         self._accept_without_effect(explicit)
         explicit = {name: value for name, value in explicit.items() if name not in self.NO_EFFECT}
         given = {name: value for name, value in explicit.items() if value is not None}
         defaults = {**self._preset(next(iter(self.PRESETS))), **self._preset(preset), **given}
         for name in explicit:
-            if name not in defaults:  # None, and no preset knows better
+            if name not in defaults:  # it is None, and no preset sets it
                 raise ValueError(f"{name}=None is not allowed: {name} must be {self.OPTIONS[name].describe()}")
         one_of_width_and_compression(given)
         fixed = {**self.FIXED, "preset": preset}
@@ -64,8 +64,8 @@ class SketchOptimizer(Taking):
         """Add a group; it may set any option, and ``preset``. Unknown keys are kept, unless they look misspelt.
 
         Raises:
-            ValueError: an option's value is not allowed (also where the key was meant as one of the user's own), a key
-                looks like a misspelt option, a parameter is complex.
+            ValueError: an option's value is not allowed (even if the user meant the key as one of their own), a key
+                looks like a misspelt option, or a parameter is complex.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, not {type(param_group).__name__}")
@@ -84,7 +84,7 @@ class SketchOptimizer(Taking):
         own = {name: self._group_value(name, value) for name, value in own.items()}
         param_group.update(own)
         with warnings.catch_warnings():
-            # torch warns that this will be an error, and goes on.
+            # torch only warns of duplicates, and says that this will be an error.
             warnings.filterwarnings("error", message=".*duplicate parameters.*", category=UserWarning)
             try:
                 super().add_param_group(param_group)
@@ -111,7 +111,7 @@ class SketchOptimizer(Taking):
     @outside_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step. Every gradient is looked at before the first parameter changes: an error leaves all as it was.
+        """Take one step. Every gradient is checked before the first parameter changes, so an error changes nothing.
 
         Args:
             closure: re-evaluates the model with gradients enabled and returns the loss.
@@ -120,7 +120,7 @@ class SketchOptimizer(Taking):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a gradient cannot be used (layout, or a dense gradient of a signed sketch); nothing has changed.
+            ValueError: a gradient cannot be used (its layout, or a dense gradient of a signed sketch).
         """
         loss = None
         if closure is not None:
@@ -138,7 +138,7 @@ class SketchOptimizer(Taking):
                 options = cache.marks(self.OPTIONS, group)
                 given = group["params"]
                 grads = [owner.grad for owner in given]
-                alike = cache.dense(grads, group)  # those that may be as they were in the last step
+                alike = cache.dense(grads, group)  # gradients that may look as they did in the last step
                 present = [grad for grad in alike if grad is not None]
                 if len(present) < len(given):
                     given = [owner for owner, grad in zip(given, alike, strict=True) if grad is not None]
@@ -163,7 +163,7 @@ class SketchOptimizer(Taking):
                 if whole and len(recalled) == len(given) and cache.may_learn(given, group):
                     parts = [part for index, owner in recalled for part in self._parts.of(index, owner)]
                     cache.learn_group(given, parts, group, state)
-            if self._watches_rates and not self._numbers_are_answered:  # a plan trains nothing
+            if self._watches_rates and not self._numbers_are_answered:  # a plan does not train
                 self._rates.step(self)
             with scratch.scratch():
                 try:
@@ -179,16 +179,16 @@ class SketchOptimizer(Taking):
     @outside_graphs
     @torch.no_grad()
     def step_parameter(self, number: int, index: int) -> None:
-        """The step of one parameter, whose gradient is complete: of its group's number and its own in the group.
+        """Take the step of one parameter, whose gradient is complete: parameter ``index`` of group ``number``.
 
-        The same bits as in `step` (of `Sketchy` with ``stack_bytes=0``, else the same up to rounding), at a cost that
-        does not grow with the number of parameters. `step` has to follow when all have taken theirs, as
-        `sketch_plugins.InBackward` sees to: it takes the steps of those that still have a gradient, and does what waits
-        for all of them (Sketchy's decompositions, equal shapes in one batch). The gradient is left to the caller, who
-        has to free it, or `step` would use it again.
+        It computes the same bits as `step` (for `Sketchy` with ``stack_bytes=0``; otherwise equal up to rounding). Its
+        cost does not grow with the number of parameters. When all parameters have taken their steps, `step` has to
+        follow, as `sketch_plugins.InBackward` ensures: it takes the steps of parameters that still have a gradient, and
+        does what waits for all of them (Sketchy's decompositions, in one batch for equal shapes). The caller has to
+        free the gradient, or `step` would use it again.
 
         Raises:
-            ValueError: as `step`, of this parameter: it has not changed then.
+            ValueError: see `step`. The parameter has not changed then.
         """
         group = self.param_groups[number]
         owner = group["params"][index]
@@ -214,7 +214,7 @@ class SketchOptimizer(Taking):
     def _look_at(
         self, taking: StepOfAll, group: dict[str, Any], index: int, owner: Tensor, options: tuple[Any, ...] | None
     ) -> bool:
-        """Add a parameter that has a gradient to a step; whether all its parts look as in the last one."""
+        """Add a parameter that has a gradient to a step; return whether all its parts look as in the last one."""
         assert self._step_cache is not None
         taking.single.append((group, index))
         same, state = True, self.state.get(owner)
@@ -224,28 +224,28 @@ class SketchOptimizer(Taking):
             if not self._step_cache.recall(taking.again, p.identity, p.data, owner, grad, group, options, state):
                 one = self._step_cache.repeated(p, grad, group, options, state)
                 taking.work.append(one or (p, group, self._gradient(p, grad, group)))
-                same = same and p.numel() == 0  # the shard of other ranks is not empty: they take a step, it counts one
+                same = same and p.numel() == 0  # other ranks have elements of it, so an empty shard counts steps, too
         return same
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Whatever is remembered of the last step was about other groups."""
+        """Restore a copy or a pickle. What was remembered of the last step is dropped, because groups are others now."""
         super().__setstate__(state)
         self.__dict__.pop("_step_cache", None)
         self.__dict__.pop("_written", None)
         self.__dict__.pop("_bits_are_known", None)
         self.__dict__.pop("_unmeasured", None)
         for p, own in self.state.items():
-            if isinstance(p, Tensor) and isinstance(own, Mapping):  # a pickle of an older version has levels
+            if isinstance(p, Tensor) and isinstance(own, Mapping):  # pickles of older versions have nested state
                 self.state[p] = flattened(nested(own))
         for group in self.param_groups:
-            for name, value in BEFORE.items():  # a pickle that is older than the option
+            for name, value in BEFORE.items():  # the pickle may be older than an option
                 if name in self.OPTIONS:
                     group.setdefault(name, value)
                     self.defaults.setdefault(name, value)
-            if MARK not in group:  # a pickle that is older than the mark
+            if MARK not in group:  # the pickle is older than the mark
                 modernize(group)
                 renew(type(self).__name__, self.OPTIONS, group)
-        if self._parts_of is None:  # a copy: its parameters are those that it was given
+        if self._parts_of is None:  # a copy, whose parameters are those that it was given
             for number, group in enumerate(self.param_groups):
                 self._parts.add(group, number, self.batch_axes)
         self._find_unmeasured()
@@ -259,17 +259,17 @@ class SketchOptimizer(Taking):
     # -- for subclasses ------------------------------------------------------------------------------------------
 
     def _may_step(self, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
-        """Asked before anything changes: whether a step is taken at all.
+        """Whether a step is taken at all. This is asked before anything changes.
 
         Args:
-            members: who would take it.
-            among: all groups; in `step_parameter` one group, with that parameter alone.
+            members: the parameters that would take it.
+            among: all groups; in `step_parameter` one group that contains only that parameter.
         """
         return True
 
     def _complete(self) -> None:
-        """What a step does last, when all parameters have taken theirs: those of `step_parameter`, too."""
+        """The last part of a step, after all parameters have taken theirs, also those of `step_parameter`."""
 
     def _why_not_alone(self, group: Mapping[str, Any]) -> str | None:
-        """Why `step_parameter` is not possible with the options of a group; None: it is."""
+        """Why `step_parameter` is not possible with the options of a group, or None."""
         return None

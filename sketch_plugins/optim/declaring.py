@@ -1,13 +1,13 @@
-"""How an option is declared once: its keyword for editors, its table entry, its default and its docstring's lines.
+"""Declares an option once: its keyword for editors, its entry in the table, its default and its docstring lines.
 
-A set of options is a `TypedDict`, whose annotations hold an `Option` each::
+A set of options is a `TypedDict` whose annotations each hold an `Option`::
 
     class Clipping(TypedDict, total=False):
         update_clip: Annotated[float | None, option(0.0, "what it does", allowed="a number >= 0", check=...)]
 
-An optimizer takes ``**options: Unpack[...]`` of such a set, which is what editors and type checkers read, and
-`with_options` makes the rest of it: the table that values are validated by, the defaults of its first preset, the
-signature that `help` shows, and the entries of its docstring's ``Args``.
+An optimizer takes ``**options: Unpack[...]`` of such a set, which editors and type checkers read. `with_options` makes
+the rest from it: the table that validates values, the defaults of the first preset, the signature that `help` shows,
+and the entries of the docstring's ``Args``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sketch_plugins.optim.options import BY_POSITION, NoEffect, Option
 
 Class = TypeVar("Class", bound=type)
 
-#: Where a docstring has the entries of the options.
+#: The line of a docstring that the entries of the options replace.
 PLACE = re.compile(r"^( *)\{options\}\n", re.MULTILINE)
 _WIDTH = 120
 _SIMPLE = (bool, int, float, str, tuple)
@@ -39,18 +39,18 @@ def option(
     check: Callable[[Any], bool] | None = None,
     structural: bool = False,
 ) -> Option:
-    """An `Option` to be written into an annotation, which has its name and its type."""
+    """An `Option` for an annotation. Its name and its type come from the annotation."""
     return Option("", object, doc, choices, allowed, check, structural, default)
 
 
 def count(default: int, doc: str, least: int, structural: bool = False) -> Option:
-    """An `option` that is an integer of at least ``least``."""
+    """An `option` whose value is an integer of at least ``least``."""
     allowed = f"an integer >= {least}"
     return option(default, doc, allowed=allowed, check=lambda v: v >= least, structural=structural)
 
 
 def unused(choices: tuple[Any, ...], why: str) -> NoEffect:
-    """An argument of torch's optimizers that is accepted where it changes nothing, to be written into an annotation."""
+    """An argument of torch's optimizers that is accepted without effect, for an annotation. ``why`` is its reason."""
     return NoEffect("", bool, why, choices=choices, default=choices[0])
 
 
@@ -70,12 +70,12 @@ def declared(kind: type) -> dict[str, Option]:
 
 
 def with_options(kind: type, **changes: Mapping[str, Any] | Option) -> Callable[[Class], Class]:
-    """Give an optimizer the options of a set: its table, its first preset, its signature, its docstring's entries.
+    """Give an optimizer the options of a set: the table, the first preset, the signature, the docstring's entries.
 
     Args:
-        kind: the set, a `TypedDict`; the constructor's ``**options`` are unpacked from it.
-        changes: what is declared otherwise for this optimizer: attributes of an option of the set, or a whole `Option`,
-            of an argument that the constructor names itself (``betas``), too.
+        kind: the set, a `TypedDict`. The constructor's ``**options`` are unpacked from it.
+        changes: options that are declared differently for this optimizer. A value is either a mapping of attributes
+            that change, or a whole `Option`, which may also belong to a named argument of the constructor (``betas``).
     """
 
     def complete(cls: Class) -> Class:
@@ -85,7 +85,7 @@ def with_options(kind: type, **changes: Mapping[str, Any] | Option) -> Callable[
         constructor = target.__init__
         signature = inspect.signature(constructor)
         named = signature.parameters.keys()
-        # What the class derives from sets the others.
+        # The other options are set by the class that this one is derived from.
         inherited = {name: one for name, one in getattr(cls, "OPTIONS", {}).items() if name in BY_POSITION}
         options = {name: one for name, one in BY_POSITION.items() if name in named} | inherited | declared(kind)
         for name, change in changes.items():
@@ -93,14 +93,14 @@ def with_options(kind: type, **changes: Mapping[str, Any] | Option) -> Callable[
         target.OPTIONS = {name: one for name, one in options.items() if not isinstance(one, NoEffect)}
         target.NO_EFFECT = {name: one for name, one in options.items() if isinstance(one, NoEffect)}
         by_keyword = [one for name, one in options.items() if name not in named and name not in BY_POSITION]
-        # None as such is no value, but for an option that says so.
+        # None leaves an option to the preset, so it is no default, unless the option lists None as a value.
         defaults = {one.name: one.default for one in by_keyword if one.default is not None or None in one.choices}
         defaults = {name: value for name, value in defaults.items() if name in target.OPTIONS}
         first = {**defaults, **vars(cls).get("PRESETS", {}).get("default", {})}
         others = {name: preset for name, preset in target.PRESETS.items() if name != "default"}
         target.PRESETS = {"default": first, **others}
         constructor.__signature__ = _signature(signature, by_keyword, typing.get_type_hints(kind))
-        if cls.__doc__:  # python -OO has none
+        if cls.__doc__:  # python -OO removes docstrings
             target.__doc__ = _described(cls, by_keyword)
         return cls
 
@@ -108,7 +108,7 @@ def with_options(kind: type, **changes: Mapping[str, Any] | Option) -> Callable[
 
 
 def _described(cls: type, options: list[Option]) -> str:
-    """The docstring with an entry for each option, as deep as its place is: from Python 3.13 on that is less deep."""
+    """The docstring with an entry for each option, indented as the placeholder is (Python 3.13 dedents docstrings)."""
     found = PLACE.search(cls.__doc__ or "")
     if found is None:
         raise TypeError(f"the docstring of {cls.__name__} has no line {{options}} under Args")
@@ -117,7 +117,7 @@ def _described(cls: type, options: list[Option]) -> str:
 
 
 def _type_of(hint: Any) -> type:
-    """Of ``Annotated[float | None, ...]`` it is float; where several are allowed, str, the type of text."""
+    """The type of an annotation: float for ``Annotated[float | None, ...]``, str if several types are allowed."""
     kinds = [typing.get_origin(kind) or kind for kind in _members(hint.__origin__)]
     kinds = [kind for kind in kinds if kind is not type(None)]
     return kinds[0] if len(kinds) == 1 and kinds[0] in _SIMPLE else str
@@ -128,7 +128,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _signature(signature: inspect.Signature, options: list[Option], hints: Mapping[str, Any]) -> inspect.Signature:
-    """With a parameter for each option in the place of ``**options``: None where that leaves it to the preset."""
+    """The signature with a parameter for each option in place of ``**options``. None leaves an option to the preset."""
     own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     keyword = inspect.Parameter.KEYWORD_ONLY
     for one in options:

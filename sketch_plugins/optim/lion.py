@@ -31,14 +31,15 @@ class LionOptions(FirstMoment, Steps, Kernels, Decoupled, total=False):
 
 @with_options(LionOptions, betas=_BETAS, first_moment={"choices": ("int8", "fp32", "bf16")})
 class CSLion(SketchOptimizer):
-    r"""Lion, whose momentum is kept in int8 blocks: 1.03 bytes of state a parameter instead of 4.
+    r"""Lion with its momentum in int8 blocks: 1.03 bytes of state a parameter instead of 4.
 
     .. math::
         c_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t \\
         \theta_t = (1 - \gamma \lambda) \theta_{t-1} - \gamma \, \mathrm{sign}(c_t)
 
-    Every number of a parameter moves by the learning rate. Use 3 to 10 times less of it than for AdamW, and 3 to 10
-    times its weight decay. Row-sparse gradients move, decay and average touched rows only, as in `CSAdam`.
+    Every number of a parameter moves by the learning rate. Use a rate that is 3 to 10 times smaller than AdamW's, and a
+    weight decay that is 3 to 10 times larger. With row-sparse gradients only touched rows move, decay and average, as
+    in `CSAdam`.
 
     Args:
         params: parameters or parameter groups.
@@ -50,12 +51,12 @@ class CSLion(SketchOptimizer):
         {options}
 
     Raises:
-        ValueError: as `CSAdam`.
+        ValueError: see `CSAdam`.
 
-    Source: https://arxiv.org/abs/2302.06675. Deviations: the momentum is in int8; the sign is taken of
-    :math:`g_t + \beta_1 / (\beta_2 - \beta_1) \, m_t`, which is :math:`c_t` times a positive number (for equal betas of
-    :math:`m_t`); numbers below 1e-30 there are divided by that and have no sign, and of an infinity it is NaN (as in
-    AdamW).
+    Source: https://arxiv.org/abs/2302.06675. Deviations: the momentum is in int8. The sign is that of
+    :math:`g_t + \beta_1 / (\beta_2 - \beta_1) \, m_t`, which is :math:`c_t` times a positive number (with equal betas
+    it is the sign of :math:`m_t`). Numbers below 1e-30 are divided by 1e-30 instead of having a sign. The sign of an
+    infinity is NaN (as in AdamW).
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False

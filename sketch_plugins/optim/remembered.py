@@ -15,16 +15,16 @@ ADDRESS = Tensor.data_ptr
 
 
 class Remembered:
-    """A part's step as it was described, and all that the description was made of.
+    """A part's step as it was described, with everything that the description was made from.
 
     Attributes:
-        backend: the kernels that take it; None: it is eager.
-        task: the step as they are given it.
-        options: of the group; the same object as long as they are equal.
+        backend: the kernels that take the step; None if it is eager.
+        task: the step as the kernels get it.
+        options: the options of the group, which are the same object as long as they are equal.
         address, shape, dtype, cpu: of the part.
-        gradient: dtype of the gradient, which has the shape of the part and is contiguous.
+        gradient: dtype of the gradient, which is contiguous and has the shape of the part.
         tensors: (name, weak reference, address) of each tensor of the moments in the owner's state.
-        step, counter: name of the number of steps there, and a weak reference to it.
+        step, counter: name of the step counter in that state, and a weak reference to it.
     """
 
     __slots__ = (
@@ -46,10 +46,10 @@ class Remembered:
         ]
 
     def holds(self, p: Tensor, g: Tensor, address: int, state: Any) -> bool:
-        """Whether part, gradient (at this address) and the owner's state look as they did."""
+        """Whether the part, the gradient (at this address) and the owner's state look as they did."""
         if (
             p.data_ptr() != self.address
-            or address == 0  # no memory of its own
+            or address == 0  # the gradient has no memory of its own
             or p.shape != self.shape
             or g.shape != self.shape
             or p.dtype is not self.dtype
@@ -69,24 +69,24 @@ class Remembered:
                 if tensor.data_ptr() != place or known() is not tensor:
                     return False
             return self.counter() is state[self.step]
-        except (KeyError, AttributeError):  # another layout of the state
+        except (KeyError, AttributeError):  # the state has another layout now
             return False
 
 
 class Again:
-    """The parts of a step that look as they did and take it with the same kernels, a list for each fact.
+    """Parts that look as they did in the last step and take it again with the same kernels, as a list for each fact.
 
     Attributes:
-        tasks: their steps as the kernels are given them.
-        gradients: addresses.
-        counters: their numbers of steps.
-        rules: (group, number of this step) of each rule that is needed, which is a row of numbers; with ``capturable``
-            (group, counters): nobody reads those, and each has a row of its own.
+        tasks: their steps as the kernels get them.
+        gradients: addresses of their gradients.
+        counters: their step counters.
+        rules: (group, number of this step) of each rule that is needed; each is a row of numbers. With ``capturable``
+            (group, counters): the counters are not read, and each has a row of its own.
         which: the row of each part.
-        changed: the tensors that are written: the parts, and the parameters where these are others.
-        idle: the numbers of steps of parts without elements, which are counted and nothing else.
-        outliving: gradients and state. Kernels know addresses only: another thread may replace the tensors while they
-            run, and these have to outlive them.
+        changed: the tensors that are written: the parts, and their parameters if these are other tensors.
+        idle: the step counters of parts without elements, for which only the step is counted.
+        outliving: gradients and state. Kernels only know addresses, and another thread may replace the tensors while
+            they run, so these references keep them alive.
     """
 
     __slots__ = (
@@ -128,7 +128,7 @@ class Again:
         parts: Sequence[Tensor],
         outliving: list[Tensor],
     ) -> None:
-        """The parameters of a group, whose counters are on one device: `add` for each."""
+        """Add the parameters of a group, whose counters are on one device, as `add` does for each."""
         self.tasks += tasks
         self.gradients += addresses
         self.counters += counters
@@ -154,7 +154,7 @@ class Again:
         p: Tensor,
         owner: Tensor,
     ) -> None:
-        """One more part, which has taken ``step`` steps; None: the number of them stays where it is."""
+        """Add one more part, which has taken ``step`` steps. None: the counter is on a device and is not read."""
         self.tasks.append(task)
         self.gradients.append(address)
         self.counters.append(counter)
@@ -173,7 +173,7 @@ class Again:
             self.which.append(self._rows)
             self._rows += 1
             return
-        if step == self._step and group is self._group:  # as the part before
+        if step == self._step and group is self._group:  # the same as for the part before
             self.which.append(self.which[-1])
             return
         self._group, self._step = group, step
@@ -189,13 +189,13 @@ class Again:
 
 
 class Counters:
-    """The numbers of steps of the parts of one launch, in one piece of memory: they are counted by one operation.
+    """The step counters of the parts of one launch, in one allocation, so that one operation counts them all.
 
-    The tensors stay what they are, and each may be changed by itself.
+    The tensors stay the same objects, and each of them can still be changed by itself.
     """
 
     def __init__(self, counters: list[Tensor]) -> None:
-        # Inference tensors could not be changed by a step outside of torch.inference_mode.
+        # A step outside of torch.inference_mode could not change inference tensors.
         with torch.inference_mode(False):
             self.all = torch.stack(counters)
             for i, counter in enumerate(counters):

@@ -1,7 +1,7 @@
-"""The steps of all parameters of a group, remembered together and compared in columns: a list for each fact.
+"""The steps of all parameters of a group, remembered together and compared in columns: one list for each fact.
 
-Three kinds of groups differ in what is looked at: parameters themselves, DTensors (their local shards), and flat
-partitions of ZeRO, which hold many parts in one piece of memory.
+There are three kinds of groups, in which different tensors are compared: the parameters themselves, DTensors (their
+local shards), and flat partitions of ZeRO, which hold many parts in one tensor.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from sketch_plugins.optim.remembered import ADDRESS, Again, Counters, Remembered
 from sketch_plugins.sharding.parts import Part, gradients_of_shards, local_shards
 
 _ITEM, _VALUES = Tensor.item, dict.values
-# How often `Alike` is made anew. Gradients that differ in what matters to it alone would make it in each step.
+# How often `Alike` is made anew. Gradients that differ only in what `Alike` compares would make it in each step.
 COMPARED = 4
-# Numbers of steps that are read by themselves.
+# Up to so many step counters that lie in no known allocation are read one by one.
 FEW = 8
 
 
 class RememberedGroup:
-    """The steps of all parameters of a group that have a gradient; each of their parts was recalled in the last step.
+    """The steps of all parameters of a group that have a gradient, after each of their parts was recalled by itself.
 
-    What `Remembered.holds` compares is compared in columns: a list for each fact, and one comparison of lists.
+    It compares what `Remembered.holds` compares, but in columns: one list for each fact, and one comparison of lists.
     """
 
     def __init__(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered], state: Any) -> None:
@@ -37,29 +37,29 @@ class RememberedGroup:
 
         Args:
             owners: the parameters.
-            parts: theirs, in this order.
-            found: the step of each part that has elements.
-            state: parameter -> state.
+            parts: the parts of these parameters, in the same order.
+            found: the remembered step of each part that has elements.
+            state: the optimizer's state, by parameter.
         """
-        # Of a small parameter some ranks have nothing: they count its steps.
+        # Ranks that hold nothing of a small parameter still count its steps.
         everything, parts = parts, [part for part in parts if part.numel()]
         self.options, self.backend = found[0].options, found[0].backend
         self.tasks, self.aligned = [one.task for one in found], not all(one.task.fits(1) for one in found)
         self.owners = list(map(id, owners))
-        # For each part which parameter it belongs to, and the names of its tensors in that parameter's state.
+        # For each part, the number of its parameter, and the names of its tensors in that parameter's state.
         numbers = {id(owner): i for i, owner in enumerate(owners)}
         self.where = [numbers[id(part.owner)] for part in parts]
         self.empty = [numbers[id(part.owner)] for part in everything if part.numel() == 0]
         self.names = [(i, name) for i, one in zip(self.where, found, strict=True) for name, _, _ in one.tensors]
         self.steps = [(i, one.step) for i, one in zip(self.where, found, strict=True)]
         states = [state[owner] for owner in owners]
-        # Where each of them comes when all states are gone through, and where each parameter's state comes.
+        # The place of each tensor when all states are traversed, and the place of each parameter's state.
         places = {place: at for at, place in enumerate((i, name) for i, one in enumerate(states) for name in one)}
         self._entries = len(places) if all(type(one) is dict for one in states) else -1
         self._moments = _picking([places[place] for place in self.names])
         self._counters = _picking([places[place] for place in self.steps])
         self._keys, self._states = list(map(id, state)), None
-        if 2 * len(owners) >= len(state):  # else a model of many groups would go through all states for each
+        if 2 * len(owners) >= len(state):  # with many groups each of them would have to traverse all states
             order = {key: at for at, key in enumerate(self._keys)}
             self._states = _picking([order[key] for key in self.owners])
         tensors, counters = self._tensors(states)
@@ -68,12 +68,12 @@ class RememberedGroup:
         self.order: list[int] = []
         self.pieces: list[Counters] = []
         self.alone: list[int] = []
-        # An identity says nothing any more when its tensor is gone: another one may have it now.
+        # The identity of a tensor that is gone means nothing, because another tensor may have it now.
         self.gone: list[Any] = []
-        self.times = 0  # that it was recalled
+        self.times = 0  # how often the group was recalled
         self.alive = [ref(tensor, self.gone.append) for tensor in [*tensors, *counters]]
         self._alike: Alike | None = None
-        self._compared = 0  # that it was not enough
+        self._compared = 0  # how often `Alike` was made
         self._look(owners, parts, found)
 
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
@@ -85,7 +85,7 @@ class RememberedGroup:
         ]
 
     def _gradients(self, given: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
-        """Addresses of the gradients of all parts, and the tensors that a step writes; None: something has changed."""
+        """The addresses of all parts' gradients, and the tensors that a step writes; None if something has changed."""
         return self._same(given, grads)
 
     def _same(self, parts: Sequence[Tensor], grads: list[Any]) -> tuple[list[int], Sequence[Tensor]] | None:
@@ -97,12 +97,12 @@ class RememberedGroup:
                 if facts != self.gradients or _facts(parts) != self.parts:
                     return None
                 if self._compared < COMPARED:
-                    self._alike = Alike([*parts, *grads])  # all is as it should be: what looks like it is, too
+                    self._alike = Alike([*parts, *grads])  # these are as they should be, and so is anything like them
                     self._compared += 1
             if list(map(ADDRESS, parts)) != self.places:
                 return None
             return list(map(ADDRESS, grads)), parts
-        except RuntimeError:  # sparse tensors have no such facts
+        except RuntimeError:  # sparse tensors lack some of these facts
             return None
 
     def recall(
@@ -118,13 +118,13 @@ class RememberedGroup:
         """Add the steps of the group to those that are taken again, if everything looks as it did.
 
         Args:
-            again: to which.
-            given: the parameters that have a gradient,
-            grads: and the gradients.
-            group: the group,
-            options: and what `StepCache.marks` says of it.
-            state: parameter -> state.
-            pieces: memory that counters may lie in.
+            again: the steps that are taken again.
+            given: the parameters that have a gradient.
+            grads: their gradients.
+            group: the group.
+            options: what `StepCache.marks` returns for it.
+            state: the optimizer's state, by parameter.
+            pieces: allocations that counters may lie in.
         """
         if options is not self.options or self.gone or list(map(id, given)) != self.owners:
             return False
@@ -137,17 +137,17 @@ class RememberedGroup:
         try:
             if self._states is not None and list(map(id, state)) == self._keys:
                 states = self._states(list(state.values()))
-            else:  # as each key is asked for its hash in Python, this takes longer
+            else:  # this takes longer, because each key's hash is computed in Python
                 states = list(map(state.__getitem__, given))
             tensors, counters = self._tensors(states)
             idle = [states[i]["step"] for i in self.empty]
             if not all(is_counter(one, group) for one in idle) or list(map(id, [*tensors, *counters])) != self.tensors:
                 return False
-        except (KeyError, TypeError, AttributeError):  # another layout of the state
+        except (KeyError, TypeError, AttributeError):  # the state has another layout now
             return False
         if list(map(ADDRESS, tensors)) != self.addresses:
             return False
-        steps = None  # nobody waits for a device to read them, and the first step was another one
+        steps = None  # with capturable they are on a device, where reading waits, and this is no first step
         if not group["capturable"]:
             steps = self._steps(counters, pieces)
             if min(steps) < 1 or max(steps) >= 1e18:
@@ -158,12 +158,12 @@ class RememberedGroup:
         return True
 
     def _steps(self, counters: Sequence[Tensor], pieces: Sequence[Counters]) -> list[float]:
-        """The numbers of steps: read a piece at a time, where they lie in pieces of memory that are known."""
+        """The numbers of steps. Counters in a known allocation are read together."""
         places = list(map(ADDRESS, counters))
         if places != self.counted:
             at = {place: (piece, i) for piece in pieces for i, place in enumerate(piece.addresses)}
             found = [at.get(place) for place in places]
-            # Those of a launch by itself lie in none.
+            # The counters of a launch with one part are in no allocation.
             alone = [i for i, one in enumerate(found) if one is None]
             if len(alone) > FEW:
                 return list(map(_ITEM, counters))
@@ -173,27 +173,27 @@ class RememberedGroup:
             behind = count(size)
             self.counted, self.pieces, self.alone = places, used, alone
             self.order = [next(behind) if one is None else starts[id(one[0])] + one[1] for one in found]
-            # A piece may hold the counters of other groups, too.
+            # An allocation may hold the counters of other groups, too.
             if self.order == list(range(size + len(alone))):
-                self.order = []  # as they lie there
+                self.order = []  # they already lie in this order
         steps = [step for piece in self.pieces for step in piece.all.tolist()]
         steps += [counters[i].item() for i in self.alone]
         return [steps[i] for i in self.order] if self.order else steps
 
     def _tensors(self, states: Sequence[dict[str, Any]]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Those of the moments, and the numbers of steps."""
+        """The tensors of the moments, and the step counters."""
         found = list(chain.from_iterable(map(_VALUES, states)))
         if len(found) == self._entries:
             return self._moments(found), self._counters(found)
-        # Somebody keeps entries of his own there.
+        # Other code keeps entries of its own in these states.
         return [states[i][name] for i, name in self.names], [states[i][name] for i, name in self.steps]
 
 
 class RememberedShards(RememberedGroup):
-    """DTensors: their local shards take the steps. Where a shard lies in its parameter is the layout's, which is kept.
+    """DTensors, whose local shards take the steps. The layout says where a shard lies, so layouts are compared, too.
 
-    A gradient may be another DTensor in each step. It has to be placed as its parameter is, or ranks would have to
-    talk to each other first.
+    A gradient may be another DTensor in each step. It must have the placements of its parameter, because otherwise
+    ranks would have to communicate first.
     """
 
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
@@ -204,7 +204,7 @@ class RememberedShards(RememberedGroup):
         if list(map(type, given)) != self.owner_types:
             return None
         shards, layouts = local_shards(given)
-        if list(map(id, layouts)) != list(map(id, self.layouts)):  # they are kept: an identity is theirs
+        if list(map(id, layouts)) != list(map(id, self.layouts)):  # the layouts are kept alive, so ids are unique
             return None
         local = gradients_of_shards(grads, layouts)
         if local is None:
@@ -218,7 +218,7 @@ class RememberedShards(RememberedGroup):
 
 
 class RememberedPieces(RememberedGroup):
-    """Flat partitions: each is one tensor, its parts lie at fixed distances in it, and so do their gradients."""
+    """Flat partitions: each is one tensor, in which the parts, and the parts of its gradient, have fixed offsets."""
 
     def _look(self, owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered]) -> None:
         self.parts, self.places, self.types = _facts(owners), list(map(ADDRESS, owners)), list(map(type, owners))
@@ -241,8 +241,8 @@ class RememberedPieces(RememberedGroup):
 def remember(
     owners: Sequence[Tensor], parts: Sequence[Part], found: list[Remembered], state: Any
 ) -> RememberedGroup | None:
-    """What remembers the steps of these parts; None where they are of more than one kind."""
-    if {id(part.owner) for part in parts} != set(map(id, owners)):  # one of them has no parts
+    """What remembers the steps of these parts together; None if they are of more than one kind."""
+    if {id(part.owner) for part in parts} != set(map(id, owners)):  # one of the owners has no parts
         return None
     if any(one.backend is not found[0].backend or one.options is not found[0].options for one in found):
         return None
@@ -251,7 +251,7 @@ def remember(
     if all(part.data is part.owner and part.numel() for part in parts):
         return RememberedGroup(owners, parts, found, state)
     if all(part.key is not None and part.piece is not None for part in parts):
-        # Dtypes are a partition's: all its pieces have gradients of one.
+        # All pieces of a partition have gradients of one dtype.
         return RememberedPieces(owners, parts, found, state)
     if all(part.key is None and part.data is not part.owner for part in parts) and len(parts) == len(owners):
         return RememberedShards(owners, parts, found, state)
@@ -259,14 +259,14 @@ def remember(
 
 
 def _picking(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """What takes the entries at these places out of a list; of two or more without a step of Python for each."""
+    """A function that picks the entries at these places from a list, without a Python loop for two or more."""
     if len(places) < 2:
         return lambda entries: [entries[place] for place in places]
     return itemgetter(*places)
 
 
 def is_counter(tensor: Any, group: dict[str, Any]) -> bool:
-    """Whether this is a number of steps as a step of the group would make it."""
+    """Whether this is a step counter as a step of the group would make it."""
     if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.numel() != 1:
         return False
     return bool(tensor.is_cpu or group["capturable"])

@@ -24,20 +24,20 @@ from sketch_plugins.stores import Gradient, Store
 
 
 class Resolution(Gradients):
-    """Finds out everything that a step needs, with its errors; nothing has changed afterwards."""
+    """Finds everything that a step needs, and raises its errors. Nothing has changed afterwards."""
 
-    # Of the last step; copies and pickles go without.
+    # What is remembered of the last step. It is neither copied nor pickled.
     _step_cache: StepCache | None = None
 
     def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
         """Called once for freshly allocated state."""
 
     def _eager(self, one: Pending) -> None:
-        """The step of one part without kernels."""
+        """Take the step of one part without kernels."""
         eager.take(one)
 
     def _together(self, eager: Sequence[Pending]) -> list[Batch]:
-        """Which of the eager steps are taken together."""
+        """The batches of eager steps that are taken together."""
         return [Batch(self._eager, [one]) for one in eager]
 
     def _resolve(
@@ -48,7 +48,7 @@ class Resolution(Gradients):
         rules: dict[tuple[int, int, bool], Rule],
         large: bool,
     ) -> Pending:
-        """Everything that a part's step needs; nothing has changed afterwards, not even the optimizer's state."""
+        """Everything that a part's step needs. Nothing has changed afterwards, not even the optimizer's state."""
         first, second = self._stores(p, group)
         named = {n: s for n, s in (("first_moment", first), ("second_moment", second)) if s is not None}
         state = self._state_of(p)
@@ -56,16 +56,16 @@ class Resolution(Gradients):
         if fresh:
             state = self._allocate(p, group, grad.shape, grad.dtype, named)
         assert state is not None
-        if not all(map(is_ours, state)):  # what others keep beside it takes no part in a step
+        if not all(map(is_ours, state)):  # entries of other code take no part in a step
             own = self._expected(p, group)
             state = {name: value for name, value in state.items() if name in own}
         one = Pending(p, group, grad, state, fresh, named)
-        if p.numel() == 0:  # the shard of another rank is not: all have the same state
+        if p.numel() == 0:  # the shards of other ranks are not empty, and all ranks have the same state
             one.idle = True
             return one
         sparse = grad.rows is not None
         if group["capturable"]:
-            # The graph's replays take the number of the step from the device; nothing here may look at it.
+            # The replays of a graph take the step number from the device, so nothing here may read it.
             one.step = state["step"]
             one.backend, one.work = choose(
                 p.data, group, grad, self._rule(group, 1, sparse), (first, second), state, large,
@@ -84,7 +84,7 @@ class Resolution(Gradients):
         return one
 
     def _repeat(self, one: Pending, rules: dict[tuple[int, int, bool], Rule]) -> Pending:
-        """Number and rule of a step that is like the last one."""
+        """Set the number and the rule of a step that is like the last one."""
         one.step, one.repeated = int(steps_taken(one.state["step"])) + 1, True
         one.rule = self._rule_of(one.group, one.step, False, rules)
         return one
@@ -98,7 +98,7 @@ class Resolution(Gradients):
         return rules[key]
 
     def _start(self, p: Part, group: Mapping[str, Any]) -> None:
-        """State of a part that has taken no step, for one who has something to write there; none is made anew."""
+        """Make state for a part that has taken no step, so that it can be written. Existing state stays."""
         if self._state_of(p):
             return
         first, second = self._stores(p, group)
@@ -110,7 +110,7 @@ class Resolution(Gradients):
     def _allocate(
         self, p: Part, group: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype, named: Mapping[str, Store]
     ) -> dict[str, Any]:
-        # Inference tensors could not be changed by a step outside of torch.inference_mode.
+        # A step outside of torch.inference_mode could not change inference tensors.
         with torch.inference_mode(False):
             place = p.device if group["capturable"] else torch.device("cpu")
             state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=place)}
@@ -124,7 +124,7 @@ class Resolution(Gradients):
         return state
 
     def _has_large(self) -> bool:
-        """Small tensors follow the large ones into the kernels: compiling for their sake alone would not pay."""
+        """Whether a tensor is large enough to compile kernels for. Small tensors then use the same kernels."""
         assert self._step_cache is not None
         if self._step_cache.large is None:
             self._step_cache.large = any(
@@ -133,11 +133,11 @@ class Resolution(Gradients):
         return self._step_cache.large
 
     def _reserve(self, batches: Sequence[Batch]) -> dict[scratch.Slot, int] | None:
-        """Allocate the temporaries of the eager steps; returns where to note what they have really used."""
+        """Allocate the temporaries of the eager steps; return the dictionary that records what they really used."""
         if not batches:
             return None
         assert self._step_cache is not None
-        # With lagged_rms a first step is unlike those that follow.
+        # With lagged_rms the first step has other temporaries than later ones.
         eager = [one for batch in batches for one in batch.members]
         key = (
             tuple([(one.p.identity, one.step == 1 and one.group.get("lagged_rms", False)) for one in eager]),
@@ -150,7 +150,7 @@ class Resolution(Gradients):
                 needed = [*rehearse(batch, type(self)).items()]
                 for slot, n in (*needed, *undo_slots(batch.members).items()):
                     slots[slot] = max(n, slots.get(slot, 0))
-            if len(self._step_cache.temporaries) > 1000:  # parameters that are replaced all the time leave entries
+            if len(self._step_cache.temporaries) > 1000:  # parameters that are replaced all the time add entries
                 self._step_cache.temporaries.clear()
             self._step_cache.temporaries[key] = slots
         scratch.reserve(slots)

@@ -1,4 +1,4 @@
-"""The rule of a step: one parameter's update in numbers, and state beside the two moments."""
+"""The rule of a step, which is one parameter's update in numbers, and the interface of state beside the moments."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ class Further(Protocol):
     """State of a parameter beside its moments."""
 
     def layout(self, dtype: torch.dtype) -> Layout:
-        """Name -> (shape, dtype) of every tensor; ``dtype`` is the arithmetic dtype."""
+        """The shape and dtype of every tensor, by name. ``dtype`` is the arithmetic dtype."""
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all of them."""
+        """Bytes of all tensors."""
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of a parameter's first step."""
+        """The tensors as they are before a parameter's first step."""
 
 
 class LastRms:
-    """``lagged_rms``: RMS of the last step's update before it was clipped, and of the parameter before it moved."""
+    """State of ``lagged_rms``: the RMS of the last update before clipping, and of the parameter before it moved."""
 
     def layout(self, dtype: torch.dtype) -> Layout:
-        """Two numbers."""
+        """One tensor of both numbers."""
         return {"last": ((2,), dtype)}
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of both."""
+        """Bytes of both numbers."""
         return 2 * dtype.itemsize
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Zeros: the first step measures before anybody reads them."""
+        """Zeros, which the first step replaces before anything reads them."""
         return {"last": torch.zeros(2, dtype=dtype, device=device)}
 
 
 class Denominator(NamedTuple):
-    """``max(root / divisor + shift, floor)`` of the root of a second moment: bias correction and epsilon."""
+    """``max(root / divisor + shift, floor)`` for the root of a second moment: bias correction and epsilon."""
 
     divisor: float | Tensor
     shift: float | Tensor
 
     def floor(self, dtype: torch.dtype) -> float:
-        """The least denominator: 1e-30 in float32, 0 (none) where epsilon is larger.
+        """The smallest denominator: 1e-30 in float32, or 0 (no floor) if epsilon is larger.
 
-        A gradient of 0 over a second moment of 0 is no step, whatever epsilon is. Without an epsilon, or with a tiny
-        one, the quotient of the learning rate and the denominator would be infinite, and 0 times that NaN. The root of
-        a second moment that is not 0 is 3e-23 or more.
+        A gradient of 0 over a second moment of 0 is no step, whatever epsilon is. Without a floor, and with a tiny
+        epsilon or none, the learning rate over the denominator would be infinite, and 0 times that would be NaN. The
+        root of a second moment that is not 0 is at least 3e-23.
         """
         least = 1e8 * torch.finfo(dtype).tiny
         return least if isinstance(self.shift, Tensor) or self.shift < least else 0.0
 
     def of(self, root: Tensor) -> Tensor:
-        """In place of the root."""
+        """The denominator, written in place of the root."""
         if isinstance(self.divisor, Tensor) or self.divisor != 1.0:
             root.div_(self.divisor)
         if isinstance(self.shift, Tensor) or self.shift != 0:
@@ -74,18 +74,19 @@ class Rule:
     """One parameter's update in one step: ``p <- (1 - decay) * p - step_size * correction * numerator / denominator``.
 
     Attributes:
-        first: average of the first moment, None where there is none.
-        second: average of the second moment, None where there is none.
+        first: average of the first moment, or None if there is no first moment.
+        second: average of the second moment, or None if there is no second moment.
         step_size: the learning rate; a float or a 0-d tensor.
-        correction: bias correction of the numerator; part of the update that ``update_clip`` measures.
+        correction: bias correction of the numerator. It belongs to the update that ``update_clip`` measures.
         decay: decoupled weight decay times the learning rate.
-        denominator: from the root of the second moment's estimate; None where there is none.
+        denominator: computed from the root of the second moment's estimate; None if there is no denominator.
         floor: added to that estimate under the root.
-        precondition_first: the first moment averages ``g / denominator`` in place of g and is not divided any more:
-            ``p <- (1 - decay) * p - step_size * numerator``. ``update_clip`` then measures ``g / denominator``, and
-            scales it before it is averaged; ``correction`` has to be 1.
-        lookahead: Nesterov's momentum: the numerator is then ``g + lookahead * m``; else m, or g where there is no m.
-        sign: the numerator is its own sign: divided by ``max(|numerator|, 1e-30)``.
+        precondition_first: the first moment averages ``g / denominator`` in place of g, and is not divided afterwards:
+            ``p <- (1 - decay) * p - step_size * numerator``. ``update_clip`` then measures ``g / denominator`` and
+            scales it before it is averaged. ``correction`` has to be 1.
+        lookahead: Nesterov's momentum, with the numerator ``g + lookahead * m``. None: the numerator is m, or g if
+            there is no first moment.
+        sign: the numerator is replaced by its sign: it is divided by ``max(|numerator|, 1e-30)``.
     """
 
     first: Ema | None

@@ -1,4 +1,4 @@
-"""Full-matrix Adagrad of a vector, its outer products sketched by Frequent Directions."""
+"""Full-matrix Adagrad of a vector, with its outer products sketched by Frequent Directions."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ _COMMON = ("lr", "eps", "weight_decay", "maximize", "chunk_size", "weight_bits")
 class SAdagrad(SketchOptimizer):
     r"""S-AdaGrad: online convex optimization with a rank-k sketch of the sum of :math:`g g^\top`.
 
-    Each parameter is one vector of d numbers. With B the Frequent Directions sketch of :math:`\sum_s g_s g_s^\top` and
-    :math:`\rho` the mass that has escaped it,
+    Each parameter is one vector of d numbers. Let B be the Frequent Directions sketch of :math:`\sum_s g_s g_s^\top`,
+    and :math:`\rho` the mass that has escaped it. Then
 
     .. math::
         \theta_{t+1} = (1 - \gamma \lambda) \theta_t
             - \gamma \left( B_t^\top B_t + \rho_{1:t} I + \epsilon I \right)^{-1/2} g_t
 
-    Its regret is bounded by that of full-matrix Adagrad and a term in the root of what the spectrum sums up to beyond
-    rank k (the paper's section 4); a rank of d or more is full-matrix Adagrad. Like that, and unlike the diagonal
-    method, it does not depend on the basis. It is the method of a convex problem, such as a linear model; for the
-    matrices of a network there is `Sketchy`. State of a parameter: ``rank * (d + 1) + 2`` numbers of 4 bytes (float64
-    parameters: 8), rank being d at most. Sparse gradients are made dense, one parameter at a time: every row moves; a
-    gradient without any rows changes nothing.
+    Its regret is bounded by that of full-matrix Adagrad plus a term in the root of the sum of the spectrum beyond rank
+    k (the paper's section 4). With a rank of d or more it is full-matrix Adagrad. Like that, and unlike the diagonal
+    method, it does not depend on the basis. It is meant for convex problems, such as a linear model; use `Sketchy` for
+    the matrices of a network. State of a parameter: ``rank * (d + 1) + 2`` numbers of 4 bytes (8 for float64), with a
+    rank of at most d. Sparse gradients are made dense, one parameter at a time, so every row moves. A gradient without
+    any rows changes nothing.
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
         lr: learning rate, float or tensor (default 0.1).
-        eps: added to the eigenvalues (default 0). They are floored at rank + 1 units in the last place of the largest.
+        eps: added to the eigenvalues (default 0). They are at least rank + 1 units in the last place of the largest.
         weight_decay: decoupled weight decay (default 0).
-        rank: k, directions kept (default 10). The paper's sketch has ``rank + 1`` rows, of which one is empty.
-        solver: ``"eigh"`` (default), ``"svd"``; see `sketch_plugins.linalg.frequent_directions.fold`.
-        maximize: ascend.
+        rank: k, the number of directions (default 10). The paper's sketch has ``rank + 1`` rows, one of them empty.
+        solver: ``"eigh"`` (default) or ``"svd"``; see `sketch_plugins.linalg.frequent_directions.fold`.
+        maximize: ascend instead of descend.
         chunk_size: elements worked on at a time (default 0: 2**20 on a CPU, 2**24 on an accelerator). Beside tiles, a
-            step takes memory for one parameter at a time, several times that of
-            its sketch.
-        weight_bits: 24 or 32: bits that a bfloat16 or float16 weight lacks are kept among the state, see `CSAdam`
+            step takes memory for one parameter at a time: several times that of its sketch.
+        weight_bits: 24 or 32 keeps the bits that a bfloat16 or float16 weight lacks among the state, see `CSAdam`
             (default None: they are rounded away).
         preset: ``"default"``.
 
     Raises:
-        ValueError: as `CSAdam`; in `step`, a gradient that is not finite: nothing has been changed then.
+        ValueError: see `CSAdam`; in `step`, a gradient is not finite. Nothing has been changed then.
 
     Warns:
-        RuntimeWarning: as `Sketchy`.
+        RuntimeWarning: see `Sketchy`.
 
-    Source: https://arxiv.org/abs/2302.03764, Alg. 1 and 2. Deviations: no projection onto a bounded set; one sketch for
-    each parameter; where the sum is singular a floor at round-off in place of the pseudo-inverse: as the gradient is in
-    the sketch before it is multiplied, they agree up to the root of the precision; decoupled weight decay.
+    Source: https://arxiv.org/abs/2302.03764, Alg. 1 and 2. Deviations: there is no projection onto a bounded set; each
+    parameter has a sketch of its own; if the sum is singular, eigenvalues have a floor at round-off in place of the
+    pseudo-inverse (both agree up to the root of the precision, because the gradient is in the sketch before it is
+    multiplied); weight decay is decoupled.
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False
@@ -139,7 +139,7 @@ class SAdagrad(SketchOptimizer):
             whole.put(at, grad.get(at))
         vector = x.view(-1, 1)
         if grad.rows is not None:
-            # The root mixes the numbers: every one of them takes a step.
+            # The inverse root mixes all numbers, so all of them take a step.
             one = replace(one, grad=Gradient(whole, None, grad.dtype, grad.chunk, grad.shape))
         covariance = fd.fold(side.get(state["preconditioner"]), vector, 1.0, tail="paper", solver=group["solver"])
         if all(fd.finite(covariance)):
@@ -147,7 +147,7 @@ class SAdagrad(SketchOptimizer):
         else:
             covariance = side.get(state["preconditioner"])
             warn_of([(one.p, group)], self)
-        # What the decomposition of rank + 1 columns resolves. Not d: of 100,000 numbers that is 0.6 % of the largest.
+        # The resolution of a decomposition of rank + 1 columns. With d = 100,000 it would be 0.6 % of the largest.
         units = 2.0 * (side.rank + 1)
         inside, outside = fd.inverse_root(covariance, -0.5, group["eps"], "paper", relative=False, units=units)
         fd.multiply(vector, covariance.vectors, inside, outside)

@@ -1,4 +1,4 @@
-"""Learning rates that an optimizer usually takes, and a warning where one is far from them."""
+"""The usual learning rates of the optimizers, and a warning if a rate is far from them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sketch_plugins.optim.family import TYPICAL_RMS
 from sketch_plugins.optim.layout import StateLayout
 from sketch_plugins.sharding.parts import is_fake
 
-#: A rate is far from the usual one where it is so many times as large, or as small.
+#: A rate is far from the usual one if it is this many times as large, or as small.
 FAR = 30.0
-#: The rates with which models are usually trained from scratch, of steps that are not relative to the weights.
+#: Rates with which models are usually trained from scratch, for steps that are not relative to the weights.
 ADAMW, ADAGRAD, LION = 1e-3, 1e-2, 1e-4
 
 
@@ -25,7 +25,7 @@ def why_large(optimizer: str, group: Mapping[str, Any], lr: float, usual: float)
         optimizer: name of its class.
         group: the parameter group.
         lr: the learning rate that a step takes.
-        usual: that of steps that are not relative to the weights: `ADAMW`, `ADAGRAD` or `LION`.
+        usual: the rate for steps that are not relative to the weights: `ADAMW`, `ADAGRAD` or `LION`.
     """
     usual = _relative(group, usual)
     if lr <= FAR * usual:
@@ -40,13 +40,13 @@ def why_large(optimizer: str, group: Mapping[str, Any], lr: float, usual: float)
 
 
 def why_small(optimizer: str, group: Mapping[str, Any], lr: float, usual: float) -> str | None:
-    """The same of a rate that is far too small.
+    """What is wrong with a group's learning rate if it is far too small, or None. The arguments are `why_large`'s.
 
-    AdamW's rate may be as small as anybody likes: 1e-5 fine-tunes a pretrained model. Where options need another rate,
-    such a small one is AdamW's by mistake.
+    AdamW's rate may be arbitrarily small: 1e-5 fine-tunes a pretrained model. But if the options need another kind of
+    rate, such a small one is probably AdamW's, by mistake.
     """
     sums, relative, usual = usual == ADAGRAD, _is_relative(group), _relative(group, usual)
-    if lr == 0 or lr * FAR >= usual or not (sums or relative):  # a rate of 0 is meant
+    if lr == 0 or lr * FAR >= usual or not (sums or relative):  # a rate of 0 is intended
         return None
     what = (
         f"lr={lr:g} is {usual / lr:.0f} times smaller than the usual learning rate of {optimizer} with these options, "
@@ -62,7 +62,7 @@ def why_small(optimizer: str, group: Mapping[str, Any], lr: float, usual: float)
 
 
 def _is_relative(group: Mapping[str, Any]) -> bool:
-    """Whether the learning rate is one relative to the weights, and not AdamW's or Adagrad's."""
+    """Whether the learning rate is relative to the weights, unlike AdamW's or Adagrad's."""
     return bool(group.get("scale_parameter")) and group["reference_rms"] > 10 * TYPICAL_RMS
 
 
@@ -71,11 +71,11 @@ def _relative(group: Mapping[str, Any], usual: float) -> float:
 
 
 class RateWatch:
-    """Looks at the learning rates of some steps, and warns once of one that is far too large, once of one too small.
+    """Checks the learning rates in some steps, and warns once of a rate that is far too large or far too small.
 
-    Rates are looked at in steps 1, 2, 4, 8, ... as they are then, because a schedule may begin with a small one. That a
-    rate is too small is judged in the first step whose rates are not all 0, by the largest that is known: the one that
-    the group was built with, its present one, and those that schedulers leave there. Rates on a device are not read.
+    Rates are checked in steps 1, 2, 4, 8, ..., because a schedule may begin with a small one. Whether a rate is too
+    small is decided in the first step whose rates are not all 0, by the largest rate that is known: the one that the
+    group was built with, its present one, and those that schedulers keep in the group. Rates on a device are not read.
     """
 
     def __init__(self) -> None:
@@ -83,13 +83,13 @@ class RateWatch:
         self.said_large = self.judged_small = False
 
     def add(self, group: Mapping[str, Any]) -> None:
-        """A group that has been added, with its learning rate."""
+        """Register a group that was added, with its learning rate."""
         for rate in _known(group, ("lr",)):
             self.built[id(group["params"])] = rate
-        self.steps = 0  # looked at again in the next step
+        self.steps = 0  # so that rates are checked in the next step
 
     def step(self, optimizer: StateLayout) -> None:
-        """Before a step."""
+        """Check the rates before a step."""
         self.steps += 1
         if self.steps & (self.steps - 1) or (self.said_large and self.judged_small):
             return
@@ -114,6 +114,6 @@ class RateWatch:
 
 
 def _known(group: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
-    """The rates under these keys that can be read without waiting for a device."""
+    """The rates under these keys, as far as they can be read without waiting for a device."""
     rates = [group[key] for key in keys if group.get(key) is not None]
     return [float(r) for r in rates if not isinstance(r, Tensor) or (r.device.type == "cpu" and not is_fake(r))]

@@ -1,6 +1,6 @@
-"""What was found of kernels on this device, kept in a file beside Triton's cache.
+"""The results of checking kernels on this device, in a file beside Triton's cache.
 
-A file is about one combination of device, torch, Triton and sources of ours. With any other one it is not looked at.
+A file belongs to one combination of device, torch, Triton and our sources. It is not read for any other combination.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 
 from sketch_plugins.version import __version__
 
-#: Sources that decide what a fused step computes, and what it is compared with.
+#: The sources that decide what a fused step computes, and what it is compared with.
 _SOURCES = ("kernels", "optim", "stores", "hashing.py")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @lru_cache(maxsize=64)
 def combination(device: torch.device, compiler: str) -> tuple[tuple[str, str], ...]:
-    """All that a verdict depends on, as (name, value). ``compiler``: "triton" or "numba"."""
+    """Everything that a verdict depends on, as (name, value). ``compiler`` is "triton" or "numba"."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = f"{properties.name}, {getattr(properties, 'gcnArchName', '') or (properties.major, properties.minor)}"
@@ -51,23 +51,23 @@ def version_of(compiler: str) -> str:
 
 @lru_cache(maxsize=1)
 def sources() -> str:
-    """A digest of our sources: a version that is being worked on has no number of its own."""
+    """A digest of our sources, because the version number does not change while they are worked on."""
     found = hashlib.sha256()
     for entry in _SOURCES:
         place = _PACKAGE / entry
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            with contextlib.suppress(OSError):  # a package without its sources has its version
+            with contextlib.suppress(OSError):  # if the package has no sources, the version is enough
                 found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 
 def folder() -> Path:
-    """Triton's cache. The only place that asks Triton where it is."""
+    """Triton's cache. No other place asks Triton where it is."""
     try:
         from triton import knobs
 
         return Path(str(knobs.cache.dir))
-    except (ImportError, AttributeError):  # before Triton 3.4, or none
+    except (ImportError, AttributeError):  # Triton is older than 3.4 or missing
         home = os.environ.get("TRITON_HOME") or Path.home()
         return Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
 
@@ -78,20 +78,20 @@ def path(what: tuple[tuple[str, str], ...]) -> Path:
 
 
 def read(what: tuple[tuple[str, str], ...]) -> dict[str, str | None]:
-    """Specialisation -> what is wrong with it (None: nothing); empty where there is no such file, or a damaged one."""
+    """What is wrong with each specialisation (None: nothing). Empty if the file is missing or damaged."""
     try:
         found = json.loads(path(what).read_text(encoding="utf-8"))
         if found["combination"] != dict(what):
             return {}
         return {str(key): None if why is None else str(why) for key, why in found["kernels"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # RuntimeError: no home
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # RuntimeError: no home directory
         return {}
 
 
 def write(what: tuple[tuple[str, str], ...], found: dict[str, str | None]) -> bool:
-    """Add to the file; whether that was possible. Another process sees the old file or the new one, never a part.
+    """Add verdicts to the file, and return whether that was possible. Other processes never see a partial file.
 
-    Of two processes that write at once one may lose what it found: it is then checked once more.
+    If two processes write at once, the results of one may be lost. They are then checked again.
     """
     text = json.dumps({"combination": dict(what), "kernels": {**read(what), **found}}, indent=1)
     temporary = None
