@@ -29,7 +29,7 @@ from sketch_plugins.optim.rule import Denominator, Rule
 from sketch_plugins.optim.usual_rates import ADAMW
 from sketch_plugins.stores import Ema
 
-# arXiv 1902.00179: 3 hashes over tables that together keep 20 % of the rows, min / median, V *= 0.2 every 125 steps.
+# arXiv 1902.00179: 3 hashes, tables that together keep 20 % of the rows, min / median, V *= 0.2 every 125 steps.
 PAPER_SKETCH = {"compression": 0.2 / 3, "depth": 3, "hash": "affine", "bucket": "sum", "clean_every": 125}
 _EXACT = {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.0, "scale_parameter": False}
 
@@ -62,7 +62,7 @@ class CSAdam(SketchOptimizer):
     r"""AdamW whose moments are compressed: by default 1.24 bytes of state a parameter instead of 8.
 
     Every parameter with 2 or more dimensions and at least ``min_compress_size`` elements is an :math:`R \times D`
-    matrix (dimension 0 by the rest; the experts of a mixture, :math:`E \times R \times D`, are E such matrices).
+    matrix: dimension 0 by all others. (The experts of a mixture, :math:`E \times R \times D`, are E such matrices.)
     Vectors, scalars and small tensors keep exact float32 moments. At step :math:`t`
 
     .. math::
@@ -71,17 +71,17 @@ class CSAdam(SketchOptimizer):
         \theta_t &= (1 - \gamma \lambda) \theta_{t-1}
             - \gamma \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
-    with :math:`\gamma` the learning rate and :math:`\lambda` the weight decay. By default :math:`m` is kept in int8
-    blocks and :math:`v` in a count-min sketch of depth 1: rows :math:`i, i + w, i + 2w, \ldots` share one row of
-    :math:`w = \lceil 0.05 R \rceil` buckets that averages their :math:`g^2`. AdamW's learning rate carries over.
+    with the learning rate :math:`\gamma` and the weight decay :math:`\lambda`. By default :math:`m` is kept in int8
+    blocks, and :math:`v` in a count-min sketch of depth 1: rows :math:`i, i + w, i + 2w, \ldots` share one row of
+    :math:`w = \lceil 0.05 R \rceil` buckets, which averages their :math:`g^2`. AdamW's learning rate carries over.
 
     State bytes a parameter of an R x D matrix (float32 arithmetic; exact counts: `sketch_plugins.state_report`):
     ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / min(block_size, D)``, count_sketch ``4 * depth * compression``,
     none 0; ``second_moment`` dense 4, log8 ``1 + 2 / min(block_size, D)``, count_min ``4 * depth * compression``,
-    row_count_min ``4 / D`` more, cover ``4 * (sum of the dimensions) / (their product)``. With ``table_dtype="bf16"`` a
-    sketch's 4 are 2.
+    row_count_min ``4 / D`` more, cover ``4 * (sum of the dimensions) / (their product)``. With ``table_dtype="bf16"``
+    the 4 of a sketch becomes 2.
 
-    Presets (any option given explicitly wins over the preset):
+    Presets (an option that is given explicitly overrides the preset):
 
     =============== ============== ============= ============ ============================================== ==========
     preset          first_moment   second_moment compression  further                                        B/param
@@ -96,14 +96,14 @@ class CSAdam(SketchOptimizer):
     exact           fp32           dense                      is torch.optim.AdamW                           8.00
     =============== ============== ============= ============ ============================================== ==========
 
-    Sparse gradients (``nn.Embedding(sparse=True)``) and ``row_sparse``: *lazy* Adam, the semantics of
-    `torch.optim.SparseAdam`. Only rows with a gradient change: the moments of other rows neither decay nor move them,
-    weight decay reaches touched rows only, bias correction counts the steps of the whole parameter, epsilon is added
-    before bias correction (:math:`\sqrt{1 - \beta_2^t} / (\sqrt{v} + \epsilon)`), and update_clip and
-    scale_parameter look at the touched rows. ``row_sparse="auto"`` does this for dense gradients in those steps in
-    which at least half of the rows are entirely zero (embeddings of models that were not built with ``sparse=True``);
-    on an accelerator the search for such rows synchronises with the host. Where c rows of one bucket are touched in
-    one step, the bucket takes c steps with the mean of their values: no order, bounded for every c.
+    Sparse gradients (``nn.Embedding(sparse=True)``) and ``row_sparse`` take *lazy* steps, as `torch.optim.SparseAdam`
+    does. Only rows with a gradient change: the moments of other rows neither decay nor move them. Weight decay applies
+    to touched rows only, bias correction counts the steps of the whole parameter, epsilon is added before bias
+    correction (:math:`\sqrt{1 - \beta_2^t} / (\sqrt{v} + \epsilon)`), and update_clip and scale_parameter measure the
+    touched rows. ``row_sparse="auto"`` does this for dense gradients in those steps in which at least half of the rows
+    are entirely zero (embeddings of models that were not built with ``sparse=True``). On an accelerator the search for
+    such rows synchronises with the host. If a step touches c rows of one bucket, the bucket takes c steps with the mean
+    of their values, so their order does not matter and the result is bounded for every c.
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
@@ -117,13 +117,13 @@ class CSAdam(SketchOptimizer):
         {options}
 
     Raises:
-        ValueError: an option has a value that is not allowed (named, with what is), an option does not exist, a
+        ValueError: an option has a value that is not allowed (the message says what is), an option does not exist, a
             parameter is complex or sparse; in `step`, a dense gradient meets ``first_moment="count_sketch"``.
 
     Sources: count-sketch Adam, https://arxiv.org/abs/1902.00179; update clipping and relative steps,
-    https://arxiv.org/abs/1804.04235. Deviations from the first: buckets hold the mean rather than the sum; hashes are
-    balanced bijections; rows are hashed for dense layers too (the reference hashes columns there); co-touched rows
-    as above; each table keeps its own running value rather than one estimate fed back to all.
+    https://arxiv.org/abs/1804.04235. Deviations from the first: buckets hold the mean, not the sum; hashes are balanced
+    bijections; rows are hashed for dense layers, too (the reference hashes columns there); rows of one bucket that are
+    touched together are handled as above; each table keeps its own running value, and no estimate is fed back to it.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -165,19 +165,19 @@ class RMSpropOptions(
 
 @with_options(RMSpropOptions)
 class CSRMSprop(SketchOptimizer):
-    r"""RMSprop with a sketched second moment: CS-V of the paper, Adam at :math:`\beta_1 = 0`. 0.20 bytes a parameter.
+    r"""RMSprop with a sketched second moment (the paper's CS-V, Adam with :math:`\beta_1 = 0`): 0.20 bytes a parameter.
 
     .. math::
         v_t = \beta_2 v_{t-1} + (1 - \beta_2) \, \mathrm{bucket}(g_t^2) \qquad
         \theta_t = (1 - \gamma \lambda) \theta_{t-1} - \gamma \frac{g_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
-    `CSAdam` without a first moment; its docstring explains the stores, options and row-sparse gradients. Unlike
-    `torch.optim.RMSprop` it corrects the bias of v and decouples the weight decay (as the paper's Adam does).
+    This is `CSAdam` without a first moment; its docstring explains the stores, options and row-sparse gradients. Unlike
+    `torch.optim.RMSprop`, it corrects the bias of v and decouples the weight decay (as the paper's Adam does).
 
     Args:
         params: parameters or parameter groups.
         lr: learning rate (default 1e-3).
-        betas: (no effect, decay rate of the second moment); the first is accepted so that one configuration can name
+        betas: (no effect, decay rate of the second moment). The first is accepted so that one configuration can name
             any optimizer of the family.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
@@ -186,7 +186,7 @@ class CSRMSprop(SketchOptimizer):
         {options}
 
     Raises:
-        ValueError: as `CSAdam`.
+        ValueError: see `CSAdam`.
 
     Source: https://arxiv.org/abs/1902.00179, deviations as in `CSAdam`.
     """
@@ -228,6 +228,6 @@ def _adam(group: Mapping[str, Any], beta1: float | None, step: float | Tensor, s
         correction=1.0 if beta1 is None else 1.0 / (1.0 - beta1**step),
         decay=lr * group["weight_decay"],
         lookahead=None,
-        # SparseAdam adds epsilon to the uncorrected root; the same as epsilon / root2 after correction.
+        # SparseAdam adds epsilon to the uncorrected root, which equals epsilon / root2 after correction.
         denominator=Denominator(root2, eps / root2 if sparse else eps),
     )

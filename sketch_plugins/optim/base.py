@@ -228,7 +228,7 @@ class SketchOptimizer(Taking):
         return same
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy or a pickle. What was remembered of the last step is dropped, because groups are others now."""
+        """Restore a copy or a pickle, without what was remembered of the last step: its groups were others."""
         super().__setstate__(state)
         self.__dict__.pop("_step_cache", None)
         self.__dict__.pop("_written", None)

@@ -1,4 +1,4 @@
-"""Adafactor's two devices, in Python: clipping the update, and steps relative to the size of the parameter.
+"""Update clipping and relative steps (Adafactor's two devices), in Python.
 
 Source: https://arxiv.org/abs/1804.04235. The kernels have the same formulas: `sweeps.settle`, `norms.step_sizes`.
 """

@@ -1,4 +1,4 @@
-"""The options that several optimizers have, each declared once; see `declaring` for what is made of them."""
+"""The options that several optimizers share, each declared once. `declaring` makes tables and docstrings from them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sketch_plugins.optim.options import BY_POSITION, Option
 from sketch_plugins.stores.kinds import FIRST_MOMENTS, SECOND_MOMENTS
 from sketch_plugins.stores.sketch import BUCKETS, TABLE_DTYPES
 
-#: The RMS of weights with which `scale_parameter` takes AdamW's learning rate: measured (docs/benchmarks.md), near the
-#: standard deviation of 0.02 that transformers are initialised with.
+#: The RMS of weights with which `scale_parameter` takes AdamW's learning rate. It was measured (docs/benchmarks.md) and
+#: is near 0.02, the standard deviation with which transformers are initialised.
 TYPICAL_RMS = 0.017
-#: Adafactor's two devices, in the form that takes AdamW's learning rate: options of presets.
+#: Update clipping and relative steps (Adafactor), in the form that takes AdamW's learning rate: options of presets.
 ADAFACTOR_DEVICES = {"update_clip": 1.0, "scale_parameter": True, "reference_rms": TYPICAL_RMS}
-#: Options that are younger than checkpoints may be -> what these were trained with.
+#: Options that a checkpoint may be too old to have -> the values that it was trained with.
 BEFORE = {"batch_dims": 0, "reference_rms": 1.0, "weight_bits": None}
 
 
 class Batches(TypedDict, total=False):
-    """What is a matrix."""
+    """Which axes of a tensor make a matrix."""
 
     batch_dims: Annotated[
         int | str | None,
@@ -30,10 +30,10 @@ class Batches(TypedDict, total=False):
             "auto",
             "how many of a tensor's first axes are a batch of matrices. With 1 a tensor of three or more dimensions is "
             "a batch of matrices, and each of them has buckets of its own (``compression`` and ``width`` are those of "
-            "one matrix), covers of its own rows, and covariances: no expert shares them with another one. With 0 "
+            "one matrix), covers of its own rows, and covariances; no expert shares them with another one. With 0 "
             'dimension 0 is the rows. ``"auto"``: 1 for a tensor ``(E, R, D)`` whose R and D are 16 or more, if E is '
-            "at most R and D, or if D is 256 or more; 0 for all others, such as convolutions. Where nothing is kept in "
-            "a sketch, in covers or as a covariance, nothing depends on it.",
+            "at most R and D, or if D is 256 or more; 0 for all others, such as convolutions. It has no effect on "
+            "tensors without sketches, covers and covariances.",
             choices=("auto", 0, 1),
             structural=True,
         ),
@@ -47,8 +47,8 @@ class Sketches(TypedDict, total=False):
         float | None,
         option(
             0.05,
-            "fraction of the rows kept as buckets in each of the ``depth`` tables. 1.0 gives every row its own bucket: "
-            "the dense method.",
+            "number of buckets in each of the ``depth`` tables, as a fraction of the rows. 1.0 gives every row its own "
+            "bucket, which is the dense method.",
             allowed="a number in (0, 1]",
             check=lambda v: 0 < v <= 1,
             structural=True,
@@ -58,7 +58,7 @@ class Sketches(TypedDict, total=False):
         int | None,
         option(
             0,
-            "number of buckets, instead of ``compression``; at most one for each row; 0: use ``compression``.",
+            "number of buckets, in place of ``compression``, at most one for each row; 0: use ``compression``.",
             allowed="an integer >= 0",
             check=lambda v: v >= 0,
             structural=True,
@@ -88,12 +88,12 @@ class Sketches(TypedDict, total=False):
         str | None,
         option(
             "fp32",
-            "numbers of the sketches' tables; "
-            '``"bf16"`` has half the bytes. A bfloat16 table is rounded stochastically at every write, so that its '
-            "expected value is the float32 table's; the noise is a function of (seed, step, cell): runs repeat and "
-            "resume bit for bit. To nearest is not offered: at ``betas[1]=0.999`` a step without gradient lowers a "
-            "cell by 1/1000, less than half a unit in the last place of bfloat16 (1/512 or more): every such step "
-            "would be rounded away, and no cell could ever decay.",
+            "dtype of the sketches' tables; "
+            '``"bf16"`` takes half the bytes. A bfloat16 table is rounded stochastically at every write, so that its '
+            "expected value is the float32 table's. The noise is a function of (seed, step, cell), so runs repeat and "
+            "resume bit for bit. Rounding to nearest is not offered: at ``betas[1]=0.999`` a step without gradient "
+            "lowers a cell by 1/1000, less than half a unit in the last place of bfloat16 (1/512 or more), so every "
+            "such step would be rounded away, and no cell could ever decay.",
             choices=TABLE_DTYPES,
             structural=True,
         ),
@@ -165,7 +165,7 @@ class SecondMoment(TypedDict, total=False):
 
 
 class Buckets(TypedDict, total=False):
-    """What a bucket holds of several rows."""
+    """How a bucket combines several rows."""
 
     bucket: Annotated[
         str | None,
@@ -179,7 +179,7 @@ class Buckets(TypedDict, total=False):
 
 
 class Clipping(TypedDict, total=False):
-    """The size of a step."""
+    """What limits or scales the size of a step."""
 
     update_clip: Annotated[
         float | None,
@@ -200,10 +200,10 @@ class Clipping(TypedDict, total=False):
         float | None,
         option(
             1.0,
-            "with scale_parameter the RMS of weights that take a step of lr itself. 1: lr is relative to the weights "
-            "(Adafactor's relative step), 2e-2 to 2e-1. 0.017, where presets say so: AdamW's learning rate carries "
-            "over, for weights have an RMS of about 0.02 (docs/algorithms.md). Below 1 the factor is at most 20. No "
-            "effect without scale_parameter.",
+            "with scale_parameter, the RMS of weights for which a step uses lr itself. 1: lr is relative to weights "
+            "(Adafactor's relative step), 2e-2 to 2e-1. 0.017, which some presets set: AdamW's learning rate carries "
+            "over, because weights have an RMS of about 0.02 (docs/algorithms.md). Below 1 the factor is at most 20. "
+            "It has no effect without scale_parameter.",
             allowed="a number > 0",
             check=lambda v: v > 0,
         ),
@@ -229,7 +229,7 @@ class Lagged(TypedDict, total=False):
 
 
 class Kernels(TypedDict, total=False):
-    """Other ways to run a step than eager torch's."""
+    """Ways to run a step other than eager torch."""
 
     compile: Annotated[
         bool | None,
@@ -245,14 +245,14 @@ class Kernels(TypedDict, total=False):
         bool | None,
         option(
             False,
-            "keep step counters on the device, so that the step can be captured in a CUDA graph (Triton kernels only; "
-            "not with row-sparse gradients, nor where a sketch is cleaned).",
+            "keep step counters on the device, so that the step can be captured in a CUDA graph (Triton kernels only, "
+            "not with row-sparse gradients or ``clean_every``).",
         ),
     ]
 
 
 class Steps(TypedDict, total=False):
-    """What every step of the family knows."""
+    """Options of every step."""
 
     min_compress_size: Annotated[
         int | None,
@@ -268,10 +268,10 @@ class Steps(TypedDict, total=False):
         bool | str | None,
         option(
             False,
-            'of dense gradients: False updates every row; True skips rows that are all zero; ``"auto"`` does so in a '
-            "step where at least half of the rows are. The last two learn much more slowly where most rows are rare: "
-            "60 "
-            'steps of a sentence-transformers model end at a loss of 1.90 with ``"auto"``, and at 0.12 with False.',
+            'for dense gradients. False updates every row; True skips rows that are all zero; ``"auto"`` does so in a '
+            "step in which at least half of the rows are zero. With True and auto, models in which most rows are rare "
+            'learn much more slowly: 60 steps of a sentence-transformers model end at a loss of 1.90 with ``"auto"``, '
+            "and at 0.12 with False.",
             choices=(False, True, "auto"),
         ),
     ]
@@ -302,20 +302,20 @@ class Steps(TypedDict, total=False):
         bool | None,
         option(
             False,
-            "bfloat16 parameters are rounded up or down with probabilities that make the rounding unbiased, so that "
-            "updates below half a unit in the last place are not lost and no float32 master copy is needed; the noise "
-            "is a function of (seed, step, element), with elements numbered in each rank's shard.",
+            "round bfloat16 parameters up or down at random, so that the expected value is exact. Updates below half a "
+            "unit in the last place are then not lost, and no float32 master copy is needed. The noise is a function "
+            "of (seed, step, element), with elements numbered in each rank's shard.",
         ),
     ]
     weight_bits: Annotated[
         int | None,
         option(
             None,
-            "bits of a weight that a bfloat16 or float16 parameter cannot hold are kept among the state and take part "
-            "in every step: 24 bits a weight with one byte more, rounded by chance, or 32 with two, which of bfloat16 "
-            "is float32 itself. The parameter holds the nearest weight of its dtype. Parameters of other dtypes stay "
-            "as they are, and ``stochastic_rounding`` means nothing to those that have more bits. Whoever else writes "
-            "a weight makes its further bits void, see docs/weight_bits.md.",
+            "keep the bits of a weight that a bfloat16 or float16 parameter cannot hold among the state, and use them "
+            "in every step: 24 bits a weight take one byte more and are rounded stochastically; 32 take two, which for "
+            "bfloat16 is float32 itself. The parameter holds the nearest weight of its dtype. Parameters of other "
+            "dtypes do not change, and ``stochastic_rounding`` has no effect on weights with more bits. If other code "
+            "writes a weight, its additional bits become void, see docs/weight_bits.md.",
             choices=(None, 24, 32),
             structural=True,
         ),
@@ -327,7 +327,7 @@ class Steps(TypedDict, total=False):
 
 
 class CoupledDecay(TypedDict, total=False):
-    """Which weight decay is meant."""
+    """Which kind of weight decay is used."""
 
     decoupled_weight_decay: Annotated[
         bool | None,
@@ -348,7 +348,7 @@ class Torchs(TypedDict, total=False):
 
 
 class Decoupled(Torchs, total=False):
-    """The same of AdamW, whose weight decay is decoupled as these optimizers' is."""
+    """The same for AdamW's arguments. These optimizers decouple the weight decay, as AdamW does."""
 
     decoupled_weight_decay: Annotated[bool, unused((True,), "weight decay is decoupled, as in AdamW")]
 
@@ -359,30 +359,30 @@ class _Family(
     pass
 
 
-#: All of them, by name.
+#: These options, by name.
 FAMILY: dict[str, Option] = {**BY_POSITION, **declared(_Family)}
 
-# What only a sketched optimizer calls an option: no framework means something else by it.
+# Options that only sketched optimizers have. No framework uses these names for something else.
 _SKETCHY = {
     "stack_bytes", "stagger_solves",
     "budget", "shampoo_beta", "update_freq", "statistics_freq", "start_preconditioning_step", "solver", "refresh_every",
     "graft", "matrix_eps", "momentum_placement", "momentum_of", "merge_dims", "max_block_dim", "max_axis",
     "max_aspect_ratio", "nonfinite",
 }  # fmt: skip
-#: Options of some of our optimizers that are other people's words, too.
+#: Options of some of our optimizers whose names other code uses, too.
 _WORDS_OF_OTHERS = frozenset({"depth", "width", "rank", "budget"})
 _FAMILY = (frozenset(FAMILY) | _SKETCHY) - {"betas", "eps"}
 
 
 def misspelt(name: str, options: Mapping[str, Option]) -> str | None:
-    """The option, of this or another of our optimizers, that an unknown parameter-group key was probably meant to be.
+    """The option, of this or another of our optimizers, that an unknown key of a group probably means; or None.
 
-    Frameworks keep keys of their own in parameter groups ("initial_lr", "name", "lr_scale"), so an unknown key as such
-    cannot be refused there; one that is nearly an option of ours, or an option of another of our optimizers, is. But
-    for words that frameworks use themselves (layer-wise decay notes the "depth" of a layer).
+    Frameworks keep keys of their own in parameter groups ("initial_lr", "name", "lr_scale"), so an unknown key cannot
+    be refused as such. A key is refused if it nearly equals an option of ours, or is an option of another of our
+    optimizers, unless frameworks use the word themselves (layer-wise decay notes the "depth" of a layer).
     """
     if name in options or not isinstance(name, str) or name in _WORDS_OF_OTHERS:
         return None
-    # Another optimizer's options, too: this one would not read them.
+    # Options of other optimizers count, too, because this optimizer would not read them.
     close = difflib.get_close_matches(name, _FAMILY.union(options), n=1, cutoff=0.9)
     return close[0] if close else None

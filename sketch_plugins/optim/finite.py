@@ -1,4 +1,4 @@
-"""Whether gradients are finite, on all ranks, before anything is decomposed; and what is said where one was not."""
+"""Checks on all ranks that gradients are finite before anything is decomposed, and warns of failed decompositions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.taking import Members
 from sketch_plugins.sharding.parts import Part, agree, local_grad
 
-# Norms from here on, covariances would overflow: sums of a hundred squares, in float32.
+# Covariances of norms above this overflow: sums of a hundred squares in float32.
 LARGEST = 1e18
 
 
 def _small(grads: Iterable[Tensor]) -> bool:
-    """One look at everything: the norm, which in float16 may overflow where nothing is wrong."""
+    """Whether one norm of all gradients is small. In float16 it may overflow although every gradient is finite."""
     values = [_values(g) for g in grads]
     return not values or bool(torch.nn.utils.get_total_norm(values) < LARGEST)
 
@@ -35,13 +35,13 @@ def _values(grad: Tensor) -> Tensor:
 
 
 def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether parameters may take a step (see `_may_step`): decompositions of what is not finite do not end.
+    """Whether parameters may take a step (see `_may_step`), because decompositions of infinities or NaN do not end.
 
-    Where parameters are spread over ranks, all of them come to the same answer: each asks the others.
+    If parameters are spread over ranks, the ranks ask each other, so that all come to the same answer.
 
     Raises:
         ValueError: a gradient is not finite, on this rank or on another that has a part of the same parameters, and its
-            group does not say ``nonfinite="skip"``.
+            group does not have ``nonfinite="skip"``.
     """
     parts = optimizer._parts
     grads = [(group, index, local_grad(group["params"][index])) for group, index in members]
@@ -50,7 +50,7 @@ def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[M
         if grad.numel() > 0:
             by_device.setdefault(grad.device, []).append(grad)
     others = parts.process_groups(among)
-    # One number for each device is waited for.
+    # The host waits for one number of each device.
     if agree(all([_small(of) for of in by_device.values()]), others):
         return True
     skip = "nonfinite" in optimizer.OPTIONS
@@ -76,7 +76,7 @@ def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[M
 
 
 def warn_of(failed: Sequence[tuple[Part, Mapping[str, Any]]], optimizer: SketchOptimizer) -> None:
-    """One warning of the parts, with their groups, whose covariances could not be decomposed."""
+    """Warn once of all parts (with their groups) whose covariances could not be decomposed."""
     if not failed:
         return
     labels = list(dict.fromkeys(optimizer._label(group, part).rstrip(",") for part, group in failed))

@@ -1,4 +1,4 @@
-"""Weights with all the bits that a run has of them (``weight_bits``), and models in half precision."""
+"""Saves and loads weights with the bits that ``weight_bits`` keeps, and casts models to half precision."""
 
 from __future__ import annotations
 
@@ -25,30 +25,28 @@ def full_precision_state_dict(
     whole: bool = False,
     keep: bool = True,
 ) -> dict[str, Any]:
-    """``model.state_dict()`` in float32: of weights with corrections all 24 or 32 bits, as the next step reads them.
+    """``model.state_dict()`` in float32: weights with corrections have all 24 or 32 bits, as the next step reads them.
 
-    Other bfloat16 and float16 parameters and buffers are widened; what is float32, or no number of half precision, is
-    as in ``state_dict()``. Names that stand for one tensor (tied weights) have one here, too. DTensors (FSDP2) stay
-    DTensors of the same placement, unless ``whole``. Nothing is changed but corrections that are void, which are set
-    to 0.
+    Other bfloat16 and float16 parameters and buffers are widened. Everything else is as in ``state_dict()``. Names of
+    one tensor (tied weights) share one tensor here, too. DTensors (FSDP2) stay DTensors of the same placement, unless
+    ``whole`` is set. Nothing is changed, except that void corrections are set to 0.
 
     Args:
         model: has all parameters with corrections of the optimizer (or of the optimizers).
-        optimizer: an optimizer of sketch-plugins, or what a framework has wrapped around one (``.optimizer``); or a
-            list of them, where several step the model.
-        device: where to put each tensor as it is made, one after the other, so that the parameters' device has room
-            for one of them; None: where the parameter is. All together they take 4 bytes a parameter there.
-        whole: gather DTensors, one after the other: every process of their meshes has to call this.
-        keep: False on processes that only take part in gathering: nothing is returned then, and nothing made that is
-            not gathered.
+        optimizer: an optimizer of sketch-plugins, or a framework's wrapper of one (``.optimizer``). A list of them, if
+            several step the model.
+        device: where to put the tensors. They are made one after the other, so the parameters' device only needs room
+            for one of them. None: they stay where the parameters are. All together take 4 bytes a parameter.
+        whole: gather DTensors, one after the other. Every process of their meshes has to call this.
+        keep: False on processes that only take part in gathering: they make only what is gathered, and return nothing.
 
     Returns:
-        Name -> tensor, detached. Float32 weights are the model's own memory unless ``device`` is another one.
+        The detached tensors, by name. Float32 weights share the model's memory unless ``device`` is another one.
 
     Raises:
         ValueError: there is no optimizer of sketch-plugins, or none with ``weight_bits``; parameters with corrections
-            are not the model's (it is a copy, or a part of what is trained); it steps flat partitions (ZeRO), whose
-            float32 weights DeepSpeed has.
+            do not belong to the model (it is a copy, or a part of what is trained); or the optimizer steps flat
+            partitions (ZeRO), whose float32 weights DeepSpeed has.
     """
     optimizers, found = _unwrapped(optimizer), model.state_dict(keep_vars=True)
     kept = _corrected(optimizers, model, found)
@@ -67,7 +65,7 @@ def full_precision_state_dict(
             wide: Any = _widened(value, kept.get(id(value)))
             if whole and is_dtensor(wide):
                 wide = wide.full_tensor()
-            # What is not kept is gathered once, too: tied names have one tensor on all processes.
+            # Tensors that are not kept are noted, too, so that all processes gather tied weights once.
             made[id(value)] = None if not keep else wide if device is None else wide.to(device)
             del wide
         if keep:
@@ -80,22 +78,22 @@ def full_precision_state_dict(
 def load_full_precision_state_dict(
     model: torch.nn.Module, optimizer: Any, state_dict: Mapping[str, Any], *, strict: bool = True
 ) -> None:
-    """The inverse of `full_precision_state_dict`: weights, and what they have beyond the model's dtype.
+    """The inverse of `full_precision_state_dict`: loads weights and what they have beyond the model's dtype.
 
-    Into bfloat16 and float16 parameters of an optimizer with ``weight_bits``: the nearest weight and its correction
-    (24 bits to nearest, without noise), whether or not the optimizer has stepped yet. Into all others as
-    ``model.load_state_dict`` does: also into those of an optimizer that is not given, whose corrections are void then.
-    A float32 model needs nothing but ``load_state_dict``.
+    A bfloat16 or float16 parameter of an optimizer with ``weight_bits`` gets the nearest weight and its correction (24
+    bits are rounded to nearest, without noise), whether or not the optimizer has stepped yet. All others are loaded as
+    by ``model.load_state_dict``. That includes parameters of an optimizer that is not given; their corrections are void
+    then. A float32 model only needs ``load_state_dict``.
 
     Args:
         model: has all parameters with corrections of the optimizer (or of the optimizers).
-        optimizer: an optimizer of sketch-plugins, what a framework has wrapped around one, or a list of them.
-        state_dict: name -> tensor; of a sharded parameter (DTensor) a DTensor or the whole tensor.
-        strict: names that are missing, or that the model does not have, are an error.
+        optimizer: an optimizer of sketch-plugins, a framework's wrapper of one, or a list of them.
+        state_dict: tensors by name. For a sharded parameter (DTensor), a DTensor or the whole tensor.
+        strict: whether missing names, and names that the model does not have, are an error.
 
     Raises:
-        ValueError: names, shapes or types are not the model's, a group's options are not allowed or not those of its
-            state, or as in `full_precision_state_dict`. Nothing has been changed then.
+        ValueError: names, shapes or types do not match the model, a group's options are not allowed or do not match its
+            state, or for the reasons in `full_precision_state_dict`. Nothing has been changed then.
     """
     optimizers, found = _unwrapped(optimizer), model.state_dict(keep_vars=True)
     _check_fits(found, state_dict, strict)
@@ -109,8 +107,8 @@ def load_full_precision_state_dict(
         parts = [(kept[key], local_of(value)) for key, value in given.items() if kept[key].part.numel()]
         _start(one for one, _ in parts)
         for own in optimizers:
-            own._check_weights()  # corrections that are void are 0 now, of what is not given
-        # Whatever is found wrong has been found. These write no weight with a correction:
+            own._check_weights()  # sets void corrections to 0, also of weights that are not loaded
+        # All errors have been found by now. This writes no weight that has a correction:
         rest = {name: value for name, value in values.items() if id(found[name]) not in kept}
         model.load_state_dict(rest, strict=False)
         for one, value in parts:
@@ -126,23 +124,23 @@ def load_full_precision_state_dict(
 def cast_model(
     model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16, keep: Iterable[str | type] = ()
 ) -> torch.nn.Module:
-    """Cast a model's floating point parameters to half precision, in place, but for what has to stay as it is.
+    """Cast a model's floating point parameters to half precision, in place, except those that have to stay.
 
-    These stay: modules with running statistics (batch norms), whole; non-persistent buffers, which hold constants that
-    a model computes for itself (rotary frequencies); what ``keep`` names; a parameter that one of these shares with
-    other modules. A checkpoint that was saved in float32 is loaded in float32 first and cast then.
+    These stay: whole modules with running statistics (batch norms); non-persistent buffers, which hold constants that a
+    model computes itself (rotary frequencies); what ``keep`` names; and parameters that one of these shares with other
+    modules. To load a checkpoint that was saved in float32, load it into the float32 model and cast afterwards.
 
     Args:
-        model: to be cast, before it is sharded and before an optimizer has state for it.
-        dtype: torch.bfloat16 or torch.float16; torch.float32 is the way back.
-        keep: names of modules or parameters (``"lm_head"``, ``"layers.*.norm"`` by `fnmatch`; a module stays with all
-            in it), or classes of modules.
+        model: the model, before it is sharded and before an optimizer has state for it.
+        dtype: torch.bfloat16 or torch.float16; torch.float32 casts back.
+        keep: names of modules or parameters (``"lm_head"``, or a pattern of `fnmatch` such as ``"layers.*.norm"``; a
+            module stays with everything in it), or classes of modules.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: another dtype; something in ``keep`` is nowhere in the model: nothing has been changed then.
+        ValueError: the dtype is another one, or something in ``keep`` is not in the model. Nothing has been changed.
     """
     if dtype not in (*HALF, torch.float32):
         raise ValueError(f"dtype={dtype} is not one of torch.bfloat16, torch.float16, torch.float32")
@@ -160,7 +158,7 @@ def cast_model(
 
 
 def _staying(model: torch.nn.Module, keep: tuple[str | type, ...]) -> tuple[set[torch.nn.Module], set[int]]:
-    """Modules that are not cast, and the identities of tensors that are not."""
+    """The modules that are not cast, and the identities of the tensors that are not."""
     staying = {one for one in model.modules() if getattr(one, "running_mean", None) is not None}
     kept: set[int] = set()
     for what in keep:
@@ -183,7 +181,7 @@ def _staying(model: torch.nn.Module, keep: tuple[str | type, ...]) -> tuple[set[
 
 
 class _Corrected(NamedTuple):
-    """A parameter whose group has ``weight_bits``, and what of it is on this rank."""
+    """A parameter whose group has ``weight_bits``, and its part on this rank."""
 
     optimizer: SketchOptimizer
     group: dict[str, Any]
@@ -191,7 +189,7 @@ class _Corrected(NamedTuple):
 
 
 def _unwrapped(optimizer: Any) -> list[SketchOptimizer]:
-    """The optimizers of sketch-plugins within one or several wrappers."""
+    """The optimizers of sketch-plugins, without the wrappers around them."""
     out = []
     for one in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
         inner = one
@@ -217,7 +215,7 @@ def _unwrapped(optimizer: Any) -> list[SketchOptimizer]:
 def _corrected(
     optimizers: Sequence[SketchOptimizer], model: torch.nn.Module, found: Mapping[str, Any]
 ) -> dict[int, _Corrected]:
-    """Identity of a parameter -> what has corrections of it, or will have them with the first step."""
+    """The parameters that have corrections, or will have them after the first step, by identity."""
     out, missing = {}, []
     here, names = {id(value) for value in found.values()}, {id(p): name for name, p in model.named_parameters()}
     for own in optimizers:
@@ -234,7 +232,7 @@ def _corrected(
                             "keeps: use its zero_to_fp32"
                         )
                     out[id(owner)] = _Corrected(own, group, part)
-                    # A hook may leave a parameter out of the state dict; a copy under its name is without corrections.
+                    # A hook may leave a parameter out of the state dict. A copy under its name has no corrections.
                     if id(owner) not in here and (id(owner) not in names or names[id(owner)] in found):
                         missing.append(own._label(group, part).rstrip(","))
     if missing:
@@ -249,7 +247,7 @@ def _corrected(
 
 
 def _check_fits(found: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> None:
-    """Raise ValueError where names, shapes or types of a state dict are not the model's."""
+    """Raise ValueError if names, shapes or types of a state dict do not match the model."""
     missing = [name for name in found if name not in given]
     unknown = [name for name in given if name not in found]
     if strict and (missing or unknown):
@@ -274,7 +272,7 @@ def _check_fits(found: Mapping[str, Any], given: Mapping[str, Any], strict: bool
 
 
 def _start(members: Iterable[_Corrected]) -> None:
-    """State for all that have taken no step; an error leaves none of it."""
+    """Make state for all parts that have taken no step. After an error none of this state is left."""
     started: list[_Corrected] = []
     try:
         for one in members:
@@ -306,7 +304,7 @@ def _widened(value: Tensor, kept: _Corrected | None) -> Tensor:
 
 
 def _like(local: Tensor, whole: Tensor) -> Tensor:
-    """A shard as a DTensor where the whole is one."""
+    """A shard as a DTensor, if the whole is one."""
     if not is_dtensor(whole):
         return local
     given: Any = whole
@@ -316,7 +314,7 @@ def _like(local: Tensor, whole: Tensor) -> Tensor:
 
 
 def _placed(value: Any, owner: Any) -> Any:
-    """A value for a tensor of the model, spread over ranks as that is."""
+    """A value for a tensor of the model, with that tensor's placements."""
     if not isinstance(value, Tensor):
         return value
     if not is_dtensor(owner):

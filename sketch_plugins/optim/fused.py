@@ -1,4 +1,4 @@
-"""Which parameters take their step in a fused kernel, and how a rule becomes the numbers that one is given."""
+"""Chooses the kernels for a parameter's step, and turns its rule into the numbers that they get."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.sharding.state_names import CORRECTION
 from sketch_plugins.stores import Gradient, Store
 
-#: What a warning says of a tensor that no kernel takes; `sketch-plugins check` looks for it.
+#: The words of the warning about a tensor that no kernel takes. `sketch-plugins check` searches for them.
 EAGERLY = "takes eager steps, which are slower"
-# On a CPU, and unless told otherwise, an optimizer of nothing but smaller tensors takes the eager path.
+# On a CPU, unless ``fused`` asks for kernels, an optimizer of smaller tensors only takes the eager path.
 CPU_MIN_SIZE = 1 << 15
 
 
@@ -31,15 +31,15 @@ class Backend:
     """One set of kernels.
 
     Attributes:
-        name: of the compiler.
-        unsupported: why the kernels cannot take a step; None if they can.
-        task: the work as a `Task` that later steps can reuse; None: later steps cannot reuse it.
-        prepare_tasks: (tasks, rows of numbers, each task's row, addresses of the gradients, the last program): makes
-            the steps ready, without changing anything. Returns the program, for the next step, and for each launch the
-            places of its tasks in the list and what takes their steps.
-        moved: (tasks, their program, bytes): the tasks of the same steps whose parameters lie so many bytes further on;
-            the program is theirs then. A backend that has none has to make them anew.
-        prepare: the same of a list of works, for this step alone. A backend that has none has a task for every work.
+        name: name of the compiler.
+        unsupported: returns why the kernels cannot take a work, or None if they can.
+        task: turns a work into a `Task` that later steps can use again, or returns None if they cannot.
+        prepare_tasks: makes steps ready without changing anything, from (tasks, rows of numbers, each task's row,
+            addresses of the gradients, the last program). Returns the program, for the next step, and for each launch
+            the places of its tasks in the list and the function that takes their steps.
+        moved: returns the tasks for parameters that have moved by a number of bytes, from (tasks, their program,
+            bytes). The program is changed to the new tasks. If it is None, the tasks have to be made again.
+        prepare: makes the steps of a list of works ready, for this step alone. None if every work has a task.
     """
 
     name: str
@@ -56,7 +56,7 @@ def backend(device: torch.device, fused: bool | None) -> Backend | None:
     With ``TRITON_INTERPRET=1`` and ``fused=True`` Triton's interpreter runs the kernels on a CPU: for tests, slowly.
 
     Raises:
-        ValueError: ``fused=True`` and there are none, or they cannot be imported (says why).
+        ValueError: ``fused=True`` and there are no kernels, or they cannot be imported (the message says why).
     """
     if fused is False:
         return None
@@ -110,7 +110,7 @@ def describe(
     state: Mapping[str, Any],
     new: bool = False,
 ) -> Work | None:
-    """One parameter's step as a fused kernel is given it; None where its layout is not a matrix of rows.
+    """One parameter's step as a fused kernel gets it; None if its layout is not a matrix of rows.
 
     ``new``: no step has measured anything yet (`lagged_rms`).
     """
@@ -128,7 +128,7 @@ def describe(
         measure=fresh if last is not None else bool(group.get("scale_parameter") or group.get("update_clip")),
         stochastic=group["stochastic_rounding"] and p.dtype == torch.bfloat16 and CORRECTION not in state,
         seed=group["seed"],
-        # What decides which kernels can take the step and what they are compiled for; the others come with the numbers.
+        # These flags decide which kernels can take the step and what they are compiled for. `vector` sets the others.
         flags=(0 if grad.l2 is None else 1 << places.L2)
         | (1 << places.LOOKAHEAD if rule.lookahead and rule.first is not None else 0)
         | (1 << places.UNIT if rule.sign else 0),
@@ -139,7 +139,7 @@ def describe(
 
 
 def ordered(store: Store, grad: Gradient, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As the store lays them out: kernels take tensors by their place, and a state dict may have been sorted."""
+    """The state in the order of the store's layout: kernels take tensors by place, and a state dict may be sorted."""
     if len(state) < 2:
         return dict(state)
     return {name: state[name] for name in store.layout(grad.shape, grad.dtype)}
@@ -155,9 +155,9 @@ def choose(
     large: bool,
     new: bool = False,
 ) -> tuple[Backend | None, Work | None]:
-    """The kernels that take this step, and the step as they are given it; (None, None): the eager path does.
+    """The kernels that take this step and the step as they get it, or (None, None) for the eager path.
 
-    ``large``: the optimizer has a tensor of `CPU_MIN_SIZE` or more; ``new``: see `describe`.
+    ``large``: the optimizer has a tensor of `CPU_MIN_SIZE` elements or more. For ``new`` see `describe`.
     """
     kernels = None if group["compile"] else backend(p.device, group["fused"])
     if kernels is not None and not (has_address(p) and has_address(grad.matrix.tensor)):
@@ -180,7 +180,7 @@ def choose(
 
 
 def numbers(rule: Rule, group: Mapping[str, Any], step: float | Tensor, l2: float | None = None) -> dict[int, Any]:
-    """Place -> number of a rule; tensors where the rule has them. ``l2``: coupled weight decay."""
+    """The numbers of a rule, by place; tensors if the rule has tensors. ``l2`` is the coupled weight decay."""
     denominator = rule.denominator
     out: dict[int, Any] = {
         places.STEP: rule.step_size * rule.correction,
@@ -214,9 +214,10 @@ def numbers(rule: Rule, group: Mapping[str, Any], step: float | Tensor, l2: floa
 
 
 def vector(values: Mapping[int, Any], device: torch.device, rows: int = 0) -> tuple[list[float] | Tensor, int]:
-    """``(numbers, flags)`` for a `Work`, or with ``rows`` a matrix of numbers for as many.
+    """``(numbers, flags)`` for a `Work`. With ``rows``, the numbers are a matrix of so many rows.
 
-    A list; where a value lives on a device (a learning rate, ``capturable``), a tensor there: it is not waited for.
+    The numbers are a list, or a tensor on a device if a value is there (a learning rate, ``capturable``): it is not
+    read.
     """
     flags = sum(1 << place for place, value in values.items() if isinstance(value, Tensor) or value)
 

@@ -1,4 +1,4 @@
-"""Parameter groups: values of options, what may change between steps, and how messages name a parameter."""
+"""Parameter groups: the values of options, which of them may change between steps, and names for messages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sketch_plugins.sharding.parts import Part, Parts, is_dtensor
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import is_ours
 
-# In the place of an option that a group does not have.
+# Stands for the value of an option that a group does not have.
 NO_OPTION = object()
 
-# Options that torch's optimizers have, too: nobody means something else by them.
+# Options that torch's optimizers have, too. A key with such a name is always meant as the option.
 COMMON_NAMES = frozenset({
     "lr", "betas", "eps", "weight_decay", "maximize", "momentum", "nesterov", "fused", "capturable", "lr_decay",
     "initial_accumulator_value",
@@ -32,21 +32,22 @@ OWN_KEY = "If this is a key of your own, give it another name"
 
 
 class Groups(torch.optim.Optimizer):
-    """Options of every parameter group, validated when it is added and again when somebody has changed one."""
+    """The options of all parameter groups, validated when a group is added, and again when one has changed."""
 
     OPTIONS: ClassVar[dict[str, Option]] = {}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
-    #: Arguments of torch's optimizers that are accepted where they change nothing; they are no options.
+    #: Arguments of torch's optimizers that are accepted without effect. They are no options.
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = {}
-    #: A framework's settings for Adam (betas, epsilon) mean the same here, defaults included.
+    #: Whether a framework's settings for Adam (betas, epsilon) have the same meaning here, defaults included.
     ADAM_SETTINGS: ClassVar[bool] = True
-    #: Keys of a parameter group that are no options of this optimizer, but have a value that is read here.
+    #: Keys of a parameter group that are no options of this optimizer, with the values that are used for them.
     FIXED: ClassVar[dict[str, Any]] = {}
     _parts_of: Parts | None = None
-    # Whether the line of the first step has been logged; who logs it, where a framework does.
+    # Whether the line of the first step has been logged.
     _introduced = False
-    # Whether learning rates are looked at: not of those that are only tried out.
+    # Whether learning rates are checked. They are not if a learning rate is only tried out.
     _watches_rates = True
+    # Returns the logger of that line, if a framework has set one (`introduction.hand_over`).
     _introduces_to: Any = None
 
     @classmethod
@@ -57,7 +58,7 @@ class Groups(torch.optim.Optimizer):
 
     @classmethod
     def _arguments(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Of the local variables of a constructor those that are options, or are accepted without effect."""
+        """The arguments, among the local variables of a constructor, that are options or accepted without effect."""
         return {name: value for name, value in given.items() if name in cls.OPTIONS or name in cls.NO_EFFECT}
 
     @classmethod
@@ -68,7 +69,7 @@ class Groups(torch.optim.Optimizer):
 
     @classmethod
     def _group_value(cls, name: str, value: Any) -> Any:
-        """The value of an option in a parameter group, where users have keys of their own, too."""
+        """The validated value of an option in a parameter group, where users have keys of their own, too."""
         try:
             return cls.OPTIONS[name].validate(value)
         except ValueError as error:
@@ -78,7 +79,7 @@ class Groups(torch.optim.Optimizer):
 
     @classmethod
     def _group_preset(cls, name: str) -> dict[str, Any]:
-        """What a preset means in a group: every option that any preset sets; the others stay the constructor's."""
+        """The options that a preset sets in a group: all that any preset sets. Others keep the constructor's values."""
         base, *others = (cls._preset(n) for n in cls.PRESETS)
         return {key: base[key] for preset in others for key in preset if key in base} | {
             key: value for key, value in cls._preset(name).items() if name != next(iter(cls.PRESETS))
@@ -88,7 +89,7 @@ class Groups(torch.optim.Optimizer):
         self, seen: dict[int, tuple[Any, dict[str, Any]]], number: int, group: Mapping[str, Any]
     ) -> None:
         """Validate the options of a group that have changed since the last step."""
-        # Not by number: DeepSpeed takes the steps of its groups one by one, each as the optimizer's only group.
+        # A group's number does not identify it: DeepSpeed steps groups one by one, each as the only group.
         known, last = seen.get(id(group), (None, {}))
         last = last if known is group else {}
         if last and self._only_the_rate_changed(group, last):
@@ -98,14 +99,14 @@ class Groups(torch.optim.Optimizer):
         changed, missing = not last, None
         for name, option in self.OPTIONS.items():
             if name not in group:
-                # Groups of old pickles lack what is younger than they, and so do their defaults.
+                # Groups of old pickles lack newer options, and so do the pickles' defaults.
                 missing = name if missing is None and name in self.defaults else missing
                 continue
             value = now[name] = group[name]
             if name in last:
                 before = last[name]
                 if isinstance(value, Tensor):
-                    # It may have been changed in place; reading it where it is on a device would wait for that.
+                    # It may have been changed in place. On a device reading it would wait, so only identity counts.
                     if value is before and value.device.type != "cpu":
                         continue
                 elif value is before or (type(value) is type(before) and value == before):
@@ -127,7 +128,7 @@ class Groups(torch.optim.Optimizer):
         seen[id(group)] = group, now
 
     def _only_the_rate_changed(self, group: Mapping[str, Any], last: dict[str, Any]) -> bool:
-        """Whether everything else is the same object as in the last step: so it is in nearly all of them."""
+        """Whether everything except ``lr`` is the same object as in the last step, as in nearly all steps."""
         new = [
             name for name in self.OPTIONS
             if (value := group.get(name, NO_OPTION)) is not last.get(name, NO_OPTION) or isinstance(value, Tensor)
@@ -141,7 +142,7 @@ class Groups(torch.optim.Optimizer):
         return True
 
     def _check_structure(self, number: int, group: Mapping[str, Any]) -> None:
-        """Refuse options that describe another state than the one that the group's parameters have."""
+        """Refuse structural options that do not fit the state of the group's parameters."""
         assert isinstance(group, dict)
         if MARK not in group or not any(self._has_state(p) for p in group["params"]):
             renew(type(self).__name__, self.OPTIONS, group)
@@ -165,7 +166,7 @@ class Groups(torch.optim.Optimizer):
         return any(map(is_ours, self.state.get(owner, ())))
 
     def _label(self, group: Mapping[str, Any], p: int | Part) -> str:
-        """How messages name a parameter, by its number in the group, or a part of one."""
+        """The name of a parameter in messages. ``p`` is its number in the group, or a part of it."""
         names = names_of(group)
         part, index = (p, p.index) if isinstance(p, Part) else (None, p)
         if part is not None and part.key is not None:
@@ -184,7 +185,7 @@ class Groups(torch.optim.Optimizer):
         return label if name is not None else label + ","
 
     def _check_kernels(self, p: Tensor, group: Mapping[str, Any], label: Callable[[], str]) -> None:
-        """Raise ValueError where the options ask for kernels that are not there."""
+        """Raise ValueError if the options ask for kernels that do not exist on the device."""
         if group["fused"] and group["compile"]:
             raise ValueError("fused=True and compile=True are two ways to speed up a step: use one of them")
         backend = fused_backend(p.device, group["fused"])
@@ -208,7 +209,7 @@ class Groups(torch.optim.Optimizer):
 
 
 def one_of_width_and_compression(given: Mapping[str, Any]) -> None:
-    """Raise ValueError where both are given."""
+    """Raise ValueError if both are given."""
     if given.get("width") and given.get("compression") is not None:
         raise ValueError(
             f"width={given['width']!r} and compression={given['compression']!r} both set the number of "
@@ -217,7 +218,7 @@ def one_of_width_and_compression(given: Mapping[str, Any]) -> None:
 
 
 def check_parameter(p: Any, label: Callable[[], str], kind: str) -> None:
-    """Raise ValueError where an optimizer of this kind cannot take a parameter, whatever its gradient will be."""
+    """Raise ValueError if an optimizer of this kind cannot step a parameter, whatever its gradient will be."""
     if is_dtensor(p):
         odd = [str(one) for one in p.placements if one.is_partial()]
         if odd:
@@ -237,8 +238,8 @@ def check_parameter(p: Any, label: Callable[[], str], kind: str) -> None:
 
 
 def refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
-    """Raise ValueError for a piece of a flat parameter of FSDP1."""
-    # Also with use_orig_params=True: the tensors are then the model's own, with a piece of one dimension in each.
+    """Raise ValueError if a parameter belongs to a flat parameter of FSDP1."""
+    # This also holds with use_orig_params=True, where the model's own tensors are one-dimensional pieces.
     if getattr(p, "_fsdp_flattened", False):
         raise ValueError(
             f"{label()} belongs to a flat parameter of FSDP1 (FullyShardedDataParallel), in which {kind} "
@@ -247,8 +248,8 @@ def refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
 
 
 def check_compiler() -> None:
-    """Raise ValueError where ``compile=True`` would find no C++ compiler."""
-    # Before the first step, which would otherwise fail half-way with a page of torch's internals.
+    """Raise ValueError if there is no C++ compiler for ``compile=True``."""
+    # This is checked here because the first step would fail half-way, with a page of torch's internals.
     wanted = os.environ.get("CXX", "g++")
     if not any(shutil.which(name) for name in (wanted, "clang++", "cl")):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Hyperparameters of torch's own optimizers as options of ours, group by group. Nothing that was set is dropped."""
+"""Translates hyperparameters of torch's own optimizers to our options, group by group. No setting is dropped."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def carried_over(
     given: Mapping[str, Any] | None = None,
     how: Callable[[str, Any], str] = lambda key, value: f"optimizer_kwargs={{{key!r}: {value}}}",
 ) -> dict[str, Any]:
-    """Options for ``cls`` that mean what a group of torch's optimizer says.
+    """Options for ``cls`` with the meaning of a parameter group of torch's optimizer.
 
     Args:
-        cls: of ours.
-        name: what messages call it.
+        cls: the class of the new optimizer.
+        name: its name in messages.
         kind: ``"Adam"``, ``"AdamW"``, ``"SGD"`` or ``"Adagrad"``.
-        group: a parameter group of that optimizer, or its ``defaults``; it has all of its hyperparameters.
-        said: where to look whether a hyperparameter was set that ``cls`` does not have; None: in ``group``. A
-            scheduler may have changed it in the group.
-        given: options that the user sets for ``cls``. They say what is to be done about a hyperparameter that has no
+        group: a parameter group of that optimizer, or its ``defaults``. It has all hyperparameters.
+        said: tells whether a hyperparameter that ``cls`` lacks was set. None: ``group`` tells. (A scheduler may have
+            changed it in the group.)
+        given: options that the user sets for ``cls``. They decide what to do about a hyperparameter that has no
             meaning for ``cls``.
-        how: from an option and its value to what the user writes to set it.
+        how: returns what the user writes to set an option, from its name and its value.
 
     Raises:
         ValueError: a hyperparameter was set that has no meaning for ``cls``.
@@ -88,7 +88,7 @@ def _weight_decay(
     how: Callable[[str, Any], str],
 ) -> dict[str, Any]:
     if "decoupled_weight_decay" in cls.OPTIONS:
-        # Without a decay, too: a group that is added later may have one, and it is AdamW's kind of decay then.
+        # This is also set if the decay is 0, because a group that is added later may have AdamW's kind of decay.
         return {"weight_decay": decay, **({"decoupled_weight_decay": True} if decoupled else {})}
     if decay and not decoupled and "weight_decay" not in given:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Loading a state dict as a whole or not at all, with every tensor in its own dtype."""
+"""Loads a state dict completely or not at all, and keeps the dtype of every tensor."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ def load(
     state_dict: dict[str, Any],
     prepare: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[Any, Any]]],
 ) -> None:
-    """As torch's own ``load_state_dict``, but the state is what ``prepare`` makes of it: neither copied again nor cast.
+    """Load as torch's ``load_state_dict`` does, but with the state that ``prepare`` returns, neither copied nor cast.
 
     Args:
-        optimizer: what loads it.
-        state_dict: as the caller, and hooks of others, give it.
-        prepare: looks at a state dict, changes nothing, and returns it as torch is to load its groups, and the state
-            (parameter, or key of another's entry -> value). What it raises leaves the optimizer as it was.
+        optimizer: the optimizer that loads.
+        state_dict: the state dict as the caller, and hooks of other code, give it.
+        prepare: checks a state dict and changes nothing. It returns the state dict whose groups torch shall load, and
+            the state (keys are parameters, or keys of other code's entries). If it raises, the optimizer has not
+            changed.
     """
     made: dict[Any, Any] = {}
 
@@ -31,11 +32,11 @@ def load(
     def restore(_: Any) -> None:
         optimizer.state.update(made)
 
-    # The last to look before, the first to act after: hooks of others see the whole state on both sides.
+    # This hook runs last before loading, and first after it, so hooks of other code see the whole state both times.
     before = optimizer.register_load_state_dict_pre_hook(look)
     after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
     try:
-        # Tensors made in inference mode could not be changed by a step outside of it.
+        # A step outside of torch.inference_mode could not change tensors that were made within it.
         with torch.inference_mode(False), torch.no_grad():
             torch.optim.Optimizer.load_state_dict(optimizer, state_dict)
     finally:

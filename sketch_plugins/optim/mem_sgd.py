@@ -32,40 +32,42 @@ _OPTIONAL = ("k", "shift")
 
 
 class MemSGD(torch.optim.Optimizer):
-    r"""SGD that applies k of the d entries of each step and keeps the others in a memory.
+    r"""SGD that applies k of the d entries of each step and keeps the others in an error memory.
 
     .. math::
         m \leftarrow m + \eta_t g_t, \quad I = \text{the } k \text{ largest of } |m| \text{, or } k \text{ random ones},
         \quad x_I \leftarrow x_I - m_I, \quad m_I \leftarrow 0
 
-    For each parameter by itself. :math:`x_t - m_t` is the iterate of plain SGD on the same gradients; with
-    :math:`k = d` there is no memory and every step is ``torch.optim.SGD``'s. For strongly convex problems the paper has
+    Each parameter is treated by itself. :math:`x_t - m_t` is the iterate of plain SGD on the same gradients. With
+    :math:`k = d` there is no memory, and every step is ``torch.optim.SGD``'s. For strongly convex problems the paper
+    has
 
     .. math:: \eta_t = \frac{c}{a + t}, \qquad \bar x_T = \frac{1}{S_T} \sum_{t < T} (a + t)^2\, x_t
 
-    with a shift a of the order of d / k: here ``shift=a`` and ``lr`` :math:`= c / a`, the rate of the first step.
+    with a shift a of the order of d / k. Here that is ``shift=a`` and ``lr`` :math:`= c / a`, the rate of the first
+    step.
 
-    State of a parameter: the memory, 4 bytes an entry (8 for float64), as much again with ``averaging``, a step
-    counter. This is the method on one process; `sketch_plugins.comm.memsgd_hook` sends less between several.
+    State of a parameter: the memory, 4 bytes an entry (8 for float64), the same again with ``averaging``, and a step
+    counter. This is the method on one process; `sketch_plugins.comm.memsgd_hook` makes several processes send less.
 
     Args:
         params: parameters or parameter groups; every option may be set for a group.
         lr: learning rate, float or tensor (default 0.1).
-        k: entries of each parameter, at most all of them; None (default): ``density``.
-        density: k / d, to the nearest integer and at least 1 entry (default 0.01).
-        compressor: ``"topk"`` (default) or ``"randk"``, drawn from ``seed``, the parameter's number and its step.
-        shift: a > 0: the rate of step t (from 0) is ``lr * a / (a + t)``; None (default): ``lr``.
+        k: number of entries of each parameter, at most all of them. None (default): ``density`` decides.
+        density: k / d, rounded to an integer of at least 1 (default 0.01).
+        compressor: ``"topk"`` (default), or ``"randk"``, drawn from ``seed``, the parameter's number and its step.
+        shift: a > 0: the rate of step t (from 0) is ``lr * a / (a + t)``. None (default): it is ``lr``.
         weight_decay: lambda, :math:`g \leftarrow g + \lambda x` (default 0).
         averaging: keep the weighted average of the iterates for `averaged_parameters` (default False).
-        memory: False drops what is not applied, for comparisons: that does not converge (default True).
-        seed: of random entries (default 0).
+        memory: False drops the entries that are not applied, which does not converge; for comparisons (default True).
+        seed: seed of random entries (default 0).
 
     Raises:
-        ValueError: an option that is not allowed; in `step`, a DTensor, a complex parameter, or a sparse gradient with
-            weight decay.
+        ValueError: an option has a value that is not allowed; in `step`, a parameter is a DTensor or complex, or a
+            sparse gradient meets weight decay.
 
     Source: https://arxiv.org/abs/1809.07599, Alg. 1. Deviations: parameters are sparsified one by one; without
-    ``shift`` the weights of the average have a = 1; a bfloat16 or float16 parameter's rounding stays in the memory.
+    ``shift`` the weights of the average have a = 1; the memory also keeps what rounds off a half-precision parameter.
     """
 
     def __init__(
@@ -85,20 +87,20 @@ class MemSGD(torch.optim.Optimizer):
         super().__init__(params, _checked({name: value for name, value in locals().items() if name in _OPTIONS}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options are checked."""
+        """Add a group, whose options are checked."""
         _checked({name: param_group[name] for name in _OPTIONS if name in param_group})
         super().add_param_group(param_group)
 
     @outside_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step; returns what the closure, if there is one, returns."""
+        """Take one step. Returns the closure's result, if there is a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _checked({name: group[name] for name in _OPTIONS})  # anybody may have changed one
+            _checked({name: group[name] for name in _OPTIONS})  # an option may have been changed in the group
             for p in group["params"]:
                 if p.grad is not None:
                     _check(p, group)
@@ -114,7 +116,7 @@ class MemSGD(torch.optim.Optimizer):
     def averaged_parameters(self) -> list[Tensor]:
         r"""The weighted average :math:`\bar x_T` of the iterates before each step, in the order of the parameters.
 
-        Parameters that have not moved yet are there as they are. Copies, in float32 for half precision.
+        Parameters that have not moved yet are returned as they are. All are copies, in float32 for half precision.
 
         Raises:
             ValueError: a group has ``averaging=False``.
@@ -131,10 +133,10 @@ class MemSGD(torch.optim.Optimizer):
         return out
 
     def _one(self, p: Tensor, group: Mapping[str, Any], number: int) -> None:
-        """One parameter's step: everything is computed first, and written when nothing can fail any more."""
+        """Take one parameter's step. Everything is computed first, and written when nothing can fail any more."""
         state, size, kind = self.state.get(p, {}), p.numel(), _arithmetic(p)
-        # Keys of others may be there.
-        with torch.inference_mode(False):  # state has to be changed elsewhere, too
+        # The state may have keys of other code.
+        with torch.inference_mode(False):  # so that steps outside of inference mode can change the state
             new = {"step": state["step"].clone() if "step" in state else torch.zeros((), dtype=torch.float32)}
         t = int(new["step"])
         new["step"] += 1
@@ -153,7 +155,7 @@ class MemSGD(torch.optim.Optimizer):
         density = group["density"] if group["k"] is None else min(1.0, group["k"] / size)
         compressor: Compressor = TopK() if group["compressor"] == "topk" else RandK(group["seed"])
         if compressor.count(size, density) == size and "error" not in state and p.dtype == kind:
-            # There is nothing to remember: torch's own step, to the last bit.
+            # There is nothing to remember, so this is torch's own step, to the last bit.
             alpha: Any = -lr
             p.add_(g, alpha=alpha)
             self.state[p].update(new)
@@ -170,7 +172,7 @@ class MemSGD(torch.optim.Optimizer):
             m.zero_()
         elif p.dtype == kind:
             m.index_fill_(0, where, 0.0)
-        else:  # what rounding has kept from the parameter
+        else:  # the memory keeps what rounding has kept from the parameter
             m.index_copy_(0, where, payload.values - (old.to(kind) - values.to(kind)))
         new["error"] = m
         flat[where] = values
@@ -235,17 +237,17 @@ class MemSGD(torch.optim.Optimizer):
                     )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps its dtype.
+        """Load as torch does, but keep the dtype of every tensor.
 
         Raises:
-            ValueError: as torch's; options that are not allowed; something is missing, of another size or dtype, or
-                not finite. Nothing has changed then.
+            ValueError: as in torch; also if an option is not allowed, or a tensor is missing, has another size or
+                dtype, or is not finite. Nothing has changed then.
         """
 
         def prepare(incoming: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
             self._check_incoming(incoming)
             groups = incoming["param_groups"]
-            if len(groups) == len(self.param_groups):  # else torch says so
+            if len(groups) == len(self.param_groups):  # otherwise torch raises the error
                 own = [{name: group[name] for name in _OPTIONS} for group in self.param_groups]
                 groups = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
             incoming = {**incoming, "param_groups": groups}
@@ -258,17 +260,17 @@ class MemSGD(torch.optim.Optimizer):
                     step = exact_step(state.get("step"))
                     if step is not None:
                         made[p]["step"] = step.cpu()
-            return incoming, {**made, **saved}  # what belongs to no parameter is another's
+            return incoming, {**made, **saved}  # entries of no parameter belong to other code
 
         load(self, state_dict, prepare)
 
 
-#: Names in the state of a parameter. Wrappers of optimizers keep tensors of their own beside them.
+#: Our names in the state of a parameter. Wrappers of optimizers keep tensors of their own beside them.
 _STATE = ("step", "error", "average")
 
 
 def _pairs(saved: Any, groups: Any) -> Iterator[tuple[Any, Tensor]]:
-    """Keys of a state dict, and whose state they are."""
+    """Keys of a state dict, with the parameters that they belong to."""
     yield from zip(
         (i for group in saved for i in group["params"]), (p for group in groups for p in group["params"]), strict=False
     )

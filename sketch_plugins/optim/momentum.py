@@ -29,13 +29,13 @@ from sketch_plugins.stores import Ema
 
 
 class Momentum(TypedDict, total=False):
-    """Momentum as torch.optim.SGD has it."""
+    """Momentum, with the arguments of torch.optim.SGD."""
 
     momentum: Annotated[
         float | None,
         option(
             None,
-            ":math:`\\mu`; or ``betas[0]``; 0.9 where neither is given.",
+            ":math:`\\mu`. By default it is ``betas[0]``, or 0.9 if that is not given either.",
             allowed="a number in [0, 1)",
             check=lambda v: 0 <= v < 1,
         ),
@@ -75,15 +75,16 @@ class CSMomentum(SketchOptimizer):
     Args:
         params: parameters or parameter groups.
         lr: learning rate (default 1e-3).
-        betas: None, or (momentum, no effect): accepted so that one configuration can name any optimizer of the family.
+        betas: None, or (momentum, no effect). It is accepted so that one configuration can name any optimizer of the
+            family.
         eps: no effect (there is no denominator); accepted for the same reason.
-        weight_decay: added to the gradient as ``weight_decay * p``, as in `torch.optim.SGD`; for sparse gradients to
-            that of touched rows.
+        weight_decay: added to the gradient as ``weight_decay * p``, as in `torch.optim.SGD`; with sparse gradients, for
+            touched rows only.
         preset: ``"default"``; ``"paper"`` (count_sketch, depth 3, 20 %); ``"exact"`` (fp32, is `torch.optim.SGD`).
         {options}
 
     Raises:
-        ValueError: as `CSAdam`; or momentum and betas contradict each other.
+        ValueError: see `CSAdam`; also if momentum and betas contradict each other.
 
     Source: https://arxiv.org/abs/1902.00179, Alg. 2; deviations as in `CSAdam`.
     """
@@ -112,10 +113,10 @@ class CSMomentum(SketchOptimizer):
         super().__init__(params, {**given, "momentum": 0.9 if momentum is None else momentum}, preset)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `SketchOptimizer.add_param_group`; ``betas`` of a group set its momentum."""
+        """Add a group, see `SketchOptimizer.add_param_group`. A group's ``betas`` set its momentum."""
         if isinstance(param_group, dict) and "betas" in param_group:
             momentum = self._momentum(param_group["betas"], param_group.get("momentum"))
-            # Not kept: schedulers that cycle the momentum (OneCycleLR) would cycle a value that nothing reads.
+            # The key is removed, because schedulers that cycle the momentum (OneCycleLR) would cycle it without effect.
             del param_group["betas"]
             param_group["momentum"] = momentum
         super().add_param_group(param_group)

@@ -1,4 +1,4 @@
-"""A part's step, resolved before anything changes: what is known of it."""
+"""A part's step, resolved before anything changes: everything that is known of it."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from sketch_plugins.optim.rule import Rule
 from sketch_plugins.sharding.parts import Part, has_address
 from sketch_plugins.stores import Gradient, Store
 
-# Elements of a parameter whose eager step is undone by an error: what is copied for that has to be next to nothing.
+# The largest parameter whose eager step is undone after an error. The copies for that must be negligible.
 UNDO = 1 << 14
 
 
 @dataclass(eq=False)
 class Batch:
-    """Eager steps that are taken together: of one part, unless an optimizer knows better.
+    """Eager steps that are taken together. By default a batch has one part.
 
     Attributes:
         eager: takes the step of a part.
-        members: whose.
+        members: the steps of the batch.
     """
 
     eager: Callable[[Pending], None]
     members: list[Pending]
-    #: Parts of steps that kernels would take, to be tried out before: those are wrong that lose their backend.
+    #: Parts of steps that kernels would take, to be checked first. Wrong ones lose their backend.
     trials: list[Pending] = field(default_factory=list)
 
     def settle(self) -> None:
-        """When the trials have been looked at."""
+        """Called when the trials have been checked."""
 
     def prepare(self) -> None:
-        """Whatever can fail, when the temporaries have been reserved and before anything changes."""
+        """Do what can fail, after the temporaries have been reserved and before anything changes."""
 
     def take(self, members: Sequence[Pending]) -> None:
         """Take the steps of the members, or of copies of them."""
@@ -47,12 +47,12 @@ class Batch:
             self.eager(one)
 
     def twin(self) -> Batch:
-        """The same for a rehearsal."""
+        """A batch like this one, for a rehearsal."""
         return self
 
     @property
     def way(self) -> Any:
-        """What decides about its temporaries beside the members."""
+        """What decides its temporaries, apart from the members."""
         return None
 
 
@@ -62,18 +62,18 @@ class Pending:
 
     Attributes:
         p: the part.
-        group: its options.
+        group: its parameter group, with the options.
         grad: its gradient.
         state: its state, with the number of steps before this one.
-        fresh: the state is made for this step, and no part of the optimizer's yet.
+        fresh: the state was made for this step and is not yet part of the optimizer's state.
         named: the stores of its moments, by name.
-        step: number of this step; with ``capturable`` it is on the device, and so is everything that depends on it.
-        rule: the update; None with ``capturable``, and where no row has a gradient.
-        backend: kernels that take the step; None: it is eager.
-        work: the step as the kernels are given it.
-        idle: nothing but the number of steps changes: the part has no elements, or no row of it has a gradient.
-        repeated: it looks as in the last step, and was not resolved anew.
-        refused: the kernels that were asked for do not take it, of which each step warns.
+        step: number of this step. With ``capturable`` it is on the device, and so is everything that depends on it.
+        rule: the update; None with ``capturable``, or if no row has a gradient.
+        backend: kernels that take the step; None if it is eager.
+        work: the step as the kernels get it.
+        idle: only the number of steps changes, because the part has no elements or no row has a gradient.
+        repeated: the part looks as in the last step, and was not resolved again.
+        refused: ``fused=True`` asked for kernels that cannot take it. Each such step warns.
     """
 
     p: Part
@@ -91,12 +91,12 @@ class Pending:
     refused: bool = False
 
     def at(self, p: Part, grad: Gradient) -> Pending:
-        """The same of a copy of the part, with its gradient."""
+        """The same step for a copy of the part, with its gradient."""
         return replace(self, p=p, grad=grad)
 
     @property
     def undone(self) -> list[Tensor]:
-        """All that an eager step changes, to be put back after an error; nothing of more than a tile."""
+        """All tensors that an eager step changes, to be restored after an error; none if they exceed a tile."""
         if self.p.numel() > min(UNDO, self.grad.chunk):
             return []
         changed = [self.p.data] if has_address(self.p.data) or is_fake(self.p.data) else []
@@ -110,7 +110,7 @@ class Pending:
 
 
 def undo_slots(members: Sequence[Pending]) -> dict[Any, int]:
-    """Slots of what an error in a step of these would be undone with."""
+    """Sizes of the buffers with which a step of these members can be undone, by slot."""
     slots: dict[Any, int] = {}
     for tensor in (tensor for one in members for tensor in one.undone):
         slot = "undo", tensor.dtype, tensor.device
@@ -119,7 +119,7 @@ def undo_slots(members: Sequence[Pending]) -> dict[Any, int]:
 
 
 def copied_aside(members: Sequence[Pending]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """What an error would be undone with: for each dtype and device the tensors, and copies of them in one buffer."""
+    """Copies with which a step can be undone: for each dtype and device the tensors, and their copies in one buffer."""
     kinds: dict[Any, list[Tensor]] = {}
     for tensor in (tensor for one in members for tensor in one.undone):
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -134,7 +134,7 @@ def copied_aside(members: Sequence[Pending]) -> list[tuple[list[Tensor], list[Te
 
 
 def tensors_in(state: Mapping[str, Any]) -> Iterator[Tensor]:
-    """All tensors of a state, at whatever level."""
+    """All tensors of a state, at any level of nesting."""
     for value in state.values():
         if isinstance(value, Mapping):
             yield from tensors_in(value)

@@ -1,4 +1,4 @@
-"""The temporaries of an eager step, found out before it: by taking it with tensors that have no memory."""
+"""Finds the temporaries of an eager step before it, by taking the step with tensors that have no memory."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from sketch_plugins import scratch
 from sketch_plugins.optim.checks import is_fake
 from sketch_plugins.optim.pending import Batch, Pending
 
-#: What the temporaries depend on -> their sizes. The layers of a model are alike, and a rehearsal takes as long as some
-#: hundred operations.
+#: What the temporaries depend on -> their sizes. A rehearsal takes as long as some hundred operations, and the layers
+#: of a model are alike.
 REHEARSED: dict[Any, dict[scratch.Slot, int]] = {}
 _MOST = 100
 
 
 def rehearse(batch: Batch, kind: Any) -> dict[scratch.Slot, int]:
-    """The temporaries of the steps of a batch, of an optimizer of this kind.
+    """The temporaries of the steps of a batch, for an optimizer of class ``kind``.
 
-    With ``compile=True`` it is taken with copies instead: that compiles it. Touched rows are looked at by the host,
-    which tensors without memory have nothing to show to: their temporaries are allocated in the step itself. Steps are
-    told apart by the class, the options, and the layout of all tensors: not by what else an instance knows.
+    With ``compile=True`` copies of the tensors take the step, which compiles it. Row-sparse steps are not rehearsed:
+    the host reads the touched rows, and tensors without memory have none, so the temporaries are allocated in the step
+    itself. Steps are distinguished by class, options and the layout of all tensors, not by anything else that an
+    instance knows.
     """
     if any(one.grad.rows is not None or one.rule is None for one in batch.members):
         return {}
@@ -34,12 +35,12 @@ def rehearse(batch: Batch, kind: Any) -> dict[scratch.Slot, int]:
         return _take(batch, batch.members[0].p.device)
     options = [name for name in kind.OPTIONS if name != "lr"]
     try:
-        # Members of a batch are alike: one of each kind says what there is to say.
+        # Members of a batch are alike, so one of each kind is enough.
         kinds = tuple(dict.fromkeys(_depends_on(one, options) for one in batch.members))
-        # Not the layouts themselves, which are kilobytes. Where two were taken for one, a buffer would grow in a step.
+        # The hash replaces the layouts, which are kilobytes. If two had the same, a buffer would grow in a step.
         key = hash((kind, batch.way, len(batch.members), kinds))
         known = REHEARSED.get(key)
-    except TypeError:  # an option that has no hash
+    except TypeError:  # an option cannot be hashed
         return _take(batch, torch.device("meta"))
     if known is None:
         if len(REHEARSED) >= _MOST:
@@ -49,7 +50,7 @@ def rehearse(batch: Batch, kind: Any) -> dict[scratch.Slot, int]:
 
 
 def _depends_on(one: Pending, options: Sequence[str]) -> tuple[Any, ...]:
-    """All that decides the sizes: not which parameter it is, its rate, or what others keep in its group."""
+    """Everything that decides the sizes. Which parameter it is, its rate, and other keys of its group do not."""
     p, grad = one.p, one.grad
     piece = None if p.piece is None else dataclasses.replace(p.piece, index=0, offset=0)
     return (
@@ -70,7 +71,7 @@ def _depends_on(one: Pending, options: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _layout(value: Any) -> Any:
-    """Of a tensor its layout, so that none is kept alive; of a mapping that of its values; anything else is itself."""
+    """The layout of a tensor (so that none is kept alive), of the values of a mapping, or any other value itself."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, Mapping):
@@ -85,7 +86,7 @@ def _take(batch: Batch, device: torch.device) -> dict[scratch.Slot, int]:
         with scratch.scratch():
             try:
                 batch.twin().take(members)
-            except NotImplementedError:  # an operation that has no form without memory
+            except NotImplementedError:  # an operation does not exist for tensors without memory
                 return {}
             return {(name, dtype, own): n for (name, dtype, _), n in scratch.used().items()}
 
@@ -94,7 +95,7 @@ def _twin_of(one: Pending, device: torch.device, fake: bool) -> Pending:
     p = dataclasses.replace(one.p, data=_twin(one.p.data, device))
     p.owner = p.data
     gradient, state = one.grad.like(_twin(one.grad.matrix.tensor, device)), _twins(one.state, device)
-    # Nobody can ask a fake tensor for its number; `sketch_plugins.plan` answers for it that this is no first step.
+    # A fake tensor has no number to read. `sketch_plugins.plan` answers for it that this is no first step.
     state["step"] = torch.full((), 2.0) if fake else one.state["step"] + 1
     return dataclasses.replace(one, p=p, grad=one.grad.of(one.grad.like(p.data), gradient), state=state)
 

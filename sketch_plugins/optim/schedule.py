@@ -11,14 +11,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 @dataclass
 class QuadraticWarmup:
-    """The factor of `quadratic_warmup`; a class, so that the scheduler can be pickled."""
+    """The factor of `quadratic_warmup`. It is a class so that the scheduler can be pickled."""
 
     warmup_steps: int
     total_steps: int | None
     decay: float
 
     def __call__(self, done: int) -> float:
-        """Factor of the step that follows ``done`` steps."""
+        """The factor of the step that follows ``done`` steps."""
         step = done + 1
         factor = 1.0 if step >= self.warmup_steps else (step / self.warmup_steps) ** 2
         if self.total_steps is not None and self.decay > 0:
@@ -38,15 +38,15 @@ def quadratic_warmup(
 
     Args:
         optimizer: any torch optimizer; the ``lr`` of its groups is the full rate.
-        warmup_steps: steps until the full rate; 0: none.
-        total_steps: length of the run: the rate falls in its last part, to 0 after the last step. None: no decay.
-        decay: that part, in [0, 1] (default 0.1).
+        warmup_steps: number of steps until the full rate; 0: no warm-up.
+        total_steps: length of the run. The rate falls in its last part and is 0 after the last step. None: no decay.
+        decay: the length of that last part as a fraction of the run, in [0, 1] (default 0.1).
 
     Returns:
         A `torch.optim.lr_scheduler.LambdaLR`; it can be pickled, and its ``state_dict`` holds the schedule.
 
     Raises:
-        ValueError: a value is not allowed (named, with what is), or ``decay`` is given without ``total_steps``.
+        ValueError: a value is not allowed, or ``decay`` is given without ``total_steps``.
 
     Example:
         >>> optimizer = SM3(model.parameters(), lr=0.1)

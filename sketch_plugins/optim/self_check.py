@@ -1,9 +1,9 @@
-"""Kernels are compared with the eager definition before a step relies on them, once for each device and version.
+"""Compares kernels with the eager definition before a step relies on them, once for each device and version.
 
-`confirm` is called when a step is resolved and nothing has changed yet. What each part's kernels are compiled for (the
-specialisation) is looked up: in this process, then in the file of `verdicts`. What nobody knows is tried out: a small
-optimizer of the same class with the same options takes two steps with the same specialisation, and two eagerly. Parts
-whose kernels fail to compile or differ take their steps eagerly.
+`confirm` is called after a step is resolved and before anything changes. It looks up what each part's kernels are
+compiled for (the specialisation), first in this process, then in the file of `verdicts`. An unknown specialisation is
+tried out: a small optimizer of the same class with the same options takes two steps with these kernels, and two eager
+steps. Parts whose kernels fail to compile, or compute other values, take their steps eagerly.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from sketch_plugins.sharding.parts import is_fake
 
 logger = logging.getLogger(__name__)
 
-#: Environment variable: 0: kernels are used unseen; 1: those of Numba and of Triton's interpreter are checked, too.
+#: Environment variable. 0: kernels are not checked. 1: those of Numba and of Triton's interpreter are checked, too.
 SWITCH = "SKETCH_PLUGINS_CHECK"
-# In the store of a job's processes.
+# The value for correct kernels in the store of a job's processes.
 _RIGHT = "right"
 
 _Key = tuple[tuple[tuple[str, str], ...], str]
 
-# What is wrong with a specialisation (None: nothing), for each combination.
+# What is wrong with a specialisation (None: nothing), for each combination of versions.
 _known: dict[_Key, str | None] = {}
 _read: set[tuple[tuple[str, str], ...]] = set()
 _warned: set[_Key] = set()
-# Those of the above that the processes of a job have agreed on.
+# The verdicts that the processes of a job have agreed on.
 _settled: set[_Key] = set()
 
 
 def confirm(optimizer: Resolution, pending: Sequence[Pending]) -> None:
-    """Take the kernels from the parts that they are wrong for, before a step changes anything.
+    """Remove the backend of parts whose kernels are wrong, before a step changes anything.
 
     Raises:
-        ValueError: the part is ``capturable``, which nothing but the kernels can be.
+        ValueError: such a part is ``capturable``, and therefore needs kernels.
     """
     if (recorder := watched()) is not None:
         recorder.note(pending)
@@ -62,7 +62,7 @@ def confirm(optimizer: Resolution, pending: Sequence[Pending]) -> None:
             try:
                 names, text = specialisation(one.backend.name, one.work)
                 what = verdicts.combination(one.work.p.device, one.backend.name)
-            except Exception as error:  # a check that fails by itself is no reason for a training to stop
+            except Exception as error:  # a failure of the check itself must not stop a training
                 logger.debug("the kernels of a step could not be named: %r", error)
                 continue
             found.append((one, names, (what, text)))
@@ -91,7 +91,7 @@ def confirm(optimizer: Resolution, pending: Sequence[Pending]) -> None:
 
 
 def forget() -> None:
-    """Forget what this process has found; the files stay."""
+    """Forget the verdicts of this process. The files stay."""
     _known.clear()
     _read.clear()
     _warned.clear()
@@ -99,13 +99,13 @@ def forget() -> None:
 
 
 def _compiles_for(one: Pending) -> bool:
-    """Interpreted kernels, and Numba's, are seen by the tests of every change."""
+    """Whether the kernels are compiled by Triton for a GPU. Tests of every change run the interpreter's and Numba's."""
     assert one.backend is not None
     return one.backend.name == "triton" and one.p.device.type == "cuda" and not is_fake(one.p.data)
 
 
 def _is_recording() -> bool:
-    """Whether nothing can be tried out now: a graph would hold it."""
+    """Whether nothing can be tried out now, because a graph would record it."""
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     return capturing or torch.compiler.is_compiling()
 
@@ -123,7 +123,7 @@ def _advice(key: _Key) -> str:
 
 
 def _find_out(optimizer: Resolution, unknown: Sequence[tuple[Pending, tuple[str, ...], _Key]]) -> None:
-    """Verdicts on specialisations, from the file, or else by trying them out."""
+    """Find verdicts on specialisations in the file, or by trying them out."""
     for what in {key[0] for _, _, key in unknown} - _read:
         _read.add(what)
         _known.update({(what, text): why for text, why in verdicts.read(what).items()})
@@ -133,16 +133,16 @@ def _find_out(optimizer: Resolution, unknown: Sequence[tuple[Pending, tuple[str,
             todo.setdefault(key, []).append(one)
     lasting: dict[Any, dict[str, str | None]] = {}
     for key, those in todo.items():
-        if key in _known:  # seen on the way
+        if key in _known:  # it was found while another one was tried out
             continue
         what, text = key
         try:
             results = _try_out(optimizer, those[0], text, len(those))
-        except Exception as error:  # a check that fails by itself is no reason for a training to stop
+        except Exception as error:  # a failure of the check itself must not stop a training
             logger.debug("%s could not be checked: %r", text, error)
             results = {}
         for seen, (why, lasts) in results.items():
-            # Of several processes this one alone would go another way: the step itself may fail, and says so then.
+            # An error of this process alone must not make it differ from the others. The step itself may fail then.
             _known.setdefault((what, seen), why if lasts or not _is_one_of_several() else None)
             if lasts:
                 lasting.setdefault(what, {})[seen] = why
@@ -160,9 +160,9 @@ def _is_one_of_several() -> bool:
 
 
 def _agreed(text: str, why: str | None) -> str | None:
-    """The verdict of the process that was first: replicas that took different paths would drift apart.
+    """The verdict of the process that was first, because replicas that take different paths would drift apart.
 
-    It is in the store that the processes of a job have found each other by; nobody waits for another one.
+    The verdicts are in the store through which the processes of a job found each other, so no process waits.
     """
     if not _is_one_of_several():
         return why
@@ -170,20 +170,20 @@ def _agreed(text: str, why: str | None) -> str | None:
     try:
         store = dist.distributed_c10d._get_default_store()
         said = store.compare_set(key, "", _RIGHT if why is None else why).decode()
-    except Exception as error:  # a store that has no such operation, or a torch without this name
+    except Exception as error:  # the store has no such operation, or torch lacks this name
         logger.debug("the processes could not agree on %s: %r", text, error)
         return why
     return None if said == _RIGHT else said
 
 
 def _try_out(optimizer: Resolution, one: Pending, text: str, number: int) -> dict[str, tuple[str | None, bool]]:
-    """Specialisation -> (what is wrong with it, whether another process would find the same); empty: nobody knows."""
+    """What is wrong with each specialisation, and whether other processes would find the same. Empty: unknown."""
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind = like(optimizer, one, text)
         if kind is None:
             return {}
-        # As many tensors as make Triton compile for the same number of them: one, a multiple of 16, or others.
+        # Triton compiles differently for one tensor, for a multiple of 16, and for other numbers of tensors.
         copies = 1 if number == 1 else 16 if number % 16 == 0 else 2
         steps = 3 if one.group.get("lagged_rms") else 2
         eager, _ = small_optimizer(optimizer, one, [kind] * copies, False)
@@ -216,15 +216,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def _lasts(error: BaseException) -> bool:
-    """Whether an error is the kernel's; a full disk or a compiler that is missing is not."""
+    """Whether an error belongs to the kernel. A full disk or a missing compiler does not."""
     return type(error).__module__.partition(".")[0] == "triton" or "CUDA error" in str(error)
 
 
 def _difference(ours: Any, eager: Any) -> str | None:
-    """What differs between two small optimizers."""
+    """What differs between two small optimizers, or None."""
     for p, q in zip(ours.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True):
         if not q.isfinite().all():
-            continue  # options under which nothing can be told
+            continue  # under these options values overflow, and cannot be compared
         found = weight_difference(p.detach(), ours.state[p], q.detach(), eager.state[q], is_rounded(eager.state[q]))
         found = found or state_difference(ours.state[p], eager.state[q], q.dtype)
         if found is not None:

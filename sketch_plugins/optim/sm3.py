@@ -43,7 +43,12 @@ class Accumulators(TypedDict, total=False):
 
     variant: Annotated[
         str | None,
-        option("II", "of the paper; I is looser and takes one more pass.", choices=VARIANTS, structural=True),
+        option(
+            "II",
+            "variant of the paper. I has a looser bound and takes one more pass.",
+            choices=VARIANTS,
+            structural=True,
+        ),
     ]
     second_moment: Annotated[
         str | None,
@@ -63,11 +68,11 @@ class SM3Options(Accumulators, Batches, FirstMoment, Steps, Clipping, Lagged, Ke
 @with_options(
     SM3Options,
     betas=_BETAS,
-    # A signed sketch would have to be written with all of u before any of it is read.
+    # A count-sketch would have to be written with all of u before any of it is read.
     first_moment={"choices": tuple(kind for kind in FIRST_MOMENTS if kind != "count_sketch")},
     min_compress_size={
         "default": 0,
-        "doc": "tensors with fewer elements are exact (0: covers are well defined at any size).",
+        "doc": "tensors with fewer elements keep exact second moments (0: covers are well defined at any size).",
     },
     chunk_size={
         "doc": "elements worked on at a time (0: 2**20 on a CPU, 2**22 compiled, 2**24 on an accelerator); the "
@@ -78,32 +83,33 @@ class SM3Options(Accumulators, Batches, FirstMoment, Steps, Clipping, Lagged, Ke
     update_clip={
         "default": 1.0,
         "doc": "divide u by ``max(1, RMS(u) / update_clip)`` *before* it enters the momentum (0: off). With "
-        "``betas[1] = 1`` no element of u exceeds 1, so only values below 1 do anything.",
+        "``betas[1] = 1`` no element of u exceeds 1, so only values below 1 have an effect.",
     },
 )
 class SM3(SketchOptimizer):
     r"""A second moment of maxima over the slices of each axis: 1.03 bytes of state a parameter, or 0.005.
 
     A parameter of shape :math:`d_0 \times d_1 \times \ldots` keeps one number :math:`\mu_r` for each slice r of each
-    axis (for a matrix: each row and each column), :math:`\sum_k d_k` in all. At step :math:`t`, with i an element and
-    :math:`r \ni i` the slices that hold it,
+    axis (in a matrix: each row and each column), :math:`\sum_k d_k` in all. Let i be an element and :math:`r \ni i` the
+    slices that contain it. At step :math:`t`
 
     .. math::
         \nu_t(i) &= \min_{r \ni i} \mu_{t-1}(r) + g_t(i)^2 \qquad \mu_t(r) = \max_{i \in r} \nu_t(i) \\
         u_t &= g_t / \sqrt{\nu_t + \epsilon} \qquad m_t = \beta_1 m_{t-1} + (1 - \beta_1) u_t \\
         \theta_t &= (1 - \gamma \lambda) \theta_{t-1} - \gamma m_t
 
-    That is SM3-II with sums, the paper's form (``preset="paper"``), which bounds Adagrad's accumulators.
-    ``variant="I"`` has :math:`\mu_t(r) = \mu_{t-1}(r) + \max_{i \in r} g_t(i)^2`,
-    :math:`\nu_t(i) = \min_{r \ni i} \mu_t(r)`: looser, one more pass over the gradient, for comparison. In both
-    :math:`\sum_s g_s(i)^2 \le \nu_t(i)`, never falling, and :math:`\nu^{II} \le \nu^I`. Vectors and scalars keep exact
-    accumulators, where both variants are Adagrad. ``betas[1] < 1``, the default, turns the sums into averages,
-    :math:`\nu_t = \beta_2 \min \mu_{t-1} + (1 - \beta_2) g_t^2` (I: the same of :math:`\mu`), and the covers are
-    overwritten, so they fall where gradients do. There is no bias correction, of neither moment.
+    This is SM3-II with sums, the paper's form (``preset="paper"``), which bounds Adagrad's accumulators.
+    ``variant="I"`` has :math:`\mu_t(r) = \mu_{t-1}(r) + \max_{i \in r} g_t(i)^2` and
+    :math:`\nu_t(i) = \min_{r \ni i} \mu_t(r)`. It is looser and takes one more pass over the gradient; it is meant for
+    comparison. In both variants :math:`\sum_s g_s(i)^2 \le \nu_t(i)`, which never falls, and
+    :math:`\nu^{II} \le \nu^I`. Vectors and scalars keep exact accumulators, with which both variants are Adagrad.
+    ``betas[1] < 1``, the default, turns the sums into averages,
+    :math:`\nu_t = \beta_2 \min \mu_{t-1} + (1 - \beta_2) g_t^2` (I: the same for :math:`\mu`). The covers are
+    overwritten, so they fall if gradients do. Neither moment has a bias correction.
 
-    State bytes of a parameter of n elements and shape d: ``4 * sum(d)`` for the covers (a 1024 x 4096 matrix: 0.005 a
-    parameter; vectors 4 a parameter); first moment, a parameter: int8 ``1 + 4 / min(block_size, D)``, fp32 4, bf16 2,
-    none 0.
+    State bytes of a parameter with n elements and shape d: ``4 * sum(d)`` for the covers (0.005 a parameter for a
+    1024 x 4096 matrix; 4 a parameter for vectors). First moment, a parameter: int8 ``1 + 4 / min(block_size, D)``, fp32
+    4, bf16 2, none 0.
 
     Presets: ``"default"`` (int8 momentum, averages with ``betas[1] = 0.999``, update_clip 1, scale_parameter with
     ``reference_rms=0.017``: AdamW's learning rate carries over); ``"ema"`` (the same without momentum, the least
@@ -111,41 +117,42 @@ class SM3(SketchOptimizer):
     ``"exact"`` (dense sums, fp32 momentum: Adagrad with momentum, 8 bytes a parameter). docs/benchmarks.md compares
     them on a small language model.
 
-    *Learning rate.* AdamW's with the presets "default" and "ema" (1e-3). With sums, as in the others, 1e-2, that of
-    `torch.optim.Adagrad`, which these approximate: without a past, u is the sign of the gradient, so the first steps
-    move every element by up to lr, and :math:`\nu` grows until lr can be large. AdamW's rate is too small after that
-    (try 10 times as much), 0.1 needs a warm-up. The authors warm up over 5 % of the steps, preferably quadratically,
-    and then keep the rate, or let it fall to 0 in the last 10 %: `sketch_plugins.quadratic_warmup` does both. The decay
-    of Adagrad's own steps is decay enough.
+    *Learning rate.* The presets "default" and "ema" take AdamW's (1e-3). Sums, which the other presets have, take that
+    of `torch.optim.Adagrad` (1e-2), which they approximate. In the first steps u is nearly the sign of the gradient and
+    moves every element by up to lr, and later :math:`\nu` grows until lr can be large. AdamW's rate is then too small
+    (try 10 times as much), and 0.1 needs a warm-up. The authors warm up over 5 % of the steps, preferably
+    quadratically, and then keep the rate, or let it fall to 0 in the last 10 %. `sketch_plugins.quadratic_warmup` does
+    both. No other decay is needed, because Adagrad's steps decay by themselves.
 
-    Sparse gradients (``nn.Embedding(sparse=True)``) and ``row_sparse``: only touched rows change, untouched ones stay
-    as they are bit for bit. The row's cover alone decides, :math:`\nu(i) = \mu(row) + g(i)^2`, and takes the new
-    maximum of its row; the covers of the other axes only rise, to the maxima of the touched rows, so that
-    :math:`\sum g^2 \le \nu` holds in any mixture of dense and sparse steps. Momentum is lazy, as in all optimizers
-    here: that of touched rows only, weight decay too.
+    *Sparse gradients* (``nn.Embedding(sparse=True)``) and ``row_sparse``. Only touched rows change; untouched rows keep
+    their bits. The row's cover alone decides, :math:`\nu(i) = \mu(row) + g(i)^2`, and becomes the new maximum of its
+    row. The covers of the other axes only rise, to the maxima of the touched rows. So :math:`\sum g^2 \le \nu` holds in
+    any mixture of dense and sparse steps. Momentum and weight decay are lazy, as in all optimizers here: they apply to
+    touched rows only.
 
     Args:
         params: parameters, (name, parameter) pairs or parameter groups; every option may be set for a group.
-        lr: learning rate, float or tensor (default 1e-3, for the presets with sums 1e-2; see above).
-        betas: decay rates (default (0.9, 0.999), or the preset's): of the momentum, without effect with
-            ``first_moment="none"``; of the covers, where 1 is the sum of the paper and 0.999 an average as in Adam.
-        eps: added to :math:`\nu` under the root (default 1e-30): only keeps 0 / 0 away. An element without a gradient
-            so far has u = 0, also at ``eps=0``.
+        lr: learning rate, float or tensor (default 1e-3, or 1e-2 for the presets with sums; see above).
+        betas: decay rates (default (0.9, 0.999), or the preset's). The first is that of the momentum and has no effect
+            with ``first_moment="none"``. The second is that of the covers: 1 is the paper's sum, and 0.999 an average
+            as in Adam.
+        eps: added to :math:`\nu` under the root (default 1e-30), only to avoid 0 / 0. An element that had no gradient
+            yet has u = 0, even with ``eps=0``.
         weight_decay: decoupled weight decay (default 0).
         preset: see above.
         {options}
 
     Raises:
-        ValueError: as `CSAdam`.
+        ValueError: see `CSAdam`.
 
     Source: https://arxiv.org/abs/1901.11150. Deviations: averages, clipping and relative steps by default
     (``preset="paper"`` has none of them); momentum in int8 (the paper's is dense); momentum for sparse gradients (the
-    authors' code has none there); the covers of other axes are kept valid in sparse steps (their code leaves them
-    out); decoupled weight decay; epsilon as in the authors' TensorFlow code.
+    authors' code has none); the covers of other axes stay valid in sparse steps (their code does not update them);
+    decoupled weight decay; epsilon as in the authors' TensorFlow code.
     """
 
     ADAM_SETTINGS: ClassVar[bool] = False
-    # Whether no learning rate was given.
+    # Whether no learning rate was given, so that a group's preset decides.
     _own_rates = False
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {"betas": _AVERAGES},
@@ -166,14 +173,14 @@ class SM3(SketchOptimizer):
         preset: str = "default",
         **options: Unpack[SM3Options],
     ) -> None:
-        self._own_rates = lr is None  # no option of the presets, or a group's preset would reset what was given
+        self._own_rates = lr is None  # presets have no lr: a group's preset would overwrite the one that was given
         if lr is None:
             lr = _rate_of(preset)
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `SketchOptimizer.add_param_group`; without a rate a group takes that of its preset."""
+        """Add a group, see `SketchOptimizer.add_param_group`. Without a rate the group takes that of its preset."""
         if isinstance(param_group, dict) and "lr" not in param_group and "preset" in param_group and self._own_rates:
             param_group = {**param_group, "lr": _rate_of(param_group["preset"])}
         super().add_param_group(param_group)

@@ -1,4 +1,4 @@
-"""What the kernels of a step are compiled for, and who takes note of it."""
+"""What the kernels of a step are compiled for, and a recorder of it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sketch_plugins.kernels import work as places
 from sketch_plugins.kernels.work import Work
 from sketch_plugins.optim.pending import Pending
 
-# What the specialisation of a work depends on -> (kernels, the specialisation).
+# Everything that the specialisation of a work depends on -> (kernels, the specialisation).
 _TEXTS: dict[tuple[Any, ...], tuple[tuple[str, ...], str]] = {}
 
 
 class Recorder:
-    """Notes the specialisations of the steps that are taken while it is `watching`.
+    """Records the specialisations of steps that are taken within `watching`.
 
     Attributes:
-        seen: (the tensor in the parameter group, its kernels, their specialisation).
+        seen: (the tensor in the parameter group, its kernels, their specialisation) of each step.
     """
 
     def __init__(self, stop: bool = False) -> None:
@@ -29,7 +29,7 @@ class Recorder:
         self._stop = stop
 
     def note(self, pending: Sequence[Pending]) -> None:
-        """Called before anything changes; with ``stop`` nothing ever does."""
+        """Record a step before it changes anything. With ``stop`` it is then stopped by `Stopped`."""
         for one in pending:
             if one.backend is not None and one.work is not None:
                 self.seen.append((one.p.owner, *specialisation(one.backend.name, one.work)))
@@ -49,13 +49,13 @@ _LOCAL = _Local()
 
 
 def watched() -> Recorder | None:
-    """The recorder of this thread's steps, where one is watching."""
+    """The recorder that watches this thread's steps, or None."""
     return _LOCAL.recorder
 
 
 @contextmanager
 def watching(recorder: Recorder) -> Iterator[Recorder]:
-    """Steps of this thread are noted, and nothing is checked before them."""
+    """Record the steps of this thread. Their kernels are not checked."""
     before, _LOCAL.recorder = _LOCAL.recorder, recorder
     try:
         yield recorder
@@ -64,7 +64,7 @@ def watching(recorder: Recorder) -> Iterator[Recorder]:
 
 
 def specialisation(backend: str, w: Work) -> tuple[tuple[str, ...], str]:
-    """The kernels that take a step, and what they are compiled for."""
+    """The kernels that take a step, and the text of everything that they are compiled for."""
     stores = tuple(pair and pair[0] for pair in (w.first, w.second))
     state = [t for pair in (w.first, w.second) if pair for t in pair[1].values()]
     key = (

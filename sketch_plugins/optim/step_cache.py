@@ -1,9 +1,9 @@
 """What an optimizer remembers of its last step, so that the next one need not describe each parameter again.
 
-Describing one takes some 70 microseconds of Python or more, and in a training loop nothing changes from step to step
-but the gradient's address. Nothing is trusted: whatever a description was made of is looked at in each step (addresses,
-shapes, dtypes, layouts, options, the tensors of the state), and what differs is described anew. No tensor is kept
-alive but those that hold numbers of steps, and none of this is state: a copy of the optimizer starts without.
+Describing one takes 70 microseconds of Python or more, and in a training loop only the gradient's address changes from
+step to step. Each step compares everything that a description was made from (addresses, shapes, dtypes, layouts,
+options, the tensors of the state), and describes again what differs. Only step counters are kept alive. The cache is
+not state: a copy of the optimizer starts without it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.state_names import flattened, is_step
 from sketch_plugins.stores import Gradient
 
-# Read in every step.
+# Options that are read in every step. They are not compared.
 _NUMBERS = ("lr", "betas", "eps")
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Parameters of a group that is remembered as a whole, and how often it may have been in vain.
+# The fewest parts of a group that is remembered as a whole, and after how many failures it is not any more.
 GROUP, FAILURES = 4, 20
-# Steps after which earlier failures are forgotten.
+# After so many recalled steps, earlier failures are forgotten.
 LASTING = 100
 
 
 class LikeGradient(NamedTuple):
-    """What a `Gradient` is made of beside the tensor."""
+    """What a `Gradient` is made from, apart from the tensor."""
 
     batch: int
     dtype: torch.dtype
@@ -46,7 +46,7 @@ class LikeGradient(NamedTuple):
 
 
 class Described:
-    """What the eager step of a part was resolved to: stores, what its gradient is made of, names in the state."""
+    """The result of resolving a part's eager step: stores, what its gradient is made from, names in the state."""
 
     def __init__(self, one: Pending, names: Sequence[str]) -> None:
         grad = one.grad
@@ -61,7 +61,7 @@ class Described:
         return True
 
     def state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The part's, `nested`, in that of its owner."""
+        """The part's state, `nested`, from the state of its owner."""
         out: dict[str, Any] = {}
         for (kind, inner), name in self._names:
             if inner is None:
@@ -80,38 +80,38 @@ def _paths(state: Mapping[str, Any]) -> list[tuple[str, str | None]]:
 
 
 class StepCache:
-    """Part -> what it looked like, and its task."""
+    """Remembers what each part looked like, and its task."""
 
     def __init__(self) -> None:
-        #: Of whole steps (None), and of parameters that take theirs alone (their id).
+        #: Programs of whole steps (None), and of the steps of single parameters (their id).
         self.programs: dict[tuple[Backend, int | None], Any] = {}
-        #: Whether the optimizer has a tensor for whose sake kernels are compiled; None: not known.
+        #: Whether the optimizer has a tensor that is large enough to compile kernels for; None: not known.
         self.large: bool | None = None
         #: Whether a step has been captured in a graph.
         self.captured = False
-        #: Tasks of the step that is under way, and of the largest of the last ones.
+        #: The number of tasks in the present step, and the largest of the last numbers.
         self.used = self.lately = 0
         #: Identity of a group -> the group, and its options in the last step.
         self.options: dict[int, tuple[Any, dict[str, Any]]] = {}
-        #: Parts of a stack of preconditioned tensors -> part of its step -> its program.
+        #: Members of a stack of preconditioned tensors -> for each part of its step, its program.
         self.stacks: dict[tuple[Any, ...], dict[str, Any]] = {}
         #: Parts of an eager step -> the temporaries that it took.
         self.temporaries: dict[tuple[Any, ...], dict[Slot, int]] = {}
         #: (backend, only, number of a launch) -> the counters of its parts.
         self.counters: dict[Any, Counters] = {}
-        #: Identities of a group and of its first parameter -> its steps; how often they were not what they had been.
+        #: Identities of a group and its first parameter -> its remembered steps, and how often recalling them failed.
         self._groups: dict[tuple[int, int], RememberedGroup] = {}
         self._failed: dict[tuple[int, int], int] = {}
         self._sparse: set[tuple[int, int]] = set()
         self._tasks: dict[Any, Remembered] = {}
-        #: Those whose steps are eager.
+        #: Parts whose steps are eager.
         self._described: dict[Any, Remembered] = {}
         self._marks: dict[int, tuple[Any, ...] | None] = {}
 
     def marks(self, options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """`group_marks`; the same object as long as they are equal. None in the capture of a graph.
+        """`group_marks`, as the same object as long as they are equal. None during the capture of a graph.
 
-        Replays read again what was uploaded in the capture, and what a later step uploads must not lie there.
+        Replays read again what was uploaded in the capture, so a later step must not upload to the same place.
         """
         if group["capturable"] and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self.captured = True
@@ -132,7 +132,7 @@ class StepCache:
         options: Any,
         state: Any,
     ) -> bool:
-        """`recall` of all parameters of a group that have a gradient; nothing is added unless all are recalled."""
+        """`recall` for all parameters of a group that have a gradient. If one is not recalled, nothing is added."""
         key = _key(group)
         known = self._groups.get(key)
         if known is None or options is None:
@@ -141,7 +141,7 @@ class StepCache:
         if those is None:
             those = again[known.backend] = Again()
         if known.recall(those, given, grads, group, options, state, [*self.counters.values()]):
-            if known.times == LASTING:  # what had changed before does not do so all the time
+            if known.times == LASTING:  # the group is stable, so earlier failures do not count any more
                 self._failed.pop(key, None)
             return True
         if not those.tasks:
@@ -151,24 +151,24 @@ class StepCache:
         return False
 
     def dense(self, grads: list[Any], group: Mapping[str, Any]) -> list[Any]:
-        """The gradients of a group, None in the place of sparse ones: the rows that these touch change all the time.
+        """The gradients of a group, with None in place of sparse ones, whose rows differ from step to step.
 
-        They are looked for where there have been any, which `see_sparse` says. Else this is the list itself.
+        Groups in which `see_sparse` has not seen any are not searched: the result is then the list itself.
         """
         if not self._sparse or not grads or _key(group) not in self._sparse:
             return grads
         return [None if grad is None or is_sparse(grad) else grad for grad in grads]
 
     def see_sparse(self, group: Mapping[str, Any]) -> None:
-        """A parameter of the group has a sparse gradient."""
+        """Note that a parameter of the group has a sparse gradient."""
         self._sparse.add(_key(group))
 
     def may_learn(self, given: Sequence[Tensor], group: dict[str, Any]) -> bool:
-        """Whether `learn_group` makes sense: not for a group that changes all the time, or cannot be remembered."""
+        """Whether to call `learn_group`. It is no use if a group changes all the time, or cannot be remembered."""
         return bool(given) and self._failed.get(_key(group), 0) < FAILURES
 
     def learn_group(self, given: Sequence[Tensor], parts: Sequence[Part], group: dict[str, Any], state: Any) -> None:
-        """Called when all parts of these parameters have been recalled one by one, where `may_learn` says so."""
+        """Remember a group as a whole. All parts of these parameters have just been recalled one by one."""
         full, key = [part for part in parts if part.numel()], _key(group)
         known = None
         if len(full) >= GROUP:
@@ -192,14 +192,14 @@ class StepCache:
         """Add the step of a part to those that are taken again, if the part looks as it did.
 
         Args:
-            again: to which.
+            again: the steps that are taken again.
             key: the part's `sharding.parts.Part.identity`.
             p: the part.
             owner: the tensor in the parameter group.
             grad: its gradient.
-            group: its group,
-            options: and what `marks` says of that.
-            state: of the owner.
+            group: its group.
+            options: what `marks` returns for the group.
+            state: the owner's state.
         """
         found = self._tasks.get(key)
         if (
@@ -217,7 +217,7 @@ class StepCache:
         if not is_counter(counter, group):
             return False
         step = None if group["capturable"] else steps_taken(counter)
-        # A first step is no repetition: with lagged_rms it has to measure.
+        # A first step is not repeated, because with lagged_rms it has to measure.
         if step is not None and not 1 <= step < 1e18:
             return False
         those = again.get(found.backend)
@@ -230,14 +230,14 @@ class StepCache:
     def repeated(
         self, part: Part, grad: Any, group: dict[str, Any], options: tuple[Any, ...] | None, state: Any
     ) -> Pending | None:
-        """The eager step of a part that looks as it did, but for its number and rule; None: it looks otherwise.
+        """The eager step of a part that looks as it did, without its number and rule; None if it looks different.
 
         Args:
             part: the part.
             grad: its gradient.
-            group: its group,
-            options: and what `marks` says of that.
-            state: of the owner.
+            group: its group.
+            options: what `marks` returns for the group.
+            state: the owner's state.
         """
         found = self._described.get(part.identity)
         if found is None or found.options is not options or type(grad) is not Tensor or type(part.data) not in _PLAIN:
@@ -251,12 +251,12 @@ class StepCache:
         gradient.matrices = like.matrices
         try:
             own = found.task.state(state)
-        except KeyError:  # another layout of the state
+        except KeyError:  # the state has another layout now
             return None
         return Pending(part, group, gradient, own, False, named)
 
     def describe(self, one: Pending, options: tuple[Any, ...] | None) -> None:
-        """Keep what an eager step was resolved to for the next one; no tensor of it."""
+        """Keep the result of resolving an eager step for the next one, without its tensors."""
         p, grad = one.p.data, one.grad.matrix.tensor
         if options is None or one.refused or one.grad.rows is not None or one.grad.l2 is not None or one.grad.compile:
             return
@@ -266,7 +266,7 @@ class StepCache:
             self._described[one.p.identity] = Remembered(p, grad, options, state, None, task)
 
     def forget_eager(self) -> None:
-        """Whether kernels are compiled for small tensors may be another question now."""
+        """Forget eager steps, because with a new group small tensors may use kernels, too."""
         self.large, self._described = None, {}
 
     def learn(
@@ -278,48 +278,48 @@ class StepCache:
         backend: Backend,
         task: Any,
     ) -> None:
-        """Keep a task for the next step; ``state`` is the part's, with the names that it has in its owner's."""
+        """Keep a task for the next step. ``state`` is the part's, with the names that it has in the owner's state."""
         p = part.data
         if options is not None and grad is not None and _is_rememberable(p, grad, state):
             self._tasks[part.identity] = Remembered(p, grad, options, state, backend, task)
 
     def trim(self) -> None:
-        """Forget everything where most of it was not used: parameters that are replaced all the time leave tasks."""
-        # DeepSpeed takes the steps of groups one by one: a small one is not the measure of what is used.
+        """Forget everything if most of it was not used: parameters that are replaced all the time leave tasks."""
+        # The step of a small group says little about what is used, because DeepSpeed steps its groups one by one.
         self.lately = max(self.used, self.lately * 63 // 64)
         if max(len(self._tasks), len(self._described), len(self.programs), len(self._marks)) > 2 * self.lately + 1000:
             self._tasks, self._described, self.programs, self._marks = {}, {}, {}, {}
             self._groups, self._failed, self.counters, self.stacks, self._sparse = {}, {}, {}, {}, set()
-        if len(self.stacks) > 64 + self.lately:  # gradients that come and go make other stacks in each step
+        if len(self.stacks) > 64 + self.lately:  # if gradients come and go, each step has other stacks
             self.stacks = {}
         self.used = 0
 
 
 def is_sparse(grad: Any) -> bool:
-    """Whether a gradient has rows of its own."""
+    """Whether a gradient is row-sparse."""
     return getattr(grad, "layout", torch.strided) is not torch.strided
 
 
 def _key(group: Mapping[str, Any]) -> tuple[int, int]:
-    """ZeRO-3 takes the steps of several partitions in one group, one by one."""
+    """The key of a group, with its first parameter: ZeRO-3 steps several partitions in one group, one by one."""
     return id(group), id(group["params"][0])
 
 
 def group_marks(options: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """The options that a description depends on; None where every step has to be looked at."""
+    """The options that a description depends on; None if every step has to be described."""
     if group["compile"] or group["row_sparse"] is not False or group.get("clean_every"):
         return None
     for name in _NUMBERS:
         value = group.get(name)
         for one in value if isinstance(value, tuple | list) else (value,):
-            on_device = isinstance(one, Tensor) and not one.is_cpu  # nobody waits for it
+            on_device = isinstance(one, Tensor) and not one.is_cpu  # reading it would wait for the device
             if on_device and not (name == "lr" and group["capturable"]):
                 return None
     return (*[group.get(name) for name in options if name not in _NUMBERS], *_ways(group))
 
 
 def _ways(group: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Where numbers decide what a kernel is compiled for: whether a momentum looks ahead (see `Rule.lookahead`)."""
+    """What kernels are compiled for that depends on numbers: whether a momentum looks ahead (see `Rule.lookahead`)."""
     betas = group.get("betas")
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         return ()

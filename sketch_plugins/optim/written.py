@@ -1,8 +1,8 @@
-"""The mark in a parameter group: which optimizer wrote the state of its parameters, and under which options.
+"""The mark in a parameter group: which optimizer wrote the state of its parameters, and with which options.
 
-It is a key of the group, so that it goes wherever the group goes: into copies, pickles, state dicts and whatever a
-framework puts in the place of the optimizer's own list of groups. Nobody else uses its name, and as a string it is
-neither shared by copies nor torn apart by what walks through state dicts.
+It is a key of the group, so it goes wherever the group goes: into copies, pickles, state dicts, and whatever a
+framework puts in place of the optimizer's own list of groups. No other code uses its name. It is a string, so copies do
+not share it, and code that walks through state dicts does not take it apart.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from typing import Any
 
 from sketch_plugins.optim.options import Option
 
-#: The key.
+#: The key of the mark.
 MARK = "sketch_plugins"
 
 
 def mark(optimizer: str, options: Mapping[str, Option], group: Mapping[str, Any]) -> str:
-    """The mark of a group whose parameters have no state, or state under its present options."""
+    """The mark of a group whose parameters have no state, or state with the group's present options."""
     values = {name: option.validate(group[name]) for name, option in structural(options, group).items()}
     return json.dumps({"optimizer": optimizer, "options": values}, sort_keys=True)
 
 
 def structural(options: Mapping[str, Option], group: Mapping[str, Any]) -> dict[str, Option]:
-    """The options of a group that decide what its state means."""
+    """The options of a group that decide which state exists."""
     return {name: option for name, option in options.items() if option.structural and name in group}
 
 
 def written_by(group: Mapping[str, Any]) -> str | None:
-    """The class of ours that wrote a group of a state dict; None: it is not ours.
+    """The class of ours that wrote a group of a state dict, or None if the group is not ours.
 
     Raises:
         ValueError: the mark is damaged.
     """
     if MARK in group:
         return str(_read(group)["optimizer"])
-    # Before there was the mark, our groups had "optimizer", and always "preset" with it.
+    # Groups of versions without the mark have a key "optimizer", and always "preset" with it.
     old = group.get("optimizer")
     return old if isinstance(old, str) and "preset" in group else None
 
 
 def written_with(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The structural options that the state was written with; empty in groups that are older than the mark.
+    """The structural options with which the state was written. Empty for groups that are older than the mark.
 
     Raises:
         ValueError: the mark is damaged.
@@ -51,13 +51,13 @@ def written_with(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def modernize(group: dict[str, Any]) -> None:
-    """Take the key out that did the work of the mark before there was one."""
+    """Remove the key that older versions had in place of the mark."""
     if MARK not in group and written_by(group) is not None:
         del group["optimizer"]
 
 
 def renew(optimizer: str, options: Mapping[str, Option], group: dict[str, Any]) -> None:
-    """Mark a group as one of this optimizer, under its present options."""
+    """Mark a group as this optimizer's, with its present options."""
     group[MARK] = mark(optimizer, options, group)
 
 
