@@ -1,4 +1,4 @@
-"""State of torch's own optimizers as state of ours: a run that AdamW began goes on with less memory."""
+"""Converts state of torch's own optimizers to ours, so that a run that AdamW began goes on with less memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sketch_plugins.sharding.parts import Part, is_dtensor, largest, leading, lo
 from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours
 from sketch_plugins.stores import Ema
 
-#: Keys of torch's parameter groups that say nothing about a schedule: ours have their own, or none.
+#: Keys of torch's parameter groups that no schedule changes. Our groups have their own values, or no such key.
 _TORCHS_OWN = {
     "params", "param_names", "amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "dampening",
     "nesterov", "lr_decay", "initial_accumulator_value", "decoupled_weight_decay", "weight_decay", "eps",
@@ -34,7 +34,7 @@ class _Kept(NamedTuple):
     gain: float
 
     def under(self, ema: Ema, steps: float) -> Tensor:
-        """What it would be, had it been kept as ``ema`` says; exact where the decays are the same."""
+        """Its values if it had been kept as ``ema`` says. They are exact if the decays are the same."""
         if ema.decay == self.decay:
             factor = ema.gain / self.gain
         else:
@@ -56,44 +56,44 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
         optimizer.load_state_dict(convert_state(torch.load("optimizer.pt"), optimizer))
 
     The dense moments are put into the stores (`Store.assign`), so the run goes on where it was, with the estimates that
-    the sketches have of them. Where a store is dense nothing is lost: ``CSAdam(preset="exact")`` continues AdamW,
+    the sketches give of them. If a store is dense, nothing is lost: ``CSAdam(preset="exact")`` continues AdamW,
     ``CSAdagrad(preset="exact")`` Adagrad and ``CSMomentum(preset="exact")`` SGD.
 
-    With :math:`\hat m = m / (1 - \beta_1^t)` and :math:`\hat v = v / (1 - \beta_2^t)` of Adam's,
+    From Adam, with :math:`\hat m = m / (1 - \beta_1^t)` and :math:`\hat v = v / (1 - \beta_2^t)`:
 
     =========== ====================================================================================================
-    CSAdam      m and v; with other betas than Adam's, what averages with those would be if the gradients had been
-                alike
+    CSAdam      m and v. With other betas than Adam's, the averages that these betas would give if all gradients had
+                been alike
     CSRMSprop   v
-    CSLion      m, under its own second beta
+    CSLion      m, with Lion's own second beta
     CSMomentum  :math:`m / (1 - \beta_1)`, which is the sum that SGD keeps
     CSAdagrad   :math:`t \hat v`, which is the sum of squares
-    SM3         the same, or v if ``betas[1] < 1``; momentum: m over the root of it, elementwise
-    Sketchy     the graft's second moment as in the rows above; momentum: of what it averages, m itself or m over the
-                graft's denominator, clipped and scaled (``momentum_placement="after"``: it starts at 0). Covariances
-                were never gathered: they start empty, and until the first solve the steps are the graft's
+    SM3         as CSAdagrad, or v if ``betas[1] < 1``; momentum: m divided by its root, elementwise
+    Sketchy     the graft's second moment as in the rows above. Momentum: m itself, or m divided by the graft's
+                denominator, clipped and scaled, whichever it averages (``momentum_placement="after"``: it starts at 0).
+                Covariances were never gathered: they start empty, and until the first solve the steps are the graft's
     =========== ====================================================================================================
 
-    From SGD there are no squares, so only `CSMomentum` can be made; from Adagrad no momentum, which starts at 0.
+    SGD keeps no squares, so only `CSMomentum` can be made from it. Adagrad keeps no momentum, so it starts at 0.
 
-    Values of the groups that a schedule moves come along: ``lr``, ``betas`` (for optimizers to which Adam's betas
-    mean the same) or ``momentum``, and the keys that schedulers keep there; weight decay, epsilon and all other options
-    are the optimizer's own.
+    Values of the groups that a schedule changes are taken over: ``lr``, ``betas`` (if Adam's betas have the same
+    meaning for the optimizer) or ``momentum``, and the keys that schedulers keep there. Weight decay, epsilon and all
+    other options are the optimizer's own.
 
     Args:
-        state_dict: of torch's optimizer for the same parameters in the same groups; of DTensors, or of the flat
-            partitions of DeepSpeed's ZeRO, what that optimizer kept on this rank.
-        optimizer: of ours; it is not changed.
-        keep: ``"lr"``, ``"betas"``, ``"momentum"``: those that stay as they are in ``optimizer``.
+        state_dict: written by torch's optimizer for the same parameters in the same groups. For DTensors, and for the
+            flat partitions of DeepSpeed's ZeRO, it is what that optimizer kept on this rank.
+        optimizer: an optimizer of ours. It is not changed.
+        keep: any of ``"lr"``, ``"betas"``, ``"momentum"``, which then stay as they are in ``optimizer``.
 
     Returns:
         A state dict for ``optimizer.load_state_dict``.
 
     Raises:
         TypeError: ``optimizer`` is none of ours.
-        ValueError: groups, shapes or ``maximize`` differ; the state is of another kind of optimizer (what it holds is
-            named), of AMSGrad, or has numbers that are not finite; the optimizer needs squares of gradients and the
-            state has none.
+        ValueError: groups, shapes or ``maximize`` differ; the state was written by another kind of optimizer (the
+            message says what it contains) or by AMSGrad, or has numbers that are not finite; the optimizer needs
+            squares of gradients and the state has none.
     """
     if not isinstance(optimizer, SketchOptimizer):
         raise TypeError(f"convert_state needs a sketched optimizer, not {type(optimizer).__name__}")
@@ -123,7 +123,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
             state = state_dict["state"].get(there)
             if state:
                 made = _converted(optimizer, group, {**group, **own, "params": group["params"]}, index, p, state, saved)
-                # What wrappers of the optimizer keep there goes along.
+                # State that wrappers of the optimizer keep there is taken over.
                 made |= {name: value for name, value in state.items() if name not in STATES and not is_ours(name)}
                 if made:
                     out["state"][key] = made
@@ -132,7 +132,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
 
 
 def is_foreign(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict was written by none of our optimizers."""
+    """Whether none of our optimizers wrote a state dict."""
     groups = state_dict.get("param_groups", ())
     return bool(groups) and all(written_by(group) is None for group in groups)
 
@@ -176,8 +176,8 @@ def _converted(
     made: dict[str, Any] = {}
     for part in parts:
         if part.numel() == 0 and not is_dtensor(p):
-            continue  # which takes no steps
-        label = optimizer._label(present, part)  # of the optimizer's own group, which has a number
+            continue  # it takes no steps
+        label = optimizer._label(present, part)  # `present` is the optimizer's own group, which has a number
         new = _part_state(optimizer, group, part, _source(part, state, saved, label), label)
         if part.key is not None:
             made |= flattened(new, part.key)
@@ -217,7 +217,7 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
 
 
 def _values(part: Part, state: Mapping[str, Any], name: str, label: str) -> Tensor:
-    """One tensor of torch's, of this part and in the arithmetic dtype."""
+    """One tensor of torch's state, for this part and in the arithmetic dtype."""
     values = local_of(state[name])
     if part.key is not None:
         assert part.piece is not None
@@ -273,7 +273,7 @@ def _part_state(
 def _first(
     optimizer: SketchOptimizer, group: Mapping[str, Any], part: Part, source: _Source, second: Tensor | None
 ) -> Tensor | None:
-    """What the first moment is to hold; None: it starts at 0."""
+    """The new first moment; None if it starts at 0."""
     assert source.first is not None
     rule = optimizer._rule(group, source.step, False)
     if not isinstance(optimizer, Sketchy):
@@ -290,7 +290,7 @@ def _first(
     update = _over_root(optimizer, group, m, second, source.step)
     if (clip := excess(update.square().mean().sqrt(), group)) is not None:
         update = update / clip
-    if preconditioned and group["scale_parameter"]:  # of other tensors it is a part of the step
+    if preconditioned and group["scale_parameter"]:  # for other tensors the step contains this factor
         size = part.data.detach().to(update.dtype).square().mean().sqrt()
         update = update * bounded(size, group)
     return update
@@ -301,7 +301,7 @@ def _measured(
 ) -> Tensor:
     """RMS of the last update and of the parameter, for ``lagged_rms``.
 
-    Of a gradient itself nothing is known but its mean square, whose root stands for it.
+    Of the gradient only its mean square is known. If the update is made of the gradient, its root is used.
     """
     rule = optimizer._rule(group, source.step, False)
     p = part.data.detach()
@@ -322,9 +322,9 @@ def _over_root(
     if second is None or rule.denominator is None:
         return m
     root = rule.denominator.of((second + rule.floor).sqrt_())
-    return torch.where(m == 0, torch.zeros_like(m), m / root)  # 0 / 0 is no step
+    return torch.where(m == 0, torch.zeros_like(m), m / root)  # 0 / 0 counts as no step
 
 
 def _weight(decay: float, steps: float) -> float:
-    """Sum of the weights of ``steps`` inputs."""
+    """The sum of the weights of ``steps`` inputs."""
     return steps if decay == 1.0 else (1.0 - decay**steps) / (1.0 - decay)

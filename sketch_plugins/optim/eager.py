@@ -1,4 +1,4 @@
-"""The eager step, which defines what the kernels compute: a parameter after the other, in tiles."""
+"""The eager step, which defines what the kernels compute: one parameter after the other, in tiles."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def update(
 ) -> None:
     """``p <- shrink * p - factor * numerator`` with the numerator m, g (no first moment) or ``g + lookahead * m``.
 
-    With ``inner`` (a preconditioner that comes before the momentum) g is replaced by ``inner * g`` throughout.
+    With ``inner`` (a preconditioner before the momentum) ``inner * g`` replaces g everywhere.
 
     Args:
         p: tile of the parameter, ``(cycles, rows, columns)`` or ``(n, columns)``, in the arithmetic dtype.
         g: tile of the gradient, of the same shape.
-        slices: the first moment's state there; changed in place.
-        factor: learning rate over the denominator, broadcastable to ``p``.
-        shrink: 0-d, one minus the decoupled weight decay; None for one.
+        slices: the first moment's state for the tile, which is changed in place.
+        factor: learning rate divided by the denominator, in a shape that broadcasts to ``p``.
+        shrink: 0-d, one minus the decoupled weight decay; None stands for 1.
         first: store of the first moment.
         ema: its average.
         lookahead: Nesterov's momentum.
-        inner: None, or broadcastable to ``g``.
-        sign: of the numerator, in its place.
+        inner: None, or a tensor that broadcasts to ``g``.
+        sign: replace the numerator by its sign.
     """
     if inner is not None:
         g = torch.mul(g, inner, **scratch.out("preconditioned", g))
@@ -58,7 +58,7 @@ def update(
 
 
 class Factors:
-    """``step_size / denominator`` of each tile; consecutive tiles over the same buckets share one."""
+    """``step_size / denominator`` of each tile. Consecutive tiles over the same buckets share one result."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Factors:
         self._place: tuple[int, int, int] | None = None
 
     def get(self, at: At, g: Tensor) -> Tensor:
-        """For one tile; the second moment is read, and written where its store has cells of its own."""
+        """The factor of one tile. The second moment is read, and also written if its rows have cells of their own."""
         assert self.second is not None and self.rule.second is not None and self.rule.denominator is not None
         place = None
         if self.second.by_bucket and self.period and not isinstance(at, Rows):
@@ -95,7 +95,7 @@ class Factors:
 
 
 def take(one: Pending) -> None:
-    """Write the moments that are written before they are read, then take the step in tiles."""
+    """Write the moments that have to be written before they are read, then take the step in tiles."""
     p, rule, state, named = matrix_of(one), one.rule, one.state, one.named
     assert rule is not None
     grad = one.grad if one.grad.l2 is None else one.grad.of(p)
@@ -116,19 +116,19 @@ def apply(
     second: Store | None,
     group: Mapping[str, Any],
 ) -> None:
-    """Change the parameter and its state, a tile after the other."""
+    """Change the parameter and its state, one tile after the other."""
     period = max((s.period(p.shape[0]) for s in (first, second) if s is not None), default=0)
     align = max((s.align for s in (first, second) if s is not None), default=1)
     step_size: float | Tensor = rule.step_size * rule.correction
-    # What the tiles' factors hold: without a first moment the order of the two makes no difference.
+    # Whether the tiles' factors come before the first moment. Without one the order makes no difference.
     before = rule.precondition_first and first is not None
     inner_scale: float | Tensor = 1.0
     lagged = group.get("lagged_rms", False)
-    # A first step has nothing to go by, and touched rows are others in every step.
+    # A first step has no previous values, and touched rows differ from step to step.
     once = lagged and grad.rows is None and int(state["step"]) > 1
     looks = Factors(second, rule, state, period, peek=True, slot="peeked factor" if once else "factor")
 
-    # Of touched rows only, where they are given.
+    # With touched rows, only these are counted.
     count = (grad.shape[0] if grad.rows is None else len(grad.rows)) * grad.shape[1]
 
     def size_of_update(at: At, g: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def apply(
     shrink = None
     if isinstance(rule.decay, Tensor) or rule.decay != 0:
         shrink = number(1.0 - rule.decay, grad)
-    ema = rule.first and rule.first._replace(step=0)  # a step number would be compiled anew every step
+    ema = rule.first and rule.first._replace(step=0)  # otherwise every step would be compiled again
     working = dict(state)
     if second and not second.write_first:
         working["second_moment"] = second.begin(state["second_moment"], grad)
@@ -193,9 +193,9 @@ def apply(
 
 
 def number(value: float | Tensor, grad: Gradient) -> Tensor:
-    """0-d, in the arithmetic dtype and on the device of a gradient.
+    """A 0-d tensor in the arithmetic dtype and on the device of a gradient.
 
-    A Python number is filled in, not copied: a device would have to be waited for.
+    A Python number is filled in and not copied, because copying would wait for the device.
     """
     if isinstance(value, Tensor):
         return value.to(device=grad.device, dtype=grad.dtype)
@@ -203,13 +203,13 @@ def number(value: float | Tensor, grad: Gradient) -> Tensor:
 
 
 def write_tile(p: Matrix, at: At, part: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write a tile of the new parameter, ``part`` in the arithmetic dtype, rounded as the group asks for."""
+    """Write a tile of the new parameter. ``part`` has the arithmetic dtype, and is rounded as the options say."""
     if group["stochastic_rounding"] and p.dtype == torch.bfloat16:
         part = round_to_bf16(part, at, p.shape[1], group["seed"], int(state["step"]))
     p.put(at, part)
 
 
 def rms_of(p: Matrix, grad: Gradient) -> Tensor:
-    """Of a whole parameter, whichever rows have a gradient."""
+    """The RMS of a whole parameter, whichever rows have a gradient."""
     count = grad.shape[0] * grad.shape[1]
     return joined([root_mean_square(p.get(at).to(grad.dtype), None, count) for at in tiles(*grad.shape, grad.chunk)])

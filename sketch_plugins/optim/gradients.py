@@ -1,4 +1,4 @@
-"""A gradient, looked at before anything changes: what cannot be used is refused, by the parameter's name."""
+"""Checks gradients before anything changes. Errors about a gradient name its parameter."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from sketch_plugins.sharding.parts import (
 )
 from sketch_plugins.stores import CountSketch, Gradient
 
-# Elements of a tile: large enough to hide the calls, small enough for a CPU's cache (measured, docs/architecture.md).
+# Elements of a tile: enough to hide the calls, and few enough for a CPU's cache (measured, docs/architecture.md).
 CPU_CHUNK, COMPILED_CHUNK, ACCELERATOR_CHUNK = 1 << 20, 1 << 22, 1 << 24
 
-# "auto" takes the row-sparse path in steps where at most this fraction of the rows has a gradient.
+# With "auto" a step is row-sparse if at most this fraction of the rows has a gradient.
 AUTO_DENSITY = 0.5
 
 
 class Gradients(StateDicts):
-    """From the gradient of a part to the `Gradient` that stores and kernels read."""
+    """Turns the gradient of a part into the `Gradient` that stores and kernels read."""
 
-    # Whether somebody answers for the numbers of fake tensors, as `sketch_plugins.plan` does for its own steps.
+    # Whether fake tensors are allowed, because `sketch_plugins.plan` answers for their numbers in its own steps.
     _numbers_are_answered = False
 
     def _rule(self, group: Mapping[str, Any], step: float | Tensor, sparse: bool) -> Rule:
-        """The update in this step: a number, or with ``capturable`` a tensor with the steps of several parameters."""
+        """The rule of a step. With ``capturable``, ``step`` is a tensor with the step numbers of several parameters."""
         raise NotImplementedError
 
     def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
-        """The option ``row_sparse``, as far as it goes for this parameter: False, True or ``"auto"``."""
+        """The option ``row_sparse`` as it applies to this parameter: False, True or ``"auto"``."""
         return group["row_sparse"]
 
     def _gradient(self, p: Part, g: Tensor | None, group: Mapping[str, Any]) -> Gradient:
@@ -61,7 +61,7 @@ class Gradients(StateDicts):
             kind = "complex" if g.is_complex() else "not of floating point numbers"
             raise ValueError(f"{label} has a gradient that is {kind} ({g.dtype}); it must have a floating point dtype")
         check_writable(p.data, label)
-        refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # a model may be wrapped after the optimizer is made
+        refuse_fsdp1(p.owner, lambda: label, type(self).__name__)  # the model may be wrapped after the optimizer
         if not self._numbers_are_answered:
             _refuse_fake(p.data, g, label)
         rows, packed, values, batch = None, False, g, self._batch(p, group)
@@ -73,7 +73,7 @@ class Gradients(StateDicts):
                 )
             g = g.coalesce()
             rows, packed, values = g.indices()[0], True, g.values()
-            if batch:  # a touched matrix has touched rows
+            if batch:  # all rows of a touched matrix are touched
                 height = math.prod(p.shape[1 : batch + 1])
                 rows = (rows.unsqueeze(-1) * height + torch.arange(height, device=rows.device)).flatten()
         elif g.layout != torch.strided:
@@ -84,8 +84,8 @@ class Gradients(StateDicts):
             self._check_state(p, group, state, label, "present")
         chunk = group["chunk_size"] or (CPU_CHUNK if p.device.type == "cpu" else ACCELERATOR_CHUNK)
         l2 = (Matrix(p.data, batch), group["weight_decay"]) if self._couples(group) else None
-        # Vectors and small tensors cost calls, not arithmetic: compiled, they would only cost more. Ragged blocks fuse
-        # badly.
+        # The time of vectors and small tensors is that of calls, which compilation would make slower. Ragged blocks do
+        # not fuse well.
         ragged = shape[1] > group.get("block_size", 1) and shape[1] % group.get("block_size", 1) != 0
         compile = group["compile"] and g.layout == torch.strided and not is_exact(p, group) and not ragged
         if compile and not group["chunk_size"]:
@@ -101,7 +101,7 @@ class Gradients(StateDicts):
                 grad.rows, grad.compile = touched, False
         first = self._stores(p, group)[0]
         if group["fused"] and not group["compile"]:
-            fused_backend(p.device, True)  # a loaded group, or a model that was moved: there may be no kernels here
+            fused_backend(p.device, True)  # a loaded group, or a moved model, may have no kernels here
         if group["capturable"]:
             self._check_capturable(p, group, grad, label)
         if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:
@@ -118,7 +118,7 @@ class Gradients(StateDicts):
         return group.get("decoupled_weight_decay", True) is False and group["weight_decay"] != 0
 
     def _check_capture(self) -> None:
-        """Raise ValueError within the capture of a graph, unless every group is made for that."""
+        """Raise ValueError if a CUDA graph is being captured, unless every group is ``capturable``."""
         for number, group in enumerate(self.param_groups):
             if not group["capturable"]:
                 raise ValueError(
@@ -160,7 +160,7 @@ def _refuse_fake(p: Tensor, g: Tensor, label: str) -> None:
 
 
 def _touched_rows(grad: Gradient) -> Tensor:
-    """Rows with an element that is not zero (NaN is not), ascending."""
+    """The rows with an element that is not 0 (NaN is not 0), ascending."""
     touched = torch.zeros(grad.shape[0], 1, dtype=torch.bool, device=grad.device)
     l2, grad.l2 = grad.l2, None
     for at in grad.batches():

@@ -1,4 +1,4 @@
-"""What an optimizer says of itself when it has taken its first step: its name, its bytes, its rate."""
+"""The line that an optimizer logs after its first step: its name, its bytes of state, its learning rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sketch_plugins.sharding.pieces import is_lazy
 
 logger = logging.getLogger(__name__)
 
-#: In the place of a logger: these steps are tried out, and the line comes with a later one.
+#: Stands for a logger if the present steps are only tried out. The line is then logged after a later one.
 LATER = object()
 
 ROW_SPARSE = (
@@ -30,12 +30,12 @@ ROW_SPARSE = (
 
 
 def introduce(optimizer: Gradients) -> bool:
-    """Log a line at level INFO once the optimizer has state; whether there is nothing left to say.
+    """Log a line at level INFO once the optimizer has state. Returns whether nothing is left to log.
 
-    It goes to the logger of this module, or to that of the framework that runs the optimizer (`hand_over`), from the
-    first process alone. Where that logger has no INFO, nothing is computed.
+    Only the first process logs it, to the logger of this module or to that of the framework that runs the optimizer
+    (`hand_over`). If the logger does not log INFO, nothing is computed.
     """
-    if optimizer._numbers_are_answered:  # `sketch_plugins.plan` takes this step, not a training
+    if optimizer._numbers_are_answered:  # this is a step of `sketch_plugins.plan`, not of a training
         return True
     if not any(optimizer._has_state(p) for p in optimizer.state if isinstance(p, Tensor)):
         return False
@@ -58,19 +58,19 @@ def introduce(optimizer: Gradients) -> bool:
 
 
 def hand_over(optimizer: Any, to: Any) -> None:
-    """Let the line of an optimizer's first step go elsewhere.
+    """Log the line of an optimizer's first step elsewhere.
 
     Args:
-        optimizer: whose; nothing happens to one that is not ours.
-        to: called when there is something to say; returns a logger, `LATER`, or None where it is said in another
-            way.
+        optimizer: the optimizer. If it is not ours, nothing happens.
+        to: called when the line is ready. It returns a logger, or `LATER`, or None if the framework reports it in
+            another way.
     """
     if hasattr(optimizer, "_introduces_to"):
         optimizer._introduces_to = to
 
 
 def line(report: StateReport, groups: list[dict[str, Any]], spread: bool = False) -> str:
-    """The line: name, bytes of state a parameter, what that saves beside AdamW, learning rate."""
+    """The line: name, bytes of state a parameter, what it saves compared with AdamW, learning rate."""
     presets = sorted({str(group["preset"]) for group in groups if group.get("preset", "default") != "default"})
     preset = f" (preset {', '.join(presets)})" if presets else ""
     saved = report.saved_bytes / report.adamw_bytes if report.adamw_bytes else 0.0
@@ -89,7 +89,7 @@ def _percent(share: float) -> str:
 
 
 def _why_so_little(report: StateReport, groups: list[dict[str, Any]], saved: float) -> str:
-    """The parameters that are kept exactly, where these are what the state is made of."""
+    """The share of parameters that are kept exactly, if that is most of the state; otherwise an empty string."""
     exact = [p for p in report.parameters if _is_exact(p, groups[p.group])]
     share = sum(p.params for p in exact) / report.params if report.params else 0.0
     if saved >= 0.5 or share < 0.5:
@@ -109,7 +109,7 @@ def _rates(groups: list[dict[str, Any]]) -> str:
     def of(key: str) -> str | None:
         found = [group[key] for group in groups if key in group]
         if any(isinstance(rate, Tensor) and (rate.device.type != "cpu" or is_fake(rate)) for rate in found):
-            return "a tensor"  # it would have to be waited for
+            return "a tensor"  # reading it would wait for the device
         rates = sorted({float(rate) for rate in found})
         if not rates:
             return None
@@ -120,7 +120,7 @@ def _rates(groups: list[dict[str, Any]]) -> str:
 
 
 def _row_sparse(optimizer: Gradients) -> Iterator[Any]:
-    """The values of ``row_sparse`` that skip rows: True, "auto"."""
+    """The values of ``row_sparse`` that skip rows (True, "auto") and apply to a parameter."""
     for _, group, part, _ in optimizer.held():
         if len(part.whole) > 1 and (value := optimizer._row_sparse(part, group)) is not False:
             yield value
@@ -129,11 +129,11 @@ def _row_sparse(optimizer: Gradients) -> Iterator[Any]:
 def _is_first_process() -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"  # a launcher's
+    return os.environ.get("RANK", "0") == "0"  # set by a launcher
 
 
 def _is_whole(optimizer: Gradients, parts: list[tuple[int, dict[str, Any], Any, dict[str, Any] | None]]) -> bool:
-    """Whether all that will have state has been seen: ZeRO-3 hands an optimizer one part after the other for a step."""
+    """Whether every part that will have state has been seen. ZeRO-3 steps an optimizer's parts one after the other."""
     pieces = [(part, state) for _, _, part, state in parts if part.key is not None]
     if not pieces or len({part.piece.index for part, _ in pieces}) == len(optimizer._parts.originals):
         return True

@@ -1,4 +1,4 @@
-"""What a parameter's state consists of: the stores of its moments, and the tensors that they keep."""
+"""What a parameter's state consists of: the stores of its moments, and their tensors."""
 
 from __future__ import annotations
 
@@ -25,45 +25,42 @@ from sketch_plugins.stores.kinds import SHAPED, StoreOptions, store_of
 
 
 class StateLayout(Groups):
-    """Which stores the options of a group mean for a parameter, or for a part of one."""
+    """Which stores, and which other state, the options of a group give a parameter or a part of one."""
 
-    # What is remembered of weights with corrections; copies and pickles go without.
+    # What is remembered of weights with corrections. It is neither copied nor pickled.
     _written: Written | None = None
-    # Whether it is known, and said, what `weight_bits` does nothing to.
+    # Whether the warning about parameters without effect of `weight_bits` has had its chance.
     _bits_are_known = False
-    # Identities of parts with state that no step has changed, where the number of steps is on a device (`capturable`)
-    # and the next step depends on it (`lagged_rms`).
+    # Identities of parts whose state no step has changed yet, if the step counter is on a device (`capturable`) and the
+    # next step depends on it (`lagged_rms`).
     _unmeasured: frozenset[Any] = frozenset()
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
-        """The learning rate that a group usually takes where steps are not relative to the weights; None: any.
-
-        See `usual_rates`.
-        """
+        """The learning rate that a group usually takes if steps are not relative to the weights; None if it may be any."""
         return None
 
     def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
-        """State beside the two moments. A parameter that has any takes its step in `_eager`, not in a fused kernel."""
+        """State beside the two moments. Parameters with such state take their step in `_eager`, not in a kernel."""
         return {}
 
     def _beside(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
-        """All state beside the two moments: the further one, and what kernels keep, too."""
+        """All state beside the two moments: `_further`, and the state that kernels also keep."""
         out = {**self._further(p, group), **({"rms": LastRms()} if group.get("lagged_rms") else {})}
         if corrects(p, group):
             out[CORRECTION] = WeightCorrection(self._matrix_shape(p, group), group["weight_bits"])
         return out
 
     def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
-        """(first, second) moment stores of a parameter, or of a part of one."""
+        """The (first, second) moment stores of a parameter, or of a part of one."""
         exact, batch = is_exact(p, group), self._batch(p, group)
         matrix = matrix_shape(p.shape, batch)
         first, second = group.get("first_moment", "none"), group.get("second_moment", "none")
         if exact:
             first, second = ("fp32" if first != "none" else first), ("dense" if second != "none" else second)
-        # One column: code and scale of a block of one element would take more than the number itself.
+        # With one column, the code and the scale of a block of one element would take more than the number itself.
         elif first == "int8" and matrix[1] == 1:
             first = "fp32"
-        # An optimizer that offers no sketch has no options for one.
+        # Optimizers without sketches lack these options.
         options = StoreOptions(
             compression=group.get("compression", 1.0),
             width=group.get("width", 0),
@@ -71,7 +68,7 @@ class StateLayout(Groups):
             hash=group.get("hash", "strided"),
             bucket=group.get("bucket", "mean"),
             bf16=group.get("table_dtype", "fp32") == "bf16",
-            matrices=max(1, math.prod(p.shape[:batch])),  # a shard may have none of the matrices
+            matrices=max(1, math.prod(p.shape[:batch])),  # a shard may contain none of the matrices
             seed=group["seed"],
             block_size=group.get("block_size", 128),
             stochastic=group.get("first_moment_rounding", "nearest") == "stochastic",
@@ -83,8 +80,8 @@ class StateLayout(Groups):
     def batch_axes(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> int:
         """How many of the first axes of a parameter of this shape are a batch of matrices: see ``batch_dims``.
 
-        It is asked of the whole parameter: shards and pieces of it follow. Only sketches, covers and
-        covariances depend on it; without them a parameter has dimension 0 for rows.
+        ``whole`` is the shape of the whole parameter, so that shards and pieces agree. Only sketches, covers and
+        covariances depend on the result; without them the rows of a parameter are dimension 0.
         """
         option = group.get("batch_dims", 0)
         if option == 0 or len(whole) < 3 or not self._has_matrices(whole, group):
@@ -92,14 +89,14 @@ class StateLayout(Groups):
         return int(option == 1 or is_batch(whole))
 
     def _has_matrices(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> bool:
-        """Whether anything of a parameter's state is shared by its rows: cells of a sketch, or covers."""
+        """Whether rows of a parameter share state: cells of a sketch, or covers."""
         if math.prod(whole) < group["min_compress_size"]:
             return False
         second = group.get("second_moment")
         return second in ("count_min", "row_count_min", "cover") or group.get("first_moment") == "count_sketch"
 
     def _batch(self, p: Shaped, group: Mapping[str, Any]) -> int:
-        """The same of a parameter, or of a part of one; a piece of one matrix of a batch is no batch."""
+        """`batch_axes` for a parameter, or for a part of one. A piece of one matrix of a batch is no batch."""
         whole = whole_shape(p)
         return self.batch_axes(whole, group) if len(p.shape) == len(whole) else 0
 
@@ -107,7 +104,7 @@ class StateLayout(Groups):
         return matrix_shape(p.shape, self._batch(p, group))
 
     def planned_state(self, p: Shaped, group: Mapping[str, Any]) -> dict[str, tuple[Store | Further, int]]:
-        """Name -> (store, bytes) of the state of a parameter (or part), whether or not it exists yet."""
+        """The store and the bytes of each kind of state of a parameter (or part), whether or not it exists yet."""
         first, second = self._stores(p, group)
         shape, dtype = self._matrix_shape(p, group), arithmetic(p)
         named = {"first_moment": first, "second_moment": second}
@@ -117,13 +114,13 @@ class StateLayout(Groups):
         }
 
     def _expected(self, part: Part, group: Mapping[str, Any]) -> set[str]:
-        """Names in the state of a part."""
+        """The kinds of state that a part has, by name."""
         names = zip(("first_moment", "second_moment"), self._stores(part, group), strict=True)
         out = {"step", *(name for name, store in names if store is not None), *self._beside(part, group)}
         return out if part.piece is None else out | {PLACE}
 
     def _layout(self, p: Shaped, group: Mapping[str, Any], part: Part) -> dict[str, Any]:
-        """Name -> layout of the state of a tensor of this shape, as a shard of the part's parameter."""
+        """The layout of each kind of state of a tensor with the shape of ``p``, as a shard of the part's parameter."""
         if not isinstance(p, Part):
             p = Part(p, p, part.index, part.whole, part.piece)
         dtype = arithmetic(p)
@@ -139,9 +136,9 @@ class StateLayout(Groups):
         return layout
 
     def _state_of(self, part: Part) -> dict[str, Any] | None:
-        """The state of a part, `nested`, where it has one: entries of others alone are none.
+        """The state of a part, `nested`, or None if it has no entries of ours.
 
-        It is made anew for each call; the tensors in it are those of the state.
+        The mapping is made again in each call. Its tensors are those of the state.
         """
         whole = self.state.get(part.owner)
         state = self._parts.state_of(part, whole) if whole else {}
@@ -149,9 +146,9 @@ class StateLayout(Groups):
 
     @contextmanager
     def _weights_kept(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-        """Around a step: corrections that are void are set to 0 before it, and what it writes is remembered after it.
+        """Around a step: set void corrections to 0 before it, and remember what it wrote after it.
 
-        Weights that somebody else has written stay without corrections if the step fails: they are as void after it.
+        If the step fails, weights that other code has written stay without corrections, which are void then, too.
         """
         groups = [group for group in groups if group.get("weight_bits")]
         if not groups:
@@ -168,8 +165,8 @@ class StateLayout(Groups):
             written.note(self._parts_with_state(groups))
 
     def _look_for_bits(self) -> None:
-        """Warn, once, of what ``weight_bits`` does nothing to."""
-        # Of all groups, whichever parameter takes its step first.
+        """Warn once about parameters on which ``weight_bits`` has no effect."""
+        # This looks at all groups, whichever parameter takes its step first.
         groups = [group for group in self.param_groups if group.get("weight_bits")]
         given = [(p, group) for group in groups for p in group["params"]]
         if not given:
@@ -199,23 +196,23 @@ class StateLayout(Groups):
             )
 
     def _mark_weights(self) -> None:
-        """Before a state dict is made, which tells by the marks whether it is loaded with the weights it belongs to."""
+        """Set the marks before a state dict is made. They tell later whether its weights are loaded with it."""
         groups = [group for group in self.param_groups if group.get("weight_bits")]
         if groups:
             self._check_weights().mark(self._parts_with_state(groups))
 
     def _check_weights(self, among: Sequence[Mapping[str, Any]] | None = None) -> Written:
-        """Set the corrections to 0 that are void: of the weights in these groups, or of all."""
+        """Set void corrections to 0, for the weights in these groups or for all."""
         self._written = self._written or Written()
         groups = [group for group in (self.param_groups if among is None else among) if group.get("weight_bits")]
         self._written.check(self._parts_with_state(groups), self._label_of)
         return self._written
 
     def _label_of(self, part: Part) -> str:
-        """`_label` of a part, whichever group it is in."""
+        """The `_label` of a part in any group."""
         for group in self.param_groups:
             for index, owner in enumerate(group["params"]):
-                if owner is part.owner:  # a step in backward sees a group of one parameter
+                if owner is part.owner:  # a step in backward has a group of one parameter, so its index differs
                     return self._label(group, replace(part, index=index))
         return f"a parameter of shape {part.whole}"
 
@@ -227,16 +224,16 @@ class StateLayout(Groups):
                     yield from ((part, state) for part in self._parts.of(index, owner))
 
     def _find_unmeasured(self) -> None:
-        """State was made, or loaded, and not by a step: here the device may be waited for, in a step it may not."""
+        """Find the parts of `_unmeasured`. State was just made or loaded; a step must not wait for the device."""
         groups = [group for group in self.param_groups if group.get("capturable") and group.get("lagged_rms")]
         states = [(part, self._state_of(part)) for part, _ in self._parts_with_state(groups)]
         self._unmeasured = frozenset(part.identity for part, state in states if state and not float(state["step"]))
 
     def held(self) -> Iterator[tuple[int, dict[str, Any], Part, dict[str, Any] | None]]:
-        """``(group's number, group, part, state)`` of everything that takes a step of its own on this rank.
+        """``(number of the group, group, part, state)`` of everything that takes a step of its own on this rank.
 
-        A parameter is one part, and so is the local shard of a DTensor; a flat partition (DeepSpeed's ZeRO) has a few
-        for each of its parameters. State is None before the first step.
+        A parameter is one part, and so is the local shard of a DTensor. A flat partition (DeepSpeed's ZeRO) has a few
+        parts for each of its parameters. The state is None before the first step.
         """
         seen = set()
         for number, group in enumerate(self.param_groups):
@@ -249,7 +246,7 @@ class StateLayout(Groups):
                     )
                 for part in self._parts.of(index, owner):
                     yield number, group, part, self._state_of(part)
-        # ZeRO-3 leaves groups empty between steps, and puts one flat partition after the other in for a step.
+        # Between steps ZeRO-3 leaves groups empty. For a step it puts in one flat partition after the other.
         for owner in [p for p in self.state if isinstance(p, Tensor) and id(p) not in seen]:
             for part in self._parts.of(0, owner):
                 if part.piece is not None and part.key is not None:
@@ -258,13 +255,13 @@ class StateLayout(Groups):
 
 
 def arithmetic(p: Shaped) -> torch.dtype:
-    """The dtype that a parameter's step is computed in: float64 for float64, else float32."""
+    """The dtype of the arithmetic of a parameter's step: float64 for float64, else float32."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def is_exact(p: Shaped, group: Mapping[str, Any]) -> bool:
     """Whether a parameter, or a part of one, is a vector or too small to be compressed."""
-    whole = whole_shape(p)  # or all but a few ranks' parts would be small
+    whole = whole_shape(p)  # the parts' own shapes would be too small on most ranks
     return len(whole) < 2 or math.prod(whole) < group["min_compress_size"]
 
 

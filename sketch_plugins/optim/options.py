@@ -1,7 +1,7 @@
-"""What an option is: it validates constructors, parameter groups and text from a command line.
+"""What an option is. Options validate constructors, parameter groups and text from a command line.
 
-An `Option` knows its type, what is allowed and whether it decides the *shape or meaning of the state* (then a state
-dict written with another value is refused).
+An `Option` has a type and knows what is allowed, and whether it is *structural*: it decides the shape or meaning of the
+state, so a state dict that was written with another value is refused.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Option:
         name: keyword of the constructor and key of a parameter group.
         type: ``float``, ``int``, ``bool`` or ``str``; ``tuple`` for betas.
         doc: what it does, as an optimizer's docstring says it.
-        choices: the values allowed, where they are few.
+        choices: the allowed values, if they are few.
         allowed: what is allowed, in words.
-        check: True for a value (of the right type) that is allowed.
-        structural: state written under another value cannot be loaded.
+        check: returns True for a value (of the right type) that is allowed.
+        structural: state that was written with another value cannot be loaded.
         default: its value in an optimizer's first preset.
     """
 
@@ -43,7 +43,7 @@ class Option:
     default: Any = None
 
     def validate(self, value: Any) -> Any:
-        """The value itself (an int where a float is wanted becomes one). Raises ValueError that names both."""
+        """The value itself (an int becomes a float if needed). Raises ValueError, naming the option and the value."""
         if self.choices:
             for choice in self.choices:
                 if value == choice and type(value) is type(choice):
@@ -62,20 +62,20 @@ class Option:
             ok = isinstance(value, self.type)
         if not ok or (self.check is not None and not self.check(value)):
             raise ValueError(f"{self.name}={value!r} is not allowed: {self.name} must be {self.describe()}")
-        # Plain Python values: numpy's would not load with weights_only.
+        # Plain Python values are returned, because numpy's would not load with weights_only.
         return tuple(map(float, value)) if self.type is tuple else self.type(value)
 
     def _rate_tensor(self, value: torch.Tensor) -> torch.Tensor:
         if value.numel() != 1:
             raise ValueError(f"lr must be a number or a tensor of one element, not one of shape {tuple(value.shape)}")
         real = not value.is_complex() and value.dtype != torch.bool
-        # Tensors without numbers (meta, fake) are taken as they are.
+        # Tensors without numbers (meta, fake) are accepted.
         if not real or (has_numbers(value) and not (_is_number(number := float(value)) and _is_rate(number))):
             raise ValueError(f"lr={value!r} is not allowed: lr must be {self.describe()}")
         return value
 
     def parse(self, text: Any) -> Any:
-        """A value from text (``"0.05"``, ``"true"``, ``"0.9:0.999"``); other values are validated as they are."""
+        """A value from text (``"0.05"``, ``"true"``, ``"0.9:0.999"``). Values that are no text are validated as is."""
         if not isinstance(text, str):
             return self.validate(text)
         raw = text.strip()
@@ -108,13 +108,13 @@ class Option:
 
 @dataclass(frozen=True)
 class NoEffect(Option):
-    """An argument of torch's optimizers whose ``choices`` change nothing here; ``doc`` says why there are no others."""
+    """An argument of torch's optimizers that only accepts ``choices``, which change nothing; ``doc`` says why."""
 
     def accept(self, value: Any, owner: str) -> None:
-        """Take a value, or a text that stands for one.
+        """Accept a value, or a text that stands for one.
 
         Raises:
-            ValueError: another value than those that change nothing.
+            ValueError: the value is not one of those that change nothing.
         """
         given = value
         if isinstance(value, str):
@@ -134,7 +134,7 @@ class NoEffect(Option):
 
 
 def validate(options: Mapping[str, Option], values: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """Every value checked; unknown names are an error that lists the known ones."""
+    """The validated values. An unknown name is an error that lists the known ones."""
     unknown = [name for name in values if name not in options]
     if unknown:
         raise ValueError(unknown_option(owner, unknown[0], options))
@@ -142,7 +142,7 @@ def validate(options: Mapping[str, Option], values: Mapping[str, Any], owner: st
 
 
 def unknown_option(owner: str, name: str, options: Mapping[str, Option]) -> str:
-    """The message for an option that does not exist."""
+    """The error message about an option that does not exist."""
     close = difflib.get_close_matches(str(name), options, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{owner} has no option {name!r}.{hint} Options: {', '.join(sorted(options))}"
@@ -157,7 +157,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-#: What rounding leaves of a rate that a schedule ends at 0: torch's own leave -5e-17 of it.
+#: Rounding leaves a rate of up to this size at the end of a schedule to 0. Torch's own leave -5e-17 of the first rate.
 RATE_ROUNDING = 1e-10
 
 
@@ -166,7 +166,7 @@ def _is_rate(value: Any) -> bool:
 
 
 def rate(group: Mapping[str, Any]) -> float | torch.Tensor:
-    """The learning rate that a group's parameters take: a float or a 0-d tensor, and 0 where rounding has left less."""
+    """The learning rate of a group: a float or a 0-d tensor. Rates below 0, which rounding leaves of 0, become 0."""
     lr = group["lr"]
     if isinstance(lr, torch.Tensor):
         return lr.detach().reshape(()).clamp(min=0)
@@ -174,7 +174,7 @@ def rate(group: Mapping[str, Any]) -> float | torch.Tensor:
 
 
 def step_rate(group: Mapping[str, Any]) -> float | torch.Tensor:
-    """What a group's updates are multiplied by: the learning rate, over ``reference_rms`` with `scale_parameter`."""
+    """The factor of a group's updates: the learning rate, divided by ``reference_rms`` with `scale_parameter`."""
     return rate(group) / group["reference_rms"] if group.get("scale_parameter") else rate(group)
 
 
@@ -186,7 +186,7 @@ def _table(*options: Option) -> dict[str, Option]:
     return {one.name: one for one in options}
 
 
-#: What a constructor of torch names itself, with a default of its own; an optimizer's docstring describes them.
+#: Arguments that constructors name themselves, as torch's do, with their own defaults. Docstrings describe them.
 BY_POSITION = _table(
     Option("lr", float, "learning rate; a number or a tensor", allowed="a finite number >= 0", check=_is_rate),
     Option(

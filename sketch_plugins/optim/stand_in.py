@@ -1,4 +1,4 @@
-"""A small optimizer that stands in for another one: the same options, the same kernels, tensors of a few numbers."""
+"""A small optimizer that stands in for another one: it has the same options and kernels, and small tensors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from sketch_plugins.optim.resolved import Resolution
 from sketch_plugins.optim.specialisations import Recorder, Stopped, watching
 from sketch_plugins.optim.written import MARK
 
-# Elements of a tensor that is tried out, and how many kinds of tensors are looked at to find one.
+# The largest tensor that is tried out, in elements, and how many kinds of tensors are tried to find one.
 _LARGEST, _TRIED = 1 << 20, 1 << 9
 
-# A shape, whether small tensors are compressed, and how many numbers lie before a row that belong to no parameter.
+# A shape, whether small tensors are compressed, and the gap between rows (in elements, modulo 16; 0: no gap).
 Kind = tuple[tuple[int, ...], bool, int]
 
 
 def like(optimizer: Resolution, one: Pending, text: str) -> Kind | None:
-    """The smallest kind of tensor whose step has this specialisation; None: none was found.
+    """The smallest kind of tensor whose step has this specialisation, or None if there is none.
 
-    Those come first that have several buckets and several tiles, as the part has.
+    Kinds with several buckets and several tiles, as the part has, are tried first.
     """
     rows = -2 if one.grad.matrices > 1 else 0
     whole = tuple(one.p.shape)
@@ -41,7 +41,7 @@ def like(optimizer: Resolution, one: Pending, text: str) -> Kind | None:
         small, given = small_optimizer(optimizer, one, kinds[begin : begin + 8], False)
         give_gradients(small, one, 0)
         if one.work is not None and one.work.once:
-            # No first step is like this one, which goes by what another one has measured.
+            # The step uses what the step before has measured, so it cannot be a first step.
             take_step(small)
         for group in small.param_groups:
             group["fused"] = True
@@ -69,7 +69,7 @@ def _kinds(one: Pending) -> Iterator[Kind]:
     plain = work.p.is_contiguous() and work.g.is_contiguous()
     block = one.group.get("block_size", 1)
     small_shapes = _shapes(shape, block)
-    if one.grad.matrices > 1:  # a batch: two of its matrices, made smaller
+    if one.grad.matrices > 1:  # two matrices of the batch, made smaller
         small_shapes = ((*(min(n, 2) for n in shape[:-2]), *small) for small in _shapes(shape[-2:], block))
     for small in small_shapes:
         if _size(small) <= _LARGEST:
@@ -93,7 +93,7 @@ def _shapes(shape: tuple[int, ...], block: int) -> Iterator[tuple[int, ...]]:
     last = shape[-1]
     widths: set[int] = set()
     for width in (min(128, 1 << (last - 1).bit_length()), 256, min(block, last), 16):
-        # A tile, a tile and a part of another one; with rows that begin on 16 bytes, and not.
+        # One tile, and one tile with a part of another, with rows that begin at multiples of 16 bytes and without.
         widths |= {width, width - 1, width + 1, width + 16}
     ends = {n for n in (*widths, last) if 1 <= n <= min(last, 1056)}
     middle = tuple(min(n, 3) for n in shape[1:-1])
@@ -106,7 +106,7 @@ def _shapes(shape: tuple[int, ...], block: int) -> Iterator[tuple[int, ...]]:
 def small_optimizer(
     optimizer: Resolution, one: Pending, kinds: Sequence[Kind], fused: bool
 ) -> tuple[Any, list[tuple[Tensor, Kind]]]:
-    """An optimizer of the same class with the same options, made as a copy is made: nobody's hooks know of it."""
+    """An optimizer of the same class and options. It is made as a copy is made, so that no hook notices it."""
     group, device, dtype = one.group, one.p.device, one.p.dtype
     generator = torch.Generator().manual_seed(0)
     scale = 0.1 if dtype in HALF else 1.0
@@ -125,11 +125,11 @@ def small_optimizer(
         "row_sparse": one.grad.rows is not None,
     }  # fmt: skip
     if "reference_rms" in options:
-        options["reference_rms"] = 1.0  # steps of the size that the bounds are made for
+        options["reference_rms"] = 1.0  # steps then have the size that the bounds are made for
     if one.grad.matrices > 1:
         options["batch_dims"] = 1
     if "precondition" in options:
-        # Of preconditioned tensors the parts that kernels take, without the products, which would enlarge rounding.
+        # Preconditioned tensors only take the parts that kernels take, because products would magnify rounding errors.
         own = optimizer._further(one.p, group)
         options |= {"precondition": "all" if own else "none", "start_preconditioning_step": 1 << 30, "input": "update"}
     groups = [
@@ -149,7 +149,7 @@ def small_optimizer(
 
 
 def give_gradients(small: Any, one: Pending, step: int) -> None:
-    """Gradients of the kind that the part has: dense, row-sparse, or with rows that are zero."""
+    """Set gradients of the kind that the part has: dense, row-sparse, or with rows that are zero."""
     generator = torch.Generator().manual_seed(1 + step)
     for p in (p for group in small.param_groups for p in group["params"]):
         values = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
@@ -169,6 +169,6 @@ def give_gradients(small: Any, one: Pending, step: int) -> None:
 
 
 def take_step(small: Any) -> None:
-    """A step without what others have hung on to the steps of its class."""
+    """Take a step with the class's own `step`, without what other code has added to it."""
     base = next(c for c in reversed(type(small).__mro__) if "step" in vars(c) and issubclass(c, Resolution))
     base.step(small)

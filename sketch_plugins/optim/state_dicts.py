@@ -1,4 +1,4 @@
-"""State dicts: what is saved, and what is looked at before a saved state is taken."""
+"""State dicts: what is saved, and how saved state is checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _CONVERT = (
 
 
 class StateDicts(StateLayout):
-    """Saving and loading. A state dict is found good as a whole before anything of it is taken."""
+    """Saves and loads state. A state dict is checked as a whole before any of it is loaded."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`; what belongs to the shard of a DTensor is a DTensor, too.
+        """The state dict, as of `torch.optim.Optimizer`. The state of a DTensor's shard is saved as DTensors.
 
-        A state tensor of size s is saved as one of size (W, *s) over the W shards: `sharding.parts.wrap`.
+        A state tensor of size s is saved as one of size (W, *s) over W shards: see `sharding.parts.wrap`.
         """
 
         def finish(_: Any, out: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class StateDicts(StateLayout):
                             out["state"][key] = {"step": own["step"], **flattened(wrap(p, own, layout)), **others}
 
         self._mark_weights()
-        # The first to act after: hooks of others may return what they like, and see what is saved.
+        # This hook runs first after saving, so hooks of other code see what is saved and may return what they like.
         after = self.register_state_dict_post_hook(finish, prepend=True)
         try:
             return super().state_dict()
@@ -65,16 +65,16 @@ class StateDicts(StateLayout):
             after.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned. State keeps its own dtypes, whatever the parameter's.
+        """Load what `state_dict` returned. State keeps its own dtypes, whatever the parameter's dtype is.
 
-        (torch casts every state tensor to the parameter's dtype: tables, codes and scales would not survive bf16.)
+        (torch would cast every state tensor to the parameter's dtype, and ruin tables, codes and scales.)
 
-        ``weight_bits`` may have been another: from None the corrections start with 0, from 24 to 32 they are the same
-        numbers, and to None they are dropped, with a warning.
+        ``weight_bits`` may differ from the saved value: from None corrections start at 0, from 24 to 32 they stand for
+        the same numbers, and to None they are dropped, with a warning.
 
         Raises:
-            ValueError: the state was written with other options (compression, depth, seed, ...; both values are
-                named), by another kind of optimizer, or for other shapes. Nothing has been changed then.
+            ValueError: the state was written with other options (compression, depth, seed, ...; the message has both
+                values), by another kind of optimizer, or for other shapes. Nothing has been changed then.
         """
 
         def prepare(incoming: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
@@ -82,16 +82,16 @@ class StateDicts(StateLayout):
                 if key not in incoming:
                     found = ", ".join(map(str, incoming)) or "nothing"
                     raise ValueError(f"the state dict has no {key!r}; it contains {found}")
-            # The caller's groups stay as they are; the copies get the values of options younger than they.
+            # The caller's groups stay unchanged. The copies get the values of newer options.
             groups = [dict(group) for group in incoming["param_groups"]]
-            # Checkpoints of older versions have levels; here all have.
+            # Checkpoints of older versions have nested state. Here all state is nested.
             saved = {
                 key: nested(state) if isinstance(state, Mapping) else state for key, state in incoming["state"].items()
             }
             incoming = {**incoming, "param_groups": groups, "state": self._local_state(saved, groups)}
             self._check_incoming(incoming)
-            # Copies are made before anything changes: a tensor that cannot be copied, or that no memory is left for,
-            # leaves the optimizer as it was.
+            # Copies are made before anything changes. If a tensor cannot be copied, or memory runs out, the optimizer
+            # has not changed.
             return incoming, self._copies(incoming)
 
         load(self, state_dict, prepare)
@@ -100,7 +100,7 @@ class StateDicts(StateLayout):
         self._find_unmeasured()
 
     def _copies(self, incoming: Mapping[str, Any]) -> dict[Any, Any]:
-        """The state of a state dict that was found good, as this optimizer keeps it."""
+        """The state of a checked state dict, as this optimizer keeps it."""
         out, known = {}, set()
         for group, saved in zip(self.param_groups, incoming["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
@@ -108,11 +108,11 @@ class StateDicts(StateLayout):
                 if key in incoming["state"]:
                     device = p.to_local().device if is_dtensor(p) else p.device
                     out[p] = flattened(_restored(incoming["state"][key], device, saved["capturable"]))
-        # What belongs to no parameter is another's.
+        # Entries that belong to no parameter are other code's.
         return {**out, **{key: value for key, value in incoming["state"].items() if key not in known}}
 
     def _packed_groups(self) -> list[dict[str, Any]]:
-        """The groups as in a state dict, whatever the hooks of others make of that."""
+        """The groups as in a state dict, without the hooks of other code."""
         out, first = [], 0
         for group in self.param_groups:
             last = first + len(group["params"])
@@ -123,13 +123,13 @@ class StateDicts(StateLayout):
     def _split(
         self, state: Mapping[str, Any], group: Mapping[str, Any], index: int, p: Tensor
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What is ours in the state of a parameter, and what is another's."""
+        """The entries of a parameter's state that are ours, and those of other code."""
         names = {name for part in self._parts.of(index, p) for name in self._expected(part, group)}
         own = {name: value for name, value in state.items() if is_ours(name) or name in names}
         return own, {name: value for name, value in state.items() if name not in own}
 
     def _local_state(self, saved: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
-        """The state of a state dict as this rank keeps it: of DTensors the local part, cut to the shard's size."""
+        """The state of a state dict as this rank keeps it: for a DTensor the local part, cut to the shard's size."""
         state = dict(saved)
         for group, saved_group in zip(self.param_groups, groups, strict=False):
             for index, (p, key) in enumerate(zip(group["params"], saved_group.get("params", ()), strict=False)):
@@ -162,7 +162,7 @@ class StateDicts(StateLayout):
                 )
             for name, value in self.FIXED.items():
                 saved.setdefault(name, value)
-            if NAMES in group:  # the present model's, and a checkpoint may have none
+            if NAMES in group:  # the names are the present model's; a checkpoint may have none
                 saved[NAMES] = group[NAMES]
             with_state = any(
                 isinstance(state := incoming["state"].get(key), Mapping) and any(map(is_ours, state))
@@ -172,7 +172,7 @@ class StateDicts(StateLayout):
             for name, option in self.OPTIONS.items():
                 if name not in group:
                     continue
-                if name not in saved:  # an option that is younger than the checkpoint
+                if name not in saved:  # the option is newer than the checkpoint
                     if name == "batch_dims":
                         self._check_batches(group, saved, incoming["state"])
                     known = name == "weight_bits" or not option.structural
@@ -196,7 +196,7 @@ class StateDicts(StateLayout):
             modernize(saved)
             renew(kind, self.OPTIONS, saved)
             for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-                if saved["capturable"] and not group["capturable"]:  # a checkpoint from a machine with kernels
+                if saved["capturable"] and not group["capturable"]:  # the checkpoint is from a machine with kernels
                     self._check_kernels(p, saved, partial(self._label, group, index))
                 state = incoming["state"].get(key)
                 if key not in incoming["state"] or (isinstance(state, Mapping) and not state):
@@ -222,12 +222,12 @@ class StateDicts(StateLayout):
                     self._check_state(part, group, state[part.key], self._label(group, part))
 
     def _recode(self, number: int, saved: Mapping[str, Any], state: dict[Any, Any]) -> int | None:
-        """Give the state of a group the corrections of the group's ``weight_bits``, and return that; or the saved one.
+        """Change the corrections in a group's state to the group's ``weight_bits``. Returns the bits of that state.
 
         Args:
-            number: of the group.
-            saved: the group of the state dict.
-            state: of all parameters, with mappings that are nobody else's.
+            number: number of the group.
+            saved: the group in the state dict.
+            state: the state of all parameters. Its mappings are copies, so they can be changed.
         """
         group = self.param_groups[number]
         before, now = saved["weight_bits"], group["weight_bits"]
@@ -256,7 +256,7 @@ class StateDicts(StateLayout):
         return now
 
     def _check_batches(self, group: Mapping[str, Any], saved: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
-        """Raise ValueError where state is from the time when all the matrices of a batch shared their buckets."""
+        """Raise ValueError if the state was written when all matrices of a batch still shared their buckets."""
         for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             for part in self._parts.of(index, p) if state.get(key) else ():
                 if self.batch_axes(part.whole, group):
@@ -269,14 +269,14 @@ class StateDicts(StateLayout):
                     )
 
     def _check_state(self, p: Part, group: Mapping[str, Any], saved: Any, label: str, which: str = "saved") -> None:
-        """Raise ValueError unless ``saved`` is the state that the group's options describe; others may have keys in it.
+        """Raise ValueError unless ``saved`` is the state that the group's options describe. Other code may add keys.
 
         Args:
-            p: whose state it is.
+            p: the part that the state belongs to.
             group: its group.
             saved: the state.
-            label: what to call the part.
-            which: "saved", of a state dict, every number of which is looked at; or "present".
+            label: the name of the part in messages.
+            which: "saved" for a state dict, whose numbers are all checked, or "present".
         """
         stores = dict(zip(("first_moment", "second_moment"), self._stores(p, group), strict=True))
         further = self._beside(p, group)
@@ -300,7 +300,7 @@ class StateDicts(StateLayout):
             and step.numel() == 1
             and step.dtype == torch.float32
             and step.device.type != "meta"
-            # What lives on a device (capturable) is looked at when it is loaded, not in every step.
+            # A counter on a device (capturable) is checked when it is loaded, and not in every step.
             and (step.device.type != "cpu" or is_fake(step) or 0 <= steps_taken(step) < 1e18)
         ):
             raise ValueError(
@@ -353,11 +353,11 @@ def _check_numbers(
     label: str,
     why_else: Callable[[str, Tensor], str | None] = lambda key, tensor: None,
 ) -> None:
-    """Raise ValueError where a saved tensor cannot be copied, or holds numbers that no step leaves behind."""
+    """Raise ValueError if a saved tensor cannot be copied, or has numbers that no step leaves behind."""
     for key, tensor in have.items():
         why = why_not_plain(tensor)
         if why is not None:
-            # Parameters without numbers have state without numbers.
+            # If the parameter has no numbers, its state has none either.
             if (tensor.device.type == "meta" and p.device.type == "meta") or (is_fake(tensor) and is_fake(p.data)):
                 continue
             raise ValueError(
@@ -374,8 +374,8 @@ def _check_numbers(
         if not tensor.is_floating_point():
             continue
         squares = name in ("second_moment", "rms")
-        # Squares of large gradients overflow, and such a run goes on. What they are multiplied by may not be infinite:
-        # infinity times 0 is NaN.
+        # Squares of large gradients overflow, and the run goes on. Their factors must be finite, because infinity times
+        # 0 is NaN.
         least, infinite = (0.0 if squares or key == "scales" else None), squares and key != "row"
         wrong = why_impossible(tensor, least, infinite)
         if wrong is not None:
@@ -392,9 +392,9 @@ def _listed(value: Any) -> Any:
 
 
 def _restored(saved: Mapping[str, Any], device: torch.device, capturable: bool) -> dict[str, Any]:
-    """A copy of a state that was found good: or one state dict would tie two optimizers together."""
+    """A copy of a checked state. Without copies a state dict would make two optimizers share their tensors."""
     out: dict[str, Any] = {}
-    # The step counter lives on the CPU, or reading it would wait for a device; with capturable nobody reads it.
+    # The step counter is on the CPU, because reading it would wait for a device. With capturable it is not read.
     cpu = torch.device("cpu")
     for key, value in saved.items():
         if is_key(key):

@@ -1,4 +1,4 @@
-"""The steps of all parts: prepared by what takes them, and taken."""
+"""Prepares and takes the steps of all parts."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from sketch_plugins.sharding.parts import Part, opened
 from sketch_plugins.sharding.state_names import CORRECTION, flattened
 from sketch_plugins.stores import Gradient
 
-# (group, number in the group) of parameters with a gradient.
+# (group, index in the group) of each parameter with a gradient.
 Members = Sequence[tuple[dict[str, Any], int]]
-# The row of numbers that are on a device.
+# Stands for a row of numbers that is on a device.
 EMPTY: tuple[float, ...] = ()
-# A part with its group and its gradient, or what has been resolved of its eager step.
+# A part with its group and its gradient, or the result of resolving its eager step.
 Work = tuple[Part, dict[str, Any], Gradient] | Pending
 
 
 class StepOfAll:
-    """What takes part in a step, looked at before anything changes.
+    """Everything that takes part in a step, collected before anything changes.
 
     Attributes:
-        groups: (group, gradients of all its parameters, None where there is none) of those recalled as a whole.
+        groups: (group, gradients of all its parameters, None if there is none) of groups that are recalled as a whole.
         single: (group, index) of each other parameter.
-        work: those of their parts that have to be described, or whose eager steps have been,
-        again: and those that look as they did in the last step, by backend.
-        outliving: kernels know addresses only: gradients that were made for this step have to outlive it.
+        work: their parts that have to be described, or whose eager steps are repeated.
+        again: their parts that look as they did in the last step, by backend.
+        outliving: gradients that were made for this step. Kernels only know addresses, so this keeps them alive.
     """
 
     def __init__(self) -> None:
@@ -52,19 +52,19 @@ class StepOfAll:
 
     @property
     def members(self) -> Members:
-        """(group, index) of each parameter."""
+        """(group, index) of each parameter that takes part."""
         whole = [(group, i) for group, grads in self.groups for i, grad in enumerate(grads) if grad is not None]
         return [*whole, *self.single]
 
 
 class Taking(Resolution):
-    """Takes the steps that have been resolved, and those that look as they did in the last step."""
+    """Takes the steps that have been resolved, and the steps of parts that look as they did in the last step."""
 
     @outside_graphs
     def _update(self, work: list[Work], again: dict[Backend, Again], only: int | None = None) -> None:
-        """Change state and parameters; ``only``: id of the one parameter that all of it belongs to.
+        """Change state and parameters. ``only`` is the id of the one parameter that takes a step, if it is only one.
 
-        Whatever can fail comes first: until `_commit` nothing has changed.
+        Everything that can fail comes first. Until `_commit` nothing has changed.
         """
         large = self._has_large() if work else False
         rules: dict[tuple[int, int, bool], Rule] = {}
@@ -92,19 +92,19 @@ class Taking(Resolution):
         ways = [batch.way for batch in batches]
         for batch in batches:
             batch.prepare()
-        if ways != [batch.way for batch in batches]:  # kernels have refused, and more is eager than was thought
+        if ways != [batch.way for batch in batches]:  # kernels have refused, so more is eager than was planned
             slots = self._reserve(batches)
             for batch in batches:
                 batch.prepare()
-        # Of what is described for the next step.
+        # The options of everything that is described for the next step.
         assert self._step_cache is not None
         cache = self._step_cache
         marks = [None if one.repeated else cache.marks(self.OPTIONS, one.group) for one in pending]
         changed = [tensor for one in pending for tensor in (one.p.owner, one.p.data)]
         for those in again.values():
             changed += those.changed
-        # Kernels write to addresses, and shards are written in place of their parameter: autograd has to be told, or a
-        # backward through a graph that needs the old weights would be silently wrong.
+        # Kernels write to addresses, and shards are written in place of their parameters. autograd has to know, because
+        # a backward through a graph that needs the old weights would otherwise be silently wrong.
         torch.autograd.graph.increment_version(changed)
         with uninterrupted():
             idle = [counter for those in again.values() for counter in those.idle]
@@ -114,7 +114,7 @@ class Taking(Resolution):
             try:
                 self._commit([one for one in pending if one.idle], batches, takes, stepped)
             finally:
-                # In their own order, whoever took them: that of the pieces in a flat partition's state.
+                # They are adopted in their own order, whoever took them: that of the pieces in a partition's state.
                 places = {id(one): place for place, one in enumerate(pending)}
                 for one in sorted(stepped, key=lambda one: places[id(one)]):
                     self._adopt(one)
@@ -135,12 +135,12 @@ class Taking(Resolution):
     def _prepare(
         self, backend: Backend, pending: list[Pending], known: Again | None, only: int | None
     ) -> list[tuple[list[Pending], list[Tensor], Callable[[], None]]]:
-        """(parts, the counters of their steps, what takes the steps) for each launch."""
+        """(parts, their step counters, the function that takes their steps) for each launch."""
         assert self._step_cache is not None
         alone, described = [], []
         for new in pending:
             assert new.work is not None
-            # Steps that will not come again like this are not described for the next ones.
+            # A step that will not come again in this form is not described for the next one.
             counted = new.rule is not None or new.group["capturable"]
             likely = backend.prepare is None or (counted and self._step_cache.marks(self.OPTIONS, new.group))
             task = backend.task(new.work) if likely else None
@@ -164,7 +164,7 @@ class Taking(Resolution):
         assert self._step_cache is not None
         cache = self._step_cache
         rows: list[Sequence[float]] = []
-        filled: list[tuple[int, Tensor]] = []  # places among them, and the rows that are on a device
+        filled: list[tuple[int, Tensor]] = []  # places in `rows`, and the rows that are on a device
         for group, step in known.rules:
             l2 = group["weight_decay"] if self._couples(group) else None
             if isinstance(step, list):
@@ -205,9 +205,9 @@ class Taking(Resolution):
             for new, task in members:
                 assert new.work is not None
                 if new.work.last is not None and not new.work.once:
-                    continue  # a first step with lagged_rms is unlike those that follow
+                    continue  # a first step with lagged_rms differs from those that follow
                 options = marks[id(new.group)]
-                # Not `new.p.grad`: it may take communication, for which the other ranks do not wait.
+                # `new.p.grad` may communicate, and the other ranks would not take part.
                 cache.learn(new.p, new.grad.matrix.tensor, options, flattened(new.state, new.p.key), backend, task)
 
         out: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
@@ -222,11 +222,11 @@ class Taking(Resolution):
         return out
 
     def _counted_at_once(self, launch: Any, counters: list[Tensor]) -> list[Tensor]:
-        """One tensor in place of the counters of a launch that comes again and again, where that is possible."""
+        """The counters of a launch that is repeated, as one tensor if possible."""
         assert self._step_cache is not None
         known = self._step_cache.counters.get(launch)
         if known is None or not known.holds(counters):
-            if self._step_cache.captured:  # replays count where the counters were in the capture
+            if self._step_cache.captured:  # replays increase the counters where they were during the capture
                 return counters
             known = self._step_cache.counters[launch] = Counters(counters)
         return [known.all]
@@ -254,7 +254,7 @@ class Taking(Resolution):
     def _numbers_on_device(
         self, group: dict[str, Any], counters: list[Tensor], sparse: bool, l2: float | None
     ) -> tuple[Tensor, int]:
-        """`vector` with a row for each of the numbers of steps, which are on a device and stay there."""
+        """`vector` with a row for each step counter. The counters stay on their device."""
         steps = torch.stack(counters) + 1
         rows, flags = vector(
             numbers(self._rule(group, steps.double(), sparse), group, steps, l2), steps.device, len(counters)
@@ -269,17 +269,17 @@ class Taking(Resolution):
         takes: Sequence[tuple[list[Pending], list[Tensor], Callable[[], None]]],
         stepped: list[Pending],
     ) -> None:
-        """Take the steps. A part's number of steps changes with its state: after an error, each has stepped or not.
+        """Take the steps. A part's step counter changes together with its state, so an error leaves no part half-way.
 
-        (But for members of a stack that are too large to be undone: see docs/architecture.md.)
+        (Members of a stack that are too large to be undone are an exception: see docs/architecture.md.)
 
-        ``stepped`` takes those that have.
+        ``stepped`` collects the parts that have taken their step.
         """
         for one in idle:
             one.state["step"] += 1
             if one.p.numel():
                 self._clean(one)
-            if one.group.get("lagged_rms") and one.step == 1:  # no row to measure, and the next step is not the first
+            if one.group.get("lagged_rms") and one.step == 1:  # no row was measured, and the next step is not the first
                 one.state["rms"]["last"][1] = rms_of(matrix_of(one), one.grad)
             stepped.append(one)
         for batch in batches:
@@ -302,7 +302,7 @@ class Taking(Resolution):
 
     @contextmanager
     def _undone_by_an_error(self, members: Sequence[Pending]) -> Iterator[None]:
-        """An error in the block leaves the parts as they were before, as far as `Pending.undone` goes."""
+        """Restore the parts after an error in the block, as far as `Pending.undone` goes."""
         copies = copied_aside(members)
         try:
             yield
@@ -312,7 +312,7 @@ class Taking(Resolution):
             for tensors, before in copies:
                 torch._foreach_copy_(tensors, before)
             for one in members:
-                # A tile's corrections may be those of weights that were not written any more.
+                # Corrections of a tile may have been written without their weights.
                 if CORRECTION in one.state and not one.undone:
                     one.state[CORRECTION]["codes"].zero_()
             raise
@@ -322,7 +322,7 @@ class Taking(Resolution):
             one.named["second_moment"].clean(one.state["second_moment"], one.group["clean_factor"], one.step)
 
     def _adopt(self, one: Pending) -> None:
-        """State that was made for this step becomes the optimizer's."""
+        """Make state that was created in this step the optimizer's state."""
         if one.fresh:
             self.state[one.p.owner].update(flattened(one.state, one.p.key))
 

@@ -1,11 +1,11 @@
-"""``weight_bits``: corrections of bfloat16 and float16 weights among an optimizer's state, and when they are void.
+"""``weight_bits``: corrections of bfloat16 and float16 weights in an optimizer's state, and when they are void.
 
-A correction (`kernels.weight_code`) is right for the weight that it was written with. Whoever writes another weight
-makes it void: it would move that weight by up to half the distance to the next number. `Written` finds that out before
-a step, from what it remembers of each part after the last one: the address of its numbers and torch's counters of
-in-place changes. Neither is state. A state dict has the fingerprint of the weights in place of them, which is compared
-before the first step after it was loaded; a step removes it. docs/weight_bits.md says what is found out and what is
-not.
+A correction (`kernels.weight_code`) fits the weight that it was written with. It is void when other code has written
+the weight: it would move the new weight by up to half the distance to the next number. `Written` finds void corrections
+before a step. It compares what it remembers of each part after the last step: the address of its numbers, and torch's
+counters of in-place changes. Neither is state. A state dict has the fingerprint of the weights instead, which is
+compared before the first step after it was loaded, and which a step removes. docs/weight_bits.md says what is found and
+what is not.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sketch_plugins.sharding.parts import Part, Shaped, has_address, is_fake, lo
 from sketch_plugins.sharding.state_names import CORRECTION
 
 logger = logging.getLogger(__name__)
-#: Steps in a row before which a parameter's corrections were void, after which that is said.
+#: If a parameter's corrections were void before so many steps in a row, there is a warning.
 OFTEN = 3
 
 
 class WeightCorrection:
-    """The state: a code for each weight, and the fingerprint of the weights that a state dict was made with."""
+    """State of corrected weights: a code for each weight, and the fingerprint of the weights for a state dict."""
 
     def __init__(self, shape: tuple[int, int], bits: int) -> None:
         self.shape, self.bits = shape, bits
@@ -41,31 +41,31 @@ class WeightCorrection:
         return {"codes": (self.shape, CODES[self.bits]), "mark": ((1,), torch.int64)}
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of both."""
+        """Bytes of codes and mark."""
         return self.shape[0] * self.shape[1] * CODES[self.bits].itemsize + 8
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Zeros: the weights are what they are, and nobody has taken their fingerprint."""
+        """Zeros: the weights have no correction yet, and no fingerprint was taken."""
         return {name: torch.zeros(size, dtype=kind, device=device) for name, (size, kind) in self.layout(dtype).items()}
 
 
 def corrects(p: Shaped, group: Mapping[str, Any]) -> bool:
-    """Whether the options of a group mean corrections for a parameter, or for a part of one.
+    """Whether the options of a group give corrections to a parameter, or to a part of one.
 
-    None for subclasses that compute their numbers (quantized weights): those are rounded once more when they are
-    written, and a correction would belong to another number than the one that is there.
+    Subclasses that compute their numbers (quantized weights) have none. They round once more when they are written, so
+    a correction would belong to another number.
     """
     return bool(group.get("weight_bits")) and p.dtype in HALF and not computes_its_numbers(p)
 
 
 def computes_its_numbers(p: Shaped) -> bool:
-    """Whether a parameter, or a part of one, is a subclass with operations of its own that keeps something else."""
+    """Whether a parameter, or a part of one, is a subclass with operations of its own, such as a quantized weight."""
     data = p.data if isinstance(p, Part) else local_of(p)
     return type(data).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_fake(data)
 
 
 def matrix_of(one: Pending) -> Matrix:
-    """The part as a step reads and writes it: with its corrections, where it has some."""
+    """The part as a step reads and writes it, with its corrections if it has some."""
     matrix, kept = one.grad.like(one.p.data), one.state.get(CORRECTION)
     if kept is None:
         return matrix
@@ -75,10 +75,10 @@ def matrix_of(one: Pending) -> Matrix:
 def recoded(
     state: dict[str, Any], part: Part, group: Mapping[str, Any], before: int | None, shape: tuple[int, int]
 ) -> None:
-    """Make a part's state, `nested`, that was saved with ``weight_bits=before``, one of the group's.
+    """Change a part's state, `nested`, from ``weight_bits=before`` to the group's ``weight_bits``.
 
-    From None: zeros, for the weights are what they are. To None: the corrections are dropped. From 24 to 32: the same
-    numbers. (32 to 24 would have to round them.)
+    From None, corrections are zeros. To None, they are dropped. From 24 to 32, they stand for the same numbers. (From
+    32 to 24 they would have to be rounded.)
     """
     now, kept = group["weight_bits"], state.get(CORRECTION)
     if now is None:
@@ -87,12 +87,12 @@ def recoded(
         state.setdefault(CORRECTION, WeightCorrection(shape, now).allocate(part.device, part.dtype))
     elif (before, now) == (24, 32) and isinstance(kept, Mapping):
         codes = kept.get("codes")
-        if isinstance(codes, Tensor) and codes.dtype == CODES[24]:  # others are refused like any wrong state
+        if isinstance(codes, Tensor) and codes.dtype == CODES[24]:  # other dtypes are refused as wrong state later
             state[CORRECTION] = {**kept, "codes": codes.to(CODES[32]) * 256}
 
 
 def corrections(part: Part, state: Mapping[str, Any] | None) -> tuple[Tensor, Tensor] | None:
-    """``(codes, mark)`` of a part in the state of its owner; None: there are none."""
+    """``(codes, mark)`` of a part in the state of its owner, or None."""
     if not state:
         return None
     before = f"{CORRECTION}." if part.key is None else f"{part.key}.{CORRECTION}."
@@ -101,20 +101,20 @@ def corrections(part: Part, state: Mapping[str, Any] | None) -> tuple[Tensor, Te
 
 
 class Written:
-    """What weights looked like after the last step, and which corrections have become void since."""
+    """Remembers what weights looked like after the last step, and which corrections have become void since."""
 
     def __init__(self) -> None:
         self._seen: dict[Any, tuple[Any, ...]] = {}
-        # Part's identity -> mark, and its version, of marks that may hold a fingerprint.
+        # Part's identity -> its mark, which may hold a fingerprint, and the mark's version.
         self._marked: dict[Any, tuple[Tensor, int | None]] = {}
         # Part's identity -> before how many steps in a row its corrections were void.
         self._voids: dict[Any, int] = {}
-        # Those whose next step that will be.
+        # Parts whose corrections were found void before the step that follows.
         self._before_step: set[Any] = set()
         self._warned: set[str] = set()
 
     def forget(self) -> None:
-        """Other state is there: its fingerprints say which weights it belongs to."""
+        """Forget the weights, because other state was loaded. Its fingerprints tell which weights it belongs to."""
         self._seen, self._marked, self._voids, self._before_step = {}, {}, {}, set()
 
     def check(
@@ -124,20 +124,20 @@ class Written:
         stepping: bool = False,
         capturing: bool = False,
     ) -> None:
-        """Set the corrections of parts to 0 whose weights somebody else has written.
+        """Set the corrections of parts to 0 whose weights other code has written.
 
         Args:
             parts: ``(part, owner's state)``.
-            label: what to call a part.
-            stepping: a step follows, which changes the weights: fingerprints are removed. Otherwise they stay, because
-                a state dict that was made before has the same tensors.
-            capturing: the step is recorded in a CUDA graph, with all that happens here.
+            label: returns the name of a part in messages.
+            stepping: a step follows, which changes the weights, so fingerprints are removed. Otherwise they stay,
+                because a state dict that was made before shares these tensors.
+            capturing: the step is captured in a CUDA graph, with everything that happens here.
 
         Raises:
-            ValueError: a graph would repeat in each replay that corrections are compared, or set to 0.
+            ValueError: a graph would compare corrections, or set them to 0, in each replay.
         """
         for identity, (mark, version) in self._marked.items():
-            # A checkpoint was read into the tensors of a state dict (torch.distributed.checkpoint).
+            # A checkpoint was read into the tensors of a state dict (torch.distributed.checkpoint does so).
             if _version(mark) != version:
                 self._seen.pop(identity, None)
         void: list[Part] = []
@@ -166,10 +166,10 @@ class Written:
                     self._voids[identity] = self._voids.get(identity, 0) + 1
             self._seen[identity] = now
             self._marked[identity] = mark, None
-        if capturing and marks:  # recorded, so that replays remove what a later state dict puts there
+        if capturing and marks:  # captured, so that replays remove what a later state dict writes there
             torch._foreach_zero_(marks)
             self._marked = {}
-        elif stepping:  # the weights will not be those of the fingerprints for long
+        elif stepping:  # after the step the fingerprints will not match any more
             for mark, _ in self._marked.values():
                 mark.fill_(UNKNOWN)
             self._marked = {}
@@ -179,10 +179,10 @@ class Written:
             self._report(void, loaded, label)
 
     def note(self, parts: Iterable[tuple[Part, Mapping[str, Any] | None]]) -> None:
-        """Remember what a step has left behind."""
+        """Remember what the weights look like after a step."""
         for part, _, _ in _corrected(parts):
             identity, now = part.identity, looks(part)
-            if self._voids and self._seen.get(identity) != now:  # it has taken a step
+            if self._voids and self._seen.get(identity) != now:  # the part has taken a step
                 if identity in self._before_step:
                     self._before_step.remove(identity)
                 else:
@@ -190,14 +190,14 @@ class Written:
             self._seen[identity] = now
 
     def mark(self, parts: Iterable[tuple[Part, Mapping[str, Any] | None]]) -> None:
-        """Before a state dict is made: the fingerprint of the weights beside their corrections."""
+        """Write the fingerprint of the weights beside their corrections, before a state dict is made."""
         for part, _, mark in _corrected(parts):
             if has_address(part.data) and part.device.type != "meta":
                 mark.fill_(fingerprint(part.data))
                 self._marked[part.identity] = mark, _version(mark)
 
     def _report(self, void: list[Part], loaded: list[Part], label: Callable[[Part], str]) -> None:
-        """Log what is void, and warn where that is not what anybody can have meant."""
+        """Log which corrections are void, and warn if that is certainly not intended."""
         for part in loaded:
             logger.info("weight_bits: the corrections of %s were saved with other weights: they are 0 now", label(part))
         for part in void:
@@ -242,7 +242,7 @@ def _corrected(parts: Iterable[tuple[Part, Mapping[str, Any] | None]]) -> Iterat
 
 
 def looks(part: Part) -> tuple[Any, ...]:
-    """Where a part's numbers are, and how often torch has counted that they were changed."""
+    """The address of a part's numbers, and torch's counts of how often they were changed."""
     address = part.data.data_ptr() if has_address(part.data) else None
     return address, _version(part.owner), _version(part.data)
 
@@ -252,7 +252,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _belongs(part: Part, mark: Tensor, trusted: bool) -> bool:
-    """Whether corrections belong to the weights that are there; ``trusted``: also where no fingerprint says so."""
+    """Whether corrections belong to the present weights. Without a fingerprint the answer is ``trusted``."""
     saved = int(mark)
     if saved == UNKNOWN or not has_address(part.data):
         return trusted
