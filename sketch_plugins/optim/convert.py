@@ -301,7 +301,7 @@ def _measured(
 ) -> Tensor:
     """RMS of the last update and of the parameter, for ``lagged_rms``.
 
-    Of the gradient only its mean square is known. If the update is made of the gradient, its root is used.
+    Of the gradient only its mean square is known, so the root of that stands for the gradient.
     """
     rule = optimizer._rule(group, source.step, False)
     p = part.data.detach()

@@ -36,7 +36,10 @@ class StateLayout(Groups):
     _unmeasured: frozenset[Any] = frozenset()
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
-        """The learning rate that a group usually takes if steps are not relative to the weights; None if it may be any."""
+        """The learning rate that a group usually takes if steps are not relative to the weights, see `usual_rates`.
+
+        None means that there is no usual rate.
+        """
         return None
 
     def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:

@@ -67,7 +67,7 @@ class MemSGD(torch.optim.Optimizer):
             sparse gradient meets weight decay.
 
     Source: https://arxiv.org/abs/1809.07599, Alg. 1. Deviations: parameters are sparsified one by one; without
-    ``shift`` the weights of the average have a = 1; the memory also keeps what rounds off a half-precision parameter.
+    ``shift`` the weights of the average have a = 1; the memory also keeps what half-precision parameters round off.
     """
 
     def __init__(

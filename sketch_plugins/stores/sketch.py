@@ -18,7 +18,7 @@ from sketch_plugins.kernels.rounding import round_to_bf16
 from sketch_plugins.sharding.blocks import At, Rows, Tile, column_cuts, tiles
 from sketch_plugins.stores.base import CHUNK, Ema, Estimates, Gradient, State, Store, Touched, given
 
-# The numbers of rows, and a function that returns the rows' signs -> what the rows add to their buckets.
+# The elements of rows, and a function that returns the rows' signs -> what the rows add to their buckets.
 Cell = Callable[[Tensor, Callable[[], Tensor]], Tensor]
 
 BUCKETS = ("mean", "sum")
