@@ -302,9 +302,9 @@ class Steps(TypedDict, total=False):
         bool | None,
         option(
             False,
-            "round bfloat16 parameters up or down at random, so that the expected value is exact. Updates below half a "
-            "unit in the last place are then not lost, and no float32 master copy is needed. The noise is a function "
-            "of (seed, step, element), with elements numbered in each rank's shard.",
+            "bfloat16 parameters are rounded up or down at random, so that the expected value is exact. Updates below "
+            "half a unit in the last place are then not lost, and no float32 master copy is needed. The noise is a "
+            "function of (seed, step, element), with elements numbered in each rank's shard.",
         ),
     ]
     weight_bits: Annotated[
