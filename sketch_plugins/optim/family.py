@@ -246,7 +246,7 @@ class Kernels(TypedDict, total=False):
         option(
             False,
             "keep step counters on the device, so that the step can be captured in a CUDA graph (Triton kernels only, "
-            "not with row-sparse gradients or ``clean_every``).",
+            "not with row-sparse gradients, and not if sketches are cleaned).",
         ),
     ]
 
