@@ -190,9 +190,9 @@ class Store:
     arithmetic dtype. If a row has cells of its own (dense, int8), no pass is needed before reading: ``advance`` reads,
     blends and writes one tile and returns the new estimate. If rows share cells (``shared``), there are two ways:
 
-    * With ``write_first`` (sketches) every row has to be written before any is read. The optimizer calls ``write``
-      first, and ``advance`` only reads.
-    * Otherwise (covers) a step reads what the last step left. ``begin`` returns a working state, ``advance`` gets it
+    * With ``write_first`` (sketches, SM3-I) every row has to be written before any is read. The optimizer calls
+      ``write`` first, and ``advance`` only reads.
+    * Otherwise (SM3-II) a step reads what the last step left. ``begin`` returns a working state, ``advance`` gets it
       for every tile, and ``finish`` takes the new state from it.
 
     Attributes:
