@@ -9,16 +9,17 @@ from math import prod
 import torch
 from torch import Tensor
 
-# The least side of the matrices that a tensor of three dimensions is taken to be a batch of, and a number of columns
-# that no convolution's kernel has: kernels of 16 and less are common, one of 128 positions is known (wav2vec 2.0).
+# A tensor of three dimensions is read as a batch of matrices only if their shorter side is at least LEAST_SIDE.
+# Matrices with NO_KERNEL columns or more cannot be the kernels of a convolution: kernels of 16 and less are common, and
+# the longest known one has 128 positions (wav2vec 2.0).
 LEAST_SIDE, NO_KERNEL = 16, 256
 
 
 def is_batch(shape: torch.Size | tuple[int, ...]) -> bool:
-    """Whether a parameter of this shape is taken for a batch of matrices ``(E, R, D)``, such as the experts of a layer.
+    """Whether a parameter of this shape is read as a batch of matrices ``(E, R, D)``, such as the experts of a layer.
 
-    The weight of a 1-d convolution, ``(out, in, kernel)``, has three dimensions, too. It is told by its short kernel,
-    or by fewer rows and columns in a "matrix" than there would be matrices: ``(768, 48, 128)``.
+    The weight of a 1-d convolution, ``(out, in, kernel)``, has three dimensions, too. It is recognized by its short
+    kernel, or because each "matrix" has fewer rows or columns than there are matrices: ``(768, 48, 128)``.
     """
     if len(shape) != 3:
         return False
@@ -27,14 +28,14 @@ def is_batch(shape: torch.Size | tuple[int, ...]) -> bool:
 
 
 def matrix_shape(shape: torch.Size | tuple[int, ...], batch: int = 0) -> tuple[int, int]:
-    """``(R, D)`` of a parameter: rows are dimension 0, columns everything after it; vectors have one column.
+    """``(R, D)`` of a parameter: dimension 0 has the rows, all others the columns; vectors have one column.
 
     A convolution weight ``(out, in, kh, kw)`` is ``(out, in * kh * kw)``; a 0-d parameter is ``(1, 1)``.
 
     Args:
-        shape: of the parameter.
-        batch: how many of its first axes are a batch of matrices, whose rows follow each other: with 1 a parameter of
-            shape ``(E, R, D)`` is ``(E * R, D)``.
+        shape: shape of the parameter.
+        batch: how many of its first axes are a batch of matrices. The rows of the matrices follow each other, so with
+            ``batch=1`` a parameter of shape ``(E, R, D)`` is ``(E * R, D)``.
     """
     if len(shape) == 0:
         return 1, 1
@@ -45,8 +46,8 @@ def matrix_shape(shape: torch.Size | tuple[int, ...], batch: int = 0) -> tuple[i
 class Tile:
     """Rows ``[start, start + cycles * rows)`` of ``total``, columns ``[lo, hi)``, seen as ``(cycles, rows, hi - lo)``.
 
-    ``cycles > 1`` only where a strided hash has ``rows`` buckets: then each of the cycles runs through all the
-    buckets, and a ``(rows, hi - lo)`` slice of the table broadcasts over the tile.
+    ``cycles > 1`` occurs only with a strided hash of ``rows`` buckets: each cycle then runs through all the buckets,
+    and a ``(rows, hi - lo)`` slice of the table broadcasts over the tile.
     """
 
     total: int
@@ -76,7 +77,7 @@ class Tile:
         return torch.arange(self.start, self.start + self.cycles * self.rows, device=device)
 
     def from_rows(self, value: Tensor) -> Tensor:
-        """``(cycles * rows, *)`` as ``(cycles, rows, *)``."""
+        """``(cycles * rows, *)`` reshaped to ``(cycles, rows, *)``."""
         return value.unflatten(0, (self.cycles, self.rows))
 
 
@@ -110,7 +111,7 @@ class Rows:
         return self.rows
 
     def from_rows(self, value: Tensor) -> Tensor:
-        """``(n, *)`` as it is."""
+        """``(n, *)`` unchanged."""
         return value
 
 
@@ -118,14 +119,15 @@ At = Tile | Rows
 
 
 class Matrix:
-    """The ``(R, D)`` view of a parameter or of its gradient, whatever its strides.
+    """The ``(R, D)`` view of a parameter or of its gradient, for any strides.
 
-    Tiles are views where the layout allows it; of n-d tensors whose rows are not contiguous (channels_last, transposed)
-    the tile's whole rows are copied, so a step's temporaries stay tiles as long as a row fits a tile.
+    Tiles are views if the layout allows it. If the rows of an n-d tensor are not contiguous (channels_last,
+    transposed), the whole rows of a tile are copied. So the temporaries of a step have the size of a tile, provided
+    that a row fits into one.
 
     Args:
         tensor: the parameter or the gradient.
-        batch: how many of its first axes are a batch of matrices, see `matrix_shape`.
+        batch: how many of its first axes are a batch of matrices; see `matrix_shape`.
     """
 
     batch = 0
@@ -145,7 +147,7 @@ class Matrix:
         return self._flat is not None and isinstance(at, Tile)
 
     def get(self, at: At) -> Tensor:
-        """The tile (a view where there is one) or the rows (a copy)."""
+        """The tile (a view if possible) or the rows (a copy)."""
         if self._flat is not None:
             return at.get(self._flat)
         if self.batch:
@@ -189,11 +191,11 @@ def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1, 
     Args:
         rows: rows of the matrix.
         columns: columns of the matrix.
-        chunk: elements of a tile at most.
-        period: buckets of a strided hash (0: none). Tiles then hold whole cycles of ``period`` rows, or stay within
-            one cycle, so that a slice of the table fits them without an index; those over one slice follow each other,
-            the last one may be shorter.
-        align: block size of quantized state: a tile's columns are whole blocks, or one shorter block at the end.
+        chunk: maximum number of elements in a tile.
+        period: number of buckets of a strided hash (0: none). Tiles then hold whole cycles of ``period`` rows, or stay
+            within one cycle, so that a slice of the table fits them without an index. Tiles that use the same slice
+            follow each other; the last one may be shorter.
+        align: block size of quantized state: the columns of a tile are whole blocks, or one shorter block at the end.
         matrices: how many matrices the rows belong to. Each of them has cycles of its own.
     """
     if matrices > 1 and period:
@@ -214,7 +216,8 @@ def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1, 
             for start in range(0, full, cycles * period):
                 yield Tile(rows, start, min(cycles, (full - start) // period), period, lo, hi)
         else:
-            # Equal slices of a cycle, and all cycles of one slice in a row: what was read for it can be kept.
+            # Equal slices of a cycle, and all cycles of one slice in a row, so that the slice of the table is read
+            # once.
             n = -(-period // -(-period // n))
             for b in range(0, period, n):
                 for base in range(0, rows, period):
@@ -226,7 +229,7 @@ def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1, 
 
 
 def row_batches(total: int, rows: Tensor, columns: int, chunk: int, align: int = 1) -> Iterator[tuple[slice, Rows]]:
-    """Cut touched rows into batches of about ``chunk`` elements, with the slice of ``rows`` each one covers."""
+    """Cut touched rows into batches of about ``chunk`` elements, with the slice of ``rows`` that each one covers."""
     for lo, hi in column_cuts(columns, chunk, align):
         n = max(1, chunk // (hi - lo))
         for start in range(0, len(rows), n):
@@ -235,7 +238,7 @@ def row_batches(total: int, rows: Tensor, columns: int, chunk: int, align: int =
 
 
 def column_cuts(columns: int, chunk: int, align: int) -> Iterator[tuple[int, int]]:
-    """``[lo, hi)`` of at most ``chunk`` columns each, on multiples of ``align`` but for a shorter end."""
+    """``[lo, hi)`` of at most ``chunk`` columns each, on multiples of ``align`` except for a shorter end."""
     step = columns if columns <= chunk else max(align, chunk // align * align)
     for lo in range(0, columns, step):
         hi = min(lo + step, columns)

@@ -1,16 +1,17 @@
-"""What DeepSpeed's ZeRO has made of an optimizer's parameters: everything the core knows of DeepSpeed's insides.
+"""What DeepSpeed's ZeRO does to an optimizer's parameters: everything that the core knows about DeepSpeed's internals.
 
-ZeRO replaces the parameters of a group by flat tensors of one dimension, of which each rank has its own:
+ZeRO replaces the parameters of a group by flat tensors of one dimension; each rank has its own:
 
-* Stages 1 and 2 and ``BF16_Optimizer`` lay the trainable parameters of a group out in one buffer and cut it into as
-  many equal partitions as there are ranks. The parameters become views of the buffer, so their storage offsets say
-  where they lie. (The addresses in ``_hp_mapping`` do not: with ``round_robin_gradients`` they are wrong.)
-* Stage 3 cuts each parameter into equal parts and lays those of several parameters out in a sub-group; an optimizer
+* Stages 1 and 2 and ``BF16_Optimizer`` put the trainable parameters of a group into one buffer and cut it into as many
+  equal partitions as there are ranks. The parameters become views of the buffer, so their storage offsets say where
+  they lie. (The addresses in ``_hp_mapping`` do not: with ``round_robin_gradients`` they are wrong.)
+* Stage 3 cuts each parameter into equal parts and puts those of several parameters into a sub-group; an optimizer
   steps once for each sub-group.
-* Stage 0 hands on the parameters, or clones of them with their own shape in fp32: nothing to find here.
+* Stage 0 passes on the parameters, or clones of them with their own shape in fp32, so there is nothing to find.
 
-DeepSpeed is not imported, only looked at: through the attributes it sets on the parameters that an optimizer was given.
-`tests/sharding/test_deepspeed_fragments.py` runs all of this on its engines and fails by the name of what has moved.
+This module does not import DeepSpeed. It only reads the attributes that DeepSpeed sets on the parameters of an
+optimizer. `tests/sharding/test_deepspeed_fragments.py` runs all of this on DeepSpeed's engines. If an attribute has
+moved, it fails and names it.
 """
 
 from __future__ import annotations
@@ -23,38 +24,38 @@ from torch import Tensor
 
 from sketch_plugins.sharding.pieces import Fragment, Original, is_lazy
 
-#: What ZeRO sets on parameters; one of them is enough to know that it was there.
+#: Attributes that ZeRO sets on parameters; one of them is enough to recognize a parameter of ZeRO.
 FLAT_MARKS = ("_dp_group", "_hp_mapping")
 STAGE3_MARKS = ("_z3_optimizer", "ds_id", "ds_numel", "ds_shape", "ds_process_group")
 
 
 def managed(originals: Sequence[Original]) -> bool:
-    """Whether any of the parameters is run by an optimizer of ZeRO: its group may then hold flat tensors."""
+    """Whether an optimizer of ZeRO runs any of the parameters: their group may then hold flat tensors."""
     return any(_marked(p, STAGE3_MARKS) or _marked(p, FLAT_MARKS) for _, p in _live(originals))
 
 
 def whole_shape(p: Tensor) -> tuple[int, ...]:
-    """Shape of a parameter, also where ``zero.Init`` has emptied it (its own shape is ``(0,)`` then).
+    """Shape of a parameter, also if ``zero.Init`` has emptied it (its own shape is ``(0,)`` then).
 
-    A parameter of a lazy module has none yet, and ZeRO does not take it: ``()``.
+    A parameter of a lazy module has no shape yet, and ZeRO does not take it: the result is ``()``.
     """
     return () if is_lazy(p) else tuple(getattr(p, "ds_shape", p.shape))
 
 
 def fragments(flat: Tensor, originals: Sequence[Original]) -> list[Fragment]:
-    """Which elements of which parameters lie where in ``flat``.
+    """Find which elements of which parameters lie in ``flat``, and where.
 
     Args:
-        flat: a tensor that is found in a parameter group.
-        originals: the parameters that its group was given, or those of all groups: ZeRO hands an optimizer one group
-            at a time, so the place of a group among the others says nothing.
+        flat: a tensor in a parameter group.
+        originals: the parameters that its group was given, or those of all groups: ZeRO gives an optimizer one group at
+            a time, so the number of a group says nothing.
 
     Returns:
-        In ascending order of their offsets. Empty where ``flat`` is an ordinary parameter; a partition that holds
-        padding only is one fragment of no elements.
+        Fragments in ascending order of their offsets. The list is empty if ``flat`` is an ordinary parameter; a
+        partition that holds nothing but padding is one fragment without elements.
 
     Raises:
-        ValueError: ZeRO runs the parameters, but where they lie cannot be found out; says what is missing.
+        ValueError: ZeRO runs the parameters, but their places cannot be found; the message says what is missing.
     """
     live = list(_live(originals))
     if any(p is flat for _, p in live):
@@ -69,10 +70,10 @@ def fragments(flat: Tensor, originals: Sequence[Original]) -> list[Fragment]:
 
 
 def process_group(originals: Sequence[Original]) -> dist.ProcessGroup | None:
-    """The ranks that the parameters are spread over; None where ZeRO does not run them.
+    """The ranks that the parameters are spread over; None if ZeRO does not run them.
 
     Raises:
-        ValueError: ZeRO runs the parameters, but its group is not where it was.
+        ValueError: ZeRO runs the parameters, but has no process group at the expected attribute.
     """
     for _, p in _live(originals):
         if _marked(p, STAGE3_MARKS):
@@ -84,10 +85,10 @@ def process_group(originals: Sequence[Original]) -> dist.ProcessGroup | None:
 
 
 def _in_partition(flat: Tensor, live: Sequence[tuple[Original, Tensor]]) -> list[Fragment]:
-    """Stages 1 and 2, BF16_Optimizer."""
+    """Fragments in a partition of stage 1 or 2, or of BF16_Optimizer."""
     buffers: dict[int, list[tuple[Original, Tensor]]] = {}
     for original, p in live:
-        if _marked(p, FLAT_MARKS):  # a frozen one is in no buffer
+        if _marked(p, FLAT_MARKS):  # a frozen parameter is in no buffer
             buffers.setdefault(_storage(p), []).append((original, p))
     own, unlinked = [], []
     for members in buffers.values():
@@ -99,9 +100,9 @@ def _in_partition(flat: Tensor, live: Sequence[tuple[Original, Tensor]]) -> list
             unlinked.append(members)
     if len(own) > 1:
         raise _lost(flat, "the parameters of its group are no longer views of one buffer")
-    if not own and flat.dim() != 1:  # stage 0 in place of an engine that was destroyed
+    if not own and flat.dim() != 1:  # stage 0 runs the parameters after another engine was destroyed
         return []
-    # Parameters have no link to a partition that holds padding only, or while offload_states() keeps it elsewhere.
+    # No parameter is linked to a partition that holds padding only, or that offload_states() keeps elsewhere.
     candidates = [_cut(flat.numel(), members) for members in own or unlinked]
     found = [fragments for fragments in candidates if fragments is not None]
     if len(found) == 1 or (found and all(f.numel == 0 for fragments in found for f in fragments)):
@@ -116,9 +117,9 @@ def _in_partition(flat: Tensor, live: Sequence[tuple[Original, Tensor]]) -> list
 
 
 def _cut(size: int, members: Sequence[tuple[Original, Tensor]]) -> list[Fragment] | None:
-    """This rank's partition of a buffer; None where its parameters would not fit into partitions of that size."""
+    """This rank's partition of a buffer; None if the buffer's parameters do not fit into partitions of that size."""
     group = _need(members[0][1], "_dp_group")
-    # The storage of a group's only parameter serves as the buffer where it needs no padding, wherever it begins there.
+    # If the only parameter of a group needs no padding, its storage is the buffer, which begins at the parameter.
     base = int(members[0][1].storage_offset()) if len(members) == 1 else 0
     if max(p.storage_offset() - base + p.numel() for _, p in members) > size * dist.get_world_size(group):
         return None
@@ -133,7 +134,7 @@ def _cut(size: int, members: Sequence[tuple[Original, Tensor]]) -> list[Fragment
 
 
 def _in_sub_group(flat: Tensor, live: Sequence[tuple[Original, Tensor]]) -> list[Fragment]:
-    """Stage 3."""
+    """Fragments in a sub-group of stage 3."""
     found: list[Fragment] = []
     empty: list[Fragment] = []
     for original, p in live:
@@ -171,7 +172,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _trained(p: Tensor) -> bool:
-    # As deepspeed.runtime.utils.is_optimized_parameter has it.
+    # The same condition as deepspeed.runtime.utils.is_optimized_parameter.
     return p.requires_grad and _need(p, "ds_numel") > 0
 
 

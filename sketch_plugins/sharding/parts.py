@@ -1,4 +1,4 @@
-"""What takes a step of its own: a parameter, the local shard of a DTensor, a piece of a flat partition."""
+"""The tensors that take a step each: a parameter, the local shard of a DTensor, or a piece of a flat partition."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Part:
         data: the numbers, in the parameter's own memory.
         owner: the tensor in the parameter group.
         index: number of the owner in its group.
-        whole: shape of the parameter that this is a part of.
-        piece: where it lies in that parameter; None: it is the whole.
-        key: where its state is in that of the owner; None: it is the owner's.
-        name: of the parameter, where the owner is not the one that was given; else empty.
+        whole: shape of the whole parameter.
+        piece: the rectangle of that parameter; None if the part is the whole parameter.
+        key: prefix of the part's state in the state of the owner; None if the owner's state is the part's.
+        name: name of the parameter if the owner is not the given parameter itself; else empty.
     """
 
     data: Tensor
@@ -45,31 +45,31 @@ class Part:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the part."""
+        """Shape of the part."""
         return self.data.shape
 
     @property
     def ndim(self) -> int:
-        """Dimensions of the part."""
+        """Number of dimensions of the part."""
         return self.data.ndim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameter."""
+        """The parameter's dtype."""
         return self.data.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the numbers."""
+        """The device of the numbers."""
         return self.data.device
 
     def numel(self) -> int:
-        """Elements of the part."""
+        """Number of elements of the part."""
         return self.data.numel()
 
     @property
     def grad(self) -> Tensor | None:
-        """The part of the gradient."""
+        """The gradient of the part, or None."""
         grad = self.owner.grad
         if grad is None or self.data is self.owner:
             return grad if grad is None else plain(grad)
@@ -80,7 +80,7 @@ class Part:
 
     @property
     def identity(self) -> Any:
-        """The same from step to step; the tensors may be others."""
+        """A key that stays the same from step to step, even if the tensors are replaced."""
         return id(self.owner) if self.key is None else (id(self.owner), self.key)
 
 
@@ -89,14 +89,15 @@ BatchAxes = Callable[[tuple[int, ...], Mapping[str, Any]], int]
 
 
 def whole_shape(p: Shaped) -> tuple[int, ...]:
-    """Shape of the parameter that this is, or is a part of."""
+    """Shape of the whole parameter: of a part, the parameter that it belongs to."""
     return p.whole if isinstance(p, Part) else tuple(p.shape)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is a DTensor.
 
-    By name: importing `torch.distributed.tensor` costs a second, and builds without distributed have none.
+    The class is recognized by its name, because importing `torch.distributed.tensor` costs a second, and builds of
+    torch without distributed do not have it.
     """
     return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
@@ -104,28 +105,28 @@ def is_dtensor(tensor: Tensor) -> bool:
 class Parts:
     """The parts of every parameter of an optimizer.
 
-    It is no state: it is made anew for a copy. What lies where in a flat partition is found out once: it stays so as
-    long as there is the partition, while its numbers may move (``offload_states``).
+    They are not part of the state: a copy of an optimizer makes its own. The contents of a flat partition are looked up
+    once, because they stay the same as long as the partition exists, even if its numbers move (``offload_states``).
 
     No reference to a given parameter is kept. A strong one would keep a whole model alive that FSDP2 has replaced by
-    shards, and a weak one would make `torch.utils.swap_tensors` refuse the parameter, and with it ``module.to()`` of
-    every FSDP2 model. Only where a flat partition has taken the place of the given parameters are these looked for
-    again, among everything that the garbage collector knows.
+    shards. A weak one would make `torch.utils.swap_tensors` refuse the parameter, and with it ``module.to()`` of every
+    FSDP2 model. If a flat partition has replaced the given parameters, and only then, they are searched for among all
+    objects that the garbage collector knows.
     """
 
     def __init__(self) -> None:
         self.originals: list[Original] = []
         self._groups: list[int] = []
-        self._identities: list[int] = []  # of the given parameters, as in `originals`
+        self._identities: list[int] = []  # identities of the given parameters, in the order of `originals`
         self._given: dict[int, tuple[int, ...] | None] = {}  # identity of a given parameter -> its shape
         self._flat: dict[int, tuple[weakref.ref[Tensor], int, list[Piece] | None]] = {}
         self._found: dict[int, Tensor] | None = None
         self._looking = 0
-        # Identity of a flat partition -> entries of its state, and by piece the names of its tensors: there, here.
+        # Identity of a flat partition -> (size of its state, {piece: [(name within the piece, name in the state)]}).
         self._names: dict[int, tuple[int, dict[str, list[tuple[str, str]]]]] = {}
 
     def state_of(self, part: Part, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of a part, `nested`, in that of its owner; it may be empty."""
+        """The state of a part, `nested`, from the state of its owner; it may be empty."""
         if part.key is None:
             return nested(state)
         size, names = self._names.get(id(part.owner), (-1, {}))
@@ -137,12 +138,12 @@ class Parts:
             self._names[id(part.owner)] = len(state), names
         try:
             return nested({inner: state[name] for inner, name in names.get(part.key, ())})
-        except KeyError:  # somebody has put entries in the place of others
+        except KeyError:  # other code has replaced entries by others of the same number
             del self._names[id(part.owner)]
             return self.state_of(part, state)
 
     def add(self, group: Mapping[str, Any], number: int, batch_axes: BatchAxes = lambda whole, group: 0) -> None:
-        """Remember the parameters of a new group: a framework may put other tensors in their place.
+        """Remember the parameters of a new group, because a framework may replace them by other tensors.
 
         ``batch_axes`` says how many of the first axes of a parameter of the group are a batch of matrices.
         """
@@ -160,7 +161,7 @@ class Parts:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Within the block, given parameters are looked for at most once."""
+        """Within the block, given parameters are searched for at most once."""
         self._looking += 1
         try:
             yield
@@ -170,28 +171,29 @@ class Parts:
                 self._forget()
 
     def _find(self, identity: int) -> Tensor | None:
-        """A given parameter, where it still exists."""
+        """A given parameter, if it still exists."""
         if self._found is None:
             found = {id(one): one for one in gc.get_objects() if id(one) in self._given}
             self._found = {key: one for key, one in found.items() if isinstance(one, Tensor)}
         return self._found.get(identity)
 
     def _forget(self) -> None:
-        # What ZeRO runs is alive as long as its engine is; what a framework has replaced must not be kept alive.
+        # Parameters that ZeRO runs live as long as its engine. Parameters that a framework has replaced must not be
+        # kept.
         if self._found is not None and not deepspeed.managed(self.originals):
             self._found = None
 
     def of(self, index: int, p: Tensor) -> list[Part]:
-        """The parts of a tensor in a parameter group; none where a flat partition holds nothing but padding.
+        """The parts of a tensor in a parameter group; an empty list if a flat partition holds nothing but padding.
 
         Args:
-            index: of the tensor in the group.
+            index: number of the tensor in the group.
             p: the tensor.
 
         Raises:
-            ValueError: it is a flat partition, and what lies where in it cannot be found.
+            ValueError: it is a flat partition whose contents cannot be determined.
         """
-        # Without DeepSpeed there are no flat partitions, and no need to remember which tensors are none.
+        # Without DeepSpeed there are no flat partitions, so there is no need to remember which tensors are ordinary.
         foreign = p.ndim == 1 and "deepspeed" in sys.modules and not self._was_given(p)
         if not foreign or is_dtensor(p) or not self.originals:
             return [Part(local_of(p), p, index, tuple(p.shape), _shard(p, index))]
@@ -216,28 +218,29 @@ class Parts:
         return self._given.get(id(p)) == shape
 
     def _pieces(self, flat: Tensor) -> list[Piece] | None:
-        """What lies in a flat partition; None: it is an ordinary parameter."""
+        """The contents of a flat partition; None if it is an ordinary parameter."""
         fragments = deepspeed.fragments(flat, self.originals)
         return list(pieces(fragments, lambda f: self.originals[f.index].batch)) if fragments else None
 
     def rename(self, names: Mapping[int, str]) -> None:
-        """Call given parameters otherwise: identity -> name."""
+        """Give parameters other names: identity -> name."""
         self.originals = [
             replace(one, name=names.get(identity, one.name))
             for one, identity in zip(self.originals, self._identities, strict=True)
         ]
 
     def name_of(self, piece: Piece, names: Mapping[int, str]) -> str:
-        """What to call the piece's parameter: its name among these (identity -> name), or the one that it has."""
+        """The name of the piece's parameter: the one in ``names`` (identity -> name), else the one that it has."""
         return names.get(self._identities[piece.index], self.originals[piece.index].name)
 
     def group_of(self, piece: Piece) -> int:
-        """Number of the group that the piece's parameter was given in."""
+        """Number of the group that the piece's parameter belongs to."""
         return self._groups[piece.index]
 
     def process_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """The process groups over which parameters are spread, each once; none where each rank has all of them."""
-        # Marks of ZeRO outlive its engine: only who is given other tensors than his own is run by it.
+        """The distinct process groups over which parameters are spread; empty if each rank holds all of them."""
+        # ZeRO's attributes stay on parameters after its engine is gone. It runs only those whose group has other
+        # tensors.
         flat = any(not self._was_given(p) and not is_dtensor(p) for group in groups for p in group["params"])
         with self.looking():
             spread = [deepspeed.process_group(self.originals)] if flat else []
@@ -253,33 +256,34 @@ class Parts:
 
 
 def local_of(p: Tensor) -> Tensor:
-    """What this rank has of a DTensor; any other tensor as it is."""
+    """The local shard of a DTensor; any other tensor unchanged."""
     return _local(p) if is_dtensor(p) else p
 
 
 def local_grad(p: Any) -> Tensor:
-    """What this rank has of a gradient that is there."""
+    """The local shard of a gradient, which must exist."""
     grad = p.grad
     if not is_dtensor(grad):
         return plain(grad)
-    if grad.placements != p.placements:  # tensor parallelism may leave sums to be made
+    if grad.placements != p.placements:  # tensor parallelism may leave partial sums
         grad = grad.redistribute(p.device_mesh, p.placements)
     return _local(grad)
 
 
 def local_shards(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-    """What this rank has of DTensors, and how each is laid out: the same object as long as it is.
+    """The local shards of DTensors, and their layouts; the layout stays the same object until it changes.
 
-    DTensor's own names, at a tenth of the time of ``to_local``: they are read for every parameter in every step.
+    This reads DTensor's private attributes, at a tenth of the time of ``to_local``, because it reads them for every
+    parameter in every step.
     """
     return list(map(_LOCAL, tensors)), list(map(_LAYOUT, tensors))
 
 
 def gradients_of_shards(grads: Sequence[Any], layouts: Sequence[Any]) -> list[Any] | None:
-    """What this rank has of gradients; None unless each is a DTensor that is placed as its parameter is."""
+    """The local shards of gradients; None unless each is a DTensor with the placements of its parameter."""
     try:
         local, own = local_shards(grads)
-    except AttributeError:  # an ordinary tensor
+    except AttributeError:  # an ordinary tensor is among them
         return None
     same = all(map(is_, own, layouts)) or list(map(_PLACEMENTS, own)) == list(map(_PLACEMENTS, layouts))
     return local if same else None
@@ -291,7 +295,7 @@ _LOCAL, _LAYOUT, _PLACEMENTS = attrgetter("_local_tensor"), attrgetter("_spec"),
 def _local(tensor: Any) -> Tensor:
     with torch.no_grad():
         local = tensor.to_local()
-    # Of a reduction that is still under way.
+    # Wait for a reduction that is not finished.
     return local.wait() if hasattr(local, "wait") else local
 
 
@@ -301,8 +305,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def has_address(tensor: Tensor) -> bool:
     """Whether the numbers of a tensor are in its own memory, in the order that its strides say.
 
-    A subclass with operations of its own (`torch.Tensor.__torch_dispatch__`) may have none (quantized weights, fake
-    tensors, results of collectives that are under way), or keep something else there.
+    A subclass with operations of its own (`torch.Tensor.__torch_dispatch__`) may have no such memory (quantized
+    weights, fake tensors, unfinished results of collectives), or may keep something else there.
     """
     own = type(tensor) in _PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     if not own or tensor.layout != torch.strided or tensor._is_zerotensor():
@@ -314,7 +318,7 @@ def has_address(tensor: Tensor) -> bool:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether an ordinary tensor's memory, or a part of it, was given back (``untyped_storage().resize_(0)``)."""
+    """Whether the memory of an ordinary tensor, or a part of it, was freed (``untyped_storage().resize_(0)``)."""
     own = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and tensor.layout == torch.strided
     if not own or tensor.numel() == 0 or tensor.device.type == "meta" or tensor._is_zerotensor():
         return False
@@ -323,12 +327,12 @@ def is_freed(tensor: Tensor) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether it is a tensor of `FakeTensorMode`, which has a shape and no numbers."""
+    """Whether it is a tensor of `FakeTensorMode`, which has a shape but no numbers."""
     return any(cls.__name__ == "FakeTensor" for cls in type(tensor).__mro__)
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The numbers of a subclass with operations of its own as an ordinary tensor; other tensors as they are.
+    """An ordinary tensor with the numbers of a subclass that has operations of its own; other tensors unchanged.
 
     Raises:
         ValueError: the subclass cannot be copied into an ordinary tensor.
@@ -336,7 +340,7 @@ def plain(tensor: Tensor) -> Tensor:
     if has_address(tensor) or tensor.layout != torch.strided or is_fake(tensor) or is_freed(tensor):
         return tensor
     try:
-        if hasattr(tensor, "wait"):  # of a collective that is under way
+        if hasattr(tensor, "wait"):  # result of an unfinished collective
             return tensor.wait()
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
     except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -347,15 +351,15 @@ def plain(tensor: Tensor) -> Tensor:
         ) from error
 
 
-# Subclasses that a step has been able to read and to write.
+# Subclasses of Tensor that steps have read and written.
 _WRITABLE: set[type] = set()
 
 
 def check_writable(tensor: Tensor, label: str) -> None:
-    """Try, on a copy, what `opened` does to a parameter of a subclass with operations of its own.
+    """Try on a copy what `opened` does to a parameter whose subclass has operations of its own.
 
     Raises:
-        ValueError: it cannot be read, or not be written; names the type.
+        ValueError: it cannot be read or cannot be written; the message names the type.
     """
     kind = type(tensor)
     if has_address(tensor) or is_fake(tensor) or kind in _WRITABLE:
@@ -373,10 +377,10 @@ def check_writable(tensor: Tensor, label: str) -> None:
 
 @contextmanager
 def opened(part: Part) -> Iterator[Part]:
-    """A part whose numbers an eager step can change tile by tile.
+    """Make the numbers of a part writable tile by tile for an eager step.
 
     Quantized weights and other subclasses with operations of their own are changed in an ordinary copy, one parameter
-    at a time, and take the result at the end.
+    at a time, and get the result at the end.
     """
     if has_address(part.data) or is_fake(part.data):
         yield part
@@ -394,30 +398,31 @@ def _shard(p: Any, index: int) -> Piece | None:
     row, column = (start[0] if start else 0), 0
     if len(whole) > 1:
         if any(start[2:]) or local[2:] != whole[2:]:
-            row = column = -1  # columns of the matrix that do not adjoin
+            row = column = -1  # the shard is not one range of columns of the matrix
         else:
             column = start[1] * prod(whole[2:])
     return Piece(index, whole, local, row, column)
 
 
 def offsets(p: Any) -> tuple[int, ...]:
-    """Where the local shard of a DTensor starts, along each dimension."""
+    """The offsets of a DTensor's local shard, one for each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return tuple(compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1])
 
 
 def wrap(p: Any, tensors: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a DTensor's local shard as DTensors, which a distributed checkpoint keeps apart for each rank.
+    """The state of a DTensor's local shard as DTensors, which a distributed checkpoint stores separately for each rank.
 
-    A tensor of size s becomes one of size (W, *s), sharded along the first dimension (one for each mesh dimension that
-    shards the parameter): plain tensors would count as the same on every rank, and all but one would be lost.
+    A tensor of size s becomes one of size (W, *s) that is sharded along the first dimension (one such dimension for
+    each mesh dimension that shards the parameter). Plain tensors would count as equal on all ranks, and only one would
+    be saved.
 
     Args:
         p: the parameter.
         tensors: its state; nested.
-        layout: name -> size, nested likewise, of the largest shard's state: all ranks have to agree on a size, so
-            smaller ones are filled up with zeros.
+        layout: name -> size of the largest shard's state, nested likewise. All ranks have to agree on a size, so
+            smaller tensors are padded with zeros.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -453,7 +458,7 @@ def wrap(p: Any, tensors: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[
 
 
 def unwrap(value: Any, lead: int) -> Any:
-    """This rank's part of what `wrap` made; nested. ``lead``: dimensions that it put in front."""
+    """This rank's part of what `wrap` made; nested. ``lead`` is the number of dimensions that `wrap` added."""
     if isinstance(value, Mapping):
         return {key: unwrap(v, lead) for key, v in value.items()}
     if isinstance(value, Tensor) and is_dtensor(value):
@@ -463,7 +468,10 @@ def unwrap(value: Any, lead: int) -> Any:
 
 
 def trim(value: Any, layout: Any) -> Any:
-    """What was filled up, cut to the sizes of ``layout``; what does not fit is left for those who check it."""
+    """Tensors without their padding, cut to the sizes of ``layout``; a tensor that does not fit is left unchanged.
+
+    Later checks report such a tensor.
+    """
     if isinstance(layout, Mapping):
         if not isinstance(value, Mapping):
             return value
@@ -475,12 +483,12 @@ def trim(value: Any, layout: Any) -> Any:
 
 
 def leading(p: Any) -> int:
-    """Dimensions that `wrap` puts in front of state."""
+    """Number of dimensions that `wrap` puts in front of the state."""
     return sum(1 for placement in p.placements if not placement.is_replicate())
 
 
 def largest(p: Any) -> Tensor:
-    """A tensor without memory, of the shape that the largest local shard of a DTensor has at most."""
+    """A tensor without memory, with the maximum shape of a local shard of a DTensor."""
     shape = list(p.shape)
     for k, placement in enumerate(p.placements):
         if not placement.is_replicate():
@@ -494,7 +502,7 @@ def agree(flag: bool, groups: Sequence[Any]) -> bool:
         return flag
     import torch.distributed as dist
 
-    # Of a device that the groups can reduce on.
+    # The tensor has to be on a device that the groups can reduce on.
     on_cpu = all("gloo" in dist.get_backend(group) for group in groups)
     device = None if on_cpu else torch.accelerator.current_accelerator()
     tensor = torch.tensor(int(flag), device=device or "cpu")

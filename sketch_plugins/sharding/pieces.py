@@ -1,13 +1,14 @@
-"""What a rank holds of a parameter: pieces of its matrix, each a matrix of its own.
+"""The pieces of a parameter's matrix that a rank holds; each is a matrix of its own.
 
 A parameter of shape ``(R, ...)`` is an R x D matrix (`sketch_plugins.sharding.blocks.matrix_shape`). A rank that holds
-a part of it holds a few rectangles of that matrix: the local shard of a DTensor is one; the consecutive elements that a
-flat partition of DeepSpeed's ZeRO keeps are a part of a first row, a body of whole rows, a part of a last row. Each
-piece is handled as a tensor of its own shape, so that covers, sketches and preconditioners keep their structure.
+a part of it holds a few rectangles of that matrix. The local shard of a DTensor is one rectangle. The consecutive
+elements in a flat partition of DeepSpeed's ZeRO are a part of a first row, a block of whole rows, and a part of a last
+row. Each piece is handled as a tensor of its own shape, so that covers, sketches and preconditioners keep their
+structure.
 
-Of a batch of matrices ``(E, R, D)`` (experts) a row of that matrix is a whole matrix of its own, and what a rank holds
-of one is cut likewise: a part of a first row, a body of whole rows, a part of a last row. No piece has rows of two
-matrices unless it consists of whole ones.
+In a batch of matrices ``(E, R, D)`` (experts), a row of the R x D matrix above is itself a whole matrix. A rank's part
+of such a matrix is cut in the same way: a part of a first row, a block of whole rows, and a part of a last row. A piece
+has rows of two matrices only if it consists of whole matrices.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def is_lazy(p: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A parameter as its optimizer was given it, before a framework put other tensors in its place.
+    """A parameter as it was given to its optimizer, before a framework replaced it by other tensors.
 
     Attributes:
-        ref: returns it, or None where it does not exist any more: a weak reference, or a search.
-        shape: of the whole parameter.
+        ref: returns the parameter, or None if it no longer exists: a weak reference, or a search.
+        shape: shape of the whole parameter.
         index: its number among all the parameters of the optimizer.
-        name: what to call it.
+        name: its name in messages.
         batch: how many of its first axes are a batch of matrices.
     """
 
@@ -57,8 +58,8 @@ class Fragment:
         index: number of the parameter among all those of its optimizer.
         whole: shape of the whole parameter.
         start: its first element, in the parameter's own (row-major) order.
-        numel: how many.
-        offset: where they start in the flat tensor.
+        numel: number of elements.
+        offset: offset of the first one in the flat tensor.
     """
 
     index: int
@@ -75,11 +76,11 @@ class Piece:
     Attributes:
         index: number of the parameter among all those of its optimizer.
         whole: shape of the whole parameter.
-        shape: of the piece: ``(rows, *whole[1:])`` for whole rows, else ``(rows, columns)``; vectors: ``(n,)``. Of a
-            matrix of a batch the rows and columns are those of that matrix: all of it lies within one row.
+        shape: shape of the piece: ``(rows, *whole[1:])`` for whole rows, else ``(rows, columns)``; vectors: ``(n,)``. A
+            part of one matrix of a batch has the rows and columns of that matrix, and lies within one row.
         row: first row in the parameter's matrix.
         column: first column.
-        offset: where it starts in the flat tensor that holds it; 0 where there is none.
+        offset: its offset in the flat tensor that holds it; 0 if there is none.
     """
 
     index: int
@@ -91,7 +92,7 @@ class Piece:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
@@ -101,12 +102,12 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Names it among the pieces in a flat tensor; `index_of` reads it."""
+        """Name of the piece among the pieces in a flat tensor; `index_of` reads it."""
         return f"{self.index}[{self.row},{self.column}:{'x'.join(map(str, self.shape))}]"
 
     @property
     def place(self) -> Tensor:
-        """``(row, column, *whole)``, int64: what a checkpoint says of it."""
+        """``(row, column, *whole)``, int64: the entry of a checkpoint that says which piece it is."""
         return torch.tensor([self.row, self.column, *self.whole], dtype=torch.int64)
 
     def of(self, flat: Tensor) -> Tensor:
@@ -125,12 +126,12 @@ def index_of(key: str) -> int:
 
 
 def pieces(fragments: Sequence[Fragment], batch: Callable[[Fragment], int] = lambda f: 0) -> Iterator[Piece]:
-    """Fragments as pieces: of each a part of a first row, a body of whole rows, a part of a last row.
+    """Cut fragments into pieces: a part of a first row, a block of whole rows, and a part of a last row for each.
 
     Args:
         fragments: of any parameters.
         batch: how many of the first axes of a fragment's parameter are a batch of matrices. Then the parts of the
-            first and of the last matrix are cut once more, at the rows of the matrix.
+            first and of the last matrix are cut again, at the rows of the matrix.
     """
     for f in fragments:
         for piece in _cut(f):
@@ -141,7 +142,7 @@ def pieces(fragments: Sequence[Fragment], batch: Callable[[Fragment], int] = lam
 
 
 def _within(run: Piece, matrix: tuple[int, ...]) -> Iterator[Piece]:
-    """Consecutive elements of one matrix of a batch, cut at the rows of the matrix."""
+    """Cut consecutive elements of one matrix of a batch at the rows of the matrix."""
     for piece in _cut(Fragment(run.index, matrix, run.column, run.numel, run.offset)):
         column = piece.row * matrix_shape(matrix)[1] + piece.column
         yield replace(piece, whole=run.whole, row=run.row, column=column)
@@ -155,8 +156,8 @@ def _cut(f: Fragment) -> Iterator[Piece]:
         return
     columns = matrix_shape(f.whole)[1]
     end = f.start + f.numel
-    first, last = -(-f.start // columns), end // columns  # whole rows: [first, last)
-    if first > last:  # within one row
+    first, last = -(-f.start // columns), end // columns  # the whole rows are [first, last)
+    if first > last:  # the fragment lies within one row
         yield Piece(f.index, f.whole, (1, f.numel), last, f.start - last * columns, f.offset)
         return
     if f.start < first * columns:

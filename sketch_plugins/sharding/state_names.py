@@ -1,13 +1,13 @@
-"""Names in a parameter's state: one flat mapping from names to tensors, as torch's own optimizers keep.
+"""Names in a parameter's state: one flat mapping from names to tensors, as in torch's own optimizers.
 
 A store of a moment keeps several tensors, and a flat partition of ZeRO holds pieces of several parameters. The names
-say so, from the outside to the inside, with dots between::
+contain these levels, from the outside to the inside, with dots between them::
 
     step    first_moment.codes    first_moment.scales    second_moment.table
     3[0,0:64x32].step    3[0,0:64x32].first_moment.codes
 
 Code that walks over a state, to count its bytes, to move it or to save it, then finds every tensor. The code of a step
-works on one part of a parameter at a time, and reads its state as a mapping of mappings: `nested`.
+works on one part of a parameter at a time, and reads its state as a mapping of mappings (`nested`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from sketch_plugins.sharding.pieces import is_key
 
-# State of a piece that says which one it is.
+# Entry in the state of a piece that says which piece it is.
 PLACE = "place"
-# What weights have beyond their parameter's dtype (``weight_bits``).
+# The bits of a weight beyond its parameter's dtype (``weight_bits``).
 CORRECTION = "weight_correction"
-#: Kinds of state that are ours. Wrappers of optimizers keep tensors of their own beside them.
+#: Kinds of state that are ours. Wrappers of optimizers keep other tensors beside them.
 STATE_NAMES = frozenset({"step", "first_moment", "second_moment", "preconditioner", "rms", CORRECTION, PLACE})
-#: Those that keep several tensors.
+#: Kinds that consist of several tensors.
 _GROUPS = STATE_NAMES - {"step", PLACE}
 
 
@@ -36,7 +36,7 @@ def is_ours(name: object) -> bool:
 
 
 def kind_of(name: object) -> object:
-    """Which of `STATE_NAMES` a name is of, whatever piece it belongs to: ``"first_moment"`` of first_moment.codes."""
+    """The kind in `STATE_NAMES` that a name has, in any piece: ``"first_moment"`` for ``first_moment.codes``."""
     if not isinstance(name, str):
         return name
     first, _, rest = name.partition(".")
@@ -44,7 +44,7 @@ def kind_of(name: object) -> object:
 
 
 def is_step(name: str) -> bool:
-    """Whether it is the name of a part's number of steps."""
+    """Whether it is the name of the step count of a part."""
     return kind_of(name) == "step"
 
 
@@ -52,8 +52,8 @@ def flattened(state: Mapping[Any, Any], key: str | None = None) -> dict[Any, Any
     """A state with one level: ``{"first_moment": {"codes": x}}`` is ``{"first_moment.codes": x}``.
 
     Args:
-        state: of a part of a parameter, or of a whole flat partition. Entries of others stay as they are.
-        key: of the piece that it is the state of; None: of the whole parameter.
+        state: state of a part of a parameter, or of a whole flat partition. Other code's entries stay unchanged.
+        key: key of the piece that the state belongs to; None for the whole parameter.
     """
     return dict(_entries(state, "" if key is None else f"{key}."))
 
@@ -67,9 +67,9 @@ def _entries(state: Mapping[Any, Any], before: str) -> Iterator[tuple[Any, Any]]
 
 
 def nested(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What `flattened` was made of; checkpoints of older versions have these levels already. The values are the same.
+    """Undo `flattened`. Checkpoints of older versions have these levels already. The values are the same.
 
-    Entries of others stay as they are.
+    Other code's entries stay unchanged.
     """
     out: dict[Any, Any] = {}
     for name, value in state.items():
