@@ -1,4 +1,4 @@
-"""Checkpoints of sharded runs, rewritten for another number of ranks."""
+"""Checkpoints: conversion from torch's optimizers, resharding for another number of ranks, and reports."""
 
 from sketch_plugins.checkpoints.saved import CannotReshard, Report, SavedOptimizer
 

@@ -1,4 +1,4 @@
-"""``sketch-plugins reshard``: finds out whose checkpoint it is, shows what is done, and says what went wrong."""
+"""``sketch-plugins reshard``: recognizes the framework of a checkpoint, reshards it, and reports what was done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sketch_plugins.memory.report import format_bytes
 
 
 def main(checkpoint: str, world_size: int, output: str | None, trust: bool, program: str) -> int:
-    """Run the command; its exit status: 0, or 1 where nothing was written."""
+    """Run the command and return its exit status: 0, or 1 if nothing was written."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
@@ -32,8 +32,8 @@ def main(checkpoint: str, world_size: int, output: str | None, trust: bool, prog
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     before, after = map(format_bytes, report.nbytes)
-    out = Console(markup=False, emoji=False)  # paths may have brackets
-    # Not the title and caption of the table, which is no wider than its columns.
+    out = Console(markup=False, emoji=False)  # paths may contain brackets
+    # Not the table's title or caption, because these are no wider than its columns.
     out.print(f"{report.output}: {report.before} -> {report.after} processes", soft_wrap=True, highlight=False)
     out.print(f"{report.framework}, {report.optimizer}, {report.parameters:,} parameters", highlight=False)
     out.print(table(report))
@@ -42,7 +42,7 @@ def main(checkpoint: str, world_size: int, output: str | None, trust: bool, prog
 
 
 def table(report: Report) -> Table:
-    """What was done, kind of state by kind of state."""
+    """A table of what was done, with a row for each kind of state."""
     out = Table()
     out.add_column("state")
     out.add_column("pieces", justify="right")
@@ -57,7 +57,7 @@ def table(report: Report) -> Table:
 
 
 def _implementation(path: Path) -> Callable[..., Report]:
-    """The function for the framework that wrote the checkpoint. Nothing is imported before it is known."""
+    """The function for the framework that wrote the checkpoint. No framework is imported before it is known."""
     if (path / ".metadata").is_file():
         name, framework = "sketch_plugins.checkpoints.distributed", ""
     else:

@@ -1,4 +1,4 @@
-"""``sketch-plugins convert``: a copy of AdamW's checkpoint with the state of a sketched optimizer."""
+"""``sketch-plugins convert``: write a copy of AdamW's checkpoint with the state of a sketched optimizer."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from sketch_plugins.optim import SketchOptimizer, Sketchy
 from sketch_plugins.optim.convert import convert_state, is_foreign
 from sketch_plugins.optim.hyperparameters import carried_over
 
-#: What each of torch's optimizers has in a group, with the values of checkpoints that are older than the key.
+#: Keys in the groups of torch's optimizers, with the values for checkpoints that are older than the key.
 _GROUPS: dict[str, dict[str, Any]] = {
     "Adam": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
     "SGD": {"momentum": 0, "dampening": 0, "nesterov": False},
     "Adagrad": {"lr_decay": 0, "eps": 1e-10, "initial_accumulator_value": 0},
 }
-#: Keys by which a group tells whose it is; the other optimizers that have them have further ones.
+#: Keys that identify the optimizer of a group. Other optimizers that have all of them also have other keys.
 _TELLING = {"Adam": {"betas", "amsgrad"}, "SGD": {"momentum", "dampening"}, "Adagrad": {"lr_decay"}}
 _OTHERS = {"momentum_decay", "alpha", "rho", "beta2_decay", "clip_threshold"}
 
 
 class CannotConvert(ValueError):
-    """What is wrong with the request or the checkpoint; nothing was written."""
+    """Something is wrong with the request or the checkpoint; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Group:
 
 @dataclass
 class Converted:
-    """What was done.
+    """The result of a conversion.
 
     Attributes:
         output: file or directory that was written.
-        framework: whose checkpoint it is.
+        framework: the framework that wrote the checkpoint.
         optimizers: the groups of each optimizer that was converted.
         notes: what the user should know.
     """
@@ -71,7 +71,7 @@ class Converted:
 def main(
     checkpoint: str, name: str, optim_args: str | None, out: str | None, force: bool, trust: bool, program: str
 ) -> int:
-    """Run the command; its exit status: 0, or 1 where nothing was written."""
+    """Run the command and return its exit status: 0, or 1 if nothing was written."""
     try:
         done = convert(checkpoint, name, optim_args, out, force=force, trust=trust)
     except (ValueError, OSError) as error:
@@ -86,7 +86,7 @@ def main(
 
 
 def table(done: Converted, name: str) -> Table:
-    """Bytes of state before and after, group by group."""
+    """A table of the bytes of state before and after, with a row for each group."""
     out = Table()
     out.add_column("state of")
     for heading in ("parameters", "elements", "before", name, "of it"):
@@ -121,23 +121,23 @@ def convert(
 ) -> Converted:
     """Write a copy of a checkpoint of AdamW, Adam, SGD or Adagrad with the state of a sketched optimizer.
 
-    The state is what `convert_state` makes of it, bit for bit. Learning rates, betas, epsilons and weight decays of the
-    groups stay. Everything else in the checkpoint stays, too.
+    The state is the result of `convert_state`, bit for bit. Learning rates, betas, epsilons and weight decays of the
+    groups stay the same, and so does everything else in the checkpoint.
 
     Args:
-        checkpoint: directory of a Trainer's checkpoint (or accelerate's), file of Lightning or of ``torch.save`` with
-            the state dict of an optimizer at any depth.
-        name: of the registry.
-        optim_args: its options, as in Trainer: ``"compression=0.1,seed=1"``. Those that decide how state is kept have
-            to be given to the run that goes on, too.
-        out: what to write: a directory for a directory; for a file a file, or a directory to put it into; None: beside
+        checkpoint: directory of a Trainer's checkpoint (or accelerate's); or a file of Lightning or of ``torch.save``
+            that has the state dict of an optimizer at any depth.
+        name: name in the registry.
+        optim_args: its options, as in Trainer: ``"compression=0.1,seed=1"``. Options that decide how state is kept
+            have to be given to the run that continues, too.
+        out: the output: a directory for a directory; for a file a file, or a directory to put it into. None: beside
             the checkpoint, with ``-NAME`` in its name.
-        force: replace an output that exists; ``out`` may be the checkpoint itself.
+        force: replace an existing output; ``out`` may be the checkpoint itself.
         trust: unpickle objects that are neither tensors nor plain values.
 
     Raises:
-        ValueError: an unknown optimizer or option; no such checkpoint, or one that cannot be converted; the output is
-            there. Nothing has been written then.
+        ValueError: an unknown optimizer or option; no such checkpoint, or one that cannot be converted; the output
+            exists. Nothing has been written then.
     """
     options = _options(name, optim_args)
     root = Path(checkpoint)
@@ -178,12 +178,12 @@ def _options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str,
             "checkpoint. Remove lr"
         )
     parsed = registry.parse_options(name, given)
-    registry.get(name).cls([torch.empty(0)], **parsed)  # the constructor knows which values go together
+    registry.get(name).cls([torch.empty(0)], **parsed)  # the constructor checks which values go together
     return parsed
 
 
 def _files(root: Path) -> list[Path]:
-    """The files of a checkpoint in which state dicts of optimizers are."""
+    """The files of a checkpoint that contain state dicts of optimizers."""
     if root.is_file():
         return [root]
     if not root.is_dir():
@@ -228,7 +228,7 @@ def _target(root: Path, name: str, out: str | os.PathLike[str] | None, force: bo
 
 
 def _replaced(value: Any, made: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
-    """The value with every state dict of one of torch's optimizers converted; the same object where there is none."""
+    """The value with every state dict of one of torch's optimizers converted; the same object if it has none."""
     if isinstance(value, Mapping):
         if report.is_state_dict(value):
             return made(value) if is_foreign(value) else value
@@ -274,7 +274,7 @@ def _converted(
 
 
 def _optimizer(saved: Mapping[str, Any], name: str, options: Mapping[str, Any], notes: list[str]) -> SketchOptimizer:
-    """One of ours for parameters of the shapes that the state has, with the hyperparameters of its groups."""
+    """An optimizer of ours for parameters of the shapes that the state has, with the hyperparameters of its groups."""
     cls = registry.get(name).cls
     groups = []
     for number, group in enumerate(saved["param_groups"]):
@@ -302,7 +302,7 @@ def _optimizer(saved: Mapping[str, Any], name: str, options: Mapping[str, Any], 
 
 
 def _needs_weights(optimizer: SketchOptimizer, group: Mapping[str, Any]) -> str | None:
-    """The option for which `convert_state` looks at the parameters; None: it does not."""
+    """The option that makes `convert_state` read the parameters; None if no option does."""
     if group.get("lagged_rms"):
         return "lagged_rms"
     momentum = group.get("first_moment", "none") != "none" and group.get("momentum_placement") != "after"
@@ -312,7 +312,7 @@ def _needs_weights(optimizer: SketchOptimizer, group: Mapping[str, Any]) -> str 
 
 
 def _kind(group: Mapping[str, Any], number: int, notes: list[str]) -> tuple[str, dict[str, Any]]:
-    """Whose group it is, and the group with all that this optimizer has in it."""
+    """The torch optimizer that a group belongs to, and the group with all the keys of this optimizer."""
     found = [kind for kind, telling in _TELLING.items() if telling <= group.keys() and not _OTHERS & group.keys()]
     if not found:
         keys = ", ".join(key for key in group if key not in ("params", "param_names"))
@@ -334,7 +334,7 @@ def _kind(group: Mapping[str, Any], number: int, notes: list[str]) -> tuple[str,
 
 
 def _parameter(state: Mapping[str, Any] | None) -> Tensor:
-    """A parameter of the shape that its state has. Nobody looks at its numbers, and its memory is never touched."""
+    """A parameter of the shape that its state has. Its numbers are not read, and its memory is never touched."""
     for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum"):
         kept = (state or {}).get(key)
         if isinstance(kept, Tensor):
@@ -346,7 +346,7 @@ def _parameter(state: Mapping[str, Any] | None) -> Tensor:
 
 
 def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> None:
-    """All of it or nothing: what is written gets its name when it is complete."""
+    """Write all of it or nothing: each output gets its name when it is complete."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if root.is_file() or (target.exists() and target.samefile(root)):
@@ -360,7 +360,7 @@ def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> 
                         shutil.copymode(file, part)
                     written.append((part, file))
                 for part, file in written:
-                    if file.exists() and not force:  # somebody has made it in the meantime
+                    if file.exists() and not force:  # another process has created it in the meantime
                         raise CannotConvert(f"{file} exists already: choose another --out")
                     os.replace(part, file)
             return
@@ -386,7 +386,7 @@ def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> 
 
 
 def _check_replaceable(target: Path, root: Path) -> None:
-    """Raise `CannotConvert` unless a folder holds a checkpoint as ``root`` does: all that is in it would be lost."""
+    """Raise `CannotConvert` unless a folder holds a checkpoint like ``root``: all its contents would be lost."""
     own = {path.name for path in root.iterdir()}
     there = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
     others = sorted(there - own)
@@ -400,7 +400,7 @@ def _check_replaceable(target: Path, root: Path) -> None:
 
 @contextmanager
 def _partial(parent: Path, name: str) -> Iterator[Path]:
-    """A directory beside what is to be written, on the same file system; it is removed in the end."""
+    """A directory beside the output, on the same file system; it is removed at the end."""
     folder = parent / f".{name}.{os.getpid()}.partial"
     folder.mkdir()
     try:
@@ -415,5 +415,5 @@ def _save(value: Any, file: Path) -> None:
             torch.save(value, stream)
             stream.flush()
             os.fsync(stream.fileno())
-    except RuntimeError as error:  # torch's writer has no common kind of error for a full disk
+    except RuntimeError as error:  # torch's writer has no specific error for a full disk
         raise CannotConvert(f"{file.name} cannot be written: {error}") from error

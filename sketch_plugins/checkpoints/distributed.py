@@ -1,9 +1,10 @@
 """Rewrite a directory of torch.distributed.checkpoint (FSDP2) for another number of shards.
 
-Weights are DTensors there, which torch itself loads on any mesh. State of our optimizers belongs to a shard: a tensor
-of size s is kept as one of size ``(W, *s)`` for W shards (`sketch_plugins.sharding.parts.wrap`), and torch refuses it
-for another W, for sizes differ. Here each shard's state is cut anew (`sketch_plugins.checkpoints.recut`) and put into
-tensors for N shards. The shards are those of ``Shard(0)``, FSDP2's default: ``ceil(R / W)`` rows each.
+Weights are DTensors in such a checkpoint, and torch itself loads them on any mesh. The state of our optimizers belongs
+to a shard: a tensor of size s is kept as one of size ``(W, *s)`` for W shards (`sketch_plugins.sharding.parts.wrap`).
+torch refuses it for another W, because the sizes differ. This module recuts the state of each shard
+(`sketch_plugins.checkpoints.recut`) and puts it into tensors for N shards. The shards are those of ``Shard(0)``,
+FSDP2's default: ``ceil(R / W)`` rows each.
 """
 
 from __future__ import annotations
@@ -49,21 +50,21 @@ def reshard(
     trust: bool = False,
     progress: Progress = lambda done, of, what: None,
 ) -> Report:
-    """Write a copy of ``checkpoint`` for ``world_size`` shards (of HSDP: the size of the mesh dimension that shards).
+    """Write a copy of ``checkpoint`` for ``world_size`` shards (HSDP: the size of the mesh dimension that shards).
 
     All of it is read into memory at once, and written by this one process.
 
     Args:
         checkpoint: directory that ``torch.distributed.checkpoint.save`` was given. It holds, at any depth, a state dict
             of an optimizer with ``"state"`` and ``"param_groups"``, as `get_optimizer_state_dict` returns it.
-        world_size: shards that are to load it.
-        output: directory to write, ``CHECKPOINT-worldN`` by default. It appears when it is whole.
-        trust: unpickle objects other than plain values and what torch itself writes into the file ``.metadata``.
-        progress: called with the steps done, their number, and what is at hand.
+        world_size: number of shards that are to load it.
+        output: directory to write, ``CHECKPOINT-worldN`` by default. It gets this name when it is complete.
+        trust: unpickle objects other than plain values and those that torch itself writes into the file ``.metadata``.
+        progress: called with the number of finished steps, the number of all steps, and the name of the current one.
 
     Raises:
-        CannotReshard: it cannot be read; no state of an optimizer of sketch-plugins, or none that is sharded along
-            dimension 0 alone; ``world_size`` is less than 1 or the present one; the output is there already.
+        CannotReshard: the checkpoint cannot be read; it has no state of an optimizer of sketch-plugins, or none that is
+            sharded along dimension 0 alone; ``world_size`` is less than 1 or the present one; the output exists.
     """
     path = Path(checkpoint)
     target = output_of(path, world_size, output)
@@ -88,7 +89,7 @@ def reshard(
     assert report is not None
     with whole_or_not_at_all(target) as partial:
         try:
-            # Not `save`: torch 2.6 has no no_dist there.
+            # `save` cannot be used, because torch 2.6's has no no_dist.
             _save_state_dict(loaded, dcp.FileSystemWriter(partial), no_dist=True)
         except CheckpointException as error:
             raise CannotReshard(f"{target} cannot be written: {_inner(error)}") from error
@@ -96,7 +97,7 @@ def reshard(
 
 
 class _Planner(_EmptyStateDictLoadPlanner):
-    """Builds tensors and containers, and unpickles nothing but plain values."""
+    """Builds tensors and containers, and unpickles plain values only."""
 
     def __init__(self, trust: bool) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class _Planner(_EmptyStateDictLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-#: What torch writes into ``.metadata``, by module and name. Nothing in here runs code of the file's choice.
+#: The objects that torch writes into ``.metadata``, by module and name. None of them runs code that the file chooses.
 _METADATA = {
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -127,14 +128,14 @@ _METADATA = {
 
 
 class _Untrusted(UnpicklingError):
-    """Something that only code could make."""
+    """The file contains an object that only running code could make."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes nothing but what torch writes into ``.metadata``, which its own reader unpickles unseen."""
+    """Makes only the objects that torch writes into ``.metadata``; torch's own reader unpickles any object."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # A dotted name would reach whatever a module imports; none of these is dotted.
+        # A dotted name could reach everything that a module imports, but none of these names has a dot.
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _METADATA:
             raise _Untrusted(f"{module}.{name}")
@@ -142,7 +143,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _check_metadata(path: Path) -> None:
-    for file in sorted(path.glob("*.metadata")):  # a rank's own, too: torch falls back to it
+    for file in sorted(path.glob("*.metadata")):  # also the file of a single rank, which torch falls back to
         try:
             with file.open("rb") as stream:
                 _MetadataUnpickler(stream).load()
@@ -151,7 +152,7 @@ def _check_metadata(path: Path) -> None:
                 f"{file} contains Python objects other than torch's own ({error}), and unpickling them can run "
                 "code. If you trust the checkpoint, use --trust"
             ) from error
-        except Exception as error:  # a torn file may cause anything
+        except Exception as error:  # a damaged file may raise any error
             raise CannotReshard(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
 
 
@@ -161,7 +162,7 @@ def _load(path: Path, trust: bool) -> dict[str, Any]:
         _check_metadata(path)
     try:
         _load_state_dict(loaded, storage_reader=dcp.FileSystemReader(path), planner=_Planner(trust), no_dist=True)
-    except (Exception, CheckpointException) as error:  # which is no Exception; a torn file may cause anything
+    except (Exception, CheckpointException) as error:  # which is no Exception; a damaged file may raise any error
         inner = _inner(error)
         if isinstance(inner, UnpicklingError) and not trust:
             raise CannotReshard(
@@ -173,7 +174,7 @@ def _load(path: Path, trust: bool) -> dict[str, Any]:
 
 
 def _inner(error: BaseException) -> BaseException:
-    """The error of a process, of those that torch makes one of."""
+    """The error of one process, from the errors of all processes that torch combines into one."""
     inner: BaseException = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
     return inner
 
@@ -191,13 +192,13 @@ def _optimizers(value: Any) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Shards:
-    """``Shard(0)`` of a parameter over W shards, as torch cuts it."""
+    """``Shard(0)`` of a parameter over W shards, cut as torch does it."""
 
     whole: tuple[int, ...]
     world: int
 
     def piece(self, rank: int) -> Piece:
-        """One of them; the last ones may be empty."""
+        """The shard of one rank; the last ones may be empty."""
         part = -(-self.whole[0] // self.world)
         first = min(rank * part, self.whole[0])
         rows = min(part, self.whole[0] - first)
@@ -205,7 +206,7 @@ class _Shards:
 
     @property
     def largest(self) -> Piece:
-        """All ranks' tensors have the sizes of the first one's."""
+        """The first shard: the tensors of all ranks have its sizes."""
         return self.piece(0)
 
 
@@ -216,7 +217,7 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         key: (number, saved["state"][key])
         for number, group in enumerate(saved["param_groups"])
         for key in group["params"]
-        # What is whole on every rank is so on any number of them.
+        # State that every rank has whole is the same with any number of ranks.
         if PLACE in saved["state"].get(key, {})
     }
     before = {_shards(key, state, path).world for key, (_, state) in states.items()}
@@ -233,13 +234,13 @@ def _optimizer(saved: dict[str, Any], path: Path, world: int, target: Path, prog
         progress(done, len(states), str(key))
         shards = _shards(key, state, path)
         new = _Shards(shards.whole, world)
-        # What wrappers of the optimizer keep beside its state is saved whole, and stays.
+        # State that wrappers of the optimizer keep beside ours is saved whole, and stays unchanged.
         state = nested(state)
         own = {name: value for name, value in state.items() if is_ours(name)}
         others = {name: value for name, value in state.items() if name not in own}
         state = own
         dtype = torch.float64 if torch.float64 in set(_dtypes(state)) else torch.float32
-        if CORRECTION in state:  # of a parameter of half precision, whichever
+        if CORRECTION in state:  # the parameter is in half precision; any such dtype will do
             dtype = torch.bfloat16
         old = [
             _held(saved_optimizer, shards, rank, number, dtype, state, f"{key!r}, shard {rank},")
@@ -285,7 +286,7 @@ def _held(
     state: Mapping[str, Any],
     label: str,
 ) -> Held:
-    """One shard's state, cut to its own sizes."""
+    """The state of one shard, cut to its own sizes."""
     piece = shards.piece(rank)
     if not piece.numel:
         return Held(piece, {})
@@ -299,7 +300,7 @@ def _of(value: Any, rank: int) -> Any:
 
 
 def _stacked(parts: Sequence[Any], layout: Mapping[str, Any]) -> dict[str, Any]:
-    """The shards' states as tensors of size ``(N, *s)``; smaller ones are filled up with zeros."""
+    """The states of the shards as tensors of size ``(N, *s)``; smaller ones are padded with zeros."""
     out: dict[str, Any] = {}
     for name, size in layout.items():
         inner = [part.get(name) for part in parts]

@@ -1,44 +1,48 @@
-r"""State of a parameter's pieces, cut anew: what a run that was sharded over W ranks hands to one over W'.
+r"""Recut the state of a parameter's pieces: from a run that was sharded over W ranks to one over W' ranks.
 
-Every piece (`sketch_plugins.sharding.pieces`) has stores of its own, made for its own rows. Where a piece of the new
-partition is one of the old, its state is copied. Everywhere else the new state is made of what the old one *says*:
+Every piece (`sketch_plugins.sharding.pieces`) has stores of its own, made for its own rows. If a piece of the new
+partition is also one of the old partition, its state is copied. Otherwise the new state is made from the *estimates* of
+the old one:
 
 =================== ================================================================================================
-state               of a piece that was cut anew
+state               of a recut piece
 =================== ================================================================================================
 dense               exact, bit for bit
-int8                bit for bit in blocks that are blocks of the old pieces, too: of whole rows all of them. Blocks
-                    that were cut are encoded anew, an error of half a step of the new block at most
-count-min, row      exact where every row has a bucket of its own. Else the old estimates, averaged over the rows of
-count-min           each new bucket: within the least and the greatest of them, and with one table the sum over
-                    the rows stays what it was. The rows' own scales of row count-min stay. ``bucket="sum"``, and
-count-sketch        tables of signed sums: the same with estimates scaled to values of which the old table is the
-                    sketch (`Store.estimate_scale`), so that nothing is counted once for each row of a bucket
-cover               the maxima of the old estimates: never below them, so that upper bounds stay upper bounds
+int8                bit for bit in blocks that are also blocks of the old pieces; in whole rows these are all blocks.
+                    Blocks that were cut are encoded again, with an error of at most half a step of the new block
+count-min, row      exact if every row has a bucket of its own. Otherwise the old estimates, averaged over the rows of
+count-min           each new bucket: they lie between the smallest and the largest old estimate, and with one table the
+                    sum over the rows stays the same. The rows' own scales of row count-min stay. ``bucket="sum"``, and
+count-sketch        tables of signed sums: the same, with estimates scaled to values whose sketch is the old table
+                    (`Store.estimate_scale`), so that nothing is counted once for each row of a bucket
+cover               the maxima of the old estimates. They are never below the estimates, so upper bounds stay upper
+                    bounds
 covariances         see below
-weight corrections  exact, bit for bit: ``weight_bits``. Their fingerprints are left out: the weights that they come
-                    with are taken to be those of the checkpoint
-rms                 of ``lagged_rms``: over the old pieces that hold a part of the new one, weighed by their size
-steps               have to agree
+weight corrections  exact, bit for bit (``weight_bits``). Their fingerprints are left out: the weights that they are
+                    loaded with are taken to be those of the checkpoint
+rms                 (``lagged_rms``) averaged over the old pieces that overlap the new one, weighted by their size
+steps               have to be equal
 =================== ================================================================================================
 
-**Covariances.** That of axis a of a block is the sum over its other axes of products of slices, so it is a sum over any
-cut of these axes, and a cut of axis a itself leaves its diagonal blocks. With :math:`E_o` what places the coordinates
-of an overlap with an old block o among those of the new one, :math:`S_o` what picks them from the old ones, and
-:math:`\rho_o` the share of o's other axes that lies in the overlap
+**Covariances.** The covariance of axis a of a block is a sum of products of slices over its other axes. So it is a sum
+over any cut of these axes, and a cut of axis a itself leaves its diagonal blocks. For an overlap with an old block o,
+:math:`S_o` selects the coordinates of the overlap from those of o, :math:`E_o` places them among the coordinates of the
+new block, and :math:`\rho_o` is the share of o's other axes that lies in the overlap:
 
 .. math:: L = \sum_o \rho_o \, E_o S_o L_o S_o^\top E_o^\top
 
-Merging is exact up to rank k: :math:`\rho = 1`. What rows of a piece contribute to its columns' covariance is not
-known, and taken to be equal: :math:`\rho` is an assumption where a piece is split (and exact for its rows). Products
-between rows of two old pieces were never gathered: the covariance of merged rows is block diagonal. The factors are
-folded in float64, the largest k directions stay, and the trace is that of the whole: it adds up over every cut, tails
-included. With ``tail="trace"`` what escaped an old sketch is taken to be spread evenly over the directions outside of
-it, as its preconditioner takes it: :math:`L_o = V (values - tail) V^\top + tail \, I`. With ``"paper"`` and ``"sqrt"``
-the bound carries over: the largest sum of the old tails that any coordinate has, and what is cut off now.
+Merging is exact up to rank k, with :math:`\rho = 1`. It is not known how much each row of a piece contributes to the
+covariance of its columns, and all rows are taken to contribute equally: :math:`\rho` is an assumption if a piece is
+split (but exact for its rows). Products between rows of two old pieces were never gathered, so the covariance of merged
+rows is block diagonal. The factors are folded in float64, and the largest k directions stay. The trace is that of the
+whole covariance: it adds up over every cut, including the tails. With ``tail="trace"``, the part of the trace outside
+of an old sketch is taken to be spread evenly over the directions outside of it, as its preconditioner takes it:
+:math:`L_o = V (values - tail) V^\top + tail \, I`. With ``"paper"`` and ``"sqrt"`` the bound carries over: it is the
+largest sum of old tails over all coordinates, plus what is cut off now.
 
-What had gathered since the last solve is folded in first, as that solve would do. An old piece without a covariance for
-this axis (a part of a row) has no share in it; the others then stand for it, their trace grown in proportion.
+Statistics that were gathered since the last solve are folded in first, as the next solve would do it. An old piece
+without a covariance for this axis (a part of a row) contributes nothing. The other pieces then represent it, and their
+trace is scaled up in proportion.
 """
 
 from __future__ import annotations
@@ -65,19 +69,20 @@ from sketch_plugins.stores.base import CHUNK
 
 MOMENTS = ("first_moment", "second_moment")
 PRECONDITIONER = "preconditioner"
-RMS = "rms"  # of `lagged_rms`
+RMS = "rms"  # state of `lagged_rms`
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A piece of a parameter together with how its state is kept.
+    """A piece of a parameter, and how its state is kept.
 
     Attributes:
         piece: the rectangle.
-        stores: ``"first_moment"``, ``"second_moment"`` -> store, those that there are.
-        preconditioner: which covariances it has; None where it has none.
-        state: of an old piece: ``{"step": ..., "first_moment": {...}, ...}`` or nothing; of a new one it is filled.
-        tail: what the covariances' tails mean, see `frequent_directions.fold`.
+        stores: ``"first_moment"``, ``"second_moment"`` -> store, for the moments that it keeps.
+        preconditioner: the covariances that it has; None if it has none.
+        state: of an old piece ``{"step": ..., "first_moment": {...}, ...}`` or nothing; `recut` fills that of a new
+            one.
+        tail: meaning of the covariances' tails, see `frequent_directions.fold`.
         batch: how many of the first axes of the whole parameter are a batch of matrices.
     """
 
@@ -90,7 +95,7 @@ class Held:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """``(rows, columns)`` of the piece, as its moments have them: rows of all its matrices."""
+        """``(rows, columns)`` of the piece, as its moments have them: the rows of all its matrices."""
         return matrix_shape(self.piece.shape, 0 if self._within else self.batch)
 
     @property
@@ -102,7 +107,7 @@ class Held:
 
     @property
     def box(self) -> Box:
-        """Its matrices, and its rows and columns in each of them. What is no batch is one matrix."""
+        """Its matrices, and its rows and columns in each of them. A parameter that is not a batch has one matrix."""
         rows, columns = self.rectangle
         if not self.batch:
             return Box(Span(0, 1), rows, columns)
@@ -114,27 +119,27 @@ class Held:
 
     @property
     def _within(self) -> bool:
-        """Whether it lies within one row of the parameter's matrix, and its shape says how it is cut in there."""
+        """Whether it lies within one row of the parameter's matrix, so that its shape describes a part of this row."""
         return len(self.piece.shape) < len(self.piece.whole)
 
 
 class Span(NamedTuple):
-    """``[lo, hi)``."""
+    """The range ``[lo, hi)``."""
 
     lo: int
     hi: int
 
     @property
     def size(self) -> int:
-        """How many; of a span that ends before it starts 0."""
+        """Number of elements; 0 if the span ends before it starts."""
         return max(0, self.hi - self.lo)
 
     def meet(self, other: Span) -> Span:
-        """What both have."""
+        """The intersection."""
         return Span(max(self.lo, other.lo), min(self.hi, other.hi))
 
     def within(self, other: Span) -> slice:
-        """As a slice of the other one."""
+        """The span as a slice of the other one."""
         return slice(self.lo - other.lo, self.hi - other.lo)
 
 
@@ -142,9 +147,9 @@ class Box(NamedTuple):
     """Rows and columns of some of a parameter's matrices.
 
     Attributes:
-        matrices: which of them.
-        rows: of each.
-        columns: of each.
+        matrices: range of the matrices.
+        rows: range of rows in each.
+        columns: range of columns in each.
     """
 
     matrices: Span
@@ -153,47 +158,47 @@ class Box(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return prod(span.size for span in self)
 
     def meet(self, other: Box) -> Box:
-        """What both have."""
+        """The intersection."""
         return Box(*(a.meet(b) for a, b in zip(self, other, strict=True)))
 
     def split(self, number: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrices, and the rows in them, of row numbers of the box itself."""
+        """The matrices, and the rows in them, for row numbers of the box itself."""
         return number // self.rows.size + self.matrices.lo, number % self.rows.size + self.rows.lo
 
     def number(self, matrix: Tensor, row: Tensor) -> Tensor:
-        """The row numbers of the box itself."""
+        """The row numbers of the box itself, for rows of matrices."""
         return (matrix - self.matrices.lo) * self.rows.size + row - self.rows.lo
 
     def has(self, matrix: Tensor, row: Tensor) -> Tensor:
-        """Which of the rows lie in it."""
+        """Which of the rows lie in the box."""
         (first, last), (lo, hi) = self.matrices, self.rows
         return (matrix >= first) & (matrix < last) & (row >= lo) & (row < hi)
 
 
 def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.float32) -> list[set[str]]:
-    """Fill the state of ``new``, pieces of one parameter, with that of ``old``: see the module.
+    """Fill the state of ``new``, pieces of one parameter, from that of ``old``, as the module's docstring describes.
 
-    Beside old and new state no more than tiles, one table (``bucket="sum"``) and one covariance's factors are
-    allocated. Where no old piece has state (no step was taken), the new ones get none.
+    Beside old and new state, only tiles, one table (``bucket="sum"``) and the factors of one covariance are allocated.
+    If no old piece has state (no step was taken), the new ones get none.
 
     Args:
-        old: pieces that do not overlap and together hold all of ``new``.
-        new: pieces without state; not necessarily all of the parameter.
+        old: pieces that do not overlap and together contain all of ``new``.
+        new: pieces without state; they need not cover the whole parameter.
         dtype: arithmetic dtype: float64 for float64 parameters.
 
     Returns:
-        For each new piece the names of the state that is bit for bit what it was.
+        For each new piece the names of the state that is bit for bit the old one.
 
     Raises:
         ValueError: pieces of different parameters; a new piece is not covered, or covered twice; some old pieces have
-            state and others none; step numbers differ; a state does not know what its stores say; a new piece has state
-            or asks for a moment that the old ones did not keep.
+            state and others have none; step numbers differ; a state lacks what its stores need; a new piece has state,
+            or needs a moment that the old ones did not keep.
     """
-    old = [h for h in old if h.piece.numel]  # what is empty has no state
+    old = [h for h in old if h.piece.numel]  # an empty piece has no state
     _check(old, new)
     exact: list[set[str]] = [set() for _ in new]
     started = [h for h in old if h.state]
@@ -316,17 +321,17 @@ class _Source(NamedTuple):
 
 
 class _Old(Matrix):
-    """What the old pieces say of a new one, as a matrix."""
+    """The estimates that the old pieces have for a new one, as a matrix."""
 
     def __init__(self, sources: Sequence[_Source], of: Held, dtype: torch.dtype, device: torch.device) -> None:
         self.sources, self.of, self.shape, self.dtype, self.device = sources, of, of.matrix, dtype, device
 
     def views(self, at: At) -> bool:
-        """Nothing is written into it."""
+        """Always False: nothing is written into it."""
         return False
 
     def get(self, at: At) -> Tensor:
-        """Their estimates, until the next call; 0 where none of them has any."""
+        """The estimates, valid until the next call; 0 where no old piece has any."""
         out = scratch.empty("recut", at.shape, self.dtype, self.device).zero_()
         matrix, box = out.flatten(0, -2), self.of.box
         numbers, rows = box.split(at.index(self.device))
@@ -343,7 +348,7 @@ class _Old(Matrix):
 
 
 def _read(source: _Source, rows: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
-    """Rows and columns of the piece's own matrix; read in whole blocks of its store."""
+    """Rows and columns of the piece's own matrix, read in whole blocks of its store."""
     align, end = source.store.align, source.held.matrix[1]
     lo, hi = columns.start // align * align, min(end, -(-columns.stop // align) * align)
     values = source.store.read(source.state, Rows(source.held.matrix[0], rows, lo, hi), dtype)
@@ -362,7 +367,7 @@ def _moment(
         if name in o.stores:
             state = o.state[name]
             sources.append(_Source(o, o.stores[name], state, o.stores[name].estimate_scale(state, o.matrix)))
-        elif name != "first_moment":  # a momentum may start at 0 at any time, an average of squares may not
+        elif name != "first_moment":  # a momentum may start at 0 at any time, but an average of squares may not
             raise ValueError(f"the old piece at {_at(o)} has no {name}, but the new piece at {_at(h)} needs it")
     state = store.allocate(h.matrix, device, dtype)
     store.assign(state, Gradient(_Old(sources, h, dtype, device), None, dtype, CHUNK, h.matrix))
@@ -376,9 +381,9 @@ def _moment(
 
 
 def _codes(old: Sequence[Held], h: Held, device: torch.device) -> dict[str, Tensor]:
-    """Corrections of weights: each is that of its weight, wherever it lies."""
+    """The corrections of the weights; each correction follows its weight."""
     there = [o for o in old if o.box.meet(h.box).size]
-    # Integers of 16 bits at most, which float32 holds exactly.
+    # They are integers of at most 16 bits, which float32 holds exactly.
     sources = [_Source(o, Dense(), {"dense": o.state[CORRECTION]["codes"]}, 1.0) for o in there]
     whole = _Old(sources, h, torch.float32, device)
     dtype = there[0].state[CORRECTION]["codes"].dtype
@@ -389,10 +394,10 @@ def _codes(old: Sequence[Held], h: Held, device: torch.device) -> dict[str, Tens
 
 
 def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) -> int:
-    """Codes and scales of the blocks that an old and a new piece have in common, where encoding might differ.
+    """Copy codes and scales of the blocks that an old and a new piece share, because encoding could change them.
 
     Returns:
-        How many codes.
+        The number of codes.
     """
     box, there = h.box, source.held.box
     columns, old_columns, both = box.columns, there.columns, box.meet(there)
@@ -408,7 +413,7 @@ def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) 
                 blocks.append(number)
     if not blocks:
         return 0
-    # They follow each other: only at the ends can blocks differ.
+    # The common blocks follow each other, because blocks can differ at the ends only.
     mine = Span(blocks[0], blocks[-1] + 1)
     theirs = Span(mine.lo + shift // size, mine.hi + shift // size)
     common = both.split(torch.arange(both.matrices.size * both.rows.size, device=state["codes"].device))
@@ -423,7 +428,7 @@ def _copy_blocks(source: _Source, h: Held, state: dict[str, Tensor], size: int) 
 
 
 class _Part(NamedTuple):
-    """What one old block has to say of a new one."""
+    """The contribution of one old block to a new one."""
 
     held: Held
     side: Side
@@ -459,7 +464,7 @@ def _preconditioner(
 
 
 def _of_matrix(h: Held, state: Mapping[str, Tensor], matrix: int) -> Mapping[str, Tensor]:
-    """The covariances of one matrix of the parameter, as views; of what is no batch all of them."""
+    """The covariances of one matrix of the parameter, as views; all of them if the parameter is not a batch."""
     assert h.preconditioner is not None
     if h.preconditioner.matrices is None:
         return state
@@ -467,7 +472,7 @@ def _of_matrix(h: Held, state: Mapping[str, Tensor], matrix: int) -> Mapping[str
 
 
 def _box(h: Held, side: Side) -> tuple[Span, ...]:
-    """The block in coordinates of the parameter, or of one of its matrices; of a vector, its elements."""
+    """The block in coordinates of the parameter, or of one of its matrices; of a vector, in elements."""
     assert h.preconditioner is not None
     rows, columns = h.box.rows, h.box.columns
     dims = h.preconditioner.dims
@@ -488,7 +493,7 @@ def _parts(old: Sequence[Held], h: Held, side: Side, box: tuple[Span, ...], matr
     assert h.preconditioner is not None
     flat = h.preconditioner.dims == (h.piece.numel, 1)
     for o in old:
-        # Trailing axes are merged alike whatever the rows, or these are no axes of the same tensor.
+        # Trailing axes are merged in the same way for any rows. Otherwise these are not axes of the same tensor.
         if (
             o.preconditioner is None
             or matrix not in range(*o.box.matrices)
@@ -522,7 +527,7 @@ def _covariance(
         share = prod(s.size / b.size for k, (s, b) in enumerate(zip(meet, there, strict=True)) if k != axis)
         cut, into = old.vectors[meet[axis].within(there[axis])], meet[axis].within(box[axis])
         columns = torch.zeros(d, theirs.rank, dtype=torch.float64)
-        # Beyond the tail, if that stands for every direction and not for those outside of V alone.
+        # Eigenvalues above the tail, if the tail stands for every direction and not only for those outside of V.
         above = old.values - old.tail if tail == "trace" else old.values
         columns[into] = cut * (above * share).clamp_min(0).sqrt()
         factors.append(columns)
@@ -535,7 +540,7 @@ def _covariance(
         tails[into] += share * old.tail
         covered[into] = True
         volume += prod(s.size for s in meet)
-    # Of the coordinates that are there, how much of the other axes; and how many coordinates there are.
+    # The share of the other axes that is known for the known coordinates, and the number of these coordinates.
     others = prod(s.size for k, s in enumerate(box) if k != axis)
     count = int(covered.sum())
     density = volume / (count * others)
@@ -550,7 +555,7 @@ def _covariance(
 
 
 def _drained(o: Held, drained: dict[int, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """The piece's covariances with what had gathered beside them; its state stays as it is."""
+    """The piece's covariances, with the statistics gathered since the last solve folded in; its state is unchanged."""
     assert o.preconditioner is not None
     if not o.preconditioner.buffered:
         return o.state[PRECONDITIONER]

@@ -1,4 +1,4 @@
-"""``sketch-plugins report``: what the optimizer in a checkpoint holds, parameter by parameter, beside AdamW."""
+"""``sketch-plugins report``: the state of the optimizer in a checkpoint, by parameter, compared with AdamW's."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from sketch_plugins.optim.written import MARK, written_by
 from sketch_plugins.sharding.names import NAMES, names_of
 from sketch_plugins.sharding.state_names import CORRECTION, PLACE, is_ours, nested
 
-#: Files of optimizers in directories: transformers' Trainer, accelerate.
+#: Names of optimizer files in directories of transformers' Trainer and of accelerate.
 FILES = ("optimizer.pt", "optimizer.bin")
 
 
 class CannotReport(ValueError):
-    """What is wrong with the checkpoint."""
+    """Something is wrong with the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Entry:
-    """State of one parameter, or of what a rank has of it.
+    """State of one parameter, or of the part of it that a rank holds.
 
     Attributes:
-        name: the parameter's, or ``group.index`` where the checkpoint has no names.
+        name: name of the parameter, or ``group.index`` if the checkpoint has no names.
         group: number of its parameter group.
-        params: elements; None: the checkpoint does not say.
-        step: steps taken; None: not counted.
-        tensors: what is kept.
+        params: number of elements; None if the checkpoint does not say.
+        step: number of steps taken; None if they are not counted.
+        tensors: the tensors of its state.
     """
 
     name: str
@@ -72,10 +72,10 @@ class Contents:
     """One optimizer of a checkpoint.
 
     Attributes:
-        optimizer: name of its class, where known.
+        optimizer: name of its class, if known.
         groups: options of its parameter groups.
-        entries: what it keeps.
-        weights: elements of the model's weights beside it; None: there are none.
+        entries: state of the parameters.
+        weights: number of elements of the model's weights in the checkpoint; None if it has no weights.
     """
 
     optimizer: str
@@ -90,17 +90,17 @@ class Contents:
 
     @property
     def params(self) -> int | None:
-        """Elements of the parameters that have state, or of all weights where it does not say; None: not known."""
+        """Elements of the parameters with state, or of all weights if the state does not say; None if unknown."""
         known = [e.params for e in self.entries]
         return self.weights if None in known else sum(n for n in known if n is not None)
 
     @property
     def adamw_bytes(self) -> int | None:
-        """What AdamW keeps for as many float32 parameters."""
+        """Bytes that AdamW keeps for as many float32 parameters."""
         return None if self.params is None else 8 * self.params
 
     def by_store(self) -> dict[str, int]:
-        """Bytes by store."""
+        """Bytes of each store."""
         out: dict[str, int] = {}
         for entry in self.entries:
             for tensor in entry.tensors:
@@ -108,7 +108,7 @@ class Contents:
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The contents as plain values, for JSON."""
         return {
             "optimizer": self.optimizer,
             "state_bytes": self.nbytes,
@@ -125,11 +125,11 @@ Named = tuple[str | None, int, Mapping[str, Any], int | None]
 
 
 def main(checkpoint: str, rows: int, as_json: bool, trust: bool, program: str) -> int:
-    """Run the command; its exit status: 0, or 2 where there is nothing to report."""
+    """Run the command and return its exit status: 0, or 2 if there is nothing to report."""
     try:
         if rows < 0:
             raise CannotReport(f"--rows {rows} is not allowed: it must be 0 (all) or more")
-        # DeepSpeed, for one, writes its log to stdout when it is imported.
+        # DeepSpeed, for example, writes its log to stdout when it is imported.
         with redirect_stdout(sys.stderr):
             found = contents(checkpoint, trust=trust)
     except ValueError as error:
@@ -138,7 +138,7 @@ def main(checkpoint: str, rows: int, as_json: bool, trust: bool, program: str) -
     if as_json:
         print(json.dumps({"checkpoint": checkpoint, "optimizers": [c.to_dict() for c in found]}, indent=2, default=str))
         return 0
-    # Names and paths may have brackets and colons, which are no markup.
+    # Names and paths may contain brackets and colons, which are not meant as markup.
     out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     for one in found:
         out.print(f"{checkpoint}: {one.optimizer}", soft_wrap=True, highlight=False)
@@ -150,15 +150,15 @@ def main(checkpoint: str, rows: int, as_json: bool, trust: bool, program: str) -
 
 
 def contents(checkpoint: str | Path, *, trust: bool = False) -> list[Contents]:
-    """What the optimizers in a checkpoint hold.
+    """The contents of the optimizers in a checkpoint.
 
     Args:
-        checkpoint: directory of a Trainer's checkpoint (``optimizer.pt``), file of ``torch.save`` or of Lightning with
-            a state dict of an optimizer at any depth, directory of DeepSpeed or of ``torch.distributed.checkpoint``.
+        checkpoint: directory of a Trainer's checkpoint (``optimizer.pt``); file of ``torch.save`` or of Lightning with
+            a state dict of an optimizer at any depth; directory of DeepSpeed or of ``torch.distributed.checkpoint``.
         trust: unpickle objects that are neither tensors nor plain values.
 
     Raises:
-        ValueError: it is absent, damaged, or holds no optimizer; objects that would have to be trusted.
+        ValueError: the checkpoint does not exist, is damaged, or has no optimizer; it has objects that need ``trust``.
     """
     path = Path(checkpoint)
     if path.is_file():
@@ -192,7 +192,7 @@ def contents(checkpoint: str | Path, *, trust: bool = False) -> list[Contents]:
 
 
 def table(found: Contents, rows: int = 20) -> Table:
-    """A rich table: the ``rows`` parameters with the most state (0: all), the rest summed, totals."""
+    """A rich table: the ``rows`` parameters with the most state (0: all), a sum of the others, and totals."""
     out = Table()
     for heading in ("parameter", "store", "shape", "dtype"):
         out.add_column(heading, overflow="fold")
@@ -219,9 +219,9 @@ def table(found: Contents, rows: int = 20) -> Table:
 
 
 def folded(optimizer: str, group: Mapping[str, Any]) -> str:
-    """The options of a group in a line: the rate, and those that are not as their optimizer has them by default.
+    """The options of a group in a line: the learning rate, and those that differ from the optimizer's defaults.
 
-    Of an optimizer that is not known here, the values that ask for nothing (None, False) are left out.
+    If the optimizer is not known here, the options that switch nothing on (None, False) are left out.
     """
     defaults = _defaults(optimizer, group)
     shown = {}
@@ -236,7 +236,7 @@ def folded(optimizer: str, group: Mapping[str, Any]) -> str:
 
 
 def _defaults(optimizer: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What one of our optimizers takes where it is told nothing but the group's preset."""
+    """The options of one of our optimizers if only the group's preset is given."""
     cls: Any = getattr(importlib.import_module("sketch_plugins.optim"), optimizer, None)
     if not hasattr(cls, "PRESETS"):
         return {}
@@ -248,7 +248,7 @@ def _defaults(optimizer: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Comparable, whatever has become of it in a checkpoint."""
+    """The value in a form that can be compared, also after a checkpoint has changed its type."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
@@ -272,13 +272,13 @@ def summary(found: Contents) -> str:
 
 
 def load(file: Path, trust: bool) -> Any:
-    """What a file of ``torch.save`` holds.
+    """Load a file of ``torch.save``.
 
     Raises:
         ValueError: it cannot be read, or not without running code.
     """
     try:
-        # From 1.6 on files are zip archives, whose tensors need not be read at once.
+        # Since torch 1.6 files are zip archives, so that not all tensors have to be read at once.
         return torch.load(file, map_location="cpu", mmap=_is_zip(file), weights_only=not trust)
     except UnpicklingError as error:
         others = _unsafe(file)
@@ -290,7 +290,7 @@ def load(file: Path, trust: bool) -> Any:
         raise CannotReport(
             f"{file} cannot be read as a file of torch.save; it is damaged, or of another format"
         ) from error
-    except Exception as error:  # a torn file may cause anything
+    except Exception as error:  # a damaged file may raise any error
         said = str(error) or type(error).__name__
         raise CannotReport(
             f"{file} cannot be read as a file of torch.save. It is damaged, or has another format: {said}"
@@ -347,7 +347,7 @@ def state_dicts(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _weights(value: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's weights beside the optimizer, in the model's order."""
+    """Names and shapes of the model's weights in the checkpoint, in the model's order."""
     for key in ("state_dict", "model", "model_state_dict", "module"):
         weights = value.get(key) if isinstance(value, Mapping) else None
         if isinstance(weights, Mapping) and weights and all(isinstance(w, Tensor) for w in weights.values()):
@@ -356,7 +356,7 @@ def _weights(value: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _saved_weights(directory: Path) -> int | None:
-    """Elements in the files of safetensors of a directory, by their headers alone."""
+    """Number of elements in the safetensors files of a directory; only their headers are read."""
     total = 0
     for file in directory.glob("*.safetensors"):
         try:
@@ -371,7 +371,7 @@ def _saved_weights(directory: Path) -> int | None:
 def _named(saved: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]) -> Iterator[Named]:
     members = [(number, group, key) for number, group in enumerate(saved["param_groups"]) for key in group["params"]]
     guessed: list[str | None] = [None] * len(members)
-    # The names of a model's weights, if the parameters can be those, one by one.
+    # The names of the model's weights, if each parameter can be the weight of its position.
     if len(weights) == len(members) and len(saved["param_groups"]) == 1:
         pairs = zip(members, weights.values(), strict=True)
         if all(_elements(saved["state"].get(m[2]) or {}) in (None, prod(shape)) for m, shape in pairs):
@@ -390,10 +390,10 @@ def _named(saved: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _elements(state: Mapping[str, Any]) -> int | None:
-    """Of the parameter, as far as its state tells."""
+    """Number of elements of the parameter, if its state determines it."""
     state = nested(state)
     place = state.get(PLACE)
-    if isinstance(place, Tensor) and place.ndim == 2:  # shards of a DTensor, one row for each
+    if isinstance(place, Tensor) and place.ndim == 2:  # the shards of a DTensor, with a row for each
         return prod(place[0, 2:].tolist())
     sizes = [t.numel() for name in ("exp_avg", "exp_avg_sq", "momentum_buffer", "variance")
              if isinstance(t := state.get(name), Tensor) and t.ndim]  # fmt: skip
@@ -403,7 +403,7 @@ def _elements(state: Mapping[str, Any]) -> int | None:
             sizes += [t.numel() for key, t in kept.items() if key in ("dense", "codes") and isinstance(t, Tensor)]
             axes = [t.numel() for key, t in kept.items() if str(key).startswith("axis_") and isinstance(t, Tensor)]
             sizes += [prod(axes)] if axes else []
-    # Adafactor's, torch's and transformers'.
+    # Adafactor of torch, and of transformers.
     for names in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):
         rows, columns = map(state.get, names)
         if isinstance(rows, Tensor) and isinstance(columns, Tensor) and columns.ndim:
@@ -418,7 +418,7 @@ def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequ
     except ValueError as error:
         raise CannotReport(str(error)) from error
     for name, number, state, elements in named:
-        if kinds:  # what wrappers of an optimizer of ours keep beside its state is not counted as its
+        if kinds:  # state that wrappers keep beside that of our optimizer is not counted
             state = {key: value for key, value in nested(state).items() if is_ours(key)}
         step = state.get("step")
         number_of_steps = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
@@ -428,7 +428,7 @@ def _contents(groups: Sequence[Mapping[str, Any]], named: Iterator[Named] | Sequ
         entries.append(
             Entry(name or "", number, _elements(state) if elements is None else elements, count, list(_tensors(state)))
         )
-    # Before there was the mark, "optimizer" was the key of ours.
+    # Checkpoints from before the mark identify our optimizers by the key "optimizer".
     ours = {"params", "param_names", NAMES, MARK}
     hidden = [ours | ({"optimizer"} if kinds and MARK not in g else set()) for g in groups]
     options = [{k: v for k, v in g.items() if k not in out} for g, out in zip(groups, hidden, strict=True)]

@@ -1,4 +1,4 @@
-"""What a checkpoint says of an optimizer: enough to know how it keeps any piece of a parameter, without a model."""
+"""What a checkpoint says about an optimizer: how it keeps any piece of a parameter. No model is needed."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
 from sketch_plugins.sharding.state_names import CORRECTION, PLACE, kind_of
 
-#: Called with the steps done, their number, and what is at hand.
+#: Called with the number of finished steps, the number of all steps, and the name of the current one.
 Progress = Callable[[int, int, str], None]
 
 
 class CannotReshard(ValueError):
-    """What is wrong with the request or the checkpoint; nothing was written."""
+    """Something is wrong with the request or the checkpoint; nothing was written."""
 
 
 @dataclass
 class Report:
-    """What was done.
+    """The result of resharding.
 
     Attributes:
         output: directory that was written.
-        framework: whose checkpoint it is.
+        framework: the framework that wrote the checkpoint.
         optimizer: name of its class.
-        before: ranks that had written the checkpoint.
-        after: ranks that it is for now.
-        parameters: elements of the trainable parameters.
-        exact: kind of state -> pieces that hold what they held, bit for bit.
-        cut: kind of state -> pieces that were made anew.
-        nbytes: of all state, before and after.
+        before: number of ranks that wrote the checkpoint.
+        after: number of ranks that it is for now.
+        parameters: number of elements of the trainable parameters.
+        exact: kind of state -> number of pieces whose state is bit for bit the old one.
+        cut: kind of state -> number of pieces whose state was recut.
+        nbytes: bytes of all state, before and after.
     """
 
     output: Path
@@ -65,7 +65,7 @@ class SavedOptimizer:
         groups: its parameter groups, as its state dict has them.
 
     Raises:
-        CannotReshard: it is none of sketch-plugins', or an option has a value that is not allowed.
+        CannotReshard: the optimizer is not one of sketch-plugins, or an option has a value that is not allowed.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -83,14 +83,14 @@ class SavedOptimizer:
                 "optimizers can be resharded"
             )
         self.kind: str = cls.__name__
-        # It only says how state is kept; its own parameter has no part in it.
+        # It only says how state is kept; its own parameter is not used.
         self.optimizer: SketchOptimizer = cls([torch.zeros(1)])
         for group in self.groups:
             for name, value in BEFORE.items():
                 if name in self.optimizer.OPTIONS:
                     group.setdefault(name, value)
             for name, value in self.optimizer.defaults.items():
-                group.setdefault(name, value)  # an option that is younger than the checkpoint
+                group.setdefault(name, value)  # the option is newer than the checkpoint
             for name, option in self.optimizer.OPTIONS.items():
                 try:
                     group[name] = option.validate(group[name])
@@ -105,12 +105,12 @@ class SavedOptimizer:
         Args:
             piece: the rectangle.
             group: number of its parameter group.
-            dtype: of the parameter that the optimizer steps.
-            state: what it has; None or nothing before its first step.
-            label: what to call it.
+            dtype: dtype of the parameter that the optimizer steps.
+            state: its state; None or empty before its first step.
+            label: name of the piece in messages.
 
         Raises:
-            CannotReshard: the state is another than the options describe.
+            CannotReshard: the state does not have the form that the options describe.
         """
         options, part = self.groups[group], _part(piece, dtype)
         if state:
@@ -120,24 +120,24 @@ class SavedOptimizer:
                 raise CannotReshard(str(error)) from error
         stores = dict(zip(("first_moment", "second_moment"), self.optimizer._stores(part, options), strict=True))
         preconditioner: Any = self.optimizer._further(part, options).get("preconditioner")
-        # S-AdaGrad has no such option, and the paper's tail.
+        # S-AdaGrad has no such option, and keeps the tail of the paper.
         tail = options.get("tail", "paper")
         present = {name: store for name, store in stores.items() if store is not None}
         return Held(piece, present, preconditioner, state or {}, tail, self.optimizer.batch_axes(piece.whole, options))
 
     def pieces(self, fragments: Sequence[Fragment], group: int) -> list[Piece]:
-        """What a flat tensor holds of the parameters of a group, in the pieces that the optimizer cuts them into."""
+        """Cut the parameters of a group that a flat tensor holds into the pieces that the optimizer handles."""
         return list(pieces(fragments, lambda f: self.optimizer.batch_axes(f.whole, self.groups[group])))
 
     def layout(self, piece: Piece, group: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Name -> (size, dtype), nested, of all that a piece keeps, but for the number of steps."""
+        """Name -> (size, dtype), nested, of all state of a piece except the number of steps."""
         part = _part(piece, dtype)
         return self.optimizer._layout(part, self.groups[group], part)
 
     def recut(
         self, old: Sequence[Held], piece: Piece, group: int, dtype: torch.dtype, report: Report
     ) -> dict[str, Any]:
-        """The state of a new piece; nothing where no step was taken.
+        """The state of a new piece; empty if no step was taken.
 
         Raises:
             CannotReshard: see `sketch_plugins.checkpoints.recut.recut`.
@@ -160,17 +160,17 @@ class SavedOptimizer:
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of the tensors of a state; step numbers and places do not count."""
+    """Bytes of the tensors of a state; step numbers and places are not counted."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size() if value.ndim else 0
     return sum(nbytes(v) for key, v in value.items() if kind_of(key) != PLACE) if isinstance(value, Mapping) else 0
 
 
 def output_of(root: Path, world_size: int, output: str | os.PathLike[str] | None) -> Path:
-    """Where to write: ``output``, or beside the checkpoint.
+    """The directory to write: ``output``, or one beside the checkpoint.
 
     Raises:
-        CannotReshard: it is there already; or the number of ranks is none.
+        CannotReshard: it exists; or the number of ranks is less than 1.
     """
     if world_size < 1:
         raise CannotReshard(f"world size {world_size} is not allowed: it must be an integer of at least 1")
@@ -184,17 +184,17 @@ def output_of(root: Path, world_size: int, output: str | os.PathLike[str] | None
 
 @contextmanager
 def whole_or_not_at_all(target: Path) -> Iterator[Path]:
-    """A new directory beside ``target``, which takes its name at the end, or is removed.
+    """A new directory beside ``target``. It gets the name of the target at the end, or is removed after an error.
 
     Raises:
-        CannotReshard: it cannot be written; or somebody else has made the target in the meantime.
+        CannotReshard: it cannot be written; or another process has created the target in the meantime.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        if target.exists():  # a rename would take the place of an empty directory
+        if target.exists():  # a rename would replace an empty directory
             raise CannotReshard(f"{target} exists already: choose another --output")
         partial.rename(target)
     except BaseException as error:
@@ -205,10 +205,10 @@ def whole_or_not_at_all(target: Path) -> Iterator[Path]:
 
 
 def save(value: Mapping[str, Any], file: Path) -> None:
-    """``torch.save``, whose errors of a full disk have no common kind.
+    """Save with ``torch.save``, whose errors for a full disk have no common type.
 
     Raises:
-        CannotReshard: it cannot be written.
+        CannotReshard: the file cannot be written.
     """
     try:
         torch.save(dict(value), file)
@@ -217,6 +217,6 @@ def save(value: Mapping[str, Any], file: Path) -> None:
 
 
 def _part(piece: Piece, dtype: torch.dtype) -> Part:
-    """The piece, without memory."""
+    """The piece as a part without memory."""
     data = torch.empty(piece.shape, dtype=dtype, device="meta")
     return Part(data, data, 0, piece.whole, piece, piece.key)
