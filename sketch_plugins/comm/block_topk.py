@@ -12,19 +12,19 @@ from sketch_plugins.comm.base import entries as _entries
 
 
 class BlockTopK(Compressor):
-    r"""In each block of B consecutive entries the b = density * B of largest magnitude, at least one.
+    r"""Sends the b = density * B entries of largest magnitude in each block of B consecutive entries, at least one.
 
-    It is :math:`\|x - C(x)\|^2 \le (1 - b/B) \|x\|^2` as for the k largest of all, at a fraction of their cost: a block
-    fits the registers of one program. On the wire: the values, and the offset of each in its block, of 1 byte up to
-    B = 256 and of 2 above. A last block of r < B entries sends density * r.
+    It satisfies :math:`\|x - C(x)\|^2 \le (1 - b/B) \|x\|^2`, like the k largest of all entries, at a fraction of their
+    cost, because a block fits into the registers of one program. It sends the values and the offset of each in its
+    block: 1 byte for B up to 256, and 2 bytes above. A last block of r < B entries sends density * r.
 
     Args:
-        block: B, 2 to 32768. Below a density of 1 / B still one entry of each block is sent.
-        fused: one kernel adds, picks and clears: None (default): on CUDA where there is Triton; False: never; True: an
-            error where it is not. With ``TRITON_INTERPRET=1`` on a CPU, too, for tests.
+        block: B, 2 to 32768. If the density is below 1 / B, one entry of each block is still sent.
+        fused: add, pick and clear in one kernel. None (default): on CUDA if Triton is installed; False: never; True:
+            required, an error without a kernel. With ``TRITON_INTERPRET=1`` also on a CPU, for tests.
 
     Raises:
-        ValueError: ``block`` is none of these; in `take`, ``fused=True`` without a kernel.
+        ValueError: ``block`` is out of range; in `take`, ``fused=True`` without a kernel.
 
     Source: the family of k-contractions of https://arxiv.org/abs/1809.07599, definition 2.1.
     """
@@ -42,11 +42,11 @@ class BlockTopK(Compressor):
 
     @property
     def index_dtype(self) -> torch.dtype:
-        """Of an offset."""
+        """Dtype of an offset."""
         return torch.uint8 if self.block <= 256 else torch.int16
 
     def parts(self, size: int, density: float) -> tuple[int, int, int]:
-        """Whole blocks, entries of each, entries of what is left."""
+        """Number of whole blocks, entries sent of each, and entries sent of the rest."""
         rest = size % self.block
         return size // self.block, _entries(self.block, density), _entries(rest, density) if rest else 0
 
@@ -95,7 +95,7 @@ class BlockTopK(Compressor):
         beta: float = 0.0,
         masking: bool = True,
     ) -> Payload:
-        """See `Compressor`: this one may be one kernel."""
+        """See `Compressor`; here it may run as one kernel."""
         if self._has_kernel(memory):
             from sketch_plugins.kernels.gpu import block_topk
 
@@ -118,7 +118,7 @@ class BlockTopK(Compressor):
                     f"fused=True does not support a gradient on {memory.device}: there is a kernel for cuda only"
                 )
             return False
-        # A power of two is what a program's registers hold, and not too many of them.
+        # The block has to be a power of two, and small enough for the registers of a program.
         fits = self.block & (self.block - 1) == 0 and 16 <= self.block <= 4096 and memory.dtype != torch.float64
         try:
             import triton  # noqa: F401

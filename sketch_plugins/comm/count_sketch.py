@@ -1,4 +1,4 @@
-"""Heavy hitters of the sum over all ranks, found in a count-sketch that is added on the way."""
+"""Heavy hitters of the sum over all ranks, found in a count-sketch that an all-reduce sums."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from torch import Tensor
 from sketch_plugins.comm.base import Compressor, Payload, Reduce, check_seed, entries, largest, to_device
 from sketch_plugins.hashing import derive
 
-# Shorter runs are rotated by an index, many at once: a call for each would take longer than its work.
+# Shorter runs are rotated by an index, many at once, because a call for each would take longer than its work.
 MANY = 1 << 13
 BATCH = 1 << 20
 
 
 class CountSketchTopK(Compressor):
-    r"""The k = density * d entries whose *sum over the ranks* looks largest in a count-sketch of that sum.
+    r"""Sends the k = density * d entries whose *sum over the ranks* is largest, as estimated from a count-sketch of it.
 
-    A sketch S is linear, :math:`\sum_i S(x_i) = S(\sum_i x_i)`, so the ranks' sketches are all-reduced: the message
-    does not grow with the number of ranks. Every rank then reads the same estimates out of it (the median of ``depth``
-    tables), picks the same k entries, and the exact values there are all-reduced in their turn: no index travels.
+    A sketch S is linear, :math:`\sum_i S(x_i) = S(\sum_i x_i)`, so the ranks' sketches are all-reduced, and the message
+    does not grow with the number of ranks. Every rank then reads the same estimates from the sketch (the median of
+    ``depth`` tables) and picks the same k entries. A second all-reduce sums the exact values of these entries, so no
+    index is sent.
 
-    Table j has W cells. The vector is cut into runs of W entries; run b is added to the table rotated by a random
-    number of places and multiplied by a random sign, both drawn from ``(seed, key, j, b)``. Entries of different runs
-    share a cell with probability 1 / W, as in any count-sketch, those of one run never; and it is all streaming adds.
+    Table j has W cells. The vector is cut into runs of W entries. Run b is rotated by a random number of places,
+    multiplied by a random sign, and added to the table; the rotation and the sign are drawn from ``(seed, key, j, b)``.
+    Entries of different runs share a cell with probability 1 / W, as in any count-sketch, and entries of one run never
+    do. All additions stream through memory.
 
-    On the wire: ``depth * W`` numbers of float32 (float64 for float64 gradients: sums of many, in half precision they
-    would hide what is looked for), then k values. ``W = width * k``, at most d.
+    It sends ``depth * W`` numbers of float32, then k values; ``W = width * k``, at most d. (The tables of float64
+    gradients are float64. Half precision would not do for sums of many entries, because rounding would hide the large
+    ones.)
 
     Args:
-        depth: tables, >= 1 (default 3).
-        width: cells of each for one entry that is sent, >= 1 (default 2).
+        depth: number of tables, >= 1 (default 3).
+        width: cells of each table for one entry that is sent, >= 1 (default 2).
         seed: any integer; equal on all ranks.
 
     Raises:
-        ValueError: ``depth`` or ``width`` below 1; ``seed`` is no integer.
+        ValueError: ``depth`` or ``width`` is below 1; ``seed`` is no integer.
 
     Source: https://arxiv.org/abs/2007.07682 (FetchSGD), https://arxiv.org/abs/1902.06094 (an exact second round).
-    Deviations from FetchSGD: errors are kept by each rank exactly, where FetchSGD's server keeps them in the sketch;
-    and an entry that is sent is sent exactly, not as it is estimated. So no error is left unaccounted for.
+    Deviations from FetchSGD: each rank keeps its errors exactly, where FetchSGD's server keeps them in the sketch; and
+    the exact value of an entry is sent, not its estimate. So no error is lost.
     """
 
     name: ClassVar[str] = "count_sketch"
@@ -59,7 +62,7 @@ class CountSketchTopK(Compressor):
         return entries(size, density)
 
     def cells(self, size: int, density: float) -> int:
-        """W."""
+        """W, the number of cells of each table."""
         return min(size, math.ceil(self.width * self.count(size, density)))
 
     def sketch(self, x: Tensor, cells: int, key: int = 0) -> Tensor:
@@ -74,14 +77,14 @@ class CountSketchTopK(Compressor):
                     tables[j] += part.gather(1, index).mul_(flips.to(x.dtype)).sum(0)
                 continue
             for run, shift, sign in zip(x.split(cells), shifts, signs, strict=True):
-                # Rotated by `shift`: the first part of the run goes behind it, the rest to the front.
+                # Rotated by `shift`: the first part of the run is added from `shift` on, the rest at the front.
                 head = min(len(run), cells - shift)
                 tables[j, shift : shift + head].add_(run[:head], alpha=sign)
                 tables[j, : len(run) - head].add_(run[head:], alpha=sign)
         return tables
 
     def estimate(self, tables: Tensor, size: int, key: int = 0) -> Tensor:
-        """``(size,)``: for each entry the median of what the tables say."""
+        """``(size,)``: for each entry the median of the estimates of all tables."""
         cells = tables.shape[1]
         if not cells:  # the vector is empty
             return tables.new_empty(size)
@@ -131,7 +134,7 @@ class CountSketchTopK(Compressor):
 def _batches(
     size: int, cells: int, shifts: list[int], signs: list[float], device: torch.device, way: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For some runs at a time: where they are in the vector, their rotations ``(runs, cells)``, their signs."""
+    """For batches of runs: their places in the vector, their rotations ``(runs, cells)``, and their signs."""
     step, inside = max(1, BATCH // cells), torch.arange(cells, device=device)
     for first in range(0, len(shifts), step):
         shift = to_device(torch.tensor(shifts[first : first + step]), device).unsqueeze(1)
@@ -141,7 +144,7 @@ def _batches(
 
 
 def _median(x: Tensor) -> Tensor:
-    if len(x) == 3:  # three comparisons, where sorting takes ten times as long
+    if len(x) == 3:  # three comparisons; sorting takes ten times as long
         a, b, c = x
         return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
     return x[0] if len(x) == 1 else x.median(0).values

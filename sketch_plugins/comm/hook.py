@@ -1,6 +1,6 @@
 """The communication hook of DistributedDataParallel."""
 
-# No `from __future__ import annotations`: DistributedDataParallel compares the annotations of its hooks with the types.
+# Without `from __future__ import annotations`: DistributedDataParallel compares the annotations of its hooks to types.
 
 import math
 import weakref
@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from sketch_plugins.comm.base import take_all
 from sketch_plugins.comm.state import MemSGDState, Sent
 
-# By its newer name where there is one: the older one warns there. Of any type: newer annotations allow for no work,
-# which there always is with async_op=True.
+# torch's newer name, if it exists, because the older one warns then. Typed as Any, because newer annotations allow the
+# result None, which never occurs with async_op=True.
 _all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 _ATTACHED: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
@@ -26,18 +26,18 @@ def attach(model: DistributedDataParallel, **options: Any) -> MemSGDState:
     """Register `memsgd_hook` on a DistributedDataParallel and return its state.
 
     Args:
-        model: before its first backward pass; it takes one hook.
-        options: those of `MemSGDState`, whose parameters and process group are the model's.
+        model: the model, before its first backward pass; it takes one hook.
+        options: options of `MemSGDState`. Its parameters and process group are the model's.
 
     Raises:
-        ValueError: ``model`` is something else, or has a communication hook; see `MemSGDState`.
+        ValueError: ``model`` is of another type, or has a communication hook already; see `MemSGDState`.
     """
     if not isinstance(model, DistributedDataParallel):
         raise ValueError(
             f"model is a {type(model).__name__}, but gradients are compressed in DistributedDataParallel "
             "only: wrap the model in it first"
         )
-    if model in _ATTACHED:  # DistributedDataParallel would note the second hook before it refuses it
+    if model in _ATTACHED:  # DistributedDataParallel would store a second hook before it refuses it
         raise ValueError(_TWICE)
     state = MemSGDState(model.module.named_parameters(), process_group=model.process_group, **options)
     try:
@@ -58,25 +58,26 @@ _TWICE = (
 
 @torch.no_grad()
 def memsgd_hook(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
-    r"""Average a bucket of gradients, sending only some of their entries: see `MemSGDState`.
+    r"""Average a bucket of gradients, but send only some of their entries: see `MemSGDState`.
 
-    ``ddp.register_comm_hook(state, memsgd_hook)``. What it does about
+    Use: ``ddp.register_comm_hook(state, memsgd_hook)``. The behaviour in special cases:
 
-    * the first ``state.start`` iterations, density 1, sparse gradients: averages everything, with momentum velocities;
-    * a gradient that is not finite on some rank: every rank's bucket becomes NaN, so that a GradScaler or a check of
-      the norm skips the step on all ranks alike. That gradient is not added to its memory, and what all buckets of the
-      iteration have sent is put back (`MemSGDState.settle`). The flag travels with the values: no further message, and
-      nobody waits for a device;
-    * a parameter whose gradient is 0 on this rank (not used there, or this rank has left the `Join`): sends zeros and
-      keeps its memory, which DistributedDataParallel would not apply to a parameter that no rank has used;
-    * ``no_sync``: is not called then; gradients accumulate as ever;
-    * values that do not fit the gradient's dtype: what rounding cuts off stays in the memory;
-    * the order of sums: that of the ranks, on every rank. Replicas stay equal bit by bit.
+    * In the first ``state.start`` iterations, with density 1, and for sparse gradients, everything is averaged; with
+      momentum the velocities are.
+    * If a gradient is not finite on some rank, every rank's bucket becomes NaN, so that a GradScaler or a check of the
+      norm skips the step on all ranks. That gradient is not added to its memory, and the entries that all buckets of
+      the iteration have sent are put back (`MemSGDState.settle`). The flag is sent with the values, so there is no
+      further message, and no rank waits for a device.
+    * For a parameter whose gradient is 0 on this rank (not used there, or this rank has left the `Join`), zeros are
+      sent and the memory is kept: DistributedDataParallel would not apply it to a parameter that no rank has used.
+    * Within ``no_sync`` the hook is not called; gradients accumulate as usual.
+    * If a value does not fit the gradient's dtype, the part that rounding removes stays in the memory.
+    * Every rank sums in the order of the ranks, so replicas stay equal bit for bit.
 
     Raises:
-        ValueError: a bucket has a parameter that the state does not know, or, with momentum, a sparse gradient; in the
-            first iteration, and in the first after a state was loaded: ranks are at different iterations, or have other
-            options.
+        ValueError: a bucket has a parameter that the state does not know, or a sparse gradient with momentum. In the
+            first iteration, and in the first one after a state was loaded: the ranks are at different iterations, or
+            have different options.
     """
     if bucket.index() == 0:
         state.agree(bucket.buffer().device)
@@ -85,7 +86,8 @@ def memsgd_hook(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
         future = _average_sparse(state, bucket.buffer())
     elif state.density == 1.0:
         for part in _open(state, bucket)[1]:
-            state.number(part.p)  # now, not in the first iteration that needs it
+            # So that an unknown parameter is an error now, and not in the first iteration that needs its number.
+            state.number(part.p)
             if state.clip or not state.empty:
                 _whole(state, part, _peak(part))
         future = _average(state, bucket.buffer())
@@ -99,7 +101,7 @@ def memsgd_hook(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
 
 
 def _average(state: MemSGDState, buffer: Tensor) -> Future[Tensor]:
-    # As DistributedDataParallel does without a hook, so that density 1 is that bit for bit.
+    # The same operations as DistributedDataParallel's without a hook, so that density 1 computes the same bits.
     state.sent(buffer.nbytes, buffer.nbytes)
     buffer.div_(state.world_size)
     work = dist.all_reduce(buffer, group=state.process_group, async_op=True)
@@ -107,7 +109,7 @@ def _average(state: MemSGDState, buffer: Tensor) -> Future[Tensor]:
     @torch.no_grad()
     def unpack(done: Future[Any]) -> Tensor:
         total: Tensor = done.value()[0]
-        if not state.empty and total.numel():  # the sum is the same everywhere, and so is what is not finite in it
+        if not state.empty and total.numel():  # the sum is equal on all ranks, and so are its non-finite entries
             state.arrived(~torch.isfinite(torch.linalg.vector_norm(total, math.inf)))
         return total
 
@@ -141,13 +143,13 @@ def _average_sparse(state: MemSGDState, buffer: Tensor) -> Future[Tensor]:
 
 
 class _Part:
-    """A parameter in a bucket: where its gradient is, and what of it is sent."""
+    """A parameter in a bucket: the place of its gradient, and whether all of it is sent."""
 
     def __init__(self, state: MemSGDState, buffer: Tensor, grad: Tensor, p: Tensor) -> None:
         self.begin: int = grad.storage_offset() - buffer.storage_offset()  # type: ignore[assignment]
         self.size: int = grad.numel()
         self.grad: Tensor = buffer[self.begin : self.begin + self.size]
-        # Some would be more than all: of a vector of 1000 entries the index of the largest ones, and so on.
+        # A compressed message can be longer than the gradient: for example, with indices, at a high density.
         density, compressor = state.density, state.compressor
         wire = compressor.wire_bytes(self.size, density, grad.element_size()) if self.size >= state.min_size else 0
         self.whole = self.size < state.min_size or wire >= self.grad.nbytes
@@ -155,7 +157,7 @@ class _Part:
 
 
 def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """What every rank's message begins with (a flag, the values of all parts), indices, positions in the bucket."""
+    """Start of the rank's message (a flag, the values of all parts); indices to be sent; positions in the bucket."""
     values: list[Tensor] = []
     index: list[Tensor] = []
     positions: list[Tensor] = []
@@ -176,16 +178,16 @@ def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tenso
             momentum=momentum, beta=state.momentum, masking=False,
         )  # fmt: skip
         fine = fine & ok & torch.isfinite(payload.values).all()
-        picked = payload.values.nan_to_num(0.0, 0.0, 0.0)  # a memory that has overflowed begins anew
+        picked = payload.values.nan_to_num(0.0, 0.0, 0.0)  # a memory that has overflowed starts again from 0
         where = compressor.positions(payload.at, part.size, density)
-        # An entry that has waited may be too large for half precision: the rest goes next time.
+        # An entry that has waited long may be too large for half precision: the rest is sent in the next iteration.
         limit, scaled, used = torch.finfo(buffer.dtype).max, picked * state.scale, peak > 0
         sent = torch.where(used, scaled, 0.0).clamp(-limit, limit).to(buffer.dtype)
-        # What was picked but not sent: all of it where there was no gradient, else what the dtype cannot say.
+        # Put back what was picked but not sent: all of it without a gradient, else the part that the dtype cannot hold.
         went = sent.to(picked.dtype) / state.scale
         slot["error"].index_add_(0, where, (picked - went).to(slot["error"].dtype))
         velocity = None
-        if momentum is not None and state.factor_masking:  # here, as only now it is known what is sent
+        if momentum is not None and state.factor_masking:  # not in `take`, because only now it is known what is sent
             velocity = torch.where(used & (scaled.abs() <= limit), momentum[where], 0.0)
             momentum.index_add_(0, where, -velocity)
         state.remember(Sent(slot, where, went, velocity))
@@ -197,10 +199,10 @@ def _take(state: MemSGDState, buffer: Tensor, parts: list[_Part]) -> tuple[Tenso
 
 
 def _whole(state: MemSGDState, part: _Part, peak: Tensor) -> Tensor:
-    """Make a part of the bucket what is sent of a parameter that is sent whole; returns whether it is finite.
+    """Write into the bucket what is sent of a parameter that is sent whole; return whether it is finite.
 
-    That is its gradient, with momentum its velocity, and what is left of a time when it was sent in parts. The memory
-    keeps it until it has arrived, and as long as there is no gradient.
+    That is its gradient (with momentum its velocity) and the rest of the memory from iterations that sent only some
+    entries. The memory keeps all of this until it has arrived, and as long as there is no gradient.
     """
     gain, ok = _gain(state, part, peak)
     slot = state.present(part.p)
@@ -214,7 +216,7 @@ def _whole(state: MemSGDState, part: _Part, peak: Tensor) -> Tensor:
     )  # fmt: skip
     used, limit = peak > 0, None
     scaled = x if isinstance(state.scale, float) and state.scale == 1.0 else x * state.scale
-    if part.grad.dtype == torch.float16:  # a velocity may be too large for it, where the gradient is not
+    if part.grad.dtype == torch.float16:  # a velocity may be too large for float16, even if the gradient is not
         largest = torch.finfo(torch.float16).max
         scaled, limit = scaled.clamp(-largest, largest), torch.full_like(peak, largest, dtype=x.dtype) / state.scale
     part.grad.copy_(scaled).masked_fill_(~used, 0.0).masked_fill_(~ok, math.nan)
@@ -227,13 +229,13 @@ def _peak(part: _Part) -> Tensor:
 
 
 def _gain(state: MemSGDState, part: _Part, peak: Tensor) -> tuple[Tensor | float, Tensor]:
-    """What a gradient is multiplied by before it is added to its memory, and whether it is finite: if not, 0."""
+    """The factor of a gradient that is added to its memory (0 if it is not finite), and whether it is finite."""
     gain, ok = 1.0 / state.scale, torch.isfinite(peak)
     if state.clip:
         norm = _norm(part.grad) * gain
         ok = ok & torch.isfinite(norm)
         gain = gain * (_bound(state) / norm).clamp(max=1.0)
-    if ok.is_cuda:  # nobody waits for it
+    if ok.is_cuda:  # so that the host does not wait for the device
         return torch.where(ok, gain, 0.0), ok
     return gain if bool(ok) else 0.0, ok
 
@@ -243,12 +245,12 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _bound(state: MemSGDState) -> float:
-    """Of a local norm, not scaled."""
+    """Bound of a local norm, not scaled."""
     return state.clip / math.sqrt(state.world_size)
 
 
 def _gather(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
-    """Each rank picks for itself: all ranks' values and indices, as bytes, in one message."""
+    """Each rank picks for itself: one message gathers the values and indices of all ranks, as bytes."""
     buffer, parts = _open(state, bucket)
     values, index, _ = _take(state, buffer, parts)
     message = torch.cat([values.view(torch.uint8), *(i.view(torch.uint8) for i in index)])
@@ -285,7 +287,7 @@ def _gather(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
 
 
 def _reduce(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
-    """All ranks have picked the same: values are added on the way."""
+    """All ranks have picked the same entries: an all-reduce sums the values."""
     buffer, parts = _open(state, bucket)
     message, _, positions = _take(state, buffer, parts)
     c, density, item = state.compressor, state.density, buffer.element_size()
@@ -303,12 +305,13 @@ def _reduce(state: MemSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
             if part.whole:
                 out[part.begin : part.begin + part.size] = total[at : at + count]
             else:
-                if out.is_cuda:  # made on another stream, which could use their memory again
+                if out.is_cuda:  # the positions were made on another stream, which could reuse their memory
                     positions[i].record_stream(torch.cuda.current_stream())
                 out[positions[i]] = total[at : at + count].to(out.dtype)
                 i += 1
             at += count
-        # The sum of what fits may not: 65504 / 3 is rounded up in float16, and three of them are infinite.
+        # A sum can overflow even if its terms do not: 65504 / 3 is rounded up in float16, and three of them are
+        # infinite.
         return _close(state, buffer, out, (total[0] != 0) | ~torch.isfinite(total).all())
 
     return work.get_future().then(unpack)
@@ -322,7 +325,7 @@ def _open(state: MemSGDState, bucket: dist.GradBucket) -> tuple[Tensor, list[_Pa
 
 
 def _blank(buffer: Tensor) -> Tensor:
-    """Where the sum is made: in the bucket, of which everything has been copied, or in float32 for half precision."""
+    """Zeros for the sum: the bucket itself, which has been copied by now, or for half precision a float32 tensor."""
     if buffer.dtype in (torch.float32, torch.float64):
         return buffer.zero_()
     return torch.zeros_like(buffer, dtype=torch.float32)
@@ -331,14 +334,14 @@ def _blank(buffer: Tensor) -> Tensor:
 def _close(state: MemSGDState, buffer: Tensor, out: Tensor, bad: Tensor) -> Tensor:
     if out is not buffer:
         buffer.copy_(out)
-    if bad.is_cuda or bool(bad):  # on a GPU nobody looks: it would have to be waited for
+    if bad.is_cuda or bool(bad):  # on a GPU always, because reading the flag would wait for the device
         buffer.masked_fill_(bad, math.nan)
     state.arrived(bad)
     return buffer
 
 
 def _column(table: Tensor, begin: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Every rank's numbers at one place of the message; a copy, as a row need not begin where a number may."""
+    """The numbers of every rank at one place of the message; a copy, because rows may not be aligned to the dtype."""
     out = torch.empty(len(table), width // dtype.itemsize, dtype=dtype, device=table.device)
     out.view(torch.uint8).copy_(table[:, begin : begin + width])
     return out
@@ -349,7 +352,7 @@ def _positions(state: MemSGDState, picked: Tensor, size: int, density: float) ->
 
 
 def _add(out: Tensor, where: Tensor, what: Tensor) -> None:
-    # Positions of several ranks may be equal: on a GPU index_add_ would add them in any order, index_put_ sorts them.
+    # Several ranks may have the same position. On a GPU index_add_ would add them in any order; index_put_ sorts them.
     if out.is_cuda:
         out.index_put_((where,), what, accumulate=True)
     else:
@@ -357,5 +360,5 @@ def _add(out: Tensor, where: Tensor, what: Tensor) -> None:
 
 
 def _sum(state: MemSGDState, tensor: Tensor) -> None:
-    # One after the other on every rank: started from callbacks, collectives of several buckets could cross.
+    # Called in order on every rank. If callbacks started collectives, those of several buckets could cross.
     dist.all_reduce(tensor, group=state.process_group)

@@ -12,9 +12,9 @@ from sketch_plugins.hashing import derive
 
 
 class RandK(Compressor):
-    r"""k = density * d entries, uniformly without replacement, drawn from ``(seed, step, key)``.
+    r"""Sends k = density * d entries, drawn uniformly without replacement from ``(seed, step, key)``.
 
-    Every rank draws the same ones: no indices on the wire, and the values are added on the way.
+    Every rank draws the same ones, so no indices are sent, and an all-reduce sums the values.
     :math:`E \|x - C(x)\|^2 = (1 - k/d) \|x\|^2`.
 
     Args:
@@ -23,7 +23,7 @@ class RandK(Compressor):
     Raises:
         ValueError: ``seed`` is no integer.
 
-    Source: rand-k of https://arxiv.org/abs/1809.07599. Deviation: there each worker draws its own.
+    Source: rand-k of https://arxiv.org/abs/1809.07599. Deviation: there each worker draws its own entries.
     """
 
     name: ClassVar[str] = "randk"
@@ -55,8 +55,8 @@ def draw(size: int, k: int, seed: int, step: int, key: int) -> Tensor:
     g = torch.Generator().manual_seed(derive(seed, step, key) >> 1)
     if k > size // 8:
         return torch.randperm(size, generator=g)[:k]
-    # A permutation of all would cost more than everything else. The distinct numbers among some draws are, whatever
-    # their count, uniform among the sets of that many; and so is a random k of them.
+    # A permutation of all would cost more than everything else. The distinct numbers among some draws are uniform among
+    # all sets of their size, and so is a random subset of k of them.
     draws = k + k // 4 + 16
     while len(found := torch.randint(size, (draws,), generator=g).unique()) < k:
         draws *= 2

@@ -1,4 +1,4 @@
-"""How dense the messages of an iteration are."""
+"""The density of each iteration."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from sketch_plugins.comm.base import check_density
 
 @dataclass(frozen=True)
 class DensitySchedule:
-    r"""Density of iteration t (from 0, the first compressed one).
+    r"""Density of iteration t, counted from 0, the first compressed one.
 
     .. math:: \rho_t = \rho_0 (\rho / \rho_0)^{t / T}, \quad t < T; \qquad \rho_t = \rho, \quad t \ge T
 
     Attributes:
         final: rho, in (0, 1].
         initial: rho_0, in (0, 1] (default 0.25).
-        warmup: T, iterations (default 0: none).
+        warmup: T, iterations (default 0: no warm-up).
 
     Raises:
-        ValueError: a density that is not in (0, 1], ``warmup`` that is no integer >= 0.
+        ValueError: a density is not in (0, 1], or ``warmup`` is no integer >= 0.
 
     Source: https://arxiv.org/abs/1712.01887, section 3.3 (25 %, 6.25 %, 1.5625 %, 0.4 %, 0.1 % in the first epochs).
-    Deviation: a smooth curve through these, as nobody tells a hook where epochs end.
+    Deviation: a smooth curve through these, because a hook is not told where epochs end.
     """
 
     final: float

@@ -1,4 +1,4 @@
-"""What the communication hook remembers: options, the error memory of each parameter, and what it has sent."""
+"""State of the communication hook: options, the error memory of each parameter, and the entries that were sent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.schedule import DensitySchedule
 from sketch_plugins.comm.topk import TopK
 
-#: Name -> class, as options call them.
+#: Name in options -> class.
 COMPRESSORS: dict[str, type[Compressor]] = {cls.name: cls for cls in (TopK, BlockTopK, RandK, CountSketchTopK)}
 MEMORY_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VERSION = 1
@@ -30,14 +30,14 @@ KINDS = ("error", "momentum")
 
 
 class Sent(NamedTuple):
-    """What a parameter's memory has given away in an iteration, until it is known whether it has arrived.
+    """Entries that a parameter's memory has sent in an iteration, kept until it is known whether they have arrived.
 
     Attributes:
-        slot: of the parameter.
-        where: ``(k,)`` positions; None: all of it, which is there still.
-        values: ``(k,)`` of ``where``, not scaled; without it whether anything was sent, 0-d.
-        velocity: ``(k,)``, what factor masking has cleared.
-        limit: 0-d; without ``where`` the largest number that could be sent, not scaled; None: any.
+        slot: memory of the parameter.
+        where: ``(k,)`` positions; None if all entries were sent. Then the memory still has all of them.
+        values: ``(k,)`` values at ``where``, not scaled. Without ``where``: whether anything was sent, 0-d.
+        velocity: ``(k,)``, the velocities that factor masking has cleared.
+        limit: 0-d; without ``where`` the largest number that could be sent, not scaled; None if there is no limit.
     """
 
     slot: dict[str, Tensor]
@@ -50,15 +50,16 @@ class Sent(NamedTuple):
 class MemSGDState:
     r"""State of `memsgd_hook`: sparsified gradients with memory for DistributedDataParallel.
 
-    Rank i of n keeps, for each parameter, the memory :math:`m_i` of what it has not sent yet. In every iteration
+    Rank i of n keeps, for each parameter, a memory :math:`m_i` of the entries that it has not sent yet. In every
+    iteration
 
     .. math::
         m_i \leftarrow m_i + g_i, \qquad \bar g = \frac{1}{n} \sum_i C(m_i), \qquad m_i \leftarrow m_i - C(m_i)
 
-    and :math:`\bar g` replaces the averaged gradient: the optimizer sees k of d entries now, and the others later.
-    State on each rank: 4 bytes a parameter (``memory_dtype="bf16"``: 2; twice that with ``momentum``), and 12 bytes (16
-    with ``momentum``) for each entry that the last iteration has sent. These are put back into the memory if another
-    bucket is not finite and the step is skipped.
+    and :math:`\bar g` replaces the averaged gradient: the optimizer gets k of d entries now, and the others later.
+    The state on each rank takes 4 bytes a parameter (2 with ``memory_dtype="bf16"``; twice that with ``momentum``), and
+    12 bytes (16 with ``momentum``) for each entry that the last iteration has sent. These entries are put back into the
+    memory if another bucket is not finite and the step is skipped.
 
         ddp = DistributedDataParallel(model)
         state = MemSGDState(model.named_parameters(), density=0.01)
@@ -70,40 +71,42 @@ class MemSGDState:
         process_group: the group of the DistributedDataParallel; None: the default group.
         compressor: ``"block_topk"`` (default), ``"topk"``, ``"randk"``, ``"count_sketch"``, or a `Compressor`.
         density: fraction of the entries that is sent, in (0, 1]; 1 averages everything, as without a hook.
-        start: first iterations, in which everything is averaged, >= 2 (default 2). DistributedDataParallel rebuilds its
-            buckets after the first one, and the first gradients of a training are rarely sparse. PowerSGD recommends
-            the length of the learning rate's warm-up.
-        warmup: iterations after that in which the density falls from ``initial_density`` to ``density``, see
+        start: number of first iterations, in which everything is averaged, >= 2 (default 2). DistributedDataParallel
+            rebuilds its buckets after the first one, and the first gradients of a training run are rarely sparse.
+            PowerSGD recommends the length of the learning rate's warm-up.
+        warmup: number of iterations after that in which the density falls from ``initial_density`` to ``density``; see
             `DensitySchedule` (default 0).
-        initial_density: see there (default 0.25).
-        momentum: beta of DGC's momentum correction, in [0, 1) (default 0: off): velocities are accumulated here, before
-            sparsification, ``u <- beta * u + g, m <- m + u``; the optimizer then has to be plain SGD. What is sent
-            whole (density 1, the ``start`` iterations, small parameters) is ``m + u``, too: the mean of the velocities
-            is the velocity of the mean, so this is SGD with momentum.
-        factor_masking: clear the velocity of entries that were picked and sent (default True; with ``momentum``). What
-            is sent whole keeps its velocity.
-        clip: bound of each parameter's local gradient norm, times ``n ** -0.5`` (default 0: off), however it is sent.
-        memory_dtype: ``"fp32"`` (default; float64 for float64 gradients) or ``"bf16"``, rounded stochastically.
-        min_size: parameters of fewer entries are sent whole (default 1024).
-        seed: of ``randk`` and ``count_sketch``, and of rounding; equal on all ranks.
-        scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one: memories are kept unscaled. May be
-            set later (``state.scaler = scaler``).
+        initial_density: the density at the start of ``warmup`` (default 0.25).
+        momentum: beta of DGC's momentum correction, in [0, 1) (default 0: off). Velocities are accumulated here, before
+            sparsification, ``u <- beta * u + g, m <- m + u``; the optimizer then has to be plain SGD. When a gradient
+            is sent whole (density 1, the ``start`` iterations, small parameters), ``m + u`` is sent, too: the mean of
+            the velocities is the velocity of the mean, so this is SGD with momentum.
+        factor_masking: clear the velocity of entries that were picked and sent (default True; only with ``momentum``).
+            Parameters that are sent whole keep their velocity.
+        clip: bound of each parameter's local gradient norm, times ``n ** -0.5`` (default 0: off), also for parameters
+            that are sent whole.
+        memory_dtype: ``"fp32"`` (default; float64 for float64 gradients) or ``"bf16"``, with stochastic rounding.
+        min_size: parameters with fewer entries are sent whole (default 1024).
+        seed: seed of ``randk``, of ``count_sketch`` and of rounding; equal on all ranks.
+        scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one, because memories are kept unscaled.
+            It can be set later (``state.scaler = scaler``).
 
     Attributes:
-        iteration: finished iterations.
+        iteration: number of finished iterations.
         memory: name -> ``error`` (what was not sent yet) and, with ``momentum``, ``momentum``: flat tensors.
-        last_density: of the last iteration; 1 before there is one.
-        wire_bytes, dense_bytes: handed to collectives by this rank, and what averaging everything would have been; of
-            all iterations so far. ``last_wire_bytes`` and ``last_dense_bytes``: of the last one.
+        last_density: density of the last iteration; 1 before the first one.
+        wire_bytes, dense_bytes: the bytes that this rank has given to collectives, and the bytes that averaging
+            everything would have taken, in all iterations so far. ``last_wire_bytes`` and ``last_dense_bytes`` are
+            those of the last iteration.
 
     Raises:
-        ValueError: an option that is not allowed, or that is one of another which is off (``initial_density`` of
-            ``warmup``, ``factor_masking`` of ``momentum``); parameters without names or twice.
+        ValueError: an option that is not allowed, or that has no effect because another one is off (``initial_density``
+            without ``warmup``, ``factor_masking`` without ``momentum``); parameters without names, or given twice.
 
     Source: https://arxiv.org/abs/1809.07599 (error feedback), https://arxiv.org/abs/1712.01887 (DGC: momentum
-    correction, factor masking, clipping, warm-up). Deviations: the memory holds gradients, not steps scaled by the
-    learning rate, as a hook knows no learning rate (`MemSGD` is the paper's form); each parameter is sparsified by
-    itself; clipping is by parameter, as no bucket has the norm of all.
+    correction, factor masking, clipping, warm-up). Deviations: the memory holds gradients, not steps multiplied by the
+    learning rate, because a hook does not know the learning rate (`MemSGD` is the paper's form); each parameter is
+    sparsified by itself; clipping is by parameter, because no bucket has the norm of all.
     """
 
     def __init__(
@@ -150,27 +153,27 @@ class MemSGDState:
         self.memory_dtype = memory_dtype
         self.scaler = scaler
         self._memory: dict[str, dict[str, Tensor]] = {}
-        self._sent: list[Sent] = []  # of the last iteration
-        self._flags: list[Tensor] = []  # of its buckets: whether they were not finite
+        self._sent: list[Sent] = []  # entries that the last iteration has sent
+        self._flags: list[Tensor] = []  # for each of its buckets: whether it was not finite
         self._running = False
         self.iteration = 0
         self.last_density = 1.0
         self.wire_bytes = self.dense_bytes = 0
         self.last_wire_bytes = self.last_dense_bytes = 0
-        self._wire = self._dense = 0  # of the iteration that is going on
+        self._wire = self._dense = 0  # bytes of the iteration in progress
         self._agreed = False
         self.scale: Tensor | float = 1.0
         self.bind(params)
 
     def bind(self, params: Iterable[tuple[str, Tensor]]) -> None:
-        """Say (again) which parameter has which name: after unpickling, or when a framework has replaced parameters.
+        """Set, or set again, the name of each parameter: after unpickling, or if a framework has replaced parameters.
 
-        A memory that there is goes to the device of its parameter.
+        An existing memory moves to the device of its parameter.
 
         Raises:
-            ValueError: something else than (name, parameter) pairs; a name or a parameter that appears twice; a
-                complex parameter; there is a memory of a parameter that is not there, or of another size. Nothing has
-                changed then.
+            ValueError: an entry is not a (name, parameter) pair; a name or a parameter appears twice; a parameter is
+                complex; a memory belongs to a parameter that is missing, or that has another size. Nothing has changed
+                then.
         """
         names: dict[int, tuple[int, str]] = {}
         bound: dict[str, Tensor] = {}
@@ -199,19 +202,21 @@ class MemSGDState:
         for name, slot in memory.items():
             slot.update({kind: t.to(bound[name].device) for kind, t in slot.items()})
         self._names: dict[int, tuple[int, str]] = names
-        self._bound: list[Tensor] = list(bound.values())  # alive, or another tensor could get the id of one of them
+        # Kept alive, because another tensor could get the id of a freed one.
+        self._bound: list[Tensor] = list(bound.values())
 
     def agree(self, device: torch.device) -> None:
-        """See to it that all ranks are at the same iteration with the same options; asked once, and after each load.
+        """Check that all ranks are at the same iteration with the same options: once, and after each load.
 
-        Density, collective and random choices follow from them: ranks would wait for each other, or drift apart.
+        The density, the collective and random choices depend on them, so ranks would wait for each other, or drift
+        apart.
 
         Raises:
-            ValueError: on every rank; names what each of them has.
+            ValueError: they differ. It is raised on every rank, and names the values of each rank.
         """
         if self._agreed or self.world_size == 1:
             return
-        # Of a compressor the numbers; ``fused`` may differ.
+        # The numbers of the compressor's options; ``fused`` may differ.
         own = {k: v for k, v in sorted(vars(self.compressor).items()) if k != "fused" and _number(v)}
         options = (type(self.compressor).__name__, own, self.schedule, self.start, self.min_size, self.seed,
                    self.momentum > 0)  # fmt: skip
@@ -232,17 +237,17 @@ class MemSGDState:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the group; 1 without one."""
+        """Number of ranks of the group; 1 without a group."""
         return dist.get_world_size(self.process_group) if dist.is_initialized() else 1
 
     @property
     def rank(self) -> int:
-        """This rank in the group; 0 without one."""
+        """Number of this rank in the group; 0 without a group."""
         return dist.get_rank(self.process_group) if dist.is_initialized() else 0
 
     @property
     def density(self) -> float:
-        """Of the coming iteration: 1 until ``start``."""
+        """Density of the next iteration: 1 until ``start``."""
         return 1.0 if self.iteration < self.start else self.schedule.at(self.iteration - self.start)
 
     @property
@@ -252,17 +257,17 @@ class MemSGDState:
 
     @property
     def memory(self) -> dict[str, dict[str, Tensor]]:
-        """Of each parameter that has one, after the last iteration."""
+        """The memory of each parameter that has one, after the last iteration."""
         self.settle()
         return self._memory
 
     def reset(self) -> None:
-        """As at the beginning: nothing is owed, the next iteration is the first."""
+        """Return to the beginning: all memories are empty, and the next iteration is the first."""
         self._memory, self._sent, self._flags, self.iteration, self._agreed = {}, [], [], 0, False
         self._running = False
 
     def memory_norm(self) -> float:
-        """The L2 norm of what this rank has not sent yet. Waits for the device."""
+        """The L2 norm of everything that this rank has not sent yet. This waits for the device."""
         norms = [torch.linalg.vector_norm(slot["error"].float()) for slot in self.memory.values()]
         return float(torch.linalg.vector_norm(torch.stack([n.cpu() for n in norms]))) if norms else 0.0
 
@@ -271,7 +276,7 @@ class MemSGDState:
         return sum(t.nbytes for slot in self.memory.values() for t in slot.values())
 
     def figures(self) -> dict[str, float]:
-        """What monitors log, of the iteration just done; ``memory_norm`` waits for the device."""
+        """Figures of the last iteration, for monitors; ``memory_norm`` waits for the device."""
         return {
             "wire_bytes": self.last_wire_bytes,
             "dense_bytes": self.last_dense_bytes,
@@ -284,15 +289,16 @@ class MemSGDState:
     # -- what the hook uses ---------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """The first bucket of an iteration: what came of the last one, and what is the scale of these gradients?"""
-        self._running = False  # an iteration that was broken off is over
+        """Start an iteration at its first bucket: finish the last one, and read the scale of these gradients."""
+        self._running = False  # an iteration that was interrupted is over
         self.settle()
         self._running = True
         scaler = self.scaler
         if scaler is None or not scaler.is_enabled():
             self.scale = 1.0
             return
-        # The tensor itself: get_scale() would wait for the device. It does not exist before the first scale(loss).
+        # The tensor itself, because get_scale() would wait for the device. It does not exist before the first
+        # scale(loss).
         scale = getattr(scaler, "_scale", None)
         self.scale = scaler.get_scale() if scale is None else scale.detach().clone()
 
@@ -302,19 +308,19 @@ class MemSGDState:
         self._dense += dense
 
     def remember(self, sent: Sent) -> None:
-        """What is to be put back, should a bucket of this iteration not be finite."""
+        """Keep entries that have to be put back if a bucket of this iteration is not finite."""
         self._sent.append(sent)
 
     def arrived(self, bad: Tensor) -> None:
-        """A bucket is there; ``bad`` (0-d, equal on all ranks): something in it was not finite."""
+        """A bucket has arrived; ``bad`` (0-d, equal on all ranks) says whether it has a non-finite entry."""
         self._flags.append(bad)
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Finish the last iteration: if one of its buckets was not finite, what all of them have sent is put back.
+        """Finish the last iteration: if one of its buckets was not finite, put back what all of them have sent.
 
         GradScaler, or other code that checks gradients, then skips the step on all ranks. All ranks have the same flags
-        by now. On a GPU the host does not read them, because it would have to wait.
+        at this point. On a GPU the host does not read them, because it would have to wait.
         """
         if self._running or not (self._sent or self._flags):
             return
@@ -339,7 +345,7 @@ class MemSGDState:
                     u.index_add_(0, one.where, torch.where(lost, one.velocity, 0.0).to(u.dtype))
 
     def end(self) -> None:
-        """The last bucket of an iteration."""
+        """Finish an iteration at its last bucket."""
         self.last_density = self.density
         self._running = False
         self.iteration += 1
@@ -349,10 +355,10 @@ class MemSGDState:
         self._wire = self._dense = 0
 
     def number(self, p: Tensor) -> int:
-        """Of a parameter: the same on all ranks.
+        """Number of a parameter, equal on all ranks.
 
         Raises:
-            ValueError: it is none of ``params``.
+            ValueError: the parameter is not one of ``params``.
         """
         return self._find(p)[0]
 
@@ -360,7 +366,7 @@ class MemSGDState:
         """The memory of a parameter, flat: ``error`` and, with momentum, ``momentum``; zeros at first.
 
         Raises:
-            ValueError: it is none of ``params``.
+            ValueError: the parameter is not one of ``params``.
         """
         name = self._find(p)[1]
         if name not in self._memory:
@@ -370,12 +376,12 @@ class MemSGDState:
         return self._memory[name]
 
     def present(self, p: Tensor) -> dict[str, Tensor] | None:
-        """The memory of a parameter that has some, which with momentum are all."""
+        """The memory of a parameter, or None if it has none; with momentum all parameters have one."""
         return self.slot(p) if self.momentum else self._memory.get(self._find(p)[1])
 
     @property
     def empty(self) -> bool:
-        """There is no memory: what is averaged is nothing but the gradients."""
+        """Whether there is no memory, so that only the gradients are averaged."""
         return not self._memory and not self.momentum
 
     def _find(self, p: Tensor) -> tuple[int, str]:
@@ -400,13 +406,13 @@ class MemSGDState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave on this rank of as many, or what `redistribute` made of all ranks'.
+        """Load the result of `state_dict` from this rank of as many ranks, or that of `redistribute`.
 
-        The compressor, the density and the other options may differ from those of the run that saved.
+        The compressor, the density and the other options may differ from those of the run that saved the state.
 
         Raises:
-            ValueError: written by another rank, by another number of ranks, for other parameters, not finite, or
-                something is missing. Nothing has changed then.
+            ValueError: the state was written by another rank, by another number of ranks or for other parameters; it is
+                not finite, or lacks something. Nothing has changed then.
         """
         checked(state)
         world, rank = state["world_size"], state["rank"]
@@ -441,27 +447,28 @@ class MemSGDState:
         self._agreed = False
 
     def save(self, folder: str | Path) -> None:
-        """Write this rank's file ``memsgd-RANK-of-WORLD.pt`` in ``folder``: to be called on every rank.
+        """Write this rank's file ``memsgd-RANK-of-WORLD.pt`` in ``folder``. Every rank has to call it.
 
-        A folder holds the memories of one moment: files that another number of ranks has left there are removed.
+        A folder holds the memories of one moment, so files of another number of ranks are removed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE.format(rank=self.rank, world=self.world_size)
         part = path.with_suffix(".part")
         torch.save(self.state_dict(), part)
-        part.replace(path)  # whole or not there: who is killed while saving leaves no half of a file
+        # Complete or absent: a process that is killed while it saves leaves no partial file under this name.
+        part.replace(path)
         for world, files in _files(folder).items():
             if world != self.world_size:
                 for old in files.values():
-                    old.unlink(missing_ok=True)  # every rank does, as folders need not be shared
+                    old.unlink(missing_ok=True)  # every rank removes them, because folders need not be shared
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote: this rank's file, or all of them if the number of ranks has changed.
 
         Raises:
-            ValueError: no files, files of several numbers of ranks, not all ranks' files, one that cannot be read; see
-                `load_state_dict`.
+            ValueError: there are no files, files of several numbers of ranks, or not the files of all ranks; a file
+                cannot be read; see `load_state_dict`.
         """
         found = _files(Path(folder))
         if not found:
@@ -481,15 +488,15 @@ class MemSGDState:
                 f"{folder} lacks the memory of rank {missing[0]} of {world}. With {self.world_size} ranks, every "
                 "rank needs the files of all ranks that saved: put them into one folder"
             )
-        # Mapped, not read: of a file what is looked at is in memory, and of several one at a time.
+        # Files are mapped, so that only the parts in use are in memory; of several files, one at a time is open.
         states = (_read(files[rank]) for rank in ranks)
         self.load_state_dict(next(states) if world == self.world_size else redistribute(states))
 
     def gather(self, dst: int = 0) -> list[dict[str, Any]] | None:
         """All ranks' `state_dict` on rank ``dst`` of the group, None elsewhere: for frameworks where one rank saves.
 
-        To be called on every rank. What it returns goes to `load_gathered`. Rank ``dst`` holds all memories at once;
-        `save`, which needs no such room, is the other way.
+        Every rank has to call it. `load_gathered` takes the result. Rank ``dst`` holds all memories at once; `save` is
+        the alternative that does not need this memory.
         """
         mine = self.state_dict()
         mine["memory"] = {name: {k: t.cpu() for k, t in slot.items()} for name, slot in mine["memory"].items()}
@@ -501,7 +508,7 @@ class MemSGDState:
         return states
 
     def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Take up what `gather` gave, on as many ranks or on another number of them.
+        """Load what `gather` returned, on as many ranks or on another number of them.
 
         Raises:
             ValueError: see `load_state_dict`.
@@ -514,30 +521,30 @@ class MemSGDState:
             self.load_state_dict(redistribute(states))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the process group, the parameters and the scaler, which cannot be written."""
+        """Everything except the process group, the parameters and the scaler, which cannot be pickled."""
         self.settle()
         left = ("process_group", "scaler", "_names", "_bound", "_sent", "_flags")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """The default group; `bind` has to be called before the next iteration."""
+        """Use the default group; `bind` has to be called before the next iteration."""
         self.__dict__.update(state, process_group=None, scaler=None, _names={}, _bound=[], _agreed=False)
         self._sent, self._flags = [], []
 
 
 def redistribute(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    r"""One memory for every rank of any number, from those of all ranks of another number.
+    r"""Make one memory for each of any number of ranks from those of all ranks of another number.
 
-    Each rank gets the mean :math:`\frac{1}{n} \sum_i m_i` of the old memories (and velocities). What counts is the mean
-    over the ranks, which is what the parameters still lack: it stays what it was, to rounding, and no rank's share
-    depends on its number.
+    Each rank gets the mean :math:`\frac{1}{n} \sum_i m_i` of the old memories (and velocities). The mean over the ranks
+    is the part that the parameters still lack. It stays the same up to rounding, and the share of a rank does not
+    depend on its number.
 
     Args:
-        states: `MemSGDState.state_dict` of all ranks, in any order. An iterator is asked for one after the other, and
-            none is kept: what is held is one of them and the sums, 8 bytes an entry.
+        states: `MemSGDState.state_dict` of all ranks, in any order. From an iterator, one state is taken at a time and
+            none is kept, so this holds one state and the sums, 8 bytes an entry.
 
     Raises:
-        ValueError: they are not those of all ranks of one run, or something is missing in them.
+        ValueError: they are not the states of all ranks of one run, or one of them lacks something.
     """
     world: int | None = None
     ranks: list[int] = []
@@ -572,7 +579,7 @@ def redistribute(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     for state in states:
         add(state)
-        del state  # or it would stay while the next is read
+        del state  # or it would stay in memory while the next one is read
     if world is None:
         raise ValueError("there are no states: pass the states of all ranks")
     if sorted(ranks) != list(range(world)) or len(iterations) != 1:
@@ -587,14 +594,14 @@ def redistribute(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def checked(state: Any) -> None:
-    """Raise ValueError unless this has everything that `MemSGDState.state_dict` gives."""
+    """Raise ValueError unless a state has everything that `MemSGDState.state_dict` returns."""
     if not isinstance(state, Mapping) or state.get("version") != VERSION:
         raise ValueError(f"this is not the state of a MemSGDState of version {VERSION}: {_shorten(state)}")
     for key in ("world_size", "rank", "iteration", "memory"):
         if key not in state:
             raise ValueError(f"the saved state of a MemSGDState lacks {key!r}; it contains {_shorten(state)}")
     whole = {key: state[key] for key in ("world_size", "rank", "iteration")}
-    nobody = whole["world_size"] is None and whole["rank"] is None  # redistributed
+    nobody = whole["world_size"] is None and whole["rank"] is None  # it comes from `redistribute`
     for key, value in whole.items():
         number = isinstance(value, int) and not isinstance(value, bool) and value >= (key == "world_size")
         if not number and not (nobody and key != "iteration"):
@@ -618,7 +625,7 @@ def make_compressor(compressor: str | Compressor, seed: int = 0) -> Compressor:
     """A compressor by name.
 
     Raises:
-        ValueError: there is none of that name; lists the names.
+        ValueError: there is no compressor of that name; lists the names.
     """
     if isinstance(compressor, Compressor):
         return compressor
@@ -629,7 +636,7 @@ def make_compressor(compressor: str | Compressor, seed: int = 0) -> Compressor:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `attach` takes these options: for entrances that come to it late."""
+    """Raise ValueError unless `attach` accepts these options, for code that calls `attach` much later."""
     try:
         if "process_group" in options:
             raise TypeError(
@@ -641,7 +648,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def _files(folder: Path) -> dict[int, dict[int, Path]]:
-    """What `MemSGDState.save` has written: number of ranks -> rank -> file."""
+    """The files that `MemSGDState.save` has written: number of ranks -> rank -> file."""
     found: dict[int, dict[int, Path]] = {}
     for path in sorted(folder.glob("memsgd-*.pt")):
         match = re.fullmatch(r"memsgd-(\d+)-of-(\d+)\.pt", path.name)
@@ -658,9 +665,9 @@ def _read(path: Path) -> Any:
 
 
 def _any(flags: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Whether one of them is set, on a device."""
+    """Whether one of the flags is set, on a device."""
     for flag in flags:
-        if flag.is_cuda:  # made on another stream, which could use its memory again
+        if flag.is_cuda:  # made on another stream, which could reuse its memory
             flag.record_stream(torch.cuda.current_stream(flag.device))
     if not flags:
         return torch.zeros((), dtype=torch.bool, device=device)

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from sketch_plugins.comm.base import Compressor, Payload, Reduce, entries, largest
 
-# Entries that an offset of 2 bytes tells apart.
+# Number of entries that an offset of 2 bytes can address.
 _RUN = 1 << 16
 
 
 class TopK(Compressor):
-    r"""The k = density * d entries of largest magnitude of the whole vector, of equal ones any.
+    r"""Sends the k = density * d entries of largest magnitude of the whole vector; of equal ones any.
 
-    On the wire: k values in the order of their positions, the last 2 bytes of each position, and, of a vector of more
-    than 2**16 entries, how many of them are in each run of 2**16: 4 bytes a run.
+    It sends k values in the order of their positions and the last 2 bytes of each position. For a vector of more than
+    2**16 entries it also sends how many of them are in each run of 2**16, with 4 bytes a run.
 
     Source: top-k of https://arxiv.org/abs/1809.07599.
     """
@@ -48,7 +48,7 @@ class TopK(Compressor):
         if not runs:
             return low
         counts, offsets = low[:runs] + (low[runs : 2 * runs] << 16), low[2 * runs :]
-        # The run of the j-th entry: how many runs have ended by then. No device is waited for.
+        # The run of the j-th entry is the number of runs that end before it. This does not wait for the device.
         run = torch.searchsorted(counts.cumsum(0), torch.arange(len(offsets), device=index.device), right=True)
         return offsets + run * _RUN
 
@@ -58,11 +58,11 @@ class TopK(Compressor):
 
 
 def _runs(size: int) -> int:
-    """Runs of 2**16 entries that are counted: none where there is only one."""
+    """Number of runs of 2**16 entries whose counts are sent: 0 if there is only one run."""
     return -(-size // _RUN) if size > _RUN else 0
 
 
 def _low(numbers: Tensor) -> Tensor:
-    """The last 16 bits, as int16."""
+    """The last 16 bits of each number, as int16."""
     low = numbers & (_RUN - 1)
     return (low - ((low >> 15) << 16)).to(torch.int16)
