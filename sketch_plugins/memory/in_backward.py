@@ -1,4 +1,4 @@
-"""Steps that are taken during backward, so that gradients are freed one by one instead of being there all at once."""
+"""Steps that are taken during backward, so that gradients are freed one by one and never exist all at once."""
 
 from __future__ import annotations
 
@@ -59,24 +59,24 @@ class InBackward:
     ``register_post_accumulate_grad_hook`` see a gradient only if they were registered earlier.
 
     Args:
-        optimizer: a sketched optimizer; wrappers with an ``optimizer`` attribute are looked through.
+        optimizer: a sketched optimizer, or a wrapper with an ``optimizer`` attribute.
         last: a function without arguments, called for each gradient, that returns whether this is the last backward of
-            the cycle. None: every backward is.
+            the cycle. None: every backward is the last one.
 
     Raises:
-        TypeError: not a sketched optimizer, or ``last`` cannot be called.
-        ValueError: the optimizer has an `InBackward` already; Sketchy with ``nonfinite="skip"``; parameters that belong
-            to DistributedDataParallel, whose all-reduce comes after the hooks, or to an engine of DeepSpeed's (found
-            here, or in the first backward).
+        TypeError: ``optimizer`` is not a sketched optimizer, or ``last`` cannot be called.
+        ValueError: the optimizer has an `InBackward` already; it is Sketchy with ``nonfinite="skip"``; parameters
+            belong to DistributedDataParallel, whose all-reduce comes after the hooks, or to an engine of DeepSpeed
+            (noticed here, or in the first backward).
 
-    In backward it raises RuntimeError, naming the parameter, if one gets a second gradient in a cycle (a
-    second backward that was not said to accumulate, or a parameter shared by checkpoints with ``use_reentrant=True``:
-    the second of them would compute with weights that have moved), and with ``create_graph=True``. ``optimizer.step()``
-    raises it where a gradient came back after the step, and under GradScaler, whose first backward has done its damage
-    by then.
+    Backward raises RuntimeError, which names the parameter, with ``create_graph=True``, and if a parameter gets a
+    second gradient in a cycle. Such a gradient comes from a second backward that was not marked as accumulating, or
+    from a parameter that checkpoints with ``use_reentrant=True`` share: the second of them would compute with weights
+    that have changed. ``optimizer.step()`` raises RuntimeError if a gradient appeared after the parameter's step, and
+    under GradScaler, whose first backward has already changed weights by then.
 
     Source: torch's tutorial "How to save memory by fusing an optimizer step into the backward pass", and LOMO,
-    https://arxiv.org/abs/2306.09782. Deviation: the optimizer is one, with groups, schedules and state as ever.
+    https://arxiv.org/abs/2306.09782. Deviation: there is one optimizer, with groups, schedules and state as usual.
     """
 
     def __init__(self, optimizer: Any, last: Callable[[], bool] | None = None) -> None:
@@ -95,13 +95,14 @@ class InBackward:
         #: Whether ``optimizer.step`` is running a closure.
         self.stepping = False
         self._accumulating = 0
-        # The optimizer keeps this object, not the other way round: it goes when the optimizer goes.
+        # The optimizer keeps this object, not the other way round, so that it is freed together with the optimizer.
         self._optimizer = weakref.ref(optimizer)
-        self._handles: dict[int, Any] = {}  # identity of a parameter -> its hook; no reference, not even a weak one
+        # Identity of a parameter -> its hook; there is no reference to the parameter, not even a weak one.
+        self._handles: dict[int, Any] = {}
         self._places: dict[int, tuple[int, int]] = {}
         self._taken: set[int] = set()
         self._looked_for_owners = False
-        self._lock = threading.RLock()  # a model on several devices has a thread of autograd's for each
+        self._lock = threading.RLock()  # for a model on several devices, autograd has a thread for each device
         self.install()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -109,16 +110,17 @@ class InBackward:
             optimizer.register_load_state_dict_post_hook(lambda _: self._taken.clear()),
         ]
         optimizer._in_backward = self
-        # GradScaler then tells the step about itself. It is refused there; the kernels unscale nothing.
+        # With this, GradScaler passes itself to the step, which refuses it, because the kernels do not unscale
+        # gradients.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
 
     @property
     def taken(self) -> int:
-        """Parameters that have taken their step since the last ``optimizer.step()``."""
+        """Number of parameters that have taken their step since the last ``optimizer.step()``."""
         return len(self._taken)
 
     def install(self) -> None:
-        """Look at all parameters, and add hooks to those that have none yet. Done after each ``optimizer.step()``.
+        """Look at all parameters, and add hooks to those without one. This is done after each ``optimizer.step()``.
 
         Raises:
             ValueError: see the class; nothing has been added then.
@@ -138,22 +140,22 @@ class InBackward:
                 raise ValueError(f"parameter group {number} cannot take its steps in backward: {why}")
         if new:
             self._refuse_owners(optimizer)
-            self._looked_for_owners = False  # they may be wrapped from now on
+            self._looked_for_owners = False  # a framework may wrap them from now on
         for key in [key for key in self._handles if key not in present]:
             self._handles.pop(key).remove()
         for p in new:
-            # Hooks must not keep this object, and with it a model that was trained, alive.
+            # Hooks must not keep this object alive, and with it a trained model.
             self._handles[id(p)] = p.register_post_accumulate_grad_hook(_Hook(weakref.ref(self)))
         if new or len(self._places) != len(present):
             self._look_up(optimizer)
 
     def _has_hook(self, p: Tensor) -> bool:
-        # A tensor with the identity of one that is gone has no hook of that number.
+        # A tensor that has the identity of a freed one has no hook with that number.
         handle = self._handles.get(id(p))
         return handle is not None and handle.id in (p._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]
 
     def remove(self) -> None:
-        """From the next backward on, steps are taken by ``optimizer.step()`` alone."""
+        """Remove the hooks: from the next backward on, only ``optimizer.step()`` takes steps."""
         optimizer = self._optimizer()
         for handle in self._handles.values():
             handle.remove()
@@ -166,9 +168,9 @@ class InBackward:
             optimizer.__dict__.pop("_step_supports_amp_scaling", None)
 
     def reset(self) -> None:
-        """Begin a new cycle without ``optimizer.step()``: after a backward that failed, and that is given up.
+        """Begin a new cycle without ``optimizer.step()``, after a backward that failed and is abandoned.
 
-        Parameters that have taken their step keep it. Gradients that are there stay: call ``zero_grad``.
+        Parameters that have taken their step keep it. Existing gradients stay, so call ``zero_grad``.
         """
         self._taken.clear()
         optimizer = self._optimizer()
@@ -178,7 +180,7 @@ class InBackward:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """For backwards that are not the last of their cycle: gradients are added up, no steps are taken."""
+        """For backwards that are not the last of their cycle: gradients are summed, and no steps are taken."""
         self._accumulating += 1
         try:
             yield
@@ -186,11 +188,11 @@ class InBackward:
             self._accumulating -= 1
 
     def __enter__(self) -> InBackward:
-        """``with InBackward(optimizer): ...`` removes it in the end."""
+        """``with InBackward(optimizer): ...`` removes it at the end."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove it."""
+        """Remove it at the end of the block."""
         self.remove()
 
     # -- backward ------------------------------------------------------------------------------------------------
@@ -298,7 +300,10 @@ class InBackward:
         self.install()
 
     def _refuse_owners(self, optimizer: SketchOptimizer) -> None:
-        """Nothing on a parameter says who will reduce its gradient, so those who do are asked what they have."""
+        """Refuse parameters whose gradients a wrapper reduces later.
+
+        A parameter does not say that it has such a wrapper, so all wrappers are asked for their parameters.
+        """
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
@@ -307,7 +312,7 @@ class InBackward:
         engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
         kinds = (DistributedDataParallel,) if engine is None else (DistributedDataParallel, engine)
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # DeepSpeed puts others in their place.
+        # DeepSpeed has replaced the given parameters by others.
         with optimizer._parts.looking():
             mine |= {id(original.ref()) for original in optimizer._parts.originals}
         for one in gc.get_objects():
@@ -329,7 +334,7 @@ class InBackward:
 
 
 class _Hook:
-    """What a parameter keeps."""
+    """The hook of a parameter."""
 
     def __init__(self, owner: weakref.ref[InBackward]) -> None:
         self.owner = owner
@@ -354,7 +359,7 @@ def _name(optimizer: SketchOptimizer, place: tuple[int, int]) -> str:
 
 
 def _say(error: Exception, what: str) -> None:
-    """Add to an error's message; its type says to others what to do (out of memory: a smaller batch)."""
+    """Add to an error's message. The error keeps its type, so that callers can react (out of memory: smaller batch)."""
     if error.args and isinstance(error.args[0], str):
         error.args = (f"{error.args[0]} ({what})", *error.args[1:])
     elif hasattr(error, "add_note"):

@@ -1,4 +1,4 @@
-"""Measuring the peak of memory, and budgets of it."""
+"""Measuring the peak of memory, and memory budgets."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _UNITS |= {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}
 
 
 class Meter(Protocol):
-    """Measures memory."""
+    """An object that measures the peak of memory."""
 
     def start(self) -> None:
-        """Forget the peak."""
+        """Start a new peak."""
 
     def read(self) -> int:
         """Bytes at the peak since `start`."""
 
 
 class CudaMeter:
-    """The peak of what tensors take on a CUDA device, by the allocator's statistics."""
+    """The peak memory of tensors on a CUDA device, from the allocator's statistics."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def start(self) -> None:
-        """Forget the peak."""
+        """Start a new peak."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self) -> int:
@@ -39,12 +39,12 @@ class CudaMeter:
 
 
 class ResidentMeter:
-    """The peak of what is resident of this process, on Linux."""
+    """The peak of the resident memory of this process, on Linux."""
 
     def start(self) -> None:
-        """Forget the peak."""
+        """Start a new peak."""
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present resident memory
 
     def read(self) -> int:
         """Bytes at the peak since `start`."""
@@ -55,17 +55,17 @@ class ResidentMeter:
 
 
 class AllocatorMeter:
-    """The peak of what tensors take on the CPU: every allocation of torch's allocator, as its profiler sees them.
+    """The peak memory of tensors on the CPU: every allocation of torch's allocator, as its profiler records them.
 
-    The counterpart of ``torch.cuda.max_memory_allocated``, exact to the byte where everything is allocated after
-    `start`. Tensors that Python knows at `start` are counted with what they take then, until `read`: the allocator does
-    not say that they were freed. What numpy and other libraries allocate themselves is not seen. Recording costs a few
-    microseconds for each operator, and keeps an event of each: meant for a few steps. It may not be nested in another
-    profile.
+    It is the counterpart of ``torch.cuda.max_memory_allocated``, exact to the byte if everything is allocated after
+    `start`. Tensors that Python knows at `start` are counted with their size at that time until `read`, because the
+    allocator does not say when they are freed. Allocations of numpy and other libraries are not counted. Recording
+    costs a few microseconds for each operator and stores an event for each, so use it for a few steps only. It must not
+    be nested in another profile.
 
     Attributes:
         live: bytes of the tensors that existed at `start`.
-        left: bytes of `live` and of what was allocated since and has not been freed at `read`.
+        left: bytes of `live`, and of allocations since `start` that have not been freed at `read`.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class AllocatorMeter:
         self._profile: torch.profiler.profile | None = None
 
     def start(self) -> None:
-        """Forget the peak, and record from now on."""
+        """Start a new peak, and start the recording."""
         self._stop()
         gc.collect()
         self.live = _bytes_of_tensors()
@@ -100,7 +100,7 @@ class AllocatorMeter:
         if profile is None:
             return []
         profile.stop()
-        # No public call gives single allocations in their order but a trace written to a file.
+        # The only public way to get single allocations in their order is a trace in a file.
         recorded: Any = profile.profiler
         events = recorded.kineto_results.events()
         cpu = torch.autograd.DeviceType.CPU
@@ -112,7 +112,7 @@ def _bytes_of_tensors() -> int:
     sizes: dict[int, int] = {}
     plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
     for found in gc.get_objects():
-        if type(found) not in plain:  # isinstance would ask objects that answer with warnings, or are gone
+        if type(found) not in plain:  # isinstance would call objects that warn, or that no longer exist
             continue
         for tensor in (found, found.grad if found.is_leaf else None):
             if tensor is not None and tensor.device.type == "cpu" and tensor.layout is torch.strided:
@@ -123,10 +123,10 @@ def _bytes_of_tensors() -> int:
 
 
 def meter_for(device: torch.device) -> Meter:
-    """What measures the memory of a device: CUDA's allocator, or what is resident of this process.
+    """The meter for a device: CUDA's allocator, or the resident memory of this process.
 
     Raises:
-        ValueError: there is nothing to measure it with.
+        ValueError: there is no meter for the device.
     """
     if device.type == "cuda":
         return CudaMeter(device)
@@ -136,7 +136,7 @@ def meter_for(device: torch.device) -> Meter:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of a device, or of the machine."""
+    """Bytes of memory of a device, or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -146,7 +146,7 @@ def parse_budget(budget: int | float | str, total: int, name: str = "budget") ->
     """Bytes of ``16GiB``, ``"512MB"``, 2**30, or a fraction of ``total`` (0.5, ``"0.5"``).
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is not a size.
     """
     number: Any = budget
     if isinstance(budget, str):

@@ -1,7 +1,7 @@
-"""How much memory a training step takes with each optimizer, and the largest batch, without a GPU and without weights.
+"""Predict the memory of a training step with each optimizer, and the largest batch, without a GPU and without weights.
 
-The model runs on tensors that have shapes and no memory (`plan_trace`), once for each size of batch, so everything that
-a pass allocates is counted and nothing is computed. ``docs/plan.md`` says what is counted, and how accurate it is.
+The model runs on tensors that have shapes but no memory (`plan_trace`), once for each batch size. So everything that a
+pass allocates is counted, but nothing is computed. ``docs/plan.md`` says what is counted, and how accurate it is.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "bf16-mixed": (torch.float32, torch.bfloat16),
     "fp16-mixed": (torch.float32, torch.float16),
 }
-#: What a CUDA context takes that torch's allocator knows nothing of; kernels are loaded into it.
+#: Memory of a CUDA context, into which kernels are loaded. torch's allocator does not know about it.
 RESERVE = 512 * 2**20
 _MOST = 1 << 20
 
-#: Called with the steps done, their number, and what is at hand.
+#: Called with the number of finished steps, the number of all steps, and the name of the current one.
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer of a plan; all in bytes.
+    """One optimizer of a plan; all sizes in bytes.
 
     Attributes:
-        optimizer: what it is called.
-        parameters: the weights that are trained, and those that are not.
-        gradients: the most of them at any time.
-        state: of the optimizer.
-        activations: the most of everything else: what backward needs, temporaries, buffers, the batch, workspace.
-        peak: the most of all at any time; less than the sum, for gradients grow as activations go.
-        at_peak: the four kinds at that time; they add up to ``peak``.
+        optimizer: its name.
+        parameters: the weights, both trained and frozen.
+        gradients: their maximum over time.
+        state: state of the optimizer.
+        activations: the maximum of everything else: what backward needs, temporaries, buffers, the batch, workspace.
+        peak: the maximum of the total; less than the sum, because gradients grow while activations are freed.
+        at_peak: the four kinds at the time of the peak; they add up to ``peak``.
         when: the peak is in ``"forward and backward"`` or in the optimizer's ``"step"``.
-        largest_batch: the largest batch whose peak is within the budget; 0: none is; None: there is no budget.
-        precision: of the weights and of autocast.
+        largest_batch: the largest batch whose peak is within the budget; 0: no batch fits; None: there is no budget.
+        precision: precision of the weights and of autocast.
     """
 
     optimizer: str
@@ -74,20 +74,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` returns; ``print(plan)`` shows the table.
+    """The result of `plan`; ``print(plan)`` shows the table.
 
     Attributes:
-        model: what it is called.
+        model: its name.
         params: number of its parameters (elements).
         batch_size: samples of a pass.
-        seq_len: tokens of a sample; None where the caller makes the batches.
+        seq_len: tokens of a sample; None if the caller makes the batches.
         precision: see `plan`.
         device: ``"cuda"`` or ``"cpu"``.
-        gpu_memory: the budget in bytes; None: none was given.
-        reserve: the part of it that is left to others.
-        zero_stage: of DeepSpeed's ZeRO; 0: none.
-        world_size: its ranks; everything is for one of them.
-        gradient_checkpointing: whether activations are computed again.
+        gpu_memory: the budget in bytes; None: no budget was given.
+        reserve: the part of it that torch's allocator cannot use.
+        zero_stage: stage of DeepSpeed's ZeRO; 0: no ZeRO.
+        world_size: its ranks; all figures are for one of them.
+        gradient_checkpointing: whether backward recomputes activations.
         accumulation: passes of a step.
         rows: one for each optimizer.
     """
@@ -114,18 +114,18 @@ class Plan:
         raise KeyError(f"{optimizer!r} is not in the plan; it has {', '.join(row.optimizer for row in self.rows)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """The plan as plain values, for JSON."""
         return asdict(self)
 
     @property
     def title(self) -> str:
-        """What is planned, in a line."""
+        """A line that says what is planned."""
         length = "" if self.seq_len is None else f", sequences of {self.seq_len}"
         return f"{self.model}, {self.params:,} parameters, batch {self.batch_size}{length}, {self.precision}"
 
     @property
     def notes(self) -> str:
-        """The rest of the circumstances, in a line."""
+        """A line with the other circumstances."""
         parts = [f"on {'CUDA' if self.device == 'cuda' else 'a CPU'}"]
         if self.gpu_memory is not None:
             parts.append(f"budget {format_bytes(self.gpu_memory)}")
@@ -140,7 +140,7 @@ class Plan:
         return ", ".join(parts)
 
     def table(self) -> Table:
-        """A rich table, a row for each optimizer."""
+        """A rich table with a row for each optimizer."""
         table = Table(title=self.title, caption=self.notes)
         table.add_column("optimizer", overflow="fold")
         for heading in ("parameters", "gradients", "state", "activations", "peak"):
@@ -163,13 +163,13 @@ class Plan:
         return text.getvalue()
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """A bar for each optimizer: what there is at its peak, and the budget as a line.
+        """Draw a bar for each optimizer with the memory at its peak, and the budget as a line.
 
         Args:
-            path: file to write; its ending decides on the format (``.png``, ``.svg``, ``.pdf``).
+            path: file to write; its suffix selects the format (``.png``, ``.svg``, ``.pdf``).
 
         Raises:
-            ValueError: another ending, or matplotlib is not installed.
+            ValueError: another suffix, or matplotlib is not installed.
         """
         check_plot(path)
         figures = importlib.import_module("matplotlib.figure")
@@ -237,13 +237,14 @@ def plan(
             in backward, ``"adamw"`` is torch's fused one, ``"adamw_foreach"`` its default on CUDA.
         task: ``"masked-lm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"sequence-classification"``; None: the task of the
             configuration's architecture.
-        gradient_checkpointing: as the model of transformers does it.
+        gradient_checkpointing: as the model in transformers does it.
         accumulation: passes of a step; from the second pass on, all gradients exist from the beginning.
         zero_stage: 1, 2 or 3 of DeepSpeed's ZeRO, computed by a formula, see docs/plan.md.
         world_size: number of ranks, with ``zero_stage``.
         device: ``"cuda"``, or ``"cpu"``, whose kernels keep other things for backward.
         reserve: part of the budget that torch's allocator cannot use; None: 512 MiB on CUDA for its context.
-        progress: function that is called with the number of steps done, their total, and the name of the present one.
+        progress: function that is called with the number of finished steps, their total, and the name of the current
+            one.
 
     Returns:
         A `Plan`.
@@ -323,10 +324,10 @@ def budget_and_reserve(gpu_memory: Any, reserve: Any, device: str) -> tuple[int 
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
-    """Whether `Plan.plot` can write there.
+    """Check that `Plan.plot` can write to a path.
 
     Raises:
-        ValueError: it cannot; says why.
+        ValueError: it cannot; the message says why.
     """
     if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{os.fspath(path)!r} cannot be the file of a plot: its name must end in .png, .svg or .pdf")
@@ -339,7 +340,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 class _Described:
-    """The model: given by name, configuration, module or function."""
+    """The model, given by name, configuration, module or function."""
 
     def __init__(
         self,
@@ -380,7 +381,7 @@ class _Described:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without memory."""
+    """A copy of the model without memory."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         new = torch.empty_like(tensor, device="meta", requires_grad=False)
@@ -389,7 +390,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 
 class _Runs:
-    """The passes that were run so far, by dtype of the weights, kind and batch."""
+    """The passes that have run so far, by dtype of the weights, kind and batch."""
 
     def __init__(self, model: _Described, cuda: bool, precision: str, accumulation: int) -> None:
         self.model, self.cuda, self.precision, self.accumulation = model, cuda, precision, accumulation
@@ -397,18 +398,18 @@ class _Runs:
         self._seen: dict[Any, Timeline] = {}
 
     def dtypes(self, choice: Choice) -> tuple[torch.dtype, torch.dtype | None]:
-        """Of the weights and of autocast."""
+        """The dtypes of the weights and of autocast."""
         return PRECISIONS["bf16" if choice.pure_bf16 else self.precision]
 
     def subject(self, choice: Choice) -> Subject:
-        """The model in the choice's dtype."""
+        """The model in the dtype of the choice."""
         dtype, _ = self.dtypes(choice)
         if dtype not in self._subjects:
             self._subjects[dtype] = Subject(self.model.build, dtype)
         return self._subjects[dtype]
 
     def timeline(self, choice: Choice, in_backward: bool, batch: int) -> Timeline:
-        """One pass."""
+        """The timeline of one pass, which runs once."""
         dtype, autocast = self.dtypes(choice)
         key = dtype, autocast, in_backward, batch
         if key not in self._seen:
@@ -429,8 +430,8 @@ class _Runs:
         return self._seen[key]
 
     def expected(self, choice: Choice, in_backward: bool, near: int) -> Callable[[int], Timeline | None]:
-        """Timelines of other batches, from two that are run."""
-        # A batch of one is special: what would be a copy may be a view.
+        """Timelines of other batches, computed from two batches that run."""
+        # A batch of one is special: some operators return a view there that would be a copy for larger batches.
         first = max(near, 2)
         pair = first, 2 * first
         one, two = (self.timeline(choice, in_backward, batch) for batch in pair)
@@ -485,7 +486,7 @@ def _largest(
     would: Callable[[Timeline], bool],
     batch: int,
 ) -> int:
-    """Looked for by what two runs let expect, and confirmed by runs of the batch that is found and of the next one."""
+    """Search with timelines computed from two runs, and confirm the result by runs of this batch and of the next one."""
     if expected(batch) is None:
         return largest(fits, batch, _MOST, max_trials=60)
 
@@ -511,7 +512,7 @@ def _peak(timeline: Timeline, runs: _Runs, choice: Choice, spent: Cost, sharding
     subject = runs.subject(choice)
     gradients = [-(-p.nbytes // block) * block for p in subject.parameters]
     parameters = _parameters(runs, choice, sharding)
-    # The largest parameter and the one after it, which ZeRO-3 gathers in the meantime.
+    # ZeRO-3 gathers the next parameter while it works on one, so the largest parameter counts twice.
     gathered = 2 * max(gradients, default=0) if stage == 3 else 0
     share = -(-sum(gradients) // world) if stage >= 2 else 0
     workspace = WORKSPACE if runs.cuda else 0

@@ -1,4 +1,4 @@
-"""``sketch-plugins plan``: shows the plan, or advice, writes the chart, and says what went wrong."""
+"""``sketch-plugins plan``: shows the plan or the advice, writes the chart, and reports errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sketch_plugins.memory.plan import Plan, check_plot, plan
 
 
 def main(arguments: argparse.Namespace, program: str) -> int:
-    """Run the command; its exit status: 0, or 2 where the arguments are at fault."""
+    """Run the command and return its exit status: 0, or 2 if the arguments are wrong."""
     screen = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
@@ -37,13 +37,13 @@ def main(arguments: argparse.Namespace, program: str) -> int:
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
         return 0
-    # Paths and names of optimizers may have brackets and colons, which are no markup.
+    # Paths and names of optimizers may contain brackets and colons, which are not meant as markup.
     out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
-    # Not the title and caption of the table, which is no wider than its columns.
+    # Not the table's title or caption, because these are no wider than its columns.
     out.print(found.title, soft_wrap=True, highlight=False)
     table = found.table()
     table.title = table.caption = None
-    # Columns that find no room would vanish; on a narrow terminal lines are broken instead.
+    # Columns without room would vanish, so lines are broken on a narrow terminal instead.
     needed = Measurement.get(out, out.options.update(max_width=1000), table).minimum
     out.width = max(out.width, needed)
     out.print(table)

@@ -1,12 +1,12 @@
-"""What CUDA would do where the CPU does something else, for fake tensors, which live on the CPU.
+"""CUDA's behaviour on fake tensors of the CPU, where it differs from the CPU's.
 
-Fake tensors on a CUDA device abort the process in builds of torch without CUDA (autograd asks for a device guard), so
-`plan` runs the model on the CPU's and takes CUDA's way here by hand where it costs other memory:
+Fake tensors on a CUDA device abort the process in builds of torch without CUDA (autograd asks for a device guard). So
+`plan` runs the model on fake CPU tensors. Operations that need other memory on CUDA are replaced here:
 
-* attention: flash kernels (float16 and bfloat16, no mask), memory-efficient ones (float32, or a mask); on a CPU with
-  dropout the whole matrix of scores would be kept;
-* dropout keeps a mask of one byte an element, not of the element's size;
-* autocast has another list of operators that run in float32 (layer norms, powers, ...).
+* attention: CUDA has flash kernels (float16 and bfloat16, no mask) and memory-efficient ones (float32, or a mask); a
+  CPU with dropout would keep the whole matrix of scores;
+* dropout: the mask has one byte for each element, not the size of the element;
+* autocast: another list of operators runs in float32 (layer norms, powers, ...).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-#: cuBLAS keeps one of these for each thread that calls it (Hopper's size; other devices' is 8 MiB), and autograd's
-#: backward runs in a thread of its own.
+#: cuBLAS keeps one workspace for each thread that calls it (of Hopper's size; it is 8 MiB on other devices), and
+#: autograd's backward runs in a thread of its own.
 WORKSPACE = 2 * 32 * 2**20
 
-# ATen/autocast_mode.h, AT_FORALL_FP32, as far as Python has names for them.
+# The list AT_FORALL_FP32 in ATen/autocast_mode.h, as far as Python has names for its operators.
 _FLOAT32 = {
     *(getattr(torch, name) for name in ("exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "pow")),
     *(getattr(torch, name) for name in ("cosh", "sinh", "tan", "acos", "asin", "logsumexp", "softmax", "log_softmax")),
@@ -38,10 +38,10 @@ _FLOAT32 = {
 
 
 class CudaLike(TorchFunctionMode):
-    """Inside of it the calls above go CUDA's way."""
+    """Within this mode, the calls above behave as on CUDA."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One call."""
+        """Run one call."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention(func, *args, **kwargs)
@@ -104,9 +104,9 @@ def _attention(
 
 
 def workspace(func: Any, args: Sequence[Any]) -> int:
-    """Bytes that a CUDA kernel takes while it runs, beside what it returns."""
+    """Bytes that a CUDA kernel takes while it runs, beside its result."""
     if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
-        # The query's gradient is accumulated in float32, with one number for each row: csrc/flash_attn, mha_bwd.
+        # csrc/flash_attn, mha_bwd: the query's gradient is summed in float32, with one more number for each row.
         batch, heads, rows, width = args[1].shape
         rows, width = -(-rows // 128) * 128, -(-width // 32) * 32
         return batch * heads * rows * (width + 1) * 4

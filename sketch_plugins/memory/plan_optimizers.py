@@ -1,4 +1,4 @@
-"""What an optimizer keeps and takes: of ours by their own accounting, of torch's by a step on fake tensors."""
+"""Memory of optimizers: ours by their own accounting, torch's by a step on fake tensors."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
 from sketch_plugins.sharding.state_names import PLACE
 
 IN_BACKWARD = "_layerwise"
-#: Optimizers to compare with: class and arguments.
+#: torch's optimizers for comparison: class and arguments.
 TORCH: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("AdamW", {"fused": True}),
     "adamw_foreach": ("AdamW", {"foreach": True}),
     "adafactor": ("Adafactor", {}),
     "sgd": ("SGD", {"momentum": 0.9, "fused": True}),
 }
-# What "all" stands for, besides each name of the registry.
+# Entries of "all" beside the names of the registry.
 _MORE = ("cs_adam:preset=lean", f"cs_adam{IN_BACKWARD}", f"cs_adam{IN_BACKWARD}:preset=lean")
 
 
@@ -41,12 +41,12 @@ class Choice:
     """One optimizer of a plan.
 
     Attributes:
-        label: what to call it.
-        name: of the registry, or of `TORCH`.
+        label: name in the table.
+        name: name in the registry, or in `TORCH`.
         options: its options.
         in_backward: it takes its steps in backward, and gradients are freed one by one.
-        pure_bf16: weights are bfloat16, whatever the plan's precision: with stochastic rounding, or with corrections
-            among the state (``weight_bits``), there is no other copy.
+        pure_bf16: weights are bfloat16 in any precision of the plan: with stochastic rounding, or with corrections in
+            the state (``weight_bits``), there is no float32 copy.
         offloaded: state, and the weights that are stepped, are in host memory, and so is the step: 0 bytes here.
     """
 
@@ -58,7 +58,7 @@ class Choice:
     offloaded: bool = False
 
     def build(self, parameters: Sequence[Tensor], cuda: bool) -> torch.optim.Optimizer:
-        """The optimizer, for parameters on fake tensors."""
+        """The optimizer for parameters that are fake tensors."""
         if self.name in TORCH:
             name, arguments = TORCH[self.name]
             return getattr(torch.optim, name)(parameters, lr=1e-3, **arguments)
@@ -68,12 +68,13 @@ class Choice:
 
 
 class Cost:
-    """Bytes of an optimizer; of a rank's part, where it has a part.
+    """Bytes of an optimizer; with sharding, those of a rank's part.
 
     Args:
-        state: what it keeps.
-        step: finds out what a step takes for a while. Some seconds for an optimizer that works in tiles.
-        bound: no less than ``step``.
+        state: bytes of its state.
+        step: function that returns the temporary bytes of a step. It takes seconds for an optimizer that works in
+            tiles.
+        bound: upper bound of ``step``.
     """
 
     def __init__(self, state: int, step: int | Callable[[], int], bound: int | None = None) -> None:
@@ -81,19 +82,19 @@ class Cost:
 
     @property
     def step(self) -> int:
-        """What a step takes for a while."""
+        """Temporary bytes of a step."""
         if not isinstance(self._step, int):
             self._step = self._step()
         return self._step
 
     @property
     def bound(self) -> int:
-        """No less than `step`, and at hand at once."""
+        """An upper bound of `step` that takes no time to compute."""
         return self._step if isinstance(self._step, int) else self.step if self._bound is None else self._bound
 
 
 def known() -> list[str]:
-    """Every name that `choices` takes."""
+    """All names that `choices` accepts."""
     return ["all", *registry.names(), *(f"{name}{IN_BACKWARD}" for name in registry.names()), *TORCH]
 
 
@@ -101,7 +102,7 @@ def choices(optimizers: str | Sequence[str | Choice], precision: str) -> list[Ch
     """The optimizers of a plan: ``"all"``, or names, with options after a colon: ``cs_adam:preset=lean,seed=1``.
 
     Raises:
-        ValueError: an unknown name, option or value; says what is known.
+        ValueError: an unknown name, option or value; the message lists the known ones.
     """
     wanted: list[Choice] = []
     for item in [optimizers] if isinstance(optimizers, str) else optimizers:
@@ -134,18 +135,19 @@ def cost(choice: Choice, subject: Subject, cuda: bool) -> Cost:
             return Cost(state, 0)
         largest = max((p.numel() for p in subject.parameters), default=0)
         chunk = max(group["chunk_size"] or 0 for group in optimizer.param_groups) or CPU_CHUNK
-        # A dozen buffers of a tile; Sketchy has some of a tensor, and stacks what it decomposes.
+        # A dozen buffers of a tile. Sketchy also has some of the size of a tensor, and stacks the tensors that it
+        # decomposes.
         bound = 12 * 4 * min(chunk, largest) + (8 * 4 * largest + 4 * state if isinstance(optimizer, Sketchy) else 0)
         return Cost(state, lambda: _step(optimizer, subject, cuda).step, bound)
     return _step(optimizer, subject, cuda)
 
 
 def sharded_cost(choice: Choice, subject: Subject, cuda: bool, stage: int, world: int) -> Cost:
-    """The most that a rank has under DeepSpeed's ZeRO, which gives an optimizer float32 partitions.
+    """The maximum for a rank under DeepSpeed's ZeRO, which gives an optimizer float32 partitions.
 
-    A rank's partition is consecutive elements: of all parameters one after the other (stages 1 and 2), or of each
-    parameter (stage 3). Ours keep what they would keep for the pieces of parameters in it (docs/deepspeed.md); torch's
-    see a vector. The partition itself is counted as state: 4 bytes an element, the weights that are stepped.
+    A rank's partition has consecutive elements of all parameters in a row (stages 1 and 2), or of each parameter (stage
+    3). Our optimizers keep the state of the pieces of parameters in it (docs/deepspeed.md); torch's see a vector. The
+    partition itself, which the optimizer steps, is counted as state: 4 bytes an element.
     """
     shapes = [tuple(p.shape) for p in subject.parameters]
     most = 0
@@ -156,10 +158,10 @@ def sharded_cost(choice: Choice, subject: Subject, cuda: bool, stage: int, world
         if isinstance(optimizer, SketchOptimizer):
             group = optimizer.param_groups[0]
             kept = sum(_bytes(optimizer._layout(part, group, part), 1) for part in map(_part, held))
-        else:  # a vector: nothing to factor
+        else:  # a vector, which Adafactor cannot factor
             kept = {"adamw": 8, "adamw_foreach": 8}.get(choice.name, 4) * elements
         most = max(most, kept + 4 * elements)
-    # Eager steps of ours are bounded by a chunk, and torch's by the partition.
+    # Eager steps of our optimizers are bounded by a chunk, and those of torch's by the partition.
     whole = cost(choice, subject, cuda)
     if isinstance(optimizer, SketchOptimizer):
         return Cost(most, lambda: whole.step, whole.bound)
@@ -167,7 +169,7 @@ def sharded_cost(choice: Choice, subject: Subject, cuda: bool, stage: int, world
 
 
 def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
-    """Whether a step takes tiles of memory: fused kernels take next to none."""
+    """Whether a step allocates tiles; fused kernels allocate next to nothing."""
     groups = optimizer.param_groups
     if any(group["fused"] is False or group["compile"] for group in groups):
         return True
@@ -181,7 +183,7 @@ def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
         return True
     try:
         from sketch_plugins.kernels import cpu
-    except ImportError:  # a Numba that is there and cannot be imported
+    except ImportError:  # Numba is installed but cannot be imported
         return True
     return any(
         part.dtype not in cpu.VIEWS
@@ -193,7 +195,7 @@ def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Names at the commas, but for those between options: ``adamw,cs_adam:preset=lean,seed=1,sm3``."""
+    """Split names at commas, except at those between options: ``adamw,cs_adam:preset=lean,seed=1,sm3``."""
     found: list[str] = []
     for token in filter(None, (t.strip() for t in text.split(","))):
         name, is_option, _ = token.partition("=")
@@ -222,16 +224,17 @@ def _choice(text: str) -> Choice:
         hint = f"Did you mean {near[0]!r}? Known" if near else "Known"
         raise ValueError(f"unknown optimizer {full!r}. {hint} are {', '.join(known())}")
     options = registry.parse_options(name, given)
-    # Corrections are those of bfloat16 weights.
+    # Corrections belong to bfloat16 weights.
     choice = Choice(f"{full} {rest}".strip(), name, options, in_backward, bool(options.get("weight_bits")))
-    choice.build([torch.nn.Parameter(torch.empty(1, device="meta"))], False)  # contradictions, before anything runs
+    # Raises an error for contradictions before anything runs.
+    choice.build([torch.nn.Parameter(torch.empty(1, device="meta"))], False)
     return choice
 
 
 def _bytes(layout: Mapping[str, Any], block: int) -> int:
     total = 0
     for name, entry in layout.items():
-        if name == PLACE:  # says where a piece is
+        if name == PLACE:  # this entry only says where a piece lies
             continue
         if isinstance(entry, Mapping):
             total += _bytes(entry, block)
@@ -242,13 +245,13 @@ def _bytes(layout: Mapping[str, Any], block: int) -> int:
 
 
 def _step(optimizer: torch.optim.Optimizer, subject: Subject, cuda: bool) -> Cost:
-    """A step on fake tensors: what is left of it is state, all else is for a while."""
+    """A step on fake tensors: memory that stays allocated is state, and all other memory is temporary."""
     recorder = Recorder(CUDA_BLOCK if cuda else 1)
     for group in optimizer.param_groups if isinstance(optimizer, SketchOptimizer) else []:
-        # Sketchy knows which parts of its steps are the kernels', and leaves these out.
+        # Sketchy knows which parts of its steps run in kernels, and leaves these out.
         if not isinstance(optimizer, Sketchy) or group["fused"]:
             group["fused"] = None if isinstance(optimizer, Sketchy) else False
-    # Steps refuse tensors without numbers, for they ask for some. Here the recorder answers.
+    # Steps refuse tensors without numbers, because they read some. Here the recorder answers these reads.
     optimizer._numbers_are_answered = True  # type: ignore[attr-defined]
     with subject.fake, without_collector():
         for p in subject.parameters:

@@ -1,9 +1,9 @@
-"""What one pass of training allocates, event by event, on tensors that have shapes but no memory.
+"""The allocations of one training pass, event by event, on tensors that have shapes but no memory.
 
-torch has a tracker of its own (``torch.distributed._tools.mem_tracker.MemTracker``). It is not used, for it gives sums
-at the borders of modules and one peak, where `plan` needs the order of the events: from two batches' events the peak of
-any other batch follows, and it is known how much of a peak is gradients. It is private besides, and absent from builds
-of torch without distributed. A test compares the two.
+torch's own tracker (``torch.distributed._tools.mem_tracker.MemTracker``) is not used, because it gives sums at the
+borders of modules and one peak, but `plan` needs the order of the events. From the events of two batches it computes
+the peak of any other batch, and how much of a peak is gradients. Moreover, torch's tracker is private, and absent from
+builds of torch without distributed. A test compares the two.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch.utils._pytree import tree_leaves
 
 from sketch_plugins.memory.plan_cuda import CudaLike, workspace
 
-#: A CUDA device's allocator hands out multiples of this.
+#: A CUDA device's allocator returns multiples of this size.
 CUDA_BLOCK = 512
 
 
-#: The product of fused experts (one 3-D parameter for all of them), where this version of torch has it.
+#: The product of fused experts (one 3-D parameter for all of them), if this version of torch has it.
 _GROUPED_MM = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 
 
 class NotTraceable(ValueError):
-    """The model cannot be run on tensors without numbers."""
+    """The model cannot run on tensors without numbers."""
 
 
 @dataclass
@@ -41,9 +41,9 @@ class Timeline:
 
     Attributes:
         deltas: bytes that were allocated (positive) or freed (negative), event by event.
-        gradient: which of the events are about the gradient of a parameter.
-        base: bytes that were there before the first event: parameters, buffers and the batch.
-        other: part of ``base`` and of the peak that is no parameter: buffers and the batch.
+        gradient: whether an event belongs to the gradient of a parameter.
+        base: bytes allocated before the first event: parameters, buffers and the batch.
+        other: the part of ``base`` that does not belong to parameters: buffers and the batch.
     """
 
     deltas: list[int]
@@ -52,10 +52,10 @@ class Timeline:
     other: int
 
     def peak(self, step: float = 0.0) -> Moment:
-        """When most is allocated.
+        """The moment of the peak.
 
         Args:
-            step: bytes that are taken for a while when a gradient is consumed during the pass, for each of its bytes.
+            step: temporary bytes when a gradient is consumed during the pass, for each byte of the gradient.
         """
         best = now = gradients = at_gradients = most_gradients = rest = 0
         for delta, gradient in zip(self.deltas, self.gradient, strict=True):
@@ -71,7 +71,7 @@ class Timeline:
         return Moment(self.base + best, at_gradients, most_gradients, self.other + rest)
 
     def between(self, other: Timeline, batch: tuple[int, int], wanted: int) -> Timeline | None:
-        """The timeline of another batch: every size is affine in it. None: the two are not about the same events."""
+        """The timeline of another batch: each size is affine in the batch. None if the two have different events."""
         if self.gradient != other.gradient or len(self.deltas) != len(other.deltas):
             return None
         share = (wanted - batch[0]) / (batch[1] - batch[0])
@@ -85,7 +85,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Moment:
-    """The peak of a timeline: bytes in all and of gradients; the most of gradients, and of the rest, at any time."""
+    """The peak of a timeline: all bytes and gradients at the peak; the maxima of gradients and of the rest over time."""
 
     total: int
     gradients: int
@@ -94,11 +94,11 @@ class Moment:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every storage that appears, and when it goes.
+    """Records the allocation and the release of every storage.
 
     Args:
         block: sizes are rounded up to a multiple of it.
-        workspace: bytes that an operator takes while it runs, beside what it returns.
+        workspace: function that returns the bytes that an operator takes while it runs, beside its result.
     """
 
     def __init__(self, block: int = 1, workspace: Callable[[Any, Any], int] = lambda func, args: 0) -> None:
@@ -107,13 +107,13 @@ class Recorder(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []  # number of the storage, bytes
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}  # identity of a storage -> (itself, its number)
         self._count = 0
-        self._sums: list[tuple[int, int, int]] = []  # place of the event, number of the first term, of the sum
+        self._sums: list[tuple[int, int, int]] = []  # place of the event, number of the first term, number of the sum
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and look at what came out."""
+        """Run an operator and record the storages of its result."""
         if func is torch.ops.aten._local_scalar_dense.default:
-            # Somebody asks for a number where there is none. One stands for "true", as in `mask.all()`, and for a step
-            # that is not the first.
+            # The code reads a number, but there is none. The answer 1 means "true", as in `mask.all()`, and a step that
+            # is not the first one.
             return {torch.bool: True}.get(args[0].dtype, 1 if not args[0].is_floating_point() else 1.0)
         if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
             out: Any = _grouped_mm(*args, **(kwargs or {}))
@@ -124,7 +124,7 @@ class Recorder(TorchDispatchMode):
                 self.number(tensor)
         if func.is_view:
             for tensor in tree_leaves(out):
-                tensor._of_another = True  # a view holds its base, and autograd sees that the storage has two owners
+                tensor._of_another = True  # a view holds its base, so autograd sees that the storage has two owners
         elif func is torch.ops.aten.add.Tensor and _in_engine() and not hasattr(args[0], "_of_another"):
             self._sums.append((len(self.events) - 1, self.number(args[0]), self.number(out)))
         size = self.workspace(func, args)
@@ -133,7 +133,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def number(self, tensor: Tensor) -> int:
-        """The number of a tensor's storage; it is written down when it is new."""
+        """The number of a tensor's storage; a new storage is recorded."""
         storage = tensor.untyped_storage()
         key = id(storage)
         known = self._known.get(key)
@@ -148,16 +148,16 @@ class Recorder(TorchDispatchMode):
             if key in self._known and self._known[key][1] == number:
                 del self._known[key]
 
-        # The Python object of a storage lives as long as the storage itself, wherever C++ keeps it.
+        # The Python object of a storage lives as long as the storage itself, even if only C++ refers to it.
         self._known[key] = weakref.ref(storage, gone), number
         return number
 
     def settle(self, marked: set[int]) -> list[tuple[int, int]]:
-        """The events, with autograd's sums in place.
+        """The events, with autograd's in-place sums.
 
-        Where several operators use a tensor, autograd adds up the gradients that they send, into the first one if
-        nobody else has it; but not for tensors of a subclass, as fake ones are. ``marked`` numbers of sums are then
-        numbers of what they are in.
+        If several operators use a tensor, autograd sums the gradients that they send. It sums them into the first one
+        if nothing else refers to it, but not for tensors of a subclass, such as fake tensors. After this call, numbers
+        of sums in ``marked`` are the numbers of the storages that hold them.
         """
         events: list[tuple[int, int] | None] = list(self.events)
         same: dict[int, int] = {}
@@ -176,7 +176,7 @@ class Recorder(TorchDispatchMode):
         return [(same.get(event[0], event[0]), event[1]) for event in events if event is not None]
 
     def live(self) -> dict[int, int]:
-        """Number -> bytes of the storages that are there."""
+        """Number -> bytes of the storages that are allocated."""
         sizes: dict[int, int] = {}
         for number, size in self.events:
             if size < 0:
@@ -189,10 +189,10 @@ class Recorder(TorchDispatchMode):
 def _grouped_mm(
     first: Tensor, second: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
-    """What ``torch._grouped_mm`` returns, without numbers.
+    """The result of ``torch._grouped_mm``, without numbers.
 
-    torch's own form for tensors without memory takes bfloat16 only. Its kernels take float32 and float16 as well: they
-    multiply group by group into the result, and need no other memory.
+    torch's own implementation for tensors without memory accepts bfloat16 only. Its kernels accept float32 and float16,
+    too: they multiply group by group into the result, and need no other memory.
     """
     if first.ndim == 2 and second.ndim == 2:  # the gradient of the weights: a matrix for each group
         assert offs is not None
@@ -206,7 +206,7 @@ def _grouped_mm(
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Cycles would be freed whenever Python likes."""
+    """Disable the garbage collector, which would free reference cycles at arbitrary times."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -220,8 +220,8 @@ class Subject:
     """A model whose tensors have shapes, dtypes and a device, and no memory.
 
     Args:
-        build: makes the model. It is called on the meta device, where making one costs nothing.
-        dtype: what floating point parameters and buffers are cast to; None: they stay as they are.
+        build: makes the model. It is called on the meta device, where this costs nothing.
+        dtype: dtype to cast floating point parameters and buffers to; None: no cast.
     """
 
     def __init__(self, build: Callable[[], nn.Module], dtype: torch.dtype | None = None) -> None:
@@ -242,17 +242,17 @@ class Subject:
         in_backward: bool = False,
         accumulation: int = 1,
     ) -> Timeline:
-        """One pass forward and backward, from no gradients to what they are consumed.
+        """Run one pass forward and backward, from no gradients until the gradients are consumed.
 
         Args:
             sample: makes a batch.
-            loss: from the model and the batch.
-            cuda: sizes and kernels are CUDA's.
+            loss: computes the loss from the model and the batch.
+            cuda: use CUDA's sizes and kernels.
             in_backward: a gradient is freed as soon as it is complete.
-            accumulation: passes before gradients are consumed; more than two are as two.
+            accumulation: number of passes before gradients are consumed; more than two give the same result as two.
 
         Raises:
-            NotTraceable: the model looks at numbers.
+            NotTraceable: the model reads numbers.
         """
         for p in self.parameters:
             p.grad = None
@@ -300,7 +300,7 @@ class Subject:
 
 
 def _backward(value: Tensor) -> None:
-    """As ``value.backward()``, inside of which `CudaLike` would be off while checkpoints run layers again."""
+    """Like ``value.backward()``, within which `CudaLike` would be off while checkpoints run layers again."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward(
         (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True
@@ -313,13 +313,13 @@ def _in_engine() -> bool:
 
 
 def _materialize(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Fake tensors on the CPU in place of those on the meta device; tied ones stay tied."""
+    """Replace tensors on the meta device by fake tensors on the CPU; tied ones stay tied."""
     done: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in done:
             to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            # Module.to would swap tensors, which those with weak references do not allow.
+            # Module.to would swap tensors, which tensors with weak references do not allow.
             new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=to, device="cpu")
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, tensor.requires_grad)

@@ -1,4 +1,4 @@
-"""How far a sketched second moment is from the exact one, measured on a few rows while training runs."""
+"""The error of a sketched second moment, measured on a few rows during training."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from sketch_plugins.sharding.state_names import nested
 
 
 class SecondMomentProbe:
-    """Exact second moments of a few sampled rows, beside the store's estimate of them.
+    """Compares the exact second moments of a few sampled rows with the store's estimates.
 
-    Call `update` with the gradients in place, just *before* ``optimizer.step()``, and `relative_error` after it. The
-    samples are the same for the same seed. Costs ``rows * D`` numbers and a few small operations for each of
+    Call `update` when the gradients are complete, just *before* ``optimizer.step()``, and `relative_error` after it.
+    The same seed gives the same sample. The cost is ``rows * D`` numbers and a few small operations for each of
     ``params`` parameters.
 
-    The exact average follows every row in every step (that of dense Adam or Adagrad); for row-sparse gradients, where
-    lazy rows do not decay, only the touched rows of a sample move. What changes the optimizer's own estimate on purpose
-    counts as error: cleaning, coupled weight decay, Adagrad's initial accumulator.
+    The exact average follows every row in every step (as in dense Adam or Adagrad). For row-sparse gradients, where
+    rows without a gradient do not decay, only the touched rows of a sample change. Intended changes of the optimizer's
+    own estimate count as error: cleaning, coupled weight decay, Adagrad's initial accumulator.
 
     Args:
-        optimizer: a sketched optimizer (wrappers with an ``optimizer`` attribute are looked through).
-        rows: rows sampled in each parameter.
-        params: parameters sampled, the largest ones that are compressed.
-        seed: of the sample.
+        optimizer: a sketched optimizer, or a wrapper with an ``optimizer`` attribute.
+        rows: number of rows sampled in each parameter.
+        params: number of parameters sampled: the largest ones that are compressed.
+        seed: seed of the sample.
 
     Raises:
-        TypeError: not a sketched optimizer.
+        TypeError: ``optimizer`` is not a sketched optimizer.
     """
 
     def __init__(self, optimizer: Any, rows: int = 8, params: int = 4, seed: int = 0) -> None:
@@ -44,19 +44,19 @@ class SecondMomentProbe:
         self._exact: dict[str, Tensor] = {}
 
     def update(self) -> None:
-        """Fold the present gradients into the exact averages."""
+        """Add the present gradients to the exact averages."""
         for key, p, group, index in self._sample():
             if p.grad is None:
                 continue
             batch = self.optimizer._batch(p, group)
             shape = matrix_shape(p.shape, batch)
-            state = self.optimizer.state.get(p, {})  # which may hold keys of others alone
+            state = self.optimizer.state.get(p, {})  # it may have only keys of other code
             step = int(state["step"]) if "step" in state else 0
             ema = self.optimizer._rule(group, step + 1, False).second
             if ema is None:
                 continue
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            if p.grad.is_sparse and batch:  # it has whole matrices
+            if p.grad.is_sparse and batch:  # the gradient's rows are whole matrices
                 matrices = index.div(shape[0] // p.shape[0], rounding_mode="floor").tolist()
                 rows = (index % (shape[0] // p.shape[0])).tolist()
                 g = torch.stack([p.grad[i].to_dense()[j].reshape(-1) for i, j in zip(matrices, rows, strict=True)]).to(
@@ -68,9 +68,9 @@ class SecondMomentProbe:
                 g = Matrix(p.grad, batch).get(Rows(shape[0], index, 0, shape[1])).to(dtype)
             old = self._exact.get(key)
             if old is not None:
-                old = old.to(g.device)  # a probe restored from a checkpoint
+                old = old.to(g.device)  # the average comes from a checkpoint
             else:
-                # A probe that starts late takes over what the store says.
+                # A probe that starts late begins with the store's estimate.
                 old = self._estimate(p, group, index) if step else torch.zeros_like(g)
             new = old * ema.decay + g * g * ema.gain
             lazy = p.grad.is_sparse or group["row_sparse"] is not False
@@ -108,7 +108,8 @@ class SecondMomentProbe:
             for i, p in enumerate(group["params"]):
                 store = self.optimizer._stores(p, group)[1]
                 parts = self.optimizer._parts.of(i, p)
-                # A probe looks at whole parameters: what is spread over ranks has no rows of its own here.
+                # A probe samples rows of whole parameters, which parameters that are spread over ranks do not have
+                # here.
                 if store is not None and store.shared and p.numel() and len(parts) == 1 and parts[0].piece is None:
                     found.append((p.numel(), f"{number}.{i}", p, group))
         found.sort(key=lambda f: -f[0])

@@ -1,4 +1,4 @@
-"""How many bytes an optimizer keeps: for each store, parameter and group, beside AdamW."""
+"""Bytes of an optimizer's state: for each store, parameter and group, compared with AdamW's."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class ParameterState:
     """State of one parameter.
 
     Attributes:
-        name: the parameter's name, or ``group.index`` where the optimizer was given none.
+        name: the parameter's name, or ``group.index`` if the optimizer was given no names.
         group: number of its parameter group.
-        shape: of the parameter.
-        params: number of elements; of a parameter that is spread over ranks, those of this rank.
+        shape: shape of the parameter.
+        params: number of elements; if the parameter is spread over ranks, those of this rank.
         stores: bytes by store, e.g. ``{"first_moment": 608256, "second_moment": 119808}``.
-        adamw_bytes: what `torch.optim.AdamW` keeps: two tensors of the parameter's shape and dtype.
+        adamw_bytes: bytes that `torch.optim.AdamW` keeps: two tensors of the parameter's shape and dtype.
         planned: the state does not exist yet (no step so far); the bytes are what it will take.
     """
 
@@ -41,7 +41,7 @@ class ParameterState:
     planned: bool
 
     def plus(self, other: ParameterState) -> ParameterState:
-        """Together with another part of the same parameter."""
+        """The sum of this and another part of the same parameter."""
         stores = {key: self.stores.get(key, 0) + other.stores.get(key, 0) for key in {**self.stores, **other.stores}}
         return replace(
             self,
@@ -59,7 +59,7 @@ class ParameterState:
 
 @dataclass(frozen=True)
 class StateReport:
-    """What `state_report` returns; ``print(report)`` shows the table."""
+    """The result of `state_report`; ``print(report)`` shows the table."""
 
     optimizer: str
     parameters: list[ParameterState] = field(repr=False)
@@ -86,17 +86,17 @@ class StateReport:
 
     @property
     def saved_bytes(self) -> int:
-        """AdamW's bytes less ours."""
+        """AdamW's bytes minus ours."""
         return self.adamw_bytes - self.state_bytes
 
     @property
     def planned(self) -> bool:
-        """Some of the state does not exist yet."""
+        """Whether some of the state does not exist yet."""
         return any(p.planned for p in self.parameters)
 
     @property
     def stateless(self) -> bool:
-        """There is no state, and nothing says what there will be: another's optimizer before its first step."""
+        """Whether there is no state, and its size is unknown: another library's optimizer before its first step."""
         return not self.planned and not self.state_bytes and bool(self.params)
 
     def by_store(self) -> dict[str, int]:
@@ -115,7 +115,7 @@ class StateReport:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """The report as plain values, for JSON."""
         return {
             "optimizer": self.optimizer,
             "params": self.params,
@@ -130,12 +130,12 @@ class StateReport:
         }
 
     def table(self, rows: int = 12) -> Table:
-        """A rich table: the ``rows`` parameters with the most state, the rest summed, totals."""
+        """A rich table: the ``rows`` parameters with the most state, a sum of the others, and totals."""
         stores = list(self.by_store())
         when = "state to be allocated, beside AdamW" if self.planned else "state, beside AdamW"
         if self.stateless:
             when = "there is no state before its first step"
-        from rich.table import Table  # here: optimizers import this file, and need none
+        from rich.table import Table  # imported here, because optimizers import this file and do not need it
 
         table = Table(title=f"{self.optimizer}: {when}")
         table.add_column("parameter", overflow="fold")
@@ -201,7 +201,7 @@ def state_report(optimizer: torch.optim.Optimizer, model: nn.Module | None = Non
         TypeError: ``optimizer`` is no torch optimizer, or ``model`` is no module.
         ValueError: a parameter of a lazy module has no shape yet.
     """
-    # Wrappers may be torch optimizers themselves (accelerate's), and several deep (accelerate around DeepSpeed).
+    # Wrappers may be torch optimizers themselves (accelerate's), and nested (accelerate around DeepSpeed).
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -235,7 +235,7 @@ def _parameters(optimizer: torch.optim.Optimizer, known: Mapping[int, str]) -> I
     for number, group in enumerate(optimizer.param_groups):
         for index, p in enumerate(group["params"]):
             state = optimizer.state.get(p, {})
-            if state or p.requires_grad:  # frozen: no optimizer will keep anything for it
+            if state or p.requires_grad:  # a frozen parameter will never have state
                 name = _name(group, index, p, known)
                 yield number, index, name, p, tuple(p.shape), local_of(p).numel(), _kept(nested(state)), False
 
@@ -245,7 +245,7 @@ def _parts(optimizer: Any, known: Mapping[int, str]) -> Iterator[_Row]:
         if not state and not part.owner.requires_grad and part.key is None:
             continue
         planned = not state and part.numel() > 0
-        # Keys of others in the state are not ours to count.
+        # Other code's keys in the state are not counted.
         stores = _kept({key: value for key, value in (state or {}).items() if is_ours(key)})
         if planned:
             stores = {name: n for name, (_, n) in optimizer.planned_state(part, group).items()}
@@ -262,7 +262,7 @@ def _name(group: Mapping[str, Any], index: int, p: Tensor, known: Mapping[int, s
 
 
 def _kept(state: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes by store. A scalar of its own is a step counter, and a place says of which part of a parameter it is."""
+    """Bytes by store. Scalars are step counters, and places say which part of a parameter it is: neither is counted."""
     return {
         key: n
         for key, value in state.items()

@@ -18,7 +18,7 @@ def check_search(
     max_val: int,
     max_trials: int,
 ) -> None:
-    """Raise ValueError unless these are options of a search."""
+    """Raise ValueError unless these options of a search are allowed."""
     counts: dict[str, Any] = {"steps_per_trial": steps_per_trial, "max_val": max_val, "max_trials": max_trials}
     for name, value in (counts if init_val is None else {**counts, "init_val": init_val}).items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -30,7 +30,7 @@ def check_search(
 
 
 def largest(fits: Callable[[int], bool], start: int, limit: int, mode: str = "binsearch", max_trials: int = 25) -> int:
-    """The largest size <= ``limit`` that fits, 0 if none was found: doubles it, then (binsearch) halves the rest."""
+    """The largest size <= ``limit`` that fits, or 0: doubles the size, then (binsearch) bisects the remaining range."""
     low, high, size = 0, 0, min(start, limit)
     for _ in range(max_trials):
         if fits(size):
@@ -49,7 +49,7 @@ def largest(fits: Callable[[int], bool], start: int, limit: int, mode: str = "bi
 
 
 def split(effective: int, largest: int) -> tuple[int, int]:
-    """``(batch, accumulation)`` with that product and the least accumulation whose batch is at most ``largest``."""
+    """``(batch, accumulation)`` with the product ``effective``, ``batch <= largest``, and the least accumulation."""
     accumulate = -(-effective // largest)
     while effective % accumulate:
         accumulate += 1
