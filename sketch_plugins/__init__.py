@@ -1,4 +1,4 @@
-"""Memory-compressed optimizers that drop into the training framework people already use."""
+"""Memory-compressed optimizers for the training frameworks that people already use."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ _ELSEWHERE = {
     "plan": "memory.plan",
     "state_report": "memory.report",
 }
-#: Packages that are attributes after ``import sketch_plugins`` alone.
+#: Subpackages that are attributes after ``import sketch_plugins`` alone.
 _PACKAGES = ("comm", "kernels", "linalg", "memory", "optim", "sharding", "stores")
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily. torch takes seconds to import, and `sketch-plugins run` starts programs that may have no use for it; fake
-    # tensors (`plan`) bring half of torch's compiler with them, which training does without.
+    # Imported lazily. torch takes seconds to import, and `sketch-plugins run` starts programs that may not need it.
+    # Fake tensors (`plan`) import half of torch's compiler, which training does not need.
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:

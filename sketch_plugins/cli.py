@@ -42,11 +42,11 @@ The environment variable NO_COLOR switches colours off.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: ``sys.argv[1:]``) and return its exit status.
 
-    A script that is run ends as it does under ``python``: its ``SystemExit`` and its exceptions pass through.
+    A script that is run ends as under ``python``: its ``SystemExit`` and its exceptions pass through.
     """
     commands = parser()
     argv = list(sys.argv[1:] if argv is None else argv)
-    # DeepSpeed's launcher, unless told --no_local_rank, puts this before everything; it is for the script.
+    # DeepSpeed's launcher puts this option first unless --no_local_rank is given; it is meant for the script.
     local_rank = [argv.pop(0)] if argv and argv[0].startswith("--local_rank=") else []
     arguments = commands.parse_args(argv)
     if local_rank:
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_formatter(),
     )
     made.add_argument("--version", action="version", version=f"{PROG} {__version__}")
-    # `prog` is given, because argparse would format the usage to find it out, which imports rich on every start.
+    # `prog` is given, because argparse would otherwise format the usage to find it, which imports rich on every start.
     commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True, prog=PROG)
     for add in (_add_run, _add_plan, _add_report, _add_convert, _add_reshard, _add_info, _add_check, _add_completion):
         add(commands)
@@ -74,20 +74,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _formatter() -> Any:
-    """How help is laid out: with colours where rich-argparse is installed; lines that are broken by hand stay."""
+    """The formatter of help: with colours if rich-argparse is installed; explicit line breaks stay."""
     try:
         from rich_argparse import RawDescriptionRichHelpFormatter
     except ImportError:  # `check` works with torch and Triton alone
         return argparse.RawDescriptionHelpFormatter
 
     class Formatter(RawDescriptionRichHelpFormatter):
-        group_name_formatter = str  # "options:", as everywhere else on a command line
+        group_name_formatter = str  # "options:" in lower case, as in other command lines
 
     return Formatter
 
 
 def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, **words: Any) -> Any:
-    """A command whose description is broken into lines here, since the epilog's lines stay as they are."""
+    """Add a command. Its description is wrapped here, because the formatter keeps explicit line breaks."""
     words["description"] = textwrap.fill(words["description"], 100)
     return commands.add_parser(name, formatter_class=_formatter(), **words)
 
@@ -169,7 +169,7 @@ def _add_reshard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _reshard(arguments: argparse.Namespace) -> int:
-    # Imported here: it brings rich and torch, which other commands do not need.
+    # Imported here, because it imports rich and torch, which other commands do not need.
     from sketch_plugins.checkpoints.command import main as reshard
 
     return reshard(arguments.checkpoint, arguments.world_size, arguments.output, arguments.trust, f"{PROG} reshard")

@@ -1,4 +1,4 @@
-"""Run a callable as soon as a module has been imported: how an unmodified script gets an integration.
+"""Run a function as soon as a module has been imported, so that an unmodified script gets an integration.
 
 The table of triggers comes from the installed distributions (entry points), so the core names no framework.
 """
@@ -13,8 +13,8 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-#: Entry points of this group read ``trigger module = package:callable``. Once the trigger module has been imported the
-#: package is imported and the callable called (``package`` alone: imported only).
+#: Entry points of this group have the form ``trigger module = package:callable``. Once the trigger module has been
+#: imported, the package is imported and the callable is called (``package`` alone is only imported).
 GROUP = "sketch_plugins.integrations"
 
 
@@ -22,10 +22,10 @@ def install_integrations(trigger: str | None = None) -> bool:
     """Arm one hook per installed entry point of the group :data:`GROUP`.
 
     Args:
-        trigger: only those with this name; None: all.
+        trigger: arm only the hooks with this name; None: arm all.
 
     Returns:
-        Whether there are any.
+        Whether any hook was armed.
     """
     found = [entry for entry in entries() if trigger in (None, entry.name)]
     for entry in found:
@@ -34,7 +34,7 @@ def install_integrations(trigger: str | None = None) -> bool:
 
 
 def triggers() -> tuple[str, ...]:
-    """The modules whose import imports an integration."""
+    """The modules whose import triggers the import of an integration."""
     return tuple(dict.fromkeys(entry.name for entry in entries()))
 
 
@@ -47,9 +47,9 @@ def entries() -> list[importlib.metadata.EntryPoint]:
 def when_imported(trigger: str, action: Callable[[], object]) -> None:
     """Call ``action`` right after the module ``trigger`` has been executed; at once if that has already happened.
 
-    "Right after" is before the ``import`` statement returns: what ``action`` changes is in place for the module's first
-    user. Modules that are importing ``trigger`` are half executed at that moment. An exception of ``action`` makes the
-    import of ``trigger`` fail.
+    "Right after" means before the ``import`` statement returns, so that the changes of ``action`` are complete for the
+    module's first user. Modules that are importing ``trigger`` are only partly executed at that moment. An exception of
+    ``action`` makes the import of ``trigger`` fail.
     """
     module = sys.modules.get(trigger)
     if module is not None and not is_initializing(module):
@@ -61,12 +61,12 @@ def when_imported(trigger: str, action: Callable[[], object]) -> None:
 
 
 def is_initializing(module: ModuleType) -> bool:
-    """Whether ``module`` is in the middle of its own import (the mark importlib itself goes by)."""
+    """Whether ``module`` is in the middle of its own import, by the attribute that importlib itself uses."""
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find the module, then arms its loader."""
+    """Lets the other finders find the module, and then arms its loader."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Callable[[], object]]] = {}
@@ -94,13 +94,13 @@ class _Finder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            # A loader may be shared (one per zip archive), hence the look at the name.
+            # The name is compared, because modules may share a loader (one per zip archive).
             if module.__name__ == spec.name:
                 for action in self.actions.pop(spec.name, []):
                     action()
 
-        # The instance is patched, not wrapped: `module.__loader__`, `inspect.getsource` and pickling see what they
-        # would see without us.
+        # The instance is patched, not wrapped, so that `module.__loader__`, `inspect.getsource` and pickling work as
+        # they do without us.
         loader.exec_module = exec_module  # type: ignore[method-assign]
 
 

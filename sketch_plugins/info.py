@@ -1,4 +1,4 @@
-"""``sketch-plugins info``: what is installed, registered and compiled here."""
+"""``sketch-plugins info``: the installed packages, the registered names, and the kernels on this machine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sketch_plugins.import_hooks import entries, triggers
 from sketch_plugins.memory.report import state_report
 from sketch_plugins.optim.fused import backend
 
-#: Distributions that matter to a run, beside the frameworks that there are integrations for.
+#: Distributions whose versions matter to a run, beside the frameworks that have integrations.
 PACKAGES = ("torch", "triton", "numba", "numpy", "bitsandbytes", "safetensors", "tokenizers", "rich", "matplotlib")
-#: Shapes of the example that bytes for a parameter are given of: a layer of BERT-base.
+#: Shapes of the example for bytes a parameter: a layer of BERT-base.
 EXAMPLE = ((768, 768), (768,)) * 4 + ((3072, 768), (3072,), (768, 3072), (768,)) + ((768,),) * 4
 
 
 def information() -> dict[str, Any]:
-    """All of it, as plain values."""
+    """All information, as plain values."""
     return {
         "sketch_plugins": __version__,
         "python": platform.python_version(),
@@ -42,13 +42,13 @@ def information() -> dict[str, Any]:
 
 def main(as_json: bool) -> int:
     """Run the command."""
-    # DeepSpeed, for one, writes its log to stdout when it is imported.
+    # DeepSpeed, for example, writes its log to stdout when it is imported.
     with redirect_stdout(sys.stderr):
         found = information()
     if as_json:
         print(json.dumps(found, indent=2))
         return 0
-    # The names of extras have brackets, which are no markup.
+    # The names of extras contain brackets, which are not meant as markup.
     out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     for table in _tables(found):
         out.print(table)
@@ -57,7 +57,7 @@ def main(as_json: bool) -> int:
 
 def _version(name: str) -> str | None:
     if name == "torch":
-        return str(torch.__version__)  # with the build, which the metadata leaves out
+        return str(torch.__version__)  # with the build, which the metadata does not contain
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -71,7 +71,7 @@ def _devices() -> list[str]:
 
 
 def _kernels() -> dict[str, dict[str, Any]]:
-    """Name -> whether it takes steps here, and what it is for or why it does not."""
+    """Name -> whether its kernels can take steps here, and what they are for, or why they cannot."""
     out: dict[str, dict[str, Any]] = {}
     for name, device in (("triton", "cuda"), ("numba", "cpu")):
         try:
@@ -110,15 +110,15 @@ def _optimizers() -> dict[str, dict[str, Any]]:
 
 
 def _distributions() -> list[str]:
-    """Of the frameworks that there are integrations for."""
+    """Distributions of the frameworks that have integrations."""
     return list(dict.fromkeys(_package(trigger).replace("_", "-") for trigger in triggers()))
 
 
 def _frameworks() -> dict[str, dict[str, Any]]:
     """Framework -> the names that it knows once its integration is registered, or why it knows none.
 
-    An integration, the package of an entry point, has ``USAGE``, which says where in its framework ``{name}`` is given,
-    and ``known_names()``.
+    An integration (the package of an entry point) has ``known_names()`` and ``USAGE``, which says where its framework
+    takes ``{name}``.
     """
     out: dict[str, dict[str, Any]] = {}
     integrations: dict[str, list[importlib.metadata.EntryPoint]] = {}
@@ -134,10 +134,10 @@ def _frameworks() -> dict[str, dict[str, Any]]:
             found[0].load()()
             integration = sys.modules[package]
             names = integration.known_names()
-        except Exception as error:  # whatever a framework's import fails with, the rest is worth showing
+        except Exception as error:  # the import of a framework may raise any error, and the others are still shown
             out[framework]["note"] = f"{type(error).__name__}: {error}"
             continue
-        # Those that end in _layerwise, too.
+        # This includes the names that end in _layerwise.
         out[framework]["names"] = sorted(name for name in names if name.startswith(registry.names()))
         out[framework]["usage"] = integration.USAGE
         if not out[framework]["names"]:
@@ -146,7 +146,7 @@ def _frameworks() -> dict[str, dict[str, Any]]:
 
 
 def _how(entry: importlib.metadata.EntryPoint, framework: str) -> str:
-    """What to type to have the framework, if the distribution of its integration has an extra for it."""
+    """The command that installs the framework, if the distribution of its integration has an extra for it."""
     extras = (entry.dist.metadata.get_all("Provides-Extra") or []) if entry.dist is not None else []
     return f": pip install '{entry.dist.name}[{framework}]'" if entry.dist is not None and framework in extras else ""
 

@@ -1,7 +1,7 @@
-"""Names in other people's frameworks that an integration changes, or uses without their being documented.
+"""Names in other projects' frameworks that an integration changes, or uses although they are not documented.
 
-Each integration says in one module which names these are (a `Framework`). Here they are looked up, with an error that
-says what moved in which version and what works all the same, and methods are replaced, each once.
+Each integration lists these names in one module (a `Framework`). This module looks them up. If one is missing, it
+raises an error that says what moved in which version, and what works nevertheless. It replaces methods, each once.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 
 from sketch_plugins.import_hooks import is_initializing
 
-#: The attribute that what has been put into a framework is known by.
+#: An attribute that marks the objects that we have put into a framework.
 MARK = "_sketch_plugins"
 
 
 class MovedSymbolError(RuntimeError):
-    """A name of a framework that an integration relies on is not where it was. Each integration has its subclass."""
+    """A framework lacks a name that an integration relies on. Each integration has a subclass of this error."""
 
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework, as an integration knows it.
+    """A framework, as an integration uses it.
 
     Attributes:
-        package: its top-level package, whose version messages give.
-        touched: the names in it: module, then dotted name in it.
-        purpose: what cannot be done where one of them is missing, as in "this version of sketch-plugins cannot ...".
+        package: its top-level package, whose version messages name.
+        touched: the names in it: module, then dotted name in the module.
+        purpose: what cannot be done if one of them is missing, as in "this version of sketch-plugins cannot ...".
         instead: sentences that say what works without it.
-        error: what is raised then.
+        error: the error that is raised then.
     """
 
     package: str
@@ -51,11 +51,11 @@ class Framework:
             self.find(module, name)
 
     def find(self, module: str, name: str) -> Any:
-        """The object ``name``, dotted or not, of ``module``, which is imported.
+        """The object ``name``, which may be dotted, of ``module``, which is imported for it.
 
         Raises:
             ModuleNotFoundError: the framework is not installed, or lacks a package that it needs.
-            MovedSymbolError: there is no such module in it, or no such name.
+            MovedSymbolError: the framework has no such module, or the module has no such name.
         """
         try:
             found: Any = importlib.import_module(module)
@@ -66,11 +66,12 @@ class Framework:
         return self._walk(found, module, name)
 
     def find_if_there(self, module: str, name: str) -> Any:
-        """The same while the framework may be half imported, further up the call stack.
+        """Like `find`, but the framework may be partly imported, further up the call stack.
 
         Returns:
-            The object; None where its module has not got that far in its own import, or would have to be imported
-            while another one that is touched has not: that would be to run into what is half imported.
+            The object. None if its own module has not defined it yet. Also None if its module is not imported while
+            another module of ``touched`` is being imported, because importing it could then fail on a partly imported
+            module.
         """
         present = sys.modules.get(module)
         if present is None:
@@ -81,14 +82,14 @@ class Framework:
         return self._walk(present, module, name)
 
     def moved(self, symbol: str, what: str = "is missing") -> MovedSymbolError:
-        """The error that says so of ``symbol``."""
+        """The error that says that ``symbol`` has moved."""
         return self.error(
             f"{symbol} {what} in {self.package} {self.version()}: this version of sketch-plugins cannot {self.purpose} "
             f"there. {self.instead}"
         )
 
     def version(self) -> str:
-        """Of the framework as it is imported; a question mark while it does not say."""
+        """Version of the imported framework; a question mark as long as it does not define one."""
         return str(getattr(sys.modules.get(self.package), "__version__", "?"))
 
     def _walk(self, found: Any, module: str, name: str) -> Any:
@@ -110,11 +111,11 @@ def wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable
 
 
 def mark(added: Any) -> Any:
-    """Let `is_ours` know it."""
+    """Mark an object, so that `is_ours` recognizes it."""
     setattr(added, MARK, True)
     return added
 
 
 def is_ours(found: Any) -> bool:
-    """Whether it was put there by an integration."""
+    """Whether an integration has put the object into the framework."""
     return bool(getattr(found, MARK, False))

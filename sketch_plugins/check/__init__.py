@@ -1,1 +1,1 @@
-"""``sketch-plugins check``: every kernel beside its eager definition, on a device that nobody here has."""
+"""``sketch-plugins check``: compare every kernel with its eager definition, on the user's own device."""

@@ -1,6 +1,6 @@
-"""What kernels are compared on: every store, every rule, and every option that selects other code.
+"""The cases on which kernels are compared: every store, every rule, and every option that selects other code.
 
-The tests take these lists from here, and more shapes, widths and steps than a check has time for.
+The tests use these lists, too, with more shapes, widths and steps than a check has time for.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ MESSAGES: list[tuple[int, torch.dtype, bool]] = [
     (4096, torch.bfloat16, True),
 ]
 
-# A matrix of whole tiles, a ragged one, one of several tiles (with width 1 a bucket of more than a tile), a vector, a
-# batch of matrices.
+# A matrix of whole tiles, a ragged one, one of several tiles (with width 1 a bucket has more rows than a tile), a
+# vector, a batch of matrices.
 _SHAPES = ((24, 48), (37, 33), (80, 160), (5,), (6, 5, 7))
 _AXES = ((20, 7), (20, 5, 3), (20, 2, 3, 2), (20, 1, 3, 2, 2), (20, 2, 1, 3, 2, 2))
 
@@ -127,15 +127,15 @@ class Case:
 
     Attributes:
         part: "kernels", "training" or "messages".
-        name: unique, and what ``--only`` looks in.
-        optimizer: of the registry.
-        options: of the optimizer.
-        shapes: of the parameters.
-        dtype: of the parameters.
-        gradients: "dense", "packed" (sparse tensors), "rows" (a few rows are not 0), "gaps" (views with gaps between
-            rows, or not aligned).
-        steps: how many are taken.
-        message: of MESSAGES.
+        name: unique; ``--only`` searches in it.
+        optimizer: name in the registry.
+        options: options of the optimizer.
+        shapes: shapes of the parameters.
+        dtype: dtype of the parameters.
+        gradients: "dense", "packed" (sparse tensors), "rows" (only a few rows are not 0), "gaps" (views with gaps
+            between rows, or not aligned).
+        steps: number of steps.
+        message: the entry of MESSAGES, for that part.
     """
 
     part: str
@@ -150,10 +150,10 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     out = [_case(cls, options) for cls, options in DENSE]
     out.append(_case(Sketchy, {"precondition": "none", "momentum_of": "all"}))
-    # The kernels' parts of preconditioned steps, without the products: these would enlarge what rounding differs.
+    # The kernels of preconditioned steps, but without the products, which would amplify differences of rounding.
     out.append(_case(Sketchy, {"precondition": "all", "start_preconditioning_step": 1000}))
     for dtype in (torch.bfloat16, torch.float16):
         out += [_case(cls, options, dtype=dtype, shapes=_SHAPES[:4]) for cls, options in HALF]
@@ -173,7 +173,7 @@ def cases() -> list[Case]:
     for cls, options in SPARSE[:2]:
         out.append(_case(cls, {**options, "row_sparse": True}, gradients="rows", shapes=((50, 33), (50, 4, 3))))
     for name in registry.names():
-        # Inverse roots of small eigenvalues enlarge what rounding differs; with such an epsilon there are none.
+        # Inverse roots of small eigenvalues amplify differences of rounding. With such an epsilon there are none.
         options = {"matrix_eps": 0.1} if name == "sketchy" else {}
         shapes = (64, 96), (300, 33), (96,), (8, 4, 3, 3)
         out.append(Case("training", f"{name}: 6 steps", name, options, shapes, steps=6))

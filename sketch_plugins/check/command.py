@@ -1,4 +1,4 @@
-"""``sketch-plugins check``: chooses the cases, shows how they come out, and says what is wrong."""
+"""``sketch-plugins check``: selects the cases, shows their results, and reports what is wrong."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sketch_plugins.check.times import TIMED, Time, bert_base, measure
 from sketch_plugins.check.workers import compare_all
 from sketch_plugins.optim.fused import backend, interpreted
 
-# Compiling is divided by as many processes; each holds some hundred megabytes of the device.
+# Compilation is distributed over at most so many processes; each takes some hundred megabytes of the device.
 _MOST_JOBS = 12
 
 
 def main(arguments: argparse.Namespace, program: str) -> int:
-    """Run the command; its exit status: 0, 1 where a kernel is wrong, 2 where the arguments are at fault."""
+    """Run the command and return its exit status: 0; 1 if a kernel is wrong; 2 if the arguments are wrong."""
     try:
         device = _device(arguments.device)
         chosen = [case for case in cases() if not arguments.only or arguments.only in case.name]
@@ -70,7 +70,7 @@ def _device(name: str) -> torch.device:
             f"--device {name}: torch {torch.__version__} finds no CUDA or ROCm device on this machine. Use "
             "--device cpu to check the kernels for the processor"
         )
-    backend(device, True)  # says why there are no kernels, where there are none
+    backend(device, True)  # raises an error with the reason if there are no kernels
     return device
 
 
@@ -99,7 +99,7 @@ def _say(what: dict[str, str], rows: Sequence[Row], times: Sequence[Time]) -> No
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; plain columns where the library of tables is not installed."""
+    """A table; plain columns if rich is not installed."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -112,13 +112,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(heading, overflow="fold")
     for cells in rows:
         table.add_row(*cells)
-    # Names of cases have brackets, which are no markup.
+    # Names of cases contain brackets, which are not meant as markup.
     Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
 
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], Any]]:
-    """A bar on a terminal; called with what has just been done."""
+    """A progress bar on a terminal; call the result with the name of each finished case."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -126,7 +126,7 @@ def _progress(total: int) -> Iterator[Callable[[str], Any]]:
         yield lambda what: None
         return
     screen = Console(stderr=True, markup=False)
-    # The bar is first: names of cases are of all lengths.
+    # The bar comes first, because names of cases vary in length.
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("starting", total=total)

@@ -1,4 +1,4 @@
-"""One case: kernels and definition take the same steps, and the row says whether they agree."""
+"""One case: kernels and eager definition take the same steps, and the row says whether they agree."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ AGREES, DIFFERS, FAILS, LEFT_OUT = "agrees", "DIFFERS", "FAILS", "left out"
 
 @dataclass
 class Row:
-    """What became of a case.
+    """The result of a case.
 
     Attributes:
         case: its name.
         result: `AGREES`, `DIFFERS`, `FAILS` (a kernel does not compile, or does not run) or `LEFT_OUT`.
-        kernels: those that were about to be launched, or were.
-        note: what differs, the error, or why the case is left out.
-        seconds: that it took.
-        lost: the device is of no use to this process any more.
+        kernels: the kernels that were launched, or were about to be.
+        note: the difference, the error, or the reason why the case is left out.
+        seconds: time that it took.
+        lost: this process cannot use the device any more.
     """
 
     case: str
@@ -43,16 +43,16 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """Whether a kernel is at fault."""
+        """Whether a kernel is wrong."""
         return self.result in (DIFFERS, FAILS)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """The row as plain values."""
         return asdict(self)
 
 
 def compare(case: Case, device: torch.device) -> Row:
-    """The row of a case. Whatever a kernel does, it ends in one."""
+    """The row of a case. A failing kernel gives a row, too, and no exception."""
     start = time.perf_counter()
     recorder = Recorder()
     row = Row(case.name, AGREES)
@@ -67,7 +67,7 @@ def compare(case: Case, device: torch.device) -> Row:
                 row.note = "eagerly: " + eager[0].partition(EAGERLY)[2].strip(" ():")
             if not recorder.seen:
                 row.result = LEFT_OUT
-    except Exception as error:  # a row, whatever it is
+    except Exception as error:  # every error becomes a row
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         row.result, row.note = FAILS, f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
         row.lost = "CUDA error" in str(error) or "HIP error" in str(error)
@@ -108,7 +108,7 @@ class _Training:
         if not fused:
             options.pop("capturable", None)
         cls: Any = registry.get(case.optimizer).cls
-        if "reference_rms" in cls.OPTIONS:  # steps of the size that the bounds are made for
+        if "reference_rms" in cls.OPTIONS:  # the bounds are made for steps of this size
             options.setdefault("reference_rms", 1.0)
         self.optimizer = cls(self.params, fused=fused, **options)
 
@@ -124,7 +124,8 @@ class _Training:
             values = self._place(torch.randn(p.shape, generator=generator))
             rows = torch.randperm(p.shape[0], generator=generator)[: (12, 3, 7)[step % 3]] if p.ndim else None
             if self.case.gradients == "packed" and rows is not None:
-                index = torch.cat([rows, rows[:2]]).to(self.device)  # repeated: coalescing is part of the step
+                # With repeated rows, because coalescing is part of the step.
+                index = torch.cat([rows, rows[:2]]).to(self.device)
                 values = torch.sparse_coo_tensor(index.unsqueeze(0), values[index], p.shape, check_invariants=False)
             elif self.case.gradients == "rows" and rows is not None:
                 touched = torch.zeros_like(values)
@@ -134,7 +135,7 @@ class _Training:
         self.optimizer.step()
 
     def unlike(self, eager: _Training) -> str | None:
-        """What is wrong with it; None: nothing."""
+        """The difference from the eager run; None if there is none."""
         for p, q in zip(self.params, eager.params, strict=True):
             if p.numel() == 0:
                 continue
@@ -164,14 +165,14 @@ def _message(case: Case, device: torch.device) -> tuple[str, str]:
             sent.append(kind.decompress(payload, size, 0.05))
         found: list[tuple[str, list[Any]]] = [("message", sent), ("memory", memories), ("momentum", momenta)]
         for name, (a, b) in found:
-            # Products with 0.5 are exact, and each number is rounded once: all bits are equal.
+            # Products with 0.5 are exact, and each number is rounded once, so all bits are equal.
             if a is not None and not torch.equal(a, b):
                 return DIFFERS, f"step {step + 1}: {int((a != b).sum())} values of the {name} differ in their bits"
     return AGREES, ""
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """What the rows are about: device, versions, whose kernels."""
+    """The circumstances of the rows: device, versions, and the kind of kernels."""
     from sketch_plugins.optim.verdicts import combination
 
     compiler = "triton" if device.type == "cuda" or interpreted() else "numba"

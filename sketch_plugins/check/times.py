@@ -12,7 +12,7 @@ import torch
 
 from sketch_plugins import registry
 
-#: (name in the registry, options, dtype) of what is timed.
+#: (name in the registry, options, dtype) of each measurement.
 TIMED: list[tuple[str, dict[str, Any], torch.dtype]] = [
     ("cs_adam", {}, torch.float32),
     ("cs_adam", {"preset": "lean"}, torch.float32),
@@ -28,12 +28,12 @@ class Time:
     """Medians of one optimizer.
 
     Attributes:
-        optimizer: with its options.
-        dtype: of the parameters.
-        step_ms: milliseconds of a step,
-        adamw_ms: and of one of AdamW's on the same parameters.
+        optimizer: name, with its options.
+        dtype: dtype of the parameters.
+        step_ms: milliseconds of a step.
+        adamw_ms: milliseconds of a step of AdamW on the same parameters.
         first_s: seconds of the first step, which compiles.
-        error: why there are no figures.
+        error: the reason why there are no figures.
     """
 
     optimizer: str
@@ -44,12 +44,12 @@ class Time:
     error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """The times as plain values."""
         return asdict(self)
 
 
 def bert_base(layers: int = 12, width: int = 768, vocabulary: int = 30522) -> Iterator[tuple[int, ...]]:
-    """The shapes of its parameters."""
+    """The shapes of BERT-base's parameters."""
     inner = 4 * width
     yield from ((vocabulary, width), (512, width), (2, width), (width,), (width,))
     for _ in range(layers):
@@ -66,7 +66,7 @@ def measure(
     shapes: Sequence[tuple[int, ...]],
     steps: int = 15,
 ) -> Time:
-    """Medians of ``steps`` pairs of steps, ours and AdamW's in turn. An error is in the result."""
+    """Medians of ``steps`` pairs of steps, alternately ours and AdamW's. An error is returned in the result."""
     words = "".join(f" {key}={value}" for key, value in options.items())
     out = Time(name + words, str(dtype).removeprefix("torch."))
     try:
@@ -92,7 +92,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _timed(take: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds from an idle device to an idle device: what a training loop waits for, the host's part included."""
+    """Milliseconds from an idle device to an idle device: the time of a training loop, with the host's part."""
     _wait(device)
     start = time.perf_counter()
     take()

@@ -1,7 +1,7 @@
-"""Processes that compare cases beside each other, so that a kernel that ends one, or the device for it, costs a row.
+"""Worker processes that compare cases in parallel. A kernel that kills a process, or its device, costs only one row.
 
-Compiling takes most of the time, and is divided; an illegal address makes a GPU useless to its process, and the next
-one starts anew.
+Compilation takes most of the time, and is distributed. An illegal address makes a GPU unusable for its process, and the
+next process starts with a working one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from sketch_plugins.check.cases import Case, cases
 from sketch_plugins.check.comparing import FAILS, LEFT_OUT, Row, compare
 
-#: Seconds that one case may take: to be compiled, a few times over.
+#: Seconds that one case may take, which includes several compilations.
 PATIENCE = 120.0
 _SOURCE = Path(__file__).resolve().parents[2]
 
@@ -39,12 +39,12 @@ def compare_all(
     """The rows of cases, in their order.
 
     Args:
-        chosen: of `cases`.
-        device: on which.
-        jobs: processes beside this one; 0: in this process.
-        done: called in one thread at a time with each row, as they come.
+        chosen: some of `cases`.
+        device: device to compare them on.
+        jobs: number of processes beside this one; 0: compare in this process.
+        done: called in one thread at a time with each row as it is finished.
         patience: seconds that one case may take in another process.
-        until: of `time.monotonic`; cases that have not begun by then are left out.
+        until: deadline, a time of `time.monotonic`; cases that have not begun by then are left out.
     """
     if jobs == 0:
         out = []
@@ -86,14 +86,14 @@ def _too_late(case: Case) -> Row:
 
 
 class _Worker:
-    """A process that is given names of cases, a line each, and answers with their rows."""
+    """A process that reads names of cases, one a line, and answers with their rows."""
 
     def __init__(self, device: torch.device, patience: float) -> None:
         self._device, self._patience = device, patience
         self._process: subprocess.Popen[str] | None = None
 
     def compare(self, case: Case) -> Row:
-        """The row of a case, whatever becomes of the process."""
+        """The row of a case, even if the process dies."""
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
         late = threading.Timer(self._patience, process.kill)
@@ -138,10 +138,10 @@ class _Worker:
 
 
 def main(device: str) -> None:
-    """What such a process does."""
+    """Run a worker process."""
     known = {case.name: case for case in cases()}
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever is printed by others is no answer
+    os.dup2(2, 1)  # so that the output of other code is not read as an answer
     for line in sys.stdin:
         found: dict[str, Any] = compare(known[line.rstrip("\n")], torch.device(device)).to_dict()
         print(json.dumps(found), file=answers, flush=True)

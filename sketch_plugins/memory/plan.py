@@ -486,7 +486,7 @@ def _largest(
     would: Callable[[Timeline], bool],
     batch: int,
 ) -> int:
-    """Search with timelines computed from two runs, and confirm the result by runs of this batch and of the next one."""
+    """Search with timelines computed from two runs, and confirm the result by runs of this batch and the next one."""
     if expected(batch) is None:
         return largest(fits, batch, _MOST, max_trials=60)
 

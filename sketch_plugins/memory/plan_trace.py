@@ -85,7 +85,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Moment:
-    """The peak of a timeline: all bytes and gradients at the peak; the maxima of gradients and of the rest over time."""
+    """The peak of a timeline: all bytes and gradients at the peak; maxima over time of gradients and of the rest."""
 
     total: int
     gradients: int

@@ -1,1 +1,1 @@
-"""``sketch-plugins run``: other people's programs, and the processes that they start, with our optimizers known."""
+"""``sketch-plugins run``: runs a program, which then knows our optimizers, as do the processes that it starts."""

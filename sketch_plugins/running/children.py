@@ -1,8 +1,8 @@
-"""How processes that a program starts get what ``sketch-plugins run`` gives to the program itself.
+"""How the processes that a program starts get the same changes as the program under ``sketch-plugins run``.
 
 ``run`` sets two environment variables, which processes inherit: ``SKETCH_PLUGINS_RUN`` with its settings, and a folder
-in front of ``PYTHONPATH``. The ``sitecustomize`` there (``on_path``) waits for the import of a framework, then calls
-`join`. A Python that heeds no ``PYTHONPATH`` or imports no ``sitecustomize`` (``-I``, ``-E``, ``-S``) is not reached.
+in front of ``PYTHONPATH``. The ``sitecustomize`` in this folder (``on_path``) waits for the import of a framework, and
+then calls `join`. A Python that ignores ``PYTHONPATH`` or ``sitecustomize`` (``-I``, ``-E``, ``-S``) is not reached.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _joined = False
 
 @dataclass(frozen=True)
 class Settings:
-    """What the processes of a run have in common.
+    """Settings that all processes of a run share.
 
     Attributes:
-        optim: the optimizer that takes the place of torch's; None: torch's stay.
+        optim: the optimizer that replaces torch's; None: torch's are not replaced.
         optim_args: its options, as text.
-        notes: files that processes write into what they have built (`sketch_plugins.running.watch`). The last one is
-            that of the innermost ``run``.
+        notes: files in which processes note the optimizers that they have built (`sketch_plugins.running.watch`). The
+            last one belongs to the innermost ``run``.
     """
 
     optim: str | None = None
@@ -41,22 +41,22 @@ class Settings:
 
 
 def begin(optim: str | None = None, optim_args: str | None = None) -> Settings:
-    """Let this process and those it starts have the integrations, and ``optim`` in the place of torch's optimizers.
+    """Install the integrations, and replace torch's optimizers by ``optim``, in this process and those that it starts.
 
-    A run within a run goes on with the outer one's ``optim`` unless it is given one of its own.
+    A ``run`` within a ``run`` uses the ``optim`` of the outer one unless it has its own.
     """
     outer = inherited() or Settings()
     if optim is None:
         optim, optim_args = outer.optim, outer.optim_args
-    # A name only: the first process that has something to note creates the file.
+    # Only a name: the first process that has something to note creates the file.
     name = f"sketch-plugins-run-{os.getpid()}-{secrets.token_hex(8)}"
     settings = Settings(optim, optim_args, (*outer.notes, os.path.join(tempfile.gettempdir(), name)))
-    # The triggers stand in front, for the child to read without a parser. They contain neither commas nor spaces.
+    # The triggers come first, so that the child reads them without a parser. They contain neither commas nor spaces.
     triggers = sorted({"torch", *import_hooks.triggers()})
     os.environ[VARIABLE] = f"{','.join(triggers)} {json.dumps(asdict(settings))}"
     path = os.environ.get("PYTHONPATH", "")
     if FOLDER not in path.split(os.pathsep):
-        # An empty entry means the current directory: one that is there stays, and none is added.
+        # An empty entry means the current directory. An existing one stays, and none is added.
         os.environ["PYTHONPATH"] = f"{FOLDER}{os.pathsep}{path}" if path else FOLDER
     watch.begin(settings.notes[-1])
     join(settings)
@@ -64,7 +64,7 @@ def begin(optim: str | None = None, optim_args: str | None = None) -> Settings:
 
 
 def join(settings: Settings | None = None) -> None:
-    """Arm the hooks of this process; ``settings``: None: those that it has inherited. Calling it again does nothing."""
+    """Arm the hooks of this process, once. ``settings``: None for the inherited ones."""
     global _joined
     settings = inherited() if settings is None else settings
     if _joined or settings is None:
@@ -75,12 +75,12 @@ def join(settings: Settings | None = None) -> None:
 
 
 def inherited() -> Settings | None:
-    """The settings of the ``run`` that has started this process, or one above it; None: there is none."""
+    """The settings of the innermost ``run`` that this process belongs to; None if it belongs to none."""
     _, _, text = os.environ.get(VARIABLE, "").partition(" ")
     try:
         values = json.loads(text)
         return Settings(values["optim"], values["optim_args"], tuple(values["notes"]))
-    except (ValueError, KeyError, TypeError):  # unset, or of another version
+    except (ValueError, KeyError, TypeError):  # not set, or set by another version
         return None
 
 

@@ -1,4 +1,4 @@
-"""``sketch-plugins run``: which program is meant, and how it is run."""
+"""``sketch-plugins run``: finds the program and runs it."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from typing import Any
 from sketch_plugins.running import children, watch
 from sketch_plugins.running.program import CannotRun, execute_as_main, find_module, find_script
 
-#: What a shell answers when there is no such command.
+#: Exit status of a shell if a command does not exist.
 NOT_FOUND = 127
-#: How pip begins a script of Python whose interpreter's path is too long for a first line, or has a space in it.
+#: Start of a Python script by pip if the path of the interpreter is too long for the first line, or has a space.
 _LONG_PATH = re.compile(rb"""#!/bin/sh\n'''exec' ("[^"\n]*"|\S+)""")
 
 
 def main(script: str, arguments: Sequence[str], module: bool, optim: str | None, optim_args: str | None) -> int:
     """Run a program and return its exit status.
 
-    Python is executed in this process: its ``SystemExit`` and its exceptions pass through. Any other command gets a
-    process, whose signals and end become those of this one.
+    Python code is executed in this process: its ``SystemExit`` and its exceptions pass through. Any other command gets
+        a
+    process. Signals are passed on to it, and this process ends with its exit status or signal.
 
     Args:
-        script: a file, directory or zip file, the name of a module or of a command.
-        arguments: of the program.
+        script: a file, directory or zip file, or the name of a module or of a command.
+        arguments: arguments of the program.
         module: whether ``script`` is the name of a module.
-        optim: see ``sketch-plugins run --optim``; None: torch's optimizers stay.
+        optim: see ``sketch-plugins run --optim``; None: torch's optimizers are not replaced.
         optim_args: its options, as text.
     """
     settings = children.begin(optim, optim_args)
-    # Functions are called in the reverse order: the program's own, which may train still, come before this one.
+    # Functions run in the reverse order, so the program's own, which may still train, run before this one.
     atexit.register(watch.end, settings.optim)
     try:
         path = script if module else _path_of(script)
@@ -45,7 +46,7 @@ def main(script: str, arguments: Sequence[str], module: bool, optim: str | None,
             return _run_command([path, *arguments], settings.optim)
         program = (find_module if module else find_script)(path)
     except CannotRun as error:
-        atexit.unregister(watch.end)  # nothing has run
+        atexit.unregister(watch.end)  # no program has run
         print(f"{watch.PROGRAM}: {error}", file=sys.stderr)
         return error.status
     sys.argv = [program.argv0, *arguments]
@@ -54,18 +55,18 @@ def main(script: str, arguments: Sequence[str], module: bool, optim: str | None,
 
 
 def _path_of(script: str) -> str:
-    """``script`` if that is a program of Python or looks like a path, else the command of that name.
+    """``script`` if it is a Python program or looks like a path, else the path of the command of that name.
 
-    The commands of this Python's environment come before others of the same name: those may have an environment without
+    Commands of this Python's environment come before others of the same name, because the others' environments may lack
     this package.
 
     Raises:
-        CannotRun: there is neither.
+        CannotRun: there is no such program and no such command.
     """
     if os.path.isfile(script) or os.path.isfile(os.path.join(script, "__main__.py")):
         return script
     if os.path.dirname(script) or script.endswith((".py", ".pyz", ".zip")):
-        return script  # the message is that of a file which is missing
+        return script  # the error is then that of a missing file
     places = [os.path.dirname(sys.executable), sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
     found = shutil.which(script, path=os.pathsep.join(filter(None, places)))
     if found is not None:
@@ -80,11 +81,11 @@ def _path_of(script: str) -> str:
 
 
 def _is_foreign(path: str, command: bool) -> bool:
-    """Whether this Python cannot execute ``path`` itself: a program for another interpreter, or for none.
+    """Whether this Python cannot execute ``path`` itself: it is for another interpreter, or not a script.
 
-    A script without a first line that names its interpreter is taken for Python, as ``python script`` does. One whose
-    path was given is executed by this Python, too, whichever Python its first line names; a ``command`` that was found
-    belongs to the environment of that Python.
+    A script whose first line names no interpreter is taken for Python, as by ``python script``. If its path was given,
+    this Python executes it, even if its first line names another Python. If it was found as a ``command``, it belongs
+    to the environment of the Python that its first line names.
     """
     if os.path.isdir(path) or zipfile.is_zipfile(path):
         return False
@@ -109,8 +110,8 @@ def _is_foreign(path: str, command: bool) -> bool:
         return True
     if not command:
         return False
-    # Another environment has other packages. Options of the interpreter (-s, -E) are left out in our own: with them the
-    # command would not be reached.
+    # Another environment has other packages. In our own, interpreter options (-s, -E) are left out: with them the
+    # integrations would not reach the command.
     own = os.path.realpath(os.path.dirname(sys.executable))
     return os.path.isabs(interpreter) and os.path.realpath(os.path.dirname(interpreter)) != own
 
@@ -126,10 +127,10 @@ def _run_command(command: list[str], optim: str | None) -> int:
             _pass_on(child, number)
 
     before = {}
-    # Before there is a child: a signal in between would end this process, and leave the child behind.
+    # Before the child is started: a signal in between would end this process, and leave the child running.
     for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT"):
         number = getattr(signal, name, None)
-        # What is ignored (nohup) stays so, for the child too: a handler would be the default there.
+        # Ignored signals (nohup) stay ignored, also in the child, which would replace a handler by the default action.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, handle)
     try:
@@ -151,7 +152,7 @@ def _run_command(command: list[str], optim: str | None) -> int:
 
 
 def _pass_on(child: subprocess.Popen[Any], number: int) -> None:
-    # A terminal sends these to all processes in front of it: the child has it already.
+    # A terminal sends these signals to all foreground processes, so the child has received it already.
     if number in (signal.SIGINT, getattr(signal, "SIGQUIT", None)) and _is_in_front():
         return
     child.send_signal(number)
@@ -160,7 +161,7 @@ def _pass_on(child: subprocess.Popen[Any], number: int) -> None:
 def _is_in_front() -> bool:
     try:
         return os.tcgetpgrp(sys.__stdin__.fileno()) == os.getpgrp()  # type: ignore[union-attr]
-    except (OSError, ValueError, AttributeError):  # no terminal
+    except (OSError, ValueError, AttributeError):  # there is no terminal
         return False
 
 
@@ -169,9 +170,9 @@ def _die_of(number: int) -> int:
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has left its own
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has written its own core file
         signal.signal(number, signal.SIG_DFL)
-    except (ImportError, OSError, ValueError):  # SIGKILL has no handler
+    except (ImportError, OSError, ValueError):  # SIGKILL cannot have a handler
         pass
     sys.stdout.flush()
     os.kill(os.getpid(), number)

@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 
 class Program(NamedTuple):
-    """What is to be executed."""
+    """A program to be executed."""
 
-    code: CodeType | bytes  # compiled, or the source of a script
+    code: CodeType | bytes  # compiled code, or the source of a script
     file: str
     argv0: str
     spec: ModuleSpec | None  # None for a plain script, as under python
 
 
 class CannotRun(Exception):
-    """There is no such program, or it cannot be executed; ``status`` is for the shell."""
+    """The program does not exist or cannot be executed; ``status`` is the exit status for the shell."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -31,10 +31,10 @@ class CannotRun(Exception):
 
 
 def find_script(path: str) -> Program:
-    """A file of Python, or a directory or zip file with a ``__main__.py``; changes ``sys.path`` as python does.
+    """A Python file, or a directory or zip file with a ``__main__.py``; changes ``sys.path`` as python does.
 
     Raises:
-        CannotRun: it cannot be read, or there is no ``__main__.py``.
+        CannotRun: it cannot be read, or has no ``__main__.py``.
     """
     if os.path.isdir(path) or zipfile.is_zipfile(path):
         _replace_first_path(path)
@@ -56,11 +56,11 @@ def find_module(name: str) -> Program:
     """A module, as after ``python -m``; changes ``sys.path`` as python does.
 
     Raises:
-        CannotRun: there is no such module, or none that can be executed.
+        CannotRun: the module does not exist or cannot be executed.
     """
-    # `python -m sketch_plugins` has the current directory here already, the console command its own directory.
+    # `python -m sketch_plugins` has put the current directory here, and the console command its own directory.
     _replace_first_path(os.getcwd())
-    sys.argv = ["-m"]  # what a package sees while it is imported on the way to the module
+    sys.argv = ["-m"]  # this is what a package sees while it is imported on the way to the module
     if name.startswith("."):
         raise CannotRun(f"relative module names are not supported: {name}", status=1)
     try:
@@ -72,7 +72,7 @@ def find_module(name: str) -> Program:
                     f"{name!r} is a package without __main__, so it cannot be executed. {_instead_of(name)}", status=1
                 )
     except ModuleNotFoundError as error:
-        # A package that fails on one of its own imports is the user's traceback to read.
+        # If a package fails on one of its own imports, the user should see that traceback.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         spec = None
@@ -85,7 +85,7 @@ def find_module(name: str) -> Program:
 
 
 def _instead_of(package: str) -> str:
-    """A hint for who has asked for a package that cannot be executed."""
+    """A hint for a user who asked for a package that cannot be executed."""
     commands = sorted(
         {
             entry.name
@@ -99,7 +99,7 @@ def _instead_of(package: str) -> str:
 
 
 def _code_of(spec: ModuleSpec) -> CodeType:
-    get_code = getattr(spec.loader, "get_code", None)  # extension modules have none
+    get_code = getattr(spec.loader, "get_code", None)  # extension modules have no such method
     code: CodeType | None = None if get_code is None else get_code(spec.name)
     if code is None:
         raise CannotRun(f"no code object available for {spec.name}", status=1)
@@ -109,7 +109,7 @@ def _code_of(spec: ModuleSpec) -> CodeType:
 def execute_as_main(program: Program) -> None:
     """Execute ``program`` as the module ``__main__``, which stays in ``sys.modules`` afterwards.
 
-    ``runpy`` would take it away again, and threads, ``atexit`` functions and unpickling would miss it.
+    ``runpy`` would remove it again, and then threads, ``atexit`` functions and unpickling would not find it.
     """
     spec = program.spec
     module = ModuleType("__main__")
@@ -132,8 +132,8 @@ def execute_as_main(program: Program) -> None:
 
 
 def _hide_own_frames() -> None:
-    """Show the exception that is about to leave the interpreter from the script's first frame on."""
-    hook = sys.excepthook  # the script may have set its own
+    """Start the traceback of an uncaught exception at the script's first frame."""
+    hook = sys.excepthook  # the script may have set its own hook
 
     def excepthook(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
         shown = entry = traceback
@@ -147,6 +147,6 @@ def _hide_own_frames() -> None:
 
 
 def _replace_first_path(directory: str) -> None:
-    # `python -P` (3.11) asks that no directory be put on the path unasked.
+    # `python -P` (3.11) demands that no directory is added to the path.
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = directory

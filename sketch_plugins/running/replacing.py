@@ -1,9 +1,9 @@
-"""``sketch-plugins run --optim NAME``: a sketched optimizer wherever the program builds one of torch's.
+"""``sketch-plugins run --optim NAME``: replace torch's optimizers by a sketched one wherever the program builds them.
 
-The classes stay what they are, so that ``from torch.optim import AdamW``, subclasses and annotations go on working,
-before and after. Their constructors end by turning the new object into the counterpart, which is a
-``torch.optim.Optimizer`` and no ``AdamW``: programs and frameworks that ask for one mean its state, too (accelerate
-would put DeepSpeedCPUAdam in its place).
+The classes stay the same objects, so that ``from torch.optim import AdamW``, subclasses and annotations continue to
+work, whether they come before or after the replacement. The end of their constructors turns the new object into the
+counterpart, which is a ``torch.optim.Optimizer`` but not an ``AdamW``: programs and frameworks that test for an
+``AdamW`` also expect its state (accelerate would replace it by DeepSpeedCPUAdam).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def begin(name: str, optim_args: str | None) -> None:
     """Replace torch's optimizers by ``name`` from now on, in this process.
 
     Raises:
-        SystemExit: of status 2, after a line that says why: an unknown optimizer or option, or a value that is not
+        SystemExit: status 2, after a line that gives the reason: an unknown optimizer or option, or a value that is not
             allowed.
     """
     try:
@@ -54,7 +54,7 @@ def begin(name: str, optim_args: str | None) -> None:
         watch.note(watch.REFUSED, name)
         if watch.is_first_rank():
             print(f"{watch.PROGRAM}: --optim {name}: {error}", file=sys.stderr)
-        # Not an exception of the program's: it has done nothing wrong, and might take one for a missing torch.
+        # Not an ordinary exception: the program did nothing wrong, and might take it for a missing torch.
         raise SystemExit(2) from None
     for cls in counterpart.REPLACED:
         cls.__init__ = _becoming(cls, cls.__init__, name, options)  # type: ignore[method-assign]
@@ -65,14 +65,14 @@ def _becoming(cls: type, construct: Callable[..., None], name: str, options: Map
     @functools.wraps(construct)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
-        # Not from within the constructor of a subclass: AdamW is one of Adam.
+        # Not if a subclass called this constructor: AdamW is a subclass of Adam.
         if type(self) is cls:
             try:
                 counterpart.become(self, name, options, WORDS)
             except ValueError:
                 watch.note(watch.REFUSED, cls.__name__)
                 raise
-            watch.note(watch.OURS, type(self).__name__)  # also one whose parameters are all frozen still
+            watch.note(watch.OURS, type(self).__name__)  # also if all of its parameters are still frozen
             _say_once(cls, self, options)
 
     return __init__
@@ -88,14 +88,14 @@ def _refusing(construct: Callable[..., None]) -> Callable[..., None]:
         if any(base is not Optimizer and base.__module__.startswith("torch.optim.") for base in cls.__mro__):
             _refuse(cls)
         construct(self, *args, **kwargs)
-        # It may be a wrapper around an optimizer, which is known when it has been built.
+        # It may be a wrapper around an optimizer, which can be recognized only after it is built.
         self.register_step_pre_hook(_at_first_step)
 
     return __init__
 
 
 def _at_first_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """Refuse the first step of an optimizer without counterpart; wrappers and placeholders take theirs."""
+    """Refuse the first step of an optimizer without counterpart; wrappers and placeholders may step."""
     if optimizer in _looked_at:
         return
     wraps = any(isinstance(held, Optimizer) and held is not optimizer for held in _held(optimizer))
@@ -121,7 +121,7 @@ def _refuse(cls: type) -> None:
     watch.note(watch.REFUSED, cls.__name__)
     words = WORDS
     if cls.__module__.startswith("deepspeed."):
-        # What a block like {"type": "AdamW"} becomes; with "torch_adam": true it is torch's, and replaced.
+        # DeepSpeed builds this for {"type": "AdamW"}. With "torch_adam": true it builds torch's, which is replaced.
         words = dataclasses.replace(WORDS, instead=IN_DEEPSPEED)
     raise ValueError(counterpart.without_counterpart(cls, words))
 

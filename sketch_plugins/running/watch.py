@@ -1,6 +1,6 @@
-"""Which optimizers the processes of a run have built, and what ``sketch-plugins run`` says about it at its end.
+"""Which optimizers the processes of a run have built, and the warning of ``sketch-plugins run`` at its end.
 
-The process of ``run`` itself keeps this in memory; those that it starts append lines to a file, whose name they
+The process of ``run`` itself keeps this in memory. The processes that it starts append lines to a file, whose name they
 inherit.
 """
 
@@ -15,17 +15,17 @@ from typing import Any
 from sketch_plugins.import_hooks import when_imported
 
 PROGRAM = "sketch-plugins run"
-#: What a line of the file says: an optimizer of ours, or of others, was built; a program was told why it cannot go on.
+#: Kinds of lines in the file: an optimizer of ours was built, or another one; the program got an error.
 OURS, OTHERS, REFUSED = "ours", "others", "refused"
 
-_seen: set[tuple[int, str, str]] = set()  # (process, kind, name): a fork has its parent's
+_seen: set[tuple[int, str, str]] = set()  # (process, kind, name); a fork has its parent's entries
 _files: Sequence[str] = ()
 _own_file: str | None = None
 _own_process: int | None = None
 
 
 def begin(file: str) -> None:
-    """This process is that of ``run``; ``file`` is the one that its children write."""
+    """Mark this process as that of ``run``; its children write to ``file``."""
     global _own_file, _own_process
     _own_file, _own_process = file, os.getpid()
 
@@ -40,21 +40,22 @@ def note(kind: str, name: str) -> None:
         if file == _own_file and os.getpid() == _own_process:
             continue
         try:
-            # Nobody else's file: the name is secret, links are not followed.
+            # No other user can have made the file: its name is random, and links are not followed.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
             descriptor = os.open(file, flags, 0o600)
             try:
                 os.write(descriptor, f"{kind} {name}\n".encode())
             finally:
                 os.close(descriptor)
-        except OSError:  # a full or vanished folder is no reason for a training to stop
+        except OSError:  # a full or removed folder must not stop a training run
             continue
 
 
 def watch_constructors(files: Sequence[str]) -> None:
-    """Note every optimizer of torch's kind that is built in this process from now on.
+    """Note every torch optimizer that is built in this process from now on.
 
-    ``torch.optim.Optimizer.__init__`` is wrapped: every optimizer calls it. Nothing else about it changes.
+    ``torch.optim.Optimizer.__init__``, which every optimizer calls, is wrapped. Its behaviour does not change
+    otherwise.
     """
     global _files
     from torch.optim import Optimizer
@@ -65,7 +66,7 @@ def watch_constructors(files: Sequence[str]) -> None:
     @functools.wraps(construct)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
-        # Some train nothing: placeholders of frameworks, and those that are built to check options (ours, too).
+        # Some optimizers train nothing: placeholders of frameworks, and those that only check options (ours, too).
         if any(p.requires_grad for group in self.param_groups for p in group["params"]):
             note(OURS if is_ours(type(self)) else OTHERS, type(self).__name__)
 
@@ -74,7 +75,7 @@ def watch_constructors(files: Sequence[str]) -> None:
 
 
 def _watch_communication() -> None:
-    # Who has gradients sparsified has asked for something of ours, with whatever optimizer.
+    # Gradient compression is a feature of ours, so a program that uses it with any optimizer gets no warning.
     from sketch_plugins.comm.state import MemSGDState
 
     construct = MemSGDState.__init__
@@ -93,12 +94,12 @@ def is_ours(cls: type) -> bool:
 
 
 def end(optim: str | None) -> None:
-    """Say that no optimizer of ours was built, if that was to be expected; remove the file of notes.
+    """Warn if no optimizer of ours was built although one was expected, and remove the file of notes.
 
-    It was if ``--optim`` asked for one, or if the program built an optimizer at all. A program that was refused has
-    been told why.
+    One is expected if ``--optim`` was given, or if the program built any optimizer. A program that got an error of ours
+    gets no warning.
     """
-    if os.getpid() != _own_process or _own_file is None:  # a fork of the program
+    if os.getpid() != _own_process or _own_file is None:  # this is a fork of the program
         return
     noted = {(kind, name) for process, kind, name in _seen if process == _own_process}
     try:
@@ -129,12 +130,12 @@ def end(optim: str | None) -> None:
 
 
 def say(level: str, message: str) -> None:
-    """A line on stderr: most programs show nothing of the logger of a library that they do not know."""
+    """Print a line to stderr, because most programs do not show the log of a library that they do not know."""
     print(f"{level} {PROGRAM}: {message}", file=sys.stderr, flush=True)
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of several that speaks: by torch.distributed, or else by what launchers set."""
+    """Whether this process is the first rank, by torch.distributed or else by the variables of launchers."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return bool(distributed.get_rank() == 0)

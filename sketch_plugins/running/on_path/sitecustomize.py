@@ -1,7 +1,8 @@
-"""Python imports this when it starts, in the processes that a program under ``sketch-plugins run`` starts.
+"""Python imports this file at its start, in the processes that a program under ``sketch-plugins run`` starts.
 
-``run`` alone puts this folder on PYTHONPATH (`sketch_plugins.running.children`). The file may be read by any Python, of
-any version and environment, so it needs no package: until a framework is imported it only takes itself off the path.
+Only ``run`` puts this folder on PYTHONPATH (`sketch_plugins.running.children`). Any Python of any version and
+environment may read the file, so it needs no package. Until a framework is imported, it only removes its folder from
+the path.
 """
 
 import os
@@ -20,10 +21,10 @@ class _Waiting(object):  # noqa: UP004
         sys.meta_path.remove(self)
         try:
             from sketch_plugins.running.children import join
-        except ImportError:  # another environment, without this package or with another version of it
+        except ImportError:  # an environment without this package, or with another version of it
             return None
         join()
-        # The loop that has called this one does not see what was just put in front of it.
+        # The loop that has called this finder does not see the finders that were just put in front of it.
         for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)
             spec = None if find is None else find(name, path, target)
@@ -36,7 +37,7 @@ _folder = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _folder]
 if sys.version_info >= (3, 10) and os.environ.get("SKETCH_PLUGINS_RUN"):
     sys.meta_path.insert(0, _Waiting(os.environ["SKETCH_PLUGINS_RUN"].split(" ", 1)[0].split(",")))
-# The sitecustomize that Python would have found without this one. If there is none, the ImportError says so to Python,
-# which goes on as it does without any.
+# Import the sitecustomize that Python would have found without this one. If there is none, Python handles the
+# ImportError in the usual way.
 del sys.modules["sitecustomize"]
 __import__("sitecustomize")
