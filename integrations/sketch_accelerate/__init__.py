@@ -4,9 +4,10 @@
 
     model, optimizer, data = accelerator.prepare(model, CSAdam(model.parameters(), lr=1e-3), data)
 
-``Accelerator.prepare`` takes them without this package, too. What it adds: DeepSpeed's side (``sketch_deepspeed``) is
-there as soon as an ``Accelerator`` runs DeepSpeed, so that the optimizer is not replaced by ``DeepSpeedCPUAdam`` under
-offloading and can be named in DeepSpeed's configuration (``DummyOptim``); and FSDP1 is refused before training starts.
+``Accelerator.prepare`` takes our optimizers without this package, too. The package adds two things. When an
+``Accelerator`` runs DeepSpeed, it imports ``sketch_deepspeed``, so that offloading does not replace the optimizer by
+``DeepSpeedCPUAdam``, and DeepSpeed's configuration can name it (``DummyOptim``). And it refuses FSDP1 before training
+starts.
 
 ``accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.01})`` sparsifies gradients between processes.
 """
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["MemSGDKwargs", "MovedSymbolError", "known_names", "register"]
 
-#: Where an optimizer is given.
+#: How an optimizer is given to the framework.
 USAGE = "Accelerator.prepare(model, optimizer)"
 
 register()
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: this package may be imported while accelerate is half imported, when its base class does not exist yet.
+    # Imported lazily: accelerate may be only partly imported now, and its base class may not exist yet.
     if name == "MemSGDKwargs":
         from sketch_accelerate.comm import MemSGDKwargs
 

@@ -1,6 +1,6 @@
-"""Everything of accelerate that is changed, or used without being documented: nothing of it is named elsewhere here.
+"""All names of accelerate that this package changes, or uses although they are not documented.
 
-Changed is ``Accelerator.prepare``, which first looks at what it is given and at what will run it.
+It changes ``Accelerator.prepare``, which first checks its arguments and the framework that will run them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 from sketch_plugins import patching
 from sketch_plugins.optim import SketchOptimizer
 
-#: Where in accelerate the names are that this package touches: module, then dotted name in it. Not in the package
-#: itself, which is half imported when `sketch-plugins run` registers this one.
+#: Names of accelerate that this package uses: module, then dotted name in it. They are not looked up in the package
+#: itself, which is only partly imported when `sketch-plugins run` registers this one.
 TOUCHED = (
     ("accelerate.accelerator", "Accelerator.prepare"),
     ("accelerate.accelerator", "Accelerator.distributed_type"),
@@ -22,7 +22,7 @@ TOUCHED = (
 
 
 class MovedSymbolError(patching.MovedSymbolError):
-    """A name of accelerate that this package relies on is not where it was."""
+    """accelerate lacks a name that this package relies on."""
 
 
 _ACCELERATE = patching.Framework(
@@ -36,7 +36,7 @@ _ACCELERATE = patching.Framework(
 
 
 def register() -> None:
-    """Have every ``Accelerator`` look at what it prepares. Calling it again does no harm.
+    """Let every ``Accelerator`` check what it prepares. Calling it again does no harm.
 
     Raises:
         MovedSymbolError: see :func:`check`.
@@ -46,7 +46,7 @@ def register() -> None:
 
 
 def check() -> None:
-    """Look up every name this package touches.
+    """Look up every name that this package uses.
 
     Raises:
         MovedSymbolError: names the first one that is missing and the version of accelerate.
@@ -55,21 +55,20 @@ def check() -> None:
 
 
 def known_names() -> list[str]:
-    """None: accelerate knows no optimizers by name."""
+    """An empty list, because accelerate knows no optimizers by name."""
     return []
 
 
 def _looking(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Ours, and not asked for anything but under DistributedDataParallel.
+        # A MemSGDKwargs of ours; accelerate itself calls it under DistributedDataParallel only.
         tell = getattr(getattr(self, "ddp_handler", None), "prepared_by", None)
         if tell is not None:
             tell(self)
         kinds = _ACCELERATE.find("accelerate.utils", "DistributedType")
         if self.distributed_type == kinds.DEEPSPEED:
-            # The one place where an integration imports another: accelerate is a way to run DeepSpeed. What DeepSpeed
-            # and accelerate do to an optimizer there is dealt with in that package, also for those who need no
-            # accelerate.
+            # Only here an integration imports another one, because accelerate is a way to run DeepSpeed. That package
+            # handles what DeepSpeed and accelerate do to an optimizer there, also for users without accelerate.
             import sketch_deepspeed
 
             sketch_deepspeed.register()
@@ -88,5 +87,5 @@ def _looking(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fsdp_version(accelerator: Any) -> int:
-    # There was one version only before accelerate knew the second.
+    # Before accelerate had the second version, it had only one.
     return int(getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1))

@@ -1,4 +1,4 @@
-"""``accelerator.ddp_handler`` that registers the communication hook with error memory."""
+"""An ``accelerator.ddp_handler`` that registers the communication hook with error memory."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ logger = logging.getLogger(__name__)
 class MemSGDKwargs(DistributedDataParallelKwargs):
     """``DistributedDataParallelKwargs`` with sparsified gradients: see `sketch_plugins.comm.MemSGDState`.
 
-    Assign it, before ``prepare``: ``accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.01})``. The argument
-    ``kwargs_handlers`` of ``Accelerator`` takes accelerate's own classes only, and its ``comm_hook`` a closed set of
-    names. With one process there is nothing to send: a warning says so, `state` stays None. Under fp16 the state gets
-    accelerate's GradScaler, so that memories are kept unscaled.
+    Assign it before ``prepare``: ``accelerator.ddp_handler = MemSGDKwargs(memsgd={"density": 0.01})``. The argument
+    ``kwargs_handlers`` of ``Accelerator`` accepts accelerate's own classes only, and its ``comm_hook`` a fixed set of
+    names. With one process there is nothing to send: a warning says so, and `state` stays None. Under fp16 the state
+    gets accelerate's GradScaler, so that memories are kept unscaled.
 
-    ``accelerator.save_state`` saves on one process; the memory belongs to each:
-    ``accelerator.ddp_handler.state.save(folder)`` and ``.load(folder)``, called on all of them.
+    ``accelerator.save_state`` saves on one process, but each process has a memory of its own: call
+    ``accelerator.ddp_handler.state.save(folder)`` and ``.load(folder)`` on all of them.
 
     Attributes:
         memsgd: options of `MemSGDState`; all other fields are those of ``DistributedDataParallelKwargs``.
         states: the `MemSGDState` of each model that ``prepare`` has wrapped, in their order.
-        state: the last of them; None before.
+        state: the last of them; None before ``prepare``.
 
     Raises:
-        ValueError: see `MemSGDState`; in ``prepare``: ``comm_hook`` is set as well; FSDP, DeepSpeed or Megatron-LM,
-            which reduce gradients themselves.
+        ValueError: see `MemSGDState`; in ``prepare``: ``comm_hook`` is set as well; the framework is FSDP, DeepSpeed or
+            Megatron-LM, which reduce gradients themselves.
     """
 
     memsgd: dict[str, Any] = field(default_factory=dict)
@@ -46,18 +46,18 @@ class MemSGDKwargs(DistributedDataParallelKwargs):
 
     @property
     def state(self) -> MemSGDState | None:
-        """Of the model that was prepared last."""
+        """The state of the model that was prepared last."""
         return self.states[-1] if self.states else None
 
     def to_dict(self, ignore_keys: Any = ("comm_hook", "comm_wrapper", "comm_state_option", "memsgd")) -> Any:
-        """What DistributedDataParallel's constructor gets."""
+        """Arguments of DistributedDataParallel's constructor."""
         return {name: value for name, value in self.__dict__.items() if name not in (*ignore_keys, "states", "_scaler")}
 
     def prepared_by(self, accelerator: Any) -> None:
-        """``Accelerator.prepare`` calls this before anything else.
+        """Check the framework; ``Accelerator.prepare`` calls this before anything else.
 
         Raises:
-            ValueError: it will not use DistributedDataParallel.
+            ValueError: the framework does not use DistributedDataParallel.
         """
         kind = accelerator.distributed_type.value
         if not kind.startswith("MULTI_") and kind != "NO":
@@ -70,7 +70,7 @@ class MemSGDKwargs(DistributedDataParallelKwargs):
         self._scaler = accelerator.scaler
 
     def register_comm_hook(self, model: torch.nn.Module) -> None:
-        """Called by ``Accelerator.prepare`` with the wrapped model."""
+        """Register the hook; ``Accelerator.prepare`` calls this with the wrapped model."""
         chosen = getattr(self.comm_hook, "value", self.comm_hook)
         if chosen != "no":
             raise ValueError(

@@ -6,7 +6,7 @@
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
 Importing this package makes every name of ``sketch_plugins.registry`` an optimizer of DeepSpeed's configuration. The
-optimizers can be given to ``deepspeed.initialize(optimizer=...)``, too; ZeRO knows them either way.
+optimizers can also be given to ``deepspeed.initialize(optimizer=...)``; ZeRO accepts them in both cases.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sketch_deepspeed._private import MovedSymbolError, known_names, register
 
 __all__ = ["MovedSymbolError", "known_names", "register"]
 
-#: Where an optimizer is named.
+#: How an optimizer is named in the framework.
 USAGE = '"optimizer": {{"type": "{name}"}}'
 
 register()

@@ -1,19 +1,19 @@
-"""Everything of DeepSpeed that is changed, or used without being documented: nothing of it is named elsewhere here.
+"""All names of DeepSpeed that this package changes, or uses although they are not documented.
 
-What does not concern our optimizers behaves as before. Changed are:
+Other optimizers behave as before. The changes are:
 
 * ``ZERO_SUPPORTED_OPTIMIZERS`` gets every class of the registry.
-* ``DeepSpeedEngine`` takes every name of the registry for the type of an optimizer and builds it
+* ``DeepSpeedEngine`` accepts every name of the registry as the type of an optimizer and builds it
   (``_is_supported_optimizer``, ``_configure_basic_optimizer``). Otherwise it would look the name up in ``torch.optim``
-  and hand the constructor whatever the configuration holds.
-* ``DeepSpeedEngine._configure_optimizer`` takes ours where the optimizer's state is offloaded, without
+  and pass the entries of the configuration to the constructor unchecked.
+* ``DeepSpeedEngine._configure_optimizer`` accepts our optimizers with an offloaded state, without
   ``"zero_force_ds_cpu_optimizer": false``.
-* ``DeepSpeedEngine._load_zero_checkpoint`` says what to do where the number of processes is another one.
-* ``FP16_UnfusedOptimizer.initialize_optimizer_states`` (stage 0 in bf16 or fp16) takes a step without gradients, at
-  the full learning rate, to have state allocated: weights would decay once too often, and steps count from 2.
-* ``offload_states`` and ``reload_states`` of ZeRO move our state: those of stage 3 refuse all optimizers but FusedAdam,
-  those of stages 1 and 2 leave behind what is nested.
-* accelerate's replacement of an optimizer by ``DeepSpeedCPUAdam`` under offloading leaves ours alone.
+* ``DeepSpeedEngine._load_zero_checkpoint`` says what to do if the number of processes has changed.
+* ``FP16_UnfusedOptimizer.initialize_optimizer_states`` (stage 0 in bf16 or fp16) takes a step without gradients, at the
+  full learning rate, to allocate the state. Weights would decay once too often, and steps would count from 2.
+* ``offload_states`` and ``reload_states`` of ZeRO move our state. Those of stage 3 refuse all optimizers but FusedAdam,
+  and those of stages 1 and 2 leave nested state behind.
+* accelerate's replacement of an optimizer by ``DeepSpeedCPUAdam`` under offloading does not replace ours.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _STAGES = (
     ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"),
 )
 
-#: Where DeepSpeed's ZeRO has the classes that it knows.
+#: The classes that DeepSpeed's ZeRO knows.
 SUPPORTED = ("deepspeed.runtime.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS")
-#: Where in DeepSpeed the names are that this package touches: module, then dotted name in it.
+#: Names of DeepSpeed that this package uses: module, then dotted name in it.
 TOUCHED = (
     SUPPORTED,
     ("deepspeed.runtime.config", "DEEPSPEED_OPTIMIZERS"),
@@ -60,12 +60,12 @@ TOUCHED = (
     ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3.offload_states"),
     ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3.reload_states"),
 )
-#: Where accelerate replaces optimizers.
+#: The function of accelerate that replaces optimizers.
 ACCELERATE = ("accelerate.accelerator", "map_pytorch_optim_to_deepspeed")
 
 
 class MovedSymbolError(patching.MovedSymbolError):
-    """A name of DeepSpeed that this package relies on is not where it was."""
+    """DeepSpeed lacks a name that this package relies on."""
 
 
 _DEEPSPEED = patching.Framework(
@@ -81,7 +81,7 @@ _DEEPSPEED = patching.Framework(
 def register() -> None:
     """Make every optimizer of the registry known to DeepSpeed. Calling it again does no harm.
 
-    While DeepSpeed's engine is half imported nothing is done yet.
+    While DeepSpeed's engine is only partly imported, nothing is done yet.
 
     Raises:
         MovedSymbolError: see :func:`check`.
@@ -89,7 +89,7 @@ def register() -> None:
     """
     package = sys.modules.get("deepspeed")
     if package and is_initializing(package) and not hasattr(sys.modules.get(_ENGINE), "DeepSpeedEngine"):
-        when_imported(_ENGINE, register)  # to import more now would be to run into what is half imported
+        when_imported(_ENGINE, register)  # importing more now could fail on partly imported modules
         return
     check()
     engine = _DEEPSPEED.find(_ENGINE, "DeepSpeedEngine")
@@ -114,7 +114,7 @@ def register() -> None:
 
 
 def check() -> None:
-    """Look up every name this package touches.
+    """Look up every name that this package uses.
 
     Raises:
         MovedSymbolError: names the first one that is missing and the version of DeepSpeed.
@@ -125,7 +125,7 @@ def check() -> None:
 
 
 def known_names() -> list[str]:
-    """The names of ours that DeepSpeed's configuration takes: its engine has no list and asks for each by itself."""
+    """Our names in DeepSpeed's configuration. The engine has no list, so it is asked for each name."""
     return list(registry.names())
 
 
@@ -185,10 +185,9 @@ def _accepting(configure: Callable[..., None]) -> Callable[..., None]:
 
 
 def _accept(engine: Any, optimizer: SketchOptimizer) -> None:
-    """Refuse what cannot work with one of ours; let it be where DeepSpeed would want its own.
+    """Refuse what cannot work with an optimizer of ours; accept it where DeepSpeed would want its own.
 
-    From here on messages and reports call parameters by their names in the model, also when they are pieces of a flat
-    partition.
+    From here on, messages and reports call parameters by their names in the model, also pieces of a flat partition.
     """
     config = engine._config
     refuse_impossible(
@@ -199,7 +198,7 @@ def _accept(engine: Any, optimizer: SketchOptimizer) -> None:
         zenflow=getattr(config.zero_config, "zenflow", None) is not None,
         masters=bool(engine.bfloat16_enabled() or engine.fp16_enabled()),
     )
-    # True is DeepSpeed's default; a user who sets it expects DeepSpeed's error.
+    # True is DeepSpeed's default. A user who sets it explicitly expects DeepSpeed's error.
     if config._param_dict.get("zero_force_ds_cpu_optimizer") is not True:
         config.zero_force_ds_cpu_optimizer = False
     name_parameters(optimizer, engine.module)
@@ -207,7 +206,7 @@ def _accept(engine: Any, optimizer: SketchOptimizer) -> None:
 
 def _comparing(load: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, load_dir: str, tag: Any, load_optimizer_states: bool = True) -> Any:
-        # Of this process's; None where DeepSpeed has not read it, which it reports itself.
+        # The number that the checkpoint says; None if DeepSpeed has not read it, which DeepSpeed reports itself.
         saved, present = self.loaded_checkpoint_dp_world_size, self.seq_dp_world_size
         if load_optimizer_states and saved not in (None, present) and isinstance(self.basic_optimizer, SketchOptimizer):
             raise ValueError(
@@ -237,9 +236,10 @@ def _offloading(offload: Callable[..., None]) -> Callable[..., None]:
             kinds = _DEEPSPEED.find("deepspeed.runtime.zero.offload_config", "OffloadStateTypeEnum")
             if (include is None or kinds.optim_states in include) and kinds.optim_states not in self.offloaded_states:
                 _move_state(self.optimizer, torch.device("cpu"))
-                self.offloaded_states.add(kinds.optim_states)  # DeepSpeed then leaves it alone
+                self.offloaded_states.add(kinds.optim_states)  # so that DeepSpeed does not move it
             if (
-                hasattr(self, "fp32_partitioned_groups_flat")  # stage 3; stages 1 and 2 move theirs for any optimizer
+                # Stage 3; stages 1 and 2 move their own tensors with any optimizer.
+                hasattr(self, "fp32_partitioned_groups_flat")
                 and (include is None or kinds.hp_params in include)
                 and kinds.hp_params not in self.offloaded_states
             ):
@@ -265,12 +265,12 @@ def _reloading(reload: Callable[..., None]) -> Callable[..., None]:
 
 
 def _move_state(optimizer: SketchOptimizer, device: torch.device | None) -> None:
-    """To a device; None: to that of the parameters."""
+    """Move the state to a device; None: to that of the parameters."""
     for p, state in optimizer.state.items():
-        if not isinstance(p, torch.Tensor):  # an entry that belongs to no parameter
+        if not isinstance(p, torch.Tensor):  # the entry belongs to no parameter
             continue
         where = p.device if device is None else device
-        # Counters and places are at home on the CPU.
+        # Counters and places stay on the CPU.
         optimizer.state[p] = {
             name: value if kind_of(name) in ("step", PLACE) else _moved_to(where, value)
             for name, value in state.items()
@@ -278,7 +278,7 @@ def _move_state(optimizer: SketchOptimizer, device: torch.device | None) -> None
 
 
 def _moved_to(device: torch.device, value: Any) -> Any:
-    """Others may keep tensors at any depth."""
+    """Move tensors at any depth, because other code may keep nested ones."""
     if isinstance(value, Mapping):
         return {name: _moved_to(device, inner) for name, inner in value.items()}
     return value.to(device) if isinstance(value, torch.Tensor) else value

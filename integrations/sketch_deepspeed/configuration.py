@@ -1,4 +1,4 @@
-"""From DeepSpeed's configuration to an optimizer, with every mistake reported before training starts."""
+"""Build an optimizer from DeepSpeed's configuration, and report every mistake before training starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from sketch_plugins import registry
 from sketch_plugins.optim import SketchOptimizer
 
-#: How to change what a checkpoint of DeepSpeed is spread over; DeepSpeed's own ways know Adam's state only.
+#: The way to change the number of ranks of a checkpoint; DeepSpeed's own tools know Adam's state only.
 RESHARD = "sketch-plugins reshard CHECKPOINT --world-size N"
 
 
@@ -21,8 +21,8 @@ def optimizer_from(name: str, params: Mapping[str, Any], model_parameters: Any) 
         model_parameters: parameters or parameter groups.
 
     Raises:
-        ValueError: an unknown option (lists those that exist), a value of the wrong type or an impossible one, options
-            that contradict each other, or ``"auto"`` that nobody has filled in.
+        ValueError: an unknown option (lists the known ones), a value of the wrong type or out of range, options that
+            contradict each other, or an ``"auto"`` that was not replaced by a value.
     """
     where = f'the optimizer {{"type": "{name}"}} of the DeepSpeed configuration'
     for key, value in params.items():
@@ -43,18 +43,18 @@ def optimizer_from(name: str, params: Mapping[str, Any], model_parameters: Any) 
 def refuse_impossible(
     optimizer: SketchOptimizer, offload: Any, *, elastic: bool, universal: bool, zenflow: bool, masters: bool = False
 ) -> None:
-    """Check what the rest of the configuration asks of the optimizer.
+    """Check the settings of the configuration that concern the optimizer.
 
     Args:
         optimizer: the one that is about to be used.
         offload: ``zero_optimization.offload_optimizer``, or None.
         elastic: ``zero_optimization.elastic_checkpoint``.
         universal: ``checkpoint.load_universal``.
-        zenflow: whether ``zero_optimization.zenflow`` is there.
-        masters: whether DeepSpeed keeps float32 weights of its own, which are what the optimizer steps.
+        zenflow: whether the configuration has ``zero_optimization.zenflow``.
+        masters: whether DeepSpeed keeps float32 weights of its own, which the optimizer steps.
 
     Raises:
-        ValueError: names the setting and what works in its place.
+        ValueError: a setting cannot work; the message names it and what works instead.
     """
     name = type(optimizer).__name__
     if elastic:

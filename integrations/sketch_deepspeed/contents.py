@@ -1,4 +1,4 @@
-"""What the optimizers of a ZeRO checkpoint hold, for ``sketch-plugins report``."""
+"""The contents of the optimizers in a ZeRO checkpoint, for ``sketch-plugins report``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sketch_plugins.sharding.state_names import nested
 def contents(
     checkpoint: Path, trust: bool
 ) -> tuple[Sequence[Mapping[str, Any]], list[tuple[str | None, int, Mapping[str, Any], int | None]]]:
-    """Parameter groups, and of each piece on each rank: its name, group, state and elements.
+    """Parameter groups; and the name, group, state and elements of each piece on each rank.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the checkpoint cannot be read.
     """
     root, tag = _find(checkpoint)
     directory = root / tag
@@ -29,7 +29,7 @@ def contents(
     groups = old.base(0)["param_groups"]
     try:
         cut: Callable[..., Sequence[Piece]] = SavedOptimizer(groups).pieces
-    except CannotReshard:  # another optimizer's, which sees a vector; its pieces are counted
+    except CannotReshard:  # another optimizer, which sees a vector; its pieces are counted
 
         def cut(fragments: Sequence[Fragment], group: int) -> Sequence[Piece]:
             return list(pieces(fragments))
@@ -44,7 +44,7 @@ def contents(
                 for piece, inner in zip(held, ours.values(), strict=True):
                     name = f"{buffer.parameters[piece.index].name} (rank {rank})"
                     found.append((name, buffer.group, inner, piece.numel))
-            elif state:  # another optimizer's: a vector
+            elif state:  # another optimizer, with a vector
                 name = f"partition {number} (rank {rank}) of {len(held)} pieces"
                 found.append((name, buffer.group, state, sum(piece.numel for piece in held)))
     return groups, found
@@ -54,7 +54,7 @@ def _without_zero(
     directory: Path, trust: bool
 ) -> tuple[Sequence[Mapping[str, Any]], list[tuple[str | None, int, Mapping[str, Any], int | None]]]:
     saved: Any = _load(directory / _MODEL, trust).get("optimizer")
-    while isinstance(saved, Mapping) and "param_groups" not in saved:  # a wrapper of float16
+    while isinstance(saved, Mapping) and "param_groups" not in saved:  # a wrapper for float16
         saved = saved.get("optimizer_state_dict")
     if not isinstance(saved, Mapping):
         raise ValueError(f"{directory} holds no optimizer state: it was saved without")

@@ -1,8 +1,8 @@
-"""How DeepSpeed's ZeRO lays parameters out in flat tensors, for any number of ranks: its rules, without an engine.
+"""The rules by which DeepSpeed's ZeRO lays out parameters in flat tensors, for any number of ranks, without an engine.
 
-Checked on engines: a layout that is computed for a checkpoint's own number of ranks has to have the sizes that the
-checkpoint has (`reshard` refuses it otherwise), and one computed for another number is loaded by an engine in
-`tests/deepspeed/test_reshard.py`.
+They are checked on engines: a layout that is computed for a checkpoint's own number of ranks must have the sizes of the
+checkpoint (`reshard` refuses it otherwise), and in `tests/deepspeed/test_reshard.py` an engine loads one that is
+computed for another number.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Parameter:
     """A trainable parameter of a group.
 
     Attributes:
-        name: as in the model's state dict.
-        shape: of all of it.
+        name: name in the model's state dict.
+        shape: shape of the whole parameter.
         itemsize: bytes of its elements in the model.
     """
 
@@ -31,19 +31,19 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Flat tensors that hold a few parameters, one on each rank.
+    """Flat tensors that hold some parameters, one on each rank.
 
     Attributes:
         group: number of the parameter group.
-        parameters: in the order in which they lie there.
-        world: how many ranks.
-        size: elements of the tensor of one rank, padding included.
+        parameters: the parameters, in the order of their places in the buffer.
+        world: number of ranks.
+        size: number of elements of the tensor of one rank, including padding.
     """
 
     group: int
@@ -52,26 +52,26 @@ class Buffer:
     size: int
 
     def fragments(self, rank: int) -> list[Fragment]:
-        """What the rank's tensor holds; ``index`` is the number among `parameters`."""
+        """The fragments in a rank's tensor; ``index`` is the number in `parameters`."""
         raise NotImplementedError
 
     def padding(self, rank: int) -> int:
-        """Elements at the end of the rank's tensor that lie behind all parameters."""
+        """Number of elements at the end of the rank's tensor, after all parameters."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Joint(Buffer):
-    """Stages 1 and 2: parameters one behind the other, and the whole cut into equal parts.
+    """Stages 1 and 2: parameters follow each other, and all of them together are cut into equal parts.
 
     Attributes:
-        paddings: elements between each parameter and the next.
+        paddings: number of elements between each parameter and the next.
     """
 
     paddings: tuple[int, ...]
 
     def fragments(self, rank: int) -> list[Fragment]:
-        """Whatever of the parameters lies in ``[rank * size, (rank + 1) * size)``."""
+        """The fragments of the parameters in ``[rank * size, (rank + 1) * size)``."""
         low, out = rank * self.size, []
         ends = accumulate(p.numel + gap for p, gap in zip(self.parameters, self.paddings, strict=True))
         for index, (p, gap, end) in enumerate(zip(self.parameters, self.paddings, ends, strict=True)):
@@ -82,17 +82,17 @@ class Joint(Buffer):
         return out
 
     def padding(self, rank: int) -> int:
-        """Behind the last parameter of all; what lies between two of them does not count."""
+        """Padding after the last of all parameters; padding between two parameters does not count."""
         end = sum(p.numel for p in self.parameters) + sum(self.paddings)
         return min(self.size, max(0, (rank + 1) * self.size - end))
 
 
 @dataclass(frozen=True)
 class Single(Buffer):
-    """Stage 3: each parameter cut into equal parts, and one part of each laid out one behind the other."""
+    """Stage 3: each parameter is cut into equal parts, and the parts of a rank follow each other."""
 
     def fragments(self, rank: int) -> list[Fragment]:
-        """Part number ``rank`` of each parameter, where there is any of it."""
+        """Part number ``rank`` of each parameter, unless it is empty."""
         offset, out = 0, []
         for index, p in enumerate(self.parameters):
             part = _part(p, self.world)
@@ -104,15 +104,15 @@ class Single(Buffer):
         return out
 
     def padding(self, rank: int) -> int:
-        """None is at the end: each part has its own."""
+        """Always 0: there is no padding at the end, because each part has its own."""
         return 0
 
 
 def joint(groups: Sequence[Sequence[Parameter]], world: int, round_robin: bool, aligned: bool) -> list[Buffer]:
     """The buffers of stages 1 and 2 and of ``BF16_Optimizer``, one for each group.
 
-    A buffer is padded to a multiple of twice the number of ranks. ``round_robin``: parameters are dealt out to the
-    ranks, and those of one rank follow each other. ``aligned``: each but the last is padded to 16 bytes.
+    A buffer is padded to a multiple of twice the number of ranks. ``round_robin``: parameters are dealt to the ranks in
+    turn, and those of one rank follow each other. ``aligned``: each parameter but the last is padded to 16 bytes.
     """
     out: list[Buffer] = []
     for number, given in enumerate(groups):
@@ -131,7 +131,7 @@ def joint(groups: Sequence[Sequence[Parameter]], world: int, round_robin: bool, 
 
 
 def single(groups: Sequence[Sequence[Parameter]], world: int, most: int) -> list[Buffer]:
-    """The sub-groups of stage 3: a new one as soon as one has ``most`` elements on a rank."""
+    """The sub-groups of stage 3: a new one begins when one has ``most`` elements on a rank."""
     out: list[Buffer] = []
     for number, parameters in enumerate(groups):
         runs: list[list[Parameter]] = [[]]
@@ -144,12 +144,12 @@ def single(groups: Sequence[Sequence[Parameter]], world: int, most: int) -> list
 
 
 def dealt(given: Sequence[Parameter], world: int) -> list[Parameter]:
-    """Numbers 0, W, 2 W, ..., then 1, W + 1, ...: the order that ``round_robin_gradients`` makes."""
+    """Numbers 0, W, 2 W, ..., then 1, W + 1, ...: the order of ``round_robin_gradients``."""
     return [p for first in range(min(world, len(given))) for p in given[first::world]]
 
 
 def undealt(dealt: Sequence[Parameter], world: int) -> list[Parameter]:
-    """The order that `dealt` was made of."""
+    """The order before `dealt`."""
     places = [i for first in range(min(world, len(dealt))) for i in range(first, len(dealt), world)]
     return [p for _, p in sorted(zip(places, dealt, strict=True), key=lambda pair: pair[0])]
 

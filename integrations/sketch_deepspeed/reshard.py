@@ -1,9 +1,10 @@
 """Rewrite a checkpoint of DeepSpeed's ZeRO for another number of ranks: ``sketch-plugins reshard``.
 
-DeepSpeed loads the optimizer state of a checkpoint with as many ranks as have written it. This reads the files of all
-ranks and writes those of N others, which ``engine.load_checkpoint`` takes for ones that were saved there: weights and
-fp32 master weights bit for bit, state of our optimizers cut anew by `sketch_plugins.checkpoints.recut`,
-which says what stays exact and what does not; all else (scheduler, loss scale, step numbers, client state) as it was.
+DeepSpeed loads the optimizer state of a checkpoint only with as many ranks as have written it. This module reads the
+files of all ranks and writes those for N ranks, which ``engine.load_checkpoint`` reads as if N ranks had saved them.
+Weights and fp32 master weights are equal bit for bit. The state of our optimizers is recut by
+`sketch_plugins.checkpoints.recut`, which says what stays exact and what does not. Everything else (scheduler, loss
+scale, step numbers, client state) stays the same.
 """
 
 from __future__ import annotations
@@ -56,17 +57,16 @@ def reshard(
 
     Args:
         checkpoint: directory given to ``engine.save_checkpoint``, with a file ``latest``, or the directory of one tag.
-        world_size: ranks that are to load it.
-        output: directory to write, ``CHECKPOINT-worldN`` by default. It appears when it is whole: everything is
-            written beside it first, under another name. Other files of the checkpoint's directory are copied.
-        trust: unpickle whatever the files hold. By default nothing but tensors, plain values and DeepSpeed's own
-            records is loaded.
-        progress: called with the steps done, their number, and what is at hand.
+        world_size: number of ranks that are to load it.
+        output: directory to write, ``CHECKPOINT-worldN`` by default. Everything is written beside it first, and it gets
+            its name when it is complete. Other files of the checkpoint's directory are copied.
+        trust: unpickle all objects in the files. By default only tensors, plain values and DeepSpeed's own records are
+            loaded.
+        progress: called with the number of finished steps, the number of all steps, and the name of the current one.
 
     Raises:
         CannotReshard: not a checkpoint of ZeRO, a file is missing, another optimizer's state, model or expert
-            parallelism, ``world_size`` is less than 1 or the present one, the output is there already. Nothing is left
-            behind.
+            parallelism, ``world_size`` is less than 1 or the present one, the output exists. No output is left behind.
     """
     root, tag = _find(Path(checkpoint))
     target = output_of(root, world_size, output)
@@ -91,13 +91,13 @@ class _Checkpoint:
     """The files of all ranks.
 
     Attributes:
-        stage: of ZeRO.
-        bf16: ``BF16_Optimizer``'s, which saves partitions together with their padding.
-        models: what the files of the model's weights hold; one below stage 3.
-        ranks: what the files of optimizer state hold.
-        buffers: how parameters lie in them.
+        stage: stage of ZeRO.
+        bf16: whether ``BF16_Optimizer`` wrote them, which saves partitions together with their padding.
+        models: contents of the files of the model's weights; one below stage 3.
+        ranks: contents of the files of optimizer state.
+        buffers: layout of the parameters in them.
         groups: parameters of each group, in the order of the group.
-        prefix: of the state files' names.
+        prefix: start of the state files' names.
     """
 
     stage: int
@@ -110,7 +110,7 @@ class _Checkpoint:
 
     @property
     def world(self) -> int:
-        """How many ranks have written it."""
+        """Number of ranks that wrote the checkpoint."""
         return len(self.ranks)
 
     @property
@@ -119,15 +119,15 @@ class _Checkpoint:
         return _config(self.ranks[0])
 
     def zero(self, rank: int) -> dict[str, Any]:
-        """What ZeRO's optimizer has saved on a rank."""
+        """The state that ZeRO's optimizer saved on a rank."""
         return self.ranks[rank]["optimizer_state_dict"]
 
     def base(self, rank: int) -> dict[str, Any]:
-        """What the optimizer in it has saved."""
+        """The state of the optimizer inside ZeRO's."""
         return self.zero(rank)[_base_key(self.stage)]
 
     def flats(self, rank: int) -> Sequence[Tensor]:
-        """The fp32 weights of a rank, one tensor for each buffer."""
+        """The fp32 weights of a rank, with one tensor for each buffer."""
         return self.zero(rank)["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"]
 
 
@@ -142,7 +142,7 @@ def _config(file: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _find(path: Path) -> tuple[Path, str]:
-    """The directory with the tags, and the tag."""
+    """The directory that contains the tags, and the tag."""
     if not path.is_dir():
         raise CannotReshard(f"{path} is not a directory")
     latest = path / "latest"
@@ -245,7 +245,7 @@ def _checked(old: _Checkpoint, directory: Path) -> _Checkpoint:
     if not isinstance(base, Mapping) or "param_groups" not in base:
         raise CannotReshard(f"{directory} is an elastic checkpoint of ZeRO, which is not supported")
     shapes, groups = model["param_shapes"], base["param_groups"]
-    # Of stage 3 a list for each sub-group; sub-groups follow each other in the groups.
+    # Stage 3 has a list for each sub-group; sub-groups are in the order of the groups.
     owners = [number for number, group in enumerate(groups) for _ in group["params"]]
     if [key for group in groups for key in group["params"]] != list(range(len(shapes))):
         raise CannotReshard(f"{directory}: the parameter groups do not say which partitions belong to them")
@@ -287,7 +287,7 @@ def _layout(old: _Checkpoint, world: int) -> list[Buffer]:
 
 
 class _State:
-    """State of the optimizer, by parameter."""
+    """State of the optimizer, for each parameter."""
 
     def __init__(self, old: _Checkpoint) -> None:
         self.saved_optimizer = SavedOptimizer(old.base(0)["param_groups"])
@@ -321,7 +321,7 @@ class _State:
             self.nbytes += nbytes(state)
 
     def cut(self, buffer: Buffer, fragments: Sequence[Fragment], dtype: torch.dtype, report: Report) -> dict[str, Any]:
-        """The state of a new flat tensor; nothing where no step was taken."""
+        """The state of a new flat tensor; empty if no step was taken."""
         out: dict[str, Any] = {}
         for piece in self.saved_optimizer.pieces(fragments, buffer.group):
             parameter = buffer.parameters[piece.index].name
@@ -359,7 +359,7 @@ def _write(old: _Checkpoint, world: int, directory: Path, target: Path, progress
 
 
 class _Weights:
-    """The fp32 weights, by parameter."""
+    """The fp32 weights, for each parameter."""
 
     def __init__(self, old: _Checkpoint) -> None:
         self.dtype = old.flats(0)[0].dtype
@@ -370,7 +370,7 @@ class _Weights:
                     self._runs.setdefault(buffer.parameters[f.index].name, []).append((flat.detach(), f))
 
     def flat(self, buffer: Buffer, fragments: Sequence[Fragment]) -> Tensor:
-        """A new flat tensor; 0 where there is padding."""
+        """A new flat tensor, with zeros as padding."""
         out = torch.zeros(buffer.size, dtype=self.dtype)
         for new in fragments:
             for flat, f in self._runs[buffer.parameters[new.index].name]:
@@ -385,7 +385,7 @@ class _Weights:
 def _rank_file(
     old: _Checkpoint, buffers: Sequence[Buffer], world: int, rank: int, flats: list[Tensor], states: dict[int, Any]
 ) -> dict[str, Any]:
-    """What rank 0 has saved, with the state of another rank in place of its own."""
+    """The contents of rank 0's file, with the state of another rank in place of its own."""
     like = old.zero(0)
     keys = [[key for key, buffer in enumerate(buffers) if buffer.group == n] for n in range(len(old.groups))]
     groups = [{**group, "params": keys[n]} for n, group in enumerate(old.base(0)["param_groups"])]
@@ -395,10 +395,10 @@ def _rank_file(
         zero |= {"partition_count": world, "fp32_flat_groups": flats}
     else:
         paddings = [buffer.padding(rank) for buffer in buffers]
-        if old.bf16:  # all of it is on the last rank, as BF16_Optimizer counts it
+        if old.bf16:  # BF16_Optimizer counts all padding on the last rank
             whole = [sum(buffer.padding(r) for r in range(world)) for buffer in buffers]
             paddings = whole if rank == world - 1 else [0 for _ in buffers]
-        else:  # a slice would be saved with all of its memory
+        else:  # clone, because a slice would be saved with the memory of the whole tensor
             flats = [f[: b.size - b.padding(rank)].clone() for f, b in zip(flats, buffers, strict=True)]
         zero |= {
             "single_partition_of_fp32_groups": flats,
@@ -433,7 +433,7 @@ def _model_files(old: _Checkpoint, buffers: Sequence[Buffer], world: int) -> Ite
 
 
 def _frozen(old: _Checkpoint, world: int, rank: int) -> OrderedDict[str, Tensor]:
-    """Frozen parameters are cut like the others, each by itself."""
+    """Cut frozen parameters like the others, each by itself."""
     out: OrderedDict[str, Tensor] = OrderedDict()
     for name, shape in old.models[0]["frozen_param_shapes"].items():
         numel = shape.numel()

@@ -4,12 +4,12 @@
 
     trainer = lightning.Trainer(strategy="cs_adam")        # or "ddp_cs_adam", "fsdp_sm3", "deepspeed_sketchy_stage_2"
 
-Importing this package adds the strategies to the registries of ``lightning.pytorch`` and of ``pytorch_lightning``,
-whichever there is; one that has not been imported yet gets them when it is. The classes are attributes of this package:
-`SketchStrategy`, `SketchDDPStrategy`, `SketchFSDPStrategy`, `SketchDeepSpeedStrategy` and the callbacks
-`OptimizerStateMonitor`, `SketchCleaning`, `ReclaimBatchSize`, `OptimizerInBackward`. Lightning under its two names is
-two class trees, which do not mix: the attributes are those of ``lightning.pytorch`` if that is imported or nothing else
-is, and of ``pytorch_lightning`` otherwise. To name one: ``from sketch_lightning.pytorch_lightning import
+Importing this package adds the strategies to the registries of ``lightning.pytorch`` and of ``pytorch_lightning``, if
+they are installed. One that is not imported yet gets them when it is imported. The classes are attributes of this
+package: `SketchStrategy`, `SketchDDPStrategy`, `SketchFSDPStrategy`, `SketchDeepSpeedStrategy` and the callbacks
+`OptimizerStateMonitor`, `SketchCleaning`, `ReclaimBatchSize`, `OptimizerInBackward`. The two names of Lightning have
+separate classes, which cannot be mixed. The attributes belong to ``lightning.pytorch`` if it is imported, or if only it
+is installed, and to ``pytorch_lightning`` otherwise. To choose: ``from sketch_lightning.pytorch_lightning import
 SketchDDPStrategy``, or ``from sketch_lightning.lightning_pytorch import ...``.
 """
 
@@ -31,7 +31,7 @@ _STRATEGIES = (
     "SketchDeepSpeedStrategy",
 )
 _CALLBACKS = ("OptimizerStateMonitor", "SketchCleaning", "ReclaimBatchSize", "OptimizerInBackward")
-#: Namespace of Lightning -> module with its classes.
+#: Namespace of Lightning -> module with our classes for it.
 _MODULES = {"lightning.pytorch": "lightning_pytorch", "pytorch_lightning": "pytorch_lightning"}
 
 __all__ = [
@@ -47,15 +47,15 @@ __all__ = [
     "register",
 ]
 
-#: Where an optimizer is named.
+#: How an optimizer is named in the framework.
 USAGE = 'Trainer(strategy="{name}")'
 
 
 def register() -> None:
-    """Add the strategies to every registry of Lightning that is imported, or will be. Calling it again does no harm.
+    """Add the strategies to every registry of Lightning, now or when it is imported. Calling it again does no harm.
 
     Raises:
-        ModuleNotFoundError: there is no Lightning.
+        ModuleNotFoundError: Lightning is not installed.
         _private.MovedSymbolError: Lightning lacks a name that is needed.
         ValueError: Lightning has a strategy of its own under one of our names.
     """
@@ -63,20 +63,20 @@ def register() -> None:
     if not installed:
         raise ModuleNotFoundError("sketch_lightning needs Lightning: pip install 'sketch-plugins[lightning]'")
     for namespace in installed:
-        # The strategies are enough, and there long before the rest of Lightning is.
+        # The module with the strategies is enough; it is complete long before the rest of Lightning.
         if hasattr(sys.modules.get(f"{namespace}.strategies"), "__all__"):  # the last line of that module
-            _add(namespace)  # its import may not have ended, for a hook of `sketch-plugins run` may be calling
+            _add(namespace)  # also within the import of Lightning, because a hook of `sketch-plugins run` may call this
         else:
             when_imported(f"{namespace}.strategies", functools.partial(_add, namespace))
 
 
 def known_names() -> list[str]:
-    """Every strategy of Lightning's registry, ours among them once they are registered."""
+    """Every strategy in Lightning's registry, including ours once they are registered."""
     return list(_private.find(_present(), "strategies", "StrategyRegistry").available_strategies())
 
 
 def _add(namespace: str) -> None:
-    # It adds its strategies itself: its own import may be what imports Lightning.
+    # The module adds its strategies itself, because its own import may be the one that imports Lightning.
     importlib.import_module(f"sketch_lightning.{_MODULES[namespace]}")
 
 
@@ -89,7 +89,7 @@ def _present() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: importing Lightning takes seconds, and this package may be imported while it is half imported.
+    # Imported lazily: importing Lightning takes seconds, and it may be only partly imported now.
     if name in _STRATEGIES or name in _CALLBACKS:
         return getattr(importlib.import_module(f"sketch_lightning.{_MODULES[_present()]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

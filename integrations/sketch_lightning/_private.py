@@ -1,12 +1,12 @@
-"""Everything of Lightning that is used without being documented: nothing of it is named elsewhere.
+"""All names of Lightning that this package uses although they are not documented.
 
-Lightning exists under two names, ``lightning.pytorch`` and ``pytorch_lightning``, with a class tree and a registry
-each: whatever is looked up here is looked up in one of them. Nothing of Lightning is changed; strategies are added to
-its registries, and subclasses override
+Lightning exists under two names, ``lightning.pytorch`` and ``pytorch_lightning``, with classes and a registry each.
+Every name is looked up in one of them. Nothing of Lightning is changed. Strategies are added to its registries, and
+subclasses override
 
-* ``Strategy.setup_optimizers``, where optimizers and schedulers have been made and nothing has used them yet,
-* ``DDPStrategy._register_ddp_hooks``: the original registers a communication hook on CUDA devices only,
-* ``DeepSpeedStrategy._init_optimizers``: DeepSpeed's strategy makes its optimizer there.
+* ``Strategy.setup_optimizers``, when optimizers and schedulers have been made and nothing has used them yet,
+* ``DDPStrategy._register_ddp_hooks``, because the original registers a communication hook on CUDA devices only,
+* ``DeepSpeedStrategy._init_optimizers``, because DeepSpeed's strategy makes its optimizer there.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 from sketch_plugins import patching
 
-#: The names under which Lightning may be installed.
+#: Names under which Lightning may be installed.
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
-#: Module in a namespace, then dotted name in it, of what the strategies need.
+#: Names that the strategies need: module in a namespace, then dotted name in it.
 STRATEGIES = (
     ("strategies", "StrategyRegistry.register"),
     ("strategies", "SingleDeviceStrategy.root_device"),
@@ -32,7 +32,7 @@ STRATEGIES = (
     ("strategies", "ModelParallelStrategy.load_checkpoint"),
     ("utilities.rank_zero", "rank_zero_info"),
 )
-#: The same of the callbacks, which are made once all of Lightning is imported.
+#: Names that the callbacks need, which are made when all of Lightning is imported.
 CALLBACKS = (
     ("callbacks", "Callback"),
     ("callbacks.gradient_accumulation_scheduler", "GradientAccumulationScheduler"),
@@ -50,7 +50,7 @@ CALLBACKS = (
 
 
 class MovedSymbolError(patching.MovedSymbolError):
-    """A name of Lightning that this package relies on is not where it was."""
+    """Lightning lacks a name that this package relies on."""
 
 
 _FRAMEWORKS = {
@@ -81,12 +81,12 @@ def find(namespace: str, module: str, name: str) -> Any:
 
 
 def is_installed(namespace: str) -> bool:
-    """Whether there is such a package; it is not imported."""
+    """Whether the package is installed; it is not imported."""
     return importlib.util.find_spec(_FRAMEWORKS[namespace].package) is not None
 
 
 def is_mock(optimizer: Any) -> bool:
-    """Whether it stands for the optimizer that ``configure_optimizers`` did not return."""
+    """Whether it is Lightning's stand-in if ``configure_optimizers`` returned no optimizer."""
     return type(optimizer).__name__ == "_MockOptimizer"
 
 
@@ -94,7 +94,7 @@ def is_mock(optimizer: Any) -> bool:
 
 
 def batches_that_stepped(trainer: Any) -> int:
-    """The step under which Lightning's own monitors log."""
+    """The step number with which Lightning's own monitors log."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
@@ -104,18 +104,18 @@ def should_log(trainer: Any) -> bool:
 
 
 def loader_of(trainer: Any) -> Any:
-    """The loader, or collection of loaders, that was given to ``fit``; None where a module or datamodule makes it."""
+    """The loader, or collection of loaders, that was given to ``fit``; None if a module or datamodule makes it."""
     source = trainer.fit_loop._data_source
     return None if source.is_module() else source.instance
 
 
 def give_loader(trainer: Any, loader: Any) -> None:
-    """As if ``fit`` had been given this one."""
+    """Replace the loader that was given to ``fit``."""
     trainer.fit_loop._data_source.instance = loader
 
 
 def made_loaders(trainer: Any) -> Any:
-    """Training loaders that module or datamodule make, before anything has looked into them if that is still so."""
+    """Training loaders that the module or datamodule makes; newly made ones, unless they are set up already."""
     loop = trainer.fit_loop
     return loop._data_source.dataloader() if loop._combined_loader is None else loop._combined_loader
 
@@ -126,7 +126,7 @@ def has_loader(trainer: Any) -> bool:
 
 
 def set_up_loader(trainer: Any, again: bool) -> None:
-    """Forget the training loader, and set it up ``again`` or leave that to Lightning."""
+    """Drop the training loader, and set it up ``again`` or leave that to Lightning."""
     loop = trainer.fit_loop
     if loop._data_fetcher is not None:
         loop._data_fetcher.teardown()
@@ -137,7 +137,7 @@ def set_up_loader(trainer: Any, again: bool) -> None:
 
 
 def dataset_length(trainer: Any) -> int | None:
-    """Samples of the training data, of all processes together; None where that is not known."""
+    """Number of samples of the training data, of all processes together; None if unknown."""
     try:
         return int(trainer.fit_loop._combined_loader._dataset_length())
     except (NotImplementedError, AttributeError, TypeError):
@@ -146,7 +146,7 @@ def dataset_length(trainer: Any) -> int | None:
 
 @contextlib.contextmanager
 def only_training(trainer: Any, steps: int, callback: Any) -> Iterator[None]:
-    """The trainer without callbacks but this one, without loggers, validation and progress bar, for ``steps`` steps."""
+    """For ``steps`` steps, a trainer with this callback only, without loggers, validation and progress bar."""
     loop = trainer.fit_loop
     names = ("callbacks", "loggers", "limit_val_batches", "accumulate_grad_batches", "val_check_batch")
     kept = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
@@ -171,7 +171,7 @@ def only_training(trainer: Any, steps: int, callback: Any) -> Iterator[None]:
         trainer.lightning_module.train(mode)
         trainer._logger_connector.reset_results()
         trainer._logger_connector.reset_metrics()
-        loop.epoch_loop._results.clear()  # which remembers how a value was averaged
+        loop.epoch_loop._results.clear()  # the results remember how a value was averaged
 
 
 def run_loop(trainer: Any, progress: Any) -> None:
@@ -184,14 +184,14 @@ def run_loop(trainer: Any, progress: Any) -> None:
 
 @contextlib.contextmanager
 def without_sync(trainer: Any) -> Iterator[None]:
-    """Each rank by itself: neither gradients nor logged values are averaged, and nobody is asked about signals.
+    """Let each rank train by itself: gradients and logged values are not averaged, and signals are not exchanged.
 
-    A rank that runs out of memory would leave the others waiting, or answering another question than was asked.
+    Otherwise a rank that runs out of memory would leave the others waiting, or mix up their collectives.
     """
     strategy, loop = trainer.strategy, trainer.fit_loop.epoch_loop
     blocked = strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else contextlib.nullcontext()
     strategy.reduce = lambda tensor, *_, **__: tensor
-    loop._broadcast_sigterm_tensor = lambda *_: None  # of recent versions, before each batch
+    loop._broadcast_sigterm_tensor = lambda *_: None  # recent versions call it before each batch
     try:
         with blocked:
             yield

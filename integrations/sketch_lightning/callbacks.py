@@ -23,11 +23,11 @@ from sketch_plugins.stores import Store
 
 
 def build(namespace: str, module: str) -> dict[str, Any]:
-    """The callbacks on top of Lightning's own class in ``namespace``.
+    """Derive the callbacks from Lightning's own class in ``namespace``.
 
     Args:
         namespace: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
-        module: where the classes are to be found (pickles look there).
+        module: module that will contain the classes, where pickles look for them.
 
     Raises:
         _private.MovedSymbolError: Lightning lacks a name that is needed.
@@ -42,44 +42,46 @@ def build(namespace: str, module: str) -> dict[str, Any]:
 
 
 class OptimizerStateMonitor:
-    """Logs what the optimizers keep to every logger of the trainer, and prints a table at the start of ``fit``.
+    """Logs the size of the optimizers' state to all loggers of the trainer, and prints a table at the start of ``fit``.
 
     Every ``log_every_n_steps`` batches of the trainer:
 
     * ``optimizer/state_bytes``: bytes of state on this rank;
     * ``optimizer/state_bytes_per_param``: the same for each parameter;
-    * ``optimizer/saved_vs_adamw_bytes``: what ``torch.optim.AdamW`` would keep, less that;
-    * ``optimizer/second_moment_relative_error``, if ``sampled``: how far the second moment in use is from an exact one
-      of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``;
+    * ``optimizer/saved_vs_adamw_bytes``: the bytes that ``torch.optim.AdamW`` would keep, minus those of the state;
+    * ``optimizer/second_moment_relative_error``, if ``sampled``: the error of the second moment in use against an exact
+      one of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``;
     * ``numerics/unmoved``, with ``check_numerics``: the share of weights with a gradient that a step did not move, in
-      the last step that was looked at, and ``numerics/unmoved_group_0``, ... of each parameter group.
+      the last step that was checked, and ``numerics/unmoved_group_0``, ... of each parameter group.
 
-    and with compressed gradients (``ddp_memsgd``, ``comm=...``) what the first rank has sent in the last step
+    and with compressed gradients (``ddp_memsgd``, ``comm=...``) figures of the first rank's last step
 
     * ``comm/wire_bytes``, ``comm/dense_bytes``, ``comm/wire_over_dense``, ``comm/density``, ``comm/memory_norm``,
       ``comm/memory_bytes``: see `sketch_plugins.comm.MemSGDState.figures`.
 
-    Of several optimizers they are ``optimizer_0/...``, ``numerics_0/...`` and so on. Any torch optimizer is accounted
-    for, so that a run with AdamW can be put beside. The samples are saved in checkpoints and go on when one is resumed.
+    With several optimizers the names are ``optimizer_0/...``, ``numerics_0/...`` and so on. The bytes of any torch
+    optimizer are logged, so that a run with AdamW can be compared. Checkpoints contain the samples, and a resumed run
+    continues them.
 
     Args:
         sampled: keep the exact second moment of a few rows (of sketched optimizers, on the first rank) and log the
             error.
-        rows: sampled rows of each sampled parameter, in fp32.
-        params: how many parameters are sampled.
-        seed: chooses the rows.
+        rows: number of sampled rows of each sampled parameter, in fp32.
+        params: number of sampled parameters.
+        seed: seed of the choice of rows.
         prog_bar: show the state's size in the progress bar, too.
-        full_precision: put the float32 weights of a run with ``weight_bits`` into each checkpoint, too, as
+        full_precision: also put the float32 weights of a run with ``weight_bits`` into each checkpoint, as
             ``checkpoint["full_precision_state_dict"]`` on the CPU: see `sketch_plugins.full_precision_state_dict`. They
-            take 4 bytes a parameter, on the first rank alone.
-        check_numerics: compare a sample of the weights before and after a step, on the first rank: every 100 steps, or
-            every so many. One warning says if more than half of them stay where they are in three looks in a row, see
-            `sketch_plugins.NumericsProbe`. Any torch optimizer will do, and steps in backward.
+            take 4 bytes a parameter, on the first rank only.
+        check_numerics: compare a sample of the weights before and after a step, on the first rank: True for every 100
+            steps, or the number of steps. A warning says once if more than half of the weights do not move in three
+            checks in a row; see `sketch_plugins.NumericsProbe`. It works with any torch optimizer, and with steps in
+            backward.
 
     Raises:
-        ValueError: ``rows`` or ``params`` is not a positive integer, ``check_numerics`` neither a bool nor an integer
-            >= 0; at the start of training, ``sampled`` with steps that are taken in backward; ``full_precision`` where
-            no optimizer has ``weight_bits``; ``check_numerics`` with DeepSpeed.
+        ValueError: ``rows`` or ``params`` is not a positive integer; ``check_numerics`` is neither a bool nor an
+            integer >= 0; at the start of training, ``sampled`` with steps in backward, ``full_precision`` if no
+            optimizer has ``weight_bits``, or ``check_numerics`` with DeepSpeed.
     """
 
     _namespace = ""
@@ -105,7 +107,7 @@ class OptimizerStateMonitor:
         self._restored: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The table, and the samples."""
+        """Print the table, and start the samples."""
         if self.full_precision and not self._corrected(trainer):
             raise ValueError(
                 "OptimizerStateMonitor(full_precision=True) saves weights of 24 or 32 bits, and no optimizer keeps "
@@ -117,7 +119,7 @@ class OptimizerStateMonitor:
         info = _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")
         for _, _, optimizer in _named(trainer):
             info(str(state_report(optimizer, pl_module)))
-            hand_over(optimizer, lambda: None)  # the table says more than the line of the first step
+            hand_over(optimizer, lambda: None)  # the table replaces the line of the first step
         if self.sampled:
             self._remove()
             for number, prefix, optimizer in _named(trainer):
@@ -160,7 +162,7 @@ class OptimizerStateMonitor:
             probe.remove()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the float32 weights; every rank is asked, and shards are gathered."""
+        """Add the float32 weights. Every rank takes part, because shards are gathered."""
         optimizers = self._corrected(trainer) if self.full_precision else []
         if not optimizers:
             return
@@ -179,7 +181,7 @@ class OptimizerStateMonitor:
         ]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Log."""
+        """Log the figures."""
         if not trainer.is_global_zero or not _private.should_log(trainer):
             return
         figures: dict[str, float] = {}
@@ -191,7 +193,7 @@ class OptimizerStateMonitor:
             figures[f"{prefix}/state_bytes_per_param"] = report.bytes_per_param
             figures[f"{prefix}/saved_vs_adamw_bytes"] = report.saved_bytes
             error = self._probes[number].relative_error() if number in self._probes else math.nan
-            if not math.isnan(error):  # an optimizer without a second moment has nothing to sample
+            if not math.isnan(error):  # an optimizer without a sketched second moment has no samples
                 figures[f"{prefix}/second_moment_relative_error"] = error
             if number in self.numerics:
                 figures.update(self.numerics[number].figures(prefix.replace("optimizer", "numerics")))
@@ -199,28 +201,28 @@ class OptimizerStateMonitor:
             figures.update({f"comm/{name}": value for name, value in sending.figures().items()})
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=_private.batches_that_stepped(trainer))
-        # float64: bytes are not to be rounded.
+        # float64, so that bytes are not rounded.
         trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items()})
         if self.prog_bar:
             pl_module.log("state_MiB", total / 2**20, prog_bar=True, logger=False, rank_zero_only=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """No more samples."""
+        """End the samples."""
         self._remove(keep=True)
         self._end_numerics()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """No more samples."""
+        """End the samples."""
         self._remove(keep=True)
         self._end_numerics()
 
     def state_dict(self) -> dict[str, Any]:
-        """The samples, and what they are samples of."""
+        """The samples, and the choice of rows that they belong to."""
         samples = {number: probe.state_dict() for number, probe in self._probes.items()}
         return {"settings": self._settings(), "samples": samples or self._restored}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with the samples of a checkpoint, if they are of the same rows."""
+        """Continue the samples of a checkpoint, if they are of the same rows."""
         self._restored = dict(state_dict["samples"]) if state_dict["settings"] == self._settings() else {}
 
     def _settings(self) -> dict[str, int]:
@@ -235,21 +237,21 @@ class OptimizerStateMonitor:
 
 
 class SketchCleaning:
-    """Cleans the sketches: multiplies the sketched second moments by a factor, every so many steps or epochs.
+    """Cleans the sketches: multiplies the sketched second moments by a factor, every few steps or epochs.
 
-    By steps it is what the option ``clean_every`` of the optimizers does, bit for bit: before every
+    By steps it does the same as the option ``clean_every`` of the optimizers, bit for bit: before every
     ``every_n_steps``-th update. A step that a gradient scaler skips does not count. By epochs the cleaning is at the
-    start of an epoch. Exact second moments are left alone, as there.
+    start of an epoch. As with the option, exact second moments are not changed.
 
     Args:
         every_n_steps: steps of the optimizer between two cleanings.
         every_n_epochs: epochs between two cleanings; give one of the two.
-        factor: what the estimates are multiplied by, in [0, 1].
+        factor: factor of the estimates, in [0, 1].
 
     Raises:
-        ValueError: none of the two is given, or both, or one that is no positive integer; ``factor`` is not in [0, 1];
-            at the start of training: no optimizer keeps a second moment, or one has ``clean_every`` set itself;
-            ``every_n_steps`` with steps that are taken in backward.
+        ValueError: both numbers or neither are given, or one that is not a positive integer; ``factor`` is not in
+            [0, 1]; at the start of training: no optimizer keeps a second moment, or one has ``clean_every`` set itself;
+            ``every_n_steps`` with steps in backward.
 
     Source: https://arxiv.org/abs/1902.00179, section 4: factor 0.2 every 125 steps for Adam, 0.5 for Adagrad.
     """
@@ -269,18 +271,18 @@ class SketchCleaning:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor <= 1:
             raise ValueError(f"factor={factor!r} is not allowed: factor must be a number in [0, 1]")
         self.every_n_steps, self.every_n_epochs, self.factor = every_n_steps, every_n_epochs, float(factor)
-        #: Cleanings so far; each step or epoch with one counts once.
+        #: Number of cleanings so far; each step or epoch with a cleaning counts once.
         self.cleanings = 0
         self._epoch = -1
         self._handles: list[Any] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Another fit has cleaned in no epoch; a checkpoint is loaded after this."""
+        """Start without a cleaned epoch, for another fit; a checkpoint is loaded after this."""
         if stage == "fit":
             self._epoch = -1
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the optimizers, and stand by before their updates."""
+        """Check the optimizers, and add the hooks before their updates."""
         self._remove()
         found = []
         for _, _, optimizer in _named(trainer):
@@ -307,9 +309,9 @@ class SketchCleaning:
                 self._handles.append(before_update(optimizer, functools.partial(self._step, optimizer)))
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """By epochs: clean."""
+        """Clean, if the cleaning is by epochs."""
         epoch = trainer.current_epoch
-        # An epoch that is resumed in the middle starts again.
+        # An epoch that is resumed in the middle begins again.
         if self.every_n_epochs is None or epoch == 0 or epoch % self.every_n_epochs or epoch <= self._epoch:
             return
         self._epoch = epoch
@@ -321,15 +323,15 @@ class SketchCleaning:
         self.cleanings += any(cleaned)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stand by no more."""
+        """Remove the hooks."""
         self._remove()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Stand by no more."""
+        """Remove the hooks."""
         self._remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """How often, and in which epoch last."""
+        """The number of cleanings, and the epoch of the last one."""
         return {"cleanings": self.cleanings, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -347,34 +349,34 @@ class SketchCleaning:
 
 
 class ReclaimBatchSize(Reclaiming):
-    """Spends what the sketched optimizer saves: finds the largest batch that fits, and trains with it.
+    """Uses the memory that the sketched optimizer saves: finds the largest batch that fits, and trains with it.
 
     Before training, batches of growing size are trained on for a few steps each, optimizer step included, until the
-    memory exceeds the budget or runs out. Then everything is as before: parameters, buffers, states of optimizers,
-    schedulers and random number generators (what a module does to its own Python attributes, is not undone). The size
-    is set where it came from: the attribute ``batch_arg_name`` of module, datamodule or their hyperparameters, or the
-    loaders that were given to ``fit``. Unlike Lightning's ``BatchSizeFinder`` it works with DDP, where all ranks agree
-    on what fits on each of them: in a trial each rank steps by itself.
+    memory exceeds the budget or runs out. Then everything is restored: parameters, buffers, states of optimizers,
+    schedulers and random number generators. (Changes of a module to its own Python attributes are not undone.) The
+    size is set where it came from: in the attribute ``batch_arg_name`` of module, datamodule or their hyperparameters,
+    or in the loaders that were given to ``fit``. Unlike Lightning's ``BatchSizeFinder`` it works with DDP, where all
+    ranks agree on a size that fits on each of them: in a trial each rank steps by itself.
 
-    A checkpoint that is resumed brings its batch size, and nothing is searched.
+    A resumed run takes the batch size from its checkpoint, and searches nothing.
 
     Args:
         budget: bytes (``2 * 2**30`` or ``"2GiB"``) or a fraction of the device's memory (0.9) that the peak may take;
-            of a CPU's process all that is resident. None: until CUDA runs out of memory.
-        keep_effective: False: the largest batch is used. True: samples per update stay as they are: accumulation is
-            lowered as far as the memory allows, and the batch raised accordingly.
-        mode: ``"binsearch"``: to the sample; ``"power"``: by factors of two.
-        steps_per_trial: optimizer steps on each size (the first one allocates the state).
-        init_val: where to start; None: the present batch size.
-        max_val: no larger batches.
-        max_trials: at most so many sizes are tried.
+            on a CPU it counts the resident memory of the process. None: until CUDA runs out of memory.
+        keep_effective: False: use the largest batch. True: keep the samples per update: the accumulation is lowered as
+            far as the memory allows, and the batch is raised accordingly.
+        mode: ``"binsearch"``: exact to the sample; ``"power"``: by factors of two.
+        steps_per_trial: number of optimizer steps with each size (the first one allocates the state).
+        init_val: first size; None: the present batch size.
+        max_val: largest size.
+        max_trials: maximum number of sizes that are tried.
         batch_arg_name: see above.
-        meter: measures memory in place of CUDA's statistics or the resident memory of a process on Linux: an object
-            with ``start()`` and ``read()``, bytes at the peak since.
+        meter: measures memory instead of CUDA's statistics or the resident memory of a process on Linux: an object
+            with ``start()`` and ``read()``, which returns the bytes at the peak since ``start``.
 
     Attributes:
-        batch_size: what was found; None before.
-        accumulate_grad_batches: what it goes with; None before.
+        batch_size: the size that was found; None before the search.
+        accumulate_grad_batches: the accumulation that belongs to it; None before the search.
 
     Raises:
         ValueError: an argument that is not allowed; at the start of ``fit``: no budget and no CUDA, a loader whose size
@@ -384,12 +386,12 @@ class ReclaimBatchSize(Reclaiming):
 
 
 class OptimizerInBackward(SteppingInBackward):
-    """The optimizer's steps are taken in backward, and each gradient is freed at once: see `sketch_plugins.InBackward`.
+    """Takes the optimizer's steps in backward, and frees each gradient at once: see `sketch_plugins.InBackward`.
 
-    The same weights as without, to the last bit, accumulation, schedules and checkpoints included; what gradients take
-    is about the largest one. With ``accumulate_grad_batches`` that is so in the last batch of a cycle only: before it
-    they have to be kept. For automatic optimization; in manual optimization the module says which backward is the last
-    one::
+    The weights are the same as without it, to the last bit, including accumulation, schedules and checkpoints. The
+    gradients take about the memory of the largest one. With ``accumulate_grad_batches`` this holds only in the last
+    batch of a cycle, because gradients have to be kept before it. It works with automatic optimization. In manual
+    optimization the module says which backward is the last one::
 
         def configure_optimizers(self):
             optimizer = CSAdam(self.parameters())
@@ -397,11 +399,11 @@ class OptimizerInBackward(SteppingInBackward):
             return optimizer
 
         def training_step(self, batch, batch_idx):
-            self.manual_backward(self.loss(batch))  # here the weights move
+            self.manual_backward(self.loss(batch))  # here the weights change
             self.optimizers().step()
 
-    ``on_before_optimizer_step`` and ``on_after_backward`` see no gradients. Before `ReclaimBatchSize` in the list of
-    callbacks, the batch is searched with steps in backward.
+    ``on_before_optimizer_step`` and ``on_after_backward`` see no gradients. If this callback comes before
+    `ReclaimBatchSize` in the list of callbacks, the batch is searched with steps in backward.
 
     Raises:
         ValueError: at the start of ``fit``: manual optimization; ``gradient_clip_val``, or a module's own
@@ -411,12 +413,12 @@ class OptimizerInBackward(SteppingInBackward):
 
 
 def clean(optimizer: SketchOptimizer, factor: float, every: int | None = None) -> bool:
-    """Clean second moments; whether there were any.
+    """Clean second moments; return whether there were any.
 
     Args:
-        optimizer: whose.
-        factor: what the estimates are multiplied by.
-        every: only of parameters that are about to take an ``every``-th step; None: of all.
+        optimizer: the optimizer.
+        factor: factor of the estimates.
+        every: clean only parameters that are about to take an ``every``-th step; None: clean all.
     """
     found = False
     with scratch.scratch():
@@ -429,12 +431,12 @@ def clean(optimizer: SketchOptimizer, factor: float, every: int | None = None) -
 
 
 def before_update(optimizer: torch.optim.Optimizer, function: Callable[[], Any]) -> Any:
-    """Call the function before each update, when gradients are what the optimizer is about to see: clipped, unscaled.
+    """Call the function before each update, when the gradients are those that the optimizer uses: clipped, unscaled.
 
     Lightning's ``on_before_optimizer_step`` comes before clipping, and also in steps that a gradient scaler skips.
 
     Returns:
-        A handle to remove it.
+        A handle that removes it.
     """
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -458,7 +460,7 @@ def before_update(optimizer: torch.optim.Optimizer, function: Callable[[], Any])
 
 
 def _second_moments(optimizer: SketchOptimizer) -> Iterator[tuple[Any, Any, Any]]:
-    """(part, store, state) of everything with a second moment in a sketch."""
+    """(part, store, state) of every part with a second moment in a sketch."""
     for _, group, part, state in optimizer.held():
         store, _ = optimizer.planned_state(part, group).get("second_moment", (None, 0))
         if isinstance(store, Store) and type(store).clean is not Store.clean:

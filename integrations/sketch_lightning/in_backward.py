@@ -1,4 +1,4 @@
-"""Steps in backward, by `sketch_plugins.InBackward`: what the callback does, without Lightning's base class."""
+"""Steps in backward, by `sketch_plugins.InBackward`: the callback's work, without Lightning's base class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SteppingInBackward:
         self._handles: list[Any] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what cannot be, before anything has been made."""
+        """Refuse unsupported settings, before anything is made."""
         if stage == "fit":
             self._check(trainer, pl_module)
 
@@ -33,7 +33,7 @@ class SteppingInBackward:
                     f"OptimizerInBackward needs a sketched optimizer, not {type(optimizer).__name__}: return one from "
                     'configure_optimizers, or use strategy="cs_adam"'
                 )
-            if in_backward(optimizer) is None:  # the module may have done so itself
+            if in_backward(optimizer) is None:  # the module may have added its own hooks
                 self._backs.append(self._add(optimizer))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -45,9 +45,10 @@ class SteppingInBackward:
         self._remove()
 
     def _add(self, optimizer: SketchOptimizer) -> InBackward:
-        # Lightning runs the last batch of a cycle in the closure of the optimizer's step, and others by themselves.
+        # Lightning runs the last batch of a cycle in the closure of the optimizer's step, and the others outside of it.
         back = InBackward(optimizer, last=lambda: back.stepping)
-        # Whatever was taken before a step begins is of a batch that failed: a trial of a batch size, out of memory.
+        # Steps that were taken before the optimizer's step begins belong to a batch that failed, such as a trial of a
+        # batch size that ran out of memory.
         self._handles.append(optimizer.register_step_pre_hook(lambda *_: back.reset()))
         return back
 

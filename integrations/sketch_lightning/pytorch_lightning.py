@@ -18,7 +18,7 @@ strategies.add_to_registry("pytorch_lightning", _made)
 
 
 def __getattr__(name: str) -> Any:
-    # The callbacks need all of Lightning, which is half imported when the strategies are wanted.
+    # The callbacks need all of Lightning, which is only partly imported when the strategies are requested.
     if name in ("OptimizerStateMonitor", "SketchCleaning", "ReclaimBatchSize", "OptimizerInBackward"):
         from sketch_lightning import callbacks
 

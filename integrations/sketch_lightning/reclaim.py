@@ -1,4 +1,4 @@
-"""The search for the largest batch: what `ReclaimBatchSize` does, without Lightning's base class."""
+"""The search for the largest batch: the work of `ReclaimBatchSize`, without Lightning's base class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sketch_plugins.memory.search import check_search, largest, split
 
 
 class TrialOver(Exception):
-    """Ends a trial: enough steps were taken."""
+    """Ends a trial that has taken enough steps."""
 
 
 class Reclaiming:
@@ -50,12 +50,12 @@ class Reclaiming:
         self.accumulate_grad_batches: int | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Another fit is another search; a checkpoint is loaded after this."""
+        """Prepare a new search for another fit; a checkpoint is loaded after this."""
         if stage == "fit":
             self.batch_size = self.accumulate_grad_batches = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Search, or take what a checkpoint brought."""
+        """Search, or take the size from a checkpoint."""
         info = self._find("utilities.rank_zero", "rank_zero_info")
         if trainer.fast_dev_run:
             info("ReclaimBatchSize does not search in a fast_dev_run")
@@ -85,11 +85,11 @@ class Reclaiming:
             _private.set_up_loader(trainer, again=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found."""
+        """The size that was found."""
         return {"batch_size": self.batch_size, "accumulate_grad_batches": self.accumulate_grad_batches}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Search no more."""
+        """Take the size from a checkpoint, so that nothing is searched."""
         self.batch_size = state_dict["batch_size"]
         self.accumulate_grad_batches = state_dict["accumulate_grad_batches"]
 
@@ -100,7 +100,7 @@ class Reclaiming:
         present = self._present(module, given) if given is None or self.keep_effective else None
         try:
             self._try_sizes(trainer, module, given, start, present, before, info)
-        except BaseException:  # whatever it is: nothing of a trial is left
+        except BaseException:  # after any error, nothing of a trial may be left
             before.restore()
             if present is None or given is not None:
                 _private.give_loader(trainer, given)
@@ -127,7 +127,7 @@ class Reclaiming:
         self._set(trainer, module, given, start)
         _private.set_up_loader(trainer, again=True)
         length = _private.dataset_length(trainer)
-        if length is not None:  # a larger batch would not be larger
+        if length is not None:  # a size above this limit would not give larger batches
             limit = max(1, min(limit, length // trainer.world_size))
         accumulate = trainer.accumulate_grad_batches
         effective = (present or 0) * accumulate
@@ -139,7 +139,7 @@ class Reclaiming:
             _private.set_up_loader(trainer, again=True)
             meter.start()
             ended = self._trial(trainer, before.progress)
-            # What the snapshot adds itself is not the training's.
+            # The memory of the snapshot itself is not part of the training.
             peaks[size] = max(0, meter.read() - (before.nbytes if isinstance(meter, ResidentMeter) else 0))
             before.restore()
             if device.type == "cuda" or not ended:
@@ -170,7 +170,7 @@ class Reclaiming:
         )
 
     def _trial(self, trainer: Any, progress: Any) -> bool:
-        """Whether the steps could be taken."""
+        """Whether the steps could be taken within the memory."""
         is_oom_error = self._find("utilities.memory", "is_oom_error")
         stop = type("Stop", (_Stop, self._find("callbacks", "Callback")), {})(self.steps_per_trial)
         with _private.only_training(trainer, self.steps_per_trial, stop):
@@ -247,23 +247,23 @@ class Reclaiming:
 
 
 class _Stop:
-    """Mixed into Lightning's callback."""
+    """A mixin for Lightning's callback that ends a trial."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.left -= 1
-        if self.left == 0:  # before the end of the epoch, where ranks talk to each other
+        if self.left == 0:  # before the end of the epoch, where ranks communicate
             raise TrialOver
 
 
 class Snapshot:
-    """Everything that training changes, to be put back."""
+    """A copy of everything that training changes, to restore it."""
 
     def __init__(self, trainer: Any, module: Any, given: Any) -> None:
         self.trainer, self.module = trainer, module
-        # On the CPU: on a device it would take what is being measured.
+        # On the CPU, because copies on the device would take the memory that is measured.
         self.tensors = [(t, t.detach().to("cpu", copy=True)) for t in (*module.parameters(), *module.buffers())]
         self.nbytes = sum(
             t.numel() * t.element_size() for t in (getattr(saved, "_local_tensor", saved) for _, saved in self.tensors)
@@ -276,18 +276,18 @@ class Snapshot:
         for holder in (
             module,
             getattr(trainer, "datamodule", None),
-        ):  # their loaders may draw from these
+        ):  # their loaders may draw from these generators
             self.keep(generators_of(list(getattr(holder, "__dict__", {}).values())))
         self.keep(generators_of(_private.made_loaders(trainer) if given is None else given))
 
     def keep(self, generators: list[torch.Generator]) -> None:
-        """Put these back, too, into the states in which they are now; not those that are known already."""
+        """Also restore these generators, to their present states, unless they are known already."""
         for generator in generators:
             self.generators.setdefault(id(generator), (generator, generator.get_state()))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put it back."""
+        """Restore everything."""
         for tensor, saved in self.tensors:
             tensor.copy_(saved)
             tensor.grad = None
@@ -319,7 +319,7 @@ def leaves(loaders: Any) -> list[Any]:
 
 
 def generators_of(values: Any) -> list[torch.Generator]:
-    """Those in a collection, and of the loaders in it."""
+    """The generators in a collection, and in its loaders."""
     if isinstance(values, torch.Generator):
         return [values]
     if isinstance(values, dict):
@@ -333,7 +333,7 @@ def generators_of(values: Any) -> list[torch.Generator]:
 
 
 def with_batch_size(loaders: Any, size: int) -> Any:
-    """The same collection of loaders like these, with other batches."""
+    """A copy of the collection of loaders, with another batch size."""
     if hasattr(loaders, "flattened"):
         new = copy.copy(loaders)
         new.flattened = [with_batch_size(one, size) for one in loaders.flattened]

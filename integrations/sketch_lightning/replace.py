@@ -14,15 +14,15 @@ from sketch_plugins.optim.written import written_by
 
 
 def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether one of torch's optimizers has taken a step. Adagrad has state before its first one."""
+    """Whether one of torch's optimizers has taken a step. Its state does not say so: Adagrad has one from the start."""
     return any(float(state.get("step", 1)) > 0 for state in optimizer.state.values() if state)
 
 
 def adopt_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Let groups that somebody has put in place of ours be groups of ours.
+    """Convert parameter groups that Lightning has put in place of ours.
 
-    Lightning's ``BaseFinetuning`` sets ``param_groups`` when a run is resumed, to groups as the checkpoint has them. If
-    the checkpoint was written with one of torch's optimizers, they are in that optimizer's words.
+    When a run is resumed, Lightning's ``BaseFinetuning`` sets ``param_groups`` to groups of the checkpoint. If one of
+    torch's optimizers wrote the checkpoint, they have that optimizer's keys.
     """
     if not isinstance(optimizer, SketchOptimizer):
         return
@@ -34,7 +34,7 @@ def adopt_groups(optimizer: torch.optim.Optimizer) -> None:
         for group in groups:
             if written_by(group) is None:
                 optimizer.add_param_group(dict(group))
-            else:  # ours already, of a version that had fewer options
+            else:  # groups of ours, from a version that had fewer options
                 missing = {name: optimizer.defaults[name] for name in options - group.keys()}
                 type(optimizer).add_param_group(optimizer, {**missing, **group})
     except BaseException:
@@ -43,7 +43,7 @@ def adopt_groups(optimizer: torch.optim.Optimizer) -> None:
 
 
 def rewire(schedulers: Iterable[Any], replaced: Mapping[int, tuple[Any, SketchOptimizer]]) -> None:
-    """Let schedulers, and schedulers within them, drive the new optimizers. Their state stays as it is.
+    """Let schedulers, and schedulers within them, drive the new optimizers. Their state does not change.
 
     Args:
         schedulers: of torch or others.
@@ -61,7 +61,7 @@ def rewire(schedulers: Iterable[Any], replaced: Mapping[int, tuple[Any, SketchOp
                 new = replaced[id(value)][1]
                 setattr(scheduler, key, new)
                 scheduled[id(new)] = new
-                if hasattr(scheduler, "use_beta1"):  # CyclicLR and OneCycleLR: what of a group is the momentum
+                if hasattr(scheduler, "use_beta1"):  # CyclicLR and OneCycleLR: which key of a group is the momentum
                     scheduler.use_beta1 = "betas" in new.defaults
             for inner in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(inner, (LRScheduler, ReduceLROnPlateau)):
@@ -70,8 +70,8 @@ def rewire(schedulers: Iterable[Any], replaced: Mapping[int, tuple[Any, SketchOp
     for scheduler in schedulers:
         visit(scheduler)
     for new in scheduled.values():
-        # Any scheduler marks the optimizer's `step`, by which others tell whether it was called before theirs. This one
-        # multiplies by 1.
+        # Every scheduler marks the optimizer's `step`, so that other schedulers can tell whether it was called before
+        # theirs. This one multiplies by 1.
         ConstantLR(new, factor=1.0, total_iters=1)
 
 
@@ -79,7 +79,7 @@ def follow(module: Any, replaced: Mapping[int, tuple[Any, SketchOptimizer]]) -> 
     """Put the new optimizers into a module's attributes, and into the lists, tuples and dicts there.
 
     Args:
-        module: whose.
+        module: the module.
         replaced: see `rewire`.
 
     Returns:
@@ -115,7 +115,7 @@ def follow(module: Any, replaced: Mapping[int, tuple[Any, SketchOptimizer]]) -> 
 
 
 def retire(old: torch.optim.Optimizer, new: SketchOptimizer) -> None:
-    """Make every use of the old optimizer an error: a step or a new group would have no effect."""
+    """Make every use of the old optimizer an error, because a step or a new group would have no effect."""
     names = type(old).__name__, type(new).__name__
 
     def refuse(what: str) -> Any:
@@ -133,11 +133,11 @@ def retire(old: torch.optim.Optimizer, new: SketchOptimizer) -> None:
 
 
 def restored_momentum(scheduler: Any, state: Any) -> None:
-    """Let a scheduler's saved state say what of a group is the momentum of the optimizer that it drives now.
+    """Change a scheduler's saved state so that it names the momentum of the optimizer that it drives now.
 
     Args:
-        scheduler: into which the state is about to be loaded.
-        state: is changed, with those of schedulers within.
+        scheduler: the scheduler that is about to load the state.
+        state: the state, which is changed, with the states of schedulers within.
     """
     optimizer = getattr(scheduler, "optimizer", None)
     if not isinstance(optimizer, SketchOptimizer) or not isinstance(state, dict):

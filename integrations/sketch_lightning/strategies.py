@@ -27,24 +27,24 @@ from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.convert import convert_state, is_foreign
 from sketch_plugins.optim.introduction import hand_over
 
-#: How messages call what the user of a strategy writes.
+#: Words of error messages for what the user of a strategy writes.
 WORDS = Wording(
     options="optimizer_kwargs",
     owner="the module",
     instead=("Or let configure_optimizers build the sketched optimizer itself; the strategy then does not change it"),
     set_option="optimizer_kwargs={{{key!r}: {value}}}",
 )
-#: How DDP may start its processes; "" is Lightning's "ddp".
+#: The ways in which DDP starts its processes; "" is Lightning's "ddp".
 _STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 
 class Replacing:
-    """Mixed into a strategy: the module's optimizers are replaced as soon as they have been made."""
+    """A mixin for strategies: replaces the module's optimizers as soon as they have been made."""
 
     optimizers: list[Any]
     lr_scheduler_configs: list[Any]
     lightning_module: Any
-    # Set by `build`: where the base class comes from.
+    # The namespace of the base class; `build` sets it.
     _namespace = ""
 
     def __init__(
@@ -62,12 +62,12 @@ class Replacing:
         super().__init__(**kwargs)
 
     def setup_optimizers(self, trainer: Any) -> None:
-        """As Lightning's; then every optimizer is one of ours, or it is an error."""
+        """Like Lightning's; afterwards every optimizer is one of ours, or an error is raised."""
         super().setup_optimizers(trainer)  # type: ignore[misc]
         self.optimizers = self._replaced(self.optimizers, [config.scheduler for config in self.lr_scheduler_configs])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """As Lightning's; the state of one of torch's optimizers is refused, or converted with ``warm_start``.
+        """Like Lightning's, but the state of one of torch's optimizers is refused, or converted with ``warm_start``.
 
         Raises:
             ValueError: the checkpoint was written with one of torch's optimizers and ``warm_start`` is False.
@@ -78,7 +78,7 @@ class Replacing:
                 adopt_groups(optimizer)
             states = [self._own(o, s) for o, s in zip(self.optimizers, states, strict=False)]
             for config, state in zip(self.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False):
-                restored_momentum(config.scheduler, state)  # Lightning loads them next
+                restored_momentum(config.scheduler, state)  # Lightning loads these states next
             checkpoint = {**checkpoint, "optimizer_states": states}
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
 
@@ -111,7 +111,7 @@ class Replacing:
             replaced[id(old)] = old, made
             said.append("replaced " + describe(type(old), made, self._sketch_options))
             new.append(made)
-        if replaced:  # or a module with an attribute for an optimizer would train with the old one
+        if replaced:  # otherwise a module that keeps its optimizer in an attribute would train with the old one
             rewire([*schedulers, *follow(self.lightning_module, replaced)], replaced)
             for old, made in replaced.values():
                 retire(old, made)
@@ -125,15 +125,15 @@ class Replacing:
         _private.find(self._namespace, "utilities.rank_zero", "rank_zero_info")(message)
 
 
-# Key of a checkpoint under which all ranks' error memories lie.
+# Key of a checkpoint for the error memories of all ranks.
 MEMORIES = "sketch_lightning_comm"
 
 
 class Compressing:
-    """DDP whose gradients are compressed by ``sketch_plugins.comm``; error memories are in the checkpoints.
+    """DDP whose gradients ``sketch_plugins.comm`` compresses; checkpoints contain the error memories.
 
     Attributes:
-        comm_state: the hook's state, from the start of `fit` on; None: gradients are averaged as they are.
+        comm_state: the hook's state, from the start of `fit` on; None if gradients are not compressed.
     """
 
     model: Any
@@ -152,29 +152,29 @@ class Compressing:
                 f"comm={comm!r} and ddp_comm_hook cannot be combined, because DDP has one hook: use one of them"
             )
         if comm is not None:
-            _check_comm(comm, comm_kwargs or {})  # now: later the processes would have been started
+            _check_comm(comm, comm_kwargs or {})  # now, because later the processes would have been started
         self._comm, self._comm_kwargs = comm, dict(comm_kwargs or {})
 
     def _register_ddp_hooks(self) -> None:
         if self._comm is None:
             super()._register_ddp_hooks()  # type: ignore[misc]
-        else:  # Lightning's would do nothing on a CPU
+        else:  # Lightning's method would do nothing on a CPU
             from sketch_plugins.comm import attach
 
             scaler = {"scaler": self.precision_plugin.scaler} if hasattr(self.precision_plugin, "scaler") else {}
             self.comm_state = attach(self.model, **{"compressor": self._comm, **scaler, **self._comm_kwargs})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, on every rank; the one that writes has the memories of all."""
-        if self.comm_state is not None and "optimizer_states" in checkpoint:  # not of the weights alone
+        """Like Lightning's, on every rank; the rank that writes also gets the memories of all ranks."""
+        if self.comm_state is not None and "optimizer_states" in checkpoint:  # not if only the weights are saved
             checkpoint[MEMORIES] = self.comm_state.gather()
         super().save_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """As Lightning's, and the error memories.
+        """Like Lightning's, and load the error memories.
 
         Raises:
-            ValueError: they were kept with other options, or by another number of ranks than wrote all of them.
+            ValueError: they were kept with other options, or the files are not those of all ranks of one run.
         """
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
         if self.comm_state is not None and checkpoint.get(MEMORIES):
@@ -182,11 +182,11 @@ class Compressing:
 
 
 def build(namespace: str, module: str) -> dict[str, Any]:
-    """The strategies on top of Lightning's own classes in ``namespace``.
+    """Derive the strategies from Lightning's own classes in ``namespace``.
 
     Args:
         namespace: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
-        module: where the classes are to be found (pickles look there).
+        module: module that will contain the classes, where pickles look for them.
 
     Raises:
         _private.MovedSymbolError: Lightning lacks a name that is needed.
@@ -195,16 +195,15 @@ def build(namespace: str, module: str) -> dict[str, Any]:
     strategies: Any = importlib.import_module(f"{namespace}.strategies")
 
     class SketchStrategy(Replacing, strategies.SingleDeviceStrategy):  # type: ignore[misc, name-defined]
-        """One device; the module's optimizer becomes a sketched one.
+        """One device, with a sketched optimizer in place of the module's.
 
         Args:
             optimizer: a name of ``sketch_plugins.registry``: ``"cs_adam"``, ``"sm3"``, ``"sketchy"``, ...
-            optimizer_kwargs: options for every parameter group, e.g. ``{"compression": 0.05}``; they win over the
-                hyperparameters of the module's optimizer, which are carried over otherwise.
-            warm_start: a checkpoint that was written with Adam, AdamW, SGD or Adagrad is converted when it is loaded;
-                False: it is an error.
-            device: where to train; None: where the trainer's accelerator is.
-            kwargs: of Lightning's ``SingleDeviceStrategy``.
+            optimizer_kwargs: options for every parameter group, e.g. ``{"compression": 0.05}``; they take precedence
+                over the hyperparameters of the module's optimizer, which are carried over otherwise.
+            warm_start: convert a checkpoint of Adam, AdamW, SGD or Adagrad when it is loaded; False: it is an error.
+            device: device for training; None: that of the trainer's accelerator.
+            kwargs: arguments of Lightning's ``SingleDeviceStrategy``.
 
         Raises:
             ValueError: an unknown optimizer or option, or a value that is not allowed; more than one device; when the
@@ -227,7 +226,7 @@ def build(namespace: str, module: str) -> dict[str, Any]:
 
         @property
         def parallel_devices(self) -> list[torch.device] | None:
-            """The trainer's devices: one."""
+            """The trainer's devices, which is only one."""
             return self._devices
 
         @parallel_devices.setter
@@ -239,24 +238,24 @@ def build(namespace: str, module: str) -> dict[str, Any]:
                 )
             self._devices = devices
             if devices and self._given_device is None:
-                # The name of a strategy says nothing about the device, and Lightning would take the CPU.
+                # The name of a strategy says nothing about the device, so Lightning would use the CPU.
                 self._root_device = torch.device(devices[0])
 
     class SketchDDPStrategy(Replacing, Compressing, strategies.DDPStrategy):  # type: ignore[misc, name-defined]
-        """DDP with a sketched optimizer: its state is the same on every rank, as AdamW's is.
+        """DDP with a sketched optimizer, whose state is equal on all ranks, like AdamW's.
 
         Args:
             optimizer: see `SketchStrategy`.
             optimizer_kwargs: see `SketchStrategy`.
             warm_start: see `SketchStrategy`.
-            comm: None: gradients are averaged as they are; ``"topk"`` and the other compressors of
-                ``sketch_plugins.comm``: compressed, with what was left out added to the next step's (error feedback).
+            comm: ``"topk"`` or another compressor of ``sketch_plugins.comm``: gradients are compressed, and entries
+                that are left out are added in the next step (error feedback). None: gradients are not compressed.
             comm_kwargs: options of the compression, e.g. ``{"density": 0.01}``.
-            kwargs: of Lightning's ``DDPStrategy``.
+            kwargs: arguments of Lightning's ``DDPStrategy``.
 
         Raises:
-            ValueError: as `SketchStrategy`; an unknown ``comm`` or option of it, ``comm_kwargs`` without it, or a
-                ``ddp_comm_hook`` beside it.
+            ValueError: see `SketchStrategy`; an unknown ``comm`` or option of it, ``comm_kwargs`` without ``comm``, or
+                ``comm`` together with a ``ddp_comm_hook``.
         """
 
         def __init__(
@@ -272,15 +271,15 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             super().__init__(optimizer, optimizer_kwargs, warm_start, **kwargs)
 
     class MemSGDStrategy(Compressing, strategies.DDPStrategy):  # type: ignore[misc, name-defined]
-        """DDP with compressed gradients and error memory; the module's optimizer is left alone.
+        """DDP with compressed gradients and error memory; the module's optimizer is not replaced.
 
         Args:
             comm: a compressor of ``sketch_plugins.comm``.
             comm_kwargs: options of the compression, e.g. ``{"density": 0.01}``.
-            kwargs: of Lightning's ``DDPStrategy``.
+            kwargs: arguments of Lightning's ``DDPStrategy``.
 
         Raises:
-            ValueError: an unknown ``comm`` or option of it; a ``ddp_comm_hook`` beside it.
+            ValueError: an unknown ``comm`` or option of it; a ``ddp_comm_hook`` as well.
         """
 
         def __init__(
@@ -296,22 +295,24 @@ def build(namespace: str, module: str) -> dict[str, Any]:
     class SketchFSDPStrategy(Replacing, strategies.ModelParallelStrategy):  # type: ignore[misc, name-defined]
         """FSDP2 (``torch.distributed.fsdp.fully_shard``) with a sketched optimizer: each rank sketches its own rows.
 
-        Lightning's ``FSDPStrategy`` is FSDP1, whose flat parameters do not say what shapes are in them; this is its
-        ``ModelParallelStrategy``. That one needs a ``configure_model`` that shards; a module without is sharded here:
-        every entry of a ``ModuleList`` or ``Sequential`` by itself, then the module's children. They have to be called
-        as modules (``self.model(x)``), for that is when FSDP2 gathers weights. Runs on a CPU, too (gloo).
+        Lightning's ``FSDPStrategy`` is FSDP1, whose flat parameters hide the shapes in them; this is its
+        ``ModelParallelStrategy``. That strategy needs a ``configure_model`` that shards. If a module has none, it is
+        sharded here: every entry of a ``ModuleList`` or ``Sequential`` by itself, then the module's children. They have
+        to be called as modules (``self.model(x)``), because FSDP2 gathers weights in that call. It also runs on a CPU
+        (gloo).
 
         Args:
             optimizer: see `SketchStrategy`.
             optimizer_kwargs: see `SketchStrategy`.
-            warm_start: False; checkpoints of FSDP2 are read into the optimizer's own state, so nothing can be
+            warm_start: False. Checkpoints of FSDP2 are read into the optimizer's existing state, so nothing can be
                 converted.
             shard_modules: classes of modules to shard by themselves, instead of entries of lists.
-            kwargs: of Lightning's ``ModelParallelStrategy``; ``data_parallel_size`` defaults to all processes.
+            kwargs: arguments of Lightning's ``ModelParallelStrategy``; ``data_parallel_size`` defaults to all
+                processes.
 
         Raises:
-            ValueError: as `SketchStrategy`; ``warm_start=True``; a module that cannot be sharded without being told
-                how.
+            ValueError: see `SketchStrategy`; ``warm_start=True``; a module that cannot be sharded without further
+                information.
         """
 
         def __init__(
@@ -332,7 +333,7 @@ def build(namespace: str, module: str) -> dict[str, Any]:
             super().__init__(optimizer, optimizer_kwargs, warm_start, **kwargs)
 
         def setup_environment(self) -> None:
-            """As Lightning's; a module without ``configure_model`` gets one that shards it."""
+            """Like Lightning's; a module without ``configure_model`` gets one that shards it."""
             if self._all_ranks:
                 self._data_parallel_size, self._tensor_parallel_size = self.num_processes * self.num_nodes, 1
             super().setup_environment()
@@ -349,37 +350,37 @@ def build(namespace: str, module: str) -> dict[str, Any]:
                 module.configure_model = types.MethodType(configure_model, module)
 
         def teardown(self) -> None:
-            """As Lightning's; the module is left as it came."""
+            """Like Lightning's; a ``configure_model`` that was added to the module is removed."""
             module: Any = self.lightning_module
             module.__dict__.pop("configure_model", None)
             super().teardown()
 
         def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-            """As Lightning's.
+            """Like Lightning's, with a check of the checkpoint.
 
             Raises:
-                ValueError: to be fitted from a checkpoint that was written with one of torch's optimizers.
+                ValueError: training would start from a checkpoint that one of torch's optimizers wrote.
             """
             module: Any = self.lightning_module
-            if module.trainer.state.fn == "fit":  # otherwise weights alone are read
+            if module.trainer.state.fn == "fit":  # otherwise only weights are read
                 _refuse_foreign(self.broadcast(checkpoint_path), kwargs.get("weights_only"))
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     class SketchDeepSpeedStrategy(Replacing, strategies.DeepSpeedStrategy):  # type: ignore[misc, name-defined]
         """DeepSpeed's ZeRO with a sketched optimizer: each rank sketches the pieces of matrices in its partition.
 
-        The optimizer is handed to DeepSpeed as a client's; with ``offload_optimizer`` it stays (DeepSpeed would insist
-        on its own CPU Adam otherwise). Unlike Lightning's, this strategy also runs on a CPU where DeepSpeed itself does
-        (``DS_ACCELERATOR=cpu``), for tests.
+        DeepSpeed gets the optimizer as a client optimizer. With ``offload_optimizer`` it stays, although DeepSpeed
+        would demand its own CPU Adam by default. Unlike Lightning's, this strategy also runs on a CPU if DeepSpeed
+        itself does (``DS_ACCELERATOR=cpu``), for tests.
 
         Args:
             optimizer: see `SketchStrategy`.
             optimizer_kwargs: see `SketchStrategy`.
-            warm_start: False; DeepSpeed reads its checkpoints itself, so nothing can be converted.
-            kwargs: of Lightning's ``DeepSpeedStrategy``: ``stage``, ``offload_optimizer``, ``config``, ...
+            warm_start: False. DeepSpeed reads its checkpoints itself, so nothing can be converted.
+            kwargs: arguments of Lightning's ``DeepSpeedStrategy``: ``stage``, ``offload_optimizer``, ``config``, ...
 
         Raises:
-            ValueError: as `SketchStrategy`; ``warm_start=True``; an ``optimizer`` block in the configuration.
+            ValueError: see `SketchStrategy`; ``warm_start=True``; an ``optimizer`` block in the configuration.
         """
 
         def __init__(
@@ -403,19 +404,19 @@ def build(namespace: str, module: str) -> dict[str, Any]:
 
         @property
         def root_device(self) -> torch.device:
-            """As Lightning's; CPUs are numbered, too, because DeepSpeed asks for a number."""
+            """Like Lightning's; CPUs get a number, too, because DeepSpeed asks for one."""
             device: torch.device = super().root_device
             return torch.device("cpu", 0) if device.type == "cpu" else device
 
         def setup_environment(self) -> None:
-            """As Lightning's, and on a CPU if that is what DeepSpeed runs on."""
+            """Like Lightning's, and also on a CPU if DeepSpeed runs on it."""
             if self._on_cpu():
                 strategies.DDPStrategy.setup_environment(self)
             else:
                 super().setup_environment()
 
         def setup_distributed(self) -> None:
-            """As Lightning's; CPUs have no numbers that could be checked."""
+            """Like Lightning's; CPUs have no numbers that could be checked."""
             if not self._on_cpu():
                 super().setup_distributed()
                 return
@@ -441,7 +442,7 @@ def build(namespace: str, module: str) -> dict[str, Any]:
 
 
 def add_to_registry(namespace: str, classes: Mapping[str, Any]) -> None:
-    """Every name of the family in Lightning's registry. Calling it again does no harm.
+    """Add every name of the family to Lightning's registry. Calling it again does no harm.
 
     Raises:
         ValueError: Lightning has a strategy of its own under one of our names.
@@ -496,10 +497,10 @@ def _check_comm(comm: Any, options: Mapping[str, Any]) -> None:
 
 
 def shard(module: torch.nn.Module, mesh: Any, classes: tuple[type[torch.nn.Module], ...]) -> None:
-    """Shard what a LightningModule is made of: some modules within its children by themselves, then the children.
+    """Shard a LightningModule: some modules within its children by themselves, and then the children.
 
     Raises:
-        ValueError: a parameter that belongs to no child, or to several.
+        ValueError: a parameter belongs to no child, or to several.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -527,7 +528,7 @@ def shard(module: torch.nn.Module, mesh: Any, classes: tuple[type[torch.nn.Modul
 
 
 def _called(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The children; of lists, which are not called, their entries."""
+    """The children; for lists, which are not called, their entries."""
     for name, child in module.named_children():
         if _is_list(child):
             yield from ((f"{name}.{inner}", entry) for inner, entry in _called(child))
