@@ -4,9 +4,9 @@
 
     args = TrainingArguments("out", optim="cs_adam", optim_args="compression=0.05")
 
-Importing this package makes every name of ``sketch_plugins.registry`` a value of ``TrainingArguments.optim``, and with
-``_layerwise`` behind it (``cs_adam_layerwise``) the same optimizer, whose steps are taken in backward. Import it
-before ``HfArgumentParser(TrainingArguments)``: the parser copies the names when it is made.
+Importing this package makes every name of ``sketch_plugins.registry`` a value of ``TrainingArguments.optim``. With the
+suffix ``_layerwise`` (``cs_adam_layerwise``) a name means the same optimizer with steps in backward. Import the package
+before ``HfArgumentParser(TrainingArguments)``, because the parser copies the names when it is made.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
     "save_full_precision",
 ]
 
-#: Where an optimizer is named.
+#: How an optimizer is named in the framework.
 USAGE = 'TrainingArguments(optim="{name}")'
 
 register()
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, because this package may be imported while transformers is half imported (`python -m sketch_plugins run`),
-    # when the base class of the callbacks does not exist yet.
+    # Imported lazily: transformers may be only partly imported now (`python -m sketch_plugins run`), and the base class
+    # of the callbacks may not exist yet.
     if name == "SketchCallback":
         from sketch_transformers.callback import SketchCallback
 

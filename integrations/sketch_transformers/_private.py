@@ -1,6 +1,6 @@
-"""Everything of transformers that is changed, or used without being documented: nothing of it is named elsewhere.
+"""All names of transformers that this package changes, or uses although they are not documented.
 
-What is put in the place of its methods is in `sketch_transformers.registration`. This module knows none of the others.
+`sketch_transformers.registration` has the replacements of its methods. This module imports none of the others.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 
 from sketch_plugins import patching, registry
 
-#: Behind an optimizer's name, as transformers has it in names of its own.
+#: Suffix of an optimizer's name, as in transformers' own names.
 LAYERWISE = "_layerwise"
-#: Where in transformers the names are that this package touches: module, then dotted name in it. Not the table
-#: behind ``get_optimizer_cls_and_kwargs``, ``_OPTIMIZER_HANDLERS``: it exists in recent versions only.
+#: Names of transformers that this package uses: module, then dotted name in it. ``_OPTIMIZER_HANDLERS``, the table of
+#: ``get_optimizer_cls_and_kwargs``, is not among them, because only recent versions have it.
 TOUCHED = (
     ("transformers.training_args", "OptimizerNames"),
     ("transformers.training_args", "TrainingArguments.__post_init__"),
@@ -32,7 +32,7 @@ TOUCHED = (
 
 
 class MovedSymbolError(patching.MovedSymbolError):
-    """A name of transformers that this package relies on is not where it was."""
+    """transformers lacks a name that this package relies on."""
 
 
 TRANSFORMERS = patching.Framework(
@@ -45,7 +45,7 @@ TRANSFORMERS = patching.Framework(
 
 
 def check() -> None:
-    """Look up every name this package touches.
+    """Look up every name that this package uses.
 
     Raises:
         MovedSymbolError: names the first one that is missing and the version of transformers.
@@ -61,12 +61,12 @@ def check() -> None:
 
 
 def known_names() -> list[str]:
-    """Every value of ``TrainingArguments.optim``, ours among them once they are registered."""
+    """Every value of ``TrainingArguments.optim``, including our names once they are registered."""
     return [str(name.value) for name in TRANSFORMERS.find("transformers.training_args", "OptimizerNames")]
 
 
 def base_name(name: str) -> str:
-    """A name without ``_layerwise``, which says that steps are taken in backward."""
+    """A name without the suffix ``_layerwise``, which stands for steps in backward."""
     return name.removesuffix(LAYERWISE)
 
 
@@ -76,23 +76,23 @@ def is_ours(optim: Any) -> bool:
 
 
 def matches_target(target_modules: str | list[str], module_name: str) -> bool:
-    """Whether transformers itself takes ``module_name`` to be meant by ``optim_target_modules``."""
+    """Whether ``optim_target_modules`` means ``module_name``, by the rules of transformers."""
     from transformers.trainer_utils import check_target_module_exists
 
     return bool(check_target_module_exists(target_modules, module_name))
 
 
 def conv1d_class() -> type:
-    """GPT-2's linear layer, which is a class of its own."""
+    """GPT-2's linear layer, which has a class of its own."""
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D
 
 
 def extend_enum(cls: Any, value: str) -> None:
-    """Add ``value`` to a str Enum as if it stood in its class body.
+    """Add ``value`` to a str Enum as if its class body had it.
 
-    An Enum with members cannot be subclassed, and ``TrainingArguments`` and ``HfArgumentParser`` both look here.
+    An Enum with members cannot be subclassed, and both ``TrainingArguments`` and ``HfArgumentParser`` use this class.
 
     Raises:
         ValueError: transformers has an optimizer of its own under this name.
@@ -117,47 +117,47 @@ def extend_enum(cls: Any, value: str) -> None:
 # -- trials of a batch size ------------------------------------------------------------------------------------------
 
 
-#: Methods as transformers has them, by name.
+#: Original methods of transformers, by name.
 STOCK: dict[str, Callable[..., Any]] = {}
 
 
 def stock_train() -> Callable[..., Any]:
-    """``Trainer.train`` as transformers has it, to be called with the trainer."""
+    """The original ``Trainer.train``, to be called with the trainer."""
     return STOCK["train"]
 
 
 def set_batch(trainer: Any, size: int, accumulation: int) -> None:
-    """As if the arguments had had these from the start; ``_train_batch_size`` is what the loaders are made with."""
+    """Set sizes as if the arguments had had them from the start; loaders are made with ``_train_batch_size``."""
     args = trainer.args
     args.per_device_train_batch_size, args.gradient_accumulation_steps = size, accumulation
     trainer._train_batch_size = args.train_batch_size
 
 
 def only_training(trainer: Any, callback: Any, steps: int) -> None:
-    """Leave the trainer with this callback only, and with ``steps`` steps to train. The caller restores all attributes.
+    """Leave the trainer only this callback, and ``steps`` steps to train. The caller restores all attributes.
 
-    Nothing but gradients talks to other ranks then, but the loaders at the beginning of an epoch.
+    Only gradients, and the loaders at the beginning of an epoch, communicate with other ranks then.
     """
     args, accelerator = trainer.args, trainer.accelerator
     handler = copy.copy(trainer.callback_handler)
     handler.callbacks = [callback]
     trainer.callback_handler, trainer.control = handler, type(trainer.control)()
-    trainer.model_init = None  # or the weights would be made anew, and those that are there kept beside
+    trainer.model_init = None  # otherwise the weights would be made again, and the existing ones kept as well
     trainer._memory_tracker = type(trainer._memory_tracker)(True)
-    accelerator.scaler = copy.deepcopy(accelerator.scaler)  # its scale falls and rises with the steps
+    accelerator.scaler = copy.deepcopy(accelerator.scaler)  # its scale changes with the steps
     args.max_steps, args.eval_on_start = steps, False
     args.include_num_input_tokens_seen = "no" if isinstance(args.include_num_input_tokens_seen, str) else False
     args.average_tokens_across_devices = False
 
 
 def stop_sync(trainer: Any) -> None:
-    """Each rank by itself: DistributedDataParallel, if it is that, averages no gradients and sends no buffers."""
+    """Let each rank train by itself: DistributedDataParallel, if used, averages no gradients and sends no buffers."""
     model = trainer.model_wrapped
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model.require_backward_grad_sync = model.require_forward_param_sync = False
 
 
 def grad_hooks(parameter: torch.Tensor) -> dict[Any, Any]:
-    """Hooks that wait for a parameter's gradient; a dictionary to be changed in place."""
+    """Hooks that run when a parameter's gradient is complete; a dictionary that the caller changes in place."""
     hooks = parameter._post_accumulate_grad_hooks
     return {} if hooks is None else hooks

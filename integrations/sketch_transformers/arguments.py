@@ -1,4 +1,4 @@
-"""From ``TrainingArguments`` to an optimizer class and its keyword arguments, with every mistake reported."""
+"""Convert ``TrainingArguments`` to an optimizer class and its keyword arguments, and report every mistake."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def optimizer_cls_and_kwargs(
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The optimizer that ``args`` describe, as ``Trainer.get_optimizer_cls_and_kwargs`` returns it.
 
-    With ``args.optim_target_modules`` the class returned is a stand-in: called with the parameter groups of Trainer (or
-    any others), it builds the optimizer with every group split in two, compressed and exact. For a name that ends in
-    ``_layerwise`` it is one, too: see `sketch_transformers.layerwise`.
+    With ``args.optim_target_modules``, the returned class is a stand-in: called with the parameter groups of Trainer
+    (or others), it builds the optimizer with every group split in two, compressed and exact. It is also a stand-in for
+    a name that ends in ``_layerwise``; see `sketch_transformers.layerwise`.
 
     Args:
-        args: ``optim``, ``optim_args``, ``optim_target_modules``, ``learning_rate`` and ``adam_*`` are read. The weight
-            decay comes with the parameter groups.
-        model: needed with ``optim_target_modules`` only.
+        args: ``optim``, ``optim_args``, ``optim_target_modules``, ``learning_rate`` and ``adam_*`` are read. The
+            parameter groups contain the weight decay.
+        model: the model; needed with ``optim_target_modules`` only.
 
     Raises:
-        ValueError: see :func:`check_arguments`; ``optim_target_modules`` without a model or with an entry that matches
+        ValueError: see :func:`check_arguments`; ``optim_target_modules`` without a model, or with an entry that matches
             nothing in it.
     """
     check_arguments(args)
@@ -62,17 +62,17 @@ def optimizer_cls_and_kwargs(
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Check all that can be known without a model.
+    """Check everything that can be checked without a model.
 
     Raises:
-        ValueError: ``optim_args`` is malformed, has an unknown key, a value of the wrong type or an impossible one (the
-            message lists what is allowed); ``adam_*`` are set for an optimizer that does not read them; the parameters
-            are to be sharded by FSDP1; the DeepSpeed configuration has an optimizer of its own or asks for DeepSpeed's
-            CPU Adam; ``warm_start`` under FSDP or DeepSpeed; see `sketch_transformers.layerwise.check`.
+        ValueError: ``optim_args`` is malformed, has an unknown key, or a value of the wrong type or out of range (the
+            message lists what is allowed); ``adam_*`` are set for an optimizer that does not use them; FSDP1 would
+            shard the parameters; the DeepSpeed configuration has an optimizer of its own or asks for DeepSpeed's CPU
+            Adam; ``warm_start`` under FSDP or DeepSpeed; see `sketch_transformers.layerwise.check`.
     """
     cls, kwargs = _cls_and_kwargs(args)
     try:
-        cls([torch.empty(0)], **kwargs)  # the constructor knows best which values go together
+        cls([torch.empty(0)], **kwargs)  # the constructor checks which values go together
     except (TypeError, ValueError) as error:
         raise ValueError(f"optim={name_of(args)!r} with optim_args={args.optim_args!r}: {error}") from error
     _check_sharding(args)
@@ -94,12 +94,12 @@ def _cls_and_kwargs(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer
     else:
         _check_adam_settings(args, given)
     if "momentum" in given and "betas" not in given:
-        kwargs.pop("betas", None)  # one value under two names
+        kwargs.pop("betas", None)  # ``momentum`` is another name for the first of the betas
     return cls, kwargs | given
 
 
 def _check_adam_settings(args: TrainingArguments, given: Mapping[str, Any]) -> None:
-    """``adam_*`` and their defaults are Adam's. SM3 has others, which they would replace without a word."""
+    """Refuse changed ``adam_*`` for an optimizer that has values of its own, where they would have no effect."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     pair = f"betas={args.adam_beta1}:{args.adam_beta2}"
     for field, key, instead in (
@@ -132,13 +132,13 @@ def _check_sharding(args: TrainingArguments) -> None:
 
 
 def _fsdp_version(args: TrainingArguments) -> int | None:
-    """Of FSDP as it will run; None without FSDP."""
+    """Version of FSDP that will run; None without FSDP."""
     if args.fsdp:
-        # Who does not say which gets 2 in recent versions of transformers, which have worked it out already.
+        # If no version is given, recent versions of transformers choose 2, and have stored their choice already.
         known = getattr(args, "fsdp_plugin_args", None) or {}
         given = (args.fsdp_config or {}).get("version", os.environ.get("FSDP_VERSION", 1))
         return int(known.get("fsdp_version", given))
-    # `accelerate launch` asks for FSDP in the environment, not in the arguments.
+    # `accelerate launch` sets FSDP in the environment, not in the arguments.
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return int(os.environ.get("FSDP_VERSION", 1))
     return None
@@ -160,18 +160,18 @@ def _check_deepspeed(args: TrainingArguments) -> None:
 
 
 def check_deepspeed_block(args: TrainingArguments) -> None:
-    """Check an optimizer block of the DeepSpeed configuration that names one of ours, whatever ``optim`` is.
+    """Check an optimizer block of the DeepSpeed configuration that names one of ours, for any ``optim``.
 
     Raises:
-        ValueError: DeepSpeed does not know the name, for sketch_deepspeed was neither imported nor installed;
+        ValueError: DeepSpeed does not know the name, because sketch_deepspeed is neither imported nor installed;
             ``"auto"`` would give Adam's betas or eps to an optimizer that has its own; ``optim_args`` or
-            ``optim_target_modules`` beside it.
+            ``optim_target_modules`` are set as well.
     """
     block = deepspeed_config(args).get("optimizer") or {}
     name = block.get("type")
     if name not in registry.names():
         return
-    # The import of DeepSpeed's engine, which may be yet to come, then registers the name: it need not be known which of
+    # The name is registered when DeepSpeed's engine is imported, which may still come, so it does not matter which of
     # the two this process imports first.
     if "sketch_deepspeed" not in sys.modules and not install_integrations("deepspeed.runtime.engine"):
         raise ValueError(
@@ -198,12 +198,12 @@ def prepare_deepspeed(args: TrainingArguments) -> None:
     """Keep DeepSpeed from replacing an optimizer of ours."""
     config = deepspeed_config(args)
     if _offloads(config):
-        # Or accelerate replaces the optimizer by DeepSpeedCPUAdam, with full state and without a word.
+        # Otherwise accelerate silently replaces the optimizer by DeepSpeedCPUAdam with its full state.
         config["zero_force_ds_cpu_optimizer"] = False
 
 
 def _as_written(args: TrainingArguments) -> dict[str, Any]:
-    """The DeepSpeed configuration before Trainer filled it in."""
+    """The DeepSpeed configuration before Trainer filled in its values."""
     given = getattr(args, "deepspeed", None)
     if isinstance(given, str) and os.path.exists(given):
         with open(given, encoding="utf-8") as file:

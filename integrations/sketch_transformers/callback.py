@@ -1,4 +1,4 @@
-"""What the optimizer's state costs, and how well the sketch estimates, in Trainer's own logs."""
+"""The size of the optimizer's state, and the error of the sketch's estimates, in Trainer's own logs."""
 
 from __future__ import annotations
 
@@ -24,40 +24,42 @@ logger = logging.getLogger(__name__)
 
 
 class SketchCallback(TrainerCallback, ExportableState):
-    """Logs what the optimizer's state costs to everything Trainer reports to (TensorBoard, W&B, ``log_history``, ...).
+    """Logs the size of the optimizer's state to all of Trainer's reporters (TensorBoard, W&B, ``log_history``, ...).
 
     Every training log gets
 
     * ``optimizer/state_bytes``: bytes of state on this rank;
     * ``optimizer/state_bytes_per_param``: the same for each parameter;
-    * ``optimizer/saved_vs_adamw_bytes``: what ``torch.optim.AdamW`` would keep, less that;
-    * ``optimizer/second_moment_relative_error``, if ``sampled``: how far the second moment in use is from an exact one
-      of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``;
+    * ``optimizer/saved_vs_adamw_bytes``: the bytes that ``torch.optim.AdamW`` would keep, minus those of the state;
+    * ``optimizer/second_moment_relative_error``, if ``sampled``: the error of the second moment in use against an exact
+      one of the same gradients, on a few rows: ``||estimate - exact|| / ||exact||``;
     * ``numerics/unmoved``, with ``check_numerics``: the share of weights with a gradient that a step did not move, in
-      the last step that was looked at, and ``numerics/unmoved_group_0``, ... of each parameter group.
+      the last step that was checked, and ``numerics/unmoved_group_0``, ... of each parameter group.
 
     and with `enable_memsgd` (of this process, in the last step)
 
-    * ``comm/wire_bytes``, ``comm/dense_bytes``, ``comm/wire_over_dense``: bytes handed to collectives, what averaging
-      everything would be, their ratio;
+    * ``comm/wire_bytes``, ``comm/dense_bytes``, ``comm/wire_over_dense``: bytes given to collectives, bytes that
+      averaging everything would take, their ratio;
     * ``comm/density``: fraction of the entries that the last step has sent;
-    * ``comm/memory_norm``, ``comm/memory_bytes``: of what has not been sent yet.
+    * ``comm/memory_norm``, ``comm/memory_bytes``: norm and bytes of what has not been sent yet.
 
     A table of the memory goes to the logger ``sketch_transformers.callback`` (level INFO) once, after the first step.
-    The memory of any torch optimizer is logged, so that a run with AdamW can be put beside; ``sampled`` is for sketched
-    ones. The samples are saved with each checkpoint (in ``trainer_state.json``) and restored when it is resumed.
+    The memory of any torch optimizer is logged, so that a run with AdamW can be compared; ``sampled`` is for sketched
+    ones. The samples are saved with each checkpoint (in ``trainer_state.json``), and a resumed run restores them.
 
     Args:
-        sampled: keep the exact second moment of a few rows and log the error. Off under a gradient scaler (fp16), where
-            gradients are scaled; not with ``_layerwise`` names, where they are gone before the step.
-        rows: sampled rows of each sampled parameter, in fp32.
-        params: how many parameters are sampled.
-        seed: chooses the rows.
-        full_precision: write the float32 weights of a run with ``weight_bits`` beside each checkpoint, into
+        sampled: keep the exact second moment of a few rows and log the error. It is off under a gradient scaler (fp16),
+            where gradients are scaled, and not possible with ``_layerwise`` names, where they are freed before the
+            step.
+        rows: number of sampled rows of each sampled parameter, in fp32.
+        params: number of sampled parameters.
+        seed: seed of the choice of rows.
+        full_precision: write the float32 weights of a run with ``weight_bits`` into each checkpoint, as
             ``checkpoint-N/float32``: see `save_full_precision`. They take 4 bytes a parameter on disk.
-        check_numerics: compare a sample of the weights before and after a step, on the first process: every 100 steps,
-            or every so many. One warning says if more than half of them stay where they are in three looks in a row,
-            see `sketch_plugins.NumericsProbe`. Any torch optimizer will do, and names ending in ``_layerwise``.
+        check_numerics: compare a sample of the weights before and after a step, on the first process: True for every
+            100 steps, or the number of steps. A warning says once if more than half of the weights do not move in
+            three checks in a row; see `sketch_plugins.NumericsProbe`. It works with any torch optimizer, and with names
+            that end in ``_layerwise``.
 
     Raises:
         ValueError: ``check_numerics`` is neither a bool nor an integer >= 0; at the start of training:
@@ -83,10 +85,10 @@ class SketchCallback(TrainerCallback, ExportableState):
         self.seed = seed
         self.reported = False
         self._probe: SecondMomentProbe | None = None
-        self._restored: Any = None  # samples of a checkpoint, until there is a probe
+        self._restored: Any = None  # samples of a checkpoint, until the probe exists
 
     def add_to(self, logs: dict[str, float], optimizer: Any, communication: MemSGDState | None = None) -> None:
-        """Add the figures to a training log; evaluation logs are left alone. ``Trainer.log`` calls this."""
+        """Add the figures to a training log, but not to evaluation logs. ``Trainer.log`` calls this."""
         if optimizer is None or not ("loss" in logs or "train_loss" in logs):
             return
         report = state_report(optimizer)
@@ -94,7 +96,7 @@ class SketchCallback(TrainerCallback, ExportableState):
         logs["optimizer/state_bytes_per_param"] = report.bytes_per_param
         logs["optimizer/saved_vs_adamw_bytes"] = report.saved_bytes
         error = math.nan if self._probe is None else self._probe.relative_error()
-        if not math.isnan(error):  # an optimizer without a second moment has nothing to sample
+        if not math.isnan(error):  # an optimizer without a sketched second moment has no samples
             logs["optimizer/second_moment_relative_error"] = error
         if self.numerics is not None:
             logs.update(self.numerics.figures())
@@ -104,10 +106,10 @@ class SketchCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up the samples of the checkpoint that is resumed.
+        """Load the samples of the checkpoint from which the run is resumed.
 
         Raises:
-            ValueError: ``sampled`` with an optimizer whose steps are taken in backward; see the class.
+            ValueError: ``sampled`` with an optimizer that takes its steps in backward; see also the class.
         """
         if self.sampled and in_backward(kwargs.get("optimizer")) is not None:
             raise ValueError(
@@ -122,7 +124,7 @@ class SketchCallback(TrainerCallback, ExportableState):
                     'none: give it weight_bits, as in optim_args="weight_bits=24"; without, a checkpoint has all bits'
                 )
         self._watch_numerics(args, state, kwargs.get("optimizer"))
-        # Where the checkpoint was saved without this callback, Trainer's next save would fail with a KeyError.
+        # If the checkpoint was saved without this callback, Trainer's next save would fail with a KeyError.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if (
             state.global_step > 0
@@ -157,7 +159,7 @@ class SketchCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the samples the gradients that the optimizer is about to see: averaged and clipped."""
+        """Update the samples with the gradients that the optimizer is about to use: averaged and clipped."""
         if not self.sampled or not state.is_world_process_zero:
             return
         optimizer = kwargs["optimizer"]
@@ -177,7 +179,7 @@ class SketchCallback(TrainerCallback, ExportableState):
         self._probe.update()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The float32 weights, beside the checkpoint that has just been written."""
+        """Write the float32 weights into the checkpoint that has just been written."""
         if self.full_precision:
             from sketch_transformers.full_precision import FOLDER, save_full_precision
 
@@ -189,7 +191,7 @@ class SketchCallback(TrainerCallback, ExportableState):
         return {name: settings.get(name) for name in ("sampled", "rows", "params", "seed")}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report once, as soon as there is state."""
+        """Log the table once, as soon as there is state."""
         if not self.reported and state.is_world_process_zero:
             if logger.isEnabledFor(logging.INFO):
                 report = state_report(kwargs["optimizer"], kwargs.get("model"))
@@ -198,11 +200,11 @@ class SketchCallback(TrainerCallback, ExportableState):
 
     @property
     def will_report(self) -> bool:
-        """Whether the table is going to be logged, after the first step."""
+        """Whether the table will be logged after the first step."""
         return not self.reported and logger.isEnabledFor(logging.INFO)
 
     def state(self) -> dict[str, Any]:
-        """What Trainer saves in ``trainer_state.json``."""
+        """The state that Trainer saves in ``trainer_state.json``."""
         return {
             "args": {
                 "sampled": self.sampled,

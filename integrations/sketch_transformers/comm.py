@@ -24,24 +24,24 @@ OPTIONS = COMMUNICATION
 
 
 def enable_memsgd(trainer: Trainer, **options: Any) -> MemSGDCallback:
-    """Send sparsified gradients, and keep what was not sent in a memory on each process: see `MemSGDState`.
+    """Send sparsified gradients, and keep the other entries in a memory on each process: see `MemSGDState`.
 
-    Before ``trainer.train()``: ``enable_memsgd(trainer, density=0.01)``. The hook is registered when training begins,
-    on the DistributedDataParallel that Trainer has made by then. Each checkpoint gets a folder ``memsgd`` with a file
-    of every process, which ``train(resume_from_checkpoint=...)`` reads, with another number of processes, too. Under
-    fp16 memories are kept unscaled. `SketchCallback` logs ``comm/...``.
+    Call it before ``trainer.train()``: ``enable_memsgd(trainer, density=0.01)``. The hook is registered when training
+    begins, on the DistributedDataParallel that Trainer has made by then. Each checkpoint gets a folder ``memsgd`` with
+    a file of every process. ``train(resume_from_checkpoint=...)`` reads them, also with another number of processes.
+    Under fp16 memories are kept unscaled. `SketchCallback` logs ``comm/...``.
 
     Args:
-        trainer: run by several processes (torchrun). With one there is nothing to send: a warning says so, training
-            goes on.
-        options: those of `MemSGDState`: ``density``, ``compressor``, ``start``, ...
+        trainer: a trainer that several processes run (torchrun). With one process there is nothing to send: a warning
+            says so, and training continues.
+        options: options of `MemSGDState`: ``density``, ``compressor``, ``start``, ...
 
     Returns:
         The callback, whose ``state`` is the `MemSGDState` from the beginning of training on.
 
     Raises:
-        ValueError: an option that is not allowed; it was called before; ``optim_args`` has ``comm=...``; when training
-            begins, FSDP or DeepSpeed, which reduce gradients themselves.
+        ValueError: an option is not allowed; it was called before; ``optim_args`` has ``comm=...``; when training
+            begins: FSDP or DeepSpeed, which reduce gradients themselves.
     """
     if communication(trainer.callback_handler.callbacks) is not None:
         raise ValueError(
@@ -62,19 +62,19 @@ def _enable(trainer: Trainer, options: Mapping[str, Any]) -> MemSGDCallback:
 
 
 class MemSGDCallback(TrainerCallback):
-    """What `enable_memsgd` adds to a trainer; ``state`` is None until training begins, and with one process."""
+    """The callback of `enable_memsgd`; ``state`` is None until training begins, and with one process."""
 
     def __init__(self, trainer: Trainer, **options: Any) -> None:
         check_options(options)
         self.trainer, self.options = trainer, options
         self.state: MemSGDState | None = None
-        self.resume_from: Any = None  # what train() was given as resume_from_checkpoint
+        self.resume_from: Any = None  # the argument resume_from_checkpoint of train()
         self._wrapped: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Register the hook; take up the memory of the checkpoint that is resumed."""
+        """Register the hook, and load the memory of the checkpoint from which the run is resumed."""
         model = self.trainer.model_wrapped
         if not isinstance(model, DistributedDataParallel):
             if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
@@ -93,8 +93,9 @@ class MemSGDCallback(TrainerCallback):
         if model is not self._wrapped:
             if self.state is None:
                 self.state = attach(model, **self.options)
-            else:  # train() a second time wraps the model anew
-                if self.trainer.model_init is not None and state.global_step == 0:  # other weights: nothing is owed
+            else:  # a second train() wraps the model again
+                # The weights are new, so the memory does not belong to them.
+                if self.trainer.model_init is not None and state.global_step == 0:
                     self.state.reset()
                 self.state.process_group = model.process_group
                 self.state.bind(model.module.named_parameters())
@@ -109,7 +110,7 @@ class MemSGDCallback(TrainerCallback):
                 logger.warning("memsgd: %s does not exist, so the error memory starts at zero", folder)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Every process writes its file."""
+        """Write the file of each process."""
         if self.state is not None:
             self.state.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER)
 
@@ -126,7 +127,7 @@ def communication(callbacks: list[TrainerCallback]) -> MemSGDCallback | None:
 
 
 def before_training(trainer: Trainer, resume_from_checkpoint: Any) -> None:
-    """``Trainer.train`` calls this: enable what ``optim_args`` asks for, remember what is resumed."""
+    """Enable what ``optim_args`` asks for, and store the checkpoint to resume from. ``Trainer.train`` calls this."""
     options = communication_options(trainer.args)
     callback = communication(trainer.callback_handler.callbacks)
     if callback is None and options is not None:

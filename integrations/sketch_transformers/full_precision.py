@@ -12,25 +12,26 @@ import torch
 
 from sketch_plugins import full_precision_state_dict
 
-#: Within a checkpoint of Trainer's.
+#: Folder within a checkpoint of Trainer.
 FOLDER = "float32"
 
 
 def save_full_precision(model: Any, optimizer: Any, directory: str | os.PathLike[str], write: bool = True) -> None:
-    """Write the weights with all their bits (`sketch_plugins.full_precision_state_dict`) as a model of its own.
+    """Write the weights with all their bits (`sketch_plugins.full_precision_state_dict`) as a separate model.
 
-    A model of transformers is saved by ``save_pretrained``, with ``"float32"`` in its configuration:
-    ``from_pretrained(directory)`` reads it. Of any other module the state dict is in ``pytorch_model.bin``. The folder
-    appears when it is whole. On the host the weights take 4 bytes a parameter for a while, on the device one tensor.
+    ``save_pretrained`` saves a model of transformers, with ``"float32"`` in its configuration, and
+    ``from_pretrained(directory)`` reads it. For any other module, ``pytorch_model.bin`` contains the state dict. The
+    folder gets its name when it is complete. The weights temporarily take 4 bytes a parameter on the host, and one
+    tensor on the device.
 
     Args:
-        model: the model in training; shards (FSDP2) are gathered, for which every process has to call this.
-        optimizer: its optimizer, of sketch-plugins, or accelerate's wrapper around it; a list of several.
-        directory: where to write; what is there is replaced.
+        model: the model in training; shards (FSDP2) are gathered, so every process has to call this.
+        optimizer: its optimizer, of sketch-plugins, or accelerate's wrapper around it; or a list of several.
+        directory: directory to write; an existing one is replaced.
         write: False on processes that only take part in gathering.
 
     Raises:
-        ValueError: as `sketch_plugins.full_precision_state_dict`.
+        ValueError: see `sketch_plugins.full_precision_state_dict`.
     """
     weights = full_precision_state_dict(model, optimizer, device="cpu", whole=True, keep=write)
     if not write:

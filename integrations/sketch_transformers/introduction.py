@@ -1,4 +1,4 @@
-"""The line of an optimizer's first step, in the log of transformers; names of its parameters, from the model."""
+"""The line about an optimizer's first step, in the log of transformers; names of its parameters, from the model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sketch_plugins.sharding.names import name_parameters
 if TYPE_CHECKING:
     from transformers import Trainer
 
-#: A logger below transformers' own: its handlers and its format.
+#: A child of transformers' own logger, with its handlers and its format.
 logger = logging.getLogger("transformers.sketch_plugins")
 
 
 def introduce_in(trainer: Trainer, optimizer: SketchOptimizer) -> None:
-    """Name the parameters, and let the line of the first step be seen where Trainer's messages are.
+    """Name the parameters, and show the line of the first step together with Trainer's messages.
 
-    Trainer's default, ``log_level="passive"``, leaves transformers at WARNING; the line is shown all the same, at level
-    INFO of the logger `logger`, whose own level is then INFO. With another ``log_level``, or another verbosity of
-    transformers, that decides. Where INFO is on for ``sketch_plugins`` itself, the line goes there alone; where a
+    Trainer's default, ``log_level="passive"``, leaves transformers at WARNING. The line is shown nevertheless, at level
+    INFO of `logger`, whose own level is then INFO. If another ``log_level``, or another verbosity of transformers, is
+    set, that level decides. If INFO is on for ``sketch_plugins`` itself, the line goes to that logger alone. If a
     `SketchCallback` logs its table, there is no line.
     """
     name_parameters(optimizer, trainer.model)
@@ -39,13 +39,13 @@ def _logger(trainer: weakref.ref[Trainer]) -> Any:
     running = trainer()
     if running is not None:
         callbacks = running.callback_handler.callbacks
-        if any(getattr(callback, "is_trial", False) for callback in callbacks):  # of a batch size
+        if any(getattr(callback, "is_trial", False) for callback in callbacks):  # this is a trial of a batch size
             return LATER
         if any(isinstance(callback, SketchCallback) and callback.will_report for callback in callbacks):
             return None
     if ours.isEnabledFor(logging.INFO):
         return ours
-    if logger.level in (logging.NOTSET, logging.INFO):  # or somebody has set another one
+    if logger.level in (logging.NOTSET, logging.INFO):  # otherwise the user has set another level
         passive = running is None or running.args.log_level == "passive"
         shown = passive and transformers_logging.get_verbosity() == logging.WARNING
         logger.setLevel(logging.INFO if shown else logging.NOTSET)

@@ -17,40 +17,40 @@ if TYPE_CHECKING:
 
 
 def layerwise(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A stand-in for ``cls`` that makes an instance of ``cls`` whose steps are taken in backward.
+    """A stand-in for ``cls`` that makes an instance of ``cls`` with steps in backward.
 
-    No ``LayerWiseDummyOptimizer``, Trainer's own way for such names: there the learning rate that is logged is not the
-    one that is used, and checkpoints hold no state.
+    ``LayerWiseDummyOptimizer``, Trainer's own way for such names, is not used: with it, the learning rate that is
+    logged is not the one that is used, and checkpoints contain no state.
     """
 
     def new(_: type, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = cls(*args, **kwargs)
-        # Trainer says before each backward whether it is the last one of its cycle, the shorter cycle of an epoch's end
-        # included.
+        # Before each backward Trainer sets whether it is the last one of its cycle, also for the shorter cycle at the
+        # end of an epoch.
         back = InBackward(optimizer, last=lambda: bool(GradientState().sync_gradients))
 
         def train() -> None:
-            """Trainer calls this before each forward, when FSDP2 has put its parameters in."""
-            if back.taken:  # in a backward that failed: training has begun anew (auto_find_batch_size)
+            """Trainer calls this before each forward, when FSDP2 has replaced the parameters by its own."""
+            if back.taken:  # in a backward that failed: training has begun again (auto_find_batch_size)
                 back.reset()
             back.install()
 
         optimizer.train = train  # type: ignore[attr-defined]
         return optimizer
 
-    # `__init__` is not run again on what `__new__` returns, since that is no instance of the stand-in.
+    # Python does not run `__init__` again on the result of `__new__`, because it is no instance of the stand-in.
     return type(cls.__name__, (cls,), {"__new__": new, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def check(args: TrainingArguments, name: str, keys: Iterable[str], deepspeed: bool, fsdp_version: int | None) -> None:
-    """Check what steps in backward rule out.
+    """Refuse settings that do not work with steps in backward.
 
     Args:
         args: the arguments.
-        name: of the optimizer, as it was given.
-        keys: of ``optim_args``.
+        name: name of the optimizer, as it was given.
+        keys: keys of ``optim_args``.
         deepspeed: whether DeepSpeed runs the training.
-        fsdp_version: of FSDP, None without.
+        fsdp_version: version of FSDP; None without FSDP.
 
     Raises:
         ValueError: fp16, whose GradScaler unscales after backward; DeepSpeed; several processes without FSDP2;
@@ -82,7 +82,7 @@ def check(args: TrainingArguments, name: str, keys: Iterable[str], deepspeed: bo
 
 
 def clipping_warning(args: TrainingArguments, name: str) -> str | None:
-    """What to say about ``max_grad_norm``, which Trainer sets to 1 unless told otherwise; None if it is off."""
+    """A warning about ``max_grad_norm``, which Trainer sets to 1 by default; None if it is off."""
     if not args.max_grad_norm or args.max_grad_norm <= 0:
         return None
     return (

@@ -1,4 +1,4 @@
-"""What ``optim_args`` says, key by key: options of the optimizer, of communication between processes, a warm start."""
+"""The keys of ``optim_args``: options of the optimizer, of communication between processes, and of a warm start."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sketch_transformers._private import base_name
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-#: Options of the optimizer that have a place of their own; in ``optim_args`` they would contradict it or be ignored.
+#: Options of the optimizer that are set elsewhere; in ``optim_args`` they would contradict that or be ignored.
 ELSEWHERE = {
     "lr": "TrainingArguments.learning_rate",
     "weight_decay": "TrainingArguments.weight_decay, which Trainer sets per parameter group",
 }
 #: The key in ``optim_args`` that asks for a warm start.
 WARM_START = Option("warm_start", bool, "convert the state of one of torch's optimizers (default False)")
-#: Keys of communication, each an option of `MemSGDState` behind the first underscore.
+#: Keys of communication. Without ``comm_``, each is an option of `MemSGDState`.
 COMMUNICATION = {
     option.name: option
     for option in (
@@ -48,7 +48,7 @@ def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> d
         optim_args: options of that optimizer, without those in :data:`ELSEWHERE`.
 
     Raises:
-        ValueError: names the offending part and what is allowed.
+        ValueError: names the wrong part and what is allowed.
     """
     where = f"optim_args={optim_args!r} of optim={name!r}"
     given = dict(optim_args) if isinstance(optim_args, Mapping) else _split(name, optim_args, where)
@@ -65,9 +65,9 @@ def parse_optim_args(name: str, optim_args: str | Mapping[str, Any] | None) -> d
 
 
 def optimizer_options(args: TrainingArguments) -> tuple[str | None, dict[str, Any], bool]:
-    """The registry's name, the options that ``optim_args`` has, and whether ``optim_args`` asks for a warm start.
+    """The name in the registry, the optimizer's options in ``optim_args``, and whether it asks for a warm start.
 
-    None, no options and False where ``optim`` is not one of ours.
+    None, no options and False if ``optim`` is not one of ours.
     """
     name = base_name(name_of(args))
     if name not in registry.names():
@@ -77,14 +77,15 @@ def optimizer_options(args: TrainingArguments) -> tuple[str | None, dict[str, An
 
 
 def communication_options(args: TrainingArguments) -> dict[str, Any] | None:
-    """Options of `enable_memsgd` that ``optim_args`` has (``comm=block_topk,comm_density=0.01``), None if it has none.
+    """Options of `enable_memsgd` in ``optim_args`` (``comm=block_topk,comm_density=0.01``); None if it has none.
 
     Raises:
-        ValueError: names the offending part and what is allowed; with an optimizer that is not ours.
+        ValueError: names the wrong part and what is allowed; or the optimizer is not one of ours.
     """
     if base_name(name_of(args)) not in registry.names():
         given = args.optim_args if isinstance(args.optim_args, str) else ""
-        if any(f"{part}=".lstrip().startswith(("comm=", "comm_")) for part in given.split(",")):  # nobody reads it
+        # Otherwise no code would read it.
+        if any(f"{part}=".lstrip().startswith(("comm=", "comm_")) for part in given.split(",")):
             raise ValueError(
                 f"optim_args={given!r}: 'comm' is available for the optimizers {', '.join(registry.names())}. "
                 f"With optim={name_of(args)!r} call sketch_transformers.enable_memsgd(trainer, ...) instead"
@@ -133,7 +134,7 @@ def parse_communication(given: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def name_of(args: TrainingArguments) -> str:
-    """The name of ``args.optim``: a str Enum after ``__post_init__``, unless a plain string was assigned since."""
+    """The name in ``args.optim``: a str Enum after ``__post_init__``, unless a plain string was assigned later."""
     return str(getattr(args.optim, "value", args.optim))
 
 

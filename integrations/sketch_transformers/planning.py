@@ -17,8 +17,8 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-#: Name -> (class of the configuration, class of the model, what differs from the configuration's defaults).
-#: The numbers are those of the configurations that are published under these names.
+#: Name -> (class of the configuration, class of the model, differences from the configuration's defaults).
+#: The numbers are those of the published configurations of these names.
 BUILT_IN: dict[str, tuple[str, str, dict[str, Any]]] = {}
 
 
@@ -75,7 +75,7 @@ _add(
     num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
 )  # fmt: skip
 
-#: Organizations of the hub under which some of these are found, too.
+#: Organizations of the hub under whose names some of these are found, too.
 _OWNERS = (
     "google-bert", "distilbert", "FacebookAI", "openai-community", "google-t5", "facebook", "TinyLlama", "meta-llama",
     "Qwen",
@@ -98,14 +98,14 @@ _ENDINGS = {
 
 
 class HuggingFaceModel:
-    """A model of transformers, as `sketch_plugins.memory.plan.plan` takes it.
+    """A model of transformers, in the form that `sketch_plugins.memory.plan.plan` expects.
 
     Args:
-        model: a name of `BUILT_IN`, a model directory, a file with a configuration, a name that is in the local hub
-            cache, or a configuration. Nothing is fetched.
-        task: one of `TASKS`; None: what the configuration's architecture is for.
+        model: a name of `BUILT_IN`, a model directory, a file with a configuration, a name in the local hub cache, or a
+            configuration. Nothing is downloaded.
+        task: one of `TASKS`; None: the task of the configuration's architecture.
         seq_len: tokens of a sample.
-        gradient_checkpointing: keep the layers' inputs only.
+        gradient_checkpointing: keep only the inputs of the layers.
 
     Raises:
         ValueError: an unknown name or task, a configuration that cannot be read, a sequence that is too long.
@@ -117,11 +117,11 @@ class HuggingFaceModel:
         self.config, self.label = _configuration(model)
         self.task = _task(self.config, task)
         if self.task == "sequence-classification" and getattr(self.config, "pad_token_id", None) is None:
-            # Decoders look for the last token before the padding, and refuse batches without the padding's number.
+            # Decoders search for the last token before the padding, and refuse batches without a padding token.
             self.config = copy.deepcopy(self.config)
             self.config.pad_token_id = 0
         if self.task == "seq2seq-lm" and getattr(self.config, "decoder_start_token_id", None) is None:
-            # Labels are shifted with it, whichever it is; configurations that are published have one.
+            # Labels are shifted with this token, and any one will do; published configurations have one.
             self.config = copy.deepcopy(self.config)
             self.config.decoder_start_token_id = 0
         self.seq_len, self.gradient_checkpointing = seq_len, gradient_checkpointing
@@ -133,11 +133,11 @@ class HuggingFaceModel:
             )
 
     def build(self) -> nn.Module:
-        """The model. Its weights are wherever the caller's device context puts them."""
+        """Make the model. Its weights are on the caller's present device."""
         with _quiet():
             try:
                 model = getattr(transformers, TASKS[self.task]).from_config(self.config)
-            except Exception as error:  # whatever a model's class makes of nonsense
+            except Exception as error:  # a model's class may raise any error for a wrong configuration
                 raise ValueError(
                     f"{self.label}: this configuration makes no valid {self.config.model_type} "
                     f"({type(error).__name__}: {error})"
@@ -157,13 +157,13 @@ class HuggingFaceModel:
         return {"input_ids": ids, "labels": torch.zeros_like(ids)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """As Trainer takes it: under autocast accelerate makes float32 of all that a model returns."""
+        """The loss as Trainer computes it: under autocast, accelerate converts all outputs of a model to float32."""
         with _quiet():
             try:
                 outputs = model(**batch)
             except (ValueError, DataDependentOutputException, DynamicOutputShapeException):
-                raise  # which say themselves what is wrong
-            except Exception as error:  # whatever a model does with tensors that have no numbers
+                raise  # these errors say themselves what is wrong
+            except Exception as error:  # a model may raise any error for tensors without numbers
                 raise ValueError(
                     f"{self.label} cannot be run on {self.seq_len} tokens without values ({type(error).__name__}: "
                     f"{error}): try another length, precision or task"
@@ -213,7 +213,7 @@ def _cached(name: str) -> Path | None:
         return None
     try:
         found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # not even the form of a name
+    except HFValidationError:  # the text cannot be a name on the hub
         return None
     return Path(found) if isinstance(found, str) else None
 
@@ -235,7 +235,7 @@ def _read(path: Path) -> Any:
     try:
         with _quiet():
             return transformers.CONFIG_MAPPING[kind].from_dict(values)
-    except Exception as error:  # whatever a configuration's class makes of nonsense
+    except Exception as error:  # a configuration's class may raise any error for wrong values
         raise ValueError(f"{path}: {kind} does not take these values: {error}") from error
 
 
@@ -270,21 +270,22 @@ def _task(config: Any, task: str | None) -> str:
 
 
 def _positions(config: Any) -> int | None:
-    """The longest sequence; None where nothing limits it."""
+    """The maximum length of a sequence; None if nothing limits it."""
     positions = next(
         (n for name in ("max_position_embeddings", "n_positions") if isinstance(n := getattr(config, name, None), int)),
         None,
     )
     if positions is None or positions < 0 or config.model_type in ("t5", "mt5", "umt5"):  # relative positions
         return None
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # they count from behind the padding's number
+    # Their positions begin after the number of the padding token.
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
         return positions - (config.pad_token_id or 0) - 1
     return positions
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without advice on generating, or on options that will have other names."""
+    """Suppress advice on generation, and on options that will be renamed."""
     logging: Any = transformers.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -30,9 +30,9 @@ from sketch_transformers.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-#: How a step of a trial went; the smallest of all ranks' is everybody's.
+#: Results of a step of a trial; all ranks use the smallest one.
 FAILED, OUT_OF_MEMORY, SKIPPED, STEPPED = range(4)
-#: So many steps may a gradient scaler skip in a trial.
+#: The number of steps that a gradient scaler may skip in a trial.
 SKIPS = 64
 
 
@@ -43,8 +43,8 @@ class Trial:
     Attributes:
         batch_size: samples of a batch, on each device.
         gradient_accumulation_steps: batches of an update.
-        fits: on all ranks.
-        peak: bytes on this rank; None where they ran out.
+        fits: whether it fits on all ranks.
+        peak: bytes at the peak on this rank; None if the memory ran out.
     """
 
     batch_size: int
@@ -54,7 +54,7 @@ class Trial:
 
 
 class ReclaimBatchSize(TrainerCallback, ExportableState):
-    """Spends what the sketched optimizer saves: finds the largest batch that fits, and trains with it.
+    """Uses the memory that the sketched optimizer saves: finds the largest batch that fits, and trains with it.
 
         Trainer(model, args, train_dataset=data, callbacks=[ReclaimBatchSize(budget=0.9)]).train()
 
@@ -75,30 +75,30 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
 
     Args:
         budget: bytes (``2 * 2**30`` or ``"2GiB"``) or a fraction of the device's memory (0.9) that the peak may take;
-            of a CPU's process all that is resident. None: until CUDA runs out of memory.
-        keep_effective: False: the largest batch, ``gradient_accumulation_steps`` stay. True: samples per update stay:
-            the largest batch that divides them, with less accumulation.
-        mode: ``"binsearch"``: to the sample; ``"power"``: by factors of two.
-        steps_per_trial: optimizer steps with each size, 2 or more: the state comes with the first.
-        init_val: where to start; None: ``per_device_train_batch_size``.
-        max_val: no larger batches.
-        max_trials: at most so many sizes are tried.
-        meter: measures memory in place of CUDA's statistics or the resident memory of a process on Linux: an object
-            with ``start()`` and ``read()``, bytes at the peak since. `sketch_plugins.memory.meter.AllocatorMeter`
-            counts what torch allocates on a CPU, to the byte.
+            on a CPU it counts the resident memory of the process. None: until CUDA runs out of memory.
+        keep_effective: False: use the largest batch, and keep ``gradient_accumulation_steps``. True: keep the samples
+            per update: use the largest batch that divides them, with less accumulation.
+        mode: ``"binsearch"``: exact to the sample; ``"power"``: by factors of two.
+        steps_per_trial: number of optimizer steps with each size, at least 2, because the first allocates the state.
+        init_val: first size; None: ``per_device_train_batch_size``.
+        max_val: largest size.
+        max_trials: maximum number of sizes that are tried.
+        meter: measures memory instead of CUDA's statistics or the resident memory of a process on Linux: an object
+            with ``start()`` and ``read()``, which returns the bytes at the peak since ``start``.
+            `sketch_plugins.memory.meter.AllocatorMeter` counts what torch allocates on a CPU, to the byte.
 
     Attributes:
-        batch_size: what was found; None before.
-        gradient_accumulation_steps: what it goes with; None before.
-        trials: the sizes that were tried, in this order.
-        state_bytes: what the optimizer keeps on this rank.
-        adamw_bytes: what AdamW would keep.
+        batch_size: the size that was found; None before the search.
+        gradient_accumulation_steps: the accumulation that belongs to it; None before the search.
+        trials: the sizes that were tried, in their order.
+        state_bytes: bytes of the optimizer's state on this rank.
+        adamw_bytes: bytes that AdamW would keep.
 
     Raises:
         ValueError: an argument that is not allowed; when training begins: no budget and no CUDA, a budget in which not
-            even one sample fits, a setting in which nothing can be tried or put back (DeepSpeed, FSDP, DataParallel, a
-            model on several devices, an `IterableDataset` without length, ``auto_find_batch_size``, `enable_memsgd`,
-            ``hyperparameter_search``, loaders that do not heed ``per_device_train_batch_size``).
+            even one sample fits, or a setting in which nothing can be tried or restored (DeepSpeed, FSDP, DataParallel,
+            a model on several devices, an `IterableDataset` without length, ``auto_find_batch_size``, `enable_memsgd`,
+            ``hyperparameter_search``, loaders that ignore ``per_device_train_batch_size``).
     """
 
     def __init__(
@@ -129,12 +129,12 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have a place in the state of a checkpoint that did not know this callback."""
-        # Trainer's next save would fail with a KeyError.
+        """Add this callback's state if the run is resumed from a checkpoint without it."""
+        # Otherwise Trainer's next save would fail with a KeyError.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def state(self) -> dict[str, Any]:
-        """What Trainer saves in ``trainer_state.json``: the options (without the meter), and what was found."""
+        """The state that Trainer saves in ``trainer_state.json``: the options (without the meter), and the result."""
         options = ("budget", "keep_effective", "mode", "steps_per_trial", "init_val", "max_val", "max_trials")
         return {
             "args": {name: getattr(self, name) for name in options},
@@ -174,13 +174,13 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
     # -- the search --------------------------------------------------------------------------------------------------
 
     def search(self, trainer: Trainer) -> None:
-        """Find the size and set it; where that fails, everything is as before."""
+        """Find the size and set it. If this fails, everything is restored."""
         self._check(trainer)
         before = Snapshot(trainer)
         self.trials = []
         try:
             found = self._try_sizes(trainer, before)
-        except BaseException:  # whatever it is: nothing of a trial is left
+        except BaseException:  # after any error, nothing of a trial may be left
             before.restore()
             raise
         self.batch_size, self.gradient_accumulation_steps = found
@@ -195,16 +195,16 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
         meter = self.meter or meter_for(device)
         budget = None if self.budget is None else parse_budget(self.budget, total_memory(device))
         start = self.init_val or present
-        # A batch larger than the data would not be larger.
+        # A size above the number of samples would not give larger batches.
         limit = max(1, min(self.max_val, len(trainer.train_dataset) // args.world_size))
         effective = present * accumulation
-        # Every trial has the accumulation that training would have, so only divisors are worth one.
+        # Every trial has the accumulation that training would have, so only divisors are tried.
         sizes: Any = range(1, limit + 1)
         if self.keep_effective:
             sizes = [n for n in range(1, min(limit, effective) + 1) if effective % n == 0]
             if self.mode == "power":
                 sizes = [n for n in sizes if _is_power_of_two(n, present)]
-        # What the snapshot adds itself is not the training's.
+        # The memory of the snapshot itself is not part of the training.
         ours = before.nbytes if isinstance(meter, (ResidentMeter, AllocatorMeter)) else 0
 
         def fits(index: int) -> bool:
@@ -300,24 +300,24 @@ def reclaim_batch_size(
     max_trials: int = 25,
     meter: Meter | None = None,
 ) -> ReclaimBatchSize:
-    """Search at once, and train with what was found: ``reclaim_batch_size(trainer, 0.9)`` before ``trainer.train()``.
+    """Search at once, and train with the result: ``reclaim_batch_size(trainer, 0.9)`` before ``trainer.train()``.
 
     Args:
-        trainer: gets the callback and the size that was found.
-        budget: this and all others as `ReclaimBatchSize` has them.
-        keep_effective: see there.
-        mode: see there.
-        steps_per_trial: see there.
-        init_val: see there.
-        max_val: see there.
-        max_trials: see there.
-        meter: see there.
+        trainer: the trainer, which gets the callback and the size that was found.
+        budget: see `ReclaimBatchSize`.
+        keep_effective: see `ReclaimBatchSize`.
+        mode: see `ReclaimBatchSize`.
+        steps_per_trial: see `ReclaimBatchSize`.
+        init_val: see `ReclaimBatchSize`.
+        max_val: see `ReclaimBatchSize`.
+        max_trials: see `ReclaimBatchSize`.
+        meter: see `ReclaimBatchSize`.
 
     Returns:
-        The callback, with the table of what was tried.
+        The callback, with the table of the trials.
 
     Raises:
-        ValueError: see `ReclaimBatchSize`; or the trainer has one.
+        ValueError: see `ReclaimBatchSize`; or the trainer already has one.
     """
     if _callback_of(trainer) is not None:
         raise ValueError(
@@ -331,7 +331,7 @@ def reclaim_batch_size(
 
 
 def before_training(trainer: Trainer, resume_from_checkpoint: Any, trial: Any) -> None:
-    """``Trainer.train`` calls this: search, or take what a checkpoint brings."""
+    """Search, or take the size from a checkpoint. ``Trainer.train`` calls this."""
     callback = _callback_of(trainer)
     if callback is None:
         return
@@ -350,7 +350,7 @@ def _resume(callback: ReclaimBatchSize, trainer: Trainer, resume_from_checkpoint
     folder = get_last_checkpoint(trainer.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
     file = None if folder is None else Path(folder) / "trainer_state.json"
     if file is None or not file.is_file():
-        return  # Trainer itself says what is missing
+        return  # Trainer's own error says what is missing
     saved = json.loads(file.read_text()).get("stateful_callbacks", {}).get(type(callback).__name__)
     found = saved["attributes"] if isinstance(saved, dict) else {}
     if not found.get("batch_size"):
@@ -378,11 +378,11 @@ def _callback_of(trainer: Trainer) -> ReclaimBatchSize | None:
 
 
 class _TrialOver(Exception):
-    """Ends a trial: enough steps were taken, or somebody could not."""
+    """Ends a trial: enough steps were taken, or a rank could not take one."""
 
 
 class _Stop(TrainerCallback):
-    """The only callback of a trial. Ranks agree after each step, and nowhere else."""
+    """The only callback of a trial. Ranks agree after each step, and only then."""
 
     is_trial = True
 
@@ -415,7 +415,7 @@ class _Stop(TrainerCallback):
 
 
 def _train(trainer: Trainer, stop: _Stop) -> None:
-    """Train until `stop` has seen enough; ``stop.outcome`` is the same on all ranks."""
+    """Train until `stop` ends the trial; ``stop.outcome`` is the same on all ranks."""
     try:
         _private.only_training(trainer, stop, stop.left + SKIPS)
         _private.stock_train()(trainer)

@@ -1,25 +1,25 @@
-"""What transformers does otherwise once this package is registered.
+"""Changes in transformers once this package is registered.
 
-These things are changed, each once; what does not concern our optimizers behaves as before:
+These names are changed, each once. Other optimizers behave as before.
 
-* ``OptimizerNames`` gets two members per optimizer of the registry, as ``cs_adam`` and ``cs_adam_layerwise``.
+* ``OptimizerNames`` gets two members per optimizer of the registry, such as ``cs_adam`` and ``cs_adam_layerwise``.
 * ``TrainingArguments.__post_init__`` checks the arguments of our optimizers, so that a mistake is reported before a
   model is loaded.
-* ``Trainer.get_optimizer_cls_and_kwargs`` answers for our names. It exists, with this signature, in all versions
-  supported. The dispatch table behind it is private, exists in recent ones only, and is reached after ``optim_args``
-  was split by code that fails on "compression" with "not enough values to unpack".
-* ``Trainer.create_optimizer`` keeps accelerate and DeepSpeed from putting DeepSpeedCPUAdam in the place of an optimizer
-  of ours, however it was asked for, where its state is offloaded.
-* ``Trainer.create_optimizer`` and ``Trainer.create_scheduler`` let an optimizer of ours look at the state that Trainer
-  loads after them: that of AdamW is converted (``warm_start``), or is an error that says how. Its parameters get the
-  names that they have in the model, and the line of its first step goes to transformers' log. The second is for
-  subclasses that override the first.
+* ``Trainer.get_optimizer_cls_and_kwargs`` answers for our names. It has the same signature in all supported versions.
+  The dispatch table behind it is private and exists in recent versions only. Moreover, it is reached only after code
+  that splits ``optim_args`` and fails on "compression" with "not enough values to unpack".
+* ``Trainer.create_optimizer`` prevents accelerate and DeepSpeed from replacing an optimizer of ours with offloaded
+  state by DeepSpeedCPUAdam, whichever setting asks for the offloading.
+* ``Trainer.create_optimizer`` and ``Trainer.create_scheduler`` let an optimizer of ours check the state that Trainer
+  loads after them: that of AdamW is converted (``warm_start``), or is an error that says what to do. Its parameters get
+  the names that they have in the model, and the line of its first step goes to transformers' log. The second method is
+  changed for subclasses that override the first.
 * ``Trainer.log`` adds the figures of a :class:`~sketch_transformers.SketchCallback` to the logs. A callback alone
-  cannot: ``on_log`` reaches TensorBoard and the other reporters before it reaches a user's callback. The norm of
+  cannot do this, because ``on_log`` reaches TensorBoard and the other reporters before a user's callback. The norm of
   gradients that have been consumed in backward would be logged as 0, and is left out.
-* ``Trainer.train`` enables the gradient compression that ``optim_args`` asks for, and remembers the checkpoint that it
-  is told to resume: no callback is told.
-  It also lets a `ReclaimBatchSize` search, for which a callback is told too late.
+* ``Trainer.train`` enables the gradient compression that ``optim_args`` asks for, and stores the checkpoint that it is
+  told to resume, because no callback is told. It also lets a `ReclaimBatchSize` search, because its callback is called
+  too late.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sketch_transformers._private import LAYERWISE, STOCK, TRANSFORMERS, check, 
 def register() -> None:
     """Make every optimizer of the registry a value of ``TrainingArguments.optim``. Calling it again does no harm.
 
-    While transformers is half imported, what exists is changed and the rest left to the next call.
+    While transformers is only partly imported, this changes what exists, and leaves the rest to the next call.
 
     Raises:
         MovedSymbolError: see `sketch_transformers._private.check`.

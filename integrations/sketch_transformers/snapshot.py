@@ -1,4 +1,4 @@
-"""Everything that training changes in a Trainer, to be put back."""
+"""A copy of everything that training changes in a Trainer, to restore it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from transformers import Trainer
 
 from sketch_transformers import _private
 
-#: Containers with more entries are data, in which no generator is looked for.
+#: Containers with more entries are data, in which no generators are searched for.
 LARGE = 10_000
 
 
 class Snapshot:
     """Weights, buffers, attributes of modules, optimizer, scheduler, random numbers, Trainer's and accelerate's state.
 
-    What was there is put back in place: tensors get their numbers again, dictionaries, lists, sets and deques their
-    entries. Tensors are copied to the CPU, for on a device they would take what is being measured; frozen parameters,
-    which no training changes, are not copied.
+    Everything is restored in place: tensors get their old numbers; dictionaries, lists, sets and deques get their old
+    entries. Tensors are copied to the CPU, because copies on a device would take the memory that is measured. Frozen
+    parameters are not copied, because training does not change them.
 
     Attributes:
         nbytes: bytes of the copies.
@@ -43,14 +43,14 @@ class Snapshot:
         own = trainer.optimizer
         while isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
             own = own.optimizer
-        if own is not None:  # with the references to its state and groups: loading a state dict makes others
+        if own is not None:  # with the references to its state and groups, because loading a state dict makes new ones
             self._keep(vars(own))
         if trainer.lr_scheduler is not None:
             self._keep(vars(trainer.lr_scheduler))
         self._shallow = [(vars(found), dict(vars(found))) for found in (trainer, trainer.args, trainer.accelerator)]
         gradients = trainer.accelerator.gradient_state
         self._gradients = (gradients, gradients.sync_gradients, gradients.dataloader_references)
-        # Hooks of an optimizer that is made for a trial stay behind on the parameters; one that was there goes on.
+        # Hooks of an optimizer that is made for a trial stay on the parameters; an existing optimizer keeps its own.
         parameters = list(trainer.model.parameters()) if own is None else []
         self._hooks = [(p, dict(_private.grad_hooks(p))) for p in parameters]
         sources = [trainer.model, trainer.train_dataset, trainer.data_collator, trainer.compute_loss_func]
@@ -63,7 +63,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put it back."""
+        """Restore everything."""
         trainer = self.trainer
         for found, kept in (*self._shallow, *self._dicts):
             found.clear()
@@ -82,10 +82,10 @@ class Snapshot:
         gradients, sync, loaders = self._gradients
         gradients.sync_gradients = sync
         gradients.dataloader_references = loaders
-        if torch.cuda.is_available():  # on a CPU, what a trial leaves is freed when the next measurement starts
+        if torch.cuda.is_available():  # on a CPU, memory of a trial is freed when the next measurement starts
             gc.collect()
             torch.cuda.empty_cache()
-        for put_back in self._random:  # last: freeing may run anybody's code
+        for put_back in self._random:  # last, because freeing objects may run other code
             put_back()
 
     def _keep(self, value: Any) -> None:
@@ -96,9 +96,10 @@ class Snapshot:
             if frozen or value.is_meta:
                 return
             self._seen.add(id(value))
-            place = value  # itself, not a view: its storage may be another one by then (`parameter.data = ...`)
+            place = value  # the tensor itself, not a view: it may have another storage later (`parameter.data = ...`)
             for dim, stride in enumerate(value.stride() if value.layout == torch.strided else ()):
-                if stride == 0 and value.shape[dim] > 1:  # expanded: torch writes to no element that is there twice
+                # Expanded: torch refuses to write to an element that appears several times.
+                if stride == 0 and value.shape[dim] > 1:
                     place = place.detach().narrow(dim, 0, 1)
             saved = place.detach().to("cpu", copy=True)
             self._tensors.append((place, saved))
@@ -119,7 +120,7 @@ class Snapshot:
 
 
 def generators(roots: list[Any]) -> Iterator[Any]:
-    """Generators of random numbers (torch's, numpy's, Python's) that objects hold, in attributes or closures."""
+    """Generators of random numbers (torch's, numpy's, Python's) that objects refer to, in attributes or closures."""
     seen: set[int] = set()
     stack = list(roots)
     while stack:
@@ -147,7 +148,7 @@ def generators(roots: list[Any]) -> Iterator[Any]:
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # empty
+    except ValueError:  # an empty closure cell
         return None
 
 

@@ -18,9 +18,9 @@ EXACT: dict[str, Any] = {"preset": "exact"}
 def select_parameters(model: torch.nn.Module, target_modules: str | list[str]) -> set[torch.Tensor]:
     """The parameters of the modules that ``target_modules`` match, and of everything inside those modules.
 
-    Matching is transformers' own: a string is a regular expression for a module's whole name, or "all-linear"; an entry
-    of a list is a part of the name or a regular expression for all of it. "all-linear" here includes ``Conv1D``, the
-    linear layer of GPT-2. A parameter that several modules share (tied embeddings) is selected if one of them is.
+    The rules are those of transformers: a string is a regular expression for a module's whole name, or "all-linear"; an
+    entry of a list is a part of the name or a regular expression for all of it. Here "all-linear" includes ``Conv1D``,
+    GPT-2's linear layer. A parameter that several modules share (tied embeddings) is selected if one of them is.
 
     Raises:
         ValueError: the string or an entry of the list is no regular expression, or matches nothing that is trained.
@@ -50,9 +50,9 @@ def select_parameters(model: torch.nn.Module, target_modules: str | list[str]) -
 def only_on(cls: type[torch.optim.Optimizer], selected: set[torch.Tensor]) -> type[torch.optim.Optimizer]:
     """A stand-in for ``cls`` that makes an instance of ``cls`` which compresses only the ``selected`` parameters.
 
-    Every group it is given becomes two, with the group's own options (weight decay, learning rate). So the groups are
-    those that Trainer makes, or a subclass of it, or a user who calls the class: returning ``{"params": groups}`` in
-    their place, as GaLore does, loses them all.
+    Every group becomes two, with the group's own options (weight decay, learning rate). The groups may come from
+    Trainer, from a subclass of it, or from a user who calls the class. GaLore returns ``{"params": groups}`` instead,
+    which loses these groups.
     """
 
     def new(_: type, params: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -61,7 +61,7 @@ def only_on(cls: type[torch.optim.Optimizer], selected: set[torch.Tensor]) -> ty
         made = cls([part for group in groups for part in _split(group, selected)], *args, **kwargs)
 
         def add_param_group(self: Any, param_group: Any) -> None:
-            """A group that comes later is split like the first ones."""
+            """A group that is added later is split like the first ones."""
             whole = isinstance(param_group, dict) and "params" in param_group
             for part in _split(param_group, selected) if whole else [param_group]:
                 type(self).add_param_group(self, part)
@@ -69,12 +69,12 @@ def only_on(cls: type[torch.optim.Optimizer], selected: set[torch.Tensor]) -> ty
         made.add_param_group = types.MethodType(add_param_group, made)  # type: ignore[method-assign]
         return made
 
-    # `__init__` is not run again on what `__new__` returns, since that is no instance of the stand-in.
+    # Python does not run `__init__` again on the result of `__new__`, because it is no instance of the stand-in.
     return type(cls.__name__, (cls,), {"__new__": new, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def _split(group: dict[str, Any], selected: set[torch.Tensor]) -> Iterator[dict[str, Any]]:
-    """The compressed and the exact part of a group, as far as there are such."""
+    """The compressed and the exact part of a group, if they are not empty."""
     members = group["params"]
     members = [members] if isinstance(members, torch.Tensor) else list(members)
     compressed = [member for member in members if _tensor(member) in selected]
@@ -86,7 +86,7 @@ def _split(group: dict[str, Any], selected: set[torch.Tensor]) -> Iterator[dict[
 
 
 def _tensor(member: Any) -> torch.Tensor:
-    return member[1] if isinstance(member, tuple) else member  # torch takes named_parameters() too
+    return member[1] if isinstance(member, tuple) else member  # torch also accepts named_parameters()
 
 
 def _matching(model: torch.nn.Module, entry: str | list[str]) -> list[torch.nn.Module]:

@@ -1,4 +1,4 @@
-"""A checkpoint of Trainer that AdamW wrote: its moments become ours where that was asked for, or it is an error."""
+"""A checkpoint of Trainer that AdamW wrote: its moments are converted with ``warm_start``; otherwise it is an error."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def follow(optimizer: SketchOptimizer, args: TrainingArguments) -> None:
-    """Look at every state dict that Trainer loads into the optimizer. Calling it again does no harm.
+    """Check every state dict that Trainer loads into the optimizer. Calling it again does no harm.
 
-    With ``warm_start`` the state of one of torch's optimizers is converted, otherwise loading it is an error.
+    With ``warm_start`` the state of one of torch's optimizers is converted. Otherwise loading it is an error.
     """
     if getattr(optimizer, "_sketch_looks_at_state", False):
         return
@@ -50,10 +50,10 @@ def follow(optimizer: SketchOptimizer, args: TrainingArguments) -> None:
 
 
 def check(args: TrainingArguments, deepspeed: bool, fsdp: bool) -> None:
-    """Check where a warm start is possible.
+    """Check whether a warm start is possible.
 
     Raises:
-        ValueError: it was asked for under DeepSpeed or FSDP, or with ``optim_target_modules``.
+        ValueError: ``warm_start`` under DeepSpeed or FSDP, or with ``optim_target_modules``.
     """
     if not optimizer_options(args)[2]:
         return
