@@ -1,4 +1,4 @@
-"""A process group that counts the bytes handed to it, and hands them on."""
+"""A process group that counts the bytes given to it, and passes them on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class CountingGroup(dist.ProcessGroup):
-    """Stands where the default group stands, for DistributedDataParallel and its hook; ``sent`` is in bytes."""
+    """Replaces the default group for DistributedDataParallel and its hook; ``sent`` is in bytes."""
 
     def __init__(self) -> None:
         inner = dist.group.WORLD

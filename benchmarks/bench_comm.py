@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Time to compress and decompress the gradient of a model, beside an all-reduce of it, and a copy.
+"""Time to compress and decompress the gradient of a model, compared with an all-reduce of it, and with a copy.
 
     python benchmarks/bench_comm.py                          # BERT-base, two gloo processes on this machine
     python benchmarks/bench_comm.py --shapes tiny --densities 0.01,0.001
     python benchmarks/bench_comm.py --device cuda --processes 1         # no all-reduce: ratios to the copy
 
-`compress` is `Compressor.take` of every matrix: add to the memory, pick, clear. `decompress` puts the payloads of
-`--ranks` ranks into one gradient, each of them as long as this rank's. In each turn everything is timed once, so that
-ratios hold on a machine whose speed drifts: `x_allreduce` is the median of (compress + decompress) / (all-reduce of the
-whole gradient, in messages of 25 MB), `x_copy` of the same over a copy of it. `exchange_ms` is the collectives with the
-compressed payloads; count_sketch's tables, which ranks add up for each parameter before they pick, are among them.
+`compress` is `Compressor.take` of every matrix: add to the memory, pick, clear. `decompress` adds the payloads of
+`--ranks` ranks to one gradient, each of them as long as this rank's. Each turn times everything once, so that ratios
+hold on a machine whose speed drifts: `x_allreduce` is the median of (compress + decompress) / (all-reduce of the whole
+gradient, in messages of 25 MB), and `x_copy` is the same relative to a copy of it. `exchange_ms` is the time of the
+collectives with the compressed payloads; it includes count_sketch's tables, which ranks sum for each parameter before
+they pick.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def main() -> None:
     if args.processes > 1:
         context = mp.spawn(work, (args, port, out), args.processes, join=False)
         while len(rows) < len(args.compressors.split(",")) * len(args.densities.split(",")):
-            # A rank that has died raises here; a pipe that nobody reads would hold the others up.
+            # If a rank has died, this raises an error. The pipe is emptied, because the others would wait on a full
+            # one.
             while out.empty():
                 context.join(timeout=0.2)
             rows.append(out.get())

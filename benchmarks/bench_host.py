@@ -1,16 +1,16 @@
-"""Host time of one optimizer step: what Python and the dispatcher take while a GPU would wait.
+"""Host time of one optimizer step: the time of Python and the dispatcher, in which a GPU would wait.
 
     python benchmarks/bench_host.py [--models bert-base,llama-1b,many] [--optimizers cs_adam,sm3]
         [--layouts plain,fsdp2,zero2] [--csv FILE]
 
-Every kernel launch is replaced by one that does nothing; everything else runs as it would on a GPU: the gradients are
-looked at, options and state are compared, tables and numbers are uploaded. The tensors have the shapes of the model
-at a small part of its width, as host time depends on their number and kind alone. Gradients have new addresses in each
-step, as a training loop's have. In the same run and in turn with each optimizer ``torch.optim.AdamW(fused=True)`` takes
-steps over as many tensors of one element. Figures are medians of the process' CPU time.
+Every kernel launch is replaced by one that does nothing. Everything else runs as on a GPU: gradients are checked,
+options and state are compared, tables and numbers are uploaded. The tensors have the shapes of the model at a small
+fraction of its width, because host time depends on their number and kind alone. Gradients have new addresses in each
+step, as in a training loop. In the same run, alternating with each optimizer, ``torch.optim.AdamW(fused=True)`` takes
+steps over as many tensors of one element. Figures are medians of the process's CPU time.
 
-Layouts: ``plain`` parameters; ``fsdp2``, DTensors as `fully_shard` makes them, of one rank; ``zero2``, a real DeepSpeed
-engine of one process, stage 2, whose call of our optimizer's step is what is timed (not DeepSpeed's own work).
+Layouts: ``plain`` parameters; ``fsdp2``, DTensors as `fully_shard` makes them, on one rank; ``zero2``, a real DeepSpeed
+engine of one process, stage 2. Only its call of our optimizer's step is timed, not DeepSpeed's own work.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ FIELDS = (
 
 
 class Free:
-    """Stands in the place of a kernel: a launch costs a call, and nothing is computed."""
+    """Replaces a kernel: a launch costs a call, and nothing is computed."""
 
     count = 0
 
@@ -70,7 +70,7 @@ class Free:
 
 @contextlib.contextmanager
 def free_kernels() -> Iterator[None]:
-    """Within the block no kernel of the package computes anything."""
+    """Within the block, no kernel of the package computes anything."""
     saved = []
     for module in (launch.step, launch.fold, launch.norms):
         for name, value in list(vars(module).items()):
@@ -86,7 +86,7 @@ def free_kernels() -> Iterator[None]:
 
 
 def model(name: str, divisor: int) -> list[tuple[int, ...]]:
-    """The shapes of a model's tensors, each dimension a part of what it is; ``many``: 1,000 tensors."""
+    """The shapes of a model's tensors, with each dimension divided by ``divisor``; ``many``: 1,000 tensors."""
     if name == "many":
         return [(256, 64), (64,), (64, 64, 3, 3), (64,)] * 250
     return [tuple(max(2, n // divisor) for n in shape) for shape in shapes(name)]
@@ -95,19 +95,19 @@ def model(name: str, divisor: int) -> list[tuple[int, ...]]:
 def new_gradients(params: list[torch.nn.Parameter]) -> None:
     old = [p.grad for p in params]  # kept alive until the new ones have their addresses
     for p in params:
-        p.grad = torch.empty_like(p)  # not written: a GPU's gradients pass none of the host's caches
+        p.grad = torch.empty_like(p)  # not written, because a GPU's gradients do not pass through the host's caches
     del old
 
 
 def one_rank() -> None:
-    """A process group of this process alone."""
+    """Start a process group with this process alone."""
     if not torch.distributed.is_initialized():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29555", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
 def fsdp2(optimizer: str, sizes: list[tuple[int, ...]], device: torch.device) -> tuple[Any, Callable[[], None]]:
-    """The optimizer of DTensors, and what gives them gradients: with their parameter's layout, as FSDP2's have."""
+    """An optimizer of DTensors, and a function that gives them gradients with their parameter's layout, as in FSDP2."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -126,7 +126,7 @@ def fsdp2(optimizer: str, sizes: list[tuple[int, ...]], device: torch.device) ->
 
 
 class Many(torch.nn.Module):
-    """Parameters, and a loss that gives each a gradient."""
+    """A module of parameters, and a loss that gives each a gradient."""
 
     def __init__(self, sizes: list[tuple[int, ...]]) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Many(torch.nn.Module):
 
 
 def zero2(optimizer: str, sizes: list[tuple[int, ...]], device: torch.device) -> tuple[Any, Callable[[], None]]:
-    """Our optimizer within a DeepSpeed engine: an object whose ``step`` is the one that the engine would call."""
+    """Our optimizer within a DeepSpeed engine: an object whose ``step`` is the step that the engine would call."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
@@ -155,13 +155,13 @@ def zero2(optimizer: str, sizes: list[tuple[int, ...]], device: torch.device) ->
     step, held = ours.step, SimpleNamespace(step=lambda: None)
 
     def give() -> None:
-        """Forward, backward, and all of the engine's step up to ours, which is left to be timed."""
+        """Run forward, backward, and all of the engine's step before ours, which is timed later."""
         ours.step = lambda closure=None: None
         engine.backward(engine())
         taken: list[Any] = []
 
         def later(closure: Any = None) -> None:
-            # The gradients are there now, and DeepSpeed takes them away when this returns.
+            # The gradients exist now; DeepSpeed removes them when this returns.
             taken.extend((group["params"][0], group["params"][0].grad) for group in ours.param_groups)
 
         ours.step = later
@@ -177,7 +177,7 @@ def zero2(optimizer: str, sizes: list[tuple[int, ...]], device: torch.device) ->
 def host_times(
     takes: dict[str, Callable[[], None]], before: dict[str, Callable[[], None]], steps: int
 ) -> dict[str, float]:
-    """Median CPU milliseconds of each, taken in turn."""
+    """Median CPU milliseconds of each function, called in turn."""
     times: dict[str, list[float]] = {name: [] for name in takes}
     for step in range(steps + 5):
         for name, take in takes.items():

@@ -5,11 +5,11 @@
     python benchmarks/bench_sketchy.py --shapes 1024x1024 --ranks 64,256 --solvers svd,power
     python benchmarks/bench_sketchy.py --device cuda --count 12        # 12 tensors of equal shape in one batched call
 
-`gathered` is a solve of what `gather` left in the buffer, k columns; `sampled` a solve of a gradient itself, as many
-columns as its other axis is long. Each is of one axis. The solvers take turns, so that `x svd`, the median ratio to the
-reference's time in the same turn, holds on a machine whose speed drifts; every solve starts from the same sketch.
-`distance` is that of V diag(values) V^T from svd's, relative, in the spectral norm. `gather` and `precondition` are of
-the tensor, all axes.
+`gathered` is a solve of the statistics that `gather` left in the buffer, k columns; `sampled` is a solve of a gradient
+itself, with as many columns as its other axis is long. Each is for one axis. The solvers take turns, so that `x svd`,
+the median ratio to the reference's time in the same turn, holds on a machine whose speed drifts. Every solve starts
+from the same sketch. `distance` is the relative distance of V diag(values) V^T from svd's, in the spectral norm.
+`gather` and `precondition` are for the tensor with all its axes.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def measure(shape: tuple[int, ...], rank: int, args: argparse.Namespace) -> Iter
     preconditioner = Kronecker(shape, tuple((0, n) for n in shape), (rank,) * len(shape))
     states = [preconditioner.allocate(device, torch.float32) for _ in range(args.count)]
     streams = [stream(shape, seed, device) for seed in range(args.count)]
-    for _ in range(5):  # until V is what the stream has it
+    for _ in range(5):  # until V describes the stream
         for state, x in zip(states, streams, strict=True):
             for _ in range(3):
                 preconditioner.gather(state, next(x), DECAY)
@@ -111,7 +111,7 @@ def measure(shape: tuple[int, ...], rank: int, args: argparse.Namespace) -> Iter
     columns = [preconditioner.columns(g) for g in gradients]
     label = {"shape": "x".join(map(str, shape)), "rank": rank}
 
-    # Equal axes are one case.
+    # Axes of equal length are measured once.
     for side in {side.size: side for side in preconditioner.sides}.values():
         width = gradients[0].numel() // side.size
         for part, n in (("gathered", rank), ("sampled", width)):
@@ -138,7 +138,7 @@ def measure(shape: tuple[int, ...], rank: int, args: argparse.Namespace) -> Iter
 
 
 def compare(due: list[tuple[Side, dict[str, Tensor], Tensor | None]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All solvers on the same sketches."""
+    """Run all solvers on the same sketches."""
     kept = [{name: t.clone() for name, t in state.items()} for _, state, _ in due]
 
     def restore() -> None:
@@ -150,7 +150,7 @@ def compare(due: list[tuple[Side, dict[str, Tensor], Tensor | None]], args: argp
         return lambda: solve(due, DECAY, args.tail, solver)
 
     results = {}
-    for solver in args.solvers:  # the first calls, which are not timed
+    for solver in args.solvers:  # the first calls are not timed
         restore()
         run(solver)()
         side, state, _ = due[0]
@@ -186,14 +186,14 @@ def turns(
 
 
 def distance(one: Any, other: Any) -> float:
-    """Of V diag(values) V^T, by what both span: (d, d) is never formed."""
+    """Distance of two V diag(values) V^T, within the space that both span: no (d, d) matrix is formed."""
     q = torch.linalg.qr(torch.cat([one.vectors, other.vectors], -1)).Q
     a, b = (((q.mT @ c.vectors) * c.values) @ (q.mT @ c.vectors).mT for c in (one, other))
     return (torch.linalg.matrix_norm(a - b, 2) / torch.linalg.matrix_norm(b, 2)).item()
 
 
 def stream(shape: tuple[int, ...], seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Gradients with a spectrum that falls as 1 / sqrt(i), whose directions turn slowly."""
+    """Gradients with a spectrum that falls as 1 / sqrt(i), and with slowly turning directions."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
     r = min(shape)
@@ -230,7 +230,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over svd's of every case, a panel for each kind of solve."""
+    """Plot times relative to svd's for every case, with a panel for each kind of solve."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Time of `optimizer.step()` beside fused AdamW and a copy of the parameters, in one run.
+"""Time of `optimizer.step()`, compared with fused AdamW and with a copy of the parameters, in one run.
 
 Each optimizer runs in a process of its own. Every timed step is paired with a step of `AdamW(fused=True)` and with a
 copy of as many numbers, so that the ratios hold on a machine whose speed drifts; medians are reported. `temporary` is
-the peak of memory during a step above what parameters, gradients and state take.
+the peak of memory during a step minus the memory of parameters, gradients and state.
 
     python benchmarks/bench_step.py                        # every optimizer and preset, BERT-base shapes
     python benchmarks/bench_step.py --optimizers cs_adam,cs_adam:preset=lean --threads 1
     python benchmarks/bench_step.py --shapes bert-base,llama-1b --dtype bfloat16 --device cuda
 
 Peers (`torch:`, `hf:`, `bnb:`, `ao:`) whose package cannot be imported are left out and named. `x limit` is the time
-over that of the least traffic, 12 bytes a float32 parameter (6 in bfloat16: read p and g, write p) and the state read
-and written once, at the bandwidth of the copy in the same run.
+relative to that of the least traffic at the bandwidth of the copy in the same run. The least traffic is 12 bytes a
+float32 parameter (6 in bfloat16: read p and g, write p), and the state read and written once.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def compare(shapes: str, args: argparse.Namespace) -> None:
-    # Here, as `gpu.py` measures where there may be nothing but torch and Triton.
+    # Imported here, because `gpu.py` may run this with torch and Triton alone.
     from rich.console import Console
     from rich.progress import Progress
 
@@ -139,7 +139,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
 
     runs: list[Callable[[], object]] = [optimizer.step, reference.step, copy]
     start = time.perf_counter()
-    optimizer.step()  # allocates the state, and compiles
+    optimizer.step()  # allocates the state and compiles
     if device.type == "cuda":
         torch.cuda.synchronize()
     first = time.perf_counter() - start
@@ -150,7 +150,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     times = [[timed(run, device) for run in runs] for _ in range(args.steps)]
     report = state_report(optimizer)
     size = dtype.itemsize
-    least = (3 * size + 2 * report.bytes_per_param) / (2 * size)  # times the traffic of the copy
+    least = (3 * size + 2 * report.bytes_per_param) / (2 * size)  # relative to the traffic of the copy
     return {
         "optimizer": name,
         "shapes": args.shapes,
@@ -190,7 +190,7 @@ def build(name: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 def shapes(name: str) -> Iterator[tuple[int, ...]]:
     layers, d, inner, vocabulary, positions = SHAPES[name]
     yield vocabulary, d
-    if name.startswith("llama"):  # grouped queries: a quarter of the width for keys and for values; tied embeddings
+    if name.startswith("llama"):  # grouped queries: keys and values have a quarter of the width; embeddings are tied
         for _ in range(layers):
             yield from ((d, d), (d // 4, d), (d // 4, d), (d, d), (inner, d), (inner, d), (d, inner), (d,), (d,))
         yield (d,)
@@ -224,14 +224,14 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def temporary_memory(run: Callable[[], object], device: torch.device) -> float | str:
-    """Megabytes that one call takes on top of what is allocated before it; "" where it cannot be measured."""
+    """Megabytes that one call takes beyond the memory allocated before it; "" if this cannot be measured."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 2)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present resident memory
     except OSError:
         return ""
     before = resident("VmRSS")
@@ -277,7 +277,7 @@ def table(rows: list[dict[str, object]]) -> Table:
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
-    """Time over fused AdamW's against bytes of state."""
+    """Plot times relative to fused AdamW against bytes of state."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Time of whole training steps (forward, backward, optimizer) beside AdamW(fused), on a stack of BERT-base's layers.
+"""Time of whole training steps (forward, backward, optimizer), compared with AdamW(fused), on BERT-base's layers.
 
-The two train copies of one model on the same data, step by step in turn, so that the ratio holds on a machine whose
-speed drifts. What an optimizer does every n-th step only (Sketchy's solves) counts: means over whole periods.
+Both optimizers train copies of one model on the same data, with alternating steps, so that the ratio holds on a machine
+whose speed drifts. Work in every n-th step only (Sketchy's solves) counts, because means are over whole periods.
 
     python benchmarks/bench_training.py                       # Sketchy, 16 x 128 tokens, 2 layers
     python benchmarks/bench_training.py --layers 12 --device cuda --optimizers sketchy,sketchy:solver=power
@@ -52,7 +52,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one, args, lambda: None)))
         return
-    # Here, as `gpu.py` measures where there may be nothing but torch and Triton.
+    # Imported here, because `gpu.py` may run this with torch and Triton alone.
     from rich.console import Console
     from rich.progress import Progress
 
@@ -98,7 +98,8 @@ def measure(name: str, args: argparse.Namespace, tick) -> dict[str, object]:
         times += [tuple(row)] if i >= args.warmup else []
         tick()
     passes, step, adamw_passes, adamw_step = (statistics.fmean(t[i] for t in times) for i in range(4))
-    # Forward and backward are the same work for both: their mean stands for both, or its noise would be the result.
+    # Forward and backward are the same work for both, so both get their mean. Otherwise its noise would decide the
+    # result.
     passes = adamw_passes = (passes + adamw_passes) / 2
     return {
         "optimizer": name,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A model of the time of a training step, by bandwidth and number of workers: from where on does compression pay?
+"""A model of the time of a training step, by bandwidth and number of workers: when does compression pay?
 
     python benchmarks/comm_simulation.py
     python benchmarks/comm_simulation.py --shapes llama-1b --forward 0.4 --backward 0.8 --throughput 1000
@@ -13,13 +13,14 @@ gradient of S bytes in b buckets, and algorithms that use all of the bandwidth i
     step of a dense run        forward + max(backward, all-reduce of S in b messages)
     step of a compressed one   forward + max(backward + compress + tables, host, exchange in b messages) + decompress
 
-that is, communication hides behind the backward pass as well as it can, and compression does not: it uses the same
-device. Each compressor has its own costs, counted from the code as it runs on a GPU (float32, memories in float32):
+That means that communication hides behind the backward pass as far as it can. Compression does not, because it uses the
+same device. Each compressor has its own costs, counted from the code as it runs on a GPU (float32, memories in
+float32):
 
-    compress      bytes a parameter / throughput + launches * 5 us + bytes an entry that is sent / throughput
+    compress      bytes a parameter / throughput + launches * 5 us + bytes of sent entries / throughput
 
-* Bytes a parameter. All but the kernel of block_topk: memory += gradient 12 (two reads, a write). Magnitudes 8, and a
-  radix selection, four passes of 4 to find the k-th and two to collect: 32 together.
+* Bytes a parameter. For all but the kernel of block_topk: memory += gradient 12 (two reads, a write). For top-k also
+  magnitudes 8, and a radix selection (four passes of 4 to find the k-th, two to collect): 32 together.
       block_topk    12    one kernel: read gradient and memory, write memory
       topk          44    12 + 32
       randk         12
@@ -28,19 +29,21 @@ device. Each compressor has its own costs, counted from the code as it runs on a
                     448   where a table has fewer than 8192 cells and rotations are by int64 indices: 12; for each table
                           indices 24, padding 8, gather 16, sign 8, sum 4: 180; for each table indices 24, gather 16,
                           sign 8, then 24 + 48 + 8: 224; 32
-* Bytes an entry: gathered from the memory and cleared there in sectors of 32 bytes (116), copied, clamped, and what the
-  dtype cannot say put back (126); block_topk's kernel has done the first. topk sorts its positions: 104 more.
-* Launches for each tensor: 15 of the hook; block_topk 5 more, topk 20, randk 6, count_sketch 5 and for each run of its
-  vector (1 / (width * density) of them) 18; 60 for each 2**20 entries where they are rotated by indices.
-* host: randk draws its positions on the CPU, 65 ns each (measured, one core of a Xeon); it works ahead of the device.
+* Bytes an entry: entries are gathered from the memory and cleared there in sectors of 32 bytes (116), copied, clamped,
+  and the part that the dtype cannot hold is put back (126); block_topk's kernel has done the first. topk sorts its
+  positions: 104 more.
+* Launches for each tensor: 15 for the hook; block_topk 5 more, topk 20, randk 6; count_sketch 5, and 18 for each run of
+  its vector (1 / (width * density) runs), or 60 for each 2**20 entries if they are rotated by indices.
+* host: randk draws its positions on the CPU, 65 ns each (measured on one core of a Xeon); it works ahead of the device.
 * tables: count_sketch's all-reduce of each tensor's tables, which the hook waits for before it picks.
-* decompress writes 4 bytes a parameter. Of gathered entries every worker's are added: message 8, positions and shares
-  48, and `index_put_` with duplicates, indices 48, three passes of a radix sort 104, sectors 64: 272 bytes each. Of
-  shared ones 80, once.
+* decompress writes 4 bytes a parameter. Gathered entries of every worker are added: message 8, positions and shares
+  48, and `index_put_` with duplicates (indices 48, three passes of a radix sort 104, sectors 64), 272 bytes each.
+  Shared entries take 80 bytes, once.
 
-What is sent is what `Compressor.wire_bytes` says of each tensor (count_sketch: with its tables), small ones whole. The
-defaults are BERT-base on one GPU of each worker; 0.03 s forward and 0.06 s backward are assumed, and 500 GB/s, which
-is below what one pass reaches on such a GPU. A density says nothing about how many more steps a run needs.
+The bytes that are sent are those of `Compressor.wire_bytes` for each tensor (count_sketch: with its tables); small
+tensors are sent whole. The defaults are BERT-base on one GPU for each worker. Assumptions are 0.03 s forward, 0.06 s
+backward, and 500 GB/s, which is below what one pass reaches on such a GPU. A density says nothing about how many more
+steps a run needs.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ WORKERS = tuple(2**i for i in range(1, 11))
 GBIT = (0.1, 0.3, 1.0, 3.0, 10.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 METHODS = ("block_topk", "topk", "randk", "count_sketch")
 SMALLEST = 1024
-# See the docstring.
+# Bytes a parameter, as the docstring explains.
 PER_PARAMETER = {"block_topk": 12.0, "topk": 44.0, "randk": 12.0}
 STREAMED, INDEXED = 208.0, 448.0
 PER_ENTRY = {"block_topk": 126.0, "topk": 346.0, "randk": 242.0, "count_sketch": 242.0}
@@ -78,7 +81,7 @@ ADDED, PLACED = 272.0, 80.0
 
 
 class Setting(NamedTuple):
-    """What does not depend on method, bandwidth and workers: entries of each tensor, seconds, bytes a second."""
+    """Independent of method, bandwidth and number of workers: entries of each tensor, seconds, bytes a second."""
 
     sizes: tuple[int, ...]
     forward: float
@@ -94,7 +97,7 @@ class Setting(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Of one compressor at one density, in one step: bytes of its messages, seconds of what does not travel."""
+    """Work of one compressor at one density, in one step: bytes of its messages, seconds of its own computation."""
 
     gathered: bool
     message: float
@@ -144,7 +147,7 @@ def load(method: str, density: float, s: Setting) -> Load:
 
 
 def compressed(work: Load, n: int, bandwidth: float, s: Setting) -> dict[str, float]:
-    """Seconds, by what they are spent on."""
+    """Seconds of each part of a step."""
     exchange = (allgather if work.gathered else allreduce)(work.message, n, bandwidth, s.buckets, s)
     tables = allreduce(work.tables, n, bandwidth, work.tensors, s) if work.tables else 0.0
     placed = ADDED * n if work.gathered else PLACED
@@ -157,7 +160,7 @@ def compressed(work: Load, n: int, bandwidth: float, s: Setting) -> dict[str, fl
 
 
 def highest_bandwidth(work: Load, n: int, s: Setting) -> float:
-    """Gbit/s up to which the compressed step is the faster one; 0 if it never is."""
+    """Gbit/s up to which the compressed step is faster; 0 if it never is."""
     low, high = 1e-3, 1e4
     if not faster(work, n, low, s):
         return 0.0
@@ -226,7 +229,7 @@ def main() -> None:
 
 
 def plot(rows: list[dict], loads: dict[tuple[str, float], Load], s: Setting, path: Path) -> None:
-    """Speed-ups by workers, and the bandwidth up to which there is one."""
+    """Plot speed-ups by number of workers, and the bandwidth up to which there is one."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
 """A small convolution net on scikit-learn's digits: each optimizer at its own best learning rate.
 
-Three convolutions of 3 x 3 and a linear head, 25,866 parameters, on 1,797 images of 8 x 8: 1,000 to train, 300 to
-choose the learning rate by, 497 to test. Rates are swept by factors of 2 from each contender's centre until the best
-one, by the mean validation loss of the seeds, has worse neighbours; linear warm-up over 5 % of the steps, then a cosine
-to 0; no weight decay. Nothing is downloaded.
+Three convolutions of 3 x 3 and a linear head, 25,866 parameters, on 1,797 images of 8 x 8: 1,000 for training, 300 for
+the choice of the learning rate, 497 for the test. Learning rates are swept by factors of 2 from each contender's centre
+until the best one, by the mean validation loss of the seeds, has worse neighbours. There is a linear warm-up over 5 %
+of the steps, then a cosine to 0, and no weight decay. Nothing is downloaded.
 
     python benchmarks/digits_cnn.py                         # every contender, 3 seeds, 20 epochs
     python benchmarks/digits_cnn.py --contenders adamw,sketchy:rank=8:0.05 --epochs 10 --out some.csv
 
 A contender that is not in the list is ``name[:option=value[;option=value...]]:centre`` with a name of the registry.
 
-`steps to AdamW` is the first step (of those where it is looked at, 8 apart) at which the loss of the training set is at
-or below that of AdamW at its end, AdamW at its best rate and of the same seed; `steps to 0.01` the same for a loss of
-0.01. "-" where a seed does not get there.
+`steps to AdamW` is the first evaluated step (they are 8 apart) at which the loss of the training set is at or below
+AdamW's final loss, at AdamW's best rate and with the same seed. `steps to 0.01` is the same for a loss of 0.01. "-"
+means that a seed does not reach it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch.nn import functional
 from sketch_plugins import registry, state_report
 
 RESULTS = Path(__file__).parent / "results"
-# Contender -> the learning rate its sweep starts at.
+# Contender -> the learning rate at which its sweep starts.
 CENTRES = {
     "adamw": 4e-3,
     "sgd": 0.1,
@@ -65,7 +65,7 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training."""
+    """One training run."""
 
     row: dict[str, Any]
     curve: list[tuple[int, float]]  # (step, loss of the training set)
@@ -120,7 +120,7 @@ def digits() -> Data:
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     y = torch.tensor(labels)
-    # The data come writer by writer: mixed, the same way for every seed.
+    # The data are sorted by writer, so they are shuffled, in the same way for every seed.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return Data(*((x[part], y[part]) for part in order.split([1000, 300, 497])))
 
@@ -192,7 +192,7 @@ def evaluate(model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[float, floa
 
 
 def sweep(trained: Callable[[float], list[Run]], centre: float) -> dict[float, list[Run]]:
-    """Rates by factors of 2 until the best one has a worse neighbour on both sides."""
+    """Sweep rates by factors of 2 until the best one has a worse neighbour on both sides."""
     found = {centre * factor: trained(centre * factor) for factor in (0.5, 1.0, 2.0)}
     while len(found) < 12:
         best = chosen(found)
@@ -207,7 +207,7 @@ def sweep(trained: Callable[[float], list[Run]], centre: float) -> dict[float, l
 
 
 def chosen(found: dict[float, list[Run]]) -> float:
-    """The rate with the least mean validation loss; one whose loss is not finite loses."""
+    """The rate with the least mean validation loss; rates with losses that are not finite are not chosen."""
 
     def loss(lr: float) -> float:
         mean = statistics.fmean(run.row["valid_loss"] for run in found[lr])
@@ -232,7 +232,7 @@ def finish(found: dict[str, dict[float, list[Run]]], where: str, threads: int) -
 
 
 def first(curve: list[tuple[int, float]], goal: float) -> int | str:
-    """The step that is at the goal."""
+    """The first step that reaches the goal."""
     return next((step for step, loss in curve if loss <= goal), "-")
 
 
@@ -278,7 +278,7 @@ def spread(runs: list[dict[str, Any]], key: str, unit: float, digits: int) -> st
 
 
 def plot(found: dict[str, dict[float, list[Run]]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Training loss by step at the best rate, and validation loss by rate."""
+    """Plot training loss by step at the best rate, and validation loss by rate."""
     import matplotlib
 
     matplotlib.use("Agg")

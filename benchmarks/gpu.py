@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""All that a GPU is to be asked, in ten minutes: `make gpu`.
+"""All measurements and checks on a GPU, in ten minutes: `make gpu`.
 
-Nothing has to be installed but torch and Triton; what is missing is left out and named. In this order:
+Only torch and Triton have to be installed; missing packages are named, and their parts are left out. In this order:
 
-    kernels    every kernel beside its eager definition, as `sketch-plugins check` compares them
-    tests      tests/kernels with the marker gpu, where there is pytest
-    steps      a step of each optimizer beside torch.optim.AdamW(fused=True)
-    training   a whole training step of twelve layers of BERT-base beside AdamW's
+    kernels    every kernel against its eager definition, as `sketch-plugins check` compares them
+    tests      tests/kernels with the marker gpu, if pytest is installed
+    steps      a step of each optimizer against torch.optim.AdamW(fused=True)
+    training   a whole training step of twelve layers of BERT-base against AdamW's
 
-Each part has a share of the time, and leaves what it does not take to the next. Rows are written as they come:
-kernels.csv, tests.txt, steps.csv and training.csv, and gpu.md after each part, in benchmarks/results/gpu.
+Each part has a share of the time, and leaves the unused part of it to the next one. Rows are written as soon as they
+are measured, to kernels.csv, tests.txt, steps.csv and training.csv, and gpu.md after each part, in
+benchmarks/results/gpu.
 
     python benchmarks/gpu.py [--minutes 10] [--out DIR] [--device cuda]
-    python benchmarks/gpu.py --device cpu --quick       # a look at the script itself
+    python benchmarks/gpu.py --device cpu --quick       # to try the script itself
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ TRAINING = ["cs_adam:preset=lean", "cs_adam", "sm3", "sketchy", "sketchy:solver=
 
 @dataclass
 class Run:
-    """What is asked, and what was found.
+    """The settings and the findings.
 
     Attributes:
         device: cuda or cpu.
-        quick: a few rows of each part.
+        quick: take only a few rows of each part.
         out: folder of the results.
-        found: lines of gpu.md, part by part.
-        wrong: what is at fault.
+        found: lines of gpu.md, for each part.
+        wrong: what failed.
     """
 
     device: str
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"== {part}, {end - began:.0f} s at most", flush=True)
         try:
             take(run, end)
-        except Exception as error:  # the next part may well work
+        except Exception as error:  # the next part may still work
             lines.append(f"ended by {type(error).__name__}: {error}")
             run.wrong.append(part)
         lines += ["", f"{time.monotonic() - began:.0f} s"]
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def described(device: str) -> list[str]:
-    """Device and versions, and what is missing."""
+    """Device, versions, and missing packages."""
     import torch
 
     from sketch_plugins.check.comparing import describe
@@ -141,7 +142,7 @@ def described(device: str) -> list[str]:
 
 
 def kernels(run: Run, end: float) -> None:
-    """`sketch-plugins check`, with rows as they come."""
+    """`sketch-plugins check`, with rows as soon as they are known."""
     import torch
 
     from sketch_plugins.check.cases import cases
@@ -172,7 +173,7 @@ def kernels(run: Run, end: float) -> None:
 
 
 def tests(run: Run, end: float) -> None:
-    """The tests of the kernels, as many as there is time for."""
+    """The tests of the kernels, as far as time allows."""
     lines = run.found["tests"]
     if run.quick or importlib.util.find_spec("pytest") is None:
         lines.append(f"left out: {'--quick' if run.quick else 'pytest is not installed'}")
@@ -202,7 +203,7 @@ def tests(run: Run, end: float) -> None:
 
 
 def steps(run: Run, end: float) -> None:
-    """Times of a step; a process for each row."""
+    """Times of a step, with a process for each row."""
     rows = [("tiny", "float32", "cs_adam")] if run.quick else STEPS
     few = ["--threads", "1", "--steps", "3"] if run.quick else []
     fields = ("optimizer", "shapes", "dtype", "step_ms", "adamw_ms", "x_adamw", "x_copy", "bytes_per_param")
@@ -223,7 +224,7 @@ def training(run: Run, end: float) -> None:
 
 
 def measured(run: Run, end: float, part: str, fields: Sequence[str], commands: Sequence[tuple[list[str], str]]) -> None:
-    """Rows that scripts print as JSON, written as they come."""
+    """Rows that scripts print as JSON, written as soon as they are printed."""
     lines = run.found[part]
     lines += ["| " + " | ".join(fields) + " |", "|---" * len(fields) + "|"]
     behind = []
@@ -260,7 +261,7 @@ def measured(run: Run, end: float, part: str, fields: Sequence[str], commands: S
 
 
 def child(command: Sequence[str], end: float, stdout: Any) -> tuple[int | None, bool]:
-    """(exit status, whether its time was over) of a process that finds this checkout."""
+    """(exit status, whether the time was over) of a process that imports this checkout."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "integrations"), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         ran = subprocess.run(

@@ -1,7 +1,7 @@
-"""Peak memory of a training step with steps after backward and in it, by torch's CPU allocator.
+"""Peak memory of a training step with steps after backward and during it, by torch's CPU allocator.
 
 ``python benchmarks/in_backward.py [--width 512 --layers 8 --vocab 8000 --batch 4 --length 64]``
-prints the table of docs/in_backward.md: a transformer, all tensors counted, from a second step on.
+prints the table of docs/in_backward.md: a transformer, with all tensors counted, in the third step.
 """
 
 from __future__ import annotations

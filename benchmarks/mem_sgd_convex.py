@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Logistic regression by SGD that applies one entry of each step: with memory, and without. (arXiv 1809.07599, fig. 2.)
+"""Logistic regression by SGD that applies one entry of each step, with and without memory (arXiv 1809.07599, fig. 2).
 
-Two problems are made on the spot, after the two of the paper:
+Two problems are generated, like the two of the paper:
 
 * epsilon-like: 2,000 dense, correlated features, 10,000 samples;
-* rcv1-like: 20,000 features of which a sample has 75, their frequencies by Zipf's law, weighted as tf-idf; 20,000
-  samples.
+* rcv1-like: 20,000 features, of which a sample has 75; their frequencies follow Zipf's law, with weights as in tf-idf;
+  20,000 samples.
 
-Samples have norm 1, one is a step, the regulariser is 1 / n, and the rate is the paper's, gamma / (lambda * (a + t)).
-gamma is swept for each method in one epoch, by factors of 2 until the best has a worse neighbour on both sides; the
-best one runs for all epochs, and rand-1 with memory on the second problem in a run of 30, too. What is evaluated is the
-loss on all samples of the weighted average of the iterates (`MemSGD.averaged_parameters`); the optimum is found by
-L-BFGS. Runs that are already in the CSV are not run again.
+Samples have norm 1. A step takes one sample. The regulariser is 1 / n, and the learning rate is the paper's, gamma /
+(lambda * (a + t)). gamma is swept for each method over one epoch, by factors of 2 until the best one has a worse
+neighbour on both sides. The best one runs for all epochs, and also for 30 epochs for rand-1 with memory on the second
+problem. The loss is that on all samples of the weighted average of the iterates (`MemSGD.averaged_parameters`); L-BFGS
+finds the optimum. Runs that are already in the CSV are not run again.
 
     python benchmarks/mem_sgd_convex.py                      # a quarter of an hour
     python benchmarks/mem_sgd_convex.py --problems epsilon --epochs 1 --out convex.csv
@@ -39,10 +39,10 @@ RESULTS = Path(__file__).parent / "results"
 FIELDS = (
     "problem", "method", "gamma", "best", "epochs", "epoch", "steps", "loss", "optimum", "sent_mb", "hardware", "torch",
 )  # fmt: skip
-CENTRE = 2.0  # where sweeps begin
-MOST = 14  # rates of a sweep
-LONGER = {("rcv1-like", "rand-1, memory"): 30}  # has sent each of 20,000 entries 12 times on average after 12 epochs
-# Label -> options of MemSGD, and bytes sent by a worker in each step, given d.
+CENTRE = 2.0  # start of the sweeps
+MOST = 14  # maximum number of rates in a sweep
+LONGER = {("rcv1-like", "rand-1, memory"): 30}  # after 12 epochs it has sent each of 20,000 entries 12 times on average
+# Label -> options of MemSGD, and the bytes that a worker sends in each step, given d.
 METHODS = {
     "SGD": ({"density": 1.0}, lambda d: 4 * d),
     "top-1, memory": ({"k": 1}, lambda d: 8),
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
         return self.values @ w if self.index is None else (self.values * w[self.index]).sum(1)
 
     def loss(self, w: Tensor) -> Tensor:
-        """With the regulariser."""
+        """The loss with the regulariser."""
         return functional.softplus(-self.y * self.scores(w)).mean() + w.square().sum() / (2 * len(self.y))
 
 
@@ -85,11 +85,11 @@ def rcv1(samples: int = 20_000, features: int = 20_000, each: int = 75) -> Probl
     g = torch.Generator().manual_seed(0)
     frequency = (torch.arange(features) + 20.0) ** -1.0
     topic = torch.rand(samples, generator=g) < 0.5
-    # Words are more or less frequent in one of two topics.
+    # Words are more frequent in one of two topics.
     slant = torch.exp(0.8 * torch.randn(features, generator=g))
     index = torch.empty(samples, each, dtype=torch.int64)
     for rows, weights in ((topic, frequency * slant), (~topic, frequency / slant)):
-        # In parts: multinomial makes a random number for each of its classes.
+        # In parts, because multinomial draws a random number for each of its classes.
         for part in rows.nonzero().squeeze(1).split(500):
             index[part] = torch.multinomial(weights.expand(len(part), -1), each, generator=g)
     values = (1 + torch.rand(samples, each, generator=g)) * (frequency.sum() / frequency)[index].log()
@@ -155,10 +155,10 @@ def main() -> None:
         problem = make()
         best_possible = optimum(problem)
         console.print(f"{problem.name}: {len(problem.y)} x {problem.size}, optimum {best_possible:.4f}")
-        # The paper's: the first order of d / k, ten times that where samples are sparse.
+        # The paper's choice: the order of d / k, or ten times that if samples are sparse.
         shift = float(problem.size * (1 if problem.index is None else 10))
         for method, (options, message) in METHODS.items():
-            for row in rows:  # those of the file may have had another best
+            for row in rows:  # rows of the file may have had another best rate
                 if (row["problem"], row["method"]) == (problem.name, method):
                     row["best"] = 0
 
@@ -167,7 +167,7 @@ def main() -> None:
                 options: dict = options, message: Callable[[int], int] = message, shift: float = shift,
                 best_possible: float = best_possible,
             ) -> list[dict]:  # fmt: skip
-                """Rows of one run; those of the file, if it is there."""
+                """Rows of one run; those of the file if it has them."""
                 key = (problem.name, method, gamma, epochs)
                 found = [r for r in rows if (r["problem"], r["method"], r["gamma"], r["epochs"]) == key]
                 if not found:
@@ -200,7 +200,7 @@ def main() -> None:
 
 
 def read(path: Path) -> list[dict]:
-    """Rows of an earlier run; none, if there was none."""
+    """Rows of an earlier run; empty if there was none."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -230,7 +230,7 @@ def table(rows: list[dict]) -> Table:
 
 
 def plot(rows: list[dict], epochs: int, path: Path) -> None:
-    """Distance from the optimum by steps."""
+    """Plot the distance from the optimum by steps."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""The language model of the demo on two processes: gradients averaged whole, and sparsified with memory.
+"""The language model of the demo on two processes, with gradients averaged whole or sparsified with memory.
 
-The model, text and schedule are those of ``examples/demo_lm.py``, the batch is divided among the processes, which run
-on this machine. Bytes are counted at the process group (`_wire.CountingGroup`): whatever anybody hands to a collective.
+Model, text and schedule are those of ``examples/demo_lm.py``. The batch is divided among the processes, which run on
+this machine. Bytes are counted at the process group (`_wire.CountingGroup`): everything that is given to a collective.
 
     python benchmarks/mem_sgd_lm.py                          # minutes for each run
     python benchmarks/mem_sgd_lm.py --runs "cs_adam@1e-3,cs_adam+topk:density=0.01@1e-3" --steps 100 --seeds 0
 
-A run is ``optimizer[:options][+compressor[:options]]@rate``, options as key=value, separated by ``;``. The optimizer's
-``clip`` bounds the norm of the averaged gradient, as Trainer does (at 1, unless it is told otherwise); 0, the default,
-does not. A seed is that of the initial parameters and of the order of the batches.
+A run is ``optimizer[:options][+compressor[:options]]@rate``, with options as key=value, separated by ``;``. The
+optimizer's ``clip`` bounds the norm of the averaged gradient, as Trainer does (at 1 by default); here the default is 0,
+no bound. A seed determines the initial parameters and the order of the batches.
 
-`over_dense` compares with the best dense run, by its mean over the seeds, of the same optimizer and preset, whatever
-its rate and other options: a compressed run with options of its own is not compared with a dense one that they harm.
+`over_dense` compares with the best dense run of the same optimizer and preset, by its mean over the seeds, with any
+rate and other options. So a compressed run with options of its own is not compared with a dense run that they harm.
 Runs that are already in the CSV are not run again.
 """
 
@@ -47,7 +47,7 @@ FIELDS = (
     "run", "seed", "optimizer", "lr", "compressor", "density", "processes", "steps", "eval_loss", "over_dense",
     "wire_mb", "dense_mb", "wire_over_dense", "wire_over_dense_steady", "memory_norm", "step_ms", "hardware", "torch",
 )  # fmt: skip
-# Rates relative to the weights, as those of the committed figures.
+# Rates relative to the weights, as in the committed figures.
 LEAN = "cs_adam:preset=lean;reference_rms=1"
 SPARSE = "block_topk:density=0.01"
 DEFAULT = ",".join((f"{LEAN}@3e-2", f"{LEAN}+{SPARSE}@3e-2", "cs_adam@1e-3", f"cs_adam+{SPARSE}@1e-3"))
@@ -58,7 +58,7 @@ def options(text: str) -> dict[str, str]:
 
 
 def parse(run: str) -> tuple[str, dict[str, str], str, dict[str, Any], float]:
-    """``cs_adam:preset=lean+block_topk:density=0.01@3e-2`` in its parts."""
+    """Split ``cs_adam:preset=lean+block_topk:density=0.01@3e-2`` into its parts."""
     head, _, rate = run.rpartition("@")
     optimizer, _, compressor = head.partition("+")
     name, _, own = optimizer.partition(":")
@@ -98,7 +98,7 @@ def work(rank: int, args: argparse.Namespace, run: str, seed: int, folder: Path,
     rows = experiment.train.columns["input_ids"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     each, at, seconds, marks = args.batch_size // args.processes, 0, [], []
-    start = group.sent  # what the construction of DistributedDataParallel has sent
+    start = group.sent  # without the bytes that the construction of DistributedDataParallel has sent
     for _ in range(steps):
         begin = time.perf_counter()
         batch = order[at + rank * each : at + (rank + 1) * each]
@@ -183,12 +183,12 @@ def main() -> None:
 
 
 def losses(results: list[dict[str, Any]], run: str) -> dict[int, float]:
-    """Of each seed."""
+    """The losses of a run, by seed."""
     return {int(r["seed"]): float(r["eval_loss"]) for r in results if r["run"] == run}
 
 
 def compare(results: list[dict[str, Any]]) -> None:
-    """Write `over_dense` into the rows."""
+    """Add `over_dense` to the rows."""
 
     def family(row: dict[str, Any]) -> tuple[str, str]:
         name, own, *_ = parse(row["run"])

@@ -1,9 +1,9 @@
-"""`sketch-plugins plan` against what torch's CPU allocator counts, for real models and real steps.
+"""Compare `sketch-plugins plan` with the count of torch's CPU allocator, for real models and real steps.
 
     python benchmarks/plan_check.py                  # all, about ten minutes and 4 GB on one core
     python benchmarks/plan_check.py --only small     # without BERT-base
 
-Every run builds the model in sight of the meter, takes three steps and compares the peak with the plan's.
+Every run builds the model while the meter records, takes two steps and compares the peak with the plan's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Table and plot of language-model quality: the loss of each optimizer at its own best rate against bytes of state.
 
-Reads the JSON lines of the peers' harness that docs/benchmarks.md describes (one line a run, `kind` "best" for a
-summary over seeds), or the CSV that it has made of them.
+It reads the JSON lines of the peers' harness that docs/benchmarks.md describes (one line a run, `kind` "best" for a
+summary over seeds), or the CSV that was made from them.
 
     python benchmarks/quality_plot.py runs.jsonl more.jsonl      # writes benchmarks/results/quality_lm.csv and .png
     python benchmarks/quality_plot.py                            # draws the committed CSV again
@@ -71,7 +71,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     lengths = [steps for steps in ("160", "500") if any(row["steps"] == steps for row in rows)]
     figure, panels = pyplot.subplots(1, len(lengths), figsize=(6.5 * len(lengths), 5), squeeze=False)
     for axes, steps in zip(panels[0], lengths, strict=True):
-        # The ways to gather statistics lie on top of each other: the table has them.
+        # The ways to gather statistics have almost the same points, so only the table has them.
         for row in (row for row in rows if row["steps"] == steps and "statistics" not in row["optimizer"]):
             x, y = float(row["bytes_per_param"]), float(row["eval_mean"])
             ours = row["optimizer"][0].isupper()

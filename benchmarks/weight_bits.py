@@ -1,8 +1,8 @@
 """Bytes a parameter of a whole training step with weights of 24 and 32 bits, by torch's CPU allocator.
 
 ``python benchmarks/weight_bits.py [--width 640 --layers 12 --vocab 4000 --batch 1 --length 16] [--out FILE.csv]``
-prints the table of docs/weight_bits.md: weights, state, gradients, activations and temporaries, from a third step on.
-The batch is small on purpose: what it takes is activations, whatever the optimizer.
+prints the table of docs/weight_bits.md: weights, state, gradients, activations and temporaries, in the third step.
+The batch is small on purpose, because its activations do not depend on the optimizer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the examples share: the text, the tokenizer, one measured training run per optimizer, the table and the plot.
+"""Code that the examples share: text, tokenizer, one measured training run per optimizer, table and plot.
 
-An example gives two functions to `main`: `prepare(args, folder)` turns text into tensors on disk, once; `build(args,
+An example gives two functions to `main`: `prepare(args, folder)` converts text to tensors on disk, once; `build(args,
 folder)` makes the model and the datasets from them, in every run. Each run is a process of its own, so that the peak
-memory of one optimizer is not hidden behind the peak of another.
+memory of one optimizer does not hide that of another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MIB = 2**20
 
 
 def fail(message: str) -> NoReturn:
-    """End with a message for the user instead of a traceback."""
+    """End the program with a message for the user instead of a traceback."""
     sys.exit(f"error: {message}")
 
 
@@ -45,7 +45,7 @@ def fail(message: str) -> NoReturn:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run: the three things that `TrainingArguments` is told about the optimizer."""
+    """One training run: the three settings of `TrainingArguments` that concern the optimizer."""
 
     optim: str
     optim_args: str | None
@@ -59,7 +59,7 @@ class Run:
 
 
 def parse_runs(text: str, learning_rate: float) -> list[Run]:
-    """Read `name[:key=value,...][@lr]`, several of them separated by commas.
+    """Parse `name[:key=value,...][@lr]`, several of them separated by commas.
 
     A piece that starts with `key=` belongs to the optimizer before it: `cs_adam:compression=0.05,depth=2@1e-3,sgd`.
     """
@@ -88,7 +88,7 @@ def parse_runs(text: str, learning_rate: float) -> list[Run]:
 
 
 def positive_int(text: str) -> int:
-    """Type of an option that counts something."""
+    """Type of an option that is a count."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
@@ -104,7 +104,7 @@ def positive_float(text: str) -> float:
 
 
 def add_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """The options every example has. The sizes' defaults are set by the example."""
+    """Add the options that every example has. The example sets the defaults of sizes."""
     text = parser.add_argument_group("text", "The sources of Python's standard library, unless one of these is given.")
     text.add_argument("--text", type=Path, action="append", metavar="FILE", help="a text file; may be repeated")
     text.add_argument("--dataset", metavar="NAME[:CONFIG]", help="a data set of the hub (needs `pip install datasets`)")
@@ -137,14 +137,14 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
         "--out", type=Path, default=Path(out), metavar="DIR", help="where results go (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: seconds a run, says nothing about quality")
-    # The index of the run that this process is to do: how `main` starts its own runs.
+    # Index of the run that this process takes; `main` starts its own runs with it.
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
 
 
 def parse(parser: argparse.ArgumentParser, quick: dict[str, Any], argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check; with `--quick`, the values of `quick` replace the defaults of what was not given."""
+    """Parse and check. With `--quick`, the values of `quick` replace the defaults of options that are not given."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # No abbreviations: "--qu" would have to mean the same here and below.
+    # No abbreviations, because "--qu" would have to mean the same here and below.
     if "--quick" in argv:
         parser.set_defaults(**quick)
     args = parser.parse_args(argv)
@@ -172,7 +172,7 @@ def parse(parser: argparse.ArgumentParser, quick: dict[str, Any], argv: Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text and the file, package or class it comes from."""
+    """One text, and the file, package or class that it comes from."""
 
     label: str
     text: str
@@ -180,7 +180,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and documents to evaluate on, with no text in both."""
+    """Documents for training and documents for evaluation; no text is in both."""
 
     source: str
     train: list[Document]
@@ -188,10 +188,10 @@ class Corpus:
 
 
 def load_corpus(args: argparse.Namespace, max_bytes: int = 16 * MIB, by_label: bool = False) -> Corpus:
-    """The text that the options name; of a larger one the first `max_bytes` bytes.
+    """Load the text that the options name, or the first `max_bytes` bytes of it.
 
-    With `by_label`, every label is split on its own, and packages of the standard library with too few files for that
-    are left out.
+    With `by_label`, every label is split on its own, and packages of the standard library that have too few files for
+    this are left out.
     """
     if args.text:
         documents = _limited((Document(str(file), _read(file)) for file in args.text), max_bytes)
@@ -210,7 +210,8 @@ def load_corpus(args: argparse.Namespace, max_bytes: int = 16 * MIB, by_label: b
 def standard_library() -> Iterable[Document]:
     """The sources of the standard library in the order of their names; the label is the top-level module."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    # Not prose, not code (the tables of `encodings`), or not the library's own (`site-packages`, build settings).
+    # These are no prose or code (the tables of `encodings`), or not part of the library (`site-packages`, build
+    # settings).
     left_out = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
     for file in sorted(root.rglob("*.py"), key=lambda f: f.relative_to(root).as_posix()):
         parts = file.relative_to(root).parts
@@ -235,7 +236,7 @@ def _limited(documents: Iterable[Document], max_bytes: int) -> list[Document]:
     kept, total, seen = [], 0, set()
     for document in documents:
         digest = hashlib.sha256(document.text.encode()).digest()
-        # A copy of a training file among the evaluation files would be a leak.
+        # A copy of a training file among the evaluation files would leak training data.
         if digest in seen:
             continue
         seen.add(digest)
@@ -247,7 +248,7 @@ def _limited(documents: Iterable[Document], max_bytes: int) -> list[Document]:
 
 
 def _split(source: str, documents: list[Document], by_label: bool) -> Corpus:
-    """Keep whole documents for evaluation where there are enough of them, else the end of each."""
+    """Hold out whole documents for evaluation if there are enough of them, else the end of each."""
     groups: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         groups[document.label if by_label else ""].append(document)
@@ -264,7 +265,7 @@ def _split(source: str, documents: list[Document], by_label: bool) -> Corpus:
 
 
 def split_tail(text: str) -> tuple[str, str]:
-    """All of a text but its last tenth, and the last tenth, cut at the end of a line where there is one."""
+    """All of a text except its last tenth, and the last tenth; the cut is at the end of a line if possible."""
     cut = len(text) - len(text) // EVAL_SHARE
     newline = text.find("\n", cut)
     cut = newline + 1 if 0 <= newline < len(text) - 1 else cut
@@ -279,7 +280,7 @@ def _hub_corpus(name: str, text: str, label: str | None, max_bytes: int) -> Corp
     path, _, config = name.partition(":")
     try:
         splits = datasets.load_dataset(path, config or None)
-    except Exception as error:  # the hub, the network, the file format: their words are better than ours
+    except Exception as error:  # the errors of the hub, the network or the file format are shown as they are
         fail(f"cannot load the data set {name}: {error}")
     for column in filter(None, (text, label)):
         if "train" not in splits or column not in splits["train"].column_names:
@@ -294,7 +295,7 @@ def _hub_corpus(name: str, text: str, label: str | None, max_bytes: int) -> Corp
     if held_out:
         seen = {d.text for d in train}
         return Corpus(name, train, [d for d in documents(held_out, max_bytes // EVAL_SHARE) if d.text not in seen])
-    # Neighbouring rows are often one article: the end is held out as a whole, not every tenth row.
+    # Neighbouring rows often belong to one article, so the end is held out as a whole, not every tenth row.
     cut = len(train) - max(1, len(train) // EVAL_SHARE)
     return Corpus(name, train[:cut], train[cut:])
 
@@ -331,12 +332,12 @@ def make_tokenizer(args: argparse.Namespace, corpus: Corpus, folder: Path) -> Pr
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    """Token ids without special tokens, whatever their number."""
+    """Token ids without special tokens, in any number."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def pack(rows: list[list[int]], separator: int, length: int, before: Sequence[int] = ()) -> torch.Tensor:
-    """All rows end to end, a separator after each, cut into blocks of `length` that start with `before`."""
+    """Join all rows, with a separator after each, and cut them into blocks of `length` that start with `before`."""
     flat = torch.tensor([token for row in rows for token in (*row, separator)], dtype=torch.int32)
     body = length - len(before)
     blocks = flat[: len(flat) // body * body].view(-1, body)
@@ -360,23 +361,24 @@ def unigram_loss(train: torch.Tensor, held_out: torch.Tensor, vocab: int) -> flo
 
 
 class PeakMemory:
-    """Growth of the memory in use between `start` and `read`, at its highest: of the device, else of the process."""
+    """Maximum growth of the memory in use between `start` and `read`: of the device, or else of the process."""
 
     def start(self) -> None:
-        """Take what is in use now as zero."""
+        """Start from the memory that is in use now."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is resident now
+            # Linux: the peak starts again from the present resident memory.
+            Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             pass
         self.base = _resident()
 
     def read(self) -> int | None:
-        """Bytes, or None where the system does not tell."""
+        """Bytes, or None if the system does not say."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() - self.base
         peak = _peak_resident()
@@ -416,7 +418,7 @@ def _now() -> float:
 
 
 def _median_ms(seconds: list[float]) -> float | None:
-    # The first steps allocate the state and warm caches up.
+    # The first steps allocate the state and warm up caches.
     seconds = seconds[min(5, len(seconds) // 2) :]
     return 1e3 * statistics.median(seconds) if seconds else None
 
@@ -427,7 +429,7 @@ def _median_ms(seconds: list[float]) -> float | None:
 
 @dataclasses.dataclass
 class Experiment:
-    """What `build` returns."""
+    """The result of `build`."""
 
     model: torch.nn.Module
     train: torch.utils.data.Dataset
@@ -437,7 +439,7 @@ class Experiment:
 
 
 class Rows(torch.utils.data.Dataset):
-    """A data set over tensors of equal length; item i is the i-th row of each."""
+    """A data set over tensors of equal length; item i has the i-th row of each."""
 
     def __init__(self, **columns: torch.Tensor) -> None:
         self.columns = columns
@@ -459,14 +461,14 @@ def train_one(args: argparse.Namespace, run: Run, experiment: Experiment) -> dic
     peak = PeakMemory()
 
     class Progress(ProgressCallback):
-        """Trainer's bar, with the loss beside it instead of one line for each log entry."""
+        """Trainer's progress bar, which shows the loss instead of one line for each log entry."""
 
         def on_train_begin(self, *args_: Any, **kwargs: Any) -> None:
             super().on_train_begin(*args_, **kwargs)
             self.training_bar.set_description(run.label)
 
         def on_prediction_step(self, *_: Any, **kwargs: Any) -> None:
-            """No second bar: an evaluation takes a few seconds."""
+            """Show no second bar, because an evaluation takes only a few seconds."""
 
         def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict | None = None, **kwargs: Any) -> None:
             shown = {k: f"{v:.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")}
@@ -474,7 +476,7 @@ def train_one(args: argparse.Namespace, run: Run, experiment: Experiment) -> dic
                 self.training_bar.set_postfix(shown)
 
     class Meter(TrainerCallback):
-        """Times of the optimizer's own step and of whole training steps, both loss curves, the peak of memory."""
+        """Records times of the optimizer's own step and of whole training steps, both loss curves, and peak memory."""
 
         def __init__(self) -> None:
             self.optimizer_seconds: list[float] = []
@@ -523,7 +525,7 @@ def train_one(args: argparse.Namespace, run: Run, experiment: Experiment) -> dic
             eval_strategy="steps",
             eval_steps=max(1, args.steps // 5),
             logging_steps=max(1, args.steps // 50),
-            logging_nan_inf_filter=False,  # a run that diverges shall show it
+            logging_nan_inf_filter=False,  # so that a run that diverges shows it
             save_strategy="no",
             report_to="none",
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -571,7 +573,7 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def finite(value: float) -> float | None:
-    """JSON knows no infinity."""
+    """The value, or None if it is not finite, because JSON has no infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -586,13 +588,13 @@ def main(
 ) -> int:
     """Prepare the data, train with each optimizer in its own process, print the table, write plot and JSON.
 
-    `prepare` returns what the table's caption and the JSON file say about the data. The exit code is 1 if a run
+    `prepare` returns facts about the data for the table's caption and the JSON file. The exit code is 1 if a run
     diverged.
     """
     hub = [name.partition(":")[0] for name in (args.model, args.dataset) if name]
     if all(Path(name).exists() for name in hub):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Trainer would spread the batch over all devices; a comparison wants one.
+    # Trainer would distribute the batch over all devices, but a comparison needs one.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     folder = args.out / "work"
     if args.worker is not None:
@@ -672,12 +674,12 @@ def _versions() -> dict[str, Any]:
 
 
 def baseline(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run that the others are compared with: AdamW, or the first where it is not among them."""
+    """The run that the others are compared with: AdamW, or the first run if AdamW is not among them."""
     return next((r for r in results if r["label"] == "AdamW"), results[0])
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """The one table of figures, on standard output."""
+    """Print the table of figures to standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -711,7 +713,7 @@ def print_table(summary: dict[str, Any]) -> None:
         ]
         table.add_row(*cells)
     console = Console()
-    # A log file has no width of its own; the table must not be folded into it.
+    # A log file has no width of its own, and the table must not be wrapped in it.
     Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
 
 
@@ -748,10 +750,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     labels = [r["label"].replace(" ", "\n", 1) for r in results]
     state = [r["state_bytes"] / MIB for r in results]
     rest = [max(0.0, (r["peak_bytes"] or 0) / MIB - s) for r, s in zip(results, state, strict=True)]
-    # By position: two runs of one optimizer at two learning rates have the same label.
+    # By position, because two runs of one optimizer at two learning rates have the same label.
     right.bar(range(len(results)), state, color=colors)
     right.bar(range(len(results)), rest, bottom=state, color=colors, alpha=0.25)
-    small = 10 if len(results) < 4 else 7  # or the labels of neighbours run into each other
+    small = 10 if len(results) < 4 else 7  # so that the labels of neighbours do not overlap
     right.set_xticks(range(len(results)), labels, fontsize=small)
     for i, r in enumerate(results):
         text = f"{state[i]:.1f} MiB state\n{r['bytes_per_param']:.2f} B/param"

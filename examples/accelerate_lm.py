@@ -7,8 +7,8 @@
     python examples/accelerate_lm.py --quick                                          # one process
     torchrun --nproc_per_node 2 examples/accelerate_lm.py --quick --cpu               # two, on a machine without a GPU
 
-The text is the source code of Python's own standard library, the vocabulary is trained on it, and nothing is fetched.
-A run that was stopped, or killed, goes on from its last whole checkpoint with --resume.
+The text is the source code of Python's own standard library, the vocabulary is trained on it, and nothing is
+downloaded. With --resume, a run that was stopped or killed continues from its last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import torch
 from accelerate import Accelerator, PartialState, skip_first_batches
 from accelerate.utils import set_seed
 
-import sketch_accelerate  # noqa: F401  DeepSpeed must leave the optimizer as it is
+import sketch_accelerate  # noqa: F401  so that DeepSpeed does not replace the optimizer
 from sketch_plugins import registry, state_report
 
 
 def make_optimizer(name: str, options: str, lr: float, weight_decay: float, model: Any) -> torch.optim.Optimizer:
-    """By name, "adamw" or one of the registry; no weight decay for biases and norms."""
+    """An optimizer by name, "adamw" or one of the registry; biases and norms have no weight decay."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -47,7 +47,7 @@ def make_optimizer(name: str, options: str, lr: float, weight_decay: float, mode
 
 
 def mean_loss(accelerator: Accelerator, model: Any, data: Any) -> float:
-    """Over the evaluation blocks of all processes."""
+    """Mean loss over the evaluation blocks of all processes."""
     model.eval()
     losses = []
     with torch.no_grad():
@@ -58,10 +58,10 @@ def mean_loss(accelerator: Accelerator, model: Any, data: Any) -> float:
 
 
 def save(accelerator: Accelerator, folder: Path) -> None:
-    """Under another name until all of it is there: whoever finds a checkpoint finds a whole one."""
+    """Save under another name and rename at the end, so that every existing checkpoint is complete."""
     parts = Path(f"{folder}.parts")
     if accelerator.is_main_process:
-        shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(parts, ignore_errors=True)  # left by a run that was killed here
         shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(parts))
@@ -71,7 +71,7 @@ def save(accelerator: Accelerator, folder: Path) -> None:
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
-    """Prepare, train, evaluate; returns what `results.json` holds."""
+    """Prepare, train, evaluate; returns the contents of `results.json`."""
     work, checkpoints = args.out / "work", args.out / "checkpoints"
     if accelerator.is_main_process:
         work.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     model: Any = experiment.model
     parameters = sum(p.numel() for p in model.parameters())
     optimizer: Any = make_optimizer(args.optim, args.optim_args, args.lr, args.weight_decay, model)
-    # Every process takes a step of the schedule for each of its own, and accelerate one for each process.
+    # Every process steps its schedule, and accelerate steps it once for each process.
     total = args.steps * accelerator.num_processes
     schedule: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total + 1, pct_start=0.1)
     shuffled = torch.utils.data.DataLoader(experiment.train, batch_size=args.batch_size, shuffle=True, drop_last=True)
@@ -123,14 +123,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
         "optimizer": args.optim,
         "run_by": f"{accelerator.distributed_type.value}, {accelerator.num_processes} process(es)",
         "parameters": parameters,
-        "state_bytes": report.state_bytes,  # of rank 0
+        "state_bytes": report.state_bytes,  # on rank 0
         "train_curve": curve,
         "eval_loss": mean_loss(accelerator, model, held_out),
     }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check; with `--quick`, other sizes for what was not given."""
+    """Parse and check. With `--quick`, options that are not given have smaller sizes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -171,7 +171,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, say what came out, and write it down."""
+    """Train, print the results, and write them to a file."""
     accelerator = Accelerator(cpu=args.cpu)
     result = train(args, accelerator)
     dense = 8 * result["parameters"]

@@ -1,10 +1,10 @@
-"""Train a small GPT-2 under DeepSpeed's ZeRO, with AdamW and with the optimizer of a JSON configuration beside it.
+"""Train a small GPT-2 under DeepSpeed's ZeRO with AdamW, and with the optimizer of a JSON configuration.
 
     deepspeed --num_gpus 2 examples/deepspeed_lm.py --deepspeed_config examples/deepspeed/stage2.json
     torchrun --nproc_per_node 2 examples/deepspeed_lm.py --deepspeed_config examples/deepspeed/stage3.json --quick
 
-The text is the source code of Python's own standard library, the vocabulary is trained on it, and nothing is fetched.
-Needs `sketch-plugins[demo,deepspeed]`; without a GPU it runs on the CPU.
+The text is the source code of Python's own standard library, the vocabulary is trained on it, and nothing is
+downloaded. It needs `sketch-plugins[demo,deepspeed]`; without a GPU it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def adamw_of(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors(state: Any) -> Iterator[torch.Tensor]:
-    """All tensors of an optimizer's state, however nested."""
+    """All tensors of an optimizer's state, at any depth."""
     if isinstance(state, torch.Tensor):
         yield state
     elif isinstance(state, dict):
@@ -50,14 +50,14 @@ def tensors(state: Any) -> Iterator[torch.Tensor]:
 
 
 def highest(value: float) -> float:
-    """Of all ranks."""
+    """The largest value of all ranks."""
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, value)
     return max(everywhere)
 
 
 def mean_loss(engine: Any, rows: torch.Tensor, size: int) -> float:
-    """Of the held-out rows; each rank takes its share, as many batches as the others (ZeRO-3 wants all in each)."""
+    """Mean loss of the held-out rows. Each rank takes as many batches as the others, because ZeRO-3 gathers in each."""
     size = min(size, len(rows) // dist.get_world_size())
     if size == 0:
         common.fail(f"{len(rows)} held-out blocks are too few for {dist.get_world_size()} processes")
@@ -76,7 +76,7 @@ def mean_loss(engine: Any, rows: torch.Tensor, size: int) -> float:
 
 
 def train(args: argparse.Namespace, config: dict[str, Any], label: str, progress: Progress) -> dict[str, Any]:
-    """One run: the same model, the same batches, the optimizer that the configuration names."""
+    """One run with the given optimizer; model and batches are the same in all runs."""
     torch.manual_seed(args.seed)
     experiment = demo_lm.build(args, args.out)
     rows, held_out = (data.columns["input_ids"] for data in (experiment.train, experiment.eval))
@@ -110,7 +110,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], label: str, progress
 
 
 def show(results: list[dict[str, Any]], title: str) -> None:
-    """The table."""
+    """Print the table."""
     table = Table(title=title)
     table.add_column("optimizer")
     for heading in ("loss on held-out text", "state a rank", "beside AdamW", "ms a step"):
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("deepspeed_out"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: seconds a run, says nothing about quality")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes this option
     sizes = {name: value for name, value in demo_lm.DEFAULTS.items() if name not in ("batch_size", "lr")}
     argv = sys.argv[1:] if argv is None else argv
     parser.set_defaults(**sizes)
@@ -165,13 +165,14 @@ def main(argv: list[str] | None = None) -> int:
     if "train_micro_batch_size_per_gpu" not in config:
         parser.error(f"{args.deepspeed_config} has no train_micro_batch_size_per_gpu")
     try:
-        registry.parse_options(block["type"], block.setdefault("params", {}))  # before AdamW has run
+        # An error here comes before AdamW has run.
+        registry.parse_options(block["type"], block.setdefault("params", {}))
     except ValueError as error:
         parser.error(f"{args.deepspeed_config}: {error}")
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        # Or DeepSpeed would compile a C++ extension for all-reduces of inference, for a minute and without a word.
+        # Otherwise DeepSpeed silently compiles a C++ extension for all-reduces of inference, which takes a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     first = dist.get_rank() == 0

@@ -5,7 +5,8 @@
     python examples/demo_lm.py --text book.txt --steps 500
     python examples/demo_lm.py --optimizers adamw_torch_fused@1e-3,cs_adam:compression=0.05,cs_adagrad@1e-2
 
-The text is the source code of Python's own standard library, the vocabulary is trained on it, and nothing is fetched.
+The text is the source code of Python's own standard library, the vocabulary is trained on it, and nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ EVAL_TOKENS = 32_768
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Documents -> vocabulary -> blocks of token ids, saved for the runs."""
+    """Convert documents to a vocabulary and blocks of token ids, and save them for the runs."""
     corpus = common.load_corpus(args, common.MIB if args.quick else 16 * common.MIB)
     tokenizer = common.make_tokenizer(args, corpus, folder)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
@@ -47,7 +48,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def build(args: argparse.Namespace, folder: Path) -> common.Experiment:
-    """The model, on random weights or pretrained, and the blocks; the labels are the inputs, shifted by the model."""
+    """The model, with random or pretrained weights, and the blocks. Labels are the inputs, which the model shifts."""
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     data = torch.load(folder / "data.pt", weights_only=True)
@@ -63,7 +64,7 @@ def build(args: argparse.Namespace, folder: Path) -> common.Experiment:
             n_embd=args.dim,
             n_layer=args.layers,
             n_head=args.dim // 32,
-            # A short run sees no text twice: dropout would only add noise to the comparison.
+            # A short run sees no text twice, so dropout would only add noise to the comparison.
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -73,8 +74,8 @@ def build(args: argparse.Namespace, folder: Path) -> common.Experiment:
         )
         model = GPT2LMHeadModel(config)
     if getattr(model, "loss_type", None) is None:
-        # GPT-2's class name does not tell transformers which loss this is. It takes the same one, but divides by all
-        # tokens, of which the first of each row is not predicted: every loss would be too small by 1 / seq_len.
+        # transformers does not know from GPT-2's class name which loss this is. By default it takes the same loss, but
+        # divides by all tokens, although it predicts no first token of a row: losses would be too small by 1 / seq_len.
         model.loss_type = "ForCausalLM"
     train, held_out = (common.Rows(input_ids=data[part], labels=data[part]) for part in ("train", "eval"))
     return common.Experiment(model, train, held_out)

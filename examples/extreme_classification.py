@@ -1,18 +1,19 @@
-"""Extreme classification with a sparse input layer: Adam against CS-V, whose saved memory pays for a larger batch.
+"""Extreme classification with a sparse input layer: Adam against CS-V, which uses the saved memory for a larger batch.
 
     python examples/extreme_classification.py                  # about 4 minutes of one core
-    python examples/extreme_classification.py --quick          # seconds, says nothing about quality
+    python examples/extreme_classification.py --quick          # seconds; says nothing about quality
     python examples/extreme_classification.py --tune           # search every learning rate first
     python examples/extreme_classification.py --optimizers adam@0.08@0.002,cs_rmsprop@0.16@0.004 --memory 64MiB
 
-The case of Spring et al. 2019 (https://arxiv.org/abs/1902.00179, section 7) in small, with data made on the spot. A
-query is a handful of hashed features, its class one of many products. MACH (https://arxiv.org/abs/1910.13830) trains R
-classifiers, each over B *merged* classes, a universal hash of the class; a class's score is the mean of its R merged
-classes' probabilities. CS-V is Adam without a first moment and with the second one in a count-min sketch of 1 % of its
-size: `cs_rmsprop` here, with `compression=0.01` in this package's form and `preset=paper_cs_v` in the paper's.
+This is the case of Spring et al. 2019 (https://arxiv.org/abs/1902.00179, section 7) at a small size, with generated
+data. A query has a few hashed features, and its class is one of many products. MACH (https://arxiv.org/abs/1910.13830)
+trains R classifiers, each over B *merged* classes; a universal hash assigns each class to a merged one. The score of a
+class is the mean probability of its R merged classes. CS-V is Adam without a first moment, whose second moment is in a
+count-min sketch of 1 % of its size: here `cs_rmsprop`, with `compression=0.01` in this package's form and
+`preset=paper_cs_v` in the paper's.
 
-The budget is the peak of the first optimizer at --batch-size, or --memory. Each other optimizer trains at --batch-size
-and again at the largest batch that fits into the budget, its learning rate times the root of the batches' quotient.
+The budget is the peak of the first optimizer at --batch-size, or --memory. Each other optimizer trains at --batch-size,
+and also at the largest batch that fits into the budget, with its learning rate times the root of the batches' ratio.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ from sketch_plugins.memory.meter import AllocatorMeter, CudaMeter, parse_budget,
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.memory.search import largest
 
-# Rates of the input layer and of the rest, found with --tune at the default sizes (docs/extreme_classification.md).
+# Learning rates of the input layer and of the rest, found with --tune at the default sizes
+# (docs/extreme_classification.md).
 OPTIMIZERS = (
     "adam@0.08@0.001,cs_rmsprop:compression=0.01@0.32@0.001,cs_rmsprop:preset=paper_cs_v,compression=0.00333@0.32@0.01,"
     "cs_rmsprop:preset=exact@0.08@0.001,cs_adam@0.16@0.002"
@@ -88,7 +90,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Data:
-    """Queries to train on, to choose learning rates by, and to test with."""
+    """Queries for training, for the choice of learning rates, and for the test."""
 
     train: Part
     valid: Part
@@ -98,7 +100,7 @@ class Data:
 def generate(classes: int, vocab: int, queries: int, held_out: int, seed: int, device: torch.device) -> Data:
     """Queries for products: popularity of class k ~ 1 / (k + 10), of feature k ~ k^(-2/3), both in random order.
 
-    The order of features is random as that of hashed words is, so no row of the input layer tells how frequent it is.
+    The order of features is random, like that of hashed words, so the number of a row says nothing about its frequency.
     """
     rng = np.random.default_rng(seed)
     name_of = rng.permutation(vocab)
@@ -147,15 +149,15 @@ def merge(probabilities: Tensor, merged: Tensor) -> Tensor:
 
 
 def hits(scores: Tensor, labels: Tensor, ranks: Sequence[int] = RANKS) -> list[float]:
-    """For each k, how many of the queries have their class among the k best; ties count as in a random order."""
+    """For each k, how many queries have their class among the k best; ties count as in a random order."""
     own = scores.gather(1, labels[:, None])
-    better = (~(scores <= own)).sum(1)  # so does every class, if a score is not a number
+    better = (~(scores <= own)).sum(1)  # if a score is not a number, every class counts as better
     equal = (scores == own).sum(1).clamp(min=1)
     return [((k - better) / equal).clamp(0, 1).sum().item() for k in ranks]
 
 
 def recalls(probabilities: Tensor, merged: Tensor, labels: Tensor, chunk: int = 250) -> list[float]:
-    """Recall over all classes at each of RANKS, some queries at a time: their scores are queries x classes numbers."""
+    """Recall over all classes at each of RANKS, in chunks of queries, whose scores are queries x classes numbers."""
     found = [
         hits(merge(p, merged), own) for p, own in zip(probabilities.split(chunk, 1), labels.split(chunk), strict=True)
     ]
@@ -195,7 +197,7 @@ class Contender:
         return f"{self.optim} {self.optim_args}" if self.optim_args else self.optim
 
     def optimizers(self, model: Classifier, factor: float = 1.0) -> list[torch.optim.Optimizer]:
-        """Of Adam two: torch's dense one takes no sparse gradients, and lazy rows are what ours are compared at."""
+        """The optimizers. Adam needs two, because torch's dense Adam takes no sparse gradients, and rows are lazy."""
         sparse = [model.input.weight]
         dense = [p for p in model.parameters() if p is not model.input.weight]
         rates = self.lr * factor, self.output_lr * factor
@@ -209,10 +211,10 @@ class Contender:
 
 
 def parse_contenders(text: str, lr: float) -> list[Contender]:
-    """Read `name[:key=value,...][@lr[@output_lr]]`, several of them separated by commas; one rate stands for both."""
+    """Parse `name[:key=value,...][@lr[@output_lr]]`, several of them separated by commas; one rate is used for both."""
     found = []
     for run in common.parse_runs(text, lr):
-        # The last rate has been read; a first one is still at the end of what was before it.
+        # The last rate has been parsed. If there are two, the first one is still at the end of the text before it.
         before, at, first = (run.optim_args or run.optim).partition("@")
         try:
             rate = common.positive_float(first) if at else run.learning_rate
@@ -244,7 +246,7 @@ class Trainer:
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in self.optimizers]
 
     def epoch(self, number: int, steps: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Train, and give the size and the summed loss of each batch."""
+        """Train, and yield the size and the summed loss of each batch."""
         order = torch.Generator().manual_seed(self.seed * 1000 + number)
         batches = torch.randperm(len(self.data), generator=order).to(self.labels.device).split(self.batch_size)
         for batch in batches[:steps]:
@@ -271,7 +273,7 @@ def state_bytes(optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:
 
 
 def peak_bytes(run: Contender, args: argparse.Namespace, data: Part, labels: Tensor, batch_size: int) -> int:
-    """Bytes at the peak of training one model: weights, gradients, state, activations, temporaries; not the data."""
+    """Bytes at the peak of training one model: weights, gradients, state, activations, temporaries, but no data."""
     device = labels.device
     meter = CudaMeter(device) if device.type == "cuda" else AllocatorMeter()
     meter.start()
@@ -297,14 +299,14 @@ class Result:
     rows: list[dict[str, Any]]
 
     def last(self, key: str) -> list[float]:
-        """The figures of the last epoch, one a seed."""
+        """The figures of the last epoch, one for each seed."""
         end = max(row["epoch"] for row in self.rows)
         return [row[key] for row in self.rows if row["epoch"] == end]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, train, print the table, write CSV and plot. The exit code is 1 if a run diverged."""
-    # torch's profiler, which counts what the allocator gives, would print two lines for each measurement.
+    # torch's profiler, which counts the allocator's memory, would print two lines for each measurement.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     args = parse(argv)
     torch.set_num_threads(args.threads)
@@ -334,10 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows = train(run, size, seed, args, data, merged, now, lambda n: progress.advance(task, n))
                 result.rows += rows
             results.append(result)
-            write(args.out / "results.csv", results, budget, args)  # what is done is there if the rest is cut off
+            # After each result, so that an interrupted run keeps them.
+            write(args.out / "results.csv", results, budget, args)
     plot(args.out / "recall.png", results, args)
     wide = Console()
-    # A log file has no width of its own; the table must not be folded into it.
+    # A log file has no width of its own, and the table must not be wrapped in it.
     (wide if wide.is_terminal else Console(width=max(wide.width, 170))).print(table(results, budget, args))
     print(f"figures: {args.out / 'results.csv'}   plot: {args.out / 'recall.png'}")
     return 0 if all(math.isfinite(loss) for r in results for loss in r.last("train_loss")) else 1
@@ -346,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(
     args: argparse.Namespace, data: Part, merged: Tensor, progress: Progress
 ) -> tuple[list[tuple[Contender, str, int, int]], int]:
-    """What is to be trained, as (optimizer, "base" or "fit", batch size, peak); and the budget."""
+    """The budget, and the runs as (optimizer, "base" or "fit", batch size, peak)."""
     labels = merged[0][data.labels]
     task = progress.add_task("", total=None)
 
@@ -362,7 +365,7 @@ def plan(
     planned = []
     for run in args.runs:
         sizes = {"base": args.batch_size}
-        # Where the budget is what the first one needs, there is nothing to search for it.
+        # If the budget is the memory of the first optimizer, no search is needed for it.
         if args.budget or (run != args.runs[0] and "fit" in args.batches):
             fit = largest(functools.partial(fits, run), args.batch_size, len(data))
             if not fit:
@@ -385,7 +388,7 @@ def train(
     now: Callable[[], float],
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Train the models one after the other, as they need not know of each other; figures of each epoch, merged."""
+    """Train the models one after the other, since they are independent; figures of each epoch, merged."""
     seconds, losses = [0.0] * args.epochs, [0.0] * args.epochs
     predicted: list[list[Tensor]] = [[] for _ in range(args.epochs)]
     for number, of_class in enumerate(merged):
@@ -422,9 +425,10 @@ def train(
 
 
 def tune(args: argparse.Namespace, data: Data, merged: Tensor, progress: Progress) -> list[Contender]:
-    """Each optimizer's best two learning rates at --batch-size, by the first model's loss on the validation queries.
+    """The best two learning rates of each optimizer at --batch-size, by the first model's loss on validation queries.
 
-    From the given rates each of them is halved and doubled, until no such neighbour is better. Written to rates.csv.
+    The search starts at the given rates, and halves and doubles each of them until no neighbour is better. It writes
+    rates.csv.
     """
     labels, valid = merged[0][data.train.labels], merged[0][data.valid.labels]
     task = progress.add_task("", total=None)
@@ -461,7 +465,7 @@ def tune(args: argparse.Namespace, data: Data, merged: Tensor, progress: Progres
 
 
 def clock_of(device: torch.device, threads: int) -> tuple[Callable[[], float], str]:
-    """The clock and its name: of this process alone where one thread does everything, so that others do not count."""
+    """A clock and its name. With one thread it is this process's own time, which other processes do not affect."""
     if device.type == "cuda":
 
         def synchronised() -> float:
@@ -489,7 +493,7 @@ def hardware(device: torch.device) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options, checked."""
+    """Parse and check the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -565,7 +569,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for run in args.runs:
             if run.optim == "adam" and run.optim_args:
                 raise ValueError(f"--optimizers: {run.label!r}: adam takes no options here")
-            run.optimizers(Classifier(8, 2, 2))  # names and options that do not exist
+            run.optimizers(Classifier(8, 2, 2))  # an error for names and options that do not exist
     except ValueError as error:
         parser.error(str(error))
     args.batches = ("base", "fit") if args.batches == "both" else (args.batches,)
@@ -608,7 +612,7 @@ def spread(shares: list[float]) -> str:
 
 
 def write(path: Path, results: list[Result], budget: int, args: argparse.Namespace) -> None:
-    """Every optimizer, batch, seed and epoch; seconds are those since the start of the training."""
+    """Write every optimizer, batch, seed and epoch; seconds are counted from the start of the training."""
     common_fields = {
         **{key: getattr(args, key) for key in ("classes", "vocab", "queries", "models", "buckets", "hidden", "clock")},
         "budget_bytes": budget,
@@ -627,7 +631,7 @@ def write(path: Path, results: list[Result], budget: int, args: argparse.Namespa
 
 
 def plot(path: Path, results: list[Result], args: argparse.Namespace) -> None:
-    """Recall by epochs and by seconds, mean of the seeds; the larger batch dashed."""
+    """Plot recall by epochs and by seconds, as the mean of the seeds; lines of the larger batch are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")

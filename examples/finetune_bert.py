@@ -2,11 +2,11 @@
 
     python examples/finetune_bert.py                                           # small BERT, random weights
     python examples/finetune_bert.py --task mlm
-    python examples/finetune_bert.py --model bert-base-uncased --lr 5e-5       # fetches from the hub
+    python examples/finetune_bert.py --model bert-base-uncased --lr 5e-5       # downloads from the hub
     python examples/finetune_bert.py --dataset ag_news --label-column label
 
-Classification asks which package of Python's standard library a passage comes from; whole files are held out. With
-several --text files it asks which file, and the end of each is held out.
+The classes are the packages of Python's standard library that passages come from; whole files are held out. With
+several --text files the classes are the files, and the end of each is held out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MASK_SHARE = 0.15
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Documents -> vocabulary -> rows of token ids with labels, saved for the runs."""
+    """Convert documents to a vocabulary and rows of token ids with labels, and save them for the runs."""
     classify = args.task == "classify"
     corpus = common.load_corpus(args, by_label=classify)
     tokenizer = common.make_tokenizer(args, corpus, folder)
@@ -47,13 +47,13 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def classification(args: argparse.Namespace, corpus: common.Corpus, tokenizer: Any) -> tuple[dict[str, Any], str]:
-    """Passages and where they come from; the same number of training passages for every class."""
+    """Passages and their classes, with the same number of training passages for every class."""
     body = args.seq_len - 2
     chunks: dict[str, dict[str, list[list[int]]]] = {}
     for part, documents in (("train", corpus.train), ("eval", corpus.eval)):
         chunks[part] = defaultdict(list)
         for document, ids in zip(documents, common.encode(tokenizer, [d.text for d in documents]), strict=True):
-            # A row of a data set is one passage; a file is many, and its last one is mostly too short to tell.
+            # A row of a data set is one passage. A file has many, and the last one is mostly too short to classify.
             starts = range(0, 1 if args.dataset else max(1, len(ids) - body // 2), body)
             chunks[part][document.label] += [ids[i : i + body] for i in starts]
     names = sorted(chunks["train"].keys() & chunks["eval"].keys(), key=lambda name: (-len(chunks["train"][name]), name))
@@ -64,7 +64,7 @@ def classification(args: argparse.Namespace, corpus: common.Corpus, tokenizer: A
         )
 
     data: dict[str, Any] = {"names": names}
-    # Training rows are balanced strictly. Of the evaluation only the size is limited: a small class has what it has.
+    # Training rows are strictly balanced. Evaluation rows are only limited in number, so small classes have fewer.
     fewest = min(len(chunks["train"][name]) for name in names)
     for part, limit in (("train", fewest), ("eval", max(1, EVAL_ROWS // len(names)))):
         rows = [(row, i) for i, name in enumerate(names) for row in common.spread(chunks[part][name], limit)]
@@ -79,7 +79,7 @@ def classification(args: argparse.Namespace, corpus: common.Corpus, tokenizer: A
 
 
 def masked_lm(args: argparse.Namespace, corpus: common.Corpus, tokenizer: Any) -> tuple[dict[str, Any], str]:
-    """Blocks of tokens; those for evaluation are masked once, so that every run answers the same questions."""
+    """Blocks of tokens; those for evaluation are masked once, so that every run predicts the same tokens."""
     if tokenizer.mask_token_id is None:
         common.fail(f"the tokenizer of {args.model} has no [MASK]")
     start, end = [tokenizer.cls_token_id], tokenizer.sep_token_id
@@ -97,7 +97,7 @@ def masked_lm(args: argparse.Namespace, corpus: common.Corpus, tokenizer: Any) -
 def mask(
     ids: torch.Tensor, special: dict[str, int], vocab: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """BERT's rule: of the chosen tokens 80 % become [MASK], 10 % any token, 10 % stay; labels are -100 elsewhere."""
+    """BERT's rule: of the chosen tokens, 80 % become [MASK], 10 % a random token, 10 % stay; other labels are -100."""
     chosen = torch.rand(ids.shape, generator=generator) < MASK_SHARE
     chosen &= ~torch.isin(ids, torch.tensor([special["cls"], special["sep"]]))
     fate = torch.rand(ids.shape, generator=generator)
@@ -107,7 +107,7 @@ def mask(
 
 
 def build(args: argparse.Namespace, folder: Path) -> common.Experiment:
-    """The model, on random weights or pretrained, and the rows."""
+    """The model, with random or pretrained weights, and the rows."""
     import transformers
 
     data = torch.load(folder / "data.pt", weights_only=True)
@@ -147,7 +147,7 @@ def build(args: argparse.Namespace, folder: Path) -> common.Experiment:
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of the passages whose class was found; Trainer has taken the argmax already."""
+    """Share of the passages whose class is right; Trainer has already taken the argmax."""
     return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
 
 

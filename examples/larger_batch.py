@@ -1,18 +1,18 @@
-"""The largest batch that fits into one budget of memory, AdamW's beside ours', through Hugging Face's Trainer.
+"""The largest batch that fits into a memory budget, with AdamW and with our optimizers, in Hugging Face's Trainer.
 
     python examples/larger_batch.py                          # a small BERT and GPT-2 on this machine's CPU or GPU
     python examples/larger_batch.py --task bert --budget 250MiB
-    python examples/larger_batch.py --task lm --effective 32 # as many samples an update for each: less accumulation
+    python examples/larger_batch.py --task lm --effective 32 # the same samples per update for all: less accumulation
     python examples/larger_batch.py --device cuda --size large --budget 16GiB   # BERT-large, sequences of 512
     python examples/larger_batch.py --device cuda --size large --budget 16GiB --predict   # what would fit; no GPU
 
-For each optimizer Trainer looks for the largest batch (`sketch_transformers.reclaim_batch_size`), then trains with it
-until the same number of tokens has been seen. On a CPU the budget is on what torch allocates, counted to the byte; on a
-GPU it is the fraction of its memory that torch's allocator is allowed. The text is the source code of Python's standard
-library, nothing is fetched.
+For each optimizer, Trainer searches for the largest batch (`sketch_transformers.reclaim_batch_size`), and then trains
+with it on the same number of tokens. On a CPU the budget limits the memory that torch allocates, counted to the byte;
+on a GPU it is the fraction of the memory that torch's allocator may use. The text is the source code of Python's
+standard library, and nothing is downloaded.
 
-An optimizer is name[/bf16][:key=value,...][@lr]. With /bf16 the weights are bfloat16, and there is no other copy:
-cs_adam_layerwise/bf16:stochastic_rounding=true rounds them by chance, in steps taken during backward.
+An optimizer is name[/bf16][:key=value,...][@lr]. With /bf16 the weights are bfloat16 without a float32 copy:
+cs_adam_layerwise/bf16:stochastic_rounding=true rounds them stochastically, in steps during backward.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ SIZES = {
     "large": {"layers": 24, "dim": 1024, "vocab": 30_522, "seq_len": 512, "tokens": 1_048_576},
 }
 QUICK = {"layers": 1, "dim": 128, "vocab": 512, "seq_len": 16, "tokens": 512}
-#: Learning rates for random weights, as in the other examples; those for 'large' are a guess that nothing was tuned on.
+#: Learning rates for random weights, as in the other examples; those for 'large' are not tuned.
 RATES = {"bert": 5e-4, "lm": 1e-3}
 LARGE_RATE = 1e-4
 EVAL_ROWS = 128
-#: What a budget is by default: AdamW's weights, gradients and moments take 16 bytes a parameter in float32.
+#: The default budget. AdamW's weights, gradients and moments take 16 bytes a parameter in float32.
 BYTES_PER_PARAMETER = 20
 FIELDS = (
     "task", "source", "optimizer", "weights", "learning_rate", "batch", "accumulation", "x_adamw", "peak_bytes",
@@ -112,7 +112,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("larger_batch_out"), metavar="DIR", help="results (default: %(default)s)"
     )
-    # Index of the run that this process is to do, and the batch that the first one found: how `main` starts its runs.
+    # Index of the run that this process takes, and the batch that the first one found; `main` starts its runs with
+    # them.
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--base-batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -151,7 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.budget_bytes = None if args.budget is None else parse_budget(args.budget, total, "--budget")
     except ValueError as error:
         parser.error(str(error))
-    # What the other examples' functions look for.
+    # Attributes that the other examples' functions read.
     args.dataset = args.text_column = args.label_column = None
     args.classes, args.batch_size = 6, 1
     return args
@@ -176,7 +177,7 @@ def runs_of(args: argparse.Namespace, task: str) -> list[Run]:
         if name not in known or weights not in ("", "bf16"):
             raise ValueError(f"optimizer {run.optim!r} is unknown to Trainer; it knows {', '.join(known)}, and /bf16")
         plain = name.removesuffix("_layerwise")
-        if plain in registry.names():  # the runs before it would be for nothing
+        if plain in registry.names():  # otherwise the runs before it would be in vain
             sketch_transformers.arguments.parse_optim_args(name, run.optim_args)
     return runs
 
@@ -191,7 +192,7 @@ def label_of(run: Run) -> str:
 
 
 def prepare(args: argparse.Namespace, task: str, folder: Path) -> dict[str, Any]:
-    """Text -> tensors on disk, by the other examples' functions."""
+    """Convert text to tensors on disk, by the other examples' functions."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"bert": finetune_bert, "lm": demo_lm}[task].prepare(for_others(args, task), folder)
     return {**about, "model": args.model or {"bert": "BERT", "lm": "GPT-2"}[task]}
@@ -203,7 +204,7 @@ def for_others(args: argparse.Namespace, task: str) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace, task: str, folder: Path) -> common.Experiment:
-    """The model on random weights or pretrained, rows to train on and rows to evaluate on."""
+    """The model, with random or pretrained weights, and the rows for training and for evaluation."""
     import transformers
 
     data = torch.load(folder / "data.pt", weights_only=True)
@@ -211,7 +212,7 @@ def build(args: argparse.Namespace, task: str, folder: Path) -> common.Experimen
         columns = {part: data[part] for part in ("train", "eval")}
     else:
         columns = {part: {"input_ids": data[part], "labels": data[part]} for part in ("train", "eval")}
-    # What training does not see would count in the budget.
+    # Rows that training does not use would count in the budget.
     rows = {"train": 2 * args.tokens // args.seq_len, "eval": EVAL_ROWS}
     parts = {p: common.Rows(**{k: common.spread(v, rows[p]).clone() for k, v in columns[p].items()}) for p in columns}
     extra = {"num_labels": len(data["names"])} if task == "bert" else {}
@@ -261,7 +262,7 @@ def config_of(args: argparse.Namespace, task: str, vocab: int, **extra: Any) -> 
 
 
 def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict[str, Any]:
-    """Find the largest batch, train on it, evaluate."""
+    """Find the largest batch, train with it, evaluate."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from sketch_plugins.memory.meter import AllocatorMeter
@@ -302,7 +303,7 @@ def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict
             optim_args=run.optim_args,
             learning_rate=run.learning_rate,
             weight_decay=0.01,
-            # Steps in backward see one gradient at a time, and cannot clip by the norm of all.
+            # Steps in backward get one gradient at a time, and cannot clip by the norm of all gradients.
             max_grad_norm=0.0 if name.endswith("_layerwise") else 1.0,
             lr_scheduler_type="cosine",
             bf16=args.precision == "bf16-mixed" and not weights,
@@ -312,7 +313,7 @@ def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict
             seed=args.seed,
             use_cpu=not cuda,
             logging_steps=1,
-            logging_nan_inf_filter=False,  # a run that diverges shall show it
+            logging_nan_inf_filter=False,  # so that a run that diverges shows it
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -324,9 +325,9 @@ def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict
         preprocess_logits_for_metrics=(lambda logits, _: logits.argmax(-1)) if experiment.compute_metrics else None,
         callbacks=[meter],
     )
-    trainer.pop_callback(PrinterCallback)  # a line for each step
+    trainer.pop_callback(PrinterCallback)  # it would print a line for each step
 
-    # On a GPU the allocator refuses what is beyond the budget; on a CPU it is counted.
+    # On a GPU the allocator refuses memory beyond the budget; on a CPU the memory is counted.
     options = {"max_val": args.max_batch, "keep_effective": bool(args.effective)}
     options |= {"init_val": args.base_batch or 4} if args.effective else {}
     options |= {**({} if cuda else {"budget": budget, "meter": AllocatorMeter()})}
@@ -338,7 +339,7 @@ def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict
     searched = time.perf_counter() - started
     print(found, flush=True)
     batch = found.batch_size
-    samples = args.effective or batch  # of an update
+    samples = args.effective or batch  # of one update
     scaled = args.base_batch and args.scale_lr == "sqrt" and not args.effective
     scale = math.sqrt(batch / args.base_batch) if scaled else 1.0
     trainer.args.max_steps = max(1, round(args.tokens / (samples * args.seq_len)))
@@ -374,7 +375,7 @@ def run_one(args: argparse.Namespace, task: str, run: Run, folder: Path) -> dict
 
 
 def predict(args: argparse.Namespace, task: str) -> list[dict[str, Any]]:
-    """What `sketch_plugins.memory.plan` expects, without running anything."""
+    """The prediction of `sketch_plugins.memory.plan`, without running anything."""
     try:
         from sketch_plugins.memory.plan import plan
     except ImportError as error:
@@ -429,9 +430,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     args = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # torch's profiler, which counts what the allocator gives, would print two lines for each size that is tried.
+    # torch's profiler, which counts the allocator's memory, would print two lines for each size that is tried.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would spread the batch over all devices
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would distribute the batch over all devices
     if not args.model or Path(args.model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.worker is not None:
@@ -461,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, task: str, runs: list[Run]) -> list[dict[str, Any]]:
-    """Each run in a process of its own: memory of one optimizer is not that of the one before."""
+    """Each run in a process of its own, so that the memory of one optimizer does not include that of another."""
     folder = args.out / "work" / task
     about = prepare(args, task, folder)
     print(f"{task}: {about['source']}", flush=True)
@@ -483,7 +484,7 @@ def measure(args: argparse.Namespace, task: str, runs: list[Run]) -> list[dict[s
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Where it ran."""
+    """The machine of the run."""
     if args.device == "cuda":
         hardware = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "a GPU (not at hand)"
     else:
@@ -503,7 +504,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(results: list[dict[str, Any]], path: Path) -> None:
-    """The CSV file, figures rounded to what they are worth."""
+    """Write the CSV file, with figures rounded to their accuracy."""
 
     def short(value: Any) -> Any:
         return f"{value:.5g}" if isinstance(value, float) else value
@@ -515,7 +516,7 @@ def write(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """One task's table on standard output."""
+    """Print the table of one task to standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -555,7 +556,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """A row for each task: batches, tokens per second, loss by tokens."""
+    """Plot a row for each task: batches, tokens per second, loss by tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -582,7 +583,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         row[1].set(title=f"{task}: tokens per second", yticks=[])
         for r, color in zip(own, colors, strict=True):
             points = [(tokens, loss) for tokens, loss in r["curve"] if loss is not None]
-            # A mean over as many tokens for each, or the small batches hide the others.
+            # Means over the same number of tokens for each, because the noise of a small batch would hide the other
+            # curves.
             some = max(1, len(points) // 12)
             smooth = [
                 (tokens, sum(loss for _, loss in points[max(0, i - some + 1) : i + 1]) / min(some, i + 1))

@@ -1,10 +1,10 @@
-"""LightningCLI with a sketched optimizer: by a strategy's name, or by the optimizer's path.
+"""LightningCLI with a sketched optimizer, given by a strategy's name or by the optimizer's path.
 
     python examples/lightning_cli.py fit --config examples/lightning_cli.yaml
     python examples/lightning_cli.py fit --config examples/lightning_cli.yaml --trainer.strategy sm3
     python examples/lightning_cli.py fit --optimizer sketch_plugins.CSAdam --optimizer.compression 0.05
 
-Predicts each byte of this file from the eight before it.
+The model predicts each byte of this file from the eight bytes before it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Bytes(lightning.LightningDataModule):
 
 
 class Predictor(lightning.LightningModule):
-    """A bag of layers; written for AdamW."""
+    """A small network, written for AdamW."""
 
     def __init__(self, width: int = 64, window: int = 8, lr: float = 3e-3) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Predictor(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """What --optimizer replaces, and a strategy of sketch_lightning."""
+        """The optimizer, which --optimizer or a strategy of sketch_lightning replaces."""
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 

@@ -4,8 +4,8 @@
     python examples/lightning_lm.py --strategy sketchy               # at AdamW's learning rate, too
     python examples/lightning_lm.py --strategy ddp_cs_adam --devices 2
 
-The module builds AdamW in both runs; the flag is all that differs. Text and model are those of `demo_lm.py`: the source
-code of Python's own standard library, and nothing is fetched.
+The module builds AdamW in both runs, and the flag is the only difference. Text and model are those of `demo_lm.py`: the
+source code of Python's own standard library. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sketch_plugins import registry, state_report  # noqa: E402
 
 
 class LanguageModel(lightning.LightningModule):
-    """A language model as one writes it for AdamW: nothing here knows of sketches."""
+    """A language model written for AdamW; it does not know about sketches."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, lr: float) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Curves(Callback):
 
 
 def run(args: argparse.Namespace, folder: Path, label: str, strategy: Any, lr: float) -> dict[str, Any]:
-    """One training."""
+    """Train once."""
     module, curves = LanguageModel(args, folder, lr), Curves()
     torch.manual_seed(args.seed)
     trainer = lightning.Trainer(
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, folder: Path, label: str, strategy: Any, lr: f
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """Losses and memory, side by side."""
+    """Print losses and memory side by side."""
     from rich.console import Console
     from rich.table import Table
 
@@ -150,7 +150,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Loss curves on the left, memory on the right."""
+    """Plot loss curves on the left, memory on the right."""
     import matplotlib
 
     matplotlib.use("Agg")

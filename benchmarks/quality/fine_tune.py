@@ -1,4 +1,4 @@
-"""A pretrained BERT of 22.7 million parameters, fine-tuned to tell positive from negative sentences of film reviews."""
+"""Fine-tuning of a pretrained BERT of 22.7 million parameters on positive and negative sentences of film reviews."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Reviews:
         self.train, self.test = found[:TRAINED], found[TRAINED : TRAINED + TESTED]
 
     def batch(self, rows: list[tuple[str, int]]) -> dict[str, Tensor]:
-        """What the model takes."""
+        """Inputs of the model."""
         texts = [text for text, _ in rows]
         inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
         return {**inputs, "labels": torch.tensor([label for _, label in rows])}
 
 
 def prepare(args: Namespace) -> Reviews:
-    """What all runs share."""
+    """Data and model that all runs share."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -51,7 +51,7 @@ def prepare(args: Namespace) -> Reviews:
 def run(
     reviews: Reviews, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int, seed: int, said: Callable[[], Any]
 ) -> tuple[float, torch.optim.Optimizer]:
-    """(share of test sentences that are told wrong, optimizer): a rate that falls linearly to 0."""
+    """(share of test sentences with a wrong label, optimizer); the learning rate falls linearly to 0."""
     from transformers import BertForSequenceClassification
 
     torch.manual_seed(seed)

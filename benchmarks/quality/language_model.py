@@ -20,7 +20,7 @@ WARM_UP, CLIP = 0.1, 1.0
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind its norm."""
+    """Attention and a feed-forward layer, each after its norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embedding and head are not tied."""
+    """A decoder whose embedding and head are not tied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
 
 
 class Texts:
-    """Word numbers: those of valid.txt and of the first 80 % of test.txt to train on, of the rest to evaluate."""
+    """Numbers of words: for training from valid.txt and the first 80 % of test.txt, for evaluation from the rest."""
 
     def __init__(self, folder: Path) -> None:
         valid, test = ((folder / name).read_text(encoding="utf-8").split() for name in ("valid.txt", "test.txt"))
@@ -66,12 +66,12 @@ class Texts:
         train = valid + test[:cut]
         counts = collections.Counter(train)
         words = sorted(counts, key=lambda word: (-counts[word], word))[: VOCABULARY - 1]
-        numbers = {word: number for number, word in enumerate(words, 1)}  # 0 is every other word
+        numbers = {word: number for number, word in enumerate(words, 1)}  # 0 stands for every other word
         self.train, held = (torch.tensor([numbers.get(w, 0) for w in part]) for part in (train, test[cut:]))
         self.held = held[:EVALUATED]
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless passes over the segments, each in an order of its own."""
+        """Endless passes over the segments, each in a different order."""
         count, rng = (len(self.train) - 1) // CONTEXT, random.Random(seed)
         while True:
             order = list(range(count))
@@ -83,7 +83,7 @@ class Texts:
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
-        """In nats a word."""
+        """Evaluation loss, in nats a word."""
         count = (len(self.held) - 1) // CONTEXT
         x = self.held[: count * CONTEXT].view(count, CONTEXT)
         y = self.held[1 : count * CONTEXT + 1].view(count, CONTEXT)
@@ -92,7 +92,7 @@ class Texts:
 
 
 def prepare(args: Namespace) -> Texts:
-    """What all runs share."""
+    """Data that all runs share."""
     return Texts(args.text)
 
 
