@@ -1,6 +1,6 @@
-"""What to turn on so that a model fits a budget: a ladder in the order of what its rungs cost in quality and time.
+"""Advice on settings with which a model fits a budget: a ladder in the order of the rungs' cost in quality and time.
 
-Every rung keeps what the ones before it have turned on, and its bytes are those of `plan`.
+Every rung keeps the settings of the ones before it, and its bytes are those of `plan`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sketch_plugins.memory.plan_cuda import WORKSPACE
 from sketch_plugins.memory.plan_optimizers import Choice, choices
 from sketch_plugins.memory.report import format_bytes
 
-#: What may be wished -> in words.
+#: Wish -> its description.
 WISHES = {
     "largest-batch": "the largest batch",
     "largest-model": "the largest model",
@@ -34,17 +34,17 @@ FRAMEWORKS = {"trainer": "Trainer", "lightning": "Lightning", "accelerate": "acc
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung, with all that is below it.
+    """One rung, together with all rungs below it.
 
     Attributes:
-        name: what it turns on.
-        cost: what that costs in quality and time.
+        name: the setting that it turns on.
+        cost: cost of this setting in quality and time.
         plan: its bytes, and the largest batch (None with the wish ``"largest-model"``).
-        fits: whether a batch of the size that was asked for does.
+        fits: whether a batch of the requested size fits.
         largest_model: parameters of the largest model that fits, with the wish ``"largest-model"``.
-        host: bytes in host memory, about.
-        lines: framework -> code, or of DeepSpeed its configuration in JSON.
-        refused: framework -> why it cannot have this rung.
+        host: approximate bytes in host memory.
+        lines: framework -> code, or for DeepSpeed its configuration in JSON.
+        refused: framework -> the reason why it cannot have this rung.
     """
 
     name: str
@@ -59,19 +59,19 @@ class Rung:
 
 @dataclass(frozen=True)
 class Advice:
-    """What `advise` returns; ``print(advice)`` shows the ladder, the choice and what to write for it.
+    """The result of `advise`; ``print(advice)`` shows the ladder, the choice and the lines to write for it.
 
     Attributes:
-        wish: what was wished.
-        model: what it is called.
+        wish: the wish.
+        model: name of the model.
         params: number of its parameters.
         batch_size: samples of a pass, for which the bytes are.
         budget: bytes of the device.
         reserve: bytes of it that torch cannot use.
         rungs: from the bottom; with the wish ``"least-change"`` up to the first one that fits.
-        chosen: the place in ``rungs`` of the one that grants the wish; None: none does.
-        verdict: that, in words.
-        notes: what has been left out of the ladder and why, and what is assumed.
+        chosen: index in ``rungs`` of the one that grants the wish; None if none does.
+        verdict: the choice in words.
+        notes: the rungs that are left out and why, and the assumptions.
     """
 
     wish: str
@@ -87,7 +87,7 @@ class Advice:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The advice as plain values, for JSON."""
         return asdict(self)
 
     def table(self) -> Table:
@@ -110,7 +110,7 @@ class Advice:
 
     @property
     def text(self) -> str:
-        """What belongs below the table."""
+        """The text below the table."""
         parts = [
             f"budget {format_bytes(self.budget)}"
             + (f", of which {format_bytes(self.reserve)} are left to the CUDA context" if self.reserve else ""),
@@ -130,7 +130,7 @@ class Advice:
         return "\n".join(parts)
 
     def __str__(self) -> str:
-        """The table and what belongs below it."""
+        """The table, and the text below it."""
         out = io.StringIO()
         Console(width=120, file=out, markup=False, emoji=False, force_jupyter=False).print(self.table())
         return out.getvalue() + self.text
@@ -155,38 +155,38 @@ def advise(
 ) -> Advice:
     r"""The ladder for a model and a budget, and the rung that grants a wish.
 
-    From the bottom: AdamW as it is; sketched state (`cs_adam`); lean state (``preset="lean"``); bfloat16 with 24-bit
-    weights; steps in backward; gradient checkpointing; float32 weights, gradients and state in host memory.
+    The rungs from the bottom: AdamW as it is; sketched state (`cs_adam`); lean state (``preset="lean"``); bfloat16 with
+    24-bit weights; steps in backward; gradient checkpointing; float32 weights, gradients and state in host memory.
 
-    ``"largest-batch"`` chooses the rung with the largest one, ``"largest-model"`` that with the most parameters at
-    ``batch_size``, and of equals the lowest. ``"least-change"`` stops at the first rung in which ``batch_size`` fits.
+    ``"largest-batch"`` chooses the rung with the largest batch, ``"largest-model"`` the one with the most parameters at
+    ``batch_size``; of equal ones the lowest. ``"least-change"`` stops at the first rung in which ``batch_size`` fits.
 
     The largest model has
 
     .. math:: P \cdot (budget - reserve - w) / (peak - w)
 
-    parameters, with P those of the model and w the workspace of cuBLAS (64 MiB on CUDA). So it is assumed that weights,
-    gradients, state *and activations* grow in proportion to the parameters, as with more layers of the same kind;
-    wider layers need less for activations, and more of them fit.
+    parameters, where P is the model's number and w the workspace of cuBLAS (64 MiB on CUDA). This assumes that weights,
+    gradients, state *and activations* grow in proportion to the parameters, as with more layers of the same kind. Wider
+    layers need less memory for activations, and more of them fit.
 
     Args:
         model: as in `sketch_plugins.plan`.
         gpu_memory: the budget.
         wish: ``"largest-batch"``, ``"largest-model"`` or ``"least-change"``.
-        sample: as in `sketch_plugins.plan`, and the others, too.
-        loss: with a module.
+        sample: as in `sketch_plugins.plan`, like all others below.
+        loss: with a module: the loss.
         batch_size: samples of a pass.
         seq_len: tokens of a sample.
-        precision: of the lowest rungs.
-        task: of the model.
-        gradient_checkpointing: it is on from the start, and no rung.
+        precision: precision of the lowest rungs.
+        task: task of the model.
+        gradient_checkpointing: checkpointing is on from the start, and has no rung.
         accumulation: passes of a step.
-        device: whose kernels are assumed.
+        device: device whose kernels are assumed.
         reserve: part of the budget that torch cannot use.
-        progress: called as work goes on.
+        progress: called after each part of the work.
 
     Raises:
-        ValueError: an unknown wish; no budget; as in `sketch_plugins.plan`.
+        ValueError: an unknown wish; no budget; see also `sketch_plugins.plan`.
     """
     if wish not in WISHES:
         raise ValueError(f"wish={wish!r} is not one of {', '.join(WISHES)}")
@@ -216,7 +216,7 @@ def advise(
             accumulation=accumulation,
             device=device,
             progress=progress,
-            # A model that is too large has an answer if the largest one is wanted, and no batch is looked for.
+            # For the largest model, a model that is too large has an answer as well, and no batch is searched for.
             gpu_memory=None if wish == "largest-model" else gpu_memory,
             reserve=None if wish == "largest-model" else reserve,
         )
@@ -237,7 +237,8 @@ def advise(
     lean = next(row.state for row, step in zip(rows, steps, strict=False) if step.own.lean)
     rungs = [
         _rung(step, row, limit, wish, found.params, WORKSPACE if device == "cuda" else 0, lean)
-        for step, row in zip([*first, *last], rows, strict=False)  # fewer where the first that fits was found
+        # There are fewer rows if the first rung that fits was found.
+        for step, row in zip([*first, *last], rows, strict=False)
     ]
     chosen, verdict = _choose(wish, rungs, batch_size)
     if wish == "least-change" and chosen is not None:
@@ -277,7 +278,7 @@ def _of_host(rung: Rung) -> str:
 
 @dataclass(frozen=True)
 class _Step:
-    """A rung, before it is planned."""
+    """A rung before it is planned."""
 
     name: str
     cost: str
@@ -285,12 +286,12 @@ class _Step:
     own: Settings
 
     def without_checkpointing(self) -> _Step:
-        """The same for a model that cannot compute its activations again."""
+        """The same rung for a model that cannot recompute its activations."""
         return replace(self, own=replace(self.own, checkpointing=False))
 
 
 def _ladder(start: Settings, device: str, module: bool) -> tuple[list[_Step], list[str]]:
-    """``(rungs, what has been left out and why)``; those that turn checkpointing on come last."""
+    """``(rungs, what is left out and why)``; rungs that turn checkpointing on come last."""
     steps: list[_Step] = []
     notes = []
     own = start
@@ -361,7 +362,7 @@ def _rung(step: _Step, row: Row, limit: int, wish: str, params: int, workspace: 
 
 
 def _choose(wish: str, rungs: Sequence[Rung], batch: int) -> tuple[int | None, str]:
-    """``(place of the rung that grants the wish, that in words)``."""
+    """``(index of the rung that grants the wish, the choice in words)``."""
     if wish == "least-change":
         for place, rung in enumerate(rungs):
             if rung.fits:

@@ -1,4 +1,4 @@
-"""What to write in each framework for a rung of `advise`'s ladder."""
+"""The lines to write in each framework for a rung of `advise`'s ladder."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _PRECISIONS: dict[str, tuple[str | None, str, str, str | None]] = {
 }
 _CHECKPOINTING = 'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
 _CAST = "model = cast_model(model, torch.bfloat16)  # or load it in bfloat16"
-#: Elements of DeepSpeed's buckets: it takes 5e8 unless told otherwise, which is 1 GB in bfloat16.
+#: Elements of DeepSpeed's buckets. Its default is 5e8, which is 1 GB in bfloat16.
 BUCKET = 20_000_000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is turned on.
+    """The settings that are turned on.
 
     Attributes:
         optimizer: ``"adamw"`` (torch's) or ``"cs_adam"``.
-        precision: of weights and autocast, as `sketch_plugins.plan` calls them.
+        precision: precision of weights and autocast, by the names of `sketch_plugins.plan`.
         lean: the preset without momentum.
         weight_bits: 24, or None.
         in_backward: steps in backward.
-        checkpointing: activations are computed again.
-        offloaded: float32 weights, gradients and state are in host memory, by DeepSpeed.
+        checkpointing: activations are recomputed.
+        offloaded: DeepSpeed keeps float32 weights, gradients and state in host memory.
         batch: samples of a pass.
         accumulation: passes of a step.
     """
@@ -47,13 +47,13 @@ class Settings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the optimizer."""
+        """Options of the optimizer."""
         bits = {} if self.weight_bits is None else {"weight_bits": self.weight_bits}
         return {**({"preset": "lean"} if self.lean else {}), **bits}
 
 
 def refused(own: Settings) -> dict[str, str]:
-    """Framework -> why it cannot have these settings."""
+    """Framework -> the reason why it cannot have these settings."""
     why = []
     if own.weight_bits:
         why.append("it steps a float32 copy of the weights itself, so that weight_bits means nothing")
@@ -63,7 +63,7 @@ def refused(own: Settings) -> dict[str, str]:
 
 
 def lines(own: Settings) -> dict[str, str]:
-    """Framework -> code, or of DeepSpeed its configuration in JSON, for those that can have these settings."""
+    """Framework -> code, or for DeepSpeed its configuration in JSON, for frameworks that can have these settings."""
     made = {"trainer": _trainer(own), "lightning": _lightning(own), "accelerate": _accelerate(own)}
     return made if refused(own) else {**made, "deepspeed": json.dumps(_deepspeed(own), indent=2)}
 
@@ -86,7 +86,7 @@ def _trainer(own: Settings) -> str:
     given["per_device_train_batch_size"] = own.batch
     given["gradient_accumulation_steps"] = own.accumulation
     if own.offloaded:
-        # Trainer makes the optimizer: there is no block of it in the configuration.
+        # Trainer makes the optimizer, so the configuration has no block for it.
         config = {name: value for name, value in _deepspeed(own).items() if name in ("bf16", "zero_optimization")}
         given["deepspeed"] = {**config, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     casts = _is_cast(own)
@@ -181,7 +181,7 @@ def _deepspeed(own: Settings) -> dict[str, Any]:
 
 
 def _is_cast(own: Settings) -> bool:
-    """Whether the model's own weights have to be bfloat16 before anybody sees them."""
+    """Whether the model's own weights have to be bfloat16 before any framework gets them."""
     return own.precision == "bf16" and not own.offloaded
 
 
@@ -191,7 +191,7 @@ def _call(what: str, words: list[str], given: dict[str, Any]) -> str:
 
 
 def _python(value: Any) -> str:
-    """A literal as it is written by hand: with double quotes."""
+    """A literal as people write it, with double quotes."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_python(key)}: {_python(item)}" for key, item in value.items()) + "}"
     return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -1,4 +1,4 @@
-"""How many weights a step leaves where they are, because rounding to their dtype takes away the update."""
+"""The share of weights that a step does not move, because rounding to their dtype removes the update."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from sketch_plugins.optim.weight_bits import corrects
 from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import is_lazy
 
-#: Steps from one look to the next, unless told otherwise.
+#: Default number of steps from one check to the next.
 EVERY = 100
 
 
 @dataclass(frozen=True)
 class Unmoved:
-    """Weights that have not moved, of a parameter group or of all.
+    """Weights that have not moved, of one parameter group or of all.
 
     Attributes:
-        sampled: weights of the sample that have a finite gradient other than zero.
-        weights: about how many weights of the model these stand for.
-        unmoved: about how many of those have not moved.
+        sampled: number of weights in the sample that have a finite gradient other than zero.
+        weights: estimated number of weights of the model that these represent.
+        unmoved: estimated number of those that have not moved.
     """
 
     sampled: int = 0
@@ -41,22 +41,22 @@ class Unmoved:
 
     @property
     def share(self) -> float:
-        """``unmoved / weights``; NaN where no weight of the sample has a gradient."""
+        """``unmoved / weights``; NaN if no weight of the sample has a gradient."""
         return self.unmoved / self.weights if self.weights else math.nan
 
     def __add__(self, other: Unmoved) -> Unmoved:
-        """Of both."""
+        """The sum of both."""
         return Unmoved(self.sampled + other.sampled, self.weights + other.weights, self.unmoved + other.unmoved)
 
 
 @dataclass(frozen=True)
 class NumericsReport:
-    """What `NumericsProbe` has seen in one step.
+    """The findings of `NumericsProbe` in one step.
 
     Attributes:
-        step: which one, counted from 1 since the probe was made.
+        step: number of the step, counted from 1 since the probe was made.
         groups: number of each parameter group that took a step -> its weights.
-        lasting: the same without weights that are rounded by chance, which lose no update on average.
+        lasting: the same without weights with stochastic rounding, which lose no update on average.
     """
 
     step: int
@@ -65,11 +65,11 @@ class NumericsReport:
 
     @property
     def total(self) -> Unmoved:
-        """Of all groups."""
+        """The weights of all groups."""
         return sum(self.groups.values(), Unmoved())
 
     def __str__(self) -> str:
-        """In a line."""
+        """The report in one line."""
         each = ", ".join(f"group {number}: {one.share:.1%}" for number, one in sorted(self.groups.items()))
         return f"step {self.step}: {self.total.share:.1%} of the weights with a gradient did not move ({each})"
 
@@ -77,8 +77,8 @@ class NumericsReport:
 class NumericsProbe:
     r"""The share of weights with a gradient that a step did not move.
 
-    A weight w does not move if its update is below half a unit in its last place: in bfloat16 at 1.0 an update of less
-    than :math:`2^{-8}` upwards or :math:`2^{-9}` downwards. With ``weight_bits`` the weight is the stored one and its
+    A weight w does not move if its update is below half a unit in its last place. In bfloat16 at 1.0, this is an update
+    below :math:`2^{-8}` upwards or :math:`2^{-9}` downwards. With ``weight_bits`` the weight is the stored one and its
     correction together, as `sketch_plugins.full_precision_state_dict` returns it::
 
         probe = NumericsProbe(optimizer, every=100)
@@ -86,41 +86,41 @@ class NumericsProbe:
             ...
         probe.share, probe.last.groups
 
-    In steps 1, 1 + every, 1 + 2 * every, ... a sample of the weights is compared with what it was before the step. The
-    sample is the same for the same seed: of each parameter one place in each of equally long stretches. A share is
+    In steps 1, 1 + every, 1 + 2 * every, ... a sample of the weights is compared with its values before the step. The
+    sample is the same for the same seed; it has one place in each of equally long stretches of a parameter. A share is
 
     .. math:: \sum_p n_p\, u_p / k_p \;\Big/\; \sum_p n_p\, g_p / k_p
 
     over parameters p of n elements, of which k are sampled, g have a finite gradient other than zero and u of these
-    did not move. Nothing is counted of groups whose learning rate is 0, nor of parameters that took no step (skipped
-    by GradScaler or ``nonfinite="skip"``). The training computes the same bits as without; between looks a step costs
-    two calls of Python, and in a look some small operations for each parameter and one wait for the device.
+    did not move. Groups whose learning rate is 0 are not counted, nor are parameters that took no step (skipped by
+    GradScaler or ``nonfinite="skip"``). The training computes the same bits as without the probe. Between checks a step
+    costs two calls of Python, and a check some small operations for each parameter and one wait for the device.
 
-    A warning, one for each probe, says where more than ``bound`` of a group's weights, or of all, did not move in
-    ``looks`` looks one after the other. Weights that are rounded by chance (``stochastic_rounding`` in bfloat16,
-    ``weight_bits=24``) are counted but never warned of: a weight that stays has lost nothing on average.
+    A warning, once for each probe, says if more than ``bound`` of a group's weights, or of all weights, did not move in
+    ``looks`` checks in a row. Weights with stochastic rounding (``stochastic_rounding`` in bfloat16,
+    ``weight_bits=24``) are counted but cause no warning, because a weight that stays has lost nothing on average.
 
-    *Supported*: sketched optimizers with eager, Numba's and Triton's steps, row-sparse ones included, any optimizer of
-    torch's; DTensors (FSDP2), of which this rank's shards are looked at without communication; steps with a closure;
-    steps in backward (`InBackward`); GradScaler. *Not looked at*: tensors that compute their numbers (quantized ones),
-    gradients of DTensors that are laid out otherwise than their parameter, and steps within a CUDA graph.
+    *Supported*: sketched optimizers with eager, Numba's and Triton's steps, including row-sparse ones; any optimizer of
+    torch; DTensors (FSDP2), whose local shards are checked without communication; steps with a closure; steps in
+    backward (`InBackward`); GradScaler. *Not checked*: tensors that compute their numbers (quantized ones), gradients
+    of DTensors whose layout differs from their parameter's, and steps within a CUDA graph.
 
     Args:
-        optimizer: wrappers with an ``optimizer`` attribute are looked through.
-        every: steps from one look to the next.
-        elements: size of the sample, and at least one weight of each parameter; about 16 bytes each during a look.
-        seed: of the sample.
-        bound: share that is warned of.
-        looks: how often in a row it has to be above that.
+        optimizer: an optimizer, or a wrapper with an ``optimizer`` attribute.
+        every: number of steps from one check to the next.
+        elements: size of the sample, but at least one weight of each parameter; each takes about 16 bytes in a check.
+        seed: seed of the sample.
+        bound: share above which a check counts for the warning.
+        looks: number of such checks in a row that cause the warning.
 
     Attributes:
-        last: the `NumericsReport` of the last look; None before the first.
+        last: the `NumericsReport` of the last check; None before the first one.
 
     Raises:
-        TypeError: not an optimizer.
-        ValueError: an argument is not allowed; the optimizer has such a probe already; `MemSGD`, which moves only the
-            entries that it sends and keeps what rounding leaves; flat partitions of DeepSpeed's ZeRO (in the first step
-            for stage 3), which are float32, whatever the model is.
+        TypeError: ``optimizer`` is not an optimizer.
+        ValueError: an argument is not allowed; the optimizer already has such a probe; it is `MemSGD`, which moves only
+            the entries that it sends and keeps the part that rounding removes; it steps flat partitions of DeepSpeed's
+            ZeRO (noticed in the first step for stage 3), which are float32 for any model.
     """
 
     def __init__(
@@ -147,19 +147,19 @@ class NumericsProbe:
             raise ValueError(f"this {type(optimizer).__name__} has a NumericsProbe already: call its remove() first")
         self.every, self.elements, self.seed, self.bound, self.looks = every, elements, seed, float(bound), looks
         self.last: NumericsReport | None = None
-        # The optimizer keeps this object, not the other way round.
+        # The optimizer keeps this object, not the other way round, so that it is freed together with the optimizer.
         self._optimizer = weakref.ref(optimizer)
         self._steps = 0
-        self._looking = True  # in the cycle that ends with the next step()
+        self._looking = True  # whether the cycle that ends with the next step() is checked
         self._before: list[Sample] = []
         self._counts: list[tuple[Sample, Tensor]] = []
-        # Number of a group, or None for all -> the looks in a row in which it was above the bound.
+        # Number of a group, or None for all groups -> number of checks in a row in which it was above the bound.
         self._above: dict[int | None, int] = {}
         self._warned = False
         for group in optimizer.param_groups:
             for index, p in enumerate(group["params"]):
                 if not is_lazy(p):
-                    parts_of(optimizer, index, p)  # refuses what cannot be looked at
+                    parts_of(optimizer, index, p)  # raises an error for parameters that cannot be checked
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -168,11 +168,11 @@ class NumericsProbe:
 
     @property
     def share(self) -> float:
-        """Of all weights, in the last look; NaN before the first one, or where it saw no gradient."""
+        """Share of all weights in the last check; NaN before the first one, or if it saw no gradient."""
         return math.nan if self.last is None else self.last.total.share
 
     def figures(self, prefix: str = "numerics") -> dict[str, float]:
-        """For a logger: ``numerics/unmoved``, and ``numerics/unmoved_group_0``, ... where there are several groups."""
+        """Figures for a logger: ``numerics/unmoved``; with several groups also ``numerics/unmoved_group_0``, ..."""
         if self.last is None or math.isnan(self.share):
             return {}
         each = self.last.groups if len(self.last.groups) > 1 else {}
@@ -180,7 +180,7 @@ class NumericsProbe:
         return {f"{prefix}/unmoved": self.share, **{name: v for name, v in named.items() if not math.isnan(v)}}
 
     def remove(self) -> None:
-        """Look no more."""
+        """Remove the hooks, so that nothing is checked any more."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._before, self._counts = [], [], []
@@ -189,23 +189,23 @@ class NumericsProbe:
             optimizer._numerics = None
 
     def __enter__(self) -> NumericsProbe:
-        """``with NumericsProbe(optimizer) as probe: ...`` removes it in the end."""
+        """``with NumericsProbe(optimizer) as probe: ...`` removes it at the end."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove it."""
+        """Remove it at the end of the block."""
         self.remove()
 
     # -- before and after ----------------------------------------------------------------------------------------
 
     def before_parameter(self, number: int, index: int) -> None:
-        """Called by `SketchOptimizer.step_parameter`, whose steps are taken in backward: of one parameter."""
+        """Read the weights of one parameter. `SketchOptimizer.step_parameter` calls it before a step in backward."""
         optimizer = self._optimizer()
         if self._looking and optimizer is not None and not _capturing():
             self._look(optimizer, [(number, index)])
 
     def after_parameter(self) -> None:
-        """Its counterpart."""
+        """Compare these weights after the step."""
         optimizer = self._optimizer()
         if self._before and optimizer is not None:
             self._compare(optimizer)
@@ -243,7 +243,7 @@ class NumericsProbe:
 
     @torch.no_grad()
     def _look(self, optimizer: Any, members: list[tuple[int, int]]) -> None:
-        """Remember what the sampled weights of some parameters are, and which of them have a gradient."""
+        """Store the sampled weights of some parameters, and which of them have a gradient."""
         self._before = []
         each = max(1, self.elements // max(1, sum(len(group["params"]) for group in optimizer.param_groups)))
         for number, index in members:
@@ -267,7 +267,7 @@ class NumericsProbe:
 
     @torch.no_grad()
     def _compare(self, optimizer: Any) -> None:
-        """How many of them have not moved. Nothing waits for the device here."""
+        """Count the weights that have not moved. This does not wait for the device."""
         for one in self._before:
             state = optimizer.state.get(one.part.owner)
             now = values_of(one.part, state, one.places)
@@ -325,7 +325,7 @@ class NumericsProbe:
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside of wrappers."""
+    """The optimizer inside wrappers."""
     found = optimizer
     while True:
         inner = getattr(found, "optimizer", None)
@@ -342,7 +342,7 @@ def _is_one(optimizer: Any) -> bool:
 
 
 def _rate(group: Mapping[str, Any]) -> bool:
-    """Whether the learning rate is another one than 0."""
+    """Whether the learning rate is not 0."""
     return float(group.get("lr", 1.0)) > 0
 
 
@@ -382,15 +382,15 @@ def _advice(optimizer: Any, dtypes: set[torch.dtype]) -> str:
 
 
 def _capturing() -> bool:
-    """Whether a CUDA graph is being recorded, in which nothing may be read."""
+    """Whether a CUDA graph is being captured, during which nothing may be read."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_setting(value: Any) -> int:
-    """Steps from one look to the next for an option ``check_numerics``: False is 0, which is off, True is `EVERY`.
+    """Number of steps between checks for an option ``check_numerics``: False is 0 (off), True is `EVERY`.
 
     Raises:
-        ValueError: neither a bool nor an integer of at least 0.
+        ValueError: it is neither a bool nor an integer >= 0.
     """
     if isinstance(value, bool):
         return EVERY if value else 0

@@ -1,4 +1,4 @@
-"""A sample of an optimizer's weights, read before and after a step without changing anything and without waiting."""
+"""A sample of an optimizer's weights, read before and after a step. Reading changes nothing and does not wait."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Sample:
     number: int
     index: int
     part: Part
-    places: Tensor  # flat
-    mask: Tensor  # which have a gradient
+    places: Tensor  # positions in the flat part
+    mask: Tensor  # which of them have a gradient
     values: Tensor
-    steps: Any  # taken before
-    standing_for: float  # weights of the part for each of them
+    steps: Any  # number of steps taken before
+    standing_for: float  # number of weights of the part that each sampled one represents
 
 
 def parts_of(optimizer: Any, index: int, owner: Tensor) -> Iterator[Part]:
-    """What of a parameter takes a step here and has numbers of its own in memory."""
+    """The parts of a parameter that take a step on this rank and have their numbers in memory."""
     if isinstance(optimizer, SketchOptimizer):
         with optimizer._parts.looking():
             parts = optimizer._parts.of(index, owner)
@@ -47,7 +47,7 @@ def parts_of(optimizer: Any, index: int, owner: Tensor) -> Iterator[Part]:
 
 
 def gradient_of(part: Part) -> Tensor | None:
-    """This rank's gradient of a part, where it can be had without communication."""
+    """This rank's gradient of a part; None if it cannot be read without communication."""
     owner: Any = part.owner
     grad = owner.grad
     if is_dtensor(owner) != is_dtensor(grad) or (is_dtensor(grad) and grad.placements != owner.placements):
@@ -59,7 +59,7 @@ def gradient_of(part: Part) -> Tensor | None:
 
 
 def sampled(grad: Tensor, shape: torch.Size, each: int, seed: int) -> tuple[Tensor, Tensor, float]:
-    """``(places, gradient there, weights that each place stands for)``; of a sparse gradient among what it has."""
+    """``(places, gradients there, weights that each place represents)``; places with entries if it is sparse."""
     if grad.layout != torch.sparse_coo:
         places = places_of(grad.numel(), each, seed, grad.device)
         return places, _at(grad, places), grad.numel() / len(places)
@@ -74,7 +74,7 @@ def sampled(grad: Tensor, shape: torch.Size, each: int, seed: int) -> tuple[Tens
 
 
 def places_of(n: int, k: int, seed: int, device: torch.device) -> Tensor:
-    """Places of a sample in their order, k of n: one in each of k equal stretches; all of them where k >= n."""
+    """Places of a sample in order, k of n: one in each of k equal stretches; all places if k >= n."""
     if k >= n:
         return torch.arange(n, device=device)
     stretch = torch.arange(k, device=device)
@@ -83,20 +83,20 @@ def places_of(n: int, k: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _at(tensor: Tensor, places: Tensor) -> Tensor:
-    """Elements of a tensor of any layout in memory by their number."""
+    """Elements of a tensor with any strides, by their number."""
     if tensor.is_contiguous():
         return tensor.view(-1)[places]
     return tensor[torch.unravel_index(places, tensor.shape)]
 
 
 def values_of(part: Part, state: Mapping[str, Any] | None, places: Tensor) -> Tensor:
-    """Weights with all bits that the next step reads."""
+    """Weights with all the bits that the next step reads."""
     weight, found = _at(part.data.detach(), places), corrections(part, state)
     return weight if found is None else decode(weight, _at(found[0].view(part.shape), places))
 
 
 def steps_of(state: Mapping[str, Any] | None) -> Any:
-    """Steps that a parameter has taken; a copy, and of a device's counter no wait. None: nobody counts."""
+    """Number of steps that a parameter has taken; a copy, read without waiting for a device. None: not counted."""
     steps = (state or {}).get("step")
     if isinstance(steps, Tensor):
         return float(steps) if steps.device.type == "cpu" else steps.detach().clone()

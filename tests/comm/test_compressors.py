@@ -176,7 +176,7 @@ def test_take_loses_nothing(compressor, dtype, momentum):
         sent[positions] += payload.values.double()
         velocity = 0.9 * momentum * velocity + 0.5 * g.double()
         total += velocity
-    # rounding of 30 additions; to bfloat16 by chance: 8 bits, errors add up as a random walk
+    # Rounding of 30 additions. Stochastic rounding to bfloat16 has 8 bits, and its errors add up as a random walk.
     atol = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 1.2 if momentum else 0.25}[dtype]
     assert (m.double() + sent - total).abs().max() < atol
     assert abs(float((m.double() + sent - total).mean())) < atol / 30

@@ -215,7 +215,7 @@ def gradient(spec, p, generator):
 
 
 def nudged(x, units, generator, sign=None):
-    """Each number changed by ``units`` in the last place of its arithmetic dtype, up or down by chance."""
+    """Each number changed by ``units`` in the last place of its arithmetic dtype, up or down at random."""
     step = units * 2.0 ** (-52 if x.dtype == torch.float64 else -23)
     way = torch.randint(2, x.shape, generator=generator, dtype=torch.int8).to(x.dtype) * 2 - 1
     return x * (1 + step * way * (1 if sign is None else sign))

@@ -289,7 +289,7 @@ def test_threads_do_not_change_bits():
 
 
 def test_stochastic_rounding_is_unbiased_and_repeats(kernels):
-    """Steps of a sixteenth of a unit in the last place: to nearest nothing ever moves, by chance the mean does."""
+    """Steps of a sixteenth of a unit in the last place: lost when rounded to nearest, kept on average otherwise."""
     size, lr, steps = (64, 256), 2**-12, 16
     moved = {}
     for stochastic in (False, True):

@@ -1,4 +1,4 @@
-"""bfloat16 tables: rounded by chance, once a write, with noise that is a function of (seed, step, cell)."""
+"""bfloat16 tables: stochastic rounding, once a write, with noise that is a function of (seed, step, cell)."""
 
 import math
 

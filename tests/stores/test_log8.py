@@ -34,7 +34,7 @@ def test_every_number_of_the_grid_is_itself():
     store = Log8(block_size=255)
     state = assigned(store, v)
     assert torch.equal(whole(store, state, v.shape, torch.float32), v)
-    for step in range(1, 6):  # and rounding by chance leaves it there
+    for step in range(1, 6):  # and stochastic rounding leaves it there
         store.write(state, gradient(torch.zeros_like(v)), Ema(1.0, 1.0, step))
     assert torch.equal(whole(store, state, v.shape, torch.float32), v)
 
