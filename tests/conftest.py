@@ -17,8 +17,8 @@ import torch
 
 from .interpreter import patch_once
 
-# Triton decides when it is imported whether kernels are interpreted, and other libraries import it. Without a GPU they
-# are here; tests that compile them do so in a process of their own.
+# Triton decides at its import whether kernels are interpreted, and other libraries import it. Without a GPU they are
+# interpreted here; tests that compile them do so in a process of their own.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     with warnings.catch_warnings():
@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
             patch_once(importlib.import_module("triton.runtime.interpreter"))
         except ImportError:  # no Triton on this platform
             pass
-    del os.environ["TRITON_INTERPRET"]  # or fused=True on a CPU would mean the interpreter everywhere
+    del os.environ["TRITON_INTERPRET"]  # otherwise fused=True on a CPU would mean the interpreter everywhere
 
 from sketch_plugins import registry
 
@@ -38,9 +38,9 @@ SLOW = (ROOT / "tests" / "slow.txt").read_text().splitlines()
 
 
 def pytest_collection_modifyitems(config, items):
-    """Files that take minutes come first: one that began last would be waited for alone, on one of the cores.
+    """Files that take minutes come first, because a long file that begins last would run alone on one of the cores.
 
-    Those of `tests/slow.txt` are skipped unless SLOW is set (`make slow`), or they are named on the command line.
+    Files in `tests/slow.txt` are skipped unless SLOW is set (`make slow`), or the command line names them.
     """
     items.sort(key=lambda item: LONGEST.get(item.path.relative_to(ROOT).as_posix(), len(LONGEST)))
     named = [argument.partition("::")[0] for argument in config.args]
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=registry.names())
 def name(request):
-    """Every optimizer of the registry: a new one inherits these tests."""
+    """Every optimizer of the registry, so that a new one gets these tests."""
     return request.param
 
 
@@ -86,7 +86,7 @@ def launch_ranks():
 
 @pytest.fixture(scope="session")
 def kill_ranks():
-    """`kill_ranks(which, sign, script, *arguments)` kills (SIGKILL) some of the ranks once the file `sign` is there.
+    """`kill_ranks(which, sign, script, *arguments)` kills (SIGKILL) some of the ranks once the file `sign` exists.
 
     The others have to end by themselves, with an error.
     """
@@ -110,7 +110,7 @@ def kill_ranks():
 
 @contextlib.contextmanager
 def ranks_of(script, arguments, world, env):
-    """(process, file with its output) of each rank; whatever still runs in the end is killed."""
+    """(process, file with its output) of each rank; ranks that still run at the end are killed."""
     command = [sys.executable, str(script), *map(str, arguments)]
     with contextlib.ExitStack() as stack:
         # Files, not pipes: a rank that fills its pipe would wait while the other one is read.
@@ -135,7 +135,7 @@ def ranks_of(script, arguments, world, env):
 
 @contextlib.contextmanager
 def forked_ranks(script, arguments, world, env):
-    """As `ranks_of`, but imports are made once for all: see ranks.py. The process is the one that waits for them."""
+    """Like `ranks_of`, but imports are made once for all ranks: see ranks.py. The process is the one that waits."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)]
         outputs = [file.fileno() for file in files]
@@ -199,7 +199,7 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_arrive():
-    """``nohup`` and a shell's ``&`` make a process and its children ignore signals: some tests send them."""
+    """Some tests send signals, which ``nohup`` and a shell's ``&`` would make a process and its children ignore."""
     for number, handler in (
         (signal.SIGINT, signal.default_int_handler),
         (getattr(signal, "SIGHUP", None), signal.SIG_DFL),
@@ -210,16 +210,16 @@ def signals_arrive():
 
 @pytest.fixture(scope="session", autouse=True)
 def frozen_objects_thaw():
-    """In the end, or libraries would take for leaks what nobody collects."""
+    """Unfreeze them at the end; otherwise libraries would report uncollected objects as leaks."""
     yield
     gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def garbage_of_this_file_only(frozen_objects_thaw):
-    """Modules and what other files have left are not looked through again.
+    """The garbage collector skips modules and the objects of other files.
 
-    Trainer, accelerate and Lightning collect garbage several times a run, which takes a third of a second among the
+    Trainer, accelerate and Lightning collect garbage several times a run. This takes a third of a second with the
     600,000 objects of the frameworks that the tests import, and next to nothing without them.
     """
     gc.collect()
@@ -228,13 +228,13 @@ def garbage_of_this_file_only(frozen_objects_thaw):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_process_group_is_left():
-    """Lightning and accelerate leave theirs when they have trained: the next file makes its own, or is no rank."""
+    """Remove the group that Lightning and accelerate leave after training; the next file makes its own, or none."""
     yield
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-#: What frameworks put into the environment of a process that they take for one of several.
+#: Variables that frameworks set in the environment of a process that they take for one of several.
 _OF_RANKS = (
     "RANK",
     "LOCAL_RANK",
@@ -249,7 +249,7 @@ _OF_RANKS = (
 
 @pytest.fixture(autouse=True)
 def one_process_again():
-    """A test that made this process a rank does not leave it one: the next would wait for others, or take its port."""
+    """Undo changes of a test that made this process a rank; the next one would wait for others, or take its port."""
     before = {name: os.environ.get(name) for name in _OF_RANKS}
     yield
     for name, value in before.items():

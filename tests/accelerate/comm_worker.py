@@ -1,4 +1,4 @@
-"""One rank of the tests of accelerate's and Trainer's entrances: ``comm_worker.py CHECK[,CHECK...] FOLDER``."""
+"""One rank of the tests of compression in accelerate and Trainer: ``comm_worker.py CHECK[,CHECK...] FOLDER``."""
 
 import os
 import sys
@@ -114,7 +114,7 @@ def said(action):
 
 
 def fsdp_is_heeded():
-    """accelerate heeds FSDP where there are several GPUs only: it is told so before it decides (worker.py)."""
+    """accelerate uses FSDP only with several GPUs, so it is told that it has them (worker.py)."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import DistributedType
 
@@ -124,7 +124,7 @@ def fsdp_is_heeded():
 
 
 def check_fsdp(folder):
-    """Real FSDP, of both versions: refused by attach, accelerate's entrance and Trainer's."""
+    """Real FSDP of both versions is refused by attach, by accelerate's handler and by Trainer's."""
     from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.device_mesh import init_device_mesh
@@ -231,7 +231,7 @@ def check_trainer(folder):
     assert other.iteration == callback.state.iteration == 10
     assert other.memory_norm() == callback.state.memory_norm()
     resumed.args.max_steps = 4
-    resumed.train()  # again from the beginning: with the memory that there is
+    resumed.train()  # train() again from the beginning, with the existing memory
     assert communication(resumed.callback_handler.callbacks).state is other and other.iteration == 14
     same_everywhere(resumed.model)
 

@@ -1,7 +1,7 @@
 """A rank of the example's runs: ``example_worker.py OUT TEXT CONFIG...``; as under ``accelerate launch``, but on a CPU.
 
-``accelerate launch`` turns a configuration into an environment and starts a process for each GPU with it. The first is
-done here by accelerate's own functions, the second by the test.
+``accelerate launch`` converts a configuration to an environment and starts a process for each GPU with it. Here
+accelerate's own functions do the first part, and the test does the second.
 """
 
 import os
@@ -42,10 +42,12 @@ def run(config: Path, out: Path, *options: str) -> None:
     if config.stem == "deepspeed_zero2":
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo will do: its own way is compiled first
-    own = ["--cpu"] if config.stem != "deepspeed_zero2" else []  # accelerate heeds DeepSpeed where no CPU is asked for,
+        # Gloo is enough; DeepSpeed's own way would be compiled first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Accelerate uses DeepSpeed only if no CPU is requested,.
+    own = ["--cpu"] if config.stem != "deepspeed_zero2" else []
     if config.stem == "fsdp2":
-        state.distributed_type = DistributedType.MULTI_GPU  # and FSDP where there are several GPUs; both run on a CPU
+        state.distributed_type = DistributedType.MULTI_GPU  # and FSDP only with several GPUs; both run on a CPU
     try:
         accelerate_lm.run(accelerate_lm.parse([*SIZE, "--quick", "--out", str(out), *own, *options]))
     finally:

@@ -58,5 +58,5 @@ def test_fsdp2_equals_ddp_where_nothing_is_compressed(optimizer, of_torch):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("runner", DEEPSPEED)
 def test_deepspeed_trains_and_resumes_with_our_optimizer(runner, of_deepspeed):
-    # Offloading, too: accelerate would put DeepSpeedCPUAdam in its place.
+    # Also with offloading, where accelerate would replace the optimizer by DeepSpeedCPUAdam.
     look(of_deepspeed, runner, "cs_adam")

@@ -21,7 +21,7 @@ def test_two_ranks(launch_ranks, tmp_path):
 
 
 def test_refused_where_gradients_are_reduced_otherwise(launch_ranks, tmp_path):
-    """FSDP and DeepSpeed, the real ones, by every entrance."""
+    """With FSDP and DeepSpeed, the real ones, in every way to turn compression on."""
     deepspeed = importlib.util.find_spec("deepspeed") is not None
     launch_ranks(WORKER, "deepspeed,fsdp" if deepspeed else "fsdp", tmp_path)
 

@@ -1,4 +1,4 @@
-"""The example with each of its configurations, shortened, on two processes; stopped, and gone on with."""
+"""The example with each of its configurations, shortened, on two processes; stopped and continued."""
 
 import importlib.util
 import json
@@ -44,6 +44,6 @@ def test_trains_and_goes_on_from_its_last_checkpoint(config, results):
 
 
 def test_ways_of_running_agree(results):
-    # The same data and weights: what differs is how a parameter is cut, and the order of a sum of the gradients' norm.
+    # Data and weights are the same. The cut of the parameters differs, and the order of summing the gradients' norm.
     losses = [whole["eval_loss"] for whole, _ in results.values()]
     assert max(losses) - min(losses) < 0.01

@@ -1,4 +1,4 @@
-"""The contract with accelerate: every name that is touched is there, and its absence is reported by name."""
+"""The contract with accelerate: every name that is used exists, and a missing one is reported by name."""
 
 import importlib
 import importlib.metadata

@@ -1,6 +1,6 @@
 """Run by test_accelerate.py in two processes: the optimizers through ``Accelerator.prepare``.
 
-``worker.py OUT FOLDER RUNNER,...`` writes what came out as ``OUT.RANK``: runner -> optimizer -> "ok" or a traceback.
+``worker.py OUT FOLDER RUNNER,...`` writes the results to ``OUT.RANK``: runner -> optimizer -> "ok" or a traceback.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sketch_accelerate  # noqa: F401
 from sketch_plugins import cast_model, full_precision_state_dict, registry
 
 MICROS, SAVED, LAST = 2, 2, 4  # micro-batches of a step; the steps that are saved after, and that end a run
-#: Where the result does not depend on how parameters are cut, so that FSDP2 has to equal DDP to the last bit.
+#: Methods whose result does not depend on the cut of the parameters: here FSDP2 has to equal DDP to the last bit.
 EXACT = {"cs_adam": "exact", "cs_rmsprop": "exact", "cs_adagrad": "exact"}
 
 
@@ -41,14 +41,15 @@ class Net(torch.nn.Module):
 
 
 def accelerator_of(runner: str) -> Accelerator:
-    """An accelerator in the state that the launcher and a machine with GPUs would have brought it into."""
+    """An accelerator in the state that the launcher and a machine with GPUs would give it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     state = PartialState(cpu=True)
     if runner.startswith("zero"):
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo will do: its own way is compiled first
+        # Gloo is enough; DeepSpeed's own way would be compiled first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = {
             "zero_optimization": {"stage": int(runner[4])},
             "train_micro_batch_size_per_gpu": 4,
@@ -59,7 +60,7 @@ def accelerator_of(runner: str) -> Accelerator:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         if "named" in runner:
             config["optimizer"] = {"type": "cs_adam", "params": {"lr": "auto", "min_compress_size": 64}}
-        # What `accelerate launch --use_deepspeed` sets; heeded where the accelerator is not asked for a CPU.
+        # `accelerate launch --use_deepspeed` sets this; accelerate reads it only if no CPU is requested.
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         try:
             return Accelerator(
@@ -69,8 +70,8 @@ def accelerator_of(runner: str) -> Accelerator:
             del os.environ["ACCELERATE_USE_DEEPSPEED"]
     plugin = None
     if runner.startswith("fsdp"):
-        # accelerate heeds FSDP where there are several GPUs only, and trains with DDP elsewhere. FSDP2 itself runs on a
-        # CPU; the accelerator is told so before it decides.
+        # accelerate uses FSDP only with several GPUs, and trains with DDP otherwise. FSDP2 itself runs on a CPU, so the
+        # accelerator is told so before it decides.
         state.distributed_type = DistributedType.MULTI_GPU
         _, kind, saved, *_ = (*runner.split(" "), "sharded")
         plugin = FullyShardedDataParallelPlugin(
@@ -148,7 +149,7 @@ def inner(optimizer: Any) -> Any:
 
 
 def held(ours: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The numbers that have state, and it, as this rank has them: ZeRO-3 hands parameters out for a step only."""
+    """The numbers that have state, and the state, on this rank: ZeRO-3 passes parameters to a step only."""
     every = list(ours.state.items())
     return tensors({str(i): p for i, (p, _) in enumerate(every)}), tensors(
         {str(i): s for i, (_, s) in enumerate(every)}
@@ -162,7 +163,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], what: str) -> 
 
 
 def check(runner: str, name: str, folder: Path) -> str:
-    """Trains; and what is saved in the middle and loaded into other weights ends in the same ones."""
+    """Trains. A state that is saved in the middle and loaded into other weights ends with the same weights."""
     accelerator, *prepared = build(runner, name, seed=0)
     ours = inner(prepared[1])
     assert accelerator.num_processes == 2 and accelerator.process_index == int(os.environ["RANK"])
@@ -178,7 +179,7 @@ def check(runner: str, name: str, folder: Path) -> str:
     accelerator.save_state(saved)
     losses += train(accelerator, prepared, SAVED, LAST)
     weights, state = held(ours)
-    # A dense Adam's, of which this rank would have its share.
+    # Bytes of a dense Adam; with sharding, this rank's share.
     dense = 8 * sum(p.numel() for p in Net().parameters()) / (1 if runner.startswith("ddp") else 2)
     size = sum(t.nbytes for t in state.values())
     assert size < 0.75 * dense, (size, dense)
@@ -202,13 +203,13 @@ def check(runner: str, name: str, folder: Path) -> str:
 
 
 def check_exact(name: str, preset: str) -> str:
-    """FSDP2 through accelerate is DDP through accelerate, where the method does not depend on the cut."""
+    """FSDP2 in accelerate equals DDP in accelerate if the method does not depend on the cut."""
     ends = []
     for runner in ("ddp", "fsdp 2 sharded"):
         accelerator, *prepared = build(runner, name, seed=0, preset=preset)
         train(accelerator, prepared, 0, LAST)
         ends.append({k.removeprefix("module."): v for k, v in whole(accelerator, prepared[0]).items()})
-    # The gradients' norm is summed up in another order, and so clipped by another last bit.
+    # The gradients' norm is summed in another order, so clipping differs in the last bit.
     for key, value in ends[0].items():
         torch.testing.assert_close(ends[1][key], value, rtol=1e-5, atol=1e-6)
     return "ok"
@@ -231,7 +232,7 @@ def main(out: str, folder: str, runners: list[str]) -> None:
         elif runner == "exact":
             checks = {name: partial(check_exact, name, preset) for name, preset in EXACT.items()}
         else:
-            # Every optimizer under every stage is the business of the tests of sketch_deepspeed.
+            # The tests of sketch_deepspeed cover every optimizer in every stage.
             names = ["cs_adam"] if "zero" in runner or "24 bits" in runner else registry.names()
             checks = {name: partial(check, runner, name, Path(folder)) for name in names}
         for name, one in checks.items():

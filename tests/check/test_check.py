@@ -1,4 +1,4 @@
-"""``sketch-plugins check``: finds what is wrong, names it, and ends in a table whatever a kernel does."""
+"""``sketch-plugins check`` finds wrong kernels, names them, and prints its table in any case."""
 
 import json
 import sys
@@ -66,7 +66,7 @@ def test_a_wrong_kernel_is_named(broken, capsys, what, result):
 
 
 def test_numba(capsys):
-    """What its kernels do not take is left out, with the reason."""
+    """Cases that Numba's kernels do not support are left out, with the reason."""
     pytest.importorskip("numba", reason="Numba is not installed")
     status, found = check(capsys, "--only", "sm3 variant=I ", "--no-times")
     assert status == 0
@@ -79,7 +79,7 @@ def test_numba(capsys):
 
 
 def test_no_kernels_at_all(capsys, monkeypatch):
-    """As if Numba were not installed: nothing was compared, and that is no success."""
+    """Without Numba nothing is compared, and that is not a success."""
     fused._numba.cache_clear()
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "numba", None)
@@ -103,7 +103,7 @@ def test_what_is_refused(capsys):
 
 
 def test_a_process_that_ends_costs_a_row():
-    """Here both take longer than they may."""
+    """Here both cases take longer than allowed."""
     chosen = cases()[:2]
     done = []
     rows = workers.compare_all(chosen, torch.device("cpu"), 1, done.append, patience=0.05)
@@ -113,7 +113,7 @@ def test_a_process_that_ends_costs_a_row():
 
 
 def test_nothing_but_torch_and_triton(interpreted, monkeypatch, capsys):
-    """Neither the library of tables, here and in the process that compares, nor one for tests or for a CPU there."""
+    """No library of tables, here and in the process that compares, and none for tests or for a CPU."""
     hidden = interpreted.parent / "hidden"
     hidden.mkdir()
     for name in ("rich", "numba", "pytest", "transformers", "matplotlib"):

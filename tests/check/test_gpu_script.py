@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: every part writes its rows, and what is missing is named."""
+"""`make gpu` without a GPU: every part writes its rows, and missing packages are named."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """(folder, output) of a run that has neither rich nor pytest, and is not told where the package is."""
+    """(folder, output) of a run without rich and pytest, which has to find the package itself."""
     out = tmp_path_factory.mktemp("gpu")
     hidden = out / "hidden"
     hidden.mkdir()
@@ -56,7 +56,7 @@ def test_the_summary_has_all_parts_and_names_what_is_missing(ran):
 
 
 def test_no_time_at_all(tmp_path, capsys):
-    """What did not begin is named, and nothing is wrong with it."""
+    """Parts that did not begin are named, and nothing is reported as wrong."""
     script = runpy.run_path(str(SCRIPT))
     assert script["main"](["--device", "cpu", "--minutes", "0", "--parts", "steps", "--out", str(tmp_path)]) == 0
     assert "* cs_adam bert-base float32: no time was left" in (tmp_path / "gpu.md").read_text()

@@ -1,4 +1,4 @@
-"""The first step on a device compares its kernels with the definition, and goes by what it finds."""
+"""The first step on a device compares its kernels with the definition, and uses the result."""
 
 import json
 import warnings
@@ -20,7 +20,7 @@ def asked(monkeypatch):
 
 @pytest.fixture
 def tries(monkeypatch):
-    """The specialisations that were tried out."""
+    """The specialisations that were compared."""
     seen, real = [], self_check._try_out
 
     def counted(optimizer, one, text, number):
@@ -45,7 +45,7 @@ def train(fused=True, steps=2, cls=CSAdam, shape=(24, 48), **options):
 
 @pytest.mark.parametrize("what", ["arithmetic", "compiler"])
 def test_a_wrong_kernel_takes_no_step(broken, asked, tries, what):
-    """One warning, that names kernel, device and what to do; the numbers are the eager path's, bit for bit."""
+    """One warning names kernel, device and what to do; the numbers are the eager path's, bit for bit."""
     expected, _ = train(fused=False)
     broken(what)
     ours, said = train()
@@ -96,7 +96,7 @@ def test_a_wrong_kernel_of_a_graph_is_an_error_before_anything_changes(broken, a
 
 
 def test_a_verdict_is_for_one_combination_of_versions(interpreted, asked, tries, monkeypatch):
-    """It lasts for other processes (here: one that has forgotten), and for no other version."""
+    """It is valid for other processes (here: one that has forgotten it), but for no other version."""
     train()
     (file,) = interpreted.glob("*.json")
     found = json.loads(file.read_text())
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written(interpreted, asked, tries):
 
 
 def test_what_is_no_fault_of_the_kernel_is_not_remembered(interpreted, asked, monkeypatch):
-    """A disk that is full when Triton writes what it has compiled: this process steps eagerly, the next one looks."""
+    """If the disk is full when Triton writes a kernel, this process steps eagerly, and the next one checks again."""
     from sketch_plugins.kernels.gpu import launch
 
     class Full:
@@ -165,14 +165,14 @@ def test_what_is_no_fault_of_the_kernel_is_not_remembered(interpreted, asked, mo
 
 
 def test_kernels_that_are_compiled_apart_have_verdicts_of_their_own(interpreted, asked, tries):
-    """Nesterov's momentum is another kernel, and its number is filled in after the check."""
+    """Nesterov's momentum is another kernel, and its parameter is filled in after the check."""
     for nesterov in (False, True):
         train(cls=CSMomentum, nesterov=nesterov)
     assert len(tries) == len(set(tries)) == 2
 
 
 def test_the_switch(broken, tries, monkeypatch):
-    """Off: the kernel is used. Not set: interpreted kernels are not looked at."""
+    """0: the kernel is used. Not set: interpreted kernels are not checked."""
     expected, _ = train(fused=False)
     broken("arithmetic")
     for value in ("0", None):
@@ -197,7 +197,7 @@ def test_numba_is_checked_where_it_is_asked_for(asked, tries, tmp_path, monkeypa
 
 
 def test_nobody_else_notices(interpreted, asked, tries):
-    """Neither generators of random numbers nor hooks on the steps of all optimizers."""
+    """Generators of random numbers, and hooks on the steps of all optimizers, are not affected."""
     seen = []
     handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: seen.append(optimizer))
     before = torch.get_rng_state()
@@ -245,7 +245,7 @@ LARGE = [(1000, 768), (1000, 767), (2, 768), (64, 32, 3, 3), (768,), (7, 96, 128
 def test_small_tensors_are_compiled_for_what_large_ones_are(
     interpreted, asked, monkeypatch, cls, options, sparse, dtype
 ):
-    """For each tensor of a model a small one is found whose kernels are compiled for the same."""
+    """For each tensor of a model there is a small one whose kernels are compiled in the same way."""
     found = []
 
     def look(optimizer, unknown):

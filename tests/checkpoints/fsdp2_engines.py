@@ -1,4 +1,4 @@
-"""Run by test_reshard_fsdp2.py, once with each number of processes; as zero_engines.py does for DeepSpeed."""
+"""Run by test_reshard_fsdp2.py, once with each number of processes, like zero_engines.py for DeepSpeed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sketch_plugins.checkpoints.distributed import reshard
 from sketch_plugins.optim import SM3, CSAdam, Sketchy
 
 SKETCH = {"lr": 1e-2, "min_compress_size": 1}
-#: name -> (optimizer, its options); what is in the name is what the test looks at.
+#: name -> (optimizer, its options); the test reads the name.
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "exact": (CSAdam, {"preset": "exact", "lr": 1e-2}),
     "sketch": (CSAdam, {**SKETCH, "compression": 0.25, "block_size": 8}),
@@ -38,7 +38,7 @@ SAVED, MORE, BATCH = 3, 2, 12
 
 
 class Model(torch.nn.Module):
-    """Rows that no number of processes divides, an n-d weight, and one of fewer rows than processes."""
+    """Parameters whose rows no number of processes divides, an n-d weight, and one with fewer rows than processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def dense(optimizer: Any) -> dict[str, torch.Tensor]:
-    """Whole dense moments; shards follow each other, filled up to the size of the largest."""
+    """Whole dense moments; shards follow each other, padded to the size of the largest."""
     out = {}
     for key, state in optimizer.state_dict()["state"].items():
         for name in ("first_moment", "second_moment"):
@@ -144,7 +144,7 @@ def norm(tensors: dict[str, torch.Tensor]) -> float:
 
 
 def odd(folder: Path) -> None:
-    """Checkpoints to be refused."""
+    """Write checkpoints that have to be refused."""
     model, optimizer = build("exact", lambda p: Shard(p.ndim - 1) if p.shape[-1] == 6 else None)
     train(model, optimizer, 0, 1)
     dcp.save(state_of(model, optimizer), checkpoint_id=folder / "odd columns")

@@ -1,4 +1,4 @@
-"""``sketch-plugins convert``: files of Trainer, Lightning and torch, written anew, and what goes wrong."""
+"""``sketch-plugins convert``: checkpoints of Trainer, Lightning and torch are converted, and errors are reported."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def begun(make=AdamW, **options):
     return net, theirs
 
 
-# torch's optimizer and its options; the name of ours; optim_args; what a run builds itself.
+# torch's optimizer and its options; the name of ours; optim_args; the arguments of the run that continues.
 CASES = {
     "adamw": (AdamW, {"betas": (0.8, 0.95), "eps": 1e-6}, "cs_adam", SMALL, {}),
     "options": (AdamW, {}, "cs_adam", f"{SMALL},compression=0.25,depth=2,seed=3,preset=lean", {}),
@@ -87,7 +87,7 @@ def test_it_is_what_convert_state_makes_in_memory_bit_for_bit(case, tmp_path):
     written = torch.load(done.output, weights_only=True)
     assert written["epoch"] == 3 and equal(written["model"], torch.load(tmp_path / "run.pt")["model"])
 
-    # Ours, as the run that goes on builds it: the same groups, and the same hyperparameters.
+    # Our optimizer, as the run that continues builds it: the same groups and the same hyperparameters.
     hyper = {"lr": 1e-2, **options}
     if make is Adam:
         hyper["betas"] = (0.9, 0.999)
@@ -110,7 +110,7 @@ def test_it_is_what_convert_state_makes_in_memory_bit_for_bit(case, tmp_path):
         assert (group["lr"], group["weight_decay"]) == (saved["lr"], saved["weight_decay"])
         assert group.get("tag") == saved.get("tag")
 
-    # And it goes on.
+    # The run continues.
     if case != "bfloat16":
         other_net = model(1)
         other_groups = groups(other_net)
@@ -136,7 +136,7 @@ def test_every_optimizer_of_the_registry(tmp_path):
         before, after = (sum(getattr(g, key) for g in done.optimizers[0]) for key in ("before", "after"))
         elements = sum(p.numel() for p in net.parameters() if p.requires_grad)
         assert before == 8 * elements == 8 * sum(g.elements for g in done.optimizers[0])
-        assert 0 < after and (after < before or name == "sketchy")  # whose preconditioners of tiny matrices are larger
+        assert 0 < after and (after < before or name == "sketchy")  # its preconditioners of tiny matrices are larger
 
 
 def test_several_optimizers_and_one_that_is_ours(tmp_path):
@@ -147,7 +147,7 @@ def test_several_optimizers_and_one_that_is_ours(tmp_path):
         train(net, optimizer, 2)
     value = {"optimizer_states": [first.state_dict(), own.state_dict()], "other": ({"inner": second.state_dict()}, 7)}
     torch.save(value, tmp_path / "several.ckpt")
-    with pytest.raises(ValueError, match="needs averages of squared gradients"):  # of SGD there are none
+    with pytest.raises(ValueError, match="needs averages of squared gradients"):  # SGD has none
         convert(tmp_path / "several.ckpt", "cs_adam", SMALL)
     done = convert(tmp_path / "several.ckpt", "cs_momentum", SMALL)
     written = torch.load(done.output, weights_only=True)
@@ -170,7 +170,7 @@ def test_the_command(tmp_path, capsys):
     assert "group 0" in out and "group 1" in out and f"{elements:,}" in out and "run-cs_adam.pt" in out
     written = (tmp_path / "run-cs_adam.pt").read_bytes()
 
-    # Nothing is written over unasked.
+    # Nothing is overwritten without --force.
     assert cli.main(["convert", str(file), "--optim", "cs_adam", "--optim-args", "preset=exact"]) == 1
     error = capsys.readouterr().err
     assert "run-cs_adam.pt exists already" in error and "--force" in error
@@ -181,11 +181,12 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["convert", str(file), "--optim", "sm3", "--out", str(tmp_path / "folder")]) == 0
     assert cli.main(["convert", str(file), "--optim", "sm3", "--out", str(tmp_path / "new" / "x.pt")]) == 0
     assert (tmp_path / "folder" / "run.pt").is_file() and (tmp_path / "new" / "x.pt").is_file()
-    # In place, where that is asked for.
+    # In place, if requested.
     assert cli.main(["convert", str(file), "--optim", "sm3", "--out", str(file), "--force"]) == 0
     assert cli.main(["convert", str(file), "--optim", "sm3", "--out", str(file), "--force"]) == 1
     assert "there is nothing to convert" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "new", "run-cs_adam.pt", "run.pt"]  # no rubbish
+    # No temporary files are left.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "new", "run-cs_adam.pt", "run.pt"]
 
 
 def test_help():
@@ -260,7 +261,7 @@ def test_what_cannot_be_converted(make, arguments, message, tmp_path):
 
 
 def folder(tmp_path):
-    """A directory as Trainer writes it, as far as this command looks at it."""
+    """A directory like Trainer's, as far as this command reads it."""
     net, theirs = begun()
     root = tmp_path / "checkpoint-3"
     (root / "inner").mkdir(parents=True)
@@ -281,7 +282,7 @@ def test_a_folder_is_copied_whole(tmp_path):
         convert(root, "cs_adam", SMALL)
     (done.output / "model.safetensors").write_bytes(b"old")
     convert(root, "sm3", SMALL, done.output, force=True)
-    assert (done.output / "model.safetensors").read_bytes() != b"old"  # it is the new one whole, no mixture
+    assert (done.output / "model.safetensors").read_bytes() != b"old"  # it is replaced as a whole
     (done.output / "thesis.txt").touch()
     with pytest.raises(ValueError, match=r"contains thesis\.txt, which .* does not"):
         convert(root, "sm3", SMALL, done.output, force=True)
@@ -319,7 +320,7 @@ def test_a_folder_of_accelerate(tmp_path):
 
 @pytest.mark.parametrize("place", ["new file", "file", "new folder", "folder", "in place"])
 def test_a_failure_leaves_what_was_there(place, tmp_path, monkeypatch):
-    """The disk is full in the middle of writing."""
+    """The disk becomes full while files are written."""
     _, root = folder(tmp_path)
     source, target = root, tmp_path / "target"
     if "file" in place:

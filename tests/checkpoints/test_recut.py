@@ -1,4 +1,4 @@
-"""Pieces cut anew: what is exact is so bit for bit, what is not keeps its bounds, covariances keep order and trace."""
+"""Recut pieces: exact state stays equal bit for bit, other state keeps its bounds, covariances keep order and trace."""
 
 import math
 from itertools import pairwise
@@ -137,7 +137,7 @@ def test_int8_blocks_that_stay_are_exact_and_others_within_half_a_step(old_world
     for row, lo, hi in common:
         kept[row, lo:hi] = True
     assert torch.equal(before[kept], after[kept])
-    # Its largest number sets a block's step; it is one of the row.
+    # The block's largest number, which belongs to the row, sets the step of its codes.
     bound = before.abs().amax(1, keepdim=True) / 254 * (1 + 1e-6)
     assert ((after - before).abs() <= bound).all()
     if old_world == 1 and len(whole) > 1 and whole[0] >= 8:
@@ -145,7 +145,7 @@ def test_int8_blocks_that_stay_are_exact_and_others_within_half_a_step(old_world
 
 
 def test_int8_codes_of_whole_rows_are_copied_not_encoded():
-    """fl(127 s) / 127 is not always s: a scale that encoding would change stays as it is."""
+    """fl(127 s) / 127 is not always s, so encoding would change some scales. Those of whole rows stay."""
     whole = (6, 16)
     old = [steps(held(p, ["int8"]), gradients(whole)) for p in flat(whole, 1)]
     scales = old[0].state["first_moment"]["scales"]
@@ -174,7 +174,7 @@ def test_count_min_means_are_means_of_the_old_estimates(old_world, new_world, wh
 
 @pytest.mark.parametrize("name", ["count_min_sum", "count_sketch"])
 def test_sums_do_not_grow_from_cut_to_cut(name):
-    """Merged and split ten times; a sketch of its own estimates would have grown by the load each time."""
+    """Merged and split ten times; a sketch of its own estimates would grow by the load each time."""
     whole = (60, 7)
     moment = STORES[name][0]
     old = start = [steps(held(p, [name]), gradients(whole)) for p in flat(whole, 2)]
@@ -260,7 +260,7 @@ def test_corrections_of_weights_go_where_their_weights_go(old_world, new_world, 
     new = [held(p, ["fp32"]) for p in flat(whole, new_world)]
     for h, same in zip(new, recut(old, new), strict=True):
         assert "weight_correction" in same and torch.equal(h.state["weight_correction"]["codes"], of(h))
-        # Whose weights they are is known where nothing was cut.
+        # It is known which weights the fingerprint belongs to if nothing was cut.
         uncut = any(o.rectangle == h.rectangle and o.piece.shape == h.piece.shape for o in old)
         assert int(h.state["weight_correction"]["mark"]) == uncut
 
@@ -308,7 +308,7 @@ def preconditioned(piece, ranks=(3, 3), block=0, buffered=False, tail="trace", d
 
 
 def learn(h, updates, solved=True, tail="trace"):
-    """Covariances of these updates of the whole parameter, decay 0.9; the last ones only gathered, if not solved."""
+    """Covariances of these updates of the whole parameter, decay 0.9; the last ones are only gathered if not solved."""
     h.state.update(step=torch.tensor(1.0), preconditioner=h.preconditioner.allocate(CPU, torch.float64))
     rows, _ = h.rectangle
     for t, x in enumerate(updates):
@@ -375,7 +375,7 @@ def test_merged_at_full_rank_the_columns_covariance_is_exact_and_the_rows_block_
     for trace in (left_trace, right_trace):
         torch.testing.assert_close(trace, blocks.trace())
     assert tail == 0
-    # The old state is as it was, the new one has nothing gathered.
+    # The old state is unchanged, and the new one has no gathered statistics.
     assert all(torch.equal(before[k], t) for k, t in old[0].state["preconditioner"].items())
     if buffered:
         state = new.state["preconditioner"]
@@ -412,7 +412,7 @@ def test_split_rows_have_the_diagonal_blocks_and_their_share_of_the_columns():
     right = exact([u.mT for u in x])
     torch.testing.assert_close(covariance(new[0], 1)[0], right * 4 / 12)
     torch.testing.assert_close(covariance(new[1], 1)[0], right * 8 / 12)
-    # And together again.
+    # And merged again.
     again = [preconditioned(p, (12, 5)) for p in rows_of(whole)]
     recut(new, again, torch.float64)
     torch.testing.assert_close(covariance(again[0], 1)[0], right)
@@ -438,7 +438,7 @@ def test_the_papers_bound_carries_over_to_merged_pieces():
 
 
 def test_what_is_cut_off_is_the_least_of_it():
-    """Of what the old sketches stand for the k largest eigenvalues stay: the best approximation of the sum."""
+    """The k largest eigenvalues of the sum of the old sketches stay, which is its best approximation."""
     whole = (12, 5)
     old = [learn(preconditioned(p, (3, 2)), updates(whole)) for p in rows_of(whole, 7)]
     made = [preconditioned(p, (3, 2)) for p in rows_of(whole)]
@@ -454,7 +454,7 @@ def test_what_is_cut_off_is_the_least_of_it():
 
 
 def test_blocks_meet_blocks():
-    """Blocks of at most 4: other cuts of the rows and the same of the columns; full rank, so all of it is known."""
+    """Blocks of at most 4, with other cuts of the rows and the same cuts of the columns; at full rank all is known."""
     whole = (12, 8)
     x = updates(whole)
     old = [learn(preconditioned(p, (4, 4), block=4), x) for p in rows_of(whole)]
@@ -479,7 +479,7 @@ def test_blocks_meet_blocks():
 
 
 def test_pieces_without_a_covariance_are_stood_for_by_the_others():
-    """A row that was cut: half of it on either side, without covariances; whole in the new piece."""
+    """A row that was cut in two halves, which have no covariances; it is whole in the new piece."""
     whole = (5, 8)
     x = updates(whole)
     old = [learn(preconditioned(Piece(0, whole, (4, 8), 0, 0), (4, 8)), x)]
@@ -496,14 +496,14 @@ def test_pieces_without_a_covariance_are_stood_for_by_the_others():
     kept, _, trace = covariance(new[0], 0)
     torch.testing.assert_close(kept, torch.block_diag(left, torch.zeros(1, 1)))
     torch.testing.assert_close(trace, left.trace() * 5 / 4)
-    # Where no piece has any, a new one starts.
+    # If no piece has a covariance, a new one starts.
     fresh = [preconditioned(p, (2, 2)) for p in rows_of(whole)]
     recut([Held(p, {}, None, {"step": torch.tensor(1.0)}) for p in rows_of(whole, 2)], fresh)
     assert (covariance(fresh[0], 0)[0] == 0).all()
 
 
 def test_a_vectors_covariance_follows_its_elements():
-    """S-AdaGrad takes a piece as one vector: of full rank, the diagonal blocks of whole runs of elements."""
+    """S-AdaGrad reads a piece as one vector: at full rank, the diagonal blocks of runs of elements stay."""
     whole = (3, 5)
     x = [u.reshape(-1, 1) for u in updates(whole)]
 

@@ -30,7 +30,7 @@ def stepped(optimizer, steps=2):
 
 
 def said(capsys, *arguments):
-    capsys.readouterr()  # what frameworks have said
+    capsys.readouterr()  # discard the output of frameworks
     assert cli.main(["report", *map(str, arguments)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -100,7 +100,7 @@ def test_the_trainer_s_checkpoint(tmp_path, capsys):
         trainer.train()
         (found,) = contents(tmp_path / name / "checkpoint-2")
         assert found.nbytes == state_report(trainer.optimizer).state_bytes
-        # Of cs_adam's lean state the sizes of weights do not follow: they are in the weights' file.
+        # cs_adam's lean state does not determine the sizes of weights; the weights' file has them.
         assert found.params == sum(p.numel() for p in net.parameters())
     text = said(capsys, tmp_path / "cs_adam" / "checkpoint-2", "--rows", "2")
     assert "CSAdam" in text and "second_moment.table" in text and "14 more" in text and "of AdamW's" in text
@@ -208,7 +208,7 @@ def free_port():
 
 
 class Odd:
-    """Something of a user's own."""
+    """An object of a user's own class."""
 
 
 def test_files_that_are_absent_damaged_or_without_optimizer(tmp_path, capsys):
@@ -251,7 +251,7 @@ class Runs:
 
 @pytest.mark.parametrize("name", [".metadata", "__0.metadata"])
 def test_metadata_runs_no_code(name, tmp_path, capsys):
-    """torch unpickles these files of a distributed checkpoint as they are, with whatever is in them."""
+    """torch itself unpickles any object in these files of a distributed checkpoint."""
     mark, place = tmp_path / "ran", tmp_path / "saved"
     place.mkdir()
     (place / ".metadata").write_bytes(b"")
@@ -270,7 +270,7 @@ def test_what_looks_like_an_optimizer_and_is_none(tmp_path, capsys):
     for groups in ([3], [{}], [{"lr": 1.0}]):
         torch.save({"state": {}, "param_groups": groups}, file)
         assert "holds no optimizer state dict" in refused(capsys, file)
-    # Names, values and paths with brackets are shown as they are; odd steps and factors do no harm.
+    # Names, values and paths with brackets are shown unchanged; unusual steps and factors cause no error.
     state = {"step": float("nan"), "row_var": torch.tensor(1.0), "col_var": torch.tensor(1.0)}
     torch.save(
         {"state": {0: state}, "param_groups": [{"params": [0], "param_names": ["[red]x[/x]"], "o": "[/b]"}]}, file

@@ -1,4 +1,4 @@
-"""`sketch-plugins reshard`: checkpoints of DeepSpeed's engines, loaded by engines of other numbers of processes."""
+"""`sketch-plugins reshard`: checkpoints of DeepSpeed engines, loaded by engines with other numbers of processes."""
 
 import json
 import shutil
@@ -45,25 +45,26 @@ def test_weights_and_dense_moments_are_the_same_and_training_goes_on(name, world
     known, got = result(folder, 2, name), result(folder, world, name)
     assert got["note"] == "mine" and got["steps"] == 3
     assert got["weights"] == 0 and got["moments"] == 0  # largest difference of all numbers
-    # Of the way that the steps go, 1e-2 or so: weights near 1 have round-off of 2**-24, bfloat16's gradients 2**-9.
+    # Relative to the distance of the steps, 1e-2 or so: weights near 1 have round-off of 2**-24, bfloat16 gradients
+    # 2**-9.
     precision = 2**-7 if "bf16" in name else 2**-18
     if "exact" in name:
-        assert got["relative"] <= precision  # of the distance that the steps have gone
+        assert got["relative"] <= precision  # relative to the distance of the steps
         assert got["losses"] == pytest.approx(known["losses"], rel=precision)
     elif "sketch" in name:
-        # Estimates of other buckets (measured: 0.03 to 0.17) lead elsewhere by less than a third of the way.
+        # Estimates of other buckets (measured: 0.03 to 0.17) change the result by less than a third of the distance.
         assert got["relative"] <= 1 / 3
         assert got["losses"] == pytest.approx(known["losses"], rel=0.02)
     else:
-        # S-AdaGrad's piece is one vector, and a preconditioner of another vector is another: the method itself
-        # depends on the partition.
+        # S-AdaGrad reads a piece as one vector. Another vector has another preconditioner, so the method itself depends
+        # on the partition.
         assert got["relative"] < 1
         assert got["losses"] == pytest.approx(known["losses"], rel=0.05)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "back" in name])
 def test_there_and_back_again_is_bit_for_bit_with_one_process(name, folder):
-    """Cut for three ranks, cut for one, loaded: the run that was never interrupted."""
+    """Recut for three ranks, recut for one, loaded: equal to the run that was never interrupted."""
     back = result(folder, 1, name)["back"]
     assert [back[key] for key in ("weights", "moments", "end", "end moments", "relative")] == [0, 0, 0, 0, 0]
 
@@ -73,7 +74,7 @@ def test_there_and_back_again_is_bit_for_bit_with_one_process(name, folder):
 
 @pytest.fixture
 def checkpoint(folder, tmp_path):
-    """One of stage 2 to be spoilt."""
+    """A checkpoint of stage 2, which tests damage."""
     return Path(shutil.copytree(folder / "2 sketch-2", tmp_path / "run"))
 
 
@@ -98,7 +99,7 @@ def test_the_command(checkpoint, tmp_path, capsys):
     assert len(list((made / "global_step3").glob("*_optim_states.pt"))) == 5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-world5"]
     four = tmp_path / "four"
-    # The tag's own directory does as well, and DeepSpeed's own script reads what was made.
+    # The tag's own directory works as well, and DeepSpeed's own script reads the result.
     assert main(["reshard", str(checkpoint / "global_step3"), "--world-size", "4", "--output", str(four)]) == 0
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as whole
 
@@ -229,7 +230,7 @@ def test_state_that_does_not_fit_is_named(checkpoint, tmp_path, capsys):
 
 
 class Odd:
-    """Something of a user's own in the client state."""
+    """An object of a user's own class in the client state."""
 
 
 def test_nothing_is_unpickled_unasked(checkpoint, tmp_path, capsys):

@@ -37,8 +37,8 @@ def test_weights_and_dense_moments_are_the_same_and_training_goes_on(name, world
     known, got = result(folder, 2, name), result(folder, world, name)
     assert got["note"] == "mine" and got["steps"] == [3]
     assert got["weights"] == 0 and got["moments"] == 0
-    # Of the way that the steps go, 1e-2 or so: weights near 1 have round-off of 2**-24. Estimates of other buckets
-    # (measured: 0.01 to 0.21) lead elsewhere by less than a third of it.
+    # Relative to the distance of the steps, 1e-2 or so: weights near 1 have round-off of 2**-24. Estimates of other
+    # buckets (measured: 0.01 to 0.21) change the result by less than a third of it.
     assert got["relative"] <= (2**-18 if name == "exact" else 1 / 3)
     assert got["losses"] == pytest.approx(known["losses"], rel=2**-18 if name == "exact" else 0.02)
 
@@ -53,14 +53,14 @@ def refused(capsys, tmp_path, *arguments):
 
 
 def test_the_command(folder, tmp_path, capsys, monkeypatch, recwarn):
-    monkeypatch.delattr(dcp, "save")  # torch 2.6's has no ``no_dist``: one process writes, whatever group there is
+    monkeypatch.delattr(dcp, "save")  # torch 2.6's has no ``no_dist``: one process has to write, with any group
     path = Path(shutil.copytree(folder / "sketch", tmp_path / "run"))
     before = {p: p.read_bytes() for p in path.rglob("*")}
     assert main(["reshard", str(path), "--world-size", "5"]) == 0
     said = capsys.readouterr().out
     assert "2 -> 5 processes" in said and "first moment (Int8)" in said
     assert not [w for w in recwarn if "torch.distributed" in str(w.message)]
-    # Shards are whole rows, so every block of int8 is what it was.
+    # Shards are whole rows, so all int8 blocks stay the same.
     assert next(line for line in said.splitlines() if "Int8" in line).split()[-2] == "0"
     assert {p: p.read_bytes() for p in path.rglob("*")} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-world5"]

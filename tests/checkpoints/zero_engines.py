@@ -1,8 +1,9 @@
 """Run by test_reshard.py, once with each number of processes: real engines, one after the other.
 
-Arguments: the folder that all launches share. Two processes train, save, and train on: what others have to come to. One
-process, and then three, cut the checkpoints anew for themselves, load and train on. Every batch is the same for any
-number of processes, dealt out among them.
+Arguments: the folder that all launches share. Two processes train, save, and continue: the others have to reach the
+    same
+result. One process, and then three, recut the checkpoints for themselves, load them and continue. Every batch is the
+same for any number of processes, and is divided among them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def stage(number: int, **options: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": number, **options}}
 
 
-#: name -> (DeepSpeed's configuration, optimizer, its options); what is in the name is what the test looks at.
+#: name -> (DeepSpeed's configuration, optimizer, its options); the test reads the name.
 CONFIGS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "1 exact back": (stage(1), CSAdam, EXACT),
     "1 exact BF16_Optimizer bf16 groups": ({**stage(1), **BF16_OPTIMIZER}, CSAdam, EXACT),
@@ -41,7 +42,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "2 exact aligned bf16": ({**stage(2, parameter_alignment=True), **BF16}, CSAdam, EXACT),
     "3 exact sub-groups groups back": (stage(3, sub_group_size=60), CSAdam, EXACT),
     "2 sketch": (stage(2), CSAdam, SKETCH),
-    # The convolution as a batch of matrices, which is how experts are kept.
+    # The convolution as a batch of matrices, which is the form of experts.
     "1 exact experts": (stage(1), CSAdam, {**SKETCH, "first_moment": "fp32", "compression": 1.0, "batch_dims": 1}),
     "3 sketch experts": (stage(3), CSAdam, {**SKETCH, "first_moment": "fp32", "batch_dims": 1}),
     "3 sketch sketchy": (
@@ -110,7 +111,7 @@ def train(engine: Any, first: int, steps: int) -> list[float]:
 
 
 def weights(engine: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-    """fp32 weights as the optimizer has them, by number; of the frozen layer those of the model, by name.
+    """fp32 weights of the optimizer, by number; for the frozen layer those of the model, by name.
 
     (`safe_get_full_fp32_param` is wrong with round_robin_gradients.)
     """
@@ -131,7 +132,7 @@ def moments(engine: Any, optimizer: Any) -> dict[str, torch.Tensor]:
 
 
 def joined(engine: Any, optimizer: Any, what: Any) -> dict[str, torch.Tensor]:
-    """Whole parameters of the pieces of all ranks, which are runs of elements."""
+    """Whole parameters, joined from the pieces of all ranks, which are runs of elements."""
     third = engine.zero_optimization_stage() == 3
     if third:  # outside of a step its optimizer has no parameters
         engine.optimizer._set_fp32_optimizer_param_groups()
@@ -152,7 +153,7 @@ def joined(engine: Any, optimizer: Any, what: Any) -> dict[str, torch.Tensor]:
 
 
 def save(name: str, folder: Path, world: int) -> dict[str, Any]:
-    """Train, save, train on; what was there at both ends is kept for the others."""
+    """Train, save, continue; the state at both ends is kept for the others."""
     engine, optimizer = build(name, world)
     train(engine, 0, SAVED)
     path = folder / f"{name}-{world}"
@@ -166,7 +167,7 @@ def save(name: str, folder: Path, world: int) -> dict[str, Any]:
 
 
 def load(name: str, path: Path, known: dict[str, Any], world: int) -> dict[str, Any]:
-    """Load what was cut anew and go on; how far it is from what is known."""
+    """Load the recut checkpoint and continue; returns the distance from the known result."""
     engine, optimizer = build(name, world)
     where, client = engine.load_checkpoint(path)
     assert where is not None
@@ -206,7 +207,7 @@ def work(name: str, folder: Path, world: int) -> dict[str, Any]:
     known = torch.load(f"{source}.known")
     anew(source, target, world)
     out = load(name, target, known, world)
-    if world == 1 and "back" in name:  # there and back again, compared with a run of one process
+    if world == 1 and "back" in name:  # recut twice, compared with a run of one process
         save(name, folder, 1)
         first, known = folder / f"{name}-1", torch.load(folder / f"{name}-1.known")
         anew(first, folder / f"{name}-1-3", 3)
@@ -217,7 +218,7 @@ def work(name: str, folder: Path, world: int) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     logging.disable(logging.WARNING)
-    # Or DeepSpeed would compile a C++ extension for all-reduces of inference.
+    # Otherwise DeepSpeed would compile a C++ extension for all-reduces of inference.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     world, results = dist.get_world_size(), {}

@@ -1,8 +1,8 @@
-"""Programs that nobody here wrote, run as their authors say, and the optimizers that took their steps.
+"""Other projects' programs, run as their authors say, and the optimizers that took their steps.
 
-Which those were is asked of torch, not of this package: torch's hook on all optimizers writes down each step, in every
-process (`witness/sitecustomize.py`). Nothing is downloaded: models are made from configurations, texts and tokenizers
-on the spot. A client that is not installed is skipped by its name; `make clients` installs all of them.
+torch, not this package, says which optimizers these were: torch's hook on all optimizers records each step, in every
+process (`witness/sitecustomize.py`). Nothing is downloaded: models are made from configurations, and texts and
+tokenizers are generated. A client that is not installed is skipped by its name; `make clients` installs all of them.
 """
 
 import json
@@ -19,7 +19,7 @@ WITNESS = str(Path(__file__).parent / "witness")
 
 
 class Ran(NamedTuple):
-    """A client that has ended: its exit status, all that it printed, and the steps of optimizers in its processes."""
+    """A finished client: its exit status, its output, and the steps of optimizers in its processes."""
 
     status: int
     output: str
@@ -36,7 +36,7 @@ def client(tmp_path):
         quiet = {
             "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "TMPDIR": str(tmp_path),
             "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"),
-            # An environment that is activated: some look for its commands themselves.
+            # As in an activated environment, because some clients look for its commands themselves.
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]),
         }  # fmt: skip
         path = os.pathsep.join(filter(None, [WITNESS, str(tmp_path), os.environ.get("PYTHONPATH")]))

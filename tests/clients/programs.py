@@ -1,4 +1,4 @@
-"""What the tests of clients have in common: tiny models and texts made on the spot, and what is asserted of a run."""
+"""Code that the tests of clients share: tiny generated models and texts, and the assertions about a run."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ CS_ADAM = "sketch_plugins.optim.adam.CSAdam"
 OPTIONS = "compression=0.25,min_compress_size=256"
 WORDS = "red blue green black white grey pink brown gold silver and then comes again a the".split()
 TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node", "2")
-#: What all clients of Trainer are told.
+#: Arguments of all clients of Trainer.
 TRAINING = (
     *("--output_dir", "out", "--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none"),
     *("--use_cpu", "true", "--bf16", "false", "--save_strategy", "no", "--learning_rate", "1e-3"),
@@ -19,7 +19,7 @@ OURS = ("--optim", "cs_adam", "--optim_args", OPTIONS)
 
 
 def needs(package):
-    """Skip a file's tests by the name of the package that is missing; `make clients` has installed it, so they fail."""
+    """Skip a file's tests by the name of the missing package. After `make clients` it is an error instead."""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         if package in os.environ.get("CLIENTS_INSTALLED", "").split(","):
             raise ModuleNotFoundError(f"{package} is to be installed for these tests, and is not")
@@ -27,7 +27,7 @@ def needs(package):
 
 
 def texts(count=32):
-    """Sentences that are not all alike."""
+    """Sentences that differ from each other."""
     return [" ".join(WORDS[(start * step) % len(WORDS)] for step in range(1, 9)) for start in range(1, count + 1)]
 
 
@@ -62,7 +62,7 @@ def llama(folder):
 
 
 def bert(folder):
-    """A BERT of as many, without a head, and its tokenizer."""
+    """A BERT of 30,000 weights without a head, and its tokenizer."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -76,23 +76,23 @@ def bert(folder):
 
 
 def rows(file, **columns):
-    """A data set of a column for each keyword, in JSON lines."""
+    """A data set in JSON lines, with a column for each keyword."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def trained(ran, processes, optimizer=CS_ADAM, steps=2, compression=0.25, share=0.7):
-    """The last step of each process of a client that ended well, whose optimizers are the ones that were asked for.
+    """The last step of each process of a client that ended without error and used the requested optimizer.
 
     Args:
-        ran: what the fixture ``client`` returned.
-        processes: how many of them trained; they have the same weights in the end.
-        optimizer: the class that took every step, of whatever kind.
-        steps: how many each process took.
+        ran: result of the fixture ``client``.
+        processes: number of processes that trained; they end with the same weights.
+        optimizer: the class that took every step.
+        steps: number of steps of each process.
         compression: the option of the optimizer's groups; None: it has none.
-        share: the most that the state may be of AdamW's 8 bytes a weight. It is more than 1 byte: the first moment
-            takes as much, what is too small for a sketch 8.
+        share: upper bound of the state relative to AdamW's 8 bytes a weight. The state is more than 1 byte a weight:
+            the first moment takes 1, and tensors that are too small for a sketch take 8.
     """
     assert ran.status == 0, ran.output[-6000:]
     assert {step["optimizer"] for step in ran.steps} == {optimizer}, ran.output[-3000:]

@@ -1,8 +1,8 @@
-"""Other people's programs, each in an environment with what it asks for. ``make clients`` runs it.
+"""Other projects' programs, each in an environment with its requirements. ``make clients`` runs it.
 
     python tests/clients/run.py [--rows NAME,NAME] [--list] [-- PYTEST ARGUMENTS]
 
-The variable TORCH is the version of torch that all of them get. An environment stays in ``.venv-clients``.
+The variable TORCH sets the version of torch for all of them. An environment stays in ``.venv-clients``.
 """
 
 import os
@@ -21,7 +21,7 @@ TORCH = os.environ.get("TORCH") or "torch==2.13.0"
 class Row(NamedTuple):
     what: str
     packages: tuple[str, ...]
-    #: What the tests may not skip for want of, as it is imported.
+    #: Modules whose absence must not skip a test.
     modules: tuple[str, ...]
     files: tuple[str, ...]
 
@@ -33,15 +33,16 @@ ROWS = {
         ("trl", "peft", "sentence-transformers", "datasets", "transformers", "accelerate"),
         ("test_trl.py", "test_peft.py", "test_sentence_transformers.py", "test_own_loop.py"),
     ),
-    # Newer torchaos lack what torchtune 0.6.1 imports, older ones what torch 2.13 no longer has.
+    # Newer versions of torchao lack names that torchtune 0.6.1 imports; older ones use names that torch 2.13 has
+    # removed.
     "torchtune": Row(
         "torchtune's recipe",
         ("torchtune==0.6.1", "torchao==0.15.0"),
         ("torchtune",),
         ("test_torchtune.py",),
     ),
-    # It holds down NumPy (which newer pyarrows refuse), transformers, TRL, PEFT and accelerate. 0.9.4 and 0.9.5 import
-    # torchaudio, whose newest release, 2.11.1, is built for torch 2.11.
+    # It pins NumPy (to a version that newer pyarrows refuse), transformers, TRL, PEFT and accelerate. 0.9.4 and 0.9.5
+    # import torchaudio, whose newest release, 2.11.1, is built for torch 2.11.
     "llamafactory": Row(
         "LLaMA-Factory, with the transformers that it allows",
         ("llamafactory==0.9.3", "pyarrow<20"),
@@ -65,7 +66,7 @@ def run(name: str, pytest: list[str]) -> rows.Outcome:
     except rows.CannotInstall as error:
         return rows.Outcome(rows.FAILED, f"not run: {error}")
     print(rows.installed(python, ("torch", "transformers", *row.modules)), flush=True)
-    # Another checkout on PYTHONPATH would be tested in the place of this one.
+    # Another checkout on PYTHONPATH would be tested instead of this one.
     environment = {"CLIENTS_INSTALLED": ",".join(row.modules), "PYTHONPATH": ""}
     return rows.run_pytest(python, [*(str(HERE / file) for file in row.files), *pytest], environment)
 

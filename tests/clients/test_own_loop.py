@@ -1,4 +1,4 @@
-"""A script in the manner of accelerate's nlp_example, which builds torch's AdamW itself; no word of ours in it."""
+"""A script in the style of accelerate's nlp_example, which builds torch's AdamW itself and does not name us."""
 
 import sys
 from pathlib import Path

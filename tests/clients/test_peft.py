@@ -40,7 +40,7 @@ def script(tmp_path, write):
 
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two"])
 def test_adapters(launcher, script, client):
-    # Two layers with two modules, for each of which A is 8 x 32 and B 32 x 8.
+    # Two layers with two modules; for each of them A is 8 x 32 and B is 32 x 8.
     for step in trained(client(*launcher, script, *TRAINING, *OURS), processes=1 + len(launcher) // 4):
         assert step["weights"] == 2 * 2 * 2 * 8 * 32
 

@@ -1,7 +1,7 @@
-"""torchtune's recipe by its own command: an optimizer of ours as a component, and in the place of its AdamW.
+"""torchtune's recipe by its own command: our optimizer as a component, and as a replacement of its AdamW.
 
-One process alone: torchtune 0.6.1's recipes for several ask for the memory of a GPU (`get_memory_stats`), whatever the
-optimizer, and end there without one.
+One process only: torchtune 0.6.1's recipes for several processes ask for the memory of a GPU (`get_memory_stats`) with
+any optimizer, and fail without one.
 """
 
 import sys
@@ -15,7 +15,7 @@ from programs import OPTIONS, needs, trained
 
 needs("torchtune")
 
-# What a user's own model, data and tokenizer are to a recipe: components that a configuration names.
+# A user's own model, data and tokenizer for a recipe: components that a configuration names.
 PARTS = """
 import torch
 

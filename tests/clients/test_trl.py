@@ -1,4 +1,4 @@
-"""TRL's supervised finetuning by its own command, which starts Python by accelerate's launcher; LoRA in it."""
+"""TRL's supervised finetuning by its own command, which starts Python through accelerate's launcher; also with LoRA."""
 
 import sys
 from pathlib import Path

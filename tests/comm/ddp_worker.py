@@ -30,7 +30,7 @@ COMPRESSORS = {
 
 
 class Net(torch.nn.Module):
-    """Vectors, matrices and a convolution, one of them channels_last, in an order that is not that of the backward."""
+    """Vectors, matrices and a convolution, one of them channels_last; their order is not that of the backward pass."""
 
     def __init__(self, unused=False, sparse=False):
         super().__init__()
@@ -58,7 +58,7 @@ class Sum(torch.nn.Module):
 
 
 def build(dtype=torch.float32, bucket_cap_mb=0.003, seed=0, hook=True, find_unused_parameters=False, **options):
-    """Buckets of 3 kB: several of them, that are sorted anew after the first iteration."""
+    """Buckets of 3 kB: several of them, which are sorted again after the first iteration."""
     torch.manual_seed(seed)
     model = Net(unused=options.pop("unused", False), sparse=options.pop("sparse", False)).to(dtype)
     ddp = DDP(
@@ -156,12 +156,12 @@ class Reference:
 
 
 def flat(tensor):
-    """In the order of memory."""
+    """A flat tensor in the order of memory."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).clone()
 
 
 def check_reference():
-    """Every compressor equals the simulation: bit for bit where the order of sums is known (gathered payloads)."""
+    """Every compressor equals the simulation, bit for bit if the order of sums is known (gathered payloads)."""
     for name, compressor in COMPRESSORS.items():
         ddp, state = build(compressor=compressor, density=0.1)
         alone = copy.deepcopy(ddp.module)
@@ -173,7 +173,7 @@ def check_reference():
             expected = reference.gradients()
             for n, p in ddp.module.named_parameters():
                 got = flat(p.grad)
-                if compressor.shared or step < 2:  # gloo adds in an order of its own
+                if compressor.shared or step < 2:  # gloo sums in an order of its own
                     assert torch.allclose(got, expected[n], rtol=1e-5, atol=1e-8), (name, step, n)
                 else:
                     assert torch.equal(got, expected[n]), (name, step, n, (got - expected[n]).abs().max())
@@ -186,7 +186,7 @@ def check_reference():
 
 
 def check_telescopes():
-    """What was applied and the mean of the memories are the sum of all gradients: in float64 to 1e-12."""
+    """Applied gradients plus the mean of the memories are the sum of all gradients: in float64 to 1e-12."""
     for compressor in COMPRESSORS.values():
         ddp, state = build(dtype=torch.float64, compressor=compressor, density=0.05)
         alone = copy.deepcopy(ddp.module)
@@ -212,7 +212,7 @@ def check_telescopes():
 class NaiveDGC:
     """Deep Gradient Compression of all ranks in one process, from its paper: dense tensors, no code of the package.
 
-    For top-k of each parameter. The same density schedule written down once more.
+    For top-k of each parameter. It has a density schedule of its own.
     """
 
     def __init__(self, model, beta, start, warmup, density, min_size, masking=True):
@@ -233,7 +233,7 @@ class NaiveDGC:
                 u.copy_(self.beta * u + flat(p.grad))
                 v += u
                 k = max(1, round(share * d))
-                # An index is 4 bytes, a number 8: from 2 / 3 on all of them are fewer.
+                # An index takes 4 bytes, a number 8: from a density of 2 / 3 on, sending all numbers takes fewer bytes.
                 if self.step < self.start or d < self.min_size or k * 12 >= d * 8:
                     out[n] += v / WORLD
                     v.zero_()
@@ -250,7 +250,7 @@ class NaiveDGC:
 def check_momentum():
     """DGC's velocities equal a naive simulation: in the first steps, in the warm-up, of small parameters, and after."""
     for masking in (True, False):
-        # The convolution's channels have equal gradients: of them any may be picked, so it is sent whole.
+        # The convolution's channels have equal gradients, of which any may be picked, so it is sent whole.
         options = {"density": 0.02, "start": 3, "warmup": 6, "min_size": 40}
         ddp, _ = build(dtype=torch.float64, compressor="topk", momentum=0.9, factor_masking=masking, **options)
         alone = copy.deepcopy(ddp.module)
@@ -263,7 +263,7 @@ def check_momentum():
                 for (n, p), q in zip(ddp.module.named_parameters(), alone.parameters(), strict=True):
                     assert torch.allclose(flat(p.grad), expected[n], rtol=1e-9, atol=1e-14), (masking, step, n)
                     q.copy_(p.add_(p.grad, alpha=-0.05))
-    # What is sent whole: SGD with momentum, to rounding. At density 1, before the start, of parameters that are small.
+    # Parameters that are sent whole (at density 1, before the start, small ones) follow SGD with momentum, to rounding.
     plain, _ = build(dtype=torch.float64, hook=False)
     train(plain, torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9), 20)
     for options in ({"density": 1.0}, {"density": 0.01, "start": 1000}, {"density": 0.01, "min_size": 10**6}):
@@ -271,7 +271,7 @@ def check_momentum():
         train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.05), 20)
         assert (weights(ddp) - weights(plain)).abs().max() < 1e-12, options
         assert state.memory_norm() == 0 and state.memory_bytes() == 2 * 8 * weights(ddp).numel()
-    # Clipping is of every gradient, however it is sent.
+    # Every gradient is clipped, in whichever way it is sent.
     whole, _ = build(dtype=torch.float64, density=1.0, clip=0.01)
     loss_of(whole, 0, RANK).backward()
     alone = copy.deepcopy(whole.module)
@@ -287,7 +287,7 @@ def check_momentum():
 
 
 def check_masking():
-    """The velocity of what was picked but not sent stays: a rank without a gradient sends zeros."""
+    """The velocity of entries that were picked but not sent stays: a rank without a gradient sends zeros."""
     for density in (0.1, 1.0):
         ddp, state = build(density=density, unused=True, find_unused_parameters=True, dtype=torch.float64, momentum=0.9)
         train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), 3, branch=True)
@@ -353,7 +353,7 @@ def check_replicas():
 
 
 def check_variants():
-    """Each way to make a DistributedDataParallel, in several buckets: the bits of the plain one. And half precision."""
+    """Each way to make a DistributedDataParallel, in several buckets, has the bits of the plain one; half precision."""
     ways = ({"gradient_as_bucket_view": True}, {"static_graph": True}, {"find_unused_parameters": True},
             {"static_graph": True, "gradient_as_bucket_view": True})  # fmt: skip
     for name, compressor in COMPRESSORS.items():
@@ -391,7 +391,7 @@ def check_registry():
 
 
 def check_no_sync():
-    """Accumulation without the hook: one call for two backward passes, with the sum of both gradients."""
+    """Accumulation without the hook: it is called once for two backward passes, with the sum of both gradients."""
     one, state = build(density=0.1, compressor="topk")
     two, other = build(density=0.1, compressor="topk")
     for step in range(6):
@@ -407,7 +407,7 @@ def check_no_sync():
 
 
 class Overflow:
-    """The hook of a parameter whose gradient overflows in one backward pass, from 0."""
+    """A hook that makes a parameter's gradient overflow in one backward pass, counted from 0."""
 
     def __init__(self, when):
         self.when, self.calls = when, -1
@@ -418,9 +418,9 @@ class Overflow:
 
 
 def check_nonfinite():
-    """An infinity on one rank in one of several buckets: NaN there on all ranks, and nothing that was sent is lost.
+    """An infinity on one rank in one of several buckets gives NaN there on all ranks, and no sent entry is lost.
 
-    The step is skipped; what was applied and what is kept are the sum of all gradients but of that one.
+    The step is skipped. Applied gradients and memories are the sum of all gradients except that one.
     """
     for compressor, options in (*((c, {}) for c in COMPRESSORS.values()), (TopK(), {"momentum": 0.9, "masking": False}),
                                 (TopK(), {"momentum": 0.9, "density": 1.0, "masking": False})):  # fmt: skip
@@ -443,7 +443,7 @@ def check_nonfinite():
                     g += 0.0 if bad and n == "inner.weight" and rank == WORLD - 1 else flat(p.grad) / WORLD
             for i, g in enumerate(gradients):
                 if beta and bad and names[i] == "inner.weight":
-                    continue  # one rank's velocity has decayed and grown, the other's has not: looked at below
+                    continue  # one rank's velocity has changed and the other's has not: checked below
                 velocity[i] = beta * velocity[i] + g
                 total[i] += velocity[i]
             if bad:
@@ -451,7 +451,7 @@ def check_nonfinite():
                 assert all(p.grad.isnan().all() for n, p in ddp.module.named_parameters() if n in spoilt) or (
                     options["density"] == 1.0
                 )
-                # In the first backward pass this is the bucket of one parameter or two: others have been sent.
+                # In the first backward pass this bucket has one or two parameters; other buckets have been sent.
                 assert "inner.weight" in spoilt and len(spoilt) < len(names)
                 sent = sum(float(p.grad.norm()) for n, p in ddp.module.named_parameters() if n not in spoilt)
                 assert sent > 0
@@ -467,7 +467,7 @@ def check_nonfinite():
 
 
 def check_put_back():
-    """With factor masking velocities are put back as well; of a gradient that is not finite nothing is kept."""
+    """With factor masking velocities are put back as well; nothing of a gradient that is not finite is kept."""
     for dtype, options in ((torch.float64, {}), (torch.float32, {"memory_dtype": "bf16"})):
         ddp, state = build(compressor="topk", dtype=dtype, momentum=0.9, density=0.05, **options)
         alone = copy.deepcopy(ddp.module)
@@ -486,13 +486,13 @@ def check_put_back():
             after = state.memory[n]
             assert torch.allclose(after["momentum"].double(), u, **close), n
             assert torch.allclose(after["error"].double(), m, **close), n
-        # What is saved now is settled, too, and the next step goes on from there.
+        # The state that is saved now is settled, too, and the next step continues from it.
         assert all(torch.equal(slot["error"], state.state_dict()["memory"][n]["error"]) for n, slot in before.items()
                    if n == "inner.weight" and RANK == 0)  # fmt: skip
 
 
 def check_scaler():
-    """A GradScaler that overflows and changes its scale: the same training as without, memories unscaled."""
+    """A GradScaler that overflows and changes its scale: the training is the same, and memories are unscaled."""
     plain, unscaled = build(density=0.1, compressor="topk")
     scaled, state = build(density=0.1, compressor="topk")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
@@ -507,7 +507,7 @@ def check_scaler():
         scaler.update()
         scales.add(scaler.get_scale())
     assert len(scales) >= 3
-    # scales are powers of two: nothing is rounded differently
+    # Scales are powers of two, so nothing is rounded differently.
     assert torch.equal(weights(plain), weights(scaled))
     assert abs(state.memory_norm() - unscaled.memory_norm()) < 1e-6
     before, kept, scale = weights(scaled), copy.deepcopy(state.memory), scaler.get_scale()
@@ -516,11 +516,11 @@ def check_scaler():
     scaler.step(optimizers[1])
     scaler.update()
     assert torch.equal(before, weights(scaled)) and scaler.get_scale() == scale / 2
-    if RANK == 0:  # all of its gradients were infinite: as if there had been no step
+    if RANK == 0:  # all of its gradients were infinite, so this step has no effect
         for n, slot in state.memory.items():
             assert torch.allclose(slot["error"], kept[n]["error"], rtol=1e-6, atol=0)
     same_everywhere(torch.tensor(scaler.get_scale()))
-    # One gradient of one rank in one bucket of several: the optimizer has not moved, and the others lose nothing.
+    # One gradient of one rank in one of several buckets: the optimizer has not moved, and the others lose nothing.
     ddp, state = build(density=0.1, compressor="topk", scaler=scaler)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
     ddp.module.head.weight.register_hook(Overflow(6 if RANK == 0 else -1))
@@ -542,14 +542,14 @@ def check_scaler():
 
 
 def check_half():
-    """bfloat16 gradients: what rounding of the sum of many cuts off stays in the memory."""
+    """bfloat16 gradients: the part of a large sum that rounding removes stays in the memory."""
     ddp, state = build(dtype=torch.bfloat16, density=0.1, compressor="topk")
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
     train(ddp, optimizer, 10)
     same_everywhere(weights(ddp))
     assert all(slot["error"].dtype == torch.float32 for slot in state.memory.values())
     assert all(p.grad.dtype == torch.bfloat16 for p in ddp.parameters())
-    # An entry that float16 cannot hold goes in parts.
+    # An entry that float16 cannot hold is sent in several iterations.
     p = torch.nn.Parameter(torch.zeros(64, dtype=torch.float16))
     one = DDP(Sum(p))
     state = MemSGDState([("p", p)], compressor="topk", density=1 / 64, min_size=2)
@@ -560,7 +560,7 @@ def check_half():
         p.grad = None
         one().backward()
         assert p.grad[7] == torch.tensor(expected, dtype=torch.float16) and p.grad.count_nonzero() == 1
-    # So does one that is sent whole, with momentum: the velocity is 1, then 1.5.
+    # So is one of a parameter that is sent whole, with momentum: the velocity is 1, then 1.5.
     one = DDP(Sum(p))
     state = attach(one, density=1.0, momentum=0.5)
     state.slot(p)["error"][7] = 1e5
@@ -572,7 +572,7 @@ def check_half():
 
 
 def check_fits():
-    """Three ranks, a group of their own: the largest numbers of float16 add up to infinity, and nothing is lost."""
+    """Three ranks in a group of their own: the largest float16 numbers sum to infinity, and nothing is lost."""
     group = dist.new_group([0, 1, 2])
     if RANK == 3:
         return
@@ -614,9 +614,9 @@ def check_sparse():
 
 
 def check_unused():
-    """A parameter that only some ranks, or none, have used: what it keeps is applied when it is used again.
+    """A parameter that only some ranks, or none, have used: its memory is applied when it is used again.
 
-    With momentum the sum of the velocities, in which it has a gradient of 0 where it is not used.
+    With momentum this is the sum of the velocities, with gradients of 0 where the parameter is not used.
     """
     for options in ({"density": 0.1}, *({"density": d, "momentum": 0.5, "factor_masking": False} for d in (0.1, 1.0))):
         ddp, state = build(unused=True, find_unused_parameters=True, dtype=torch.float64, **options)
@@ -643,7 +643,7 @@ def check_unused():
 
 
 def check_join():
-    """Ranks with unequal numbers of batches: who has left sends zeros, and the weights are the same at the end."""
+    """Ranks with unequal numbers of batches: a rank that has left sends zeros; all weights are equal at the end."""
     for name, compressor in COMPRESSORS.items():
         ddp, state = build(density=0.1, compressor=compressor, momentum=0.5 * (name == "randk"))
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
@@ -657,7 +657,7 @@ def check_join():
 
 
 def check_wire():
-    """The bytes that the state reports are those that arrive at the process group, and add up by hand."""
+    """The bytes that the state reports are those that arrive at the process group, and those computed by hand."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     from _wire import CountingGroup
 
@@ -669,7 +669,7 @@ def check_wire():
             state = attach(ddp, compressor=compressor, density=density, **SMALL)
             item = dtype.itemsize
             dense = item * sum(p.numel() for p in model.parameters())
-            for step in range(2):  # DistributedDataParallel tells all ranks of its new buckets
+            for step in range(2):  # DistributedDataParallel sends its new buckets to all ranks
                 loss_of(ddp, step, RANK).backward()
             before = group.sent - state.wire_bytes
             for step in range(2, 5):
@@ -678,7 +678,7 @@ def check_wire():
                 assert group.sent - sent == state.last_wire_bytes and state.last_dense_bytes == dense
                 sizes = [p.numel() for p in model.parameters()]
                 ways = [compressor.wire_bytes(d, density, item) if d >= 20 else item * d for d in sizes]
-                # What would be larger than the gradient is sent whole.
+                # A payload that would be larger than the gradient is replaced by the gradient.
                 flags = state.last_wire_bytes - sum(min(way, item * d) for way, d in zip(ways, sizes, strict=True))
                 assert 0 < flags <= item * len(sizes) and flags % item == 0, flags  # one of each bucket
             assert state.wire_bytes == group.sent - before and state.dense_bytes == 5 * dense
@@ -694,7 +694,7 @@ def check_errors():
     raises("already has a communication hook", lambda: attach(ddp))
     ddp, state = build(density=0.1)
     raises("already has a communication hook", lambda: attach(ddp, density=0.5))
-    train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), 4)  # the first one goes on
+    train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), 4)  # the first one continues
     assert state.iteration == 4 and state.last_density == 0.1
     ddp, _ = build(hook=False)
     ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)
@@ -705,7 +705,7 @@ def check_errors():
 
 
 def check_pickle():
-    """What a state writes has no process group; after bind it goes on."""
+    """A pickled state has no process group; after bind it works again."""
     ddp, state = build(density=0.1)
     train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), 4)
     file = io.BytesIO()
@@ -717,7 +717,7 @@ def check_pickle():
 
 
 def check_save(folder):
-    """Saved and resumed on as many ranks: bit for bit the run that was not interrupted."""
+    """Saved and resumed on as many ranks: equal bit for bit to the run that was not interrupted."""
     options = {"density": 0.05, "momentum": 0.5, "memory_dtype": "bf16"}
     ddp, state = build(**options)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
@@ -742,7 +742,7 @@ def check_save(folder):
         assert torch.equal(weights(ddp), weights(other)), way
     if RANK == 0:
         torch.save(pending, f"{folder}/pending.pt")
-    # Of another time on one rank: an error on both, before anything is sent.
+    # A state of another time on one rank is an error on both ranks, before anything is sent.
     other, fresh = build(**options)
     fresh.load_state_dict({**state.state_dict(), "iteration": 7 + RANK})
     raises(
@@ -761,9 +761,9 @@ def check_save(folder):
 
 
 def check_again():
-    """On many ranks: what is gathered resumes bit for bit, what is all-reduced to rounding (other buckets at first).
+    """On many ranks: gathered compressors resume bit for bit, all-reduced ones to rounding (other buckets at first).
 
-    The last step before was one with an infinity, so that something has to be put back.
+    The last step before had an infinity, so that something has to be put back.
     """
     for name in ("block_topk", "randk"):
         compressor = COMPRESSORS[name]
@@ -792,18 +792,18 @@ def check_again():
 
 
 def sum_of(state):
-    """The mean over the ranks of what was not sent yet."""
+    """The mean over the ranks of everything that was not sent yet."""
     pending = torch.cat([slot["error"].double() for _, slot in sorted(state.memory.items())])
     dist.all_reduce(pending)
     return pending / WORLD
 
 
 def check_resume(folder):
-    """The files of two ranks on this number of them: the mean of the memories is what it was."""
+    """The files of two ranks on this number of ranks: the mean of the memories stays the same."""
     ddp, state = build(density=0.05, momentum=0.5, seed=RANK)
     ddp.module.load_state_dict(torch.load(f"{folder}/model.pt", weights_only=True))
     state.load(f"{folder}/run")
-    # bfloat16 memories were averaged and rounded to nearest: half a unit of 2**-8 of each
+    # bfloat16 memories were averaged and rounded to nearest: an error of half a unit of 2**-8 for each.
     pending = torch.load(f"{folder}/pending.pt", weights_only=True)
     assert torch.allclose(sum_of(state), pending, rtol=2**-8, atol=1e-9)
     assert state.iteration == 6

@@ -53,7 +53,7 @@ def test_sends_distinct_entries_as_they_are(compressor, size, density):
 @pytest.mark.parametrize("size", (1 << 15, (1 << 15) + 1, 1 << 16, (1 << 16) + 1, 3 << 16, 300_001))
 @pytest.mark.parametrize("density", (1e-5, 0.01, 1.0))
 def test_positions_of_the_largest_survive_two_bytes(size, density):
-    """All of them in one run, in the last one, and spread: what travels says which entries they are."""
+    """All of them in one run, in the last one, and spread: the message determines their positions."""
     c, k = TopK(), TopK().count(size, density)
     spread = vector(size)
     for x in (spread, spread * (torch.arange(size) >= size - k), spread * (torch.arange(size) < max(k, 70_000))):
@@ -68,7 +68,7 @@ def test_positions_of_the_largest_survive_two_bytes(size, density):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["topk", "block_topk", "block_topk_small"])
 def test_contraction_of_the_largest(name, size):
-    """||x - C(x)||^2 <= (1 - k/d) ||x||^2 for any x; of blocks with the share that each of them sends."""
+    """||x - C(x)||^2 <= (1 - k/d) ||x||^2 for any x; for blocks with the share that each of them sends."""
     compressor = EVERY[name]
     for seed in range(3):
         x = vector(size, seed, torch.float64) ** 3
@@ -83,7 +83,7 @@ def test_contraction_of_the_largest(name, size):
 
 
 def test_contraction_of_random_entries():
-    """In expectation exactly 1 - k/d: the mean of 4000 draws within 5 standard errors."""
+    """In expectation exactly 1 - k/d: the mean of 4000 draws lies within 5 standard errors."""
     x, draws = vector(50, 0, torch.float64), 4000
     for density in (0.04, 0.5):
         left = torch.stack([
@@ -111,7 +111,7 @@ def test_random_entries_are_uniform_and_shared():
 def test_sketches_are_linear_and_unbiased():
     c, x, y = CountSketchTopK(depth=3), vector(1000, 1, torch.float64), vector(1000, 2, torch.float64)
     assert torch.allclose(c.sketch(x, 64) + 2 * c.sketch(y, 64), c.sketch(x + 2 * y, 64), rtol=0, atol=1e-12)
-    assert torch.equal(c.estimate(c.sketch(x, 1000), 1000), x)  # as wide as the vector: nothing shares a cell
+    assert torch.equal(c.estimate(c.sketch(x, 1000), 1000), x)  # as wide as the vector, so no entries share a cell
     one = CountSketchTopK(depth=1)
     mean = torch.stack([one.estimate(one.sketch(x, 64, key), 1000, key) for key in range(3000)]).mean(0)
     # the standard deviation of one estimate is about ||x|| / sqrt(64) = 4, of the mean 0.07
@@ -132,7 +132,7 @@ def test_rotations_at_once_are_those_one_by_one(monkeypatch):
 
 
 def test_sketches_find_the_heavy_hitters_of_the_sum():
-    """Nothing that a rank holds is large, what they hold together is."""
+    """Each rank's entries are small, but some of their sums are large."""
     noise = [vector(4000, i) for i in range(4)]
     heavy = torch.arange(0, 4000, 410)
     ranks = [n - sum(noise) / 4 + 0.05 * vector(4000, 9 + i) for i, n in enumerate(noise)]
@@ -142,12 +142,12 @@ def test_sketches_find_the_heavy_hitters_of_the_sum():
     tables = sum(c.sketch(x, c.cells(4000, 0.01)) for x in ranks)
     found = c.compress(ranks[0], 0.01, reduce=lambda t: t.copy_(tables))
     assert set(heavy.tolist()) <= set(found.at.tolist())
-    # Among the largest of the rank's own entries few of these are.
+    # Among the largest entries of a rank alone there are few of these.
     assert len(set(TopK().compress(ranks[0], 0.01).at.tolist()) & set(heavy.tolist())) < 8
 
 
 def test_wire_bytes(compressor):
-    """Of values and indices as they travel; a table is sent before."""
+    """Bytes of values and indices in the form that is sent; a table is sent before."""
     for size, density in ((100_000, 0.01), (1000, 0.25), (65, 0.001)):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             tables = []
@@ -164,7 +164,7 @@ def test_wire_bytes(compressor):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 @pytest.mark.parametrize("momentum", (False, True))
 def test_take_loses_nothing(compressor, dtype, momentum):
-    """What was sent and what is kept are what came in: m + sent = sum of the gradients (or of their momenta)."""
+    """Sent and kept entries together are the input: m + sent = sum of the gradients (or of their momenta)."""
     size, density = 3000, 0.02
     m = torch.zeros(size, dtype=dtype)
     u = torch.zeros_like(m) if momentum else None
@@ -194,7 +194,7 @@ def test_factor_masking(compressor):
 @pytest.mark.parametrize("momentum", (False, True))
 @pytest.mark.parametrize("gain", (0.0, torch.tensor(0.0)))
 def test_a_gain_of_nothing_adds_nothing(compressor, dtype, momentum, gain):
-    """Whatever the gradient is: what was there is sent, nothing grows or decays."""
+    """With any gradient: the present memory is sent, and nothing grows or decays."""
     m = vector(500).to(dtype)
     u = vector(500, 1).to(dtype) if momentum else None
     before, velocity = m.clone(), None if u is None else u.clone()
@@ -210,7 +210,7 @@ def test_a_gain_of_nothing_adds_nothing(compressor, dtype, momentum, gain):
 @pytest.mark.parametrize("gain", (0.5, torch.tensor(0.5)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 def test_take_all(gain, dtype):
-    """Everything at once is not cleared; a beta of float64 is not that of float32."""
+    """Sending everything at once clears nothing; a beta in float64 differs from one in float32."""
     g = vector(500, dtype=torch.float64)
     m, u = vector(500, 1).to(dtype), vector(500, 2).to(dtype)
     velocity = 0.9 * u.double() + 0.5 * g
@@ -226,7 +226,7 @@ def test_take_all(gain, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("momentum", (False, True))
 def test_nobody_waits_for_the_device(compressor, momentum):
-    """What comes from the CPU (random entries, rotations) comes through pinned memory."""
+    """Tensors from the CPU (random entries, rotations) are copied through pinned memory."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     m, g, gain = torch.zeros(50_000, device="cuda"), vector(50_000).cuda(), torch.tensor(0.5, device="cuda")
@@ -283,7 +283,7 @@ def kernel(monkeypatch):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("momentum", (False, True))
 def test_kernel_is_the_definition(kernel, size, dtype, momentum):
-    """The same bits of memory, momentum and message; blocks of 256 with all, some and few entries of a last one."""
+    """The same bits of memory, momentum and message; the last of the blocks of 256 has all, some or few entries."""
     eager = BlockTopK(256, fused=False)
     for density in (0.004, 0.1, 1.0):
         states = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype) if momentum else None) for _ in "ab"]
@@ -300,7 +300,7 @@ def test_kernel_is_the_definition(kernel, size, dtype, momentum):
 
 @pytest.mark.parametrize("momentum", (False, True))
 def test_kernel_with_a_gradient_that_is_not_finite(kernel, momentum):
-    """A gain of 0: it is not looked at, as by definition; with an inexact beta before and after."""
+    """With a gain of 0 the gradient is not read, as in the definition; with an inexact beta before and after."""
     eager = BlockTopK(256, fused=False)
     states = [(torch.zeros(600), torch.zeros(600) if momentum else None) for _ in "ab"]
     for step, gain in enumerate((0.5, 0.0, 2.0)):
@@ -315,7 +315,7 @@ def test_kernel_with_a_gradient_that_is_not_finite(kernel, momentum):
 
 
 def test_kernel_with_equal_magnitudes(kernel):
-    """Exactly k of each block, whatever is equal; nothing but zeros; infinities and NaN first."""
+    """Exactly k of each block with equal magnitudes, with zeros only, and with infinities and NaN first."""
     x = torch.ones(600)
     x[::2] = -1
     for g in (x, torch.zeros(600)):
@@ -330,7 +330,7 @@ def test_kernel_with_equal_magnitudes(kernel):
 
 
 def test_rounding_a_memory_takes_its_noise_in_blocks():
-    """The bits of one call for all, without 40 bytes of noise for each entry."""
+    """The bits are those of one call for all entries, without 40 bytes of noise for each."""
     x = vector(200_000)
     whole = round_stochastically(x.clone(), torch.arange(len(x)), 5, 7).bfloat16()
     memory, meter = torch.empty(len(x), dtype=torch.bfloat16), AllocatorMeter()

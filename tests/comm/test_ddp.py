@@ -4,11 +4,11 @@ from pathlib import Path
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
-# A launch takes seconds before the first check: all that need the same number of processes share one.
+# A launch takes seconds before the first check, so all checks for the same number of processes share one.
 
 
 def test_two_four_and_one_rank(launch_ranks, tmp_path):
-    """What two ranks have saved is resumed by two, four and one."""
+    """Two, four and one ranks resume what two ranks have saved."""
     launch_ranks(
         WORKER,
         "reference,telescopes,dense,momentum,masking,no_sync,nonfinite,put_back,scaler,half,sparse,unused,join,pickle,"

@@ -1,4 +1,4 @@
-"""MemSGD: its limits, its invariants, and what is kept of it."""
+"""MemSGD: limits, invariants, and saved state."""
 
 import io
 import math
@@ -87,7 +87,7 @@ def test_average():
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 def test_low_precision_loses_nothing(dtype):
-    """What rounding keeps from a parameter stays in the memory: x - m follows SGD in float32."""
+    """The part of an update that rounding removes stays in the memory: x - m follows SGD in float32."""
     ours = problem(((300,),), dtype=dtype)
     exact = ours[0].detach().double()
     optimizer = MemSGD(ours, lr=1e-3, density=0.2)
@@ -164,7 +164,7 @@ def test_state_that_is_not_loaded():
 
 
 def test_memory_is_what_makes_it_converge():
-    """A quadratic in one dimension of two whose gradients point elsewhere: top-1 without memory never moves in it."""
+    """A quadratic in one of two dimensions; its gradients are larger in the other. Top-1 without memory never moves."""
     for memory, reached in ((True, True), (False, False)):
         p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         optimizer = MemSGD([p], lr=0.05, k=1, memory=memory)

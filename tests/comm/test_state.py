@@ -57,7 +57,7 @@ def test_names():
 
 
 def test_bound_anew():
-    """A memory goes on with the parameter of its name; of another size, or of none, it is refused as a whole."""
+    """A memory stays with the parameter of its name; if the size differs or the name is missing, all is refused."""
     state = MemSGDState(params())
     state.slot(state._bound[0])["error"].fill_(1.0)
     (name, p), (_, q) = other = params()
@@ -158,7 +158,7 @@ def test_what_is_not_loaded():
 
 
 def test_a_folder_holds_one_save(tmp_path):
-    """Files of another number of ranks: removed by who saves there, an error for who reads."""
+    """Files of another number of ranks are removed when a rank saves there, and an error when it reads."""
     for rank in range(3):
         torch.save(state_of(rank, 3, torch.full((200,), float(rank))), tmp_path / f"memsgd-{rank:05d}-of-00003.pt")
     (tmp_path / "memsgd-notes.pt").touch()
@@ -184,7 +184,7 @@ def test_a_folder_holds_one_save(tmp_path):
 
 
 def test_memories_of_many_ranks_are_read_one_at_a_time(tmp_path, monkeypatch):
-    """Of 6 files no tensor of one is alive when the next is opened."""
+    """With 6 files, all tensors of one are freed before the next is opened."""
     states = [state_of(rank, 6, torch.randn(200), momentum=0.9) for rank in range(6)]
     for rank, one in enumerate(states):
         torch.save(one, tmp_path / f"memsgd-{rank:05d}-of-00006.pt")

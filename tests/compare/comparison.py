@@ -1,14 +1,14 @@
 """One generated case: the same training on a fused backend and by the eager definition, compared after every step.
 
 The definition is ``fused=False``. Before each step both optimizers hold the same bits (parameters and state), so that
-what is compared is one step, not the growth of a rounding difference over many. Beside the two there are
+one step is compared, not the growth of rounding differences over many. Beside the two there are
 
 * a *twin* of the fused optimizer, which has to give its bits exactly, and
-* two *probes*: the definition once more, with inputs that differ by a few units in the last place. What they change is
-  the conditioning of the step, element by element, and the measure of the tolerance: two correct implementations round
-  their intermediate results differently, which is worth a few units in the last place of the inputs.
+* two *probes*: the definition with inputs that differ by a few units in the last place. Their differences are the
+  conditioning of the step, element by element, and determine the tolerance: two correct implementations round their
+  intermediate results differently, which is equivalent to a few units in the last place of the inputs.
 
-Where no kernel took part in a step (the kernels refused it, and the eager path ran) the bits have to be the same.
+If no kernel took part in a step (the kernels refused it, and the eager path ran), the bits have to be the same.
 """
 
 import contextlib
@@ -36,27 +36,27 @@ from sketch_plugins.sharding.state_names import kind_of
 from sketch_plugins.stores.log8 import CUT, INFINITE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-# Relative change of a probe's inputs, in units in the last place of the arithmetic dtype. 8 of them stand clear of the
-# rounding of the probe itself.
+# Relative change of a probe's inputs, in units in the last place of the arithmetic dtype. 8 of them are clearly larger
+# than the rounding of the probe itself.
 PROBE = 8
 # The tolerance is this many times the largest change of a probe ...
 CONDITION = 6
 # ... and so many units in the last place of the result. Sums of squares of some thousand float32 numbers, added in
 # another order, differ by about 20 of them.
 UNITS = 48
-# Below, numbers are subnormal or become so in a product: a kernel may round them to anything there.
+# Below this, numbers are subnormal or become so in a product, and a kernel may round them to anything.
 TINY = 1e-36
-# Part of the numbers of a tensor that may be rounded to the other neighbour (codes, bfloat16, stochastic rounding):
-# those whose unrounded values lie within the tolerance of a boundary. The unrounded ones differ by a few units of
-# 2**-24, and a boundary comes every 2**-8: fewer than one in a thousand. Small tensors may have a few.
+# Allowed share of the numbers of a tensor that are rounded to the other neighbour (codes, bfloat16, stochastic
+# rounding): those whose unrounded values lie within the tolerance of a boundary. Unrounded values differ by a few units
+# of 2**-24, and there is a boundary every 2**-8, so this is less than one in a thousand. Small tensors may have a few.
 FLIPS, FEW_FLIPS = 0.01, 3
-# Of weights of 24 bits, whose neighbours are 2**-15 of the number apart: 20 units of 2**-23 lead to another one in 8 %
-# of the cases, another noise in a third of them.
+# The same for weights of 24 bits, whose neighbours differ by 2**-15 of the number: 20 units of 2**-23 lead to another
+# one in 8 % of the cases, and other noise leads to another one in a third.
 OTHER_NOISE = 0.2
 
 
 class Different(AssertionError):
-    """A backend computes something else than the definition."""
+    """A backend computes something different from the definition."""
 
 
 # -- backends ---------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ if HAS_TRITON:
 
 @contextlib.contextmanager
 def counted(taken):
-    """Count in ``taken`` the steps of single parameters that kernels take."""
+    """Count the steps of single parameters that kernels take, in ``taken``."""
     choose, recall, recall_group = resolved.choose, StepCache.recall, StepCache.recall_group
     prepare = Stack.prepare
 
@@ -132,7 +132,7 @@ def generator(*numbers):
 
 
 def laid_out(x, layout):
-    """The same numbers in another layout; ``contiguous`` where the tensor has no such layout."""
+    """The same numbers in another layout; ``contiguous`` if the tensor has no such layout."""
     if layout == "transposed" and x.ndim == 2:
         return x.t().contiguous().t()
     if layout == "reversed" and x.ndim > 1:  # all axes in memory in the other order
@@ -192,7 +192,7 @@ def values(kind, shape, generator, dtype):
 
 
 def gradient(spec, p, generator):
-    """The gradient that a step's ``spec`` describes; None: there is none."""
+    """The gradient that a step's ``spec`` describes; None if there is none."""
     kind, layout = spec["kind"], spec.get("layout", "contiguous")
     if kind == "none":
         return None
@@ -280,7 +280,7 @@ class Run:
         for number, p in enumerate(self.params):
             out[number, "parameter"] = p.data
             state = self.optimizer.state.get(p, {})
-            # The mark is made for a state dict alone.
+            # The mark is made for state dicts only.
             out.update({(number, name): tensor for name, tensor in state.items() if name != MARK})
         return out
 
@@ -295,7 +295,7 @@ class Run:
         for name, tensor in mine.items():
             tensor.copy_(tensors[name])
         for p in self.params:
-            if MARK in self.optimizer.state.get(p, {}):  # of the weights that these have taken the place of
+            if MARK in self.optimizer.state.get(p, {}):  # it belongs to the weights that these have replaced
                 self.optimizer.state[p][MARK].zero_()
 
     def reload(self, saved):
@@ -332,16 +332,16 @@ CODES, MARK = "weight_correction.codes", "weight_correction.mark"
 
 
 def corrected(tensors, index):
-    """The weights of a parameter with what they have beyond its dtype."""
+    """The weights of a parameter with the bits beyond its dtype."""
     p = tensors[index, "parameter"]
     return decode(p, tensors[index, CODES].view(p.shape))
 
 
 def check(name, ours, definition, probes, before, arithmetic, flips, where, corrected=None):
-    """Raise `Different` unless a tensor is the definition's up to rounding (see the top of this file).
+    """Raise `Different` unless a tensor equals the definition's up to rounding (see the top of this file).
 
-    ``corrected``: dtype and bits of weights that are compared as what they stand for, and whether those are counted
-    that are rounded to the other neighbour.
+    ``corrected``: dtype and bits of weights that are compared by the numbers that they represent, and whether
+    numbers that are rounded to the other neighbour are counted.
     """
     if ours.shape != definition.shape or ours.dtype != definition.dtype:
         raise Different(f"{where}: {tuple(ours.shape)} {ours.dtype} and {tuple(definition.shape)} {definition.dtype}")
@@ -355,13 +355,13 @@ def check(name, ours, definition, probes, before, arithmetic, flips, where, corr
         steady &= x.isfinite() == b.isfinite()
         condition = torch.maximum(condition, (x - b).abs().nan_to_num(0.0, 0.0))
     if ours.dtype == torch.int8:
-        # A code of the other neighbour where the number lies half-way between two: a difference of one scale.
+        # If the number lies half-way between two codes, either is right: they differ by one scale.
         moved = (a - b).abs()
         wrong = steady & (moved > 1 + condition)
         flipped = (moved > 0) & (condition == 0)
     else:
-        # An infinity and NaN are as good as each other: torch's lerp makes NaN of an infinite average, where
-        # ``decay * m + gain * g`` stays infinite. What is finite, and what is not, has to be the same.
+        # Infinity and NaN count as equal: torch's lerp makes NaN of an infinite average, where ``decay * m + gain * g``
+        # stays infinite. But both tensors have to be finite at the same places.
         odd = a.isfinite() != b.isfinite()
         if ours.dtype == torch.float16:  # the two sides of the largest number
             odd &= ~((a.abs() > 65000) & (b.abs() > 65000))
@@ -403,10 +403,10 @@ def check(name, ours, definition, probes, before, arithmetic, flips, where, corr
 
 
 def check_covariance(name, ours, definition, probes, tensors, wanted, where):
-    """A tensor of a preconditioner: as good as the definition's, in relation to all that the covariance weighs.
+    """A tensor of a preconditioner has to be as good as the definition's, relative to the covariance's weights.
 
-    Kernels decide about what goes in. The decomposition itself is torch's on both sides; of eigenvalues that lie close
-    together it returns any eigenvectors, so that these are compared by what they are: orthonormal.
+    Kernels compute the inputs. The decomposition itself is torch's on both sides. It returns any eigenvectors for
+    eigenvalues that are close together, so these are only compared as orthonormal.
     """
     index, what = name
     if same_bits(ours, definition):
@@ -421,7 +421,7 @@ def check_covariance(name, ours, definition, probes, tensors, wanted, where):
             raise Different(f"{where}: not orthonormal by {float(found)}, of the definition by {float(right)}")
         own, other = (mine[index, what.replace("vectors", "values")].double() for mine in (tensors, wanted))
         apart = float(((a * own) @ a.mT - (b * other) @ b.mT).abs().max())
-        # Which of two directions of nearly the same weight is the last one kept is up to rounding.
+        # If two directions have nearly the same weight, rounding decides which one is kept last.
         if not apart <= 2.5 * float(other.min()) + 1e-3 * float(other.max()) + TINY:
             raise Different(f"{where}: the covariance is {apart} from the definition's")
         return
@@ -433,9 +433,9 @@ def check_covariance(name, ours, definition, probes, tensors, wanted, where):
 
 
 def run(case, backend, counts=None):
-    """Run a case; raises `Different` where the backend and the definition part.
+    """Run a case; raises `Different` if the backend and the definition differ.
 
-    ``counts`` collects what was compared.
+    ``counts`` collects numbers of comparisons.
     """
     counts = Counter() if counts is None else counts
     counts["cases"] += 1
@@ -453,7 +453,7 @@ def run(case, backend, counts=None):
     if case.get("capturable"):
         try:
             made["fused"] = Run(case, backend, True, capturable=True)
-        except ValueError:  # a layout, a dtype or an option that cannot be captured; the definition knows no such thing
+        except ValueError:  # a layout, a dtype or an option that cannot be captured; the definition has no such limit
             counts["refused"] += 1
             return
     ours, definition = made["fused"], made["definition"]
@@ -502,7 +502,7 @@ def _one(case, backend, number, step, ours, definition, twin, probes, counts):
     if twin.step() is not None:
         raise Different(f"{where}: raises only when it is repeated")
     for probe in probes:
-        probe.step()  # whatever it raises: the tensors are compared
+        probe.step()  # any error is fine, because tensors are compared
     counts["kernel"] += taken["kernel"]
     counts["eager"] += taken["eager"]
     for g, old in zip(grads, kept, strict=True):
@@ -550,7 +550,7 @@ def _nudge(case, number, probe, grads, way):
         if p.dtype in (torch.float32, torch.float64):
             p.data.copy_(nudged(p.data, PROBE, chance, way))
         for name, tensor in probe.optimizer.state.get(p, {}).items():
-            # A preconditioner is nothing that kernels see; one that is nudged would have no orthonormal columns.
+            # Kernels do not use a preconditioner, and a changed one would not have orthonormal columns.
             if kind_of(name) in ("first_moment", "second_moment", "rms"):
                 if tensor.dtype in (torch.float32, torch.float64):
                     tensor.copy_(nudged(tensor, PROBE, chance, way if kind_of(name) == "first_moment" else 1))
@@ -586,14 +586,14 @@ def _compare(case, where, taken, ours, definition, twin, probes, before, step):
                 continue  # the codes of a block whose scale is NaN or infinite have no meaning
             if tops is not None and bool((tops >= INFINITE >> CUT).any()):
                 continue
-        # Integers and signs have ties in bulk; in Triton's interpreter a cast to bfloat16 may truncate.
+        # Integers and signs have many ties; in Triton's interpreter a cast to bfloat16 may truncate.
         kinds = {one["kind"] for one in step["grads"]}
         flips = not kinds & {"integers", "signs", "single"} and (
             "triton" not in where or tensor.dtype not in (torch.bfloat16, torch.float16)
         )
         near = [other[name] for other in others if name in other]
         if what == "parameter" and (index, CODES) in mine:
-            # What both stand for: a number half-way between two weights may be either of them, with another code.
+            # The represented numbers: one half-way between two weights may be rounded to either, with another code.
             bits = 24 if mine[index, CODES].dtype == torch.int8 else 32
             if (index, CODES) in before:
                 size = corrected(before, index).double().abs().nan_to_num(0.0, 0.0, 0.0)
@@ -609,7 +609,7 @@ def _compare(case, where, taken, ours, definition, twin, probes, before, step):
 
 
 def _go_on(step, where, ours, definition, twin, probes):
-    """Bring everyone to the same bits, in the way that the case says."""
+    """Give all optimizers the same bits, in the way that the case says."""
     then = step.get("then", "fused")
     if then == "swap":
         mine, wanted = ours.snapshot(), definition.snapshot()
@@ -628,7 +628,7 @@ def _go_on(step, where, ours, definition, twin, probes):
                     if name[1] != "parameter" and not same_bits(tensor, source[name]):
                         raise Different(f"{where}: {name} is not what the state dict held")
         elif all(bool(tensor.isfinite().all()) for tensor in (*mine.values(), *wanted.values())):
-            # Numbers that are not finite may be refused: an infinity here, NaN there, see `check`.
+            # Numbers that are not finite may be refused: one side may have an infinity and the other NaN, see `check`.
             raise Different(f"{where}: the state dict is refused: {refused - {None}}")
         source = definition.snapshot()
     else:

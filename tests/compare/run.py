@@ -1,4 +1,4 @@
-"""``make compare``: thousands of generated cases, every backend against the definition; a table in the end.
+"""``make compare``: thousands of generated cases compare every backend with the definition; prints a table.
 
 python tests/compare/run.py --cases 6000 --only numba/sm3
 """
@@ -86,10 +86,10 @@ def _work(backend, name, cases, seed):
     try:
         generated(name, backend, cases, seed, counts, each=lambda: _SAID.put((backend, name)))
         found = None
-    except BaseException as error:  # the smallest case is in its notes
+    except BaseException as error:  # the notes contain the smallest case
         found = "\n".join([str(error), *getattr(error, "__notes__", ())])
         if not isinstance(error, AssertionError):
-            found = f"{traceback.format_exc()}\n{found}"  # no difference, but an error
+            found = f"{traceback.format_exc()}\n{found}"  # an error, not a difference
     return backend, name, counts, found, time.monotonic() - begin
 
 
@@ -118,7 +118,7 @@ def main():
             Progress(*columns, console=console) as progress,
         ):
             bars = {key: progress.add_task("/".join(key), total=n, start=False) for key, n in jobs.items()}
-            # The longest first.
+            # The longest cases first.
             order = sorted(jobs, key=lambda key: -jobs[key] / SHARE[key[0]] ** 1.2)
             waiting = [pool.submit(_work, *key, jobs[key], seed_of(key[1], key[0], args.seed)) for key in order]
             while waiting or not said.empty():

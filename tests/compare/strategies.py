@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from sketch_plugins import registry
 
-# Values of the numbers: the defaults, ends of what is allowed, and some in between. What an optimizer's own table does
-# not allow is left out.
+# Values of the numbers: the defaults, bounds of the allowed range, and some in between. Values that an optimizer's own
+# table does not allow are left out.
 NUMBERS = {
     "lr": [1e-3, 0.1, 1.0, 0.0, 1e-8, ("tensor", 0.03)],
     "betas": [(0.9, 0.999), (0.0, 0.999), (0.9, 0.0), (0.5, 0.5), (0.9, 1.0), (0.0, 1.0), (0.0, 0.0), (0.9, 0.99)],
@@ -44,13 +44,13 @@ NUMBERS = {
     "max_aspect_ratio": [16.0, 1.0],
     "stack_bytes": [-1, 0, 3000],
 }
-# Who draws these options instead of the table.
+# Options that are not drawn from the table, and where they are drawn.
 ELSEWHERE = {
     "fused": "the comparison sets it: it is what is compared",
     "capturable": "drawn for Triton, the only kernels that have it",
     "compile": "torch.compile takes seconds for a case; tests/optim compares it with the eager path",
 }
-# What Numba leaves to the eager path: drawn less often, or hardly a case would reach its kernels.
+# Options that Numba leaves to the eager path. They are drawn less often, so that enough cases use its kernels.
 NOT_NUMBA = {
     "depth", "hash", "table_dtype", "row_sparse", "first_moment_rounding", "stochastic_rounding", "variant", "seed",
     "allow_dense_count_sketch", "decoupled_weight_decay", "clean_every", "clean_factor", "chunk_size",
@@ -72,7 +72,7 @@ THEN = ["fused", "definition", "swap"]
 
 
 def values_of(option):
-    """The values that an option is drawn from. Raises LookupError where nobody has said which."""
+    """The values that an option is drawn from. Raises LookupError if none are defined."""
     if option.choices:
         return list(option.choices)
     if option.type is bool:
@@ -93,7 +93,7 @@ def values_of(option):
 
 
 def table(name):
-    """Option -> values, of what is drawn for an optimizer."""
+    """Option -> values to draw for an optimizer."""
     options = registry.get(name).options
     return {key: values_of(option) for key, option in options.items() if key not in ELSEWHERE}
 
@@ -117,7 +117,7 @@ def options_of(draw, values, most, rare=frozenset()):
 
 
 def _agree(options, name):
-    """Leave out what a constructor refuses: contradictions have tests of their own."""
+    """Leave out options that a constructor refuses; contradictions have tests of their own."""
     out = dict(options)
     if out.get("width"):
         out.pop("compression", None)
@@ -135,18 +135,18 @@ def _agree(options, name):
 
 @st.composite
 def cases(draw, name, backend, quick=False):
-    """Cases of an optimizer for a backend; ``quick``: small ones, of few compilations."""
+    """Cases of an optimizer for a backend; ``quick``: small ones that need few compilations."""
     values = table(name)
     rare = frozenset(NOT_NUMBA) if backend == "numba" else frozenset()
     options = draw(options_of(values, 5, rare))
     if draw(st.integers(0, 7)) > 0:
-        options["min_compress_size"] = 0  # or all that is small enough for a test would be exact
+        options["min_compress_size"] = 0  # otherwise everything that is small enough for a test would be kept exactly
     if name == "sketchy" and draw(st.booleans()):
-        options["precondition"] = "none"  # kernels take what has no preconditioner
+        options["precondition"] = "none"  # kernels handle parameters without a preconditioner
     if "weight_bits" in values and draw(st.integers(0, 3)) == 3:
         options["weight_bits"] = draw(st.sampled_from([24, 32]))
     options = _agree(options, name)
-    # Options of the whole of a group; several groups have different ones.
+    # Options of a whole group; several groups have different ones.
     of_groups = {
         key: of
         for key, of in values.items()
@@ -157,11 +157,12 @@ def cases(draw, name, backend, quick=False):
         groups = [{key: value for key, value in group.items() if key != "betas"} for group in groups]
     seed = draw(st.integers(0, 1000))
 
-    # The interpreter takes a second for some thousand numbers; Numba's units of 4096 have to be exceeded.
+    # The interpreter takes a second for some thousand numbers; Numba needs more than its units of 4096.
     most = (1300 if quick else 2600) if backend == "triton" else 4300
     shapes = [shape for shape in SHAPES if _size(shape) <= most]
-    shapes += [shape for shape in shapes if _size(shape) > 200]  # small ones are where less can be wrong
-    # Numba takes two dtypes, and compiles its loops for each combination.
+    # Large shapes twice as often, because less can go wrong in small ones.
+    shapes += [shape for shape in shapes if _size(shape) > 200]
+    # Numba supports two dtypes, and compiles its loops for each combination.
     dtypes = ["float32", "float32", "bfloat16"] if backend == "numba" else ["float32", "bfloat16", "float16"]
     if draw(st.integers(0, 9)) == 9:
         dtypes = ["float64", "float16"]
@@ -184,7 +185,7 @@ def cases(draw, name, backend, quick=False):
         )
     case = {"optimizer": name, "options": options, "groups": groups, "tensors": tensors, "seed": seed}
     if backend == "numba" and not quick and draw(st.integers(0, 15)) == 15:
-        # Nobody asks for kernels, and a tensor is large enough for them.
+        # Kernels are not requested, and a tensor is large enough to use them by default.
         case["fused"] = None
         tensors[0] = {**tensors[0], "shape": (257, 129), "dtype": "float32"}
     if backend == "triton" and "capturable" in registry.get(name).options and draw(st.integers(0, 7)) == 7:

@@ -37,7 +37,7 @@ def test_every_backend_computes_what_the_definition_computes(name, backend):
     counts = Counter()
     generated(name, backend, CASES[backend], seed_of(name, backend), counts, quick=True)
     assert counts["cases"] >= CASES[backend]
-    # Not in vain: kernels take a good part of the steps, and few cases are refused.
+    # The comparison must not be empty: kernels take a good part of the steps, and few cases are refused.
     assert counts["kernel"] >= CASES[backend] // 3, counts
     assert counts["refused"] <= counts["steps"] // 3, counts
 
@@ -72,7 +72,7 @@ def test_a_new_option_is_drawn_or_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize("cls", [MemSGD, SAdagrad])
 def test_optimizers_without_kernels_are_not_compared(cls):
-    """They are their own definition; one that gets the option ``fused`` has to be compared."""
+    """They are their own definition; an optimizer that gets the option ``fused`` has to be compared."""
     assert "fused" not in getattr(cls, "OPTIONS", {})
     with pytest.raises(TypeError):
         cls([torch.nn.Parameter(torch.zeros(3))], fused=True)
@@ -91,7 +91,7 @@ def case(options=None, kinds=("normal", "normal"), **tensor):
 
 
 def spoil(monkeypatch, what):
-    """The fused optimizer, before its first gradient is looked at, changed by ``what(run)``."""
+    """Change the fused optimizer by ``what(run)`` before its first gradient is read."""
     step = comparison.Run.step
 
     def spoilt(self, taken=None):
@@ -114,7 +114,7 @@ def spoil(monkeypatch, what):
     ],
 )
 def test_a_small_difference_is_found(monkeypatch, what, message):
-    """Of a parameter 2**-12 of one number, of a code two: the comparison itself is not in vain."""
+    """An error of 2**-12 in one number of a parameter, or of two in a code, makes the comparison fail."""
     pytest.importorskip("numba")
     comparison.run(case(), "numba")
     spoil(monkeypatch, what)
@@ -123,7 +123,7 @@ def test_a_small_difference_is_found(monkeypatch, what, message):
 
 
 def test_bits_that_do_not_repeat_are_found(monkeypatch):
-    """A unit in the last place, within every tolerance, of the one optimizer and not of its twin."""
+    """A unit in the last place, within every tolerance, in the optimizer but not in its twin."""
     pytest.importorskip("numba")
     runs = []
 
@@ -139,7 +139,7 @@ def test_bits_that_do_not_repeat_are_found(monkeypatch):
 
 @pytest.mark.parametrize("fault", NUMBA)
 def test_a_fault_in_the_loops_has_its_place(fault):
-    """They are planted by `make slow`, which is not run with every change of a kernel."""
+    """`make slow` plants them; it does not run with every change of a kernel."""
     _, file, before, _ = NUMBA[fault]
     assert (KERNELS / f"{file}.py").read_text().count(before) == 1
 

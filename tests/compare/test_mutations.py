@@ -1,7 +1,7 @@
-"""Faults that are planted in the kernels are found by the generated comparison, with its fixed seed.
+"""The generated comparison, with its fixed seed, finds faults that are planted in the kernels.
 
-A fault is an edit of a source file, which is loaded from a copy in place of the module itself. Most of Numba's are in
-the Python that describes a step to the loops: they need no compilation.
+A fault is an edit of a source file, which is loaded from a copy instead of the module itself. Most faults for Numba are
+in the Python code that describes a step to the loops, because they need no compilation.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from run import generated, seed_of
 from sketch_plugins import kernels
 from sketch_plugins.optim import fused
 
-# Cases until the comparison may be said to have missed a fault: those of `make compare` are ten times as many.
+# Number of cases after which a fault counts as missed; `make compare` has ten times as many.
 CASES = {"numba": 150, "triton": 60}
 
 
@@ -41,13 +41,13 @@ def load(module, folder, before, after):
 
 
 def found(name, backend):
-    """What the comparison says of a fault."""
+    """The message of the comparison about a fault."""
     with pytest.raises(comparison.Different) as different:
         generated(name, backend, CASES[backend], seed_of(name, backend), Counter(), quick=True, shrink=False)
     return str(different.value)
 
 
-# What is wrong, the optimizer, the file, and the edit.
+# The fault, the optimizer, the file, and the edit.
 NUMBA = {
     "ignored flag: coupled weight decay": (
         "cs_momentum", "cpu", "if w.flags & (1 << L2):", "if False:",

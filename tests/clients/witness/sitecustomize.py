@@ -1,7 +1,7 @@
-"""Writes down every step that an optimizer takes, in each process of a client.
+"""Records every step that an optimizer takes, in each process of a client.
 
-The tests put this folder on PYTHONPATH. What it writes comes from torch's own hook on all optimizers, not from this
-package: a line of JSON after each step, of the class that took it and the bytes that it keeps.
+The tests put this folder on PYTHONPATH. The records come from torch's own hook on all optimizers, not from this
+package: a line of JSON after each step, with the class that took it and the bytes that it keeps.
 """
 
 import json
