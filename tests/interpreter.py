@@ -1,7 +1,7 @@
-"""Triton's interpreter, made faster for the tests: a quarter of its own time, no bit changed.
+"""Makes Triton's interpreter faster for the tests: it takes a quarter of its own time, and no bit changes.
 
-It spends nearly all of that on types, shapes and patches which are always the same, and next to nothing on numbers.
-A version of Triton that does these things in another way is left as it is.
+It spends nearly all of its time on types, shapes and patches that are always the same, and next to nothing on numbers.
+A version of Triton that works in another way is not changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class _NothingToRestore:
 
 
 def patch_once(interpreter: Any) -> None:
-    """Make the interpreter patch ``triton.language`` once a launch, and remember what it has looked up.
+    """Make the interpreter patch ``triton.language`` once a launch, and cache its look-ups.
 
     Calling it again, for the same module, changes nothing.
     """
@@ -33,14 +33,14 @@ def patch_once(interpreter: Any) -> None:
 
 
 def _language_once_a_launch(interpreter: Any) -> None:
-    """A launch replaces what the modules of the language hold and puts it back in the end.
+    """A launch replaces members of the modules of the language, and restores them at the end.
 
-    Each call of a ``@triton.jit`` function within looks through all members of the language again, only to find that
-    they are replaced.
+    Each call of a ``@triton.jit`` function within the launch searches all members of the language again, only to find
+    that they are replaced.
     """
     whole, executor = interpreter._patch_lang, interpreter.GridExecutor
     patched: list[set[int]] = []  # modules of the language, for each launch that is running
-    used: dict[Any, frozenset[int]] = {}  # by each function
+    used: dict[Any, frozenset[int]] = {}  # of each function
 
     @functools.wraps(whole)
     def patch(fn: Any) -> Any:
@@ -69,7 +69,7 @@ def _language_once_a_launch(interpreter: Any) -> None:
 
 
 def _members_once(interpreter: Any) -> None:
-    """Which members of a module of the language are builtins does not change from one launch to the next."""
+    """The builtins among the members of a module of the language do not change from one launch to the next."""
     if list(inspect.signature(interpreter._patch_builtin).parameters) != ["pkg", "builder", "scope"]:
         return
     builtins: dict[Any, list[tuple[str, Any]]] = {}
@@ -79,7 +79,7 @@ def _members_once(interpreter: Any) -> None:
         if pkg not in builtins:
             builtins[pkg] = [m for m in inspect.getmembers(pkg) if interpreter.tl.core.is_builtin(m[1])]
         for name, member in builtins[pkg]:
-            # Those that this launch has replaced already are no builtins.
+            # Members that this launch has already replaced are no builtins.
             if vars(pkg).get(name, member) is member:
                 interpreter._patch_attr(pkg, name, member, builder, scope)
 
@@ -137,7 +137,7 @@ def _types_once(interpreter: Any) -> None:
 
     core.tensor.__init__ = tensor
 
-    # What it is asked about is hardly ever a sequence, for which it looks first.
+    # Its argument is hardly ever a sequence, which it tests first.
     unwrap = core._unwrap_if_constexpr
     as_it_is = {bool, int, float, str, type(None), core.dtype, core.block_type, core.pointer_type, core.tensor}
 
@@ -150,7 +150,7 @@ def _types_once(interpreter: Any) -> None:
 
 
 def _equal_shapes_as_they_are(interpreter: Any) -> None:
-    """Operands of one shape need no broadcast; finding that out takes as long as an operation on a tile."""
+    """Operands of equal shape need no broadcast; checking this takes as long as an operation on a tile."""
     semantic = type(interpreter.interpreter_semantic)
     broadcast = semantic.broadcast_impl_value
 
@@ -167,9 +167,9 @@ def _equal_shapes_as_they_are(interpreter: Any) -> None:
 
 
 def _no_checks_in_vain(interpreter: Any) -> None:
-    """Sums and products of integers are computed once more, with 64 bits, for an assertion that is only made in debug.
+    """Skip a second computation of integer sums and products, in 64 bits, for an assertion that only debug mode makes.
 
-    ``device_assert`` drops it otherwise, after the work is done.
+    Otherwise ``device_assert`` drops the assertion after the work is done.
     """
     semantic = type(interpreter.interpreter_semantic)
     check: Callable[..., Any] | None = getattr(semantic, "binary_op_sanitize_overflow_impl", None)

@@ -1,8 +1,8 @@
-"""Compile every kernel as the launcher would for a GPU that is not there, and print what came out as JSON lines.
+"""Compile every kernel as the launcher would for a GPU that need not exist, and print the results as JSON lines.
 
     python tests/kernels/compile_kernels.py sm_90 [name of a case ...]
 
-Run in a process of its own: kernels that Triton's interpreter has taken over (the other tests) cannot be compiled.
+It runs in a process of its own, because kernels in Triton's interpreter (the other tests) cannot be compiled.
 """
 
 import json
@@ -26,7 +26,7 @@ from sketch_plugins import SM3, CSAdagrad, CSAdam, CSLion, CSMomentum, Sketchy
 from sketch_plugins.kernels.gpu import (
     block_topk,
     launch,
-)  # with all its kernels, before anything asks for the interpreter
+)  # imports all kernels before anything asks for the interpreter
 from sketch_plugins.optim import fused
 
 TARGETS = {
@@ -35,7 +35,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MATRIX = (1024, 768)
-# Name -> (optimizer, options, dtype, shape, row-sparse). A fresh matrix unless said otherwise.
+# Name -> (optimizer, options, dtype, shape, row-sparse). The matrix is new unless stated otherwise.
 CASES = {
     "adam": (CSAdam, {}, torch.float32, MATRIX, False),
     "adam_bf16": (CSAdam, {}, torch.bfloat16, MATRIX, False),
@@ -104,7 +104,7 @@ BLOCKS = {
 
 
 class Recorder:
-    """Stands where a kernel stands in the launcher, and notes what it would have been launched with."""
+    """Replaces a kernel in the launcher, and records the arguments of a launch."""
 
     def __init__(self, kernel, calls):
         self.kernel, self.calls = kernel, calls
@@ -114,7 +114,7 @@ class Recorder:
 
 
 def record_message(case):
-    """The launches of one message: whole blocks, and what is left."""
+    """The launches of one message: whole blocks, and the rest."""
     block, dtype, momentum = BLOCKS[case]
     calls, kernel = [], block_topk.select
     m = torch.zeros(8200, dtype=dtype)
@@ -128,7 +128,7 @@ def record_message(case):
 
 
 def record(case):
-    """The launches of one step; with lagged_rms of the second one, which is like all that follow."""
+    """The launches of one step; with lagged_rms of the second step, which is like all later ones."""
     cls, options, dtype, shape, sparse = CASES[case]
     calls = []
     kernels = [(m, n) for m in (launch.step, launch.fold, launch.norms) for n in vars(m) if not n.startswith("_")]
@@ -138,7 +138,7 @@ def record(case):
         if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:
             saved[module, name] = kernel
             setattr(module, name, Recorder(kernel, calls))
-    # What the launcher is for, on tensors of the CPU: nothing runs.
+    # So that the launcher accepts CPU tensors; nothing runs.
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         p = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
@@ -185,7 +185,7 @@ def type_of(value):
 
 
 def facts(compiled):
-    """Registers of a thread, bytes that spilt, and the widths of the loads."""
+    """Registers of a thread, spilled bytes, and the widths of the loads."""
     asm = compiled.asm
     if "ptx" in asm:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

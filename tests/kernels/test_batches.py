@@ -1,4 +1,4 @@
-"""Kernels on a batch of matrices (experts): each matrix's own buckets, as the eager step has them."""
+"""Kernels on a batch of matrices (experts): each matrix has its own buckets, as in the eager step."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def train(cls, device, fused, tensors, gradients, **options):
         for p, g in zip(params, step, strict=True):
             p.grad = g.clone().to(device)
         with warnings.catch_warnings():
-            # Triton's kernels take all of these; Numba's leave some to the eager path.
+            # Triton's kernels support all of these; Numba's leave some to the eager path.
             triton = device.type == "cuda" or interpreted()
             warnings.filterwarnings("error" if triton else "ignore", message="fused=True: a parameter of shape")
             optimizer.step()
@@ -55,10 +55,10 @@ def compare(ours, eager):
         for name, a in one.items():
             b = other[name]
             if name.endswith("codes"):
-                # A code of the other neighbour where the number lay half-way between two.
+                # If the number lies half-way between two codes, either is right.
                 assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 0.02, name
             elif a.dtype == torch.bfloat16:
-                # The same noise: a cell rounds the other way where the unrounded numbers lie on its two sides.
+                # The noise is equal; a cell is rounded differently only if the unrounded numbers differ.
                 assert (a != b).float().mean() < 0.02, name
             else:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -72,7 +72,7 @@ def test_is_the_eager_definition(kernels, cls, options):
 
 @pytest.mark.parametrize(("cls", "options"), [case for case in CASES if "preset" not in case[1]], **IDS)
 def test_trains_as_its_matrices_do_bit_for_bit(kernels, cls, options):
-    """No RMS is common to all of them: nothing of a matrix depends on the others."""
+    """Without an RMS of the whole batch, the step of a matrix does not depend on the others."""
     whole, steps = random(*SHAPE), [random(*SHAPE, seed=s) for s in (1, 2)]
     (p,), (state,) = train(cls, kernels, True, [whole], [[g] for g in steps], **options)
     matrices, states = train(cls, kernels, True, list(whole), [list(g) for g in steps], **options)
@@ -103,7 +103,7 @@ def test_row_sparse_gradients(kernels, cls, options):
 
 
 def test_many_bands_of_many_matrices():
-    """Numba cuts matrices into bands and deals them out to threads: no band may reach into the next matrix."""
+    """Numba cuts matrices into bands and distributes them over threads: no band may reach into the next matrix."""
     pytest.importorskip("numba")
     shapes = [(5, 130, 300), (40, 70)]
     given = [random(*s) for s in shapes], [[random(*s, seed=n) for s in shapes] for n in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that need not be there: registers, spills and the width of loads."""
+"""Kernels compiled for GPUs that need not exist: registers, spills and the width of loads."""
 
 import importlib.util
 import json

@@ -19,7 +19,7 @@ from sketch_plugins import SM3, CSAdam, CSMomentum
     ids=str,
 )
 def test_a_small_update_is_measured_where_its_squares_underflow(kernels, cls, options):
-    """`lagged_rms` keeps the size of an update of 1e-20, whose squares float32 does not hold; kernels kept 0."""
+    """`lagged_rms` keeps the size of an update of 1e-20, whose squares underflow in float32; kernels once kept 0."""
     kept = []
     for fused in (True, False):
         p = torch.nn.Parameter(torch.ones(24, 40, device=kernels))
@@ -36,7 +36,7 @@ def test_a_small_update_is_measured_where_its_squares_underflow(kernels, cls, op
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_an_infinite_gradient_that_is_clipped_leaves_the_other_numbers(kernels, momentum):
-    """Without momentum the definition's lerp made NaN of it, and so of the size of the update, and of every number."""
+    """Without momentum the definition's lerp once made it NaN, and so the size of the update, and all numbers."""
     moved = []
     for fused in (True, False):
         p = torch.nn.Parameter(torch.ones(5, device=kernels))
@@ -46,5 +46,5 @@ def test_an_infinite_gradient_that_is_clipped_leaves_the_other_numbers(kernels, 
             CSMomentum([p], 0.1, momentum=momentum, update_clip=0.3, fused=fused).step()
         moved.append(p.detach())
     for p in moved:
-        # The size of the update is infinite: what is divided by it is 0.
+        # The size of the update is infinite, so numbers divided by it are 0.
         assert p.isfinite().tolist() == [True, True, False, True, True] and bool((p[p.isfinite()] == 1).all())

@@ -14,7 +14,7 @@ from sketch_plugins.kernels.interpretation import interpreted
 from sketch_plugins.kernels.work import Work
 
 SHAPES = [(24, 48), (37, 33), (70, 7), (1, 40), (40, 1), (3, 1025), (5,), (), (4, 3, 2, 2), (6, 5, 7), (0, 3)]
-# Sign hashes in several rows are slow to interpret: a matrix, a ragged batch, vectors and what is empty.
+# Sign hashes in several rows are slow to interpret: only a matrix, a ragged batch, vectors and empty tensors.
 FEW = [(37, 33), (1, 40), (40, 1), (5,), (), (6, 5, 7), (0, 3)]
 LAGGED = [
     (CSAdam, {"preset": "lean"}),
@@ -36,7 +36,7 @@ def train(cls, device, fused, shapes=SHAPES, dtype=torch.float32, steps=2, gradi
             if gradients is not None:
                 p.grad = gradients(p.grad, step)
         with warnings.catch_warnings():
-            # Triton's kernels take all of these; Numba's leave some to the eager path.
+            # Triton's kernels support all of these; Numba's leave some to the eager path.
             triton = device.type == "cuda" or interpreted()
             warnings.filterwarnings("error" if triton else "ignore", message="fused=True: a parameter of shape")
             optimizer.step()
@@ -69,7 +69,7 @@ def test_half_precision(kernels, cls, options, dtype):
 
 @pytest.mark.parametrize(("cls", "options"), LAGGED, ids=str)
 def test_lagged_rms_lags_from_the_second_step_on(kernels, cls, options):
-    """The first step is that without; three more are the eager ones, whose gradients come and go."""
+    """The first step is the one without the option; three more equal the eager ones, with and without gradients."""
     options = {"shapes": [(24, 48), (37, 33), (5,), ()], **options}
     once = [train(cls, kernels, True, steps=1, **options, lagged_rms=lagged)[0] for lagged in (False, True)]
     assert all(map(torch.equal, *once))
@@ -81,14 +81,14 @@ def test_lagged_rms_lags_from_the_second_step_on(kernels, cls, options):
     ours, eager = (train(cls, kernels, f, **options, lagged_rms=True) for f in (True, False))
     compare(ours, eager)
     for p in ours[0]:
-        # As it was in the last step: before it.
+        # The value of the last step, before it.
         assert ours[1].state[p]["rms.last"].isfinite().all() and (ours[1].state[p]["rms.last"] > 0).all()
     other, _ = train(cls, kernels, True, **options)
     assert not torch.allclose(ours[0][0], other[0], rtol=1e-5, atol=1e-6)
 
 
 def test_lagged_rms_takes_one_sweep(kernels, request, monkeypatch):
-    """A launch for each step but the first, which measures before it steps."""
+    """One launch for each step except the first, which measures before it steps."""
     if "numba" in request.node.name:
         pytest.skip("launches are Triton's")
     from sketch_plugins.kernels.gpu import launch
@@ -100,7 +100,7 @@ def test_lagged_rms_takes_one_sweep(kernels, request, monkeypatch):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            # A launch of no programs compiles the kernel, and is none.
+            # A launch without programs only compiles the kernel, and is not counted.
             return lambda *args, **kwargs: (
                 (phases.append(kwargs["PHASE"]) if all(grid) else None) or self.kernel[grid](*args, **kwargs)
             )
@@ -165,8 +165,8 @@ def touch(packed):
     return touched
 
 
-# (sparse tensors or not, columns). Tiles of every width for one optimizer with each kind of state; the generated cases
-# of tests/compare draw widths, options and packing together.
+# (whether tensors are sparse, columns). Tiles of every width for one optimizer with each kind of state; the generated
+# cases of tests/compare draw widths, options and packing together.
 EVERYWHERE = [(True, 33), (False, 33)]
 WIDTHS = [*((True, n) for n in (1, 31, 768, 1025)), (False, 1)]
 WIDE = [SPARSE[0], SPARSE[2], SPARSE[7], SPARSE[11]]
@@ -183,7 +183,7 @@ WIDE = [SPARSE[0], SPARSE[2], SPARSE[7], SPARSE[11]]
     ids=lambda v: v.__name__ if isinstance(v, type) else str(v),
 )
 def test_row_sparse(kernels, cls, columns, options, packed, request):
-    """Touched rows alone change, and as the eager path changes them; buckets with one and with many touched rows."""
+    """Only touched rows change, and in the same way as on the eager path; buckets have one or many touched rows."""
     if "numba" in request.node.name and (columns > 33 or len(options) > 1):
         pytest.skip("the eager path takes these steps; two widths show that")
     options = {
@@ -212,7 +212,7 @@ def test_row_sparse_half_precision(kernels, options, dtype):
 
 @pytest.mark.parametrize("variant", ["II", "I"])
 def test_covers_of_any_number_of_axes_in_dense_and_sparse_steps(kernels, variant):
-    """Two to six axes; a sparse step between two dense ones, which read what it left."""
+    """Two to six axes; a sparse step between two dense ones, which read the covers that it leaves."""
 
     def mixed(grad, step):
         return touch(True)(grad, 0) if step == 1 else grad
@@ -246,7 +246,7 @@ def test_views_that_are_misaligned_or_have_gaps_between_rows(kernels):
 
 @pytest.mark.parametrize("options", [{}, {"preset": "exact"}, {"second_moment": "cover"}], ids=str)
 def test_offsets_beyond_2_to_the_31(kernels, monkeypatch, options):
-    """Two rows 2**31 numbers apart: the memory between them is never touched, and so never taken."""
+    """Two rows that are 2**31 numbers apart; the memory between them is never touched, and so never allocated."""
     if kernels.type == "cuda" and torch.cuda.mem_get_info()[0] < 6e9:
         pytest.skip("needs 6 GB of GPU memory")
     big = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=kernels)
@@ -259,7 +259,7 @@ def test_offsets_beyond_2_to_the_31(kernels, monkeypatch, options):
         p = torch.nn.Parameter(tensor)
         p.grad = grad.clone()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Numba takes contiguous parameters only
+            warnings.simplefilter("ignore")  # Numba supports contiguous parameters only
             CSAdam([p], fused=True, min_compress_size=0, lr=0.5, **options).step()
         out.append(p.detach().clone())
     torch.testing.assert_close(*out, rtol=2**-7, atol=0)
@@ -375,7 +375,7 @@ def test_a_captured_graph_replays_the_training():
     device = torch.device("cuda")
     grads = [torch.randn(5, 64, 128, device=device) for _ in range(16)]
     results = []
-    # Steps that the optimizer remembers come before the capture, or between the replays only.
+    # Cached steps come before the capture, or only between the replays.
     for warm in (3, 1):
         for graphed in (True, False):
             params = [torch.nn.Parameter(torch.ones(64, 128, device=device)) for _ in range(5)]
@@ -425,7 +425,7 @@ def test_many_small_tensors_are_one_launch(kernels, request, monkeypatch):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            if all(grid):  # a launch of no programs compiles the kernel, and is none
+            if all(grid):  # a launch without programs only compiles the kernel
                 grids.append(grid)
             return self.kernel[grid]
 
@@ -480,7 +480,7 @@ def test_what_kernels_cannot_take_goes_the_eager_way_with_a_warning():
 
 
 class Unread(torch.Tensor):
-    """Numbers on a device: whoever looks at one would wait for it."""
+    """Numbers on a device; reading one would wait for it."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -504,7 +504,7 @@ ON_DEVICE = [
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(("cls", "options"), ON_DEVICE, ids=str)
 def test_numbers_that_live_on_a_device_are_not_looked_at(kernels, cls, options, sparse, monkeypatch, request):
-    """As those of a learning rate on a GPU: the launcher may not read one out, and the bits are the same."""
+    """Such as a learning rate on a GPU: the launcher must not read it, and the bits are the same."""
     if "numba" in request.node.name:
         pytest.skip("on a CPU there is nothing to wait for")
     from sketch_plugins.kernels.gpu import launch
@@ -529,7 +529,7 @@ def test_numbers_that_live_on_a_device_are_not_looked_at(kernels, cls, options, 
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launched.append(kwargs)
 
-    # Interpreted kernels read their arguments on the host; the launcher alone is watched.
+    # Interpreted kernels read their arguments on the host, so only the launcher is watched.
     launched = []
     for module, name in [
         (launch.step, "tiles"), (launch.step, "buckets"), (launch.fold, "dense"), (launch.fold, "touched"),
@@ -560,7 +560,7 @@ def test_a_step_does_not_wait_for_the_gpu(cls, options, rate, sparse):
             index = torch.arange(0, len(p), 3, device=device)
             p.grad = torch.sparse_coo_tensor(index.unsqueeze(0), p.grad[index], p.shape, is_coalesced=True)
     for _ in range(3):
-        optimizer.step()  # compiles, and remembers
+        optimizer.step()  # compiles, and caches the step
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
@@ -571,7 +571,7 @@ def test_a_step_does_not_wait_for_the_gpu(cls, options, rate, sparse):
 
 
 def test_bf16_tables_hold_the_eager_bits(kernels, request):
-    """Where every sum is exact in any order, kernel and definition round the same numbers with the same noise."""
+    """If every sum is exact in any order, kernel and definition round the same numbers with the same noise."""
     if "numba" in request.node.name:
         pytest.skip("the eager path takes these steps")
 

@@ -1,4 +1,4 @@
-"""Where numbers end: overflow, underflow, NaN, denominators of 0; and that a kernel reads all that it is given."""
+"""Limits of numbers: overflow, underflow, NaN, denominators of 0; and kernels use all of their arguments."""
 
 import math
 import warnings
@@ -28,7 +28,7 @@ def moved(cls, device, fused, gradients, shape=SHAPE, group=None, dtype=torch.fl
         p.grad = g.to(device, dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fused=True: a parameter of shape")
-            # Numpy's, in Triton's interpreter: what overflows there is what is tested here.
+            # numpy's warnings, in Triton's interpreter: overflow is what these tests are about.
             warnings.filterwarnings("ignore", category=RuntimeWarning)
             optimizer.step()
     return p.detach() - before, optimizer
@@ -59,7 +59,7 @@ def test_sketchy_without_covariances_averages_what_is_preconditioned(kernels, op
     gradients = [g * 0.1 for g in normal(1, 2, 3, shape=shape)]
     options = {"momentum_of": "all", "group": {"precondition": "none"}, "shape": shape, "lr": 2e-3, **options}
     ours, right = (moved(Sketchy, kernels, fused, gradients, **options)[0] for fused in (True, False))
-    # Differences of rounding alone: a wrong order of momentum and denominator is 4 % of the step and more.
+    # Only differences of rounding are allowed: a wrong order of momentum and denominator is at least 4 % of the step.
     assert (ours - right).norm() <= 1e-5 * right.norm()
 
 
@@ -145,7 +145,8 @@ def test_the_size_of_a_parameter_is_measured_where_its_squares_overflow(kernels,
                 warnings.filterwarnings("ignore", category=RuntimeWarning)
                 optimizer.step()
         change = (before - p.detach()) / before.double().square().mean().sqrt()
-        # Two steps of 0.1 RMS(p), of which the second is of what the first has left: the mean moves, the spread hardly.
+        # Two steps of 0.1 RMS(p), the second of the already smaller parameter: the mean moves, and the spread hardly
+        # does.
         assert change.min() > 0.19 and change.max() < 0.21
 
 
@@ -189,7 +190,7 @@ def test_root_mean_square_of_all_that_float32_holds(numbers, expected):
 @pytest.mark.parametrize("eps", [0.0, 1e-45, 1e-38, 1e-30])
 @pytest.mark.parametrize("name", sorted(set(registry.names()) - {"cs_momentum"}))
 def test_no_gradient_is_no_step_whatever_epsilon_is(kernels, name, eps):
-    """Nor is it one beside numbers that have a gradient, and none after them."""
+    """Nor is it a step beside numbers that have a gradient, or after them."""
     cls = registry.get(name).cls
     zero, some = torch.zeros(SHAPE), normal(1)[0]
     some[:, ::2] = 0
@@ -237,10 +238,10 @@ def test_a_denominator_has_a_floor_in_its_own_precision():
     ids=lambda v: v.__name__ if isinstance(v, type) else str(v),
 )
 def test_nan_and_infinity_stay_where_the_definition_has_them(kernels, cls, options, bad):
-    """In one step, and in two that find them in the state: parameters and every number of the state."""
+    """In one step, and in two steps that find them in the state: parameters and all numbers of the state."""
     spoilt, *others = normal(1, 2, 3)
     spoilt[5, 7] = bad
-    if cls is Sketchy:  # which refuses such gradients: their squares are what is not finite
+    if cls is Sketchy:  # it refuses such gradients, so their squares are not finite instead
         spoilt[5, 7] = 9e17
         others = [g * 1e-20 for g in others]
     for n in (0, 2):
@@ -251,14 +252,14 @@ def test_nan_and_infinity_stay_where_the_definition_has_them(kernels, cls, optio
             tensors = {
                 name: tensor
                 for name, tensor in state.items()
-                # Codes beside a scale that is not finite mean nothing.
+                # Codes whose scale is not finite have no meaning.
                 if name != "step" and not name.endswith(".codes")
             }
             found.append({"p": change, **tensors})
         for name in found[0]:
             ours, right = (one[name].float() for one in found)
             assert torch.equal(ours.isfinite(), right.isfinite()), (name, n)
-            # Of infinity, torch's lerp makes NaN where decay * m + gain * g is infinite still: p is NaN by then.
+            # torch's lerp makes NaN of infinity, where decay * m + gain * g is still infinite; p is NaN by then.
             if name != "first_moment.dense":
                 assert torch.equal(ours.isnan(), right.isnan()), (name, n)
 
@@ -268,7 +269,7 @@ def test_nan_and_infinity_stay_where_the_definition_has_them(kernels, cls, optio
 
 @pytest.mark.parametrize("whose", ["gradient", "parameter"])
 def test_a_negative_bit_is_not_overlooked(kernels, whose):
-    """The imaginary part of a conjugate: the numbers in memory have the other sign."""
+    """The imaginary part of a conjugate: the numbers in memory have the opposite sign."""
     start, gradient = normal(1, 2, shape=(256, 160))
 
     def negative(x):
@@ -291,8 +292,8 @@ def test_a_negative_bit_is_not_overlooked(kernels, whose):
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
 
 
-# Everything that a kernel may be told beside tensors: what has to be there for it to have a meaning, and two values.
-# A kernel that takes both must not do the same with them.
+# All arguments of a kernel beside tensors: settings in which an argument has an effect, and two values of it. A kernel
+# that takes both values must compute different results.
 CLIPS = {places.CLIP: 0.01}
 NOISY = {"dtype": torch.bfloat16, "stochastic": True}
 TOLD = {
@@ -347,7 +348,7 @@ INTERPRETED = [STORES[i] for i in (3, 5, 9)]
 
 
 def described(first, second, device, name, value, setting):
-    """A step of a 5 x 6 matrix that is told ``value``."""
+    """A step of a 5 x 6 matrix with the argument ``value``."""
     setting = {**setting}
     numbers = dict.fromkeys(range(places.NUMBERS), 0.0) | {
         places.DECAY1: 0.9, places.GAIN1: 0.1, places.DECAY2: 0.9, places.GAIN2: 0.1, places.MEAN: 1.0,
@@ -379,7 +380,7 @@ def described(first, second, device, name, value, setting):
 
 
 def taken(backend, w):
-    """All that the step leaves behind."""
+    """All results of the step."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=RuntimeWarning)
         if backend.prepare is not None:
@@ -393,8 +394,9 @@ def taken(backend, w):
 
 
 def test_the_table_names_all_that_a_kernel_may_be_told():
-    tensors = {"p", "g", "first", "second"}  # what all kernels read
-    derived = {"numbers", "flags", "correction"}  # by their places; the last one in tests/kernels/test_weight_bits.py
+    tensors = {"p", "g", "first", "second"}  # all kernels read these
+    # Each by its place in the table; the last one in tests/kernels/test_weight_bits.py.
+    derived = {"numbers", "flags", "correction"}
     assert {f.name for f in fields(Work)} == tensors | derived | {name for name in TOLD if isinstance(name, str)}
     assert {name for name in TOLD if isinstance(name, int)} == set(range(places.NUMBERS))
 
@@ -416,10 +418,10 @@ def test_a_kernel_reads_all_that_it_is_told_or_refuses_the_step(kernels, first, 
         if any(backend.unsupported(w) for w in works):
             continue
         took += 1
-        # Without a setting, the first value is what every other step is told, too.
+        # Without a setting, the first value is also the value in all other steps.
         if setting.keys() <= {"needs"}:
             plain = plain or taken(backend, works[0])
         results = [plain if setting.keys() <= {"needs"} else taken(backend, works[0]), taken(backend, works[1])]
         assert not all(map(torch.equal, *results)), f"{name!r}: {values} make no difference"
-    # Numba's kernels refuse some of these stores, and then every step with them.
+    # Numba's kernels do not support some of these stores, and then no step with them.
     assert took == 0 if backend.unsupported(described(first, second, kernels, "seed", 0, {})) else took >= 8

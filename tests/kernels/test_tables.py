@@ -1,4 +1,4 @@
-"""A table's fields are written once: kernels, launcher and definition count the same places."""
+"""A table's fields are written once: kernels, launcher and definition use the same places."""
 
 import importlib
 
@@ -10,7 +10,7 @@ from sketch_plugins.kernels import cpu_table, work
 def test_places_of_the_cpu_s_table_are_those_of_its_row():
     assert [getattr(cpu_table, name) for name in cpu_table.Row._fields] == list(range(cpu_table.FIELDS))
     assert [getattr(cpu_table, name) for name in cpu_table.Piece._fields] == list(range(5))
-    assert not set(cpu_table.Row._fields) & set(cpu_table.Piece._fields)  # or a name would have two places
+    assert not set(cpu_table.Row._fields) & set(cpu_table.Piece._fields)  # otherwise a name would have two places
     with pytest.raises(AttributeError, match="has a field 'SPEED'"):
         _ = cpu_table.SPEED
 
@@ -36,7 +36,7 @@ def test_triton_s_constants_are_those_of_the_row_and_of_the_numbers():
 
 @pytest.mark.parametrize("name", ["common", "first", "fold", "norms", "second", "step"])
 def test_no_kernel_has_a_place_of_its_own(name):
-    """What is imported by name is the table's."""
+    """Every place that a kernel imports by name is that of the table."""
     module = pytest.importorskip(f"sketch_plugins.kernels.gpu.{name}", reason="needs Triton")
     table = importlib.import_module("sketch_plugins.kernels.gpu.table")
     for field in table.Row._fields:

@@ -79,7 +79,7 @@ def test_nan_and_infinity():
     assert math.isnan(sums[0]) and math.isnan(sums[1])
     assert np.isnan(out[80 + 3]) and out[80 + 5] == math.inf and np.isnan(out[80 + 7])
     assert np.isnan(out[48 + 3]) and out[48 + 5] == math.inf
-    # The smaller one is NaN where either is; and so is a maximum of a NaN with a sign, which 0 * inf has on x86.
+    # A minimum or maximum is NaN if either number is, also a NaN with a sign, which 0 * inf gives on x86.
     assert np.isnan(out[64 + 3]) and out[64 + 5] == -math.inf and np.isnan(out[64 + 7])
     signed, ones = np.array([-math.nan] + [1.0] * 15, np.float32), np.ones(16, np.float32)
     assert np.signbit(signed[0])
@@ -107,7 +107,7 @@ def test_they_are_the_registers_of_the_machine():
     assembly = "".join(combined.inspect_asm().values())
     from llvmlite.binding import get_host_cpu_features
 
-    # What Numba compiles for is this machine, or what NUMBA_CPU_FEATURES says.
+    # Numba compiles for this machine, or for the features in NUMBA_CPU_FEATURES.
     said = numba.core.config.CPU_FEATURES
     features = (
         {f"+{name}" for name, there in get_host_cpu_features().items() if there}
@@ -133,7 +133,7 @@ print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in params)).hex
 
 
 def test_code_from_the_cache_has_the_bits_of_code_just_compiled(tmp_path):
-    """The first run on a machine, which compiles, and every later one are the same run."""
+    """The first run on a machine, which compiles, computes the same bits as every later one."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     runs = [
         subprocess.run(

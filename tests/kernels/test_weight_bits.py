@@ -1,7 +1,7 @@
 """``weight_bits`` in the kernels: every bfloat16 and float16 weight, bit for bit what the eager step writes.
 
-Where the arithmetic of a step is exact but for one rounding (SGD at a rate that is a power of two), all backends have
-to leave the same weights and the same corrections behind, noise included. `tests/compare` compares everything else.
+If the arithmetic of a step is exact except for one rounding (SGD at a rate that is a power of two), all backends have
+to write the same weights and the same corrections, including noise. `tests/compare` compares everything else.
 """
 
 import pytest
@@ -21,7 +21,7 @@ def stepped(device, dtype, bits, shape, fused):
     own = {"momentum": 0.0, "weight_decay": 0.0, "first_moment": "none", "fused": fused}
     optimizer = CSMomentum([p], lr=2.0**-9, weight_bits=bits, seed=7, **own)
     p.grad = torch.zeros_like(p)
-    optimizer.step()  # there is a state now, and nothing has moved
+    optimizer.step()  # the state exists now, and nothing has moved
     before = p.detach().cpu().clone()
     assert torch.equal(before.nan_to_num(1), every[: shape[0], : shape[1]].nan_to_num(1))
     codes = optimizer.state[p]["weight_correction.codes"]
@@ -43,7 +43,7 @@ def stepped(device, dtype, bits, shape, fused):
 def test_every_weight(kernels, dtype, bits):
     if dtype == torch.float16 and kernels.type == "cpu" and not interpreted():
         pytest.skip("Numba's loops do not take float16")
-    # NaN and infinities lie in the rows 127 and 255. Of 33 columns a vector of the CPU's loops is not full.
+    # NaN and infinities lie in the rows 127 and 255. With 33 columns, a vector of the CPU's loops is not full.
     for shape in [(256, 5), (256, 33)] if interpreted() else [SHAPE, (256, 33)]:
         ours, wanted = (stepped(kernels, dtype, bits, shape, fused) for fused in (True, False))
         assert ours[1].dtype == CODES[bits]
@@ -56,7 +56,7 @@ def test_every_weight(kernels, dtype, bits):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_largest_weight(kernels, dtype):
-    """Half-way to what would be the next number lies infinity, and noise must not carry a weight there."""
+    """Half-way to the number that would follow, weights become infinite; noise must not carry a weight there."""
     if dtype == torch.float16 and kernels.type == "cpu" and not interpreted():
         pytest.skip("Numba's loops do not take float16")
     largest = torch.finfo(dtype).max
@@ -69,7 +69,7 @@ def test_the_largest_weight(kernels, dtype):
         p.grad = torch.zeros_like(p)
         optimizer.step()
         codes = optimizer.state[p]["weight_correction.codes"]
-        codes.fill_(127)  # the last one; a step adds 0 to 1 of what is between two
+        codes.fill_(127)  # the last code; a step adds 0 to 1 of the distance between two codes
         p.grad = torch.arange(33, device=kernels).mul(-unit * 2.0 ** (9 - 8 - 5)).expand(256, 33).to(dtype)
         optimizer.step()
         out.append((p.detach().cpu(), codes.cpu()))
@@ -81,7 +81,7 @@ def test_the_largest_weight(kernels, dtype):
 
 @pytest.mark.parametrize("bits", [None, 24, 32])
 def test_the_probe_sees_what_kernels_have_written(kernels, bits):
-    """They write to addresses: what was read before a step must be no view of it."""
+    """Kernels write to addresses, so the values that are read before a step must not be a view."""
     if bits is None and interpreted():
         pytest.skip("Triton's interpreter cuts numbers to bfloat16, where processors round to nearest")
     p = torch.nn.Parameter(torch.ones(64, 40, dtype=torch.bfloat16, device=kernels))

@@ -10,18 +10,18 @@ from sketch_plugins.kernels.weight_code import CODES, UNKNOWN, Corrected, decode
 from sketch_plugins.sharding.blocks import Matrix, Rows, tiles
 
 ALL = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
-# Of 8 bits every one; of 16 the ends, powers of two and some in between.
+# All corrections of 8 bits; of 16 bits the ends, powers of two and some in between.
 GRID = {
     24: list(range(-128, 128)),
     32: sorted({-32768, 32767, 0, *(s * 2**k for k in range(15) for s in (-1, 1)), *range(-32768, 32768, 1999)}),
 }
-# Of the arithmetic below: significand bits of a stored number, least exponent, of float16 and bfloat16.
+# For the arithmetic below: significand bits of a stored number and least exponent, of float16 and bfloat16.
 SHAPE = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
 
 
 def spelled_out(weight, code, dtype, bits):
-    """What a pair stands for, in float64 and in words: the stored number, and so many fractions of the distance to
-    the representable number on the side that the correction points to."""
+    """The number that a pair represents, in float64: the stored number plus fractions of the distance to the
+    representable number on the side that the correction points to."""
     fraction = 8 if bits == 24 else 16
     number = weight.double()
     magnitude = number.abs()
@@ -47,12 +47,12 @@ def test_every_weight_with_a_grid_of_corrections(dtype, bits):
         assert torch.equal(got[~finite].isnan(), weight[~finite].isnan())
         assert torch.equal(got[~finite].nan_to_num(7), weight[~finite].float().nan_to_num(7))
         wanted = spelled_out(weight, code, dtype, bits)
-        # float16 with 16 bits more has more of them than float32 can show.
+        # float16 with 16 more bits has more bits than float32.
         wide = dtype == torch.float16 and bits == 32
         error = (got.double() - wanted)[finite].abs()
         assert bool((error <= (wanted[finite].abs() * 2.0**-22 if wide else torch.zeros(()))).all())
         assert not bool(got[finite].isnan().any())
-        # The way back: the same weight and the same correction, where a step can have left them behind.
+        # Encoding gives the same weight and the same correction, if a step can have written them.
         if wide:
             continue
         back, again = encode(got, dtype, bits)
@@ -92,7 +92,7 @@ def test_the_error_bound(dtype, bits, noise):
     else:
         bound = nearest * torch.where(size < 2.0**-14, 2.0**-32 * (1 + 2.0**-4), size * 2.0**-18)
     assert bool((error <= bound).all())
-    # The weight is the nearest one to what the pair stands for, and has its sign.
+    # The weight is the nearest one to the number that the pair represents, and has its sign.
     plain = got.to(dtype).float()
     assert bool(((weight.float() - got).abs() <= (plain - got).abs())[within].all())
     assert torch.equal(weight.signbit(), x.signbit())
@@ -111,7 +111,7 @@ def test_what_is_not_finite(dtype):
 @pytest.mark.parametrize("noise", [None, 0, 255])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_near_the_largest_number(dtype, noise):
-    """What is finite in the dtype stays so, and keeps its correction, whatever the noise; the rest becomes infinite."""
+    """Numbers that are finite in the dtype stay finite with any noise, with a correction; others become infinite."""
     largest = torch.tensor(torch.finfo(dtype).max, dtype=torch.float32)
     tie = (largest.double() * (1 + 2.0 ** -(SHAPE[dtype][0] + 2))).float()  # near it; the exact one is found below
     x = (tie.view(torch.int32) + torch.arange(-70_000, 70_000, dtype=torch.int32)).view(torch.float32)

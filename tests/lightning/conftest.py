@@ -1,4 +1,4 @@
-"""A real Trainer on a small network, with data made on the spot; both of Lightning's namespaces."""
+"""A real Trainer on a small network, with generated data; for both of Lightning's namespaces."""
 
 import importlib
 import logging
@@ -21,8 +21,8 @@ SMALL = {"min_compress_size": 256}
 
 
 def data(size=24, seed=0):
-    # Three batches an epoch. Runs that are resumed are cut between epochs and limited by epochs: otherwise Lightning
-    # starts the epoch's data from the beginning, whatever the optimizer.
+    # Three batches an epoch. Runs that are resumed are cut between epochs and limited by epochs, because Lightning
+    # otherwise starts the epoch's data from the beginning, with any optimizer.
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size, 12, generator=generator)
     return torch.utils.data.TensorDataset(x, torch.tanh(x @ torch.randn(12, 3, generator=generator)))
@@ -113,7 +113,7 @@ def fit(trainer):
 
 @pytest.fixture
 def log(caplog):
-    """`log()`: what Lightning's log has said so far."""
+    """`log()`: the messages in Lightning's log so far."""
     for name in ("lightning.pytorch", "pytorch_lightning"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.INFO)
     return lambda: [record.getMessage() for record in caplog.records]

@@ -213,7 +213,7 @@ def reclaim():
     step = Module.training_step
 
     def fails(self, batch, batch_idx):
-        # One rank alone runs out of memory; the other must not wait for it.
+        # Only one rank runs out of memory, and the other must not wait for it.
         if dist.get_rank() == 1 and len(batch[0]) > 6:
             raise RuntimeError("CUDA out of memory. Tried to allocate 1.00 GiB")
         return step(self, batch, batch_idx)
@@ -226,7 +226,7 @@ def reclaim():
 
 
 class Sharding(Module):
-    """A module that shards itself, as Lightning's ModelParallelStrategy wants it."""
+    """A module that shards itself, as Lightning's ModelParallelStrategy demands."""
 
     def configure_model(self):
         from torch.distributed.fsdp import fully_shard
@@ -273,7 +273,7 @@ def fsdp():
     train(theirs, ModelParallelStrategy(2, 1), epochs=1, folder="foreign")
     path = FOLDER / "foreign" / "last.ckpt"
     refused("a sharded run cannot convert it", lambda: train(Module(), "fsdp_cs_adam", ckpt_path=path))
-    tested = Module(seed=7)  # which takes the weights alone
+    tested = Module(seed=7)  # it loads only the weights
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     lightning.Trainer(devices=2, strategy="fsdp_cs_adam", **quiet).test(tested, verbose=False, ckpt_path=path)
     assert equal(tested, theirs)
@@ -296,7 +296,7 @@ def fsdp():
     tied.head.weight = tied.net[2].weight
     refused("head.weight also belongs to net", lambda: train(tied, "fsdp_cs_adam"))
 
-    # AdamW's state of DTensors into the stores of shards.
+    # AdamW's state of DTensors is put into the stores of shards.
     theirs = Sharding()
     made = train(theirs, ModelParallelStrategy(2, 1), epochs=1)
     ours = CSAdam(theirs.parameters(), lr=1e-2, weight_decay=0.1, preset="exact")
@@ -308,13 +308,13 @@ def fsdp():
 
 
 def in_backward():
-    """FSDP2 gives the weights of the ordinary run; DDP is refused."""
+    """FSDP2 computes the weights of the ordinary run; DDP is refused."""
     fsdp = {"accumulate_grad_batches": 2}
     for name in ("cs_adam", "sketchy"):
         one, other, taken = Module(), Module(), []
         own = {"optimizer": name, "optimizer_kwargs": small(name)}
         train(one, SketchFSDPStrategy(**own), folder=f"after-{name}", **fsdp)
-        # Of each cycle's second batch, when the step has not ended yet.
+        # In each cycle's second batch, before the step has ended.
         other.on_after_backward = lambda of=other, to=taken: to.append(sum(p.grad is None for p in of.parameters()))
         train(other, SketchFSDPStrategy(**own), folder=f"in-{name}", callbacks=[OptimizerInBackward()], **fsdp)
         assert equal(one, other) and one.rates == other.rates
@@ -339,7 +339,7 @@ def compressed():
     logged = {k.removeprefix("comm/"): float(v) for k, v in made.callback_metrics.items() if k.startswith("comm/")}
     assert logged == (state.figures() if dist.get_rank() == 0 else {}) and state.memory_norm() > 0
     assert state.iteration == 12 and state.wire_bytes < state.dense_bytes
-    # By name, the module's own optimizer left alone; and resumed, error memories and all.
+    # By name; the module's own optimizer is not replaced. Then the run is resumed, with error memories.
     whole = Module()
     made = train(whole, MemSGDStrategy(**options), folder="memsgd-whole")
     assert type(made.optimizers[0]) is AdamW

@@ -16,7 +16,7 @@ from sketch_plugins.sharding.pieces import is_key  # noqa: E402
 from sketch_plugins.sharding.state_names import PLACE, kind_of  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
-# Or DeepSpeed would compile a C++ extension for all-reduces of inference.
+# Otherwise DeepSpeed would compile a C++ extension for all-reduces of inference.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -38,7 +38,7 @@ def train(module, stage, epochs=2, **options):
 
 
 def flat(trainer):
-    """This rank's partition of the weights in float32, without what fills it up."""
+    """This rank's partition of the weights in float32, without padding."""
     inner = trainer.optimizers[0].optimizer
     assert type(inner) is CSAdam
     return [part.data.clone() for p in inner.state for part in inner._parts.of(0, p)], inner
@@ -48,7 +48,7 @@ if __name__ == "__main__":
     for stage in (1, 2, 3):
         weights, inner = flat(train(one := Module(), stage))
         assert len(weights)
-        if stage != 2:  # what the strategy puts in the place of AdamW is what a user would have built
+        if stage != 2:  # the optimizer that replaces AdamW is the one that a user would build
             reference, _ = flat(train(other := Module(own), stage))
             assert all(map(torch.equal, weights, reference)) and one.rates == other.rates
         # Pieces of matrices, not one long vector.

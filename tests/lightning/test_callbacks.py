@@ -25,7 +25,7 @@ def adamw(module):
 
 
 def recorder(namespace="lightning.pytorch"):
-    """A logger that keeps what it is given."""
+    """A logger that stores all that it gets."""
     base = importlib.import_module(f"{namespace}.loggers").Logger
 
     class Recorder(base):
@@ -83,7 +83,7 @@ def test_any_optimizer_and_several(fit, tmp_path):
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_the_sampled_error_is_that_of_the_gradients_in_use(clip, fit, tmp_path):
-    """Beside a probe that is told of the gradients by hand, after Lightning has clipped them."""
+    """Compared with a probe that gets the gradients by hand, after Lightning has clipped them."""
     errors, logger = [], recorder()
 
     class Watched(CSAdam):
@@ -104,7 +104,7 @@ def test_the_sampled_error_is_that_of_the_gradients_in_use(clip, fit, tmp_path):
     key = "optimizer/second_moment_relative_error"
     assert [row[key] for row in logged(logger) if key in row] == errors and len(errors) == 6 and errors[-1] > 0
     other, _ = fit(lambda m: ours("cs_adam", lr=1e-2)(m.parameters()), gradient_clip_val=clip)
-    assert equal(one, other)  # looking changes nothing
+    assert equal(one, other)  # the samples change nothing
     assert not made.optimizers[0]._optimizer_step_pre_hooks
 
 
@@ -193,7 +193,7 @@ def test_cleaning_by_epochs(fit, tmp_path):
 
 
 def skipping_scaler():
-    """Finds infinities in the second step, as a scale that was too high does."""
+    """Finds infinities in the second step, like a scaler with a scale that is too large."""
     from lightning.pytorch.plugins import MixedPrecision
 
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2))

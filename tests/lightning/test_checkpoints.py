@@ -1,4 +1,4 @@
-"""Checkpoints continue bit for bit; those of torch's own optimizers are refused, or converted if that was asked."""
+"""Checkpoints continue bit for bit; those of torch's own optimizers are refused, or converted with ``warm_start``."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A checkpoint of Lightning that AdamW wrote and ``sketch-plugins convert`` wrote anew."""
+"""A checkpoint of Lightning that AdamW wrote and ``sketch-plugins convert`` converted."""
 
 import pytest
 import torch
@@ -36,8 +36,8 @@ def test_it_goes_on_like_a_warm_start(make, fit, tmp_path, capsys):
     other, converted = goes_on(tmp_path / f"run-{name}.ckpt")
     assert equal(one, other) and one.rates == other.rates
     whole, _ = fit(optimizers, max_steps=-1, max_epochs=4)
-    assert one.rates == whole.rates[6:]  # the schedule went on where it was
+    assert one.rates == whole.rates[6:]  # the schedule continued where it was
     assert same_state(warm.optimizers[0].state_dict(), converted.optimizers[0].state_dict())
-    taken = 12 if make == "adamw" else 7  # SGD does not count its steps: its state stands for one
+    taken = 12 if make == "adamw" else 7  # SGD does not count its steps, and its state counts as one
     assert {float(state["step"]) for state in converted.optimizers[0].state.values()} == {taken}
     assert isinstance(torch.load(tmp_path / f"run-{name}.ckpt", weights_only=False)["global_step"], int)

@@ -1,4 +1,4 @@
-"""Two processes on CPUs. Each worker starts Lightning once, for that takes longer than what it does."""
+"""Two processes on CPUs. Each worker starts Lightning once, because this takes longer than the work itself."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`OptimizerInBackward`: the run that it would be without, with steps in backward."""
+"""`OptimizerInBackward`: steps in backward, with the same results as without it."""
 
 import importlib
 
@@ -51,7 +51,7 @@ def watching(namespace):
 def test_the_run_is_that_without(name, accumulation, namespace, fit):
     def run(callbacks):
         made = strategy("SketchStrategy", namespace, optimizer=name, optimizer_kwargs=small(name))
-        # Three batches an epoch: with accumulation of 4 each epoch ends with a shorter cycle.
+        # Three batches an epoch: with an accumulation of 4, each epoch ends with a shorter cycle.
         options = {"accumulate_grad_batches": accumulation, "max_steps": -1, "max_epochs": 2}
         return fit(sgd, made, namespace, callbacks=callbacks, **options)
 
@@ -61,7 +61,7 @@ def test_the_run_is_that_without(name, accumulation, namespace, fit):
     assert same_state(trainer.optimizers[0].state_dict(), reference.optimizers[0].state_dict())
     assert {gradients for gradients, _ in other.seen} == {6}
     assert watch.seen == [(0, 6)] * 6 if accumulation == 1 else [(6, 0), (6, 0), (0, 6)] * 2
-    assert in_backward(trainer.optimizers[0]) is None  # removed in the end
+    assert in_backward(trainer.optimizers[0]) is None  # removed at the end
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
@@ -126,7 +126,7 @@ def test_the_documented_manual_loop(namespace, trainer):
 )
 def test_what_cannot_be_done_is_refused(options, said, namespace, trainer):
     options = dict(options)
-    if options.get("precision") == "scaled":  # "16-mixed" has no scaler on a CPU, unless it is asked for by itself
+    if options.get("precision") == "scaled":  # "16-mixed" has no scaler on a CPU unless one is given
         plugins = importlib.import_module(f"{namespace}.plugins.precision")
         options["plugins"] = [plugins.MixedPrecision(options.pop("precision").replace("scaled", "16-mixed"), "cpu")]
     module = make_module(namespace, options.pop("optimizers", own), manual=options.pop("manual", False))
@@ -154,7 +154,7 @@ def test_callbacks_that_look_at_gradients_are_refused(other, options, trainer):
 
 
 class NoMeter:
-    """There is always room; what ends the search is an error."""
+    """There is always enough memory; an error ends the search."""
 
     def start(self):
         pass
@@ -164,7 +164,7 @@ class NoMeter:
 
 
 def test_a_batch_that_fails_in_a_search_is_forgotten(trainer):
-    """ReclaimBatchSize tries sizes until memory runs out, here in the middle of backward, and trains on."""
+    """ReclaimBatchSize tries sizes until memory runs out, here in the middle of backward, and then trains."""
 
     def run(in_back):
         module = make_module("lightning.pytorch", own, batch_size=2)

@@ -1,4 +1,4 @@
-"""``OptimizerStateMonitor(check_numerics=...)`` in Lightning: what reaches the logger, and the warning."""
+"""``OptimizerStateMonitor(check_numerics=...)`` in Lightning: the logged figures and the warning."""
 
 import csv
 import importlib
@@ -18,7 +18,7 @@ UNMOVED = "numerics/unmoved"
 
 
 def run(namespace, fit, tmp_path, optimizers, every=1, **options):
-    """The rows of a real logger, the trainer and what was warned of."""
+    """The rows of a real logger, the trainer and the warnings."""
     logger = importlib.import_module(f"{namespace}.loggers").CSVLogger(tmp_path, name="", version="")
     own = {"logger": logger, "precision": "bf16-true", "callbacks": [], **options}
     own["callbacks"] = [*own["callbacks"], callback("OptimizerStateMonitor", namespace, check_numerics=every)]
@@ -45,7 +45,7 @@ def test_the_share_is_logged_and_warned_of(bits, back, namespace, fit, tmp_path)
         assert min(shares) > 0.9 and len(said) == 1
     else:
         assert max(shares) < 0.05 and said == []
-    assert not trainer.optimizers[0]._optimizer_step_post_hooks or back  # nobody looks after the end
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks or back  # nothing is checked after the end
 
 
 def test_an_optimizer_that_a_strategy_has_put_in(namespace, fit, tmp_path):
@@ -89,7 +89,7 @@ def test_deepspeed_is_refused(namespace, trainer):
 
 @pytest.mark.filterwarnings("ignore:check_numerics")
 def test_with_samples_beside(namespace, fit, tmp_path):
-    """The samples of second moments are made anew at the start; the probe stays."""
+    """The samples of second moments are made again at the start, and the probe stays."""
     monitor = callback("OptimizerStateMonitor", namespace, sampled=True, check_numerics=1)
     _, trainer = fit(ours(None, 1e-6), namespace=namespace, callbacks=[monitor], precision="bf16-true")
     assert float(trainer.callback_metrics[UNMOVED]) > 0.9

@@ -1,4 +1,4 @@
-"""The contract with Lightning: every name that is used is there, and its absence is reported by name."""
+"""The contract with Lightning: every name that is used exists, and a missing one is reported by name."""
 
 import importlib
 import inspect
@@ -19,7 +19,7 @@ def test_every_name_is_where_it_was(module, name, namespace):
 
 @pytest.mark.parametrize(("module", "name"), NAMES)
 def test_check_names_what_is_missing(module, name, monkeypatch):
-    # The outermost name of a class's attributes: those of a base class cannot be deleted in the class itself.
+    # The outermost name, because attributes of a base class cannot be deleted in the class itself.
     monkeypatch.delattr(importlib.import_module(f"lightning.pytorch.{module}"), name.partition(".")[0])
     with pytest.raises(_private.MovedSymbolError, match=rf"{module}\.{name} is missing in lightning \d"):
         _private.check("lightning.pytorch", ((module, name),))
@@ -48,7 +48,7 @@ def test_a_name_that_lightning_has_itself_is_not_taken_over(namespace, monkeypat
     try:
         with pytest.raises(ValueError, match="already has a strategy 'sm3'"):
             strategies.add_to_registry(namespace, classes)
-    finally:  # not by monkeypatch, which asks with `get`, and so makes a strategy
+    finally:  # not by monkeypatch, which calls `get`, and so makes a strategy
         found["sm3"] = entry
 
 

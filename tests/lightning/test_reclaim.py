@@ -1,4 +1,4 @@
-"""`ReclaimBatchSize`: the size that it finds, and that nothing else is left of the search."""
+"""`ReclaimBatchSize`: it finds the right size, and the search changes nothing else."""
 
 import importlib
 import random
@@ -14,7 +14,7 @@ from .conftest import data, equal, make_module, network, ours, same_state, strat
 
 
 class Activations:
-    """A meter that is exact: bytes of 1000 a sample of the largest batch."""
+    """An exact meter: 1000 bytes for each sample of the largest batch."""
 
     def __init__(self):
         self.peak = 0
@@ -69,7 +69,7 @@ def reclaiming(namespace="lightning.pytorch", **options):
 
 @pytest.mark.parametrize("by", ["sketch", "stock"])
 def test_finds_and_leaves_nothing_else(by, trainer, namespace):
-    """The run is that of a module which had the size from the start, shuffling and dropout included."""
+    """The run equals that of a module which had the size from the start, including shuffling and dropout."""
     own = {"sketch": lambda: "cs_adam", "stock": lambda: "auto"}[by]
     limits = {"max_epochs": 2, "max_steps": -1}
     torch.manual_seed(5)
@@ -99,7 +99,7 @@ def test_finds_and_leaves_nothing_else(by, trainer, namespace):
 
 
 class Look:
-    """Between the search and the training: what is there must be what a new trainer starts with."""
+    """Checks, between search and training, that the state is the one with which a new trainer starts."""
 
     def __init__(self):
         self.seen = None
@@ -227,7 +227,7 @@ def test_resumed_without_a_search(trainer, tmp_path):
     made.fit(module)
     made.save_checkpoint(tmp_path / "a.ckpt")
     module, meter = make()
-    callback = reclaiming(budget=1, meter=meter)  # in which nothing would fit
+    callback = reclaiming(budget=1, meter=meter)  # with this budget nothing would fit
     made = trainer(strategy="cs_adam", callbacks=[callback], max_epochs=2, max_steps=-1)
     made.fit(module, ckpt_path=tmp_path / "a.ckpt")
     assert module.batch_size == 9 and made.global_step == 2 * 23
@@ -311,7 +311,7 @@ def test_no_more_than_the_data(trainer):
 
 
 def test_resident_memory_of_a_process(trainer):
-    """32 MiB a sample: what the meter of a CPU sees beside everything else in the process."""
+    """32 MiB a sample, as the meter of a CPU measures it together with the rest of the process."""
     import lightning
 
     class Large(lightning.LightningModule):

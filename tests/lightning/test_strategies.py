@@ -40,7 +40,7 @@ def test_every_name_is_registered(namespace):
 
 
 def test_by_name(name, fit, namespace, log):
-    source = Adam if registry.get(name).cls.ADAM_SETTINGS else SGD  # SM3 has no use for betas of Adam
+    source = Adam if registry.get(name).cls.ADAM_SETTINGS else SGD  # SM3 does not use Adam's betas
     one, made = fit(lambda m: source(m.parameters(), lr=1e-2), name, namespace)
     common = {"lr": 1e-2, "weight_decay": 0.0, **({"eps": 1e-8} if source is Adam else {})}
     other, _ = fit(lambda m: registry.get(name).cls(m.parameters(), **common), "auto", namespace)
@@ -105,7 +105,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_schedules(kind, fit):
-    """Rates at every step are AdamW's own, and weights those of a module that builds the sketched optimizer."""
+    """Rates in every step are AdamW's own, and weights are those of a module that builds the sketched optimizer."""
 
     def make(optimizer):
         def configure(module):
@@ -216,7 +216,7 @@ def test_a_scheduler_that_the_module_keeps(kept, fit):
 
         return configure
 
-    options = {"manual": True, "max_epochs": 2, "max_steps": -1}  # Lightning counts steps of its own wrapper alone
+    options = {"manual": True, "max_epochs": 2, "max_steps": -1}  # Lightning counts only the steps of its own wrapper
     one, made = fit(make(AdamW), strategy("SketchStrategy", optimizer_kwargs=SMALL), **options)
     other, _ = fit(make(ours("cs_adam")), **options)
     assert equal(one, other) and one.rates == other.rates == [[[1e-2 * 0.5**n]] for n in range(1, 7)]
@@ -396,8 +396,8 @@ def test_two_namespaces_do_not_mix():
 
 @pytest.mark.parametrize("way", ["import", "hook", "class"])
 def test_imports_are_lazy(way, tmp_path):
-    """The names are there for whoever imports Lightning later, also where `sketch-plugins run` calls from within."""
-    if way == "class":  # whose module imports Lightning itself
+    """The names are registered for code that imports Lightning later, also if `sketch-plugins run` calls in between."""
+    if way == "class":  # its module imports Lightning itself
         program = (
             "from sketch_lightning.pytorch_lightning import SketchStrategy, SketchCleaning\n"
             "from pytorch_lightning.strategies import StrategyRegistry\n"

@@ -1,4 +1,4 @@
-"""Parameter groups that come later: the hyperparameters are the module's, and the options are the strategy's."""
+"""Parameter groups that are added later have the module's hyperparameters and the strategy's options."""
 
 import copy
 import importlib
@@ -58,7 +58,7 @@ def fit(trainer):
     return run
 
 
-# Of the module; the name of ours; options of the strategy; what a module that builds ours itself says.
+# Optimizer of the module; our name; options of the strategy; arguments of a module that builds ours itself.
 CASES = {
     "adamw": (
         lambda ps: AdamW(ps, lr=2e-2, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6),
@@ -164,7 +164,7 @@ def test_a_run_that_unfreezes_after_it_was_resumed_is_the_whole_run_bit_for_bit(
 
 
 def test_groups_that_the_callback_restores_keep_their_options(fit, tmp_path):
-    """Lightning leaves the backbone frozen when a run is resumed after it was unfrozen, with AdamW, too."""
+    """With AdamW as well, Lightning leaves the backbone frozen when a run is resumed after it was unfrozen."""
     _, one, two = run_and_resume(fit, tmp_path, 2, sketched(), sketched())
     for group, again in zip(one.optimizers[0].param_groups, two.optimizers[0].param_groups, strict=True):
         assert all(again[key] == value for key, value in group.items() if key not in ("params", "lr"))
@@ -174,7 +174,7 @@ def test_groups_that_the_callback_restores_keep_their_options(fit, tmp_path):
 
 
 def test_an_adamw_run_that_was_unfrozen_goes_on_with_a_warm_start(fit, tmp_path):
-    """Groups that the callback restores are AdamW's: they become ours, and exact stores go on as AdamW does."""
+    """The callback restores AdamW's groups: they are converted, and exact stores continue as AdamW does."""
     warm = strategy("SketchStrategy", warm_start=True, optimizer_kwargs={"preset": "exact", "fused": False})
     resumed, one, again = run_and_resume(fit, tmp_path, 2, "auto", warm)
     assert type(one.optimizers[0]) is AdamW and len(one.optimizers[0].param_groups) == 2
@@ -182,7 +182,7 @@ def test_an_adamw_run_that_was_unfrozen_goes_on_with_a_warm_start(fit, tmp_path)
     for group in again.optimizers[0].param_groups:
         assert (group["weight_decay"], group["betas"], group["eps"]) == (0.1, (0.8, 0.95), 1e-6)
         assert group["preset"] == "exact"
-    # Three steps in float32, whose operations are in another order than AdamW's.
+    # Three steps in float32, with another order of operations than in AdamW.
     for p, q in zip(control.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
@@ -207,7 +207,7 @@ def test_later_groups_speak_the_language_of_the_optimizer_that_was_replaced():
     made.add_param_group({"params": parameter(), "momentum": 0.5, "fused": True, "foreach": False, "tag": "late"})
     late = made.param_groups[1]
     assert late["betas"] == (0.5, 0.999) and late["tag"] == "late" and len(late["params"]) == 1
-    assert "momentum" not in late and late["fused"] is None  # torch's word, which is about torch's kernels
+    assert "momentum" not in late and late["fused"] is None  # an option of torch's kernels
     made.add_param_group({"params": (p for p in [parameter()]), "lr": 0.5, "compression": 0.25})
     assert (made.param_groups[2]["compression"], made.param_groups[2]["lr"]) == (0.25, 0.5)
     assert made.param_groups[2]["betas"] == (0.7, 0.999) and len(made.param_groups[2]["params"]) == 1

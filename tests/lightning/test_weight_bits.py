@@ -35,7 +35,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(namespace, fit, tmp_path):
     assert all(torch.equal(wanted[key], got[key]) for key in wanted)
     assert any(not torch.equal(wanted[key], p.float()) for key, p in whole.state_dict().items())
     checkpoint = torch.load(tmp_path / "parts" / "last.ckpt", weights_only=False)
-    # Its fingerprints are those that a state dict has, though the weights were looked at before it was written.
+    # The fingerprints are those of a state dict, although the weights were read before it was written.
     marks = [one["weight_correction.mark"] for one in checkpoint["optimizer_states"][0]["state"].values()]
     assert marks and all(map(bool, marks))
     saved = checkpoint["full_precision_state_dict"]

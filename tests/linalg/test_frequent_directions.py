@@ -24,7 +24,7 @@ examples = settings(max_examples=150, deadline=None, derandomize=True, database=
 
 @pytest.fixture(autouse=True)
 def power_of_small_matrices(monkeypatch):
-    """Those here are small, and would all be left to eigh."""
+    """Matrices here are small, and the solver would leave all of them to eigh."""
     monkeypatch.setattr(fd, "SMALL", 0)
 
 
@@ -82,9 +82,9 @@ def streams(draw, least=1):
     return d, k, stream
 
 
-# A backward stable decomposition errs by a small multiple of (d + n) units in the last place of the largest eigenvalue,
-# at each step, and what was committed earlier has decayed as the covariance has: the errors add up to no more than the
-# number of steps times that of the present largest eigenvalue.
+# In each step, a backward stable decomposition errs by a small multiple of (d + n) units in the last place of the
+# largest eigenvalue. Earlier errors have decayed like the covariance, so the sum of all is at most the number of steps
+# times the error for the present largest eigenvalue.
 def slack(stream, covariance, eps=EPS64):
     return 4 * eps * len(stream) * (len(covariance) + max(x.shape[1] for x in stream)) * norm(covariance)
 
@@ -112,9 +112,9 @@ def test_the_sketch_is_below_the_covariance_by_no_more_than_the_escaped_mass(sol
             missing = torch.linalg.eigvalsh(covariance - dense(sketch))
             error = slack(stream, covariance)
             assert missing[0] >= -error and missing[-1] <= sketch.tail + error
-            # Sketchy's bound. Each step removes c^2 from k + 1 directions, so that (k + 1 - j) of the escaped mass
-            # fit into what the covariance has beyond its j largest eigenvalues, with the same decay on both sides.
-            # The paper's own l is the k + 1 here: its last row is always 0.
+            # Sketchy's bound. Each step removes c^2 from k + 1 directions, so (k + 1 - j) times the escaped mass is at
+            # most the covariance beyond its j largest eigenvalues, with the same decay on both sides. The paper's l is
+            # k + 1 here, because its last row is always 0.
             beyond = torch.linalg.eigvalsh(covariance).clamp_min(0).flip(0)
             bound = min(beyond[j:].sum().item() / (k + 1 - j) for j in range(k + 1))
             assert 0 <= sketch.tail <= bound + error
@@ -152,7 +152,7 @@ def test_trace_matched_tail_keeps_the_trace_and_never_exceeds_the_covariance(sol
 
 
 def naive(stream, decay, k, tail):
-    """As Sketchy states it, on the dense root of the sketch. Yields (V values V^T, tail, trace)."""
+    """Sketchy as the paper states it, on the dense root of the sketch. Yields (V values V^T, tail, trace)."""
     d = len(stream[0])
     root, rest, trace = torch.zeros(d, d, dtype=F64), 0.0, 0.0
     for x in stream:
@@ -180,8 +180,8 @@ def test_fold_is_its_definition(d, k, n, solver, tail, decay):
     sketch = start(d, k)
     for x, (expected, rest, trace) in zip(stream, naive(stream, decay, k, tail), strict=True):
         sketch = fd.fold(sketch, x, decay, tail=tail, solver=solver)
-        # Two stable algorithms, 12 steps. The subspaces kept by "trace" jump where the k-th and the next eigenvalue
-        # meet; those of these streams differ by more than a thousandth.
+        # Two stable algorithms, 12 steps. The subspaces that "trace" keeps jump when the k-th and the next eigenvalue
+        # are equal; in these streams they differ by more than a thousandth.
         tolerance = 1e-11 * norm(expected) + 1e-300
         assert (dense(sketch) - expected).abs().max() <= tolerance
         assert sketch.tail.item() == pytest.approx(rest, rel=1e-10, abs=tolerance)
@@ -238,7 +238,7 @@ def test_a_sketch_of_full_rank_is_the_covariance_and_its_root_the_dense_power(so
     inside, outside = fd.inverse_root(sketch, exponent, eps, tail)
     x = normal(d, 5, dtype=dtype)
     got = fd.multiply(x.clone(), sketch.vectors, inside, outside).double()
-    # The smallest eigenvalue is that many times smaller than the largest; the root's exponent makes a quarter of it.
+    # The smallest eigenvalue is so many times smaller than the largest; the root's exponent takes a quarter of it.
     condition = (values[-1] / values[0]).item()
     assert norm(got - root @ x.double()) <= 50 * unit * condition * norm(root @ x.double())
     if dtype == F64:
@@ -246,7 +246,7 @@ def test_a_sketch_of_full_rank_is_the_covariance_and_its_root_the_dense_power(so
 
 
 def test_full_rank_stays_exact_over_many_float32_steps():
-    # The trace and the values round differently: their difference is no eigenvalue, however long it has drifted.
+    # The trace and the values are rounded differently, and their difference must never count as an eigenvalue.
     d, decay = 16, 0.999
     scales = torch.logspace(0, -3, d).unsqueeze(1)
     stream = [scales * normal(d, 8, seed=t, dtype=torch.float32) for t in range(600)]
@@ -279,7 +279,7 @@ def test_nothing_seen_changes_nothing(solver, tail, dtype):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_zeros_after_a_step_are_a_decay(scale, solver, tail, dtype):
-    # Rank 2 in a sketch of 4: nothing escapes, so that all but the decay stays.
+    # Rank 2 in a sketch of 4: nothing escapes, so everything stays except for the decay.
     first = fd.fold(start(9, 4, dtype), scale * normal(9, 2, dtype=dtype), 0.9, tail=tail, solver=solver)
     then = fd.fold(first, torch.zeros(9, 3, dtype=dtype), 0.9, tail=tail, solver=solver)
     error = 50 * torch.finfo(dtype).eps * first.values[0]
@@ -302,7 +302,7 @@ def test_directions_never_seen_are_amplified_by_no_more_than_the_floor(rank, sol
     top = sketch.values[0]
     # trace - sum of the values is round-off of 20 steps of float arithmetic, spread over d - k directions
     assert sketch.tail <= 20 * unit * top and (sketch.values[rank:] <= 20 * d * unit * top).all()
-    if solver == "eigh":  # whose Gram matrix tells what is round-off: directions that fill up have no weight
+    if solver == "eigh":  # its Gram matrix shows what is round-off: added directions have no weight
         assert not sketch.values[rank:].any()
     inside, outside = fd.inverse_root(sketch, exponent, 0.0, tail)
     floor = d * unit / 2 * top
@@ -382,7 +382,7 @@ def test_the_same_bits_twice(solver):
 
 
 def assert_same(one, other, tolerance):
-    """Vectors are defined up to sign and rotation: what they span, weighted, is compared."""
+    """Vectors are defined up to sign and rotation, so the weighted spaces that they span are compared."""
     top = other.values.max().item()
     assert (dense(one) - dense(other)).abs().max() <= tolerance * top
     for name in ("values", "tail", "trace"):
@@ -417,7 +417,7 @@ def test_a_batch_is_one_by_one(solver, tail):
 
 
 def test_the_first_directions_are_known_to_all_digits():
-    """QR of a singular matrix would make columns of rounding errors, which no two processors have in common."""
+    """QR of a singular matrix would make columns of rounding errors, which differ between processors."""
     for d in range(1, 41):
         for k in range(1, d + 1):
             values = torch.linalg.svdvals(fd._noise(d, k, torch.zeros((), dtype=F64)))
@@ -460,7 +460,7 @@ def test_what_is_drained_never_exceeds_what_was_gathered(dtype):
         *_, covariance = covariances(stream, decay, d)
         columns = fd.drain(gathered(stream, vectors, decay), vectors).double()
         missing = torch.linalg.eigvalsh(covariance - columns @ columns.mT)
-        # Products of length d and n, rounded at each step; drain itself adds what its core is uncertain by.
+        # Products of length d and n, rounded in each step; drain itself adds the uncertainty of its core.
         assert missing[0] >= -slack(stream, covariance, torch.finfo(dtype).eps)
         assert columns.square().sum() <= covariance.trace() * (1 + 100 * torch.finfo(dtype).eps)
 
@@ -470,7 +470,8 @@ def test_what_is_drained_never_exceeds_what_was_gathered(dtype):
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 @pytest.mark.parametrize("nearness", [0.0, 1e-7, 1e-5, 1e-3])
 def test_directions_met_by_round_off_alone_do_not_exceed_the_covariance(nearness, dtype):
-    # V (nearly) orthogonal to all that is gathered: both the product and its core are round-off, their quotient is not.
+    # V is (nearly) orthogonal to all gathered statistics: the product and its core are round-off, but their quotient is
+    # not.
     d, k = 40, 8
     for seed in range(20):
         basis = torch.linalg.qr(normal(d, d, seed=seed)).Q
@@ -515,8 +516,8 @@ def test_gathered_statistics_of_full_rank_are_the_exact_covariance(scale):
         mass = sum(decay ** (2 - i) * x.square().sum() for i, x in enumerate(part))
         sketch = fd.fold(sketch, columns, decay**3, mass=mass)
     *_, covariance = covariances(stream, decay, d)
-    # Directions whose weight is below the core's noise are lost in it: the root of the precision would be a bound,
-    # but those here have a weight.
+    # Directions whose weight is below the core's noise are lost in it. With such directions the bound would be the root
+    # of the precision, but those here have a weight.
     assert norm(dense(sketch) - covariance) <= 1e-12 * norm(covariance)
     assert sketch.trace.item() == pytest.approx(covariance.trace().item(), rel=1e-13)
 
@@ -534,7 +535,7 @@ def test_gathered_mass_that_the_columns_miss_goes_to_the_tail():
 
 
 def failing(original, dtypes, silent=False):
-    """It raises, or returns NaN and says nothing, as MKL does both."""
+    """A decomposition that raises, or silently returns NaN; MKL does both."""
     calls = []
 
     def decompose(matrix, *args, **kwargs):
@@ -567,7 +568,7 @@ def test_what_fails_in_float32_is_done_in_float64(silent, name, solver, n, monke
 @pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("n", [3, 40])
 def test_what_nothing_helps_is_known_not_to_be_finite(n, silent, name, solver, dtype, monkeypatch):
-    """Also through a solver that replaces small eigenvalues by zeros, which NaN must not pass for."""
+    """Also with a solver that replaces small eigenvalues by zeros, which must not hide NaN."""
     decompose, _ = failing(getattr(torch.linalg, name), {torch.float32, F64}, silent)
     old, x = start(15, 5, dtype), normal(15, n, dtype=dtype)
     assert fd.finite(fd.fold(old, x, 0.9, solver=solver)) == [True]
@@ -587,7 +588,7 @@ def test_only_the_members_of_a_batch_that_fail_are_computed_again(name, solver, 
 
     def decompose(matrix, *args, **kwargs):
         if matrix.ndim > 2:
-            # The first, third and fourth as they are.
+            # The first, third and fourth result unchanged.
             out = [part.clone() for part in original(matrix, *args, **kwargs)]
             for part in out:
                 part[0, 1] = torch.nan
@@ -598,13 +599,13 @@ def test_only_the_members_of_a_batch_that_fail_are_computed_again(name, solver, 
     monkeypatch.setattr(torch.linalg, name, decompose)
     got = fd.fold(old, x, 0.9, solver=solver)
     assert retried == [F64] and all(fd.finite(got))
-    # Not to the bit: on some processors MKL's products depend on where in memory the matrices lie.
+    # Not bit for bit, because on some processors MKL's products depend on the addresses of the matrices.
     for at in ((0, 0), (0, 1), (1, 0), (1, 1)):
         assert_same(Covariance(*(part[at] for part in got)), Covariance(*(part[at] for part in expected)), 1e-5)
 
 
 def test_what_fails_in_float64_is_done_with_a_little_more_on_the_diagonal(monkeypatch):
-    # As MKL's divide and conquer: exact zeros are what it fails for.
+    # Like MKL's divide and conquer, which fails for exact zeros.
     original = torch.linalg.eigh
     x = torch.zeros(12, 3, dtype=F64)
     x[:4] = normal(4, 3)
@@ -625,7 +626,7 @@ def test_what_fails_in_float64_is_done_with_a_little_more_on_the_diagonal(monkey
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_matrices_that_are_not_finite_are_not_taken_for_what_eigh_reads_of_them(value):
     matrix = torch.eye(5)
-    matrix[1, 3] = value  # above the diagonal, where eigh does not look
+    matrix[1, 3] = value  # above the diagonal, which eigh does not read
     assert torch.linalg.eigh(matrix).eigenvalues.isfinite().all()
     both = torch.stack([torch.eye(5), matrix])
     values, vectors = fd._eigenpairs(both)
@@ -646,7 +647,7 @@ def test_drain_is_retried_in_float64(monkeypatch):
 
 
 def matrices(kind, d, n, seed):
-    """Finite ones as gradients are: rows or columns without any, one direction, constants, much of it zero."""
+    """Finite matrices like gradients: rows or columns of zeros, one direction, constants, mostly zeros."""
     g = rng(seed)
     x = torch.randn(d, n, generator=g)
     return {
@@ -667,7 +668,7 @@ KINDS = ("dense", "rows", "columns", "one direction", "constant", "one row", "sp
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_no_decomposition_of_a_finite_matrix_is_wrong_in_silence(kind, dtype):
-    """MKL's eigh fails for one in six of those with many zero rows, in float32."""
+    """MKL's eigh fails for one in six of the matrices with many zero rows, in float32."""
     unit = torch.finfo(dtype).eps
     for seed in range(25):
         for d, n in ((64, 16), (33, 5), (48, 48), (1, 7), (7, 1)):
@@ -704,7 +705,7 @@ def test_sketches_of_finite_gradients_are_finite(scale, tail, solver):
                 assert fd.drain(buffer, sketch.vectors).isfinite().all()
                 for exponent in (-0.25, -1.0):
                     roots = fd.inverse_root(sketch, exponent, 0.0, tail, absolute=False)
-                    # Over that of the largest eigenvalue: from 1 to the root of the floor.
+                    # Relative to the largest eigenvalue: from 1 to the root of the floor.
                     floor = (d * EPS32 / 2) ** exponent * (1 + 1e-5)
                     assert all(((root >= 1 - 1e-5) & (root <= floor)).all() for root in roots)
 
@@ -733,7 +734,7 @@ def test_autocast_changes_no_bit(solver, n):
 
     expected = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16  # it is on
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16  # autocast is on
         got = run()
     assert all(map(torch.equal, got, expected))
 
@@ -781,7 +782,7 @@ def gradients():
 
 
 def sketches(gradients, axis, statistics, solver, dtype=torch.float32, tail="trace", decay=0.95):
-    """The sketch after every solve: of each gradient, or of what three of them left in the buffer."""
+    """The sketch after every solve: of each gradient, or of the statistics of three of them in the buffer."""
     sketch = start(gradients[0].shape[axis], RANK, dtype)
     buffer, mass = torch.zeros_like(sketch.vectors), 0.0
     for step, g in enumerate(gradients, 1):
@@ -811,8 +812,8 @@ def test_eigh_is_svd_along_real_gradients(gradients, statistics, tail):
         for axis in (0, 1):
             exact = list(sketches(g, axis, statistics, "svd", F64, tail))
             for solver in EXACT:
-                # One trajectory each, so rounding adds up: some units in the last place a step. Measured: 4e-6 with
-                # eigh, 2e-5 with svd; 9e-5 is allowed. Squaring costs nothing, as what is kept is a covariance.
+                # One trajectory each, so rounding errors add up: some units in the last place a step. Measured: 4e-6
+                # with eigh, 2e-5 with svd; 9e-5 is allowed. Squaring costs no accuracy, because a covariance is kept.
                 for one, other in zip(sketches(g, axis, statistics, solver, tail=tail), exact, strict=True):
                     assert distance(one, other) <= 32 * STEPS * EPS32, (name, axis, solver)
             for one, other in zip(sketches(g, axis, statistics, "eigh", F64, tail), exact, strict=True):
@@ -826,7 +827,7 @@ def test_power_is_near_svd_along_real_gradients(gradients, statistics, tail):
         for axis in (0, 1):
             runs = [list(sketches(g, axis, statistics, solver, tail=tail)) for solver in ("power", "svd")]
             distances += [distance(one, other) for one, other in zip(*runs, strict=True)]
-            # What counts is the covariance, which svd's sketch misses, too.
+            # Distances are relative to the covariance, from which svd's sketch differs, too.
             *_, covariance = covariances([x.mT if axis else x for x in g], 0.95, g[0].shape[axis])
             power, svd = (torch.linalg.matrix_norm(covariance - dense(run[-1]).double()).item() for run in runs)
             assert power <= 1.1 * svd, (name, axis)

@@ -1,4 +1,4 @@
-"""Preconditioners of whole tensors against dense mode products; what they allocate, gather and solve."""
+"""Preconditioners of whole tensors against dense mode products; their allocations, statistics and solves."""
 
 import math
 from itertools import pairwise
@@ -34,7 +34,7 @@ PLANS = {
     "4d_blocks": Kronecker((3, 4, 2, 5), ((0, 3), (0, 2, 4), (0, 2), (0, 2, 5)), (3, 2, 0, 2)),
     "sampled": Kronecker((9, 6), ((0, 9), (0, 3, 6)), (3, 2), buffered=False),
 }
-# reverse the axes, then make it contiguous and reverse them again: every stride is another
+# reverse the axes, make the tensor contiguous and reverse them again, so that every stride changes
 LAYOUTS = {
     "contiguous": lambda x: x,
     "reversed": lambda x: x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim))),
@@ -55,7 +55,7 @@ def buffered(request):
 
 @pytest.fixture(autouse=True)
 def power_of_small_matrices(monkeypatch):
-    """Those here are small, and would all be left to eigh."""
+    """Matrices here are small, and the solver would leave all of them to eigh."""
     monkeypatch.setattr(fd, "SMALL", 0)
 
 
@@ -64,12 +64,12 @@ def normal(*shape, seed=0, dtype=F64):
 
 
 def unfolding(block, axis):
-    """The naive one: the axis in front, all else flat."""
+    """The naive unfolding: the axis in front, all others flat."""
     return block.movedim(axis, 0).reshape(block.shape[axis], -1)
 
 
 def covariance(x, plan, side):
-    """Of one axis of one block of a tensor, by the naive unfolding."""
+    """Covariance of one axis of one block of a tensor, by the naive unfolding."""
     part = unfolding(x.reshape(plan.dims)[plan.blocks[side.block]], side.axis)
     return part @ part.mT
 
@@ -93,7 +93,7 @@ def mode_products(x, plan, roots):
 
 
 def filled(plan, steps=3, decay=0.9, tail="trace", scale=1.0):
-    """A state with some solves behind it."""
+    """A state after some solves."""
     state = plan.allocate(CPU, F64)
     for t in range(steps):
         x = scale * normal(*plan.dims, seed=t)
@@ -136,7 +136,7 @@ def test_merged(shape, most, expected):
 def test_merged_keeps_the_order_and_the_number_of_elements(shape, most):
     dims = merged(shape, most)
     assert dims[0] == next((n for n in shape if n > 1), 1) and math.prod(dims) == math.prod(shape) and len(dims) >= 2
-    # each is a product of neighbours, within the limit unless it is one axis; no two neighbours could still be merged
+    # each size is a product of neighbours, within the limit unless it is one axis; no two neighbours could be merged
     assert all(n <= most or n in shape for n in dims[1:])
     assert all(a * b > most for a, b in pairwise(dims[1:]))
     assert 1 not in dims[1:] or dims[1:] == (1,)
@@ -171,7 +171,7 @@ def test_layout_and_nbytes_are_what_is_allocated(plan, dtype):
     state = plan.allocate(CPU, dtype)
     assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == plan.layout(dtype)
     assert plan.nbytes(dtype) == sum(t.numel() * t.element_size() for t in state.values())
-    # nothing shares memory with anything else, or a checkpoint would hold it twice
+    # no two tensors share memory, because a checkpoint would contain it twice
     assert len({t.untyped_storage().data_ptr() for t in state.values()}) == len(state)
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in state.values())
 
@@ -207,7 +207,7 @@ def test_precondition_is_mode_products_with_dense_inverse_roots(plan, tail):
 
 @pytest.mark.parametrize("name", ["2d", "2d_blocks", "2d_rows", "3d_blocks", "4d", "4d_blocks", "sampled"])
 def test_precondition_of_full_rank_is_shampoo(name):
-    """Nothing of `frequent_directions` in the oracle: decayed covariances of naive unfoldings, and their roots."""
+    """The reference does not use `frequent_directions`: decayed covariances of naive unfoldings, and their roots."""
     base, decay, eps = PLANS[name], 0.9, 1e-2
     plan = Kronecker(base.dims, base.cuts, tuple(99 if rank else 0 for rank in base.ranks), base.buffered)
     state, exponent = filled(plan, steps=4, decay=decay), -0.5 / len(plan.dims)
@@ -218,7 +218,7 @@ def test_precondition_of_full_rank_is_shampoo(name):
     x = normal(*plan.dims, seed=9)
     expected = mode_products(x, plan, roots)
     plan.precondition(state, x, exponent, eps, "trace")
-    # Gathered covariances lose about the root of the precision where an eigenvalue is that small, then eps hides it.
+    # Gathered covariances lose about the root of the precision if an eigenvalue is that small; eps hides this.
     assert torch.allclose(x, expected, rtol=0, atol=1e-10 * expected.abs().max())
 
 
@@ -236,7 +236,7 @@ def test_covariances_of_nothing_leave_the_tensor_as_it_is(plan):
     x = normal(*plan.dims)
     got = x.clone()
     plan.precondition(plan.allocate(CPU, F64), got, -0.25, 1e-6, "trace")
-    # V V^T x is added and taken away again
+    # V V^T x is added and subtracted again
     assert torch.allclose(got, x, rtol=0, atol=1e-14)
 
 
@@ -262,7 +262,7 @@ def test_gather_is_the_decayed_covariance_of_every_side(buffered, layout):
         assert torch.allclose(buffer, matrix @ vectors, rtol=0, atol=tolerance)
         assert abs(state[side.key("mass")] - matrix.trace()) <= tolerance
         assert state[side.key("decay")].item() == pytest.approx(decay**3, rel=1e-15)
-        for name in fd.Covariance._fields:  # solves alone write these
+        for name in fd.Covariance._fields:  # only solves write these
             assert torch.equal(state[side.key(name)], before[side.key(name)])
 
 
@@ -281,7 +281,8 @@ def test_columns_are_the_unfoldings(plan, layout):
 
 
 def test_gather_takes_the_matrices_of_a_middle_axis_in_parts():
-    # 64 matrices of (4, 1): one at a time, by its bound on the products' size, and decayed once for all of them.
+    # 64 matrices of (4, 1): one at a time, because of the bound on the products' size; the decay is applied once for
+    # all.
     plan = Kronecker((64, 4, 1), ((0, 64), (0, 4), (0, 1)), (0, 4, 0))
     state, x = plan.allocate(CPU, F64), normal(64, 4, 1)
     for _ in range(2):
@@ -351,7 +352,7 @@ def test_solve_of_mixed_shapes_is_one_by_one_in_bounded_stacks(stack, solver, mo
     assert all(batch == 1 or batch * numbers <= stack for batch, numbers in sizes)
     if stack == 1:
         assert len(sizes) == len(together)
-    if stack == 10**6:  # one call for each shape, and what differs in the columns' number is another
+    if stack == 10**6:  # one call for each shape, and one for each number of columns
         shapes = {(s.size, s.rank, None if c is None else c.shape[-1]) for s, _, c in together}
         assert len(sizes) == len(shapes)
     for item in apart:
@@ -427,7 +428,7 @@ def test_what_cannot_be_decomposed_stays_and_what_was_gathered_waits(monkeypatch
         for name in state:
             if name.split("_", 1)[1] == side.key("").strip("_"):
                 assert torch.equal(state[name], (old if (id(state), side) in lost else other)[name])
-    # The next solve takes what has waited: the same as if there had been no attempt.
+    # The next solve uses the waiting statistics, as if the failed attempt had not happened.
     assert solve(due, 0.9, "trace", "eigh") == []
 
 
@@ -455,7 +456,7 @@ def test_turn_is_precondition_but_for_a_factor_and_of_moderate_numbers(plan, exp
     stack = Stack(plan, [state])
     log = stack.turn(got, stack.roots(exponent, 1e-6, "trace"), sizes=True)
     assert 1e-60 < got.abs().max() < 1e60
-    # The rounding of `x * size`, which the roots amplify by as much as their condition, 1e6 along an axis.
+    # The rounding of `x * size`, amplified by the condition of the roots, 1e6 along an axis.
     true = got.abs().max().log() + log + power.double() * math.log(2.0) - math.log(size)
     assert true.item() == pytest.approx(expected.abs().max().log().item(), abs=1e-8)
     assert torch.allclose(got[0] / got.norm(), expected / expected.norm(), rtol=0, atol=1e-8)
@@ -466,7 +467,7 @@ def test_turn_is_precondition_but_for_a_factor_and_of_moderate_numbers(plan, exp
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_stack_is_its_tensors_one_by_one(plan, dtype):
-    """Each with covariances of its own, gathered and preconditioned; one of them has none yet."""
+    """Each tensor has covariances of its own, gathered and preconditioned; one of them has none yet."""
     states = [{name: t.to(dtype) for name, t in filled(plan, scale=10.0**n).items()} for n in range(3)]
     states.append(plan.allocate(CPU, dtype))
     others = [{name: t.clone() for name, t in state.items()} for state in states]
@@ -489,7 +490,7 @@ def test_a_stack_is_its_tensors_one_by_one(plan, dtype):
 
 
 def test_roots_of_many_stacks_are_those_of_each():
-    """Of other ranks, sizes and exponents, in one go."""
+    """Stacks of different ranks, sizes and exponents, in one call."""
     stacks = [Stack(PLANS[name], [filled(PLANS[name], scale=2.0**n) for n in range(2)]) for name in PLANS]
     exponents = [-0.5 / len(stack.kronecker.dims) for stack in stacks]
     together = kronecker.roots(stacks, exponents, 1e-6, "trace")

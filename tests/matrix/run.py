@@ -1,10 +1,10 @@
-"""The quick tests on every Python, with the oldest and the newest versions that are promised. ``make matrix`` runs it.
+"""The quick tests on every Python, with the oldest and the newest supported versions. ``make matrix`` runs it.
 
     python tests/matrix/run.py [--rows NAME,NAME] [--list] [-- PYTEST ARGUMENTS]
 
-Each row makes an environment in ``.venv-matrix``, which stays for the next time, installs what the tests need, and runs
-the tests of `tests/quick.txt`. A Python that is not on this machine is a row that is not run. Versions that cannot
-be installed are a row that failed: nobody could use what is promised. MATRIX_MINUTES limits the installation of a row.
+Each row makes an environment in ``.venv-matrix``, which stays for the next time, installs the tests' requirements, and
+runs the tests of `tests/quick.txt`. A row whose Python is not installed does not run. A row whose versions cannot be
+installed has failed, because users could not install them either. MATRIX_MINUTES limits the installation of a row.
 """
 
 import os
@@ -21,14 +21,14 @@ from versions import PACKAGES, PYTHONS, TORCH, first_of
 
 class Row(NamedTuple):
     python: str
-    #: Packages that are held, and pip's words for how; of the others pip takes the newest.
+    #: Packages with fixed versions, as pip's requirements; pip takes the newest version of all others.
     held: Mapping[str, str]
 
 
 OLDEST = {name: first_of(versions.oldest) for name, versions in PACKAGES.items()}
 ROWS = {
     "oldest": Row(PYTHONS[0], OLDEST),
-    # On the usual torch, which is small where the package index has a build for CPUs: `.ci/run` has this row.
+    # With the usual torch, which is small if the package index has a build for CPUs: `.ci/run` has this row.
     "frameworks": Row(PYTHONS[1], {**{k: v for k, v in OLDEST.items() if k != "triton"}, "torch": f"=={TORCH}"}),
     **{f"py{python}": Row(python, {"torch": f"=={TORCH}"}) for python in PYTHONS},
     "newest": Row(PYTHONS[-1], {}),
@@ -52,13 +52,13 @@ def run(name: str, pytest: list[str]) -> rows.Outcome:
     held = [f"{package}{how}" for package, how in row.held.items()]
     try:
         minutes = float(os.environ.get("MATRIX_MINUTES") or 60)
-        # One call, so that pip sees all that has to go together.
+        # One call, so that pip sees all requirements together.
         inside = rows.environment(folder, python, [[*held, "-e", ".[dev]"]], minutes)
     except rows.CannotInstall as error:
         return rows.Outcome(rows.FAILED, f"cannot be installed: {error}")
     has = rows.installed(inside, tuple(PACKAGES))
     print(has, flush=True)
-    # Another checkout on this variable would be tested in the place of this one.
+    # Another checkout on this variable would be tested instead of this one.
     outcome = rows.run_pytest(inside, ["@tests/quick.txt", *pytest], {"PYTHONPATH": ""})
     return outcome._replace(said=f"{outcome.said}; {has}")
 

@@ -33,7 +33,7 @@ def test_the_bounds_of_pyproject_are_the_oldest_versions():
     assert {name: bounds.get(name) for name in versions.PACKAGES} == {
         name: version.oldest for name, version in versions.PACKAGES.items()
     }
-    # What has a bound and is no tool of development is in the list.
+    # The list has every package that has a bound and is no development tool.
     frameworks = {"transformers", "accelerate", "lightning", "deepspeed", "cpu"}
     held = {re.split(r"[\[>]", one)[0] for extra in frameworks for one in PROJECT["optional-dependencies"][extra]}
     assert {"torch", *held} <= set(versions.PACKAGES)
@@ -110,7 +110,7 @@ def test_a_python_is_found_by_its_version():
 
 
 def test_an_environment_is_made_once_and_pips_reason_is_told(tmp_path):
-    """From this folder alone: no index is asked."""
+    """From this folder alone, without a package index."""
     (tmp_path / "empty").mkdir()
     nowhere = ["--no-index", "--find-links", str(tmp_path / "empty"), "sketch-plugins==99"]
     python = rows.environment(tmp_path / "venv", sys.executable, [])
@@ -119,7 +119,7 @@ def test_an_environment_is_made_once_and_pips_reason_is_told(tmp_path):
     assert rows.environment(tmp_path / "venv", sys.executable, []) == python and (tmp_path / "venv" / "left").exists()
     with pytest.raises(rows.CannotInstall, match="No matching distribution found for sketch-plugins==99"):
         rows.environment(tmp_path / "venv", sys.executable, [nowhere])
-    assert not (tmp_path / "venv" / "left").exists()  # something else is asked for: an environment of its own
+    assert not (tmp_path / "venv" / "left").exists()  # other requirements get a new environment
     assert not (tmp_path / "venv" / "installed.txt").exists()  # it is tried again
 
 

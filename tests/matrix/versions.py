@@ -1,17 +1,17 @@
-"""The versions that this package promises to work with: what pyproject.toml and docs/versions.md have, too."""
+"""The versions that this package supports, as in pyproject.toml and docs/versions.md."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Those of pyproject.toml's classifiers.
+#: The versions in pyproject.toml's classifiers.
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-#: What everything is run with, and what `make` installs.
+#: The version that all tests run with, and that `make` installs.
 TORCH = "2.13.0"
 
 
 class Versions(NamedTuple):
-    """The oldest version that is promised, as pyproject.toml has it, and the newest that the tests ran with."""
+    """The oldest supported version, as in pyproject.toml, and the newest one that the tests ran with."""
 
     oldest: str
     newest: str
@@ -29,5 +29,5 @@ PACKAGES = {
 
 
 def first_of(version: str) -> str:
-    """pip's words for an oldest version: that release itself, or, of "2.6", the last one of its series."""
+    """pip's requirement for an oldest version: that release itself, or for "2.6" the last one of its series."""
     return f"=={version}" if version.count(".") == 2 else f"=={version}.*"

@@ -1,4 +1,4 @@
-"""The ladder of ``plan --advise``: its bytes are the plan's, its choice the wish's, and its lines are right."""
+"""The ladder of ``plan --advise``: its bytes are the plan's, its choice grants the wish, and its lines work."""
 
 import ast
 import dataclasses
@@ -57,12 +57,12 @@ def test_each_rung_s_bytes_are_the_plan_s(ladder):
     for rung, row in zip(ladder.rungs, [*wanted, *checkpointed], strict=False):
         assert dataclasses.replace(rung.plan, optimizer=row.optimizer) == row
         assert rung.fits == (row.peak <= 100e6) and rung.host == 0
-    # The device has nothing of the state; the rest is as in the rung before.
+    # The state takes no memory on the device; the rest is as in the rung before.
     before, last = ladder.rungs[-2:]
     assert last.plan.state == 0 and last.plan.peak == before.plan.peak - before.plan.state
     assert last.plan.largest_batch >= before.plan.largest_batch
     assert last.host == HOST_BYTES * ladder.params + ladder.rungs[2].plan.state
-    # 24-bit weights: half the bytes, and a byte a parameter among the state.
+    # 24-bit weights: half the bytes, and a byte a parameter in the state.
     lean_state, bits = ladder.rungs[2:4]
     assert 2 * bits.plan.parameters == pytest.approx(lean_state.plan.parameters, rel=0.03)  # blocks of 512 bytes
     assert bits.plan.state - lean_state.plan.state == pytest.approx(ladder.params, rel=0.15)  # blocks, too
@@ -73,7 +73,7 @@ def test_the_largest_batch(ladder):
     assert most[ladder.chosen] == max(most) and ladder.chosen == most.index(max(most))
     assert f"the largest batch is {max(most)}, in rung {ladder.chosen}" in ladder.verdict
     assert f"({most[0]} with AdamW)" in ladder.verdict
-    # Each rung's lines have its own.
+    # The lines of each rung turn on its own setting.
     for rung in ladder.rungs:
         assert f"per_device_train_batch_size={rung.plan.largest_batch}," in rung.lines["trainer"]
         assert f"batch_size={rung.plan.largest_batch})" in rung.lines["lightning"]
@@ -102,7 +102,7 @@ def test_nothing_fits(ladder):
 
 
 def test_the_largest_model():
-    """As many parameters more as there is room more, next to what cuBLAS takes whatever the model is."""
+    """The number of parameters grows with the memory, except for cuBLAS's workspace, which all models have alike."""
     kind = {**COMMON, "wish": "largest-model"}
     found = advise(tiny(), gpu_memory="1GB", **kind)
     assert [rung.name for rung in found.rungs] == LADDER
@@ -114,7 +114,7 @@ def test_the_largest_model():
     # A model larger than the budget has an answer, too.
     small = advise(tiny(), gpu_memory=WORKSPACE + 10**6, **kind)
     assert all(rung.largest_model < small.params and not rung.fits for rung in small.rungs)
-    # What is assumed: more layers of the same kind. The embedding is counted as if it grew with them.
+    # The assumption: more layers of the same kind. The embedding is counted as if it grew with them.
     deeper = tiny(n_layer=12)
     (row,) = plan(deeper, optimizers="adamw", seq_len=32, batch_size=2).rows
     said = advise(tiny(), gpu_memory=row.peak, **kind).rungs[0].largest_model
@@ -171,7 +171,7 @@ CANNOT = {"model_type": "xlnet", "n_layer": 1, "d_model": 32, "n_head": 2, "d_in
 @pytest.mark.parametrize("wish", WISHES)
 def test_what_makes_no_sense(wish, arguments, message):
     if wish == "largest-model" and "alone" in message:
-        return  # which says how large one may be
+        return  # the message says how large a model may be
     with pytest.raises(ValueError, match=message):
         advise(tiny(), **{"gpu_memory": "1GB", "wish": wish, **COMMON, **arguments})
 
@@ -202,7 +202,7 @@ SETTINGS = dict(settings())
 
 @pytest.fixture
 def clean():
-    """What TrainingArguments and Accelerator leave in the process."""
+    """Remove the state that TrainingArguments and Accelerator leave in the process."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     before = dict(os.environ)
@@ -229,7 +229,7 @@ class Tokens(torch.utils.data.Dataset):
 
 
 def on_a_cpu(code):
-    """Trainer's arguments refuse bf16 where there is no GPU, unless they are told that none is meant."""
+    """Trainer's arguments refuse bf16 without a GPU, unless they are told to use the CPU."""
     assert '    "out",\n' in code
     return code.replace('"out",', '"out", use_cpu=True,')
 
@@ -298,7 +298,7 @@ def test_the_lines_for_accelerate(case, clean, monkeypatch):
     pytest.importorskip("accelerate", reason="needs the extra `accelerate`")
     own, code = SETTINGS[case], lines(SETTINGS[case])["accelerate"]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    if own.offloaded:  # an engine takes a minute to compile: what it is given is a plugin that there is
+    if own.offloaded:  # an engine takes a minute to compile, so only its plugin is made
         pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
         from accelerate import DeepSpeedPlugin
 
@@ -356,7 +356,7 @@ def test_the_configuration_for_deepspeed(case):
 
 
 def test_a_run_by_the_lines(ladder, clean, tmp_path, monkeypatch):
-    """Trainer with everything but offloading: it trains, and the weights have their further bits."""
+    """Trainer with everything but offloading: it trains, and the weights have their additional bits."""
     from transformers import Trainer
 
     from sketch_plugins import full_precision_state_dict

@@ -1,4 +1,4 @@
-"""Steps in backward: the numbers of steps after it, the memory of one gradient, errors that say what is wrong."""
+"""Steps in backward: the same numbers as steps after it, the memory of one gradient, and clear errors."""
 
 import contextlib
 import copy
@@ -147,7 +147,7 @@ def test_a_context_ends():
         assert in_backward(other[1]) is back
         train(*other, range(2))
     assert in_backward(other[1]) is None and not hasattr(other[1], "_step_supports_amp_scaling")
-    train(*other, range(2, 4))  # checks that gradients are there
+    train(*other, range(2, 4))  # also checks that gradients exist
     assert_same(ordinary[0], other[0])
 
 
@@ -174,7 +174,7 @@ def test_accumulate_says_which_backwards_are_not_the_last():
 
 
 def test_what_is_left_is_taken_by_step():
-    """Gradients put there by hand, and those of parameters that get none in the last backward."""
+    """Gradients that are set by hand, and those of parameters without one in the last backward."""
     ordinary, other = make("sketchy"), make("sketchy")
     back = InBackward(other[1])
     for net, optimizer, _ in (ordinary, other):
@@ -182,7 +182,7 @@ def test_what_is_left_is_taken_by_step():
             with back.accumulate():
                 loss_of(net, step).backward()
             net.unused.weight.grad = torch.full_like(net.unused.weight, 0.5)
-            net.first(torch.ones(1, 32)).sum().backward()  # of `first` alone
+            net.first(torch.ones(1, 32)).sum().backward()  # of `first` only
             optimizer.step()
             optimizer.zero_grad()
         assert optimizer is ordinary[1] or back.taken == 0
@@ -224,7 +224,7 @@ def test_parameters_that_come_later_join_in():
                 optimizer.add_param_group(
                     {"params": [(f"late.{n}", p) for n, p in late.named_parameters()], "lr": 1e-3}
                 )
-            if step == 3:  # as frameworks do it: another tensor in the same place
+            if step == 3:  # as frameworks do it: another tensor replaces it
                 old = net.second.weight
                 net.second.weight = torch.nn.Parameter(old.detach().clone())
                 for group in optimizer.param_groups:
@@ -236,13 +236,13 @@ def test_parameters_that_come_later_join_in():
             taken.append(back.taken)
             optimizer.step()
             optimizer.zero_grad()
-    # Frozen and late ones take their step after backward once, the replaced one in backward as soon as it has a hook.
+    # Frozen and late parameters take their step after backward once, the replaced one in backward once it has a hook.
     assert taken == [USED, USED, USED + 4, USED + 3, USED + 4]
     assert_same(ordinary[0], other[0])
 
 
 def test_no_cost_of_a_step_grows_with_the_number_of_parameters():
-    """What a parameter's step looks at: the reads of the groups' lists, counted."""
+    """Counts how often a parameter's step reads the lists of the groups."""
 
     class Counted(list):
         reads = 0
@@ -289,7 +289,7 @@ def test_copies_are_ordinary_and_nothing_is_kept_alive():
         assert gone() is None
     finally:
         gc.enable()
-    loss_of(net, 0).backward()  # the hooks find nobody
+    loss_of(net, 0).backward()  # the hooks find no object
     assert sum(p.grad is not None for p in net.parameters()) == USED
 
 
@@ -304,9 +304,9 @@ def deep(dtype):
 
 
 def peak(optimizer_of, dtype, in_back=False):
-    """Bytes at the peak of a whole training step beyond weights and state, in those of a layer's gradient.
+    """Bytes at the peak of a training step, beyond weights and state, in units of a layer's gradient.
 
-    Without an optimizer gradients are freed one by one: what backward takes by itself.
+    Without an optimizer gradients are freed one by one, which gives the memory of backward itself.
     """
     net = deep(dtype)
     optimizer = None if optimizer_of is None else optimizer_of(net.parameters())
@@ -323,7 +323,7 @@ def peak(optimizer_of, dtype, in_back=False):
             optimizer.step()
             optimizer.zero_grad()
 
-    for _ in range(4):  # allocate the state, compile kernels, and are remembered
+    for _ in range(4):  # allocates the state, compiles kernels, and caches the step
         step()
     before = [p.detach().clone() for p in net.parameters()]
     meter = AllocatorMeter()
@@ -337,13 +337,13 @@ def peak(optimizer_of, dtype, in_back=False):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_peak_is_one_gradient_not_all_of_them(dtype):
-    """Measured by torch's allocator, beyond what lives between two steps."""
+    """Measured by torch's allocator, without the memory that lives between two steps."""
     options = {"stochastic_rounding": True} if dtype == torch.bfloat16 else {}
     adam = partial(CSAdam, lr=1e-3, chunk_size=TILE, **options)
     alone, ordinary, early = peak(None, dtype), peak(adam, dtype), peak(adam, dtype, True)
     tiles = 64 * TILE / (WIDTH * WIDTH * dtype.itemsize)  # bytes of a step's temporaries, for each number of a tile
     assert DEPTH < ordinary < DEPTH + 1 + tiles
-    # Of a bfloat16 weight a CPU's matmul may make a copy: backward alone then takes two.
+    # A CPU's matmul may copy a bfloat16 weight, so backward alone takes two gradients then.
     assert 1 < alone < 2.2 and alone <= early < alone + 0.1 + tiles
 
 
@@ -352,11 +352,11 @@ def test_no_optimizer_holds_gradients(name):
     cls = registry.get(name).cls
     optimizer_of = partial(cls, lr=1e-3, chunk_size=TILE, **({"rank": 4} if name == "sketchy" else {}))
     ordinary, early = peak(optimizer_of, torch.float32), peak(optimizer_of, torch.float32, True)
-    assert early < 2.5 and ordinary > DEPTH  # Sketchy: and a buffer of the tensor's size
+    assert early < 2.5 and ordinary > DEPTH  # Sketchy also has a buffer of the tensor's size
 
 
 def test_two_bytes_a_parameter_and_the_state():
-    """bfloat16 weights without a copy in float32: two steps from nothing, everything counted."""
+    """bfloat16 weights without a float32 copy: the first two steps, with everything counted."""
     meter = AllocatorMeter()
     meter.start()
     net = deep(torch.bfloat16)
@@ -370,13 +370,13 @@ def test_two_bytes_a_parameter_and_the_state():
     measured = (meter.read() - meter.live) / params
     state = state_report(optimizer).bytes_per_param
     assert 0.1 < state < 0.25
-    # One gradient of twelve, a copy that a CPU's matmul makes of one weight, activations, tiles.
+    # One gradient of twelve, a copy of one weight by a CPU's matmul, activations, tiles.
     assert measured < 2 + state + 2 * 2 / DEPTH + 0.3, measured
     assert all(torch.isfinite(p).all() for p in net.parameters())
 
 
 def test_noise_of_stochastic_rounding_is_drawn_in_blocks():
-    """It would take 40 bytes for each number of a tile, ten times the weights that it is to save; same bits."""
+    """It would take 40 bytes for each number of a tile, ten times the weights that it saves; the bits are the same."""
     generator = torch.Generator().manual_seed(0)
     size = 2**20
     for at, shape in (
@@ -396,7 +396,7 @@ def test_noise_of_stochastic_rounding_is_drawn_in_blocks():
         rounded = round_to_bf16(values, at, columns, 5, 3)
         taken = meter.read() - meter.live
         assert torch.equal(rounded, expected) and rounded.data_ptr() == values.data_ptr()
-        assert taken < 20 * size  # was 41; Rows and narrow tiles have 8 bytes for each row beside
+        assert taken < 20 * size  # it was 41; `Rows` and narrow tiles have 8 bytes for each row as well
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def test_a_parameter_that_checkpoints_share(reentrant):
     if reentrant:
         with pytest.raises(RuntimeError, match=r"'(weight|bias)' of shape.*second gradient.*use_reentrant=False"):
             y.sum().backward()
-        assert not torch.equal(layer.weight, start)  # the first of the two has been taken
+        assert not torch.equal(layer.weight, start)  # the first of the two steps has been taken
     else:
         y.sum().backward()
         assert back.taken == 4
@@ -446,9 +446,9 @@ def test_gradients_that_are_part_of_a_graph():
 
 
 def test_who_kept_a_parameter_for_later_is_told():
-    """Kernels write to addresses; autograd knows nevertheless, here as after any step in place."""
+    """Kernels write to addresses, but autograd notices this, as after any step in place."""
     weight = torch.nn.Parameter(torch.randn(200, 200))
-    optimizer = CSAdam([weight], lr=1e-2)  # in the compiled sweep, where there is one
+    optimizer = CSAdam([weight], lr=1e-2)  # in the compiled sweep, if there is one
     InBackward(optimizer)
     x = torch.randn(3, 200, requires_grad=True)
     (x @ weight).sum().backward()
@@ -494,7 +494,7 @@ def test_an_error_keeps_its_type(monkeypatch):
     monkeypatch.setattr(optimizer, "_update", fails)
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory.*in the step of parameter 'narrow\.") as caught:
         loss_of(net, 0).backward()
-    assert len(caught.value.args) == 1  # accelerate and transformers tell by that what to do
+    assert len(caught.value.args) == 1  # accelerate and transformers recognize it by this
 
 
 def test_options_are_looked_at_in_each_step():

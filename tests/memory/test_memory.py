@@ -1,4 +1,4 @@
-"""Memory is the product: bytes of state, and bytes that a step takes on top."""
+"""Memory is the product: bytes of state, and temporary bytes of a step."""
 
 import gc
 import json
@@ -128,7 +128,7 @@ SHAPES = [(2048, 128), (3, 87_500), (32, 32, 16, 16)]
 
 
 def distinct(name, options):
-    """What an optimizer has of each of these options; those that are the same for it once."""
+    """The values of each of these options that an optimizer has, without those that give the same step."""
     kept = []
     for one in options:
         one = {key: value for key, value in one.items() if key in registry.get(name).options}
@@ -138,10 +138,10 @@ def distinct(name, options):
 
 
 def eager_cases():
-    """Default options at every shape in both precisions; every other option an optimizer has at one shape, in bf16.
+    """Default options at every shape in both precisions; every other option of an optimizer at one shape, in bf16.
 
-    How a step is cut into chunks depends on the shape, what is made of a chunk on the options: neither on both. A
-    parameter in bf16 takes every buffer that one in float32 takes, and those of the conversion.
+    The cut of a step into chunks depends on the shape, and the buffers of a chunk on the options, so not all pairs are
+    needed. A parameter in bf16 uses every buffer that one in float32 uses, and those of the conversion.
     """
     for name in registry.names():
         for shape in SHAPES:
@@ -154,7 +154,7 @@ def test_a_step_s_temporaries_are_chunks_not_parameters(name, shape, options, dt
     p = torch.nn.Parameter(torch.randn(shape).to(dtype))
     chunk = 1 << 12
     optimizer = registry.get(name).cls([p], chunk_size=chunk, fused=False, **options)
-    # The covers of a step are collected beside the old ones: vectors, but of (3, 87500) a third of the matrix.
+    # The covers of a step are collected beside the old ones: vectors, but for (3, 87500) a third of the matrix.
     further = 4 * sum(shape) if name == "sm3" else 0
     if name == "sketchy":  # the one preconditioned tensor, what its axes are projected to, and scaled vectors
         optimizer.param_groups[0]["rank"] = 2
@@ -176,10 +176,10 @@ def test_a_step_s_temporaries_are_chunks_not_parameters(name, shape, options, dt
 def test_a_fused_step_on_a_cpu_takes_next_to_nothing(name, options):
     """Under 1 % of the parameter: buffers of one span of columns, and sums for the rows."""
     pytest.importorskip("numba", reason="Numba is not installed")
-    # The buffers are 140 KB whatever the size: twice that is allowed, for the bookkeeping of what measures them.
+    # The buffers are 140 KB for any size; twice that is allowed, for the bookkeeping of the measurement.
     p = torch.nn.Parameter(torch.randn(8192, 1024))
     optimizer = registry.get(name).cls([p], fused=True, **options)
-    if name == "sketchy":  # what it does not precondition is fused
+    if name == "sketchy":  # fused where it does not precondition
         optimizer.param_groups[0]["precondition"] = "none"
     for _ in range(2):  # the first step allocates the state and compiles
         p.grad = torch.randn_like(p)
@@ -227,13 +227,13 @@ print(json.dumps(most))
     [("cs_adam", {}), ("cs_adagrad", {"hash": "affine"})],
 )
 def test_resident_memory_of_a_process(name, options):
-    """40 MB of parameters: what the operating system saw, temporaries inside torch's own operators included."""
+    """40 MB of parameters: memory that the operating system sees, with temporaries inside torch's own operators."""
     out = subprocess.run(
         [sys.executable, "-c", SCRIPT, name, json.dumps(options)], capture_output=True, text=True, check=True
     )
     start, first, second = json.loads(out.stdout)  # KB
-    # In the second step the state is there already. 3.4 MB were seen, about one 4 MB buffer placed anew (not traced);
-    # a copy of the parameter would be 40 MB.
+    # In the second step the state exists already. 3.4 MB were measured, about one 4 MB buffer at a new address (not
+    # traced); a copy of the parameter would be 40 MB.
     assert second - first < 10_000
     with torch.device("meta"):
         planned = state_report(registry.get(name).cls([torch.nn.Parameter(torch.empty(10000, 1000))], **options))

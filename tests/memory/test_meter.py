@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 def test_the_peak_is_exact():
-    kept = torch.zeros(MIB)  # before: counted as what is there
+    kept = torch.zeros(MIB)  # before the start: counted as live
     meter = AllocatorMeter()
     meter.start()
     before = meter.live

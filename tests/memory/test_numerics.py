@@ -1,4 +1,4 @@
-"""`NumericsProbe`: the share of weights that a step leaves where they are, beside a comparison of all of them."""
+"""`NumericsProbe`: the share of weights that a step does not move, against a comparison of all weights."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def norm(size=64):
 
 
 def first_steps(optimizer, params, steps=6):
-    """Gradients that do not change: each of Adam's updates is the learning rate."""
+    """Constant gradients, with which each of Adam's updates is the learning rate."""
     for _ in range(steps):
         for p in params:
             p.grad = torch.ones_like(p)
@@ -38,7 +38,7 @@ def first_steps(optimizer, params, steps=6):
 @pytest.mark.parametrize("fused", [None, False], ids=["kernels", "eager"])
 @pytest.mark.parametrize("shape", [(64,), (256, 256)], ids=str)
 def test_a_norm_s_weight_in_bfloat16_does_not_move(shape, fused):
-    """Half a unit below 1.0 is 2**-9: 1e-4 is lost, but for those who keep more bits."""
+    """Half a unit below 1.0 is 2**-9, so 1e-4 is lost unless the state keeps more bits."""
     shares = {}
     for bits in (None, 24, 32):
         p = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
@@ -59,7 +59,7 @@ def test_a_norm_s_weight_in_bfloat16_does_not_move(shape, fused):
 @pytest.mark.parametrize("name", registry.names())
 @pytest.mark.parametrize("bits", [None, 24, 32])
 def test_the_share_is_that_of_all_weights(name, bits):
-    """Where the sample is everything: compared with `full_precision_state_dict` before and after each step."""
+    """With all weights in the sample, compared with `full_precision_state_dict` before and after each step."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 20)).to(torch.bfloat16)
     optimizer = registry.get(name).cls(model.parameters(), lr=3e-4, weight_bits=bits, min_compress_size=256)
@@ -84,7 +84,7 @@ def test_the_share_is_that_of_all_weights(name, bits):
 
 
 def test_a_sample_stands_for_all():
-    """Strata of unequal tensors, of which the smaller one does not move: the share is by numbers of weights."""
+    """Strata of unequal tensors, the smaller of which does not move: the share is by numbers of weights."""
     large = torch.nn.Parameter(torch.zeros(1000, 100, dtype=torch.bfloat16))
     small = torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))
     optimizer = CSAdam([large, small], lr=1e-4, weight_decay=0.0)
@@ -119,7 +119,7 @@ def test_the_training_computes_the_same_bits(bits, back):
             InBackward(optimizer)
         probe = NumericsProbe(optimizer, every=2, elements=100, bound=1.0) if probed else None
         for step in range(6):
-            if step in (2, 3):  # somebody writes a weight, whose correction is void from then on
+            if step in (2, 3):  # other code writes a weight, whose correction is void from then on
                 with torch.no_grad():
                     model[0].weight.mul_(0.5)
             model(torch.randn(4, 64, dtype=torch.bfloat16)).float().square().mean().backward()
@@ -185,7 +185,7 @@ def test_looks_are_every_so_many_steps_and_none_after_it_was_removed():
     first_steps(optimizer, [p], 4)
     assert probe.last.step == 7 and not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
     NumericsProbe(optimizer).remove()
-    copy.deepcopy(optimizer).step()  # which has none
+    copy.deepcopy(optimizer).step()  # it has no probe
 
 
 def test_groups_and_figures():
@@ -220,7 +220,7 @@ def test_a_warning_needs_looks_in_a_row():
 
 
 def test_what_is_rounded_by_chance_is_counted_and_not_warned_of():
-    """Of an update of 2**-12 at 1.0, about one weight in 16 goes to the next number below."""
+    """With an update of 2**-12 at 1.0, about one weight in 16 is rounded to the next number below."""
     p = norm(4096)
     optimizer = CSAdam([p], lr=2**-12, weight_decay=0.0, stochastic_rounding=True, fused=False)
     probe = NumericsProbe(optimizer, every=1, looks=1)
@@ -298,7 +298,7 @@ def test_tensors_of_any_layout():
 
 
 def test_weights_that_were_loaded_are_compared_as_they_are(tmp_path):
-    """Corrections that are there before the first step of a probe are part of the weight."""
+    """Existing corrections are part of the weight before the first step of a probe."""
     model = torch.nn.Linear(64, 64).to(torch.bfloat16)
     optimizer = CSAdam(model.parameters(), lr=1e-4, weight_bits=32, weight_decay=0.0)
     wanted = {key: torch.full_like(value, 1.001, dtype=torch.float32) for key, value in model.state_dict().items()}
