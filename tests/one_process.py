@@ -1,4 +1,4 @@
-"""Three steps under accelerate or DeepSpeed in one process, beside the plain loop. Run by test_one_process.py."""
+"""Three steps in accelerate or DeepSpeed in one process, against the plain loop. Run by test_one_process.py."""
 
 import json
 import logging

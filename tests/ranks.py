@@ -1,10 +1,10 @@
-"""Run by `launch_ranks`: what a script imports is imported once, then each rank is a fork that runs the script.
+"""Run by `launch_ranks`: imports the modules of a script once, and then runs the script in a fork for each rank.
 
     python ranks.py FD,FD,... SCRIPT ARGUMENTS...
 
-One file descriptor a rank, for its output. Frameworks take seconds to import, and as many objects as they have are
-looked through whenever DeepSpeed, accelerate or Lightning collect garbage: they are frozen before there are ranks. Only
-where nothing has a GPU, which a fork could not use.
+One file descriptor a rank, for its output. Frameworks take seconds to import. DeepSpeed, accelerate and Lightning
+collect garbage often, and each time all objects of the frameworks would be searched, so they are frozen before the
+forks. It works only without a GPU, because a fork could not use one.
 """
 
 import ast
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def preload(script: str) -> None:
-    """Execute the imports of a script that no condition precedes; what fails will fail in the script."""
+    """Execute the unconditional imports of a script; an import that fails here will fail in the script."""
     imports = [
         line for line in ast.parse(Path(script).read_text()).body if isinstance(line, ast.Import | ast.ImportFrom)
     ]
@@ -26,7 +26,7 @@ def preload(script: str) -> None:
         with contextlib.suppress(ImportError):
             exec(compile(ast.Module([one], []), script, "exec"), {"__name__": "preload"})
     if "deepspeed" in sys.modules:
-        # Or DeepSpeed would compile a C++ extension for all-reduces of inference, which takes a minute.
+        # Otherwise DeepSpeed would compile a C++ extension for all-reduces of inference, which takes a minute.
         sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "torch" in sys.modules:
         importlib.import_module("torch._dynamo")  # torch would in the first optimizer of each rank
@@ -36,7 +36,7 @@ def become(rank: int, output: int) -> None:
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
-    if "lightning_utilities" in sys.modules:  # it has looked who we are when it was imported
+    if "lightning_utilities" in sys.modules:  # it has read the rank when it was imported
         importlib.import_module("lightning_utilities.core.rank_zero").rank_zero_only.rank = rank
 
 

@@ -1,6 +1,6 @@
-"""Runs of pytest with a table at the end: what `make restricted`, `make matrix` and `make clients` have in common.
+"""Runs of pytest with a table at the end: code that `make restricted`, `make matrix` and `make clients` share.
 
-A row is one run of pytest, in an environment of its own or with something about this one changed.
+A row is one run of pytest, in an environment of its own or with a change to this one.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
 
 
 class Outcome(NamedTuple):
-    """How a row ended: `PASSED`, `FAILED` or `NOT_RUN`, and pytest's last line or the reason."""
+    """The end of a row: `PASSED`, `FAILED` or `NOT_RUN`, and pytest's last line or the reason."""
 
     verdict: str
     said: str
 
 
 class CannotInstall(Exception):
-    """pip did not install what a row needs; the text is pip's own reason."""
+    """pip did not install the packages of a row; the text is pip's own reason."""
 
 
 def main(description: str, rows: Mapping[str, str], run: Callable[[str, list[str]], Outcome]) -> int:
-    """The command line of a script with rows; the exit status.
+    """The command line of a script with rows; returns the exit status.
 
-    It is 1 if a row failed, and if no row could be run: then nothing was tested.
+    It is 1 if a row failed, and if no row could run, because then nothing was tested.
 
     Args:
-        description: of the script, for ``--help``.
-        rows: what each row is, by its name.
+        description: description of the script, for ``--help``.
+        rows: description of each row, by its name.
         run: runs the row of a name with arguments for pytest.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -67,7 +67,7 @@ def main(description: str, rows: Mapping[str, str], run: Callable[[str, list[str
 
 
 def run_pytest(python: str | Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Outcome:
-    """Run pytest, show what it prints, and keep its last line."""
+    """Run pytest, show its output, and keep its last line."""
     command = [str(python), "-m", "pytest", *arguments]
     env = {**os.environ, **(environment or {})}
     with subprocess.Popen(
@@ -90,32 +90,32 @@ def find_python(version: str) -> str | None:
     candidates = [shutil.which(f"python{version}")]
     for root in (os.environ.get("PYENV_ROOT"), Path.home() / ".pyenv"):
         if root:
-            # Pre-releases, "3.14-dev" and "3.14.0rc1", are not what is meant.
+            # Pre-releases such as "3.14-dev" and "3.14.0rc1" do not count.
             found = [path for path in Path(root, "versions").glob(f"{version}.*") if re.fullmatch(r"[\d.]+", path.name)]
             newest = sorted(found, key=lambda path: [int(part) for part in path.name.split(".")], reverse=True)
             candidates += [str(path / "bin" / "python") for path in newest]
     for candidate in candidates:
-        # pyenv puts a command on PATH also for versions that are not switched on: it only says so.
+        # pyenv puts a command on PATH also for versions that are not activated; it only prints an error.
         if candidate and _says(candidate, "import sys; print('%d.%d' % sys.version_info[:2])") == version:
             return candidate
     return None
 
 
 def environment(folder: Path, python: str, requirements: Sequence[Sequence[str]], minutes: float = 60) -> Path:
-    """A virtual environment with packages in it; its Python. One that has them already is used again.
+    """A virtual environment with packages in it; returns its Python. An existing one with these packages is used again.
 
     Args:
-        folder: where it lies, or comes to lie.
-        python: the interpreter that it is made with.
+        folder: folder of the environment.
+        python: interpreter that makes it.
         requirements: arguments of ``pip install``, for one call after the other.
-        minutes: after these pip is stopped.
+        minutes: pip is stopped after this time.
 
     Raises:
         CannotInstall: pip failed, or took too long.
     """
     inside = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = folder / "installed.txt"
-    # What the project itself asks for is part of it.
+    # The project's own requirements are part of it.
     wanted = "\n".join([" ".join(call) for call in requirements] + [ROOT.joinpath("pyproject.toml").read_text()])
     if stamp.exists() and stamp.read_text() == wanted:
         return inside
@@ -139,7 +139,7 @@ def environment(folder: Path, python: str, requirements: Sequence[Sequence[str]]
 
 
 def installed(python: str | Path, packages: Sequence[str]) -> str:
-    """``"torch 2.13.0, triton -"``: what an environment has of some packages."""
+    """``"torch 2.13.0, triton -"``: the versions of some packages in an environment."""
     look = (
         "import importlib.metadata as m, sys\n"
         "def version(name):\n"
@@ -151,7 +151,7 @@ def installed(python: str | Path, packages: Sequence[str]) -> str:
 
 
 def _says(python: str | Path, code: str, *arguments: str) -> str | None:
-    """What a Python prints; None: it does not run."""
+    """The output of a Python; None if it does not run."""
     try:
         done = subprocess.run([str(python), "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

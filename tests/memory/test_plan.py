@@ -1,4 +1,4 @@
-"""What is planned, against what torch's allocator has counted; and the arguments that make no sense."""
+"""The plan against the count of torch's allocator; and arguments that are refused."""
 
 import contextlib
 import importlib.util
@@ -43,7 +43,7 @@ def gpt2():
 
 
 class Convolutions(torch.nn.Module):
-    """Nothing of transformers: images, batch norm, a frozen layer, a buffer."""
+    """A model without transformers: images, batch norm, a frozen layer, a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ def image_loss(model, batch):
 
 
 def measured(build, sample, loss, optimizer, precision, batch, accumulation=1):
-    """Peak of three steps as anybody would write them; everything is allocated in sight of the meter."""
+    """Peak of three ordinary steps; everything is allocated while the meter records."""
     (choice,) = choices(optimizer, precision)
     dtype, autocast = PRECISIONS[precision]
     meter = AllocatorMeter()
@@ -96,11 +96,11 @@ def measured(build, sample, loss, optimizer, precision, batch, accumulation=1):
 PAIRS = [
     # model, optimizer, precision, gradient checkpointing, batch, accumulation
     (bert, "adamw", "fp32", False, 4, 1),
-    (bert, "adamw_foreach", "fp32", False, 1, 1),  # whose step takes as much as the parameters
+    (bert, "adamw_foreach", "fp32", False, 1, 1),  # its step takes as much as the parameters
     (bert, "cs_adam", "bf16", False, 4, 1),
     (bert, "sm3", "fp32", True, 4, 1),
     (bert, "adafactor", "bf16-mixed", False, 4, 1),
-    (bert, "sketchy", "fp32", False, 1, 1),  # whose step takes the most
+    (bert, "sketchy", "fp32", False, 1, 1),  # its step takes the most
     (gpt2, "cs_adam:preset=lean", "fp32", False, 4, 1),
     (gpt2, "adamw", "bf16", True, 4, 1),
     (gpt2, "cs_adam:fused=false", "bf16-mixed", False, 1, 1),
@@ -125,7 +125,7 @@ def test_the_peak_is_what_the_allocator_counts(pair):
             kind(), seq_len=32, gradient_checkpointing=checkpointing, accumulation=accumulation, **common
         )  # fmt: skip
     (row,) = found.rows
-    # The promise is 5 %. What is seen is next to nothing, but for checkpoints (1 % here: they keep the generator's
+    # The promise is 5 %. The error is next to nothing, except for checkpointing (1 % here: it keeps the generator's
     # state, 5 KB each), Sketchy's decompositions (0.6 %: workspaces of the kernels), and convolutions in bfloat16 on
     # processors without AVX-512 (1.4 %: oneDNN has none there, and torch's own takes more).
     loose = checkpointing or (kind is Convolutions and precision == "bf16")
@@ -140,8 +140,8 @@ def test_the_peak_of_steps_in_backward(name, precision):
     pytest.importorskip("sketch_plugins.memory.in_backward", reason="there is no InBackward yet")
     model = HuggingFaceModel(gpt2(), None, 16)
     (row,) = plan(gpt2(), seq_len=16, batch_size=1, precision=precision, optimizers=name, device="cpu").rows
-    # Without Numba the steps are eager: the plan counts their largest tiles beside the most of all else, which comes at
-    # another time here (4.5 % too much; the promise is 5 %).
+    # Without Numba the steps are eager. The plan adds their largest tiles to the maximum of everything else, which
+    # comes at another time here (4.5 % too much; the promise is 5 %).
     rel = 0.02 if importlib.util.find_spec("numba") else 0.05
     assert row.peak == pytest.approx(measured(model.build, model.sample, model.loss, name, precision, 1), rel=rel)
 
@@ -153,7 +153,7 @@ def test_gradients_in_backward_are_those_of_the_largest_parameter():
     with torch.device("meta"):
         sizes = [p.numel() * 4 for p in HuggingFaceModel(gpt2(), None, 32).build().parameters()]
     assert ordinary.gradients == sum(sizes)
-    # The largest is tied, to the first layer and the last: its gradient is all there when the last layer is done.
+    # The largest parameter is tied to the first layer and the last, so its gradient exists when the last layer is done.
     assert max(sizes) <= layerwise.gradients <= 2 * max(sizes) < ordinary.gradients
     assert layerwise.state == ordinary.state and layerwise.when == "forward and backward"
 
@@ -196,7 +196,7 @@ def test_a_module_is_not_touched_and_needs_no_memory():
     assert found.seq_len is None and found.model == "Convolutions"
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters()) and type(module.last.weight) is torch.nn.Parameter
-    # 1.1 billion parameters: nothing of that size is here.
+    # 1.1 billion parameters; nothing of that size is allocated.
     huge = plan("tinyllama-1.1b", batch_size=1, seq_len=16, precision="bf16", optimizers="cs_adam:preset=lean")
     assert huge.params == 1_100_048_384 and huge.rows[0].parameters == pytest.approx(2 * huge.params, rel=1e-4)
 
@@ -254,7 +254,7 @@ def test_every_optimizer_of_the_registry_is_in_all():
 
 
 def test_attention_on_cuda_keeps_no_matrix_of_scores():
-    """A CPU's kernels keep it as soon as there is dropout."""
+    """A CPU's kernels keep it if there is dropout."""
     config = bert()
     config.max_position_embeddings = 2048
     peaks = {}
@@ -383,7 +383,7 @@ def test_the_peak_of_fused_experts_is_what_the_allocator_counts(name, precision,
     model = HuggingFaceModel(experts(name), None, 32)
     common = {"batch_size": 4, "precision": precision, "optimizers": optimizer}
     (row,) = plan(experts(name), seq_len=32, device="cpu", **common).rows
-    # As for models without experts: 0.01 % is seen, 1 % leaves room for kernels' workspaces on other machines.
+    # As for models without experts: the error is 0.01 %; 1 % leaves room for kernels' workspaces on other machines.
     expected = measured(model.build, model.sample, model.loss, optimizer, precision, 4)
     assert row.peak == pytest.approx(expected, rel=0.01)
 
@@ -407,7 +407,7 @@ def test_grouped_products_without_numbers_have_the_shapes_of_the_real_ones():
                 recorder.events.clear()
                 found = grouped(a, b, offs=given)
             assert (found.shape, found.dtype, found.stride()) == (real.shape, real.dtype, real.stride())
-            # What is allocated is the result alone.
+            # Only the result is allocated.
             assert [size for _, size in recorder.events if size > 4 * len(offs)] == [real.nbytes]
 
 
@@ -431,13 +431,13 @@ def test_zero_by_formula():
     ranks = {stage: plan(bert(), zero_stage=stage, world_size=4, **arguments) for stage in (1, 2, 3)}
     params = whole.params
     for stage, found in ranks.items():
-        # Two moments, and the weights that are stepped: for a quarter of the elements.
+        # Two moments and the weights that are stepped, for a quarter of the elements.
         assert found["adamw"].state == pytest.approx(12 * params / 4, rel=0.01)
         assert found["cs_adam"].state < found["adamw"].state
         assert found["adamw"].parameters == pytest.approx(4 * params / (4 if stage == 3 else 1), rel=0.01)
     gradients = [ranks[stage]["adamw"].gradients for stage in (1, 2)]
     assert gradients[0] == 4 * params > gradients[1] > params
-    # One rank keeps what it keeps without ZeRO, and the weights that are stepped.
+    # One rank keeps the same state as without ZeRO, and the weights that are stepped.
     alone = plan(bert(), zero_stage=1, world_size=1, **arguments)
     assert alone["cs_adam"].state == whole["cs_adam"].state + 4 * params
 
@@ -447,7 +447,7 @@ def test_pieces_of_a_rank_are_those_that_zero_would_cut():
     (choice,) = choices("cs_adam:preset=exact", "fp32")
     # 6390 elements over 4 ranks are 1598 each; exact moments take 8 bytes, the weights 4.
     assert sharded_cost(choice, subject, False, 1, 4).state == 12 * 1598
-    # Of each parameter a quarter, rounded up: 1575 and 23.
+    # A quarter of each parameter, rounded up: 1575 and 23.
     assert sharded_cost(choice, subject, False, 3, 4).state == 12 * (1575 + 23)
 
 
@@ -547,7 +547,7 @@ def test_decoders_that_classify_and_positions_without_end(tmp_path):
         num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64, vocab_size=99
     )
     assert plan(config, task="sequence-classification", **kind).rows[0].peak > 0
-    assert config.pad_token_id is None  # the caller's own is not touched
+    assert config.pad_token_id is None  # the caller's own object is not changed
     file = tmp_path / "config.json"
     file.write_text(
         '{"model_type": "xlnet", "n_layer": 1, "d_model": 32, "n_head": 2, "d_inner": 32, "vocab_size": 99}'
@@ -625,7 +625,7 @@ def test_the_command_says_what_is_wrong(more, message, small, capsys):
 
 @pytest.mark.parametrize(("cls", "options"), DENSE, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
 def test_what_the_plan_says_of_eager_steps_is_what_an_optimizer_does(cls, options, monkeypatch):
-    """It asks the stores that the loops of a CPU ask."""
+    """It asks the same stores as the loops of a CPU."""
     pytest.importorskip("numba", reason="without Numba every step on a CPU is eager")
     chosen, choose = [], resolved.choose
     monkeypatch.setattr(resolved, "choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])

@@ -6,7 +6,7 @@ SHAPES = [(7, 5), (64, 33), (5,), (), (4, 3, 2, 2), (1, 40), (40, 1), (0, 3)]
 
 
 def known(name, options):
-    """Those options that the optimizer has: SM3 has no sketch, so nothing of a table, its buckets or their hash."""
+    """The given options that the optimizer has; SM3, for example, has no sketch, and no options of tables or hashes."""
     return {key: value for key, value in options.items() if key in registry.get(name).options}
 
 

@@ -40,7 +40,7 @@ def two_threads():
 
 @pytest.fixture(autouse=True)
 def nothing_is_known_from_other_steps(monkeypatch):
-    """Each step rehearses: its calls are counted in one optimizer, and fail in another."""
+    """Each step rehearses, because its calls are counted in one optimizer and fail in another."""
 
     class Forgetful(dict):
         def __setitem__(self, key, value):
@@ -53,7 +53,7 @@ NAMES = [*registry.names(), "sadagrad"]
 
 
 def build(name, fused=None, large=True, **options):
-    """An optimizer of tensors that take each way through a step: matrices, a vector, an embedding with few rows."""
+    """An optimizer of tensors that use all paths of a step: matrices, a vector, an embedding with few rows."""
     if fused is None and cpu is None and name != "sadagrad":
         pytest.skip("Numba is not installed: no kernel takes a step here, and eager steps have cases of their own")
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def build(name, fused=None, large=True, **options):
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in (shapes if large else shapes[:3])]
     if name == "sadagrad":
         return SAdagrad(params, lr=0.01), params
-    if name == "sketchy":  # small preconditioners, and none of the large matrix: one of any rank takes the same way
+    if name == "sketchy":  # small preconditioners, and none for the large matrix: any rank uses the same path
         options = {"rank": 4, "max_axis": 64, **options}
     return registry.get(name).cls(params, lr=0.01, fused=fused, min_compress_size=0, **options), params
 
@@ -80,7 +80,7 @@ def snapshot(optimizer, params):
 
 
 def present(optimizer, params):
-    """As a snapshot, of which nothing is kept: for a comparison."""
+    """Like a snapshot that stores nothing, for a comparison."""
     return [p.detach() for p in params], optimizer.state_dict()
 
 
@@ -98,7 +98,7 @@ class Injected(Exception):
     pass
 
 
-#: (where, name) of what a step calls before its first write: resolution, memory, compilation, threads, checks.
+#: (module, name) of calls of a step before its first write: resolution, memory, compilation, threads, checks.
 BEFORE = [
     (resolved, "choose"),
     (taking, "numbers"),
@@ -126,7 +126,7 @@ BEFORE = [
     (scratch, "reserve"),
     (torch, "empty"),
 ]
-#: And in the middle of one, where each parameter has taken its step or not.
+#: And calls in the middle of a step, when each parameter has either taken its step or not.
 WITHIN = [
     (eager, "numerator_of"),
     (eager, "update"),
@@ -151,7 +151,7 @@ WITHIN = [
 
 @contextlib.contextmanager
 def failing(where, name, call):
-    """The call with this number (from 1) raises; yields what has been counted."""
+    """The call with this number (from 1) raises; yields the counts."""
     original = getattr(where, name)
     counted = []
 
@@ -166,11 +166,11 @@ def failing(where, name, call):
 
 
 def injections(name, fused, first, calls, sparse, **options):
-    """For each call that can fail: optimizer and parameters about to step, the call to fail, and how it should end."""
+    """For each call that can fail: an optimizer before its step, the call that fails, and the expected result."""
 
     def about_to_step(counting=()):
         optimizer, params = build(name, fused, **options)
-        for step in range(0 if first else 3):  # the third one is remembered, and calls what the fourth one will call
+        for step in range(0 if first else 3):  # the third one is cached, and makes the calls of the fourth one
             give_gradients(params, step, sparse)
             with contextlib.ExitStack() as stack:
                 counts = [stack.enter_context(failing(*point, 0)) for point in counting]
@@ -191,7 +191,7 @@ def injections(name, fused, first, calls, sparse, **options):
             own, of = duplicate(origin, started) if first else (optimizer, params)
             with failing(where, attribute, call):
                 yield own, of, (twin, others), f"call {call} of the {total} of {attribute}"
-        # And the optimizer, or the next one, is none the worse for it.
+        # The same optimizer, or the next one, still works.
         own, of = duplicate(origin, started) if first else (optimizer, params)
         own.step()
         assert equal(of, others)
@@ -212,7 +212,7 @@ WAYS = pytest.mark.parametrize(
 )
 
 
-# Touched rows are no part of this: how many there are is known in the step only, and so is the memory they take.
+# Touched rows are left out, because their number, and so their memory, is known only in the step.
 @WAYS
 @pytest.mark.parametrize("name", NAMES)
 def test_an_error_before_the_first_write_leaves_everything_as_it_was(name, fused, first):
@@ -232,7 +232,7 @@ def test_an_error_before_the_first_write_leaves_everything_as_it_was(name, fused
 
 @pytest.mark.parametrize("name", ["cs_adam", "sketchy"])
 def test_an_error_before_the_first_write_where_the_temporaries_are_known(name, monkeypatch):
-    """The layers of a model are alike, and what one of them takes is known from another."""
+    """The layers of a model have equal shapes, so the temporaries of one are known from another."""
     monkeypatch.setattr(rehearsal, "REHEARSED", {})
     other, others = build(name, False, large=False)
     give_gradients(others, 3, False)
@@ -264,7 +264,7 @@ def test_an_error_within_a_step_leaves_each_parameter_stepped_or_not(name, first
             now = [p.detach(), dict(state[i]) if i in state else None]
             old, new = ([values[i], saved["state"].get(i)] for values, saved in (before, after))
             assert equal(now, old) or equal(now, new), f"{what}: parameter {i} has taken half a step"
-        if not first:  # back to where it was, for the next call that fails
+        if not first:  # restore the state for the next call that fails
             optimizer.load_state_dict(before[1])
             with torch.no_grad():
                 for p, value in zip(params, before[0], strict=True):
@@ -274,7 +274,7 @@ def test_an_error_within_a_step_leaves_each_parameter_stepped_or_not(name, first
 
 
 def test_every_point_is_reached():
-    """No call that is to fail has become one that nobody makes."""
+    """Every call in the lists is still made by some step."""
     reached = set()
     for name, way, options in [
         ("cs_adam", None, {}),
@@ -289,9 +289,9 @@ def test_every_point_is_reached():
         give_gradients(params, 1, sparse=way is False)
         with contextlib.ExitStack() as stack:
             counted = {point: stack.enter_context(failing(*point, 0)) for point in {*BEFORE, *WITHIN} - reached}
-            for _ in range(4):  # a step that has been remembered for a while
+            for _ in range(4):  # a step that has been cached for a while
                 optimizer.step()
-            params[3].grad = params[3].grad.t().contiguous().t()  # another layout: described anew
+            params[3].grad = params[3].grad.t().contiguous().t()  # another layout, so the step is described again
             optimizer.step()
         reached |= {point for point, calls in counted.items() if calls}
     assert {(where.__name__, name) for where, name in {*BEFORE, *WITHIN} - reached} == set()
@@ -440,7 +440,7 @@ def test_modes_around_a_step_change_no_bit(name, around, fused, right):
     got, optimizer = trained(name, AROUND[around], fused=fused)
     assert equal(expected, got)
     assert equal(reference.state_dict()["state"], optimizer.state_dict()["state"])
-    # State that was made there can be changed elsewhere.
+    # State that was made there can be changed outside.
     give_gradients([p for group in optimizer.param_groups for p in group["params"]], 9, sparse=False)
     optimizer.step()
 
@@ -471,7 +471,7 @@ def test_parameters_can_be_swapped_moved_and_cast(name):
         with steps:
             for dtype in (torch.float32, torch.float64, torch.float32):
                 model.to(dtype)
-                optimizer.state.clear()  # which is the user's to convert
+                optimizer.state.clear()  # the user has to convert it
                 model(torch.randn(4, 48, dtype=dtype)).square().sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -485,7 +485,7 @@ def test_parameters_can_be_swapped_moved_and_cast(name):
 
 
 class Wrapped(torch.Tensor):
-    """As quantized weights are: no memory of its own, and operations of its own."""
+    """Like quantized weights: no memory of its own, but operations of its own."""
 
     @staticmethod
     def __new__(cls, inner):

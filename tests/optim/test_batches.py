@@ -57,7 +57,7 @@ def test_no_bucket_holds_rows_of_two_matrices(number, rows, width, compression, 
             members = index[buckets == b]
             assert len(members) == h.load(torch.tensor(b)) >= 1
             assert len(set((members // rows).tolist())) == 1
-        # Each matrix is hashed as it would be alone.
+        # Each matrix is hashed as if it were alone.
         own = torch.arange(rows)
         for m in range(number):
             assert torch.equal(h.bucket(own + m * rows), single.bucket(own) + m * single.width)
@@ -115,7 +115,7 @@ def test_a_batch_trains_as_its_matrices_do_bit_for_bit(cls, options, chunk_size)
     assert any(name.endswith(".table") and tensor.shape[1] % E == 0 for name, tensor in one.state[p].items())
 
 
-ABSOLUTE = {"update_clip": 0.0, "scale_parameter": False}  # which look at a whole parameter
+ABSOLUTE = {"update_clip": 0.0, "scale_parameter": False}  # these use a whole parameter
 COVARIANCES = [
     {},
     {"graft": "rmsprop", "rank": 4},
@@ -140,7 +140,7 @@ def test_each_matrix_of_a_batch_has_covariances_of_its_own(options, fused):
     steps = [[random(E, R, D, seed=10 * s + n).to(dtype) for n in range(2)] for s in range(7)]
     for step in steps:
         step[0][2] *= 100  # norms differ
-        step[1][1] = 0  # an expert that nobody asks
+        step[1][1] = 0  # an expert that gets no tokens
     together, one = train(Sketchy, tensors, steps, fused=fused, **options)
     single = [tensor for whole in tensors for tensor in whole]
     apart, several = train(
@@ -159,7 +159,7 @@ def test_each_matrix_of_a_batch_has_covariances_of_its_own(options, fused):
 
 
 def test_a_batch_that_cannot_be_decomposed_keeps_the_other_matrices(monkeypatch):
-    """Of one matrix the covariance overflows: its last preconditioner stays, and the others get their new ones."""
+    """The covariance of one matrix overflows: it keeps its last preconditioner, and the others get new ones."""
     p = torch.nn.Parameter(random(E, R, D))
     optimizer = Sketchy([p], update_freq=1, rank=4, min_compress_size=0, statistics="accumulate")
     p.grad = random(E, R, D, seed=1)
@@ -187,7 +187,7 @@ def test_solves_of_batches_are_bounded_and_the_same(most, monkeypatch):
 
 
 def test_row_sparse_gradients_of_a_batch():
-    """A row that is not touched stays; a gradient with whole experts means all their rows."""
+    """Rows that are not touched stay; a gradient with whole experts touches all their rows."""
     whole, g = random(E, R, D), random(E, R, D, seed=1)
     g[0] = 0
     g[2, ::2] = 0
@@ -240,7 +240,7 @@ def test_the_rarest_expert_trains_as_with_adamw():
     ours = experts(lambda p: CSAdam(p, lr=3e-3, weight_decay=0.0, fused=False))
     mixed = experts(lambda p: CSAdam(p, lr=3e-3, weight_decay=0.0, fused=False, batch_dims=0))
     assert ours[-1] < 1.1 * adamw[-1], (ours, adamw)
-    assert mixed[-1] > 1.1 * adamw[-1], (mixed, adamw)  # the test can tell
+    assert mixed[-1] > 1.1 * adamw[-1], (mixed, adamw)  # the test would notice a difference
 
 
 def test_what_is_a_batch():
@@ -266,7 +266,7 @@ def test_what_is_a_batch():
 
 @pytest.mark.parametrize("fused", [False, pytest.param(True, id="numba")])
 def test_a_convolution_is_what_it_was_bit_for_bit(fused):
-    """The same numbers as a matrix (out, in * kernel) take the same steps."""
+    """The same numbers in a matrix (out, in * kernel) take the same steps."""
     if fused and importlib.util.find_spec("numba") is None:
         pytest.skip("needs Numba")
     x, g = random(40, 24, 5), random(40, 24, 5, seed=1)
@@ -295,7 +295,7 @@ def test_bytes_of_a_layer_of_mixtral():
 
 
 def test_plan_counts_the_pieces_of_experts():
-    """Under ZeRO every rank's pieces have buckets of their own; a rank with whole experts has what they have."""
+    """Under ZeRO the pieces of every rank have buckets of their own; whole experts keep the same state as without."""
     shape = (4, 64, 64)
     (choice,) = choices("cs_adam", "fp32")
     subject = Subject(lambda: torch.nn.ParameterList([torch.nn.Parameter(torch.empty(shape))]))
@@ -332,7 +332,7 @@ def test_checkpoints():
         o.step()
     assert torch.equal(old, q)
 
-    # What has no batch goes on as ever, and so does what is exact.
+    # Parameters that are no batch continue as before, and so do exact ones.
     for shape, options in (((40, 30), {}), ((E, R, D), {"preset": "exact"}), ((E, R, D), {"min_compress_size": 4096})):
         (x,), writer = train(CSAdam, [random(*shape)], [[random(*shape, seed=1)]], **options)
         saved = writer.state_dict()
@@ -365,7 +365,7 @@ def test_converted_state():
 
 @pytest.mark.parametrize("options", [{}, {"budget": 3.0}, {"preset": "paper", "graft": "cs"}], ids=str)
 def test_the_graft_of_sketchy(options):
-    """Its buckets are each expert's, as the covariances are."""
+    """Each expert has buckets of its own, as it has covariances of its own."""
     options = {"lr": 0.01, **options}
     whole, steps = random(E, R, D), [[random(E, R, D, seed=s)] for s in (1, 2, 3)]
     (p,), optimizer = train(Sketchy, [whole], steps, **options)
@@ -377,7 +377,7 @@ def test_the_graft_of_sketchy(options):
 
 
 def test_mixtral_of_transformers():
-    """Which parameters of the real class have three dimensions, and a step of them."""
+    """The three-dimensional parameters of the real class, and a step of them."""
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,

@@ -63,7 +63,7 @@ def test_the_chunk_size_does_not_matter(name, chunk):
 
 def _check_chunks(name, chunk, options):
     runs = []
-    # A chunk for each number takes as long as the numbers are many: fewer of them, and two steps.
+    # With chunks of one number, the time grows with their number, so there are fewer of them, and two steps.
     shapes, steps = (FEW, 2) if chunk == 1 else (SHAPES, 4)
     for size in (chunk, 10**6):
         params = parameters(shapes)
@@ -210,7 +210,7 @@ def test_unscaling_and_found_inf_are_left_to_the_scaler(name):
 
 
 def test_float16_parameters_and_the_scaler(name):
-    """torch does not unscale float16 gradients: its error, before anything changes. Unscaled by hand they train."""
+    """torch does not unscale float16 gradients: its error comes before any change. Unscaled by hand they train."""
     p, q = (torch.nn.Parameter(torch.ones(16, 16, dtype=torch.float16)) for _ in range(2))
     scaled, plain = make(name, [p], lr=0.01), make(name, [q], lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
@@ -229,7 +229,7 @@ def test_float16_parameters_and_the_scaler(name):
 @pytest.mark.filterwarnings("error:Dynamo detected a call to a:UserWarning")  # it would trace the step's own code
 @pytest.mark.parametrize("fused", [None, False])
 def test_a_step_inside_a_compiled_function_has_the_bits_of_one_outside(name, fused):
-    """torch.compile leaves the step alone: a graph break before it, and nothing of it is compiled."""
+    """torch.compile does not trace the step: there is a graph break before it, and nothing of it is compiled."""
     runs = []
     for compiled in (False, True):
         torch._dynamo.reset()
@@ -246,7 +246,7 @@ def test_a_step_inside_a_compiled_function_has_the_bits_of_one_outside(name, fus
             optimizer.zero_grad()
             return loss.detach() * 2
 
-        # The backend runs the pieces as they are: what is traced is the question, not what a compiler makes of it.
+        # The backend runs the pieces uncompiled: the test is about tracing, not about a compiler's result.
         run = torch.compile(train_step, backend="eager") if compiled else train_step
         g = torch.Generator().manual_seed(0)
         losses = []
@@ -469,7 +469,7 @@ def test_an_option_of_the_state_changed_in_a_group_is_an_error_and_nothing_happe
     change = {"sm3": {"second_moment": "dense"}, "cs_lion": {"first_moment": "fp32"}}.get(name, {"compression": 0.5})
     (key, value), was = next(iter(change.items())), optimizer.param_groups[1][next(iter(change))]
     message = f"{key} of group 1 was {was!r} and is now {value!r}.*made with the old value"
-    for changed in (optimizer, copy.deepcopy(optimizer)):  # a copy knows what its state was written with
+    for changed in (optimizer, copy.deepcopy(optimizer)):  # a copy knows the options that its state was written with
         changed.param_groups[1].update(change)
         for group in changed.param_groups:
             group["params"][0].grad = torch.randn(64, 64)

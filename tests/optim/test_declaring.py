@@ -15,7 +15,7 @@ from sketch_plugins.optim.options import BY_POSITION, NoEffect
 
 
 def keywords(cls):
-    """The set that ``**options`` is unpacked from: what editors and type checkers read."""
+    """The TypedDict of ``**options``, which editors and type checkers read."""
     hint = typing.get_type_hints(cls.__init__, include_extras=True)["options"]
     (unpacked,) = typing.get_args(hint)
     return unpacked
@@ -82,7 +82,7 @@ def test_a_subclass_has_a_signature_of_its_own():
 
 
 def test_a_configuration_reads_types_from_the_signature():
-    """As LightningCLI and others do that build a class from YAML."""
+    """LightningCLI and others build a class from YAML in this way."""
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(CSAdam, "optimizer", skip={"params"})

@@ -86,7 +86,7 @@ def test_a_pickle_with_levels_is_read():
 
 @pytest.mark.parametrize("cls", [CSAdam, Sketchy])
 def test_torch_flattens_the_state_dict_of_a_model(cls):
-    """torch's own flattening allows no levels."""
+    """torch's own flattening does not allow nested states."""
     model = torch.nn.Sequential(torch.nn.Linear(40, 48), torch.nn.Linear(48, 20))
     optimizer = cls(model.parameters(), min_compress_size=256)
     model(torch.randn(8, 40)).square().sum().backward()
@@ -107,13 +107,13 @@ def test_names_are_taken_apart_and_put_together():
     others = {"slow.weights": 1, "buffer": {"first_moment": 2}, 7: 8}
     assert flattened(others) == nested(others) == others and not any(map(is_ours, others))
     assert not is_ours("first_momentum") and not is_ours(3) and is_ours("first_moment.codes")
-    # What others call their own, with a word of ours before a dot.
+    # Other code's keys with one of our words before a dot.
     mixed = {"step": 1, "step.lagged": 2, "place.kept": 3, "rms": 4, "rms.last": 5}
     assert nested(mixed) == mixed and not is_ours("step.lagged")
 
 
 def test_a_sorted_state_dict_is_loaded_in_the_store_s_order():
-    """Kernels take a store's tensors by their place."""
+    """Kernels use a store's tensors by their position."""
     pytest.importorskip("numba")
     ends = []
     for order in (list, sorted):
@@ -136,7 +136,7 @@ def test_a_sorted_state_dict_is_loaded_in_the_store_s_order():
 
 
 def test_a_partition_s_state_is_not_mistaken_for_another_one_s():
-    """The names of its pieces are kept; another state may have as many entries."""
+    """The names of its pieces are cached, but another state may have the same number of entries."""
     parts, data = Parts(), torch.zeros(4)
     one, other = (Part(data, data, 0, (4,), key=key) for key in ("0[0,0:4]", "1[0,0:4]"))
     assert parts.state_of(one, flattened({"step": 1}, one.key)) == {"step": 1}

@@ -55,7 +55,7 @@ def test_all_bits_of_every_weight(bits):
             assert torch.equal(out[name], wanted) and not torch.equal(out[name], p.float())
         assert out[name].dtype == torch.float32
     assert out["count"].dtype == torch.int64 and out["scale"].dtype == torch.float32
-    # Into a float32 model as any state dict.
+    # They load into a float32 model like any state dict.
     Net().load_state_dict(out)
     assert all(
         value.device.type == "cpu" for value in full_precision_state_dict(model, optimizer, device="cpu").values()
@@ -65,7 +65,7 @@ def test_all_bits_of_every_weight(bits):
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("bits", [24, 32])
 def test_the_way_back(bits, started):
-    """Weights and corrections are the run's own, into an optimizer that has stepped, or has not."""
+    """Weights and corrections are equal to the run's own, in an optimizer with or without steps."""
     model, optimizer = built(bits, steps=3)
     out = {name: value.clone() for name, value in full_precision_state_dict(model, optimizer).items()}
     other, fresh = built(bits, seed=1, steps=2 * started)
@@ -78,7 +78,7 @@ def test_the_way_back(bits, started):
             assert float(fresh.state[q]["step"]) == 2 * started
     again = full_precision_state_dict(other, fresh)
     assert all(torch.equal(out[name], again[name]) for name in out)
-    train(other, fresh, range(3, 5))  # and goes on from there
+    train(other, fresh, range(3, 5))  # and it continues from there
     assert all(float(fresh.state[p]["step"]) == 2 + 2 * started for p in other.parameters())
     # A state dict of it, too.
     third, last = built(bits, seed=2)
@@ -133,7 +133,8 @@ def test_cast_model_leaves_statistics_constants_and_what_is_named():
     kinds = {name: value.dtype for name, value in [*model.named_parameters(), *model.named_buffers()]}
     half = {name for name, dtype in kinds.items() if dtype == torch.bfloat16}
     assert half == {"inner.0.weight", "inner.0.bias", "scale"}
-    assert model.head.weight is model.embed.weight and model.embed.weight.dtype == torch.float32  # tied to what stays
+    # Tied to a parameter that is not cast.
+    assert model.head.weight is model.embed.weight and model.embed.weight.dtype == torch.float32
     assert cast_model(model, torch.float32).inner[0].weight.dtype == torch.float32
     assert cast_model(Net(), keep="inner.0.*").inner[0].bias.dtype == torch.float32
     for keep, said in (("iner", "keep='iner' is no module"), (torch.nn.LSTM, "keep=LSTM is no module")):
@@ -146,7 +147,7 @@ def test_cast_model_leaves_statistics_constants_and_what_is_named():
 
 
 def test_several_optimizers():
-    """Each corrects what it steps, and nothing that one of them corrects is written without its further bits."""
+    """Each corrects the weights that it steps, and none of these is written without its additional bits."""
 
     def pair(seed=0, steps=0):
         torch.manual_seed(seed)
@@ -195,7 +196,7 @@ def test_a_model_that_is_not_the_optimizers_is_refused():
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_nothing_is_loaded_by_halves(steps):
-    """Whatever is wrong is found before the first write: types, options, state that cannot be made."""
+    """Every error is found before the first write: types, options, state that cannot be made."""
     model, optimizer = built(steps=steps)
     before = {name: value.clone() for name, value in full_precision_state_dict(model, optimizer).items()}
     good = {name: value + 1 if value.is_floating_point() else value for name, value in before.items()}
@@ -241,7 +242,7 @@ def test_nothing_is_loaded_by_halves(steps):
 
 
 def test_one_tensor_at_a_time():
-    """The device has room for one float32 tensor, not for all; who keeps nothing makes nothing."""
+    """The device has room for one float32 tensor, not for all; a rank that keeps nothing allocates nothing."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(1024, 512, bias=False) for _ in range(8))).bfloat16()
     optimizer = CSAdam(model.parameters(), preset="lean", weight_bits=24, fused=False)
@@ -250,7 +251,7 @@ def test_one_tensor_at_a_time():
     optimizer.step()
     optimizer.zero_grad()
     one, peaks = 1024 * 512 * 4, []
-    # A device whose memory is another's: what is moved there does not count.
+    # The meter does not count this device, so tensors that are moved there take no memory.
     for options in ({"device": "meta"}, {"device": "meta", "whole": True, "keep": False}, {}):
         meter = AllocatorMeter()
         meter.start()

@@ -1,4 +1,4 @@
-"""Arguments of torch's optimizers that change nothing, lazy modules, fake tensors: what AdamW's users hand on."""
+"""Arguments of torch's optimizers that change nothing, lazy modules, fake tensors: what users of AdamW pass on."""
 
 import copy
 
@@ -59,7 +59,7 @@ def test_others_are_refused_wherever_they_come_from(name, key, value):
     ],
 )  # fmt: skip
 def test_the_groups_and_defaults_of_the_counterpart_can_be_handed_on(cls, torchs):
-    """As they are when nobody has set anything; RMSprop's alpha is what betas say here."""
+    """Unchanged, with all defaults; RMSprop's alpha has the meaning of our betas."""
     theirs = torchs(parameters(SHAPES, torch.float32), lr=0.1)
     options = {key: value for key, value in theirs.defaults.items() if key != "alpha"}
     ours = cls(parameters(SHAPES, torch.float32), **options)

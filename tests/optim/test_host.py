@@ -1,4 +1,4 @@
-"""What a remembered step costs on the host: calls for each tensor, launches, and what of it may not be trusted."""
+"""Host costs of a cached step: calls for each tensor, launches, and changes that the cache must notice."""
 
 import gc
 import sys
@@ -22,7 +22,7 @@ LAYER = [(96, 64), (64,), (96,), (64, 96)]
 
 
 class Free:
-    """Stands in the place of a kernel, counts its launches and computes nothing."""
+    """Replaces a kernel: counts its launches and computes nothing."""
 
     def __init__(self):
         self.count = 0
@@ -79,7 +79,7 @@ def calls(optimizer, params):
 
 
 def calls_by_layers(cls, options, kernel=None):
-    """Calls of a remembered step of 10 and of 30 layers, and what they differ by for each tensor."""
+    """Calls of a cached step with 10 and with 30 layers, and their difference for each tensor."""
     counts = []
     for layers in (10, 30):
         params, optimizer = build(cls, layers, True, **options)
@@ -110,7 +110,7 @@ def test_calls_for_each_tensor_and_launches(cls, options, capturable, free):
 
 @KINDS
 def test_launches_of_bert_base(cls, options, free):
-    """Its 199 tensors, of a quarter of the width: rows are blocks of int8 codes, as those of the whole width."""
+    """Its 199 tensors at a quarter of the width: rows are blocks of int8 codes, as at full width."""
     d = 192
     layer = [*[(d, d), (d,)] * 4, (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,), (d,), (d,)]
     shapes = [(1000, d), (512, d), (2, d), (d,), (d,), *layer * 12, (d, d), (d,)]
@@ -213,7 +213,7 @@ CAPTURABLE = [one for one in CHANGES if one not in (transposed_gradient, negativ
     ],
 )
 def test_what_is_remembered_is_not_trusted(change, fused, capturable, monkeypatch):
-    """After any change the step is that of an optimizer which remembers nothing."""
+    """After any change the step equals that of an optimizer without a cache."""
     pytest.importorskip("triton" if fused else "numba")
     if torch.cuda.is_available():
         pytest.skip("kernels are interpreted where there is no GPU only")
@@ -274,7 +274,7 @@ def test_groups_are_recalled_whole_and_no_tensor_is_kept(free):
 
 
 def test_torch_has_what_looks_at_all_tensors_in_one_call():
-    """Private: without it a step takes longer, and this says why (`optim/alike.py`)."""
+    """They are private: without them a step takes longer, and this test says why (`optim/alike.py`)."""
     assert alike.TensorGuards is not None, "torch._C._dynamo.guards.TensorGuards has moved"
     assert Alike([torch.ones(2)])._check is not None, "TensorGuards takes other arguments"
 
@@ -313,7 +313,7 @@ def test_looking_keeps_no_tensor_alive():
 
 @pytest.mark.parametrize("there", [True, False])
 def test_without_it_groups_are_recalled_all_the_same(there, free, monkeypatch):
-    """Every step is then compared in Python, and no more is made anew than a few times."""
+    """Every step is then compared in Python, and only a few things are made again."""
     made = []
     if not there:
         monkeypatch.setattr(alike, "TensorGuards", None)
@@ -331,7 +331,7 @@ def test_without_it_groups_are_recalled_all_the_same(there, free, monkeypatch):
 
 @pytest.mark.parametrize("cls", [CSAdam, SM3])
 def test_groups_that_share_a_launch_keep_their_own_numbers(cls):
-    """Several groups with rates and numbers of steps of their own, parameters by the way without a gradient."""
+    """Several groups with their own rates and step numbers, and with parameters that sometimes have no gradient."""
     pytest.importorskip("numba")
     ends = []
     for remembers in (True, False):
@@ -348,7 +348,7 @@ def test_groups_that_share_a_launch_keep_their_own_numbers(cls):
             for i, p in enumerate(params):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
             if step < 2:
-                params[4].grad = None  # is a few steps behind from here on
+                params[4].grad = None  # it is a few steps behind from here on
             for number, group in enumerate(optimizer.param_groups):
                 group["lr"] *= 1 - 0.1 * number
             optimizer.step()
@@ -404,7 +404,7 @@ def test_a_group_that_changes_all_the_time_is_given_up(free):
 
 
 def test_changes_of_long_ago_are_forgotten(free):
-    """An evaluation that moves everything once in a while does not end what is remembered."""
+    """An evaluation that sometimes moves everything does not end the caching."""
     params, optimizer = build(CSAdam, 4, True)
     for step in range(300):
         give(params)
@@ -417,7 +417,7 @@ def test_changes_of_long_ago_are_forgotten(free):
 
 
 def test_a_group_that_cannot_be_remembered_is_tried_once(free, monkeypatch):
-    """Its parts are not made a second time in every step."""
+    """Its parts are not made again in every step."""
     params = [torch.nn.Parameter(torch.ones(96, 64)) for _ in range(3)]  # too few
     optimizer = CSAdam(params, fused=True, min_compress_size=0)
     made = []
@@ -457,7 +457,7 @@ def damaged_state(optimizer, params, mesh):
 
 @pytest.mark.parametrize("change", [placed_otherwise, moved_shard, plain_gradient, damaged_state])
 def test_what_is_remembered_of_shards_is_not_trusted(change, mesh, monkeypatch):
-    """After any change the step is that of an optimizer which remembers nothing (Triton's interpreter, one rank)."""
+    """After any change the step equals that of an optimizer without a cache (Triton's interpreter, one rank)."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are interpreted where there is no GPU only")

@@ -1,4 +1,4 @@
-"""The line of an optimizer's first step: what it says, where, how often, and what it costs where nobody listens."""
+"""The line of an optimizer's first step: its text, its logger, how often it comes, and its cost if it is not shown."""
 
 import copy
 import logging
@@ -74,7 +74,7 @@ def test_rates_of_groups_and_schedules(lines):
 
 
 def test_nothing_is_computed_where_nobody_listens(caplog, monkeypatch):
-    """Neither at the first step nor later, when INFO has been turned on."""
+    """Neither at the first step nor later, when INFO is turned on."""
     caplog.set_level(logging.WARNING, NAME)
     asked = []
     held = CSAdam.held
@@ -162,13 +162,13 @@ def test_names_of_a_model(tmp_path):
     net[2].weight.grad = torch.zeros_like(net[2].weight).to_sparse()
     with pytest.raises(ValueError, match=re.escape("parameter '2.weight' of shape (20, 300)")):
         optimizer.step()
-    # They go into state dicts, bind nobody, and are not believed when there are more parameters than names.
+    # They are part of state dicts, demand nothing, and are ignored if there are more parameters than names.
     torch.save(optimizer.state_dict(), tmp_path / "o.pt")
     saved = torch.load(tmp_path / "o.pt", weights_only=True)
     assert saved["param_groups"][1][NAMES] == names[2:]
     for group in saved["param_groups"]:
         del group[NAMES]
-    optimizer.load_state_dict(saved)  # from before there were names
+    optimizer.load_state_dict(saved)  # a state dict from before names existed
     assert optimizer.param_groups[1][NAMES] == names[2:]
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
     optimizer.param_groups[1]["params"].append(torch.nn.Parameter(torch.zeros(3)))

@@ -1,4 +1,4 @@
-"""``lagged_rms``: update_clip and scale_parameter by what the step before has measured. Kernels: tests/kernels."""
+"""``lagged_rms``: update_clip and scale_parameter use the measurements of the previous step. Kernels: tests/kernels."""
 
 import copy
 import importlib.util
@@ -47,7 +47,7 @@ def rms(x):
 
 
 class Devices:
-    """Both RMS, kept from step to step; touched rows are measured at once."""
+    """Both RMS, kept from step to step; touched rows are measured in the same step."""
 
     last = None
 
@@ -218,7 +218,7 @@ def test_bytes():
 @pytest.mark.parametrize("fused", BACKENDS)
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
 def test_zeros_do_no_harm(fused, eps):
-    """Gradients and parameters of zeros, in the first step or later, are no 0 / 0, and nothing is forgotten."""
+    """Gradients and parameters of zeros, in the first step or later, cause no 0 / 0, and nothing is lost."""
     params, optimizer = build(CSAdam, {"preset": "lean", "eps": eps}, fused)
     for p in params[1:]:
         p.data.zero_()
@@ -234,7 +234,7 @@ def test_zeros_do_no_harm(fused, eps):
 @pytest.mark.parametrize("fused", BACKENDS)
 @pytest.mark.parametrize(("cls", "options"), OPTIMIZERS, ids=str)
 def test_a_learning_rate_of_0_measures_like_any_other(cls, options, fused):
-    """A warm-up starts there: what is measured has no learning rate in it."""
+    """A warm-up starts there, and the measurements do not contain the learning rate."""
     runs = [build(cls, {**options, "lr": lr, "weight_decay": 0.0}, fused) for lr in (0.0, 1e-3)]
     for run in runs:
         train(*run, range(3))
@@ -260,7 +260,7 @@ def test_a_first_step_without_rows_leaves_the_parameter_s_size():
 
 
 def test_what_is_switched_on_later_finds_its_measure():
-    """Both are measured, whether they are in use or not."""
+    """Both are measured, whether they are used or not."""
     p, expected = torch.nn.Parameter(start()), start()
     optimizer = CSAdam([p], LR, (B1, B2), EPS, 0.0, preset="exact", lagged_rms=True)
     twin = copy.deepcopy(optimizer)
@@ -310,7 +310,7 @@ def test_errors():
 
 
 def test_a_first_step_is_not_captured(monkeypatch):
-    """A graph would replay it for ever; the kernels of the steps that follow it are in tests/kernels."""
+    """A graph would repeat it for ever; the kernels of the later steps are in tests/kernels."""
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     p = torch.nn.Parameter(torch.randn(24, 48))

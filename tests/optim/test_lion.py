@@ -64,7 +64,7 @@ def test_a_compressed_momentum_changes_few_signs(moment, fused):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_only_signs_count(fused):
-    """Gradients of any size make the same steps, and none at all where there has been none."""
+    """Gradients of any size give the same steps, and there is no step without any gradient so far."""
     if fused:
         pytest.importorskip("numba")
     moved = []
@@ -123,7 +123,7 @@ def test_betas_that_have_no_meaning(betas):
 
 @pytest.mark.parametrize("then", [(0.95, 0.95), (0.5, 0.9)])
 def test_betas_that_change_after_a_step_was_remembered(then, monkeypatch):
-    """Equal betas do not look ahead, and a kernel is compiled for one or the other."""
+    """Equal betas do not look ahead, and a kernel is compiled for one of the two cases."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are interpreted where there is no GPU only")

@@ -1,4 +1,4 @@
-"""AdamW's learning rate carries over: ``reference_rms``, what presets say of it, old checkpoints, far rates."""
+"""AdamW's learning rate carries over: ``reference_rms``, presets, old checkpoints, rates that are far off."""
 
 import copy
 import re
@@ -165,7 +165,7 @@ def test_usual_rates_are_not_warned_of(cls, options):
 
 
 def test_what_a_schedule_makes_of_a_rate_decides():
-    """A small first rate says nothing; a large one is found when it comes, whoever writes it into the group."""
+    """A small first rate causes no warning; a large one is found when it comes, whoever sets it in the group."""
     params = parameters(SHAPES, torch.float32)
 
     def rates(optimizer, values):
@@ -295,4 +295,4 @@ def test_every_name_learns_at_adamw_s_rate():
     for name, loss in losses.items():
         assert loss < 1.03 * adamw, (name, losses, adamw)
     relative = loss_after(lambda params: Sketchy(params, lr=3e-3, reference_rms=1.0))
-    assert relative > 1.05 * adamw  # what it was: hardly trained
+    assert relative > 1.05 * adamw  # the old behaviour: it hardly trained

@@ -1,4 +1,4 @@
-"""Keys of other people in an optimizer's state: left alone, saved, loaded, and never taken for ours."""
+"""Other code's keys in an optimizer's state: not changed, saved, loaded, and never taken for ours."""
 
 import copy
 import importlib.util
@@ -26,7 +26,7 @@ def build(cls, **options):
 
 
 def wrap(optimizer, params):
-    """What Lookahead, quantisation-aware wrappers and others leave behind."""
+    """Entries like those of Lookahead, quantisation-aware wrappers and others."""
     for p in params:
         optimizer.state[p].update(
             slow=p.detach().clone().double(), counts={"seen": 3, "at": torch.ones(2)}, note="mine", list=[torch.ones(1)]
@@ -46,7 +46,7 @@ def check(optimizer, params, slow):
 @pytest.mark.parametrize("when", [0, 1, 3])
 @pytest.mark.parametrize("fused", FUSED)
 def test_they_change_no_step_and_go_with_the_state(name, when, fused):
-    """``when``: steps before they appear; 0: there is no state of ours yet, 3: kernels know the parameters."""
+    """``when``: steps before they appear; 0: our state does not exist yet, 3: kernels know the parameters."""
     cls = registry.get(name).cls
     plain, plain_params = build(cls, fused=fused)
     train(plain, plain_params, 5)
@@ -183,7 +183,7 @@ def test_hooks_may_return_another_layout(cls):
 
 @pytest.fixture
 def mesh():
-    """Of one process: placements, local shards and wrapped state are those of many."""
+    """A mesh of one process: placements, local shards and wrapped state are the same as with many."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()

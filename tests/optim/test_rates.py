@@ -1,4 +1,4 @@
-"""Learning rates: tensors of one element in any shape, what is not finite, and what rounding leaves of 0."""
+"""Learning rates: tensors of one element in any shape, values that are not finite, and rounded zeros."""
 
 import copy
 import importlib.util
@@ -18,7 +18,7 @@ each = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
 def ways(cls):
-    """Paths that a step may take: eager, fused, touched rows; MemSGD's has no memory, or it would be applied."""
+    """Paths of a step: eager, fused, touched rows. MemSGD's has no memory, because it would be applied."""
     if cls is MemSGD:
         return [{"density": 1.0}]
     if cls is SAdagrad:
@@ -82,7 +82,7 @@ def test_tensors_that_are_no_number_are_refused(cls, value):
 
 @each
 def test_what_rounding_leaves_of_zero_is_zero(cls):
-    """In a step, of a float and of a tensor, with weight decay; and in a checkpoint, which keeps the value."""
+    """In a step, as a float and as a tensor, with weight decay; and in a checkpoint, which keeps the value."""
     for options in ways(cls):
         for lr in (-3e-20, -RATE_ROUNDING, torch.tensor(-3e-20), torch.full((1, 1), -3e-20, dtype=torch.float64)):
             optimizer, params = build(cls, 0.01, **options)

@@ -1,4 +1,4 @@
-"""S-AdaGrad in the setting it is made for: the regret of online logistic regression; benchmarks/regret.py at length."""
+"""S-AdaGrad in the setting that it is made for: online logistic regression. benchmarks/regret.py is the long run."""
 
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_the_stream_is_like_a9a():
 
 
 def test_the_best_fixed_weights_are():
-    """No direction leads down from where L-BFGS ends, and 0 is worse."""
+    """The gradient at L-BFGS's end is 0, and weights of 0 are worse."""
     data = regret.stream(2000, batch=4)
     (least,) = regret.best_fixed(data, [500])
     model = torch.nn.Linear(123, 1, bias=False, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_a_sketch_of_rank_10_of_123_is_near_the_full_matrix(averages):
 
 
 def test_the_basis_does_not_matter():
-    """Rotated features are the same problem for S-AdaGrad (float64, up to round-off), another one for the diagonal."""
+    """With rotated features the problem is the same for S-AdaGrad (float64, up to round-off), not for the diagonal."""
     data = regret.stream(800, batch=8)
     data = data._replace(x=data.x.double(), y=data.y.double())
     d = data.x.shape[1]

@@ -1,4 +1,4 @@
-"""Every buffer of an eager step is there before the step changes anything: no allocation can fail half-way."""
+"""Every buffer of an eager step is allocated before the step changes anything, so no allocation fails half-way."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_no_buffer_is_allocated_within_a_step(name, options, monkeypatch):
 
 
 def test_a_rehearsal_looks_at_one_tile_of_each_shape(monkeypatch):
-    """On a tensor of many tiles it takes no more operations than on one of a few."""
+    """For a tensor of many tiles it takes no more operations than for one of a few."""
     looked, get = [], Gradient.get
     monkeypatch.setattr(Gradient, "get", lambda self, at: looked.append(self.device.type) or get(self, at))
     monkeypatch.setattr(rehearsal, "REHEARSED", {})
@@ -83,7 +83,7 @@ def test_a_rehearsal_looks_at_one_tile_of_each_shape(monkeypatch):
 
 @pytest.mark.parametrize("name", registry.names())
 def test_layers_that_are_alike_are_rehearsed_once(name, monkeypatch):
-    """Whichever optimizer has them, and whatever its rate; any other option is another step."""
+    """For all optimizers and learning rates; any other option makes another step."""
     looked, get = [], Gradient.get
     monkeypatch.setattr(Gradient, "get", lambda self, at: looked.append(self.device.type) or get(self, at))
     monkeypatch.setattr(rehearsal, "REHEARSED", {})

@@ -1,4 +1,4 @@
-"""S-AdaGrad against dense full-matrix Adagrad and the paper's own algorithm, and what it does with odd input."""
+"""S-AdaGrad against dense full-matrix Adagrad and the paper's own algorithm; and unusual input."""
 
 import copy
 import io
@@ -36,7 +36,7 @@ def train(optimizer, params, steps, first=0):
 
 
 def root(matrix, eps=0.0):
-    """The inverse root of ``matrix + eps * I``, of a singular one the pseudo-inverse's."""
+    """The inverse root of ``matrix + eps * I``; for a singular matrix, the root of the pseudo-inverse."""
     values, vectors = torch.linalg.eigh(matrix)
     values = values + eps
     seen = values > 1e-13 * values[-1]
@@ -57,9 +57,9 @@ class Dense:
 
 
 class Paper:
-    """Alg. 1 and 2 of arXiv 2302.03764 as they are printed, the set K being the whole space.
+    """Alg. 1 and 2 of arXiv 2302.03764 as printed, where the set K is the whole space.
 
-    The sketch B has ell rows of which the last is 0: g takes its place, the singular values are lowered until one is 0.
+    The sketch B has ell rows; the last one is 0. g replaces it, and the singular values are lowered until one is 0.
     """
 
     def __init__(self, p, lr, rank):
@@ -155,7 +155,7 @@ def test_many_features_in_float32():
 
 
 def test_escaped_mass_bounds_what_the_sketch_misses():
-    """Frequent Directions' guarantee: 0 <= sum of g g^T - sketch <= rho * I; the spectrum's rest bounds rho."""
+    """Frequent Directions' guarantee: 0 <= sum of g g^T - sketch <= rho * I; the rest of the spectrum bounds rho."""
     (p,) = parameters([(12,)])
     optimizer = SAdagrad([p], 0.1, rank=3)
     total = torch.zeros(12, 12, dtype=torch.float64)
@@ -308,7 +308,7 @@ def flat(value):
 
 
 def test_sparse_gradients_are_the_same_step_as_dense_ones():
-    """Also rows without a gradient move: the root of the sum mixes all numbers of a parameter."""
+    """Rows without a gradient move, too, because the root of the sum mixes all numbers of a parameter."""
     sparse, dense = parameters([(6, 4)]), parameters([(6, 4)])
     a, b = (SAdagrad(p, 0.1, weight_decay=0.1, rank=3, maximize=True) for p in (sparse, dense))
     for step in range(8):

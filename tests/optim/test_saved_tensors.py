@@ -1,4 +1,4 @@
-"""What a state dict may hold: everything is looked at before anything changes, and what comes in can be stepped."""
+"""Tensors in a state dict: all are checked before anything changes, and loaded ones can be stepped."""
 
 import copy
 import importlib.util
@@ -81,7 +81,7 @@ def unchanged(optimizer, params, before, weights):
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_odd_tensors_are_refused_whole(cls, odd):
-    """In the last parameter's state, when all others are good: nothing may have changed by then."""
+    """They are in the last parameter's state, and all others are good: nothing may have changed by then."""
     optimizer, params = build(cls)
     before, weights = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
     other, _ = build(cls, steps=2)
@@ -146,7 +146,7 @@ BAD = {"NaN": float("nan"), "infinite": float("inf"), "negative": -1.0}
 
 
 def impossible(cls, path, kind):
-    """What no step leaves behind; infinite squares of gradients above 1.8e19 are left behind, and harmless."""
+    """Values that no step writes. Infinite squares, of gradients above 1.8e19, do occur, and are harmless."""
     if path[0] == "second_moment":
         return kind != "infinite" or path[-1] == "row"
     if path[-1] == "last":
@@ -189,12 +189,12 @@ def test_numbers_that_no_step_leaves_behind_are_refused(cls, options, kind):
                 unchanged(optimizer, params, before, weights)
             else:
                 build(cls, **options)[0].load_state_dict(saved)
-    # MemSGD and S-AdaGrad keep nothing that has to be positive, and Adagrad and RMSprop squares only.
+    # The state of MemSGD and S-AdaGrad need not be positive; Adagrad and RMSprop only keep squares.
     assert seen or kind == "negative" or (kind == "infinite" and cls.__name__ in ("CSAdagrad", "CSRMSprop"))
 
 
 def test_squares_that_overflow_are_saved_and_loaded():
-    """A run with a gradient of 1e22 goes on: its element stands still."""
+    """A run with a gradient of 1e22 continues, but this element does not move any more."""
     optimizer, params = build(CSAdam, preset="exact")
     params[0].grad = torch.zeros(30, 40)
     params[0].grad[3, 4] = 1e22

@@ -1,4 +1,4 @@
-"""Sketchy against dense Shampoo, and what its sketches, grafts and schedules promise."""
+"""Sketchy against dense Shampoo; and its sketches, grafts and schedules."""
 
 import copy
 import io
@@ -405,7 +405,7 @@ def test_without_a_graft_the_update_is_the_gradient(options):
 
 
 def test_momentum_of_gradients_begins_with_the_preconditioner():
-    """Before, steps are made of the graft's updates, which are of another size: they may not enter one average."""
+    """Before it, steps consist of the graft's updates, which have another size, so one average must not mix them."""
     p = torch.nn.Parameter(torch.randn(40, 24, generator=torch.Generator().manual_seed(0)))
     optimizer = Sketchy([p], 1.8e-4, input="gradient", start_preconditioning_step=6, rank=4, update_freq=2)
     steps = []
@@ -425,7 +425,7 @@ def test_momentum_of_gradients_begins_with_the_preconditioner():
     ids=str,
 )
 def test_vanishing_gradients_move_nothing_to_nowhere(scale, options):
-    """Their squares underflow; what follows them is of ordinary size."""
+    """Their squares underflow, and the next gradients have ordinary sizes."""
     params = parameters([(20, 12), (2, 2), (100, 3)], torch.float32)
     optimizer = Sketchy(params, 1.8e-4, update_freq=2, **options)
     for size in (scale, scale, 1.0, 1.0, scale):
@@ -578,7 +578,7 @@ SPARSE_ROWS = [(64, 16), (16, 64), (40, 3), (8, 3, 3, 3)]
 
 @pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"solver": "power", "rank": 4}], ids=str)
 def test_gradients_with_many_zero_rows_leave_everything_finite(options):
-    """Their covariances are what MKL's eigh fails for: of the defaults, in one of twenty runs of three steps."""
+    """MKL's eigh fails for their covariances: with the defaults, in one of twenty runs of three steps."""
     for seed in range(12):
         params = parameters(SPARSE_ROWS, torch.float32, seed)
         optimizer = Sketchy(params, fused=False, **options)
@@ -603,7 +603,7 @@ def broken(original, silent):
 @pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("options", [{"update_freq": 1}, {"preset": "paper", "update_freq": 1, "rank": 4}], ids=str)
 def test_the_last_preconditioner_stays_where_nothing_helps(options, silent, monkeypatch):
-    """A step whose solves fail is one without solves, and the next one has everything that was gathered."""
+    """A step whose solves fail equals one without solves, and the next solve has all gathered statistics."""
     params, others = parameters([(20, 12)], torch.float32), parameters([(20, 12)], torch.float32)
     a, b = (Sketchy([("weight", p)], 1.8e-4, **options) for p in (params[0], others[0]))
     train(a, params, 3)
@@ -645,7 +645,7 @@ def test_the_last_preconditioner_stays_where_nothing_helps(options, silent, monk
     ids=str,
 )
 def test_roots_of_any_size_make_steps_of_the_right_size(options, scale):
-    """Before clipping the roots' product may be 1e57, and cancels; a factor of the gradients is none of the step."""
+    """Before clipping, the roots' product may be 1e57, and cancels: the scale of the gradients does not matter."""
 
     def move(dtype, size):
         params = parameters([(20, 12), (4, 3, 5, 2), (30, 3)], dtype)
@@ -713,7 +713,7 @@ def test_the_lm_head_and_every_hidden_matrix_of_a_model_share_a_budget_below_two
 
 
 def test_its_options_are_known_to_the_whole_family():
-    """In another optimizer's parameter group they are errors, not keys that nobody reads."""
+    """In another optimizer's parameter group they are errors, and not ignored keys."""
     p = torch.nn.Parameter(torch.zeros(8, 8))
     common = {
         "rank",

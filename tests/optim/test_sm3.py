@@ -1,4 +1,4 @@
-"""SM3 against a naive implementation with loops over elements, and what is particular to it; the rest is inherited."""
+"""SM3 against a naive implementation with loops over elements, and its own properties; the rest is inherited."""
 
 import copy
 import itertools
@@ -121,7 +121,7 @@ def test_dense_and_sparse_steps_in_turn(shape, variant, beta2, momentum, how):
             mask[rows] = 1
             g = (g + 0.01) * mask
             p.grad = sparse(g, rows) if how == "sparse" else g
-        # Where rows are searched for, a step with all of them is a row-sparse one too.
+        # If rows are searched for, a step with all of them is also a row-sparse one.
         every = list(range(shape[0])) if rows is None and how == "row_sparse" else rows
         optimizer.step()
         naive.step(expected, g, 0.05, 0.1, momentum != "none", every)
@@ -338,13 +338,13 @@ def test_options():
         (key, value), = options.items()  # fmt: skip
         with pytest.raises(ValueError, match=f"{key}={value!r} is not one of"):
             Paper([p], **options)
-    # What only a sketch has is refused, in a constructor as in a group, where other unknown keys are kept.
+    # Options of sketches are refused, both in a constructor and in a group, where other unknown keys are kept.
     sketch = {"width": 4, "depth": 2, "hash": "affine", "compression": 0.1, "bucket": "sum", "clean_every": 3}
     assert known("sm3", sketch) == {}
     for key, value in sketch.items():
         with pytest.raises(TypeError, match=key):
             Paper([p], **{key: value})
-        if key in ("width", "depth"):  # words that others use, too: theirs
+        if key in ("width", "depth"):  # other code uses these words, too
             assert Paper([{"params": [p], key: value}]).param_groups[0][key] == value
             continue
         with pytest.raises(ValueError, match=f"SM3 has no option '{key}'"):
@@ -509,7 +509,7 @@ def test_bad_arguments_of_the_warmup_are_named(args, words):
 
 
 def test_it_learns_a_convolution():
-    """A regression on a 4-d weight: SM3 gets where Adagrad does, at the same rate."""
+    """A regression on a 4-d weight: SM3 reaches the same loss as Adagrad, at the same rate."""
     losses = {}
     for label, build in (
         ("adagrad", lambda p: torch.optim.Adagrad(p, lr=0.05)),

@@ -68,7 +68,7 @@ def test_a_step_of_bert_base_takes_hundreds_of_operations(solver):
     pytest.importorskip("numba", reason="without kernels each elementwise part is operations of its own")
     ordinary, solved = (counted(BERT, steps, solver=solver, refresh_every=0) for steps in (5, 9))
     assert ordinary.total() <= 300 and solved.total() <= 600
-    # The one number that is waited for says whether gradients are finite; decompositions have a flag for each shape.
+    # The host waits for one number, which says whether gradients are finite; decompositions have a flag for each shape.
     assert ordinary[torch.ops.aten._local_scalar_dense] == solved[torch.ops.aten._local_scalar_dense] == 1
     assert not ordinary[torch.ops.aten._linalg_eigh] and 0 < solved[torch.ops.aten._linalg_eigh] <= 8
     decoder, decoder_solved = (counted(DECODER, steps, solver=solver, refresh_every=0) for steps in (5, 9))
@@ -121,7 +121,7 @@ def test_stacks_of_any_size_take_the_same_step(options, dtype):
 
 
 def in_groups(params, **options):
-    """Of one stack, with rates and weight decays of their own."""
+    """Groups of one stack, with rates and weight decays of their own."""
     return [
         {"params": params[i::3], "lr": lr, "weight_decay": decay, **options}
         for i, (lr, decay) in enumerate([(0.02, 0.1), (0.02, 0.0), (0.05, 0.3)])
@@ -177,7 +177,7 @@ def test_a_stack_in_kernels_is_the_definition_s_up_to_rounding(options, given):
 
 
 def test_a_plan_of_the_same_shapes_leaves_nothing_behind(monkeypatch):
-    """Of fake tensors nothing may be kept: their numbers would take part in a step without changing anything."""
+    """Nothing of fake tensors may be kept, because their numbers would be used in a step."""
     monkeypatch.setattr(kronecker, "_CONSTANTS", {})
     with FakeTensorMode():
         params = parameters([(24, 16)] * 2 + [(16, 40)])
@@ -255,7 +255,7 @@ def test_the_elementwise_parts_are_the_kernels(monkeypatch):
 
 @pytest.mark.parametrize("fused", [None, False])
 def test_a_stack_has_a_stated_memory(fused):
-    """Beside the stack itself: directions and products, a rank's part of it, and the elementwise temporaries."""
+    """Beyond the stack itself: directions and products, the share of the rank, and the elementwise temporaries."""
     params = parameters([(256, 256)] * 16)
     peaks = {}
     one = 256 * 256 * 4
@@ -291,7 +291,7 @@ def test_a_step_leaves_no_gradient_alive():
 
 
 def test_a_remembered_step_describes_nothing():
-    """Functions of Python for each preconditioned tensor, however many there are."""
+    """Number of Python calls for each preconditioned tensor."""
     pytest.importorskip("numba", reason="needs Numba's kernels")
 
     def calls(layers):

@@ -1,4 +1,4 @@
-"""What a step on a CPU remembers for the next one: never trusted, never state, never a reason for other bits."""
+"""The cache of a step on a CPU: it notices every change, is no state, and never changes a bit."""
 
 import copy
 import gc
@@ -141,7 +141,7 @@ EVENTS = [
 @pytest.mark.parametrize("event", EVENTS, ids=lambda e: e.__name__)
 @pytest.mark.parametrize(("cls", "options"), OPTIMIZERS, ids=NAMES)
 def test_whatever_changes_is_noticed(cls, options, event):
-    """The same bits as without a memory, before and after something has changed."""
+    """The same bits as without a cache, before and after a change."""
     results = []
     for remembers in (True, False):
         params, optimizer = build(cls, options)

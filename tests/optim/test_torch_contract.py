@@ -1,7 +1,7 @@
-"""What torch's own tests ask of any optimizer, in `test/test_optim.py` and `test/test_lrscheduler.py`.
+"""The demands of torch's own tests on any optimizer, in `test/test_optim.py` and `test/test_lrscheduler.py`.
 
-Written anew, for every name of the registry and a few presets, `SAdagrad` and `MemSGD`. The arguments that have to be
-errors come from `torch.testing._internal.common_optimizers` itself. Of torch's tests these are left out:
+They are written again here, for every name of the registry and a few presets, `SAdagrad` and `MemSGD`. The arguments
+that must be errors come from `torch.testing._internal.common_optimizers` itself. These of torch's tests are left out:
 
 ====================================================== ===============================================================
 torch's test                                           reason
@@ -99,7 +99,7 @@ def trained(cls, options, steps=3, rate=RATE):
 
 
 def plain(value):
-    """Something that compares by value."""
+    """A value that can be compared."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.tolist()
     if isinstance(value, dict):
@@ -121,7 +121,7 @@ def test_arguments_that_every_optimizer_refuses(cls, options):
         given, params = case.optimizer_error_input.kwargs, case.optimizer_error_input.params
         error, words = case.error_type, case.error_regex
         if "Tensor lr" in words:
-            words = "one element"  # ours say it in their own words
+            words = "one element"  # our message uses these words
         elif "duplicate parameters" in words and cls is not MemSGD:
             error, words = ValueError, "more than once"  # torch.optim warns, ours refuse
         with warnings.catch_warnings():
@@ -270,7 +270,7 @@ def test_named_parameters_are_named_in_the_state_dict(cls, options):
 @every_case
 @pytest.mark.parametrize("scheduled", [None, lr_scheduler.StepLR, lr_scheduler.ReduceLROnPlateau])
 def test_a_loop_goes_in_the_right_direction(cls, options, scheduled):
-    """Also of parameters that are not contiguous."""
+    """Also for parameters that are not contiguous."""
     for contiguous in (True, False):
         g = torch.Generator().manual_seed(0)
         weight, bias, x = (torch.randn(*s, 2, generator=g) for s in ((10, 5), (10,), (5,)))
@@ -309,7 +309,7 @@ def test_parameters_without_a_gradient_are_left_alone(cls, options):
 
 @every_case
 def test_gradients_of_zero_move_nothing(cls, options):
-    """Without weight decay: with it, as if there were no gradient but the decay."""
+    """Without weight decay. With it, only the decay moves them."""
     module = model()
     optimizer = cls(module.parameters(), lr=RATE, **{**options, "weight_decay": 0.0})
     before = copy.deepcopy(module)
@@ -515,7 +515,7 @@ def test_deepcopy_copies_all_public_attributes_and_the_model_with_it(cls, option
 
 @every_class
 def test_a_saved_step_that_is_a_number(cls, options):
-    """As checkpoints of old versions of torch have it: taken as it is meant, or refused; never half of it."""
+    """Like checkpoints of old versions of torch: it is read correctly or refused, and nothing is half loaded."""
     module, optimizer = trained(cls, options)
     saved = optimizer.state_dict()
     saved = {**saved, "state": {k: {**v, "step": float(v["step"])} for k, v in saved["state"].items()}}
@@ -601,7 +601,7 @@ def test_every_scheduler_of_torch_is_here():
 
 
 def scheduled():
-    """How a rate is read is the base class's: three optimizers have every scheduler, all have three of them."""
+    """The base class reads the rate, so three optimizers get all schedulers, and all optimizers get three of them."""
     for one in CLASSES:
         whole = one.values[0] in (CSAdam, CSMomentum, MemSGD)
         for scheduler in SCHEDULERS if whole else ("OneCycleLR", "SequentialLR", "ReduceLROnPlateau"):
@@ -612,7 +612,7 @@ def scheduled():
 
 @pytest.mark.parametrize(("cls", "options", "scheduler", "as_tensor"), [*scheduled()])
 def test_steps_are_taken_with_the_scheduler_s_rate(cls, options, scheduler, as_tensor):
-    """The same run as one whose groups are set by hand to what AdamW's are; and resumed in the middle."""
+    """The run equals one whose groups get AdamW's values by hand; it is also resumed in the middle."""
     a, b = model(), model()
     rate = torch.tensor(RATE) if as_tensor else RATE
     one, two = cls(a.parameters(), lr=rate, **options), cls(b.parameters(), lr=RATE, **options)

@@ -62,7 +62,7 @@ def test_every_optimizer_moves_as_in_float32(name, bits):
 
 @pytest.mark.parametrize("batch_dims", [0, 1])
 def test_layouts_whose_rows_are_copied(batch_dims):
-    """Axes in another order in memory: the same weights and corrections as of a contiguous tensor."""
+    """Axes in another order in memory have the same weights and corrections as a contiguous tensor."""
     out = []
     for layout in (lambda x: x, lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
         (p,) = made([(20, 24, 18)])
@@ -85,10 +85,10 @@ def test_thousands_of_updates_of_a_millionth_arrive():
         own = {"momentum": 0.0, "weight_decay": 0.0, "first_moment": "none", "fused": False}
         optimizer = CSMomentum([p], lr=lr, weight_bits=bits, **own)
         p.grad = -start.clone()
-        for _ in range(steps if bits else 1):  # without bits one step is like the other
+        for _ in range(steps if bits else 1):  # without additional bits all steps are alike
             optimizer.step()
         if bits is None:
-            assert torch.equal(p.detach(), start)  # nothing arrives
+            assert torch.equal(p.detach(), start)  # no update has an effect
         else:
             moved[bits] = (whole(optimizer, p).double() / start.double() - 1).view(copies, 128)
     for bits, found in moved.items():

@@ -1,4 +1,4 @@
-"""``weight_bits``: a correction is void where somebody else has written the weight, and right where nobody has."""
+"""``weight_bits``: a correction is void if other code has written the weight, and right if it has not."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ def whole(optimizer, p):
 
 
 def effective(params, optimizer):
-    """What the next step reads: the rate is 0, and 32 bits are exact."""
+    """The weights that the next step reads: the rate is 0, and 32 bits are exact."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     train(params, optimizer, 99)
@@ -83,7 +83,7 @@ def test_a_weight_that_somebody_else_has_written_is_what_it_is(way, bits):
 
 @pytest.mark.parametrize("cls", [CSAdam, SM3, Sketchy])
 def test_steps_with_one_parameter_idle_keep_its_correction(cls):
-    """Parameters without a gradient, row-sparse steps, state dicts that are taken: nobody has written a weight."""
+    """Parameters without a gradient, row-sparse steps, state dicts: nothing of this writes a weight."""
     params, optimizer = made(32, [(40, 24), (40, 24)], cls)
     train(params, optimizer, 0, 1)
     kept = whole(optimizer, params[1]).clone()
@@ -97,7 +97,7 @@ def test_steps_with_one_parameter_idle_keep_its_correction(cls):
 
 
 def test_a_swap_by_data_that_is_undone_is_none():
-    """As averages of weights are put in for an evaluation: the same bits are there again before the next step."""
+    """For example, averages of weights for an evaluation: before the next step the weights have the old bits again."""
     params, optimizer = made(32)
     train(params, optimizer, 0, 1)
     kept = [whole(optimizer, p).clone() for p in params]
@@ -123,7 +123,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(bits, first):
     checkpoint = saved(params, optimizer)
     train(params, optimizer, 2, 3)
     again, fresh = made(bits, seed=1)
-    train(again, fresh, 7)  # what is remembered of it has to be forgotten
+    train(again, fresh, 7)  # the cache of these weights has to be dropped
 
     def load_model():
         with torch.no_grad():
@@ -139,7 +139,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(bits, first):
 
 
 def test_a_state_dict_is_loaded_with_other_weights():
-    """Their fingerprints differ: the state goes on, without corrections. One parameter's weights are the saved ones."""
+    """Their fingerprints differ, so the state continues without corrections. One parameter has the saved weights."""
     params, optimizer = made(32)
     train(params, optimizer, 0, 1)
     kept = whole(optimizer, params[1]).clone()
@@ -180,7 +180,7 @@ def test_a_copy_of_model_and_optimizer_goes_on_alike():
 @pytest.mark.parametrize("bits", [24, 32])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_run_goes_on_with_more_bits(bits, cls, old):
-    """A checkpoint without corrections, also one that is older than the option: the weights are what they are."""
+    """A checkpoint without corrections, also one that is older than the option: corrections start at 0."""
     params, optimizer = made(None, cls=cls)
     train(params, optimizer, 0, 1)
     checkpoint = saved(params, optimizer)
@@ -262,7 +262,7 @@ def test_an_optimizer_without_half_precision_says_so_once(recwarn):
 
 
 def test_steps_in_backward_look_at_all_parameters(recwarn):
-    """The first parameter to take its step is in float32, and the other is not."""
+    """The first parameter that takes its step is in float32, and the other is not."""
     norm = torch.nn.Parameter(torch.ones(24))
     weight = torch.nn.Parameter(torch.randn(40, 24).bfloat16())
     optimizer = CSAdam([{"params": []}, {"params": [norm]}, {"params": [weight]}], weight_bits=24, fused=False)
@@ -321,7 +321,7 @@ def test_weights_that_compute_their_numbers_have_no_corrections(recwarn):
 
 
 def test_a_state_dict_keeps_its_fingerprints_until_a_step():
-    """It has the optimizer's own tensors: what else looks at the corrections must not change them."""
+    """It has the optimizer's own tensors, and other code that reads the corrections must not change them."""
     params, optimizer = made(32)
     train(params, optimizer, 0, 1)
     state = optimizer.state_dict()
@@ -343,7 +343,7 @@ def test_a_state_dict_keeps_its_fingerprints_until_a_step():
 
 @pytest.mark.parametrize("model_first", [False, True])
 def test_a_checkpoint_that_is_read_into_the_tensors_of_a_state_dict(model_first):
-    """As torch.distributed.checkpoint does, which asks for a state dict once more before it is loaded."""
+    """torch.distributed.checkpoint does this, and takes a state dict once more before it is loaded."""
     params, optimizer = made(24)
     train(params, optimizer, 0, 1)
     checkpoint = saved(params, optimizer)
@@ -387,7 +387,7 @@ def test_who_writes_weights_in_each_step_is_told_by_steps_in_backward_too(recwar
         optimizer.step()
         with torch.no_grad():
             weights[1].clamp_(-2, 2)
-        optimizer.state_dict()  # who looks in between does not count as a step
+        optimizer.state_dict()  # a reader in between does not count as a step
     (warning,) = recwarn
     assert "'layer1'" in str(warning.message) and "nn.Embedding(max_norm=...)" in str(warning.message)
 
@@ -425,7 +425,7 @@ def test_one_who_writes_weights_now_and_then_is_not_told(recwarn):
 
 
 def test_nothing_that_a_graph_would_repeat_is_captured():
-    """What a capture asks for; that replays agree is a matter for a GPU."""
+    """The conditions for a capture; whether replays agree can only be tested on a GPU."""
     params, optimizer = made(24)
     train(params, optimizer, 0, 1)
     written, parts = optimizer._written, lambda: optimizer._parts_with_state(optimizer.param_groups)
@@ -456,7 +456,7 @@ def test_a_step_that_fails_leaves_the_corrections():
 
 
 def test_a_step_that_fails_half_way_leaves_no_correction_of_another_weight(monkeypatch):
-    """Small parameters are as before, those that have stepped are as after; a large one is what is stored."""
+    """Small parameters are unchanged, those that have stepped have new values; a large one keeps its stored bits."""
     shapes = [(40, 24), (200, 90), (30,)]
     params, optimizer = made(32, shapes, chunk_size=4096)
     train(params, optimizer, 0, 1)

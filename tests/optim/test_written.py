@@ -1,4 +1,4 @@
-"""Who wrote a state, and under which options: remembered wherever the groups go."""
+"""Which optimizer wrote a state, and with which options: the groups carry this mark."""
 
 import copy
 import io
@@ -50,7 +50,7 @@ def loaded(optimizer):
 
 
 def saved_and_loaded(optimizer):
-    """Through a file, as a checkpoint goes."""
+    """Save and load through a file, like a checkpoint."""
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -230,7 +230,7 @@ def test_an_option_s_name_with_a_value_that_cannot_be_one_says_whose_name_it_is(
     optimizer.param_groups[0][key] = value
     with pytest.raises(ValueError, match="give it another name"):
         again(optimizer)
-    if key in ("depth", "width"):  # words of others, which SM3 has no use for
+    if key in ("depth", "width"):  # SM3 does not use these words of other code
         assert SM3([group]).param_groups[0][key] == value
         return
     with pytest.raises(ValueError, match=f"SM3 has no option '{key}'.*give it another name"):

@@ -1,4 +1,4 @@
-"""benchmarks/quality_run.py: a line for each run, none twice, and what is missing is said."""
+"""benchmarks/quality_run.py: a line for each run, none twice, and missing arguments are reported."""
 
 import csv
 import random

@@ -1,9 +1,9 @@
-"""The test suite as other machines see it: instruction sets held down, packages hidden. ``make restricted`` runs it.
+"""The test suite as on other machines: with fewer instruction sets or hidden packages. ``make restricted`` runs it.
 
     python tests/restricted/run.py [--rows NAME,NAME] [--list] [-- PYTEST ARGUMENTS]
 
-Each row is one run of pytest. Before it a process checks that the restriction works here: a row that restricts nothing
-would test nothing, and counts as failed. The table at the end has a line for each row.
+Each row is one run of pytest. Before it, a process checks that the restriction works here; otherwise the row would test
+nothing, and counts as failed. The table at the end has a line for each row.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ HERE = Path(__file__).resolve().parent
 class Row(NamedTuple):
     what: str
     environment: dict[str, str]
-    #: An expression that is true where the restriction works.
+    #: An expression that is true if the restriction works.
     check: str
     x86: bool = True
 
 
 CAPABILITY = "torch.backends.cpu.get_cpu_capability()"
 NO_FLOAT16 = "not torch.ops.mkldnn._is_mkldnn_fp16_supported()"
-#: A float32 root that is not the correctly rounded one: MKL has such roots for processors that are not Intel's.
+#: A float32 root that is not correctly rounded: MKL has such roots for processors that are not Intel's.
 ROUGH_ROOTS = (
     "(x := torch.arange(1.0, 4097.0)).sqrt().ne(x.double().sqrt().float()).sum() > 200 "
     "if torch.backends.mkl.is_available() else False"
@@ -87,7 +87,7 @@ def run(name: str, pytest: list[str]) -> rows.Outcome:
     row = ROWS[name]
     if row.x86 and platform.machine() not in ("x86_64", "AMD64"):
         return rows.Outcome(rows.NOT_RUN, "this processor has other instruction sets")
-    # First on the path, before a sitecustomize that the system may have.
+    # First on the path, before a sitecustomize of the system.
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     environment = {**row.environment, "PYTHONPATH": path}
     check = f"import importlib, importlib.util, sys, torch\nsys.exit(0 if ({row.check}) else 3)"
@@ -96,7 +96,8 @@ def run(name: str, pytest: list[str]) -> rows.Outcome:
         why = "the restriction has no effect on this machine" if checked == 3 else f"its check ended with {checked}"
         return rows.Outcome(rows.FAILED, f"not run: {why}")
     with tempfile.TemporaryDirectory() as cache:
-        # torch.compile would take code from its cache that was generated for this processor's real instructions.
+        # Otherwise torch.compile would use code from its cache that was generated for this processor's real
+        # instructions.
         return rows.run_pytest(sys.executable, pytest, {**environment, "TORCHINDUCTOR_CACHE_DIR": cache})
 
 

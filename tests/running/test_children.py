@@ -1,4 +1,4 @@
-"""What `run` gives to a program it gives to the processes that the program starts, and to nobody else."""
+"""The processes that a program starts get the same changes as the program under `run`, and no others do."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from sketch_plugins.running import children
 
-# What a process can see of how it was started; no framework.
+# Everything by which a process can notice how it was started; without a framework.
 LOOK = """
 import json, os, sys
 print(json.dumps({
@@ -36,7 +36,7 @@ def test_a_child_without_a_framework_sees_what_it_sees_under_python(flags, run, 
         pytest.skip("python -P is of 3.11")
     write("parent.py", PARENT), write("look.py", LOOK)
     theirs, ours = (json.loads(run("parent.py", *flags, "look.py", "x", python=p).stdout) for p in (True, False))
-    if flags == ("-S",):  # nothing of ours has run that could have taken it off
+    if flags == ("-S",):  # no code of ours has run that could have removed it
         ours["path"].remove(children.FOLDER)
     if flags in ((), ("-P",)):  # the others do not import a sitecustomize, or not from PYTHONPATH
         assert ours["finders"].pop(0) == "_Waiting"
@@ -72,7 +72,7 @@ def test_an_error_in_the_users_sitecustomize_is_shown_as_python_shows_it(run, wr
     theirs = run("parent.py", "child.py", env=env, python=True)
     ours = run("parent.py", "child.py", env=env)
     assert "theirs" in theirs.stderr and ours.stdout == theirs.stdout == "went on\n"
-    # The run's own process has had it before there was a run.
+    # The run's own process had it before the run.
     assert ours.stderr == theirs.stderr
 
 
@@ -80,7 +80,7 @@ def test_an_error_in_the_users_sitecustomize_is_shown_as_python_shows_it(run, wr
 def test_what_is_on_the_path_stays_there(path, monkeypatch):
     monkeypatch.setattr(children, "join", lambda settings: None)
     monkeypatch.setattr(children.watch, "_own_file", None)
-    for variable in ("PYTHONPATH", children.VARIABLE):  # whatever the test leaves is put back
+    for variable in ("PYTHONPATH", children.VARIABLE):  # restored after the test
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
     if path is not None:
@@ -91,7 +91,7 @@ def test_what_is_on_the_path_stays_there(path, monkeypatch):
 
 
 def test_a_python_without_this_package_goes_on(run, write, tmp_path):
-    """It imports a module that would call us, were we there."""
+    """It imports a module that would load our package if it were installed."""
     venv.create(tmp_path / "other", symlinks=True)
     (tmp_path / "lib").mkdir()
     write("lib/torch.py", "NAME = 'their own torch'")
@@ -117,7 +117,7 @@ def test_a_variable_of_another_version_is_none(value, monkeypatch):
 
 
 def test_the_sitecustomize_is_for_every_python_and_alone_in_its_folder():
-    """It is read by whatever the program starts; whatever lay beside it would shadow modules of that."""
+    """Any Python that the program starts reads it, and other files beside it would shadow modules."""
     source = (Path(children.FOLDER) / "sitecustomize.py").read_text()
     ast.parse(source, feature_version=(3, 7))  # the oldest that `ast` knows in all Pythons of this package
     assert set(os.listdir(children.FOLDER)) - {"__pycache__"} == {"sitecustomize.py"}

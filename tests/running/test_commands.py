@@ -1,4 +1,4 @@
-"""`run` of commands and binaries: what is found, and that it ends as it ends without us."""
+"""`run` of commands and binaries: which one is found, and that it ends as it ends without `run`."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def on_path(folder):
 
 
 def test_a_console_script_of_this_environment_is_executed_in_this_process(run, tmp_path):
-    """As the shell would: its own name in sys.argv, its own folder on sys.path."""
+    """Like a shell: its own name in sys.argv, its own folder on sys.path."""
     command = Path(sysconfig.get_path("scripts")) / "torchrun"
     done = run("torchrun", "--version-that-is-none")
     assert done.returncode == 2 and done.stderr.startswith("usage: torchrun ")
@@ -80,7 +80,7 @@ def test_a_signal_is_passed_on_and_the_answer_is_the_commands(number, tmp_path):
 
 @POSIX
 def test_a_signal_at_once_ends_the_command_too(tmp_path):
-    """It comes when the command has just been started: nobody is left behind."""
+    """The signal comes when the command has just started: no process is left behind."""
     (tmp_path / "early.py").write_text(
         "import os, signal, subprocess, sys\n"
         "from sketch_plugins.running import command\n"
@@ -149,7 +149,7 @@ def test_which_files_this_python_executes(tmp_path):
         path = str(executable(tmp_path / "command", f"{line}\nprint()\n"))
         assert (_is_foreign(path, True), _is_foreign(path, False)) == expected, line
     (tmp_path / "command").chmod(0o644)
-    assert not _is_foreign(path, True)  # it cannot be executed but by a Python
+    assert not _is_foreign(path, True)  # only a Python can execute it
     assert _is_foreign(os.path.realpath(sys.executable), False)
 
 

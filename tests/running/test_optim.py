@@ -1,4 +1,4 @@
-"""`run --optim`: a sketched optimizer in the place of the one that the program builds, or an error that names it."""
+"""`run --optim`: a sketched optimizer replaces the one that the program builds, or an error names it."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from sketch_plugins import counterpart, registry
 from sketch_plugins.counterpart import REPLACED
 
-# A plain loop, for one optimizer after the other. They are expressions of the command line.
+# A plain loop for several optimizers, which are expressions on the command line.
 LOOP = """
 import sys
 from torch.optim import AdamW, Optimizer
@@ -69,7 +69,7 @@ main()
 """
 OPTIONS = ("--optim-args", "compression=0.25,min_compress_size=256")
 GIVEN = "compression=0.25, min_compress_size=256)"
-#: Name of the registry, optimizer of the program, what it becomes. The rate 0.05 gets a schedule.
+#: Name in the registry, optimizer of the program, expected optimizer. The rate 0.05 gets a schedule.
 SAME = (
     ("cs_adam", "AdamW(params, lr=0.01)", "CSAdam(params, lr=0.01, weight_decay=0.01, "),
     ("cs_adam", "torch.optim.Adam(params, 0.02, (0.8, 0.9))", "CSAdam(params, 0.02, (0.8, 0.9), weight_decay=0.0, "),
@@ -115,7 +115,7 @@ def test_what_has_no_counterpart_is_refused_by_name(run, write):
     write("loop.py", LOOP)
     done = run("--optim", "cs_adam", "loop.py", "catch", *REFUSED)
     said = done.stdout.splitlines()
-    assert done.returncode == 0 and len(said) == len(REFUSED)  # none has taken a step
+    assert done.returncode == 0 and len(said) == len(REFUSED)  # no optimizer has taken a step
     for line, named in zip(said, REFUSED.values(), strict=True):
         assert line.startswith(f"REFUSED {named}")
     done = run("--optim", "cs_adam", "loop.py", "raise", "Foreign(params)")
@@ -130,7 +130,7 @@ def test_wrappers_placeholders_and_ours_are_left_alone(run, write):
     others = ("Idle()", "__import__('sketch_plugins').CSAdam(params)")
     done = run("--optim", "sm3", "loop.py", "raise", *wrappers, *others)
     assert [line[1] for line in lines(done)] == ["SM3", "SM3", "Idle", "CSAdam"]
-    assert done.stderr.count("sketch-plugins run:") == 1  # what was replaced
+    assert done.stderr.count("sketch-plugins run:") == 1  # the line about the replacement
 
 
 def test_a_placeholder_is_no_optimizer(run, write):
@@ -188,7 +188,7 @@ def test_becoming_is_what_building_is(cls, name):
 
 
 def test_the_classes_stay_what_they_are(run, write):
-    """`inspect.signature` is how programs find out about `fused`, command lines about every argument."""
+    """Programs use `inspect.signature` to find `fused`, and command lines use it for every argument."""
     write(
         "look.py",
         """
@@ -235,7 +235,7 @@ def test_trainer_that_is_told_nothing_trains_as_if_it_had_been_told(run, write, 
 
 
 def test_a_program_of_accelerate_that_builds_adamw(run, write, results):
-    """Its wrapper is an optimizer, too, and loads a state that it has been given."""
+    """accelerate's wrapper is an optimizer, too, and loads a given state."""
     pytest.importorskip("accelerate")
     write(
         "train.py",
@@ -301,7 +301,7 @@ def test_zero_redundancy_optimizer_shards_ours(run, write, results):
 
 
 def test_an_optimizer_of_deepspeed_is_refused_with_what_to_write_in_its_configuration(run, write):
-    """Its own kernels for {"type": "AdamW"} take minutes to compile: the class that they are in is enough."""
+    """DeepSpeed's own kernels for {"type": "AdamW"} take minutes to compile, so only their class is used."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     write(
         "train.py",

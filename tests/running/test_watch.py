@@ -1,4 +1,4 @@
-"""A run in which no optimizer of ours was built says so at its end, once, and leaves nothing behind."""
+"""A run that built no optimizer of ours says so at its end, once, and leaves no files behind."""
 
 import os
 
@@ -24,7 +24,7 @@ sys.exit(max(process.wait() for process in processes))
 
 @pytest.fixture
 def warnings(run, write, tmp_path):
-    """``warnings(*arguments)``: the lines of a run, which changes no exit status and leaves no file."""
+    """``warnings(*arguments)``: the lines of a run. Its exit status does not change, and it leaves no file."""
 
     def of(*arguments, status=0, **kwargs):
         write("build.py", BUILD), write("parent.py", PARENT)
@@ -59,7 +59,7 @@ def test_only_one_rank_speaks(warnings):
 
 
 def test_options_that_are_checked_are_no_optimizer_that_was_built(warnings):
-    (line,) = warnings("--optim", "sm3", "build.py")  # imports torch, upon which `run` looks whether sm3 can be built
+    (line,) = warnings("--optim", "sm3", "build.py")  # it imports torch, and then `run` checks whether sm3 can be built
     assert "no optimizer was built that sm3 could replace" in line
 
 
@@ -94,7 +94,7 @@ def test_gradients_that_are_sent_sparsified_are_something_of_ours(warnings, writ
 def test_a_run_within_a_run_tells_both(warnings):
     inner = ("python", "-m", "sketch_plugins", "run")
     assert warnings(*inner, "build.py", "CSAdam") == []
-    assert len(warnings(*inner, "--optim", "sm3", "build.py")) == 1  # the outer one was asked for nothing
+    assert len(warnings(*inner, "--optim", "sm3", "build.py")) == 1  # the outer run was not asked for an optimizer
 
 
 def test_a_fork_of_the_program_does_not_speak_for_it(warnings, write):

@@ -1,6 +1,6 @@
-"""Run by test_ddp.py in two processes: every optimizer under torch's DistributedDataParallel, in every way of using it.
+"""Run by test_ddp.py in two processes: every optimizer under DistributedDataParallel, with each of its options.
 
-``ddp_worker.py OUT FOLDER`` writes what came out as ``OUT.RANK``: optimizer -> way -> "ok" or a traceback.
+``ddp_worker.py OUT FOLDER`` writes the results to ``OUT.RANK``: optimizer -> way -> "ok" or a traceback.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS, SAVED = 6, 3
 
 
 class Net(torch.nn.Module):
-    """An embedding, matrices, vectors, one number, and a branch that only some batches go through."""
+    """An embedding, matrices, vectors, one number, and a branch that only some batches use."""
 
     def __init__(self, sparse: bool) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def batch(step: int, micro: int, rank: int) -> torch.Tensor:
 
 
 def takes_branch(way: str, step: int, rank: int) -> bool:
-    """Without find_unused_parameters always; with it on one rank only in some steps, on none in others."""
+    """Always without find_unused_parameters; with it, on one rank only in some steps, and on none in others."""
     return way != "find_unused_parameters" or (step % 3 == 0) or (step % 3 == 1 and rank == 0)
 
 
@@ -91,7 +91,7 @@ def train_alone(model: Net, optimizer: torch.optim.Optimizer, way: str) -> None:
                 (model(batch(step, micro, rank), takes_branch(way, step, rank)) / 2).backward()
             for n, p in model.named_parameters():
                 if p.grad is not None:
-                    # Rows that occur twice are added up on each rank before the ranks are: so does gloo.
+                    # Rows that occur twice are summed on each rank before the ranks are summed, as gloo does it.
                     grad = p.grad.coalesce() if p.grad.is_sparse else p.grad
                     total[n] = grad if n not in total else total[n] + grad
             optimizer.zero_grad()
@@ -102,7 +102,7 @@ def train_alone(model: Net, optimizer: torch.optim.Optimizer, way: str) -> None:
 
 
 def digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Of the bytes of all weights and of all state, in order."""
+    """A digest of the bytes of all weights and of all state, in order."""
     whole = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -153,11 +153,11 @@ def check(name: str, way: str, folder: Path) -> str:
 
 
 def check_fsdp1(name: str) -> str:
-    """FSDP1 takes the shapes away: refused wherever the optimizer can see it, before anything has changed."""
+    """FSDP1 hides the shapes: it is refused wherever the optimizer can notice it, before anything has changed."""
     for early in (True, False):
         for original in (True, False):
             if early and not original:
-                continue  # the optimizer's parameters are then no longer the model's, as torch's manual says
+                continue  # torch's manual says that the optimizer's parameters are then no longer the model's
             model = torch.nn.Linear(64, 65)
             if early:
                 optimizer = registry.get(name).cls(model.parameters())
@@ -185,7 +185,7 @@ def main(out: str, folder: str) -> None:
             except Exception:
                 said = traceback.format_exc()
             results.setdefault(name, {})[way] = said
-            # A rank that has failed is where the other one is not: neither may wait for the other.
+            # A rank that has failed is at another place than the other one: neither may wait for the other.
             bad = torch.tensor(int(said != "ok"))
             dist.all_reduce(bad)
     Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(results))

@@ -27,7 +27,7 @@ from sketch_plugins.optim import self_check
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 SMALL = {"min_compress_size": 64}
-# What is left of a method where its numbers do not depend on how a parameter is cut.
+# The options with which the numbers of a method do not depend on the cut of a parameter.
 EXACT = {
     # int8 blocks lie along rows, and rows are not cut.
     "cs_adam": [{"preset": "exact"}, {"second_moment": "dense"}, {"first_moment": "bf16", "second_moment": "dense"}],
@@ -74,7 +74,7 @@ def batch(step, rank=0):
 
 
 def train(model, optimizer, steps, first=0, ranks=(0,)):
-    """The mean over the ranks' batches; under FSDP each rank has one of them."""
+    """Train on the mean over the ranks' batches; under FSDP each rank has one of them."""
     for step in range(first, first + steps):
         for rank in ranks:
             x = batch(step, rank)
@@ -115,7 +115,7 @@ def same_state(a, b):
 
 
 def check_equal(name):
-    """The same gradients: the same weights, bit for bit, where the method does not depend on the cut."""
+    """With the same gradients the weights are equal, bit for bit, if the method does not depend on the cut."""
     for options in EXACT[name]:
         alone, single = build(name, options, shard=False)
         model, optimizer = build(name, options)
@@ -130,8 +130,8 @@ def check_equal(name):
 
 
 def check_remembered(name):
-    """A step that remembers its shards is that of an optimizer which remembers nothing; empty shards count theirs."""
-    # On more ranks than a layer has rows some shards are empty: once is enough there.
+    """A cached step of shards equals that of an optimizer without a cache; empty shards count their steps."""
+    # With more ranks than a layer has rows, some shards are empty: one test of this is enough.
     if name not in (("cs_adam", "sm3") if WORLD == 2 else ("cs_adam",)) or importlib.util.find_spec("numba") is None:
         print(f"remembered {name}: not checked: two are enough, and without Numba there is nothing to remember")
         return
@@ -157,7 +157,7 @@ def check_remembered(name):
 
 
 def check_agreed(name):
-    """Whichever process is first says whether a kernel is right: replicas may not take different paths."""
+    """The first process decides whether a kernel is right, because replicas may not take different paths."""
     for first, why in ((0, None), (1, "differs by 3")):
         text = f"kernel of {name} {first}"
         if first == RANK:
@@ -167,15 +167,16 @@ def check_agreed(name):
 
 
 def check_experts(name):
-    """Experts in one parameter: each has its own buckets, so that a rank with whole experts takes the steps of one.
+    """Experts in one parameter: each has its own buckets, so a rank with whole experts takes one process's steps.
 
-    Of fewer experts than ranks some have none. Shard(1) and Shard(2) cut the experts themselves.
+    With fewer experts than ranks, some ranks have none. Shard(1) and Shard(2) cut the experts themselves.
     """
     if "batch_dims" not in registry.get(name).options:
         return
     mesh = init_device_mesh("cpu", (WORLD,))
     g = torch.Generator().manual_seed(0)
-    # What is common to all of a parameter would tell a shard from the whole. Sketchy's covariances are each expert's.
+    # Quantities of a whole parameter would differ between a shard and the whole. Sketchy's covariances are each
+    # expert's.
     options = {"sketchy": {"rank": 6, "update_clip": 0.0, "scale_parameter": False}}.get(name, {})
     for experts, cut in ((2 * WORLD, 0), (WORLD + 1, 0), (1, 0), (3, 1), (3, 2)):
         whole = torch.randn(experts, 18, 20, generator=g)
@@ -195,7 +196,7 @@ def check_experts(name):
             rows = -(-local.shape[1] // 5)  # a fifth of each matrix
             assert table.shape[1:] == (local.shape[0] * rows, local.shape[2])
         full = p.full_tensor()
-        if cut == 0 and name != "sm3":  # whose covers of columns are those of all rows that a rank has
+        if cut == 0 and name != "sm3":  # its covers of columns are those of all rows on a rank
             # The products of a batch of matrices may be summed in another order than those of a larger one.
             same = torch.equal(full, q) if name != "sketchy" else torch.allclose(full, q, rtol=1e-3, atol=1e-4)
             assert same, (experts, (full - q).abs().max())
@@ -251,12 +252,12 @@ def check_bytes(name):
 
 
 def check_sharded_checkpoint(name, folder):
-    """Saved as shards and loaded into another model: the run goes on as if nothing had been."""
+    """Saved as shards and loaded into another model: the run continues as if it had not been interrupted."""
     model, optimizer = build(name, {})
     train(model, optimizer, 3, ranks=(RANK,))
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
-    if name == "sm3":  # once the asynchronous way
-        # Over a group of its own, or its messages and the training's would meet.
+    if name == "sm3":  # once asynchronously
+        # With a group of its own, because its messages would mix with those of the training.
         group = dist.new_group(backend="gloo")
         future = dcp.async_save(state, checkpoint_id=f"{folder}/{name}", process_group=group)
         train(model, optimizer, 1, first=3, ranks=(RANK,))
@@ -306,7 +307,7 @@ def check_meshes(name):
     train(model, optimizer, 1, first=2, ranks=(RANK,))
     other, fresh = build(name, {}, mesh=mesh)
     train(other, fresh, 2, ranks=(RANK,))
-    fresh.load_state_dict(state)  # of two steps ago in memory: what it holds has moved on
+    fresh.load_state_dict(state)  # of two steps ago, in memory: its tensors have changed since then
     flat = init_device_mesh("cpu", (WORLD,))
     p = torch.nn.Parameter(distribute_tensor(torch.ones(12, 40), flat, [Shard(1)]))
     own = {k: v for k, v in SMALL.items() if k in registry.get(name).options}
@@ -355,13 +356,13 @@ def check_tensor_parallel(name):
 
 
 def check_placements(name):
-    """Gradients that are sums to be made, or whole, give the steps of those that are sharded."""
+    """Gradients that are partial sums, or whole, give the same steps as sharded ones."""
     mesh = init_device_mesh("cpu", (WORLD,))
     own = {k: v for k, v in SMALL.items() if k in registry.get(name).options}
     found = []
     for kind in ("shard", "partial", "replicate"):
         torch.manual_seed(0)
-        # Large enough for kernels; of unequal shards; one that a rank has nothing of.
+        # Large enough for kernels; of unequal shards; one of which a rank has nothing.
         whole = [torch.randn(64, 1024), torch.randn(64, 1024), torch.randn(33, 24), torch.randn(1, 70)]
         params = [torch.nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in whole]
         optimizer = registry.get(name).cls(params, **own)
@@ -380,7 +381,7 @@ def check_placements(name):
 
 
 def check_nan(name):
-    """A NaN on one rank: every rank raises, or none does; and where they raise nothing has changed."""
+    """A NaN on one rank: every rank raises, or none does; if they raise, nothing has changed."""
     model, optimizer = build(name, {})
     train(model, optimizer, 1, ranks=(RANK,))
     before = full(model)
@@ -419,7 +420,7 @@ def check_errors(name):
 
 
 def check_fsdp1(name):
-    """Pieces of FSDP1 are refused by name: nothing says which rows they are."""
+    """Pieces of FSDP1 are refused by name, because it is unknown which rows they hold."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for use_orig_params in (False, True):

@@ -5,7 +5,7 @@ on the same batches. Every second step a checkpoint is written into a folder of 
 all ranks have written all of theirs; the run goes on from the last whole one. It writes the losses since its start
 and the final weights to ``RESULT.RANK``.
 
-``PAUSE`` is where rank 1 (of "half a file" rank 0) stops for good, after it has said so by a file named "paused":
+``PAUSE`` is the point at which rank 1 (rank 0 for "half a file") stops and writes a file named "paused":
 
 * ``step N``: between forward and backward of a step; the other rank waits in the midst of its own for gradients.
 * ``half a file N``: when half of the file of checkpoint N is written.
@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sketch_plugins import cast_model, registry
 
-#: Of 24 bits: a model in bfloat16, with the further bits among the state.
+#: With 24 bits: a model in bfloat16, with the additional bits in the state.
 NAMES = [*registry.names(), "cs_adam 24 bits"]
 KINDS = ("ddp", "fsdp2")
 EPOCH, STEPS, EVERY = 5, 12, 2  # steps
@@ -59,7 +59,7 @@ class Net(torch.nn.Module):
 
 
 class Run:
-    """The models, their optimizers, and where the run is."""
+    """The models, their optimizers, and the state of the run."""
 
     def __init__(self, pause: tuple[str, int] | None) -> None:
         self.pause, self.step = pause, 0
@@ -133,7 +133,7 @@ class Run:
             os.replace(parts, final)
 
     def load(self) -> None:
-        """From the last whole checkpoint, where there is one."""
+        """Load the last complete checkpoint, if there is one."""
         done = [int(file.name.removeprefix("step")) for file in FOLDER.glob("step*") if file.suffix != ".parts"]
         if not done:
             return
@@ -163,7 +163,7 @@ class Run:
         return [key for key in self.models if key.startswith(kind)]
 
     def digests(self) -> dict[str, str]:
-        """Of the weights that this rank has."""
+        """Digests of this rank's weights."""
         out = {}
         for key, model in self.models.items():
             whole = hashlib.sha256()

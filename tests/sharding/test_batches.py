@@ -1,4 +1,4 @@
-"""Experts, spread over ranks: whole matrices or parts of one, and no bucket with rows of two."""
+"""Experts on several ranks: whole matrices or parts of one, and no bucket with rows of two."""
 
 import math
 
@@ -92,7 +92,7 @@ def cut(whole, piece):
 
 
 def estimates(held, name):
-    """What all pieces say of the whole."""
+    """The estimates of all pieces for the whole."""
     out = torch.full(WHOLE, math.nan)
     for h in held:
         rows, columns = h.matrix
@@ -103,7 +103,7 @@ def estimates(held, name):
 
 
 def expected(held, name, old):
-    """What a new piece's store makes of the old estimates."""
+    """The contents of a new piece's store, made from the old estimates."""
     store = held.stores[name]
     values = cut(old, held.piece).reshape(held.matrix)
     if isinstance(store, Sketch) and store.bucket == "sum":
@@ -120,7 +120,7 @@ def expected(held, name, old):
     ids=lambda v: f"{v[0].__name__} {v[1]}",
 )  # fmt: skip
 def test_recut(options, before, after):
-    """What each expert's new buckets hold is made of what the old pieces said of its rows."""
+    """Each expert's new buckets are made from the old pieces' estimates of its rows."""
     k = kept(**options)
     steps = [torch.randn(WHOLE, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)]
     old = [trained(k, piece, steps) for piece in before[0](k, before[1])]
@@ -146,7 +146,7 @@ def test_recut(options, before, after):
 
 
 def test_whole_experts_keep_their_bits():
-    """From W to W' ranks with whole experts each nothing is lost: buckets are every expert's own."""
+    """If W and then W' ranks have whole experts, nothing is lost, because buckets belong to one expert."""
     for options in ({"first_moment": "int8", "block_size": 8}, {"first_moment": "none", "hash": "affine"}):
         k = kept(compression=0.2, **options)
         steps = [torch.randn(WHOLE, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
@@ -187,7 +187,7 @@ def test_whole_experts_keep_the_bits_of_their_covariances():
 
 
 def test_pieces_of_one_expert_get_their_share_of_its_covariances():
-    """A flat partition cuts experts: each piece's covariances are made of its own expert's, and of no other's."""
+    """A flat partition cuts experts: each piece's covariances come from its own expert's, and from no other's."""
     steps = [torch.randn(WHOLE, generator=torch.Generator().manual_seed(s)) for s in range(4)]
     for g in steps:
         g[2] = 0
@@ -214,7 +214,7 @@ def test_pieces_of_one_expert_get_their_share_of_its_covariances():
 
 
 def test_state_of_the_old_layout_is_cut_in_the_old_layout():
-    """A checkpoint without the option: dimension 0 is the rows."""
+    """A checkpoint without the option: the rows are dimension 0."""
     (group,) = CSAdam([torch.nn.Parameter(torch.zeros(1))], min_compress_size=0).state_dict()["param_groups"]
     del group["batch_dims"]
     k = SavedOptimizer([group])

@@ -1,4 +1,4 @@
-"""`sketch_plugins.sharding.deepspeed` on DeepSpeed's own engines: what it finds is right, and what moves is named."""
+"""`sketch_plugins.sharding.deepspeed` on DeepSpeed's own engines: results are right, and moved attributes are named."""
 
 import json
 from pathlib import Path

@@ -4,7 +4,7 @@ from pathlib import Path
 
 WORKER = Path(__file__).with_name("fsdp2_worker.py")
 
-# A launch takes seconds before the first check: all that need the same number of processes share one.
+# A launch takes seconds before the first check, so all checks for the same number of processes share one.
 
 
 def test_two_ranks(launch_ranks, tmp_path):

@@ -1,4 +1,4 @@
-"""The line of the first step where parameters are spread over ranks: of the first rank, with its own bytes, once."""
+"""The line of the first step if parameters are spread over ranks: the first rank logs it once, with its own bytes."""
 
 import importlib.util
 import re
@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).with_name("introduction_worker.py")
 
 @pytest.fixture(scope="module")
 def outputs(launch_ranks):
-    """Of both ranks, what each kind said. One launch for all: it takes longer than the rest."""
+    """The output of each kind on both ranks. All share one launch, because it takes longer than the rest."""
     stages = ("1", "3") if importlib.util.find_spec("deepspeed") else ()
     said = [re.split(r"^KIND (\S+)\n", output, flags=re.M)[1:] for output in launch_ranks(SCRIPT, "fsdp2", *stages)]
     return [dict(zip(parts[::2], parts[1::2], strict=True)) for parts in said]

@@ -17,13 +17,13 @@ SCRIPT = Path(__file__).with_name("killed_worker.py")
 
 @pytest.fixture(scope="module")
 def ends(launch_ranks, kill_ranks, tmp_path_factory):
-    """(what the uninterrupted run ended with, what the killed one did), for both ranks: starting takes the time."""
+    """(result of the uninterrupted run, result of the killed one) for both ranks; starting takes most of the time."""
     folder = tmp_path_factory.mktemp("killed")
     whole, killed = folder / "whole", folder / "killed"
     for path in (whole, killed):
         path.mkdir()
     launch_ranks(SCRIPT, whole, folder / "result.whole")
-    # One rank alone, in the middle of a step in the middle of an epoch: the other one must not go on without it.
+    # Only one rank, in the middle of a step and of an epoch: the other one must not continue without it.
     kill_ranks([1], killed / "paused", SCRIPT, killed, folder / "result.none", "step 3")
     assert checkpoints(killed) == ["step2"]
     kill_ranks([0, 1], killed / "paused", SCRIPT, killed, folder / "result.none", "half a file 6")

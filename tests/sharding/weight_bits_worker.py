@@ -85,7 +85,7 @@ def state_of(optimizer):
 
 
 def check_equal():
-    """32 bits of a sharded model are those of one process, bit for bit; so nothing was taken to be void."""
+    """32 bits of a sharded model equal those of one process, bit for bit, so no correction was void."""
     alone, single = build(CSAdam, 32, shard=False, **EXACT)
     model, optimizer = build(CSAdam, 32, **EXACT)
     for step in range(4):
@@ -135,7 +135,7 @@ def check_full_checkpoint():
 
 
 def check_void():
-    """A model's weights alone are loaded: those of this rank have no corrections then."""
+    """Only a model's weights are loaded: this rank's weights have no corrections then."""
     model, optimizer = build(CSAdam, 32, **EXACT)
     train(model, optimizer, range(2))
     other, _ = build(CSAdam, 32, seed=1, **EXACT)
@@ -145,7 +145,7 @@ def check_void():
 
 
 def check_replicas():
-    """A copy of the weights that one rank alone writes: that rank says what comes of it, once."""
+    """Only one rank writes a weight: that rank warns about the consequences, once."""
     model, optimizer = build(CSAdam, 24, shard=False, **EXACT)
     said = []
     for step in range(4):
@@ -180,7 +180,7 @@ def check_full_precision():
 
 
 def check_load(folder):
-    """A checkpoint that was cut anew for this number of ranks: 32 bits are what they were."""
+    """A checkpoint that was recut for this number of ranks: all 32 bits are the same."""
     model, optimizer = build(SM3, 32, seed=1, min_compress_size=64)
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
     dcp.load(state, checkpoint_id=folder)

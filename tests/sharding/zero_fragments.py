@@ -1,7 +1,7 @@
 """Run by test_deepspeed_fragments.py in two processes, each a rank: real engines, one after the other.
 
-Every configuration's optimizer looks at the flat tensors that it is given in its first step and compares them with the
-weights as they were before there was an engine.
+The optimizer of every configuration checks the flat tensors that it gets in its first step: it compares them with the
+weights from before the engine was built.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class Watch(torch.optim.SGD):
-    """Notes what it was given, and calls `look` with each group and tensor of a step."""
+    """Records its arguments, and calls `look` with each group and tensor of a step."""
 
     look: Any = None
 
@@ -118,7 +118,7 @@ class One(torch.nn.Module):
 
 
 class Tiny(torch.nn.Module):
-    """Fewer elements than a partition: a rank has padding only."""
+    """Fewer elements than a partition, so that a rank has padding only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,13 +226,13 @@ def check(options: dict[str, Any]) -> str:
     return "ok"
 
 
-#: What is taken away from a running engine -> what the error has to name.
+#: Attribute that is removed from a running engine -> the name that the error must contain.
 PARAMETER = {2: ("_dp_group", "_hp_mapping"), 3: ("_z3_optimizer", "ds_numel", "ds_process_group")}
 OWNER = {3: ("grad_position", "fp32_partitioned_groups_flat", "get_param_id")}
 
 
 def contract(number: int) -> dict[str, str]:
-    """Take away each attribute that is relied on: what is said then."""
+    """Remove each attribute that the code relies on, and return the messages."""
     engine, optimizer, _ = engine_of(stage(number))
     said = {}
     flats = (
@@ -254,7 +254,7 @@ def contract(number: int) -> dict[str, str]:
 
     trained = [o.ref() for o in originals if o.ref().requires_grad]
     for name in PARAMETER[number]:
-        kept = [getattr(p, name) for p in trained]  # a KeyError by name where it has moved
+        kept = [getattr(p, name) for p in trained]  # a KeyError names an attribute that has moved
         for p in trained:
             delattr(p, name)
         ask(name)
@@ -283,12 +283,12 @@ def contract(number: int) -> dict[str, str]:
         moved.data = data
     ask("")
     engine.destroy()
-    # An engine that is gone leaves its marks; its parameters are ordinary ones again.
+    # An engine that is gone leaves its attributes, but its parameters are ordinary ones again.
     assert zero.fragments(trained[0], originals) == []
     return said
 
 
-#: What four ranks run: they take turns on two cores.
+#: The configurations for four ranks, which share two cores.
 FOUR = ("1 BF16_Optimizer", "2 bf16 groups", "2 round robin", "2 tiny", "3 sub-groups", "3 tiny")
 
 

@@ -26,11 +26,11 @@ def backends():
 @pytest.mark.filterwarnings("ignore:fused=True")
 @pytest.mark.parametrize("name", ["cs_adam", "sketchy"])
 def test_nothing_grows_or_drifts(name, soak, monkeypatch):
-    """Twice through everything a long run has: saved and loaded, skipped, a parameter replaced."""
+    """All events of a long run, twice: saved and loaded, skipped, a parameter replaced."""
     monkeypatch.setattr(soak, "SAVE", 6)
     monkeypatch.setattr(soak, "REPLACE", 8)
-    # So few steps still warm up Python's own bookkeeping, and their losses may go either way; tensors, caches and the
-    # backends' agreement may not.
+    # After so few steps, Python's own bookkeeping still grows, and losses may go either way. Tensors, caches and the
+    # backends' agreement must not change.
     rows, wrong = soak.soak([name], backends(), 96, soak.Bounds(python_bytes=256 << 10))
     assert [row["finite"] for row in rows] == [True] * len(rows)
     assert [line for line in wrong if "the loss was" not in line] == []

@@ -1,4 +1,4 @@
-"""`Store.assign`: state made of values, against what the same gradients would have written."""
+"""`Store.assign`: state made from values, against the state that the same gradients would have written."""
 
 import math
 
@@ -143,7 +143,7 @@ def test_int8_encodes_as_a_step_does_and_codes_survive(block, shape):
     ids=str,
 )
 def test_linear_stores_hold_what_the_gradients_would_have_written(store, shape):
-    """Warm start: the average of a few gradients, assigned, is the sketch that has seen each of them."""
+    """Warm start: the average of a few gradients, assigned, is the same sketch as after each of them."""
     ema = Ema(0.9, 1 - 0.9)
     written, exact = store.allocate(shape, CPU, torch.float64), torch.zeros(shape, dtype=torch.float64)
     for t in range(4):
@@ -185,7 +185,7 @@ def test_covers_are_the_maxima_and_bound(shape, variant):
     assert (est.view(shape) >= v).all()
     again = store.allocate(matrix_shape(shape), CPU, torch.float32)
     store.assign(again, Gradient(Estimates(store, state, matrix_shape(shape), v.dtype), None, v.dtype, 64, est.shape))
-    assert all(torch.equal(again[k], state[k]) for k in state)  # the least covers of their own estimates
+    assert all(torch.equal(again[k], state[k]) for k in state)  # these are the smallest covers of their own estimates
 
 
 @pytest.mark.parametrize("shape", SHAPES)
