@@ -67,7 +67,7 @@ def test_no_color_is_respected():
 
 
 def test_help_without_rich_argparse(monkeypatch, capsys):
-    """Where there is torch and nothing else, `check` works, and so does help."""
+    """With torch and no other package, `check` works, and so does help."""
     monkeypatch.setitem(sys.modules, "rich_argparse", None)
     with pytest.raises(SystemExit) as ended:
         cli.main(["--help"])

@@ -1,4 +1,4 @@
-"""`sketch-plugins info`: what it says is what is there."""
+"""`sketch-plugins info`: its output agrees with the environment."""
 
 import importlib.metadata
 import json
@@ -58,7 +58,7 @@ def test_the_tables(capsys):
 
 @pytest.mark.parametrize("command", ["", "run", "reshard", "convert", "plan", "report", "info", "check"])
 def test_help_does_not_import_torch(command):
-    """It takes seconds, and whoever asks how a command is called should not wait for it."""
+    """It takes seconds, and users who ask how a command is called should not have to wait for it."""
     script = (
         "import sys\n"
         "from sketch_plugins import cli\n"

@@ -1,4 +1,4 @@
-"""docs/extending.md: its code, put where it says into a copy of the package, does what the page says."""
+"""docs/extending.md: its code, put into a copy of the package as the page says, does what the page says."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def test_the_page_s_code_works_as_it_stands_there(heading, tmp_path):
             file.write_text(before + there + code + after)
     (tmp_path / "tried.py").write_text(tried)
     path = os.pathsep.join([str(tmp_path), str(ROOT / "integrations")])
-    # `run` registers the integrations of what is installed, as a user's command does.
+    # `run` registers the integrations of installed frameworks, like a user's command.
     command = [sys.executable, "-m", "sketch_plugins", "run", "tried.py"]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False

@@ -30,7 +30,7 @@ def test_first_hash_is_strided_by_default_and_the_others_differ():
 
 
 def test_the_same_integer_gives_the_same_hashes_on_every_machine():
-    # Written down once: a change here breaks every saved checkpoint.
+    # These values are fixed: a change breaks every saved checkpoint.
     h = row_hashes(1000, 50, 2, "affine", 42)[1]
     assert (h.a, h.b, h.sign_seed) == (337, 382, 153232595)
     assert mix32(torch.tensor([0, 1, 2**40]), 3).tolist() == [2247144487, 821347078, 3339656884]
@@ -67,7 +67,7 @@ def _along(function, steps):
     return torch.stack([function(index, i) for i in range(steps)], 1).flatten()
 
 
-# What stochastic rounding runs through: elements of a row, rows of a column, steps, seeds, and streams of one seed.
+# The directions in which stochastic rounding counts: elements of a row, rows of a column, steps, seeds, and streams.
 SEQUENCES = {
     "index": lambda: random32(torch.arange(N), 0, 1),
     "column": lambda: random32(torch.arange(N) * 4096, 1, 1000),
@@ -84,7 +84,7 @@ SEQUENCES = {
 
 
 def _chi_square(cells, bins):
-    """In standard deviations from its expectation (normal for that many bins)."""
+    """The deviation from the expectation, in standard deviations (normal for that many bins)."""
     counts = torch.bincount(cells, minlength=bins).double()
     assert len(counts) == bins
     expected = len(cells) / bins
@@ -96,7 +96,7 @@ def test_noise_passes_for_random(sequence):
     """Uniformity, serial correlation and balance of bits; a fixed sample, each figure within 5 standard deviations."""
     x = SEQUENCES[sequence]()
     assert x.min() >= 0 and x.max() < 2**32
-    low = x & 0xFFFF  # what rounding to bfloat16 adds
+    low = x & 0xFFFF  # the bits that rounding to bfloat16 adds
     for name, cells, bins in (
         ("low 16", low, 1 << 16), ("high 16", x >> 16, 1 << 16), ("middle 12", (x >> 10) & 0xFFF, 1 << 12),
         ("pairs, low", (low >> 10).view(-1, 2) @ torch.tensor([64, 1]), 1 << 12),

@@ -1,4 +1,4 @@
-"""Who imports whom: nothing in a circle, and downwards only through the layers that docs/architecture.md lists."""
+"""Imports between modules: no circles, and only downwards through the layers that docs/architecture.md lists."""
 
 import ast
 import re
@@ -52,7 +52,7 @@ def imports(root):
 
 
 def circle(graph):
-    """One circle of ``graph``, as a text; None without."""
+    """One circle of ``graph``, as a text; None if there is none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

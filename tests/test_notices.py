@@ -1,4 +1,4 @@
-"""Warnings name the line of the program, however many frames of ours and of torch lie between."""
+"""Warnings name the line of the program, with any number of our frames and of torch's in between."""
 
 import inspect
 import warnings
@@ -11,7 +11,7 @@ from sketch_plugins.notices import warn
 
 
 def odd(**options):
-    """An optimizer whose parameter no kernel takes, and which warns of it in each step."""
+    """An optimizer with a parameter that no kernel supports; it warns of this in each step."""
     pytest.importorskip("numba", reason="Numba is not installed")
     p = torch.nn.Parameter(torch.zeros(300, 300, dtype=torch.float64))
     p.grad = torch.ones_like(p)
@@ -51,7 +51,7 @@ def test_the_line_is_the_programs(way):
 
 
 def test_once_for_a_line():
-    """As with `warnings.warn`, under Python's default filter."""
+    """Like `warnings.warn`, under Python's default filter."""
     p, optimizer = odd()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("default")

@@ -16,5 +16,5 @@ def test_takes_the_steps_of_a_plain_loop(framework, launch_ranks):
     found = json.loads(line)
     assert found["optimizer"] == "CSAdam"
     assert found["moved"] > 1e-2
-    # accelerate calls the optimizer itself; at the end of ZeRO's flat piece instructions may round otherwise.
+    # accelerate calls the optimizer itself. At the end of ZeRO's flat piece, instructions may round differently.
     assert found["apart"] <= (0.0 if framework == "accelerate" else 1e-6)

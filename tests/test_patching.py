@@ -34,12 +34,12 @@ def function():
 
 
 class MovedHere(patching.MovedSymbolError):
-    """As each integration has one."""
+    """Each integration has such an error."""
 
 
 @pytest.fixture
 def framework(tmp_path, monkeypatch):
-    """Which is called differently in each test: the modules stay imported."""
+    """A package with another name in each test, because the modules stay imported."""
     name = f"framework_{tmp_path.name}".replace("-", "_").lower()
     package = tmp_path / name
     package.mkdir()

@@ -1,4 +1,4 @@
-"""The tests in tiers: what `make quick` runs is there, and the files that take longest start first."""
+"""The tests in tiers: every test of `make quick` exists, and the files that take longest start first."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ SLOW = (ROOT / "tests" / "slow.txt").read_text().splitlines()
 
 @pytest.mark.parametrize("line", [*QUICK, *LONGEST, *SLOW])
 def test_every_listed_file_and_test_exists(line):
-    """pytest ends with an error where one is missing; this test says so in the whole suite, too."""
+    """pytest ends with an error if one is missing; this test reports it in the whole suite, too."""
     path, _, function = line.partition("::")
     assert (ROOT / path).is_file(), f"{path} is listed in tests/quick.txt or tests/longest.txt, and is not there"
     if function:

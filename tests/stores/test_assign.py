@@ -162,7 +162,7 @@ def test_count_min_means_bound_and_keep_the_mass(shape):
     est = whole(store, assigned(store, v), shape, torch.float64)
     torch.testing.assert_close(est.sum(0), v.sum(0), rtol=1e-12, atol=0)
     assert (est <= v.amax(0) * (1 + 1e-12)).all() and (est >= v.amin(0) * (1 - 1e-12)).all()
-    # Estimates are means already: assigned again they are the same.
+    # Estimates are means already, so assigning them again does not change them.
     torch.testing.assert_close(whole(store, assigned(store, est), shape, torch.float64), est, rtol=1e-12, atol=0)
 
 
@@ -224,7 +224,7 @@ def test_estimates_of_sums_are_scaled_before_they_are_summed_again(kind, depth):
     if depth == 1:
         assert scale == pytest.approx(12 / 60)
         torch.testing.assert_close(again["table"], state["table"], rtol=1e-12, atol=1e-12)
-    # The nearest of all multiples.
+    # It is the nearest of all multiples.
     error = (again["table"] - state["table"]).norm()
     for other in (0.9, 1.1):
         assert error <= (again["table"] * other - state["table"]).norm()

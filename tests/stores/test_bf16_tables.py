@@ -51,14 +51,14 @@ def numbers(shape, seed):
 @pytest.mark.parametrize("name", STORES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_write_is_the_float32_write_rounded_once(name, chunk, dtype):
-    """However many tiles or batches of rows a cell's numbers come from: several roundings would be other bits."""
+    """A cell is rounded once, however many tiles or batches of rows its numbers come from."""
     shape, store = (24, 6), bf16(STORES[name])
     wide = twin(store)
     state = store.allocate(shape, CPU, dtype)
     assert state["table"].dtype == torch.bfloat16
     for step, rows in enumerate([None, SPARSE, None, SPARSE, torch.tensor([2])], 1):
         exact = {"table": state["table"].to(dtype)}
-        # With decay 1/2 and gain 1 (and sums of integers) float32 is exact whatever the order.
+        # With decay 1/2 and gain 1 (and sums of integers), float32 is exact in any order.
         ema = Ema(0.5, 1.0 if store.bucket == "sum" else 6.0, step)
         g = numbers(shape, step).to(dtype)
         if rows is not None:
@@ -110,7 +110,7 @@ def test_rounding_is_unbiased(fraction, sign):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_table_without_gradients_decays_as_beta_to_the_t(sparse):
-    """0.999 of a cell is nearer to the cell than to the next bfloat16: rounded to nearest nothing would ever move."""
+    """0.999 of a cell is nearer to the cell than to the next bfloat16, so rounding to nearest would never move it."""
     store, shape, beta, steps = CountMin(compression=1.0, bf16=True), (256, 128), 0.999, 300
     state = store.allocate(shape, CPU, torch.float32)
     store.fill(state, 1.0)
@@ -128,7 +128,7 @@ def test_a_table_without_gradients_decays_as_beta_to_the_t(sparse):
 
 
 def test_cleaning_and_filling_are_unbiased_and_cleaning_has_noise_of_its_own():
-    """Were the noise of a step's two roundings the same, the second one would depend on the first."""
+    """If both roundings of a step used the same noise, the second one would depend on the first."""
     shape = (256, 256)
     store = CountMin(compression=1.0, bf16=True, seed=5)
     ulp = 2.0**-9  # of numbers in [1/4, 1/2)

@@ -1,4 +1,4 @@
-"""Covers alone: the invariants of the paper, bytes, tiles, and the rules against loops over single elements."""
+"""Covers alone: the invariants of the paper, bytes, tiles, and the updates against loops over single elements."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def step(store, state, g, ema, rows=None, chunk=64):
         x = grad.get(at)
         seen = store.peek(state, at, x, ema).clone()
         nu = store.advance(working, at, x, ema)
-        # Looking ahead sees what the step uses, bit for bit, and changes nothing.
+        # Reading ahead gives the estimates of the step, bit for bit, and changes nothing.
         torch.testing.assert_close(seen, nu.expand(at.shape), rtol=0, atol=0, equal_nan=True)
         at.put(used, nu)
     if not store.write_first:
@@ -141,7 +141,7 @@ def test_steps_against_loops_over_elements(shape, variant, ema):
         mu = {(k, j): 0.0 for k, n in enumerate(shape) for j in range(n)}
         for t, grad in enumerate(gradients(shape)):
             rows = None
-            if t % 2:  # dense and sparse steps in turn
+            if t % 2:  # dense and sparse steps alternate
                 rows = torch.randperm(shape[0], generator=g)[: (shape[0] + 1) // 2].sort().values
             expected = naive(shape, grad, mu, variant, ema, None if rows is None else rows.tolist())
             used = step(store, state, grad, ema, rows, chunk)
@@ -181,7 +181,7 @@ def test_dense_and_sparse_steps_in_any_mixture_cover_the_sum(shape, variant):
             exact[index] = ema.decay * exact[index] + ema.gain * grad[index] ** 2  # lazy rows, as the optimizers have
             used = step(store, state, grad, ema, rows, chunk=7)
             assert (exact[index] <= used[index] * (1 + 1e-12)).all()
-            # what the next dense step will read covers every row, touched or not
+            # The estimates of the next dense step cover every row, touched or not.
             least = store.read(state, Rows(shape[0], torch.arange(shape[0]), 0, math.prod(shape[1:])), torch.float64)
             assert (exact <= least.view(shape) * (1 + 1e-12)).all()
             untouched = torch.ones(shape[0], dtype=torch.bool)
@@ -191,7 +191,7 @@ def test_dense_and_sparse_steps_in_any_mixture_cover_the_sum(shape, variant):
 
 @pytest.mark.parametrize("variant", ["II", "I"])
 def test_averages_fall_where_gradients_do(variant):
-    """Covers that took max(old, new) would keep the peak for ever."""
+    """Covers with max(old, new) would keep the peak for ever."""
     store, state = new((5, 4, 3), variant)
     step(store, state, torch.full((5, 4, 3), 10.0, dtype=torch.float64), AVERAGE)
     for _ in range(100):

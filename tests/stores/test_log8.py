@@ -1,4 +1,4 @@
-"""The 8-bit logarithmic store: its grid, its range, unbiased rounding, what is not finite, cuts and rows."""
+"""The 8-bit logarithmic store: its grid, its range, unbiased rounding, infinities and NaN, cuts and rows."""
 
 import math
 
@@ -27,7 +27,7 @@ def assigned(store, v):
 
 
 def test_every_number_of_the_grid_is_itself():
-    """Sixteen in each octave, 255 below the largest of the block; none of them moves when it is written anew."""
+    """Sixteen in each octave, 255 below the largest of the block; none of them changes when it is written again."""
     k = torch.arange(2000 - 254, 2001, dtype=torch.int32)
     v = (k << 19).view(torch.float32).reshape(1, -1)
     assert torch.allclose(v[0, 16:] / v[0, :-16], torch.full((239,), 2.0), rtol=0, atol=0)
@@ -51,7 +51,7 @@ def test_the_error_is_half_a_step_within_its_range(shape, block):
         exact, got = v[:, part].double(), read[:, part]
         near = exact >= exact.amax(1, keepdim=True) * 2.0**-15
         assert ((got - exact).abs()[near] <= exact[near] / 32 * (1 + 1e-6)).all()
-        # What is too small is read as too large: a smaller step. 0 stays 0.
+        # Numbers that are too small are read as too large, which makes a smaller step. 0 stays 0.
         assert (got[~near] >= exact[~near] * (1 - 1 / 31)).all()
         assert ((got == 0) == (exact == 0)).all()
 
@@ -164,7 +164,7 @@ def test_exponents_that_no_number_has_are_not_loaded(tops):
     saved["state"][0]["second_moment.tops"] = torch.full_like(saved["state"][0]["second_moment.tops"], tops)
     with pytest.raises(ValueError, match=f"impossible values in 'tops': {'NaN' if 4080 < tops < 4096 else tops}"):
         optimizer.load_state_dict(saved)
-    # Whatever codes say, nothing that is read is negative.
+    # For any codes, no number that is read is negative.
     saved["state"][0]["second_moment.tops"] = torch.full_like(saved["state"][0]["second_moment.tops"], 3)
     optimizer.load_state_dict(saved)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Stores alone: bytes, exactness with a bucket a row, and sketches against a naive per-row oracle."""
+"""Stores alone: bytes, exactness with a bucket for each row, and sketches against a naive reference per row."""
 
 import itertools
 import statistics
@@ -175,7 +175,7 @@ class Oracle:
         self.store, self.shape = store, shape
         self.hashes = row_hashes(shape[0], store.buckets(shape[0]), store.depth, store.hash, store.seed)
         self.cells = [{} for _ in self.hashes]
-        # Each row asked for by itself, and once.
+        # Each row is read by itself, and once.
         rows = [torch.tensor(i) for i in range(shape[0])]
         self.bucket = {h: [int(h.bucket(i)) for i in rows] for h in self.hashes}
         self.sign = {h: [int(h.sign(i)) if store.order == 1 else 1 for i in rows] for h in self.hashes}
@@ -233,7 +233,7 @@ def test_collisions_against_the_oracle(kind, depth, hash, ema):
         for g, rows in steps:
             store.write(state, gradient(g, rows, chunk), ema)
         torch.testing.assert_close(whole(store, state, shape), right, rtol=1e-12, atol=1e-13)
-        # tiles read what rows read
+        # tiles and rows give the same estimates
         for at in tiles(*shape, chunk, store.period(23)):
             expected = at.get(right)
             torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""A real Trainer on a GPT-2 of two layers and 32 dimensions, with data made on the spot."""
+"""A real Trainer on a GPT-2 of two layers and 32 dimensions, with generated data."""
 
 import os
 

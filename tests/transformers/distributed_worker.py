@@ -46,7 +46,7 @@ STEPS = 6
 
 
 class Watch(TrainerCallback):
-    """How many parameters have taken their step in backward, and how many have not."""
+    """Records how many parameters have taken their step in backward, and how many have not."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []
@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Rank 1 never comes back from the middle of an epoch."""
+    """Rank 1 stops for ever in the middle of an epoch."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5 and args.process_index == 1:
@@ -70,8 +70,8 @@ def train(kind: str, resumes: bool, killed: bool) -> dict[str, Any]:
     layerwise = "layerwise" in kind
     fsdp: dict[str, Any] = {}
     if kind.startswith("fsdp2"):
-        # accelerate heeds FSDP where there are several GPUs only. FSDP2 itself runs on a CPU; accelerate is told so
-        # before it decides, by a state that Trainer is asked to take as it is.
+        # accelerate uses FSDP only with several GPUs. FSDP2 itself runs on a CPU, so accelerate is told to use it
+        # before it decides, by a state that Trainer accepts unchanged.
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
         fsdp = {
@@ -79,7 +79,7 @@ def train(kind: str, resumes: bool, killed: bool) -> dict[str, Any]:
             "fsdp": "full_shard",
             "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
         }
-    # An AdamW run that goes on with ours: with exact stores it goes where AdamW goes.
+    # An AdamW run that continues with our optimizer: with exact stores it computes the same as AdamW.
     optim_args = {"adamw": None, "adamw resumed": "preset=exact,fused=false,warm_start=true"}
     settings = dict(
         output_dir=str(out),
@@ -87,7 +87,7 @@ def train(kind: str, resumes: bool, killed: bool) -> dict[str, Any]:
         optim_args=optim_args.get(kind, "min_compress_size=256"),
         learning_rate=3e-3,
         weight_decay=0.1,
-        # Attention's key bias has no gradient but rounding noise, which Adam would blow up to whole steps.
+        # Attention's key bias has no gradient except rounding noise, which Adam would amplify to whole steps.
         adam_epsilon=1e-5 if kind.startswith("adamw") else 1e-8,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,

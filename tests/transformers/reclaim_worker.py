@@ -22,7 +22,7 @@ from sketch_transformers import ReclaimBatchSize
 
 
 class Meter:
-    """Bytes a sample: what a rank has room for is another number on each of them."""
+    """Bytes a sample, which differ between ranks, so that each rank has room for another number."""
 
     def __init__(self, bytes_a_sample: int) -> None:
         self.bytes_a_sample, self.peak = bytes_a_sample, 0
@@ -67,7 +67,7 @@ def build(size: int, **options: Any) -> Metered:
         seed=1,
         **options,
     )
-    set_seed(RANK)  # other weights on each rank: rank 0's are everybody's
+    set_seed(RANK)  # other weights on each rank; all ranks then use those of rank 0
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2))
     rows = (torch.arange(16) * torch.randint(1, 5, (64, 1), generator=torch.Generator().manual_seed(0))) % 64
     return Metered(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
@@ -101,12 +101,12 @@ def failure(trainer: Metered) -> str:
 
 if __name__ == "__main__":
     RANK = int(os.environ["RANK"])
-    gc.freeze()  # or collections of garbage take longer than the trials
+    gc.freeze()  # otherwise garbage collections take longer than the trials
     result: dict[str, Any] = {"budget": reclaim((110, 150)[RANK]), "memory": reclaim(most=(5, None)[RANK])}
     trainer = build(3)
     trainer.wrong = (None, 4)[RANK]
     result["failed"] = failure(trainer)
-    # accelerate heeds FSDP where there are several GPUs only: see distributed_worker.py.
+    # accelerate uses FSDP only with several GPUs: see distributed_worker.py.
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     fsdp = {"accelerator_config": {"use_configured_state": True}, "fsdp": "full_shard", "fsdp_config": {"version": 2}}

@@ -1,4 +1,4 @@
-"""Names and options as TrainingArguments, parsers, files and pickles carry them."""
+"""Names and options in TrainingArguments, parsers, files and pickles."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""What SketchCallback logs, where it arrives, and what survives a checkpoint."""
+"""The logs of SketchCallback, the reporters that get them, and checkpoints."""
 
 import json
 import logging
@@ -69,7 +69,7 @@ def test_the_error_is_that_of_the_sketch(make_trainer):
         return [log[ERROR] for log in training_logs(trainer)]
 
     assert all(0.01 < error < 10 for error in errors("min_compress_size=256,compression=0.05"))
-    # A bucket for every row is the exact method: nothing but fp32 rounding is left.
+    # With a bucket for every row the method is exact, except for fp32 rounding.
     assert all(error < 1e-5 for error in errors("min_compress_size=256,compression=1.0"))
 
 

@@ -12,7 +12,7 @@ from sketch_transformers.comm import OPTIONS, communication
 
 
 def test_every_option_has_a_key():
-    """Of strings; a process group and a GradScaler are Trainer's own."""
+    """Their values are text. Trainer itself sets the process group and the GradScaler."""
     names = set(inspect.signature(MemSGDState).parameters) - {"params", "process_group", "scaler"}
     assert set(OPTIONS) == {"comm" if name == "compressor" else f"comm_{name}" for name in names}
 
@@ -57,7 +57,7 @@ def test_one_process_has_nothing_to_send(make_trainer, caplog):
 
 
 def test_one_process_after_several(make_trainer, caplog, tmp_path):
-    """It has no hook, so it cannot take up what was owed, and says so."""
+    """It has no hook, so it cannot use the saved memory, and says so."""
     options = {"optim_args": "min_compress_size=256,comm=block_topk", "save_strategy": "steps", "save_steps": 2}
     make_trainer(max_steps=2, **options).train()
     checkpoint = tmp_path / "out" / "checkpoint-2"
@@ -68,7 +68,7 @@ def test_one_process_after_several(make_trainer, caplog, tmp_path):
 
 
 def test_said_where_nobody_would_read_it(make_trainer):
-    """With an optimizer of Trainer's own, and in two places."""
+    """With an optimizer of Trainer itself, and in two places."""
     trainer = make_trainer("adamw_torch", optim_args="comm=topk, comm_density=0.1")
     with pytest.raises(ValueError, match=r"optim='adamw_torch' call sketch_transformers\.enable_memsgd"):
         trainer.train()

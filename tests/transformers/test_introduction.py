@@ -18,7 +18,7 @@ NAME = "sketch_plugins.optim.introduction"
 
 @pytest.fixture
 def shown():
-    """What transformers' handlers are given, and its default verbosity."""
+    """The messages that reach transformers' handlers, and its default verbosity."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -50,7 +50,7 @@ def test_a_log_level_decides(level, lines, make_trainer, shown):
 def test_a_quiet_program_stays_quiet(make_trainer, shown):
     transformers_logging.set_verbosity_error()
     trainer = make_trainer(max_steps=2)
-    transformers_logging.set_verbosity_error()  # Trainer's constructor sets it anew
+    transformers_logging.set_verbosity_error()  # Trainer's constructor sets it again
     trainer.train()
     assert shown() == []
 
@@ -63,7 +63,7 @@ def test_where_our_logger_listens_it_is_said_there_alone(make_trainer, shown, ca
 
 def test_the_table_of_the_callback_stands_for_it(make_trainer, shown, caplog):
     make_trainer(max_steps=2, callbacks=[SketchCallback]).train()
-    assert len(shown()) == 1  # at this verbosity nobody sees the table
+    assert len(shown()) == 1  # at this verbosity the table is not shown
     caplog.set_level(logging.INFO, "sketch_transformers.callback")
     make_trainer(max_steps=2, callbacks=[SketchCallback]).train()
     assert len(shown()) == 1
@@ -79,7 +79,7 @@ def test_other_ways_to_step(optim, make_trainer, shown):
 
 
 class Meter:
-    """Of a machine on which everything fits."""
+    """A meter for which everything fits."""
 
     def start(self):
         pass
@@ -100,7 +100,7 @@ def test_trials_of_a_batch_size_say_nothing(own, make_args, model, shown):
 
 
 def test_names_are_the_models(make_trainer, tmp_path, capsys):
-    """In reports, messages and the checkpoint: Trainer's two groups have no names of their own."""
+    """In reports, messages and the checkpoint, although Trainer's two groups have no names."""
     trainer = make_trainer(save_strategy="steps", save_steps=2, max_steps=2)
     trainer.train()
     names = {name for name, _ in trainer.model.named_parameters()}
@@ -120,7 +120,7 @@ def test_groups_may_be_added_later_and_runs_resume(make_trainer, tmp_path):
     trainer = make_trainer(save_strategy="steps", save_steps=2, max_steps=2)
     trainer.create_optimizer()
     extra = torch.nn.Parameter(torch.zeros(4))
-    trainer.optimizer.add_param_group({"params": [extra]})  # as callbacks that unfreeze do: without names
+    trainer.optimizer.add_param_group({"params": [extra]})  # without names, like callbacks that unfreeze parameters
     assert state_report(trainer.optimizer).parameters[-1].name == "2.0"
     one = make_trainer(save_strategy="steps", save_steps=2, max_steps=4)
     one.train()

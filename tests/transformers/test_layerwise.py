@@ -1,4 +1,4 @@
-"""``<name>_layerwise`` in Trainer: the same run as that of the plain name, with steps taken in backward."""
+"""``<name>_layerwise`` in Trainer: the same run as with the plain name, but with steps in backward."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("distributed_worker.py")
 
 
 class Watch(TrainerCallback):
-    """How many gradients there are when the optimizer is about to step, and the rates it has then."""
+    """Records the number of gradients before the optimizer's step, and the learning rates at that time."""
 
     def __init__(self):
         self.gradients, self.taken, self.rates, self.cycles, self._backwards = [], [], [], [], 0
@@ -195,7 +195,7 @@ def test_the_names_are_choices_of_the_command_line(tmp_path):
 
 
 def test_two_processes(launch_ranks, tmp_path):
-    """FSDP2 gives the weights of the plain name; DistributedDataParallel is refused."""
+    """FSDP2 computes the weights of the plain name; DistributedDataParallel is refused."""
     launch_ranks(SCRIPT, "layerwise", tmp_path, tmp_path / "result")
     first, second = (json.loads((tmp_path / f"result.{rank}").read_text()) for rank in (0, 1))
     for rank in (first, second):

@@ -1,4 +1,4 @@
-"""``SketchCallback(check_numerics=...)`` in Trainer: what reaches the logs, and the warning."""
+"""``SketchCallback(check_numerics=...)`` in Trainer: the logged figures and the warning."""
 
 import json
 import math
@@ -42,16 +42,16 @@ def test_the_share_is_logged_and_warned_of(optim, bits, lr, make_trainer, new_mo
     else:
         assert share < 0.05 and said == []
     (callback,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, SketchCallback)]
-    assert callback.numerics.last.total.share == share  # what was seen last stays
+    assert callback.numerics.last.total.share == share  # the last report stays
 
 
 def test_looks_are_as_many_as_were_asked_for_and_saved(make_trainer, new_model, tmp_path):
     trainer, logs, _ = run(make_trainer, new_model, "cs_adam", 32, 1e-4, every=4, save_strategy="steps", save_steps=6)
     shares = [log[UNMOVED] for log in logs]
-    assert shares[0] == shares[3] and shares[4] == shares[5]  # looks in steps 1 and 5
+    assert shares[0] == shares[3] and shares[4] == shares[5]  # checks in steps 1 and 5
     state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["SketchCallback"]["args"]["check_numerics"] == 4
-    # Train once more, with a new optimizer, and after the end nobody looks.
+    # Train again with a new optimizer; after the end nothing is checked.
     trainer.train()
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 

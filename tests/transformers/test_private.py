@@ -1,4 +1,4 @@
-"""The contract with transformers: every name that is touched is there, and its absence is reported by name."""
+"""The contract with transformers: every name that is used exists, and a missing one is reported by name."""
 
 import importlib
 import inspect
@@ -38,7 +38,7 @@ def test_what_trials_of_a_batch_size_rely_on(make_trainer):
     ]
     assert _private.stock_train() is inspect.unwrap(transformers.Trainer.train)
     trainer = make_trainer()
-    # Attributes that are set, and would be set in vain if they had moved.
+    # Attributes that this package sets; if they had moved, setting them would have no effect.
     args = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "eval_on_start")
     assert {*args, "include_num_input_tokens_seen", "average_tokens_across_devices"} <= vars(trainer.args).keys()
     own = {"_train_batch_size", "_memory_tracker", "callback_handler", "control", "model_init", "accelerator"}
@@ -113,7 +113,7 @@ def test_registering_again_changes_nothing():
 
 
 def test_only_one_module_touches_private_names():
-    """And one more puts something in the place of transformers' methods."""
+    """Only one more module replaces methods of transformers."""
     from pathlib import Path
 
     assert Path(registration.__file__).parent == Path(_private.__file__).parent

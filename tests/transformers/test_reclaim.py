@@ -1,4 +1,4 @@
-"""`ReclaimBatchSize` in Trainer: the size that it finds, and that nothing else is left of the search."""
+"""`ReclaimBatchSize` in Trainer: it finds the right size, and the search changes nothing else."""
 
 import collections
 import copy
@@ -27,15 +27,15 @@ SCRIPT = Path(__file__).with_name("reclaim_worker.py")
 
 @pytest.fixture(autouse=True)
 def few_objects(request):
-    """A collection of garbage takes longer than a trial of the tiny model: only what is made here is looked at."""
-    if "allocator" not in request.node.name:  # it asks the collector what there is
+    """Freeze older objects, because a garbage collection takes longer than a trial of the tiny model."""
+    if "allocator" not in request.node.name:  # it asks the collector for all objects
         gc.freeze()
     yield
     gc.unfreeze()
 
 
 class Samples:
-    """A meter that is exact: 1000 bytes a sample of the largest batch since `start`, 500 for each batch of a step."""
+    """An exact meter: 1000 bytes for each sample of the largest batch since `start`, 500 for each batch of a step."""
 
     def __init__(self):
         self.start()
@@ -52,7 +52,7 @@ class Samples:
 
 
 class Metered(Trainer):
-    """Tells a meter of each batch, draws from every kind of generator, and may run out of memory for real."""
+    """Reports each batch to a meter, draws from every kind of generator, and may really run out of memory."""
 
     meter = None
     most = None
@@ -71,7 +71,7 @@ class Metered(Trainer):
 
 
 class Drawing:
-    """A collator with generators of its own, which masks tokens: another state is another loss."""
+    """A collator with generators of its own, which masks tokens: with another state the loss differs."""
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(3)
@@ -99,7 +99,7 @@ class Counting(TrainerCallback):
 
 
 def numbered_model():
-    """With a buffer that training changes, and an attribute that is no tensor."""
+    """A model with a buffer that training changes, and an attribute that is no tensor."""
     model = tiny_model()
     model.register_buffer("seen", torch.zeros(()))
     model.calls = 0
@@ -152,7 +152,7 @@ def differences(a, b):
 
 
 def everything(trainer):
-    """What the rest of a training depends on."""
+    """Everything that the rest of a training run depends on."""
     log = [
         {k: v for k, v in entry.items() if "runtime" not in k and "second" not in k}
         for entry in trainer.state.log_history
@@ -273,7 +273,7 @@ def test_out_of_memory_ends_a_trial(metered, caplog):
 
 
 def test_the_allocator_of_a_cpu(metered):
-    """The budget holds in the training that follows, and with one sample more it would not."""
+    """The following training stays within the budget, and with one sample more it would not."""
     meter = AllocatorMeter()
     meter.start()
     meter.read()
@@ -331,7 +331,7 @@ def test_resumed_without_a_search(metered, tmp_path):
         resumed.model.load_state_dict(
             {name: torch.zeros_like(value) for name, value in resumed.model.state_dict().items()}
         )
-        callback = reclaiming(resumed, 1)  # in which nothing would fit
+        callback = reclaiming(resumed, 1)  # with this budget nothing would fit
         resumed.train(resume_from_checkpoint=str(checkpoint))
         assert callback.trials == [] and resumed.args.per_device_train_batch_size == 8
         assert resumed.args.gradient_accumulation_steps == 2 and resumed.state.global_step == 6
@@ -368,7 +368,7 @@ def test_an_optimizer_and_a_schedule_of_ones_own(metered):
     assert callback.batch_size == 9
     assert differences(everything(reference), end) == []
 
-    # A state that is there already goes on where it was.
+    # Existing state continues where it was.
     before = copy.deepcopy(trainer.optimizer.state_dict()), copy.deepcopy(trainer.lr_scheduler.state_dict())
     callback.batch_size, trainer.args.per_device_train_batch_size = None, 4
     callback.search(trainer)

@@ -14,7 +14,7 @@ import torch
 from sketch_plugins import cli, import_hooks
 from sketch_plugins.running import children, watch
 
-# A script as its author wrote it: nothing of this project in it.
+# A script as its author wrote it, without any code of this project.
 TRAIN = """
 import sys
 
@@ -63,14 +63,14 @@ def run(*command, cwd, **kwargs):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working directory, and an interpreter that is put back together after `cli.main` was run in it."""
+    """A working directory, and an interpreter that is restored after `cli.main` has run in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "meta_path", sys.meta_path.copy())
     monkeypatch.setattr(torch.optim.Optimizer, "__init__", torch.optim.Optimizer.__init__)
-    # `run` is for one program in a process: no child of later tests is one of it, and nothing is said in the end.
+    # `run` changes the whole process: children of later tests must not inherit it, and no warning may come at the end.
     for variable in ("PYTHONPATH", children.VARIABLE):
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
     monkeypatch.setattr(children, "_joined", False)
@@ -160,7 +160,7 @@ def test_exit_status(source, here):
     theirs = run("script.py", cwd=here)
     with pytest.raises(SystemExit) as ours:
         cli.main(["run", "script.py"])
-    # The interpreter turns the code into the status, whoever raised it: run the same code there.
+    # The interpreter converts the code to the status for any exception, so the same code runs there.
     again = run("-c", f"raise SystemExit({ours.value.code!r})", cwd=here)
     assert (again.returncode, again.stderr) == (theirs.returncode, theirs.stderr)
 

@@ -1,4 +1,4 @@
-"""`optim_target_modules`: what is compressed, what stays exact, and the weight-decay groups."""
+"""`optim_target_modules`: which parameters are compressed or exact, and the weight-decay groups."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def names_of(model, params):
         (r".*\.mlp\.c_fc", "mlp.c_fc."),
         (["c_fc"], "mlp.c_fc."),
         ([r".*mlp\.c_f."], "mlp.c_fc."),
-        (r".*\.mlp", "mlp."),  # a module stands for what is inside it
+        (r".*\.mlp", "mlp."),  # a module includes everything inside it
         (r"transformer\.h\.0", "h.0."),
         ("transformer.wte", "wte."),
         (["ln_1", "ln_2"], "ln_"),
@@ -106,8 +106,8 @@ def test_the_rest_is_exact(name, make_trainer):
 
 
 def test_exact_rest_moves_as_under_adamw(make_trainer, new_model):
-    # One step from the same weights: what is not selected must equal torch's AdamW to fp32 rounding. The epsilon keeps
-    # Adam from blowing up the rounding noise that is all the gradient of attention's key bias.
+    # One step from the same weights: parameters that are not selected must equal torch's AdamW to fp32 rounding. The
+    # epsilon keeps Adam from amplifying rounding noise, which is the whole gradient of attention's key bias.
     ours = make_trainer(model=new_model(dropout=0.0), optim_target_modules=["mlp"], max_steps=1, adam_epsilon=1e-5)
     theirs = make_trainer("adamw_torch", new_model(dropout=0.0), optim_args=None, max_steps=1, adam_epsilon=1e-5)
     ours.train()

@@ -1,4 +1,4 @@
-"""What the optimizers do inside Trainer: hyperparameters, groups, resuming."""
+"""The optimizers in Trainer: hyperparameters, groups, resuming."""
 
 import warnings
 
@@ -77,7 +77,7 @@ def test_sm3_keeps_its_own_defaults_and_refuses_those_of_adam(make_trainer, make
     ):
         with pytest.raises(ValueError, match=rf"{field}={value}.*'sm3'.*optim_args='{instead}'"):
             make_args("sm3", **{field: value})
-        # What is advised works, also beside the setting itself: optim_args wins, as for every other name.
+        # The advised setting works, also beside the other one: optim_args takes precedence, as for every other name.
         group = make_trainer("sm3", optim_args=instead, **{field: value}).create_optimizer().param_groups[0]
         key, _, text = instead.partition("=")
         assert group[key] == (tuple(map(float, text.split(":"))) if key == "betas" else float(text))
@@ -189,7 +189,7 @@ def test_public_way_with_own_groups(make_trainer, model):
 
 
 def test_a_trainer_that_makes_its_own_groups(make_trainer):
-    # The usual recipe for learning rates per layer: the class and its arguments, called with other groups.
+    # The usual recipe for learning rates per layer: the class and its arguments, with other groups.
     class PerLayer(Trainer):
         def create_optimizer(self, model=None):
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -212,7 +212,7 @@ def test_other_optimizers_are_left_alone(make_trainer):
 
 
 def test_stays_itself_under_deepspeed_offload(make_args):
-    # accelerate would put DeepSpeedCPUAdam in its place. Needs no DeepSpeed: only the configuration is looked at.
+    # accelerate would replace it by DeepSpeedCPUAdam. DeepSpeed is not needed: only its configuration is read.
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
@@ -229,7 +229,7 @@ def test_stays_itself_under_deepspeed_offload(make_args):
 
 
 def test_fsdp1_is_refused(make_args, monkeypatch):
-    # FSDP2 is trained with in test_distributed.py.
+    # test_distributed.py trains with FSDP2.
     with pytest.raises(ValueError, match=r"FSDP1.*fsdp_config=.*\"version\": 2"):
         make_args(fsdp=True, fsdp_config={"version": 1})
     assert make_args(fsdp=True, fsdp_config={"version": 2}).fsdp

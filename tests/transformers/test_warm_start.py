@@ -1,4 +1,4 @@
-"""Checkpoints of Trainer that AdamW wrote: ``warm_start`` in ``optim_args``, and what is said without it."""
+"""Checkpoints of Trainer that AdamW wrote: ``warm_start`` in ``optim_args``, and the error without it."""
 
 import logging
 import shutil
@@ -11,8 +11,8 @@ from sketch_plugins import CSAdam, cli, convert_state
 
 from .test_training import SMALL, assert_equal, inner, losses
 
-# What both halves of a run have in common. Attention's key bias has no gradient but rounding noise: with an epsilon of
-# 1e-8 Adam would blow it up to whole steps, which differ from kernel to kernel.
+# Settings of both halves of a run. Attention's key bias has no gradient except rounding noise: with an epsilon of 1e-8
+# Adam would amplify it to whole steps, which differ between kernels.
 RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear", "warmup_steps": 2}
 RUN |= {"adam_epsilon": 1e-5}
 
@@ -71,7 +71,7 @@ def test_what_is_loaded_is_what_convert_state_makes(
         options = {**options, "adam_epsilon": 1e-8}  # of Adam, which it does not read
     warm = resume(make_trainer, new_model, checkpoint, f"{optim_args},warm_start=true", name, **options)
 
-    # The same by hand: the checkpoint with the converted state in place of AdamW's.
+    # The same by hand: a checkpoint in which the converted state replaces AdamW's.
     class ByHand(Trainer):
         def create_scheduler(self, *args, **kwargs):
             optimizer, saved = inner(self), torch.load(checkpoint / "optimizer.pt", weights_only=True)
@@ -112,7 +112,7 @@ def test_without_a_warm_start_it_is_an_error_that_says_how(begun, make_trainer, 
         resume(make_trainer, new_model, checkpoint, SMALL)
     with pytest.raises(ValueError, match="warm_start=true"):
         resume(make_trainer, new_model, checkpoint, f"{SMALL},warm_start=false")
-    # An optimizer that was not asked for by its name.
+    # An optimizer that was not requested by its name.
     cls = (CSAdam, {"lr": 3e-3, "min_compress_size": 256})
     with pytest.raises(ValueError, match=r"sketch_plugins.convert_state\(state_dict, optimizer\)"):
         resume(make_trainer, new_model, checkpoint, None, "adamw_torch", optimizer_cls_and_kwargs=cls)

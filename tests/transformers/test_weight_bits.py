@@ -27,14 +27,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, bits, make_trainer, new_mo
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     got = full_precision_state_dict(again.model, again.optimizer)
     assert all(torch.equal(wanted[key], got[key]) for key in wanted)
-    # Written beside the checkpoint: a model that says of itself that it is float32.
+    # Written into the checkpoint: a model whose configuration says float32.
     read = GPT2LMHeadModel.from_pretrained(tmp_path / "out" / "checkpoint-6" / "float32", dtype="auto")
     assert read.dtype == torch.float32
     assert all(torch.equal(wanted[key], value) for key, value in read.state_dict().items())
     assert (
         sorted(path.name for path in (tmp_path / "out" / "checkpoint-6").iterdir() if path.name.startswith(".")) == []
     )
-    # And once more, over what is there.
+    # And again, over the existing folder.
     save_full_precision(whole.model, whole.optimizer, tmp_path / "out" / "checkpoint-6" / "float32")
 
 
