@@ -1,7 +1,7 @@
 """Train a small GPT-2 from scratch through plain accelerate: DDP, FSDP2 or DeepSpeed, as its configuration says.
 
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/accelerate_lm.py
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/accelerate_lm.py --optim sm3 --lr 1e-2
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/accelerate_lm.py --optim sm3
     accelerate launch --config_file examples/accelerate/deepspeed_zero2.yaml examples/accelerate_lm.py \\
         --optim-args compression=0.05
     python examples/accelerate_lm.py --quick                                          # one process

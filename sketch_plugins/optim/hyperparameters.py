@@ -53,8 +53,8 @@ def carried_over(
         if cls.ADAM_SETTINGS:
             own |= {"betas": group["betas"], "eps": group["eps"]}
         else:
-            leave("betas", (0.9, 0.999), ", whose betas mean something else")
-            leave("eps", 1e-8, ", whose eps means something else")
+            leave("betas", (0.9, 0.999), ", whose betas are the decay rates of other averages")
+            leave("eps", 1e-8, ", whose eps is another one, within the root")
         leave("amsgrad", False)
     elif kind == "SGD":
         leave("dampening", 0)

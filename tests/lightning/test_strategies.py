@@ -290,7 +290,7 @@ class OwnAdam(Adam):
             "cs_adam",
             r"Adam\(weight_decay=0.1\) adds the weight decay to the gradient",
         ),
-        (lambda ps: AdamW(ps, betas=(0.9, 0.95)), "sm3", r"betas=\(0.9, 0.95\)\) cannot .* sm3, whose betas mean"),
+        (lambda ps: AdamW(ps, betas=(0.9, 0.95)), "sm3", r"betas=\(0.9, 0.95\)\) cannot .* sm3, whose betas are"),
         (lambda ps: SGD(ps, dampening=0.5), "cs_momentum", "dampening=0.5"),
         (lambda ps: SGD(ps, momentum=0.9), "cs_rmsprop", r"SGD\(momentum=0.9\) cannot .*, which keeps no momentum"),
         (lambda ps: SGD(ps, momentum=0.9, nesterov=True), "cs_adam", r"SGD\(nesterov=True\)"),
