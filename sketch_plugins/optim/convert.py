@@ -68,7 +68,8 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
     CSLion      m, with Lion's own second beta
     CSMomentum  :math:`m / (1 - \beta_1)`, which is the sum that SGD keeps
     CSAdagrad   :math:`t \hat v`, which is the sum of squares
-    SM3         as CSAdagrad, or v if ``betas[1] < 1``; momentum: m divided by its root, elementwise
+    SM3         v, or with ``betas[1] = 1`` as CSAdagrad; momentum: m divided by its root, elementwise. A run of Adagrad
+                continues with ``preset="paper"``, whose second moments are sums, as Adagrad's are
     Sketchy     the graft's second moment as in the rows above. Momentum: m itself, or m divided by the graft's
                 denominator, clipped and scaled, whichever it averages (``momentum_placement="after"``: it starts at 0).
                 Covariances were never gathered: they start empty, and until the first solve the steps are the graft's

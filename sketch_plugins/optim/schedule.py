@@ -49,7 +49,7 @@ def quadratic_warmup(
         ValueError: a value is not allowed, or ``decay`` is given without ``total_steps``.
 
     Example:
-        >>> optimizer = SM3(model.parameters(), lr=0.1)
+        >>> optimizer = SM3(model.parameters(), lr=0.1, preset="paper")
         >>> scheduler = quadratic_warmup(optimizer, warmup_steps=500, total_steps=10_000)
     """
     _check_steps("warmup_steps", warmup_steps, 0)

@@ -114,10 +114,10 @@ class SM3(SketchOptimizer):
     Presets: ``"default"`` (int8 momentum, averages with ``betas[1] = 0.999``, update_clip 1, scale_parameter with
     ``reference_rms=0.017``: AdamW's learning rate carries over); ``"ema"`` (the same without momentum, the least
     state); ``"paper"`` (int8 momentum, sums, no clipping: the published optimizer); ``"lean"`` (sums, no momentum);
-    ``"exact"`` (dense sums, fp32 momentum: Adagrad with momentum, 8 bytes a parameter). docs/benchmarks.md compares
-    them on a small language model.
+    ``"exact"`` (the default without compression: dense second moments, fp32 momentum, 8 bytes a parameter).
+    docs/benchmarks.md compares them on a small language model.
 
-    *Learning rate.* The presets "default" and "ema" take AdamW's (1e-3). Sums, which the other presets have, take that
+    *Learning rate.* Averages take AdamW's (1e-3). Sums, which the presets "paper" and "lean" have, take that
     of `torch.optim.Adagrad` (1e-2), which they approximate. In the first steps u is nearly the sign of the gradient and
     moves every element by up to lr, and later :math:`\nu` grows until lr can be large. AdamW's rate is then too small
     (try 10 times as much), and 0.1 needs a warm-up. The authors warm up over 5 % of the steps, preferably
@@ -159,7 +159,7 @@ class SM3(SketchOptimizer):
         "ema": {"first_moment": "none"},
         "paper": _PAPER,
         "lean": {**_PAPER, "first_moment": "none"},
-        "exact": {**_PAPER, "first_moment": "fp32", "second_moment": "dense"},
+        "exact": {"first_moment": "fp32", "second_moment": "dense"},
     }
 
     def __init__(
@@ -175,14 +175,16 @@ class SM3(SketchOptimizer):
     ) -> None:
         self._own_rates = lr is None  # presets have no lr: a group's preset would overwrite the one that was given
         if lr is None:
-            lr = _rate_of(preset)
+            lr = _rate_of(preset, betas)
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see `SketchOptimizer.add_param_group`. Without a rate the group takes that of its preset."""
-        if isinstance(param_group, dict) and "lr" not in param_group and "preset" in param_group and self._own_rates:
-            param_group = {**param_group, "lr": _rate_of(param_group["preset"])}
+        if isinstance(param_group, dict) and "lr" not in param_group and self._own_rates:
+            if "preset" in param_group or "betas" in param_group:
+                rate_of_its_own = _rate_of(param_group.get("preset"), param_group.get("betas"))
+                param_group = {**param_group, "lr": rate_of_its_own}
         super().add_param_group(param_group)
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
@@ -204,5 +206,9 @@ class SM3(SketchOptimizer):
         )
 
 
-def _rate_of(preset: Any) -> float:
-    return 1e-3 if preset in ("default", "ema") else 1e-2
+def _rate_of(preset: Any, betas: Any) -> float:
+    """The default learning rate: Adagrad's for sums, AdamW's for averages. Without betas those of the preset count."""
+    if betas is None:
+        betas = SM3.PRESETS.get(preset, {}).get("betas", _AVERAGES)
+    sums = isinstance(betas, tuple | list) and len(betas) == 2 and betas[1] == 1
+    return ADAGRAD if sums else ADAMW

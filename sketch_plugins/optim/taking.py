@@ -226,6 +226,8 @@ class Taking(Resolution):
         assert self._step_cache is not None
         known = self._step_cache.counters.get(launch)
         if known is None or not known.holds(counters):
+            if len({counter.device for counter in counters}) > 1:  # some groups are capturable, others are not
+                return counters
             if self._step_cache.captured:  # replays increase the counters where they were during the capture
                 return counters
             known = self._step_cache.counters[launch] = Counters(counters)

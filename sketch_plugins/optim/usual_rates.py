@@ -27,14 +27,15 @@ def why_large(optimizer: str, group: Mapping[str, Any], lr: float, usual: float)
         lr: the learning rate that a step takes.
         usual: the rate for steps that are not relative to the weights: `ADAMW`, `ADAGRAD` or `LION`.
     """
-    usual = _relative(group, usual)
+    whose, usual = "Adagrad's" if usual == ADAGRAD else "AdamW's", _relative(group, usual)
     if lr <= FAR * usual:
         return None
     what = f"lr={lr:g} is {lr / usual:.0f} times the usual learning rate of {optimizer} with these options, {usual:.2g}"
     if group.get("scale_parameter") and not _is_relative(group):
         return (
-            f"{what}, and the training may diverge. With reference_rms={group['reference_rms']:g} it takes AdamW's: "
+            f"{what}, and the training may diverge. With reference_rms={group['reference_rms']:g} it takes {whose}: "
             "use that, or set reference_rms=1 for a learning rate that is relative to the weights"
+            + (', or preset="paper" for the published SM3, whose learning rate is larger' if optimizer == "SM3" else "")
         )
     return f"{what}, and the training may diverge. Use a smaller learning rate"
 

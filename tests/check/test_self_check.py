@@ -189,7 +189,7 @@ def test_numba_is_checked_where_it_is_asked_for(asked, tries, tmp_path, monkeypa
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     self_check.forget()
     assert train(cls=SM3)[1] == []
-    assert tries == ["sweeps.cover float32 float32 float32 float32 moment=2 after=True measure=False once=False"]
+    assert tries == ["sweeps.cover float32 float32 float32 float32 moment=2 after=True measure=True once=False"]
     monkeypatch.delenv(self_check.SWITCH)
     self_check.forget()
     train(cls=SM3)

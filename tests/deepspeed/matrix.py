@@ -40,7 +40,7 @@ ELEMENTWISE = {
     "cs_adagrad": {"preset": "exact"},
     "cs_momentum": {"preset": "exact"},
     "cs_rmsprop": {"preset": "exact"},
-    "sm3": {"preset": "exact", "lr": 0.05},
+    "sm3": {"preset": "paper", "first_moment": "fp32", "second_moment": "dense", "lr": 0.05},
 }
 RATES = {"cs_momentum": 0.05, "cs_adagrad": 0.02, "sm3": 1e-3, "sketchy": 4e-4, "cs_lion": 1e-3}
 OPTIONS: dict[str, Any] = {"sketchy": {"rank": 4, "update_freq": 2}}

@@ -402,6 +402,30 @@ def test_a_captured_graph_replays_the_training():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("how", ["switched on", "beside others"])
+def test_counters_of_capturable_groups_may_be_on_another_device_than_others(how):
+    """Those that were made before the option was set stay on the CPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    results = []
+    for capturable in (True, False):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(64, 128, device="cuda")) for _ in range(10)]
+        groups = [{"params": params[:5]}, {"params": params[5:]}]
+        if how == "beside others":
+            groups[0]["capturable"] = capturable
+        optimizer = CSAdam(groups, fused=True, min_compress_size=0)
+        for step in range(8):
+            if step == 3 and how == "switched on":
+                optimizer.param_groups[0]["capturable"] = capturable
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        results.append(torch.stack([p.detach() for p in params]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
 def test_a_capture_needs_capturable():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

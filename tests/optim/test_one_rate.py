@@ -63,12 +63,19 @@ def test_weight_decay_is_that_of_the_rate_itself(cls, options):
 
 def test_which_names_take_adamw_s_rate_by_default():
     p = torch.nn.Parameter(torch.ones(4, 4))
-    for cls, preset in ((CSAdam, "lean"), (CSRMSprop, "lean"), (SM3, "default"), (SM3, "ema"), (Sketchy, "default")):
+    for cls, preset in (
+        (CSAdam, "lean"),
+        (CSRMSprop, "lean"),
+        (SM3, "default"),
+        (SM3, "ema"),
+        (SM3, "exact"),
+        (Sketchy, "default"),
+    ):
         (group,) = cls([p], preset=preset).param_groups
         assert (group["lr"], group["scale_parameter"], group["reference_rms"]) == (1e-3, True, TYPICAL_RMS), cls
     (group,) = Sketchy([p], preset="paper").param_groups
     assert (group["lr"], group["scale_parameter"]) == (1e-3, False)
-    for preset in ("paper", "lean", "exact"):
+    for preset in ("paper", "lean"):
         (group,) = SM3([p], preset=preset).param_groups
         assert (group["lr"], group["scale_parameter"], group["betas"][1]) == (1e-2, False, 1.0)  # Adagrad's
     # A group's own preset brings its own reference.
@@ -213,6 +220,10 @@ def test_the_rate_of_sm3_is_that_of_each_group_s_preset():
             (1e-3, (0.9, 0.999), 1.0, True), (1e-2, (0.9, 1.0), 0.0, False),
         ]  # fmt: skip
     assert [g["lr"] for g in SM3(groups, lr=0.5).param_groups] == [0.5, 0.5]
+    # What counts is whether second moments are sums.
+    assert SM3([p], betas=(0.9, 1.0)).param_groups[0]["lr"] == 1e-2
+    assert SM3([p], betas=(0.9, 0.99), preset="paper").param_groups[0]["lr"] == 1e-3
+    assert SM3([{"params": [p], "betas": (0.9, 1.0)}]).param_groups[0]["lr"] == 1e-2
     assert [g["lr"] for g in SM3([p], preset="ema").param_groups] == [1e-3]
 
 

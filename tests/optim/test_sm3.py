@@ -178,10 +178,10 @@ def test_where_covers_are_exact_it_is_adagrad(shape):
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (3, 2, 4)])
-def test_the_exact_preset_is_adagrad_with_momentum_on_its_update(shape):
+def test_dense_sums_are_adagrad_with_momentum_on_its_update(shape):
     p = start(shape)
     expected, total, m = p.detach().clone(), torch.zeros(shape), torch.zeros(shape)
-    optimizer = Paper([p], 0.1, preset="exact")
+    optimizer = Paper([p], 0.1, first_moment="fp32", second_moment="dense")
     for g in some(shape, 6):
         g = g + 0.1
         total = total + g * g

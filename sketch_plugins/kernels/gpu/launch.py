@@ -229,6 +229,7 @@ class _Device:
             values += _laid_out(rows, axes)
             self.launches.append(_Launch(spec, members, [tasks[place] for place in members], start, begin))
             values += [0] * (-len(values) % 2)  # tables begin at multiples of 16 bytes
+        self.rows = {which[place] for place in places_}
         for one in self.launches:
             one.index = len(values)
             values += [which[place] for place in one.places]
@@ -272,8 +273,8 @@ class _Device:
             self.buffer[begin : begin + len(host)].copy_(_pinned(host, self.device), non_blocking=True)
             numbers = self.buffer[self.numbers :].view(torch.float32)[: len(rows) * NUMBERS].view(-1, NUMBERS)
             for place, matrix in filled:
-                if matrix.device == self.device:
-                    numbers[place : place + len(matrix)].copy_(matrix)
+                if not self.rows.isdisjoint(range(place, place + len(matrix))):
+                    numbers[place : place + len(matrix)].copy_(matrix, non_blocking=True)
             return [
                 (one.places, partial(_run, self.device, one.actions(self.buffer, numbers, cover)))
                 for one, cover in zip(self.launches, covers, strict=True)
@@ -393,8 +394,8 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
     else:
         # The median of several tables keeps the numbers of all tables in registers.
         most = 16 if not isinstance(store1, CountSketch) else 4
-        # Not fewer where the matrix has fewer: tall and flat matrices share a launch, and a mask leaves the rest out.
-        rows, single = max(1, min(most, TILE // 2 // n)), False
+        # A vector is one row. Matrices with few rows share the launch of the others: a mask leaves out what is missing.
+        rows, single = 1 if flat else max(1, min(most, TILE // 2 // n)), False
     state = [*state1.values(), *state2.values(), w.p, w.g, *([] if w.correction is None else [w.correction])]
     spec = _Specialisation(
         kernel="buckets" if owned else "tiles",
