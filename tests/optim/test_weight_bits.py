@@ -77,7 +77,7 @@ def test_layouts_whose_rows_are_copied(batch_dims):
 
 def test_thousands_of_updates_of_a_millionth_arrive():
     """Each is far below half of bfloat16's last place (1/512), and below that of 24 bits (1/65536)."""
-    steps, lr, copies = 2_000, 1e-6, 64
+    steps, lr, copies = 10_000, 1e-6, 64
     start = torch.arange(128, 256).repeat(copies).to(torch.bfloat16) / 128  # every weight from 1 to 2
     moved = {}
     for bits in (None, 24, 32):
