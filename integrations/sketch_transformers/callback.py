@@ -120,8 +120,9 @@ class SketchCallback(TrainerCallback, ExportableState):
             groups = getattr(_unwrap(kwargs.get("optimizer")), "param_groups", ())
             if not any(group.get("weight_bits") for group in groups):
                 raise ValueError(
-                    "SketchCallback(full_precision=True) writes weights of 24 or 32 bits, and the optimizer keeps "
-                    'none: give it weight_bits, as in optim_args="weight_bits=24"; without, a checkpoint has all bits'
+                    "SketchCallback(full_precision=True) writes the weights of 24 or 32 bits, but the optimizer keeps "
+                    'none. Set weight_bits, as in optim_args="weight_bits=24", or remove full_precision: a checkpoint '
+                    "then has all bits of the weights already"
                 )
         self._watch_numerics(args, state, kwargs.get("optimizer"))
         # If the checkpoint was saved without this callback, Trainer's next save would fail with a KeyError.
