@@ -75,13 +75,13 @@ class OptimizerStateMonitor:
             take 4 bytes a parameter, on the first rank only.
         check_numerics: compare a sample of the weights before and after a step, on the first rank: True for every 100
             steps, or the number of steps. A warning says once if more than half of the weights do not move in three
-            checks in a row; see `sketch_plugins.NumericsProbe`. It works with any torch optimizer, and with steps in
-            backward.
+            checks in a row; see `sketch_plugins.NumericsProbe`. It works with any torch optimizer but LBFGS, and with
+            steps in backward.
 
     Raises:
         ValueError: ``rows`` or ``params`` is not a positive integer; ``check_numerics`` is neither a bool nor an
             integer >= 0; at the start of training, ``sampled`` with steps in backward, ``full_precision`` if no
-            optimizer has ``weight_bits``, or ``check_numerics`` with DeepSpeed.
+            optimizer has ``weight_bits``, or ``check_numerics`` with DeepSpeed or LBFGS.
     """
 
     _namespace = ""

@@ -58,12 +58,13 @@ class SketchCallback(TrainerCallback, ExportableState):
             ``checkpoint-N/float32``: see `save_full_precision`. They take 4 bytes a parameter on disk.
         check_numerics: compare a sample of the weights before and after a step, on the first process: True for every
             100 steps, or the number of steps. A warning says once if more than half of the weights do not move in
-            three checks in a row; see `sketch_plugins.NumericsProbe`. It works with any torch optimizer, and with names
-            that end in ``_layerwise``.
+            three checks in a row; see `sketch_plugins.NumericsProbe`. It works with any torch optimizer but LBFGS, and
+            with names that end in ``_layerwise``.
 
     Raises:
         ValueError: ``check_numerics`` is neither a bool nor an integer >= 0; at the start of training:
-            ``full_precision`` with an optimizer that has no ``weight_bits``; ``check_numerics`` under DeepSpeed.
+            ``full_precision`` with an optimizer that has no ``weight_bits``; ``check_numerics`` under DeepSpeed or
+            with LBFGS.
     """
 
     def __init__(

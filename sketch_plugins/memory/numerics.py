@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,65 +13,25 @@ from torch import Tensor
 
 from sketch_plugins.hashing import derive
 from sketch_plugins.kernels.weight_code import HALF
-from sketch_plugins.memory.weight_sample import Sample, gradient_of, parts_of, sampled, steps_of, values_of
+from sketch_plugins.memory.numerics_report import NumericsReport, Unmoved
+from sketch_plugins.memory.weight_sample import (
+    Sample,
+    by_chance,
+    gradient_of,
+    in_numbers,
+    parts_of,
+    precision_of,
+    sampled,
+    steps_of,
+    values_of,
+)
 from sketch_plugins.notices import warn
 from sketch_plugins.optim import MemSGD
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.weight_bits import corrects
-from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import is_lazy
 
 #: Default number of steps from one check to the next.
 EVERY = 100
-
-
-@dataclass(frozen=True)
-class Unmoved:
-    """Weights that have not moved, of one parameter group or of all.
-
-    Attributes:
-        sampled: number of weights in the sample that have a finite gradient other than zero.
-        weights: estimated number of weights of the model that these represent.
-        unmoved: estimated number of those that have not moved.
-    """
-
-    sampled: int = 0
-    weights: float = 0.0
-    unmoved: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """``unmoved / weights``; NaN if no weight of the sample has a gradient."""
-        return self.unmoved / self.weights if self.weights else math.nan
-
-    def __add__(self, other: Unmoved) -> Unmoved:
-        """The sum of both."""
-        return Unmoved(self.sampled + other.sampled, self.weights + other.weights, self.unmoved + other.unmoved)
-
-
-@dataclass(frozen=True)
-class NumericsReport:
-    """The findings of `NumericsProbe` in one step.
-
-    Attributes:
-        step: number of the step, counted from 1 since the probe was made.
-        groups: number of each parameter group that took a step -> its weights.
-        lasting: the same without weights with stochastic rounding, which lose no update on average.
-    """
-
-    step: int
-    groups: Mapping[int, Unmoved]
-    lasting: Mapping[int, Unmoved] = field(repr=False)
-
-    @property
-    def total(self) -> Unmoved:
-        """The weights of all groups."""
-        return sum(self.groups.values(), Unmoved())
-
-    def __str__(self) -> str:
-        """The report in one line."""
-        each = ", ".join(f"group {number}: {one.share:.1%}" for number, one in sorted(self.groups.items()))
-        return f"step {self.step}: {self.total.share:.1%} of the weights with a gradient did not move ({each})"
 
 
 class NumericsProbe:
@@ -101,15 +61,16 @@ class NumericsProbe:
     ``weight_bits=24``) are counted but cause no warning, because a weight that stays has lost nothing on average.
 
     *Supported*: sketched optimizers with eager, Numba's and Triton's steps, including row-sparse ones; any optimizer of
-    torch; DTensors (FSDP2), whose local shards are checked without communication; steps with a closure; steps in
-    backward (`InBackward`); GradScaler. *Not checked*: tensors that compute their numbers (quantized ones), gradients
-    of DTensors whose layout differs from their parameter's, and steps within a CUDA graph.
+    torch except LBFGS, and subclasses that call ``super().step()``; DTensors (FSDP2), whose local shards are checked
+    without communication; steps with a closure, whose first evaluation gives the gradients; steps in backward
+    (`InBackward`); GradScaler. *Not checked*: tensors that compute their numbers (quantized ones), gradients of
+    DTensors whose layout differs from their parameter's, and steps within a CUDA graph.
 
     Args:
         optimizer: an optimizer, or a wrapper with an ``optimizer`` attribute.
         every: number of steps from one check to the next.
         elements: size of the sample, but at least one weight of each parameter; each takes about 16 bytes in a check.
-        seed: seed of the sample.
+        seed: seed of the sample, any integer.
         bound: share above which a check counts for the warning.
         looks: number of such checks in a row that cause the warning.
 
@@ -119,8 +80,9 @@ class NumericsProbe:
     Raises:
         TypeError: ``optimizer`` is not an optimizer.
         ValueError: an argument is not allowed; the optimizer already has such a probe; it is `MemSGD`, which moves only
-            the entries that it sends and keeps the part that rounding removes; it steps flat partitions of DeepSpeed's
-            ZeRO (noticed in the first step for stage 3), which are float32 for any model.
+            the entries that it sends and keeps the part that rounding removes; it is LBFGS, which moves the weights
+            back and forth within a step and may end it without a move; it steps flat partitions of DeepSpeed's ZeRO
+            (noticed in the first step for stage 3), which are float32 for any model.
     """
 
     def __init__(
@@ -135,6 +97,8 @@ class NumericsProbe:
         for name, value in (("every", every), ("elements", elements), ("looks", looks)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer >= 1")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r} is not allowed: seed must be an integer")
         if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound <= 1:
             raise ValueError(f"bound={bound!r} is not allowed: bound must be a number in [0, 1]")
         optimizer = _unwrapped(optimizer)
@@ -142,6 +106,12 @@ class NumericsProbe:
             raise ValueError(
                 "NumericsProbe does not support MemSGD: it moves only the entries that it sends, and what rounding "
                 "leaves of an update stays in its memory, so that a weight that does not move has lost nothing"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "NumericsProbe does not support LBFGS: its line search moves the weights back and forth within a step, "
+                "and it stops without a move where the gradient is small, so that a weight that does not move need not "
+                "have lost an update to rounding"
             )
         if getattr(optimizer, "_numerics", None) is not None:
             raise ValueError(f"this {type(optimizer).__name__} has a NumericsProbe already: call its remove() first")
@@ -156,6 +126,11 @@ class NumericsProbe:
         # Number of a group, or None for all groups -> number of checks in a row in which it was above the bound.
         self._above: dict[int | None, int] = {}
         self._warned = False
+        self._rates: dict[int, bool] = {}  # number of a group -> whether it moves its weights in this cycle
+        # torch calls the hooks for the `step` of a class, and again for that of its base if the class calls it.
+        self._nests = (
+            sum("step" in vars(one) for one in type(optimizer).__mro__ if one is not torch.optim.Optimizer) > 1
+        )
         for group in optimizer.param_groups:
             for index, p in enumerate(group["params"]):
                 if not is_lazy(p):
@@ -211,8 +186,9 @@ class NumericsProbe:
             self._compare(optimizer)
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._looking or _capturing():
+        if not self._looking or _capturing() or (self._nests and _within_a_step(optimizer)):
             return None
+        self._rates = {}
 
         def look() -> None:
             self._look(
@@ -226,19 +202,26 @@ class NumericsProbe:
             look()
             return None
 
+        evaluated = False
+
         def then() -> Any:
+            nonlocal evaluated
             loss = closure()
-            look()
+            if not evaluated:  # the weights that the step starts from
+                evaluated = True
+                look()
             return loss
 
         return ((args[0], then, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": then})
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
+        if self._nests and _within_a_step(optimizer):
+            return
         self._steps += 1
         if self._looking and not _capturing():
             self._compare(optimizer)
             self._conclude(optimizer)
-        self._counts = []
+        self._counts, self._rates = [], {}
         self._looking = self._steps % self.every == 0
 
     @torch.no_grad()
@@ -249,7 +232,11 @@ class NumericsProbe:
         for number, index in members:
             group = optimizer.param_groups[number]
             owner = group["params"][index]
-            if owner.grad is None or owner.numel() == 0 or not _rate(group):
+            if owner.grad is None or owner.numel() == 0:
+                continue
+            if number not in self._rates:  # to read a tensor on a GPU is to wait for it
+                self._rates[number] = float(group.get("lr", 1.0)) > 0
+            if not self._rates[number]:
                 continue
             if isinstance(optimizer, SketchOptimizer) and group.get("weight_bits"):
                 optimizer._check_weights([{**group, "params": [owner]}])  # as the step is about to do
@@ -285,11 +272,13 @@ class NumericsProbe:
         groups: dict[int, Unmoved] = {}
         lasting: dict[int, Unmoved] = {}
         where: list[tuple[float, Sample]] = []
-        for (one, _), (seen, stay) in zip(self._counts, _read([counts for _, counts in self._counts]), strict=True):
+        for (one, _), (seen, stay) in zip(
+            self._counts, in_numbers([counts for _, counts in self._counts]), strict=True
+        ):
             found = Unmoved(seen, seen * one.standing_for, stay * one.standing_for)
             group = optimizer.param_groups[one.number]
             groups[one.number] = groups.get(one.number, Unmoved()) + found
-            if not _by_chance(one.part, group):
+            if not by_chance(one.part, group):
                 lasting[one.number] = lasting.get(one.number, Unmoved()) + found
                 where.append((found.unmoved, one))
         self.last = NumericsReport(self._steps, groups, lasting)
@@ -314,11 +303,12 @@ class NumericsProbe:
             (one for one in where if one[0] and (None in high or one[1].number in numbers)), key=lambda o: -o[0]
         )
         labels = [_label(optimizer, one) for _, one in most[:3]]
-        dtypes = {one.part.dtype for _, one in most}
+        dtypes = {precision_of(one.part, optimizer.param_groups[one.number]) for _, one in most}
+        times = f"in each of the last {self.looks} checks" if self.looks > 1 else "in the last check"
         more = f" and {len(most) - 3} more" if len(most) > 3 else ""
         warn(
-            f"check_numerics: in each of the last {self.looks} looks more than {self.bound:.0%} of {said} with a "
-            f"gradient did not move ({share:.0%} in step {self._steps}), because their updates are below half a unit "
+            f"check_numerics: {times}, more than {self.bound:.0%} of {said} with a gradient did not move "
+            f"({share:.0%} in step {self._steps}), because their updates are below half a unit "
             f"in the last place of {', '.join(sorted(str(dtype) for dtype in dtypes))}. "
             f"Most of them are in {'; '.join(labels)}{more}. {_advice(optimizer, dtypes)}"
         )
@@ -341,28 +331,6 @@ def _is_one(optimizer: Any) -> bool:
     return isinstance(optimizer, torch.optim.Optimizer)
 
 
-def _rate(group: Mapping[str, Any]) -> bool:
-    """Whether the learning rate is not 0."""
-    return float(group.get("lr", 1.0)) > 0
-
-
-def _by_chance(part: Part, group: Mapping[str, Any]) -> bool:
-    """Whether a weight that stays has lost nothing on average."""
-    if corrects(part, group):
-        return bool(group["weight_bits"] == 24)
-    return bool(group.get("stochastic_rounding")) and part.dtype == torch.bfloat16
-
-
-def _read(counts: list[Tensor]) -> list[tuple[int, int]]:
-    """Pairs of counts as numbers, with one wait for each device."""
-    out: list[tuple[int, int]] = [(0, 0)] * len(counts)
-    for device in {one.device for one in counts}:
-        places = [i for i, one in enumerate(counts) if one.device == device]
-        for i, (seen, stay) in zip(places, torch.stack([counts[i] for i in places]).tolist(), strict=True):
-            out[i] = seen, stay
-    return out
-
-
 def _label(optimizer: Any, one: Sample) -> str:
     if isinstance(optimizer, SketchOptimizer):
         return optimizer._label(optimizer.param_groups[one.number], one.part).rstrip(",")
@@ -373,12 +341,26 @@ def _label(optimizer: Any, one: Sample) -> str:
 
 def _advice(optimizer: Any, dtypes: set[torch.dtype]) -> str:
     if not dtypes & set(HALF):
-        return "Use a larger learning rate, or float64 parameters"
+        return "Use a larger learning rate" + (", or float64 parameters" if dtypes != {torch.float64} else "")
     which = "" if isinstance(optimizer, SketchOptimizer) else " of an optimizer of sketch-plugins"
     return (
         f"Use weight_bits=24{which}, keep these parameters in float32 (sketch_plugins.cast_model has keep=), or use a "
         "larger learning rate"
     )
+
+
+def _within_a_step(optimizer: Any) -> bool:
+    """Whether the hook that asks was called within another step of the same optimizer.
+
+    This reads the stack. A counter would be wrong after a step that failed, whose post hooks torch does not call.
+    """
+    caller = sys._getframe(2)  # torch's wrapper of `step`, which calls the hooks
+    frame: FrameType | None = caller.f_back
+    while frame is not None:
+        if frame.f_code is caller.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _capturing() -> bool:
@@ -397,6 +379,6 @@ def check_setting(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
         raise ValueError(
             f"check_numerics={value!r} is not allowed: check_numerics must be False, True (every {EVERY} steps), or "
-            "how many steps there are from one look to the next, an integer >= 0"
+            "the number of steps from one check to the next, an integer >= 0"
         )
     return value

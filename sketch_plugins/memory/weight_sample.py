@@ -13,7 +13,7 @@ from torch import Tensor
 from sketch_plugins.hashing import random32
 from sketch_plugins.kernels.weight_code import decode
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.weight_bits import corrections
+from sketch_plugins.optim.weight_bits import corrections, corrects
 from sketch_plugins.sharding.parts import Part, has_address, is_dtensor, is_fake, is_freed, local_of
 
 
@@ -101,3 +101,25 @@ def steps_of(state: Mapping[str, Any] | None) -> Any:
     if isinstance(steps, Tensor):
         return float(steps) if steps.device.type == "cpu" else steps.detach().clone()
     return steps
+
+
+def by_chance(part: Part, group: Mapping[str, Any]) -> bool:
+    """Whether a weight that stays has lost nothing on average, because it is rounded stochastically."""
+    if corrects(part, group):
+        return bool(group["weight_bits"] == 24)
+    return bool(group.get("stochastic_rounding")) and part.dtype == torch.bfloat16
+
+
+def precision_of(part: Part, group: Mapping[str, Any]) -> torch.dtype:
+    """The dtype to which updates are rounded. With ``weight_bits`` they are rounded to a part of float32."""
+    return torch.float32 if corrects(part, group) else part.dtype
+
+
+def in_numbers(counts: list[Tensor]) -> list[tuple[int, int]]:
+    """Pairs of counts as numbers, with one wait for each device."""
+    out: list[tuple[int, int]] = [(0, 0)] * len(counts)
+    for device in {one.device for one in counts}:
+        places = [i for i, one in enumerate(counts) if one.device == device]
+        for i, (seen, stay) in zip(places, torch.stack([counts[i] for i in places]).tolist(), strict=True):
+            out[i] = seen, stay
+    return out

@@ -17,6 +17,7 @@ from sketch_plugins import (
     registry,
 )
 from sketch_plugins.memory.numerics import check_setting
+from sketch_plugins.memory.numerics_report import NumericsReport, Unmoved
 from sketch_plugins.memory.weight_sample import places_of
 
 WARNING = "check_numerics"
@@ -169,6 +170,69 @@ def test_a_closure():
     assert probe.last.step == 2 and probe.last.total.sampled == 64
 
 
+def test_a_closure_that_is_evaluated_several_times():
+    """The step is compared with the weights of the first evaluation, not with those after its last move."""
+
+    class TwoMoves(torch.optim.Optimizer):
+        def step(self, closure):
+            for _ in range(2):
+                closure()
+                for p in self.param_groups[0]["params"]:
+                    p.data.sub_(self.param_groups[0]["lr"])
+            return closure()
+
+    p = norm()
+    optimizer = TwoMoves([p], {"lr": 0.125})
+    probe = NumericsProbe(optimizer, every=1)
+
+    def closure():
+        p.grad = torch.ones_like(p)
+
+    optimizer.step(closure)
+    assert probe.share == 0.0 and bool((p == 0.75).all())
+
+
+class Wrapping(torch.optim.SGD):
+    """A step that calls its base's. torch runs the hooks for both."""
+
+    fails = False
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        if self.fails:
+            raise RuntimeError("the step failed")
+        for p in self.param_groups[0]["params"]:
+            p.data.add_(self.param_groups[0].get("more", 0.0))
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True], ids=["gradients", "closure"])
+def test_a_step_that_calls_the_step_of_its_base_counts_once(with_closure):
+    p = norm()
+    torch.optim.SGD([norm()], lr=0.1)  # torch adds the hooks to a class when its first object is made
+    optimizer = Wrapping([p], lr=1e-6)
+    assert Wrapping.step.hooked and torch.optim.SGD.step.hooked
+    probe = NumericsProbe(optimizer, every=2, bound=1.0)
+
+    def closure():
+        p.grad = torch.ones_like(p)
+
+    def step():
+        optimizer.step(closure) if with_closure else (closure(), optimizer.step())
+
+    seen = []
+    for _ in range(4):
+        step()
+        seen.append((probe.last.step, probe.share, probe.last.total.sampled))
+    assert seen == [(1, 1.0, 64), (1, 1.0, 64), (3, 1.0, 64), (3, 1.0, 64)]
+    optimizer.fails = True
+    with pytest.raises(RuntimeError, match="failed"):
+        step()
+    optimizer.fails, optimizer.param_groups[0]["more"] = False, 1.0  # the outer step moves what the inner one leaves
+    step()
+    assert probe.last.step == 5 and probe.share == 0.0
+
+
 def test_looks_are_every_so_many_steps_and_none_after_it_was_removed():
     p = norm()
     optimizer = CSAdam([p], lr=1e-4)
@@ -200,6 +264,16 @@ def test_groups_and_figures():
     assert str(probe.last) == (
         "step 3: 50.0% of the weights with a gradient did not move (group 0: 0.0%, group 1: 100.0%)"
     )
+
+
+def test_a_report_of_a_step_without_weights():
+    p = norm()
+    optimizer = CSAdam([p], lr=1e-4)
+    probe = NumericsProbe(optimizer, every=1)
+    optimizer.step()
+    assert str(probe.last) == "step 1: no weight with a gradient took a step"
+    groups = {0: Unmoved(4, 4.0, 1.0), 1: Unmoved()}
+    assert str(NumericsReport(2, groups, groups)).endswith("(group 0: 25.0%, group 1: no steps)")
 
 
 def test_a_warning_needs_looks_in_a_row():
@@ -265,13 +339,42 @@ def test_torch_s_optimizers(cls):
     assert probe.share == 1.0
 
 
-def test_float32_weights_can_be_stuck_too():
-    p = torch.nn.Parameter(torch.ones(64))
-    optimizer = CSAdam([p], lr=1e-9, weight_decay=0.0)
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, None), (torch.bfloat16, 32), (torch.float16, 32)], ids=str)
+def test_float32_weights_can_be_stuck_too(dtype, bits):
+    """Those of 32 bits, too, whose updates are rounded to float32."""
+    p = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+    optimizer = CSAdam([p], lr=1e-9, weight_decay=0.0, weight_bits=bits)
     probe = NumericsProbe(optimizer, every=1)
-    with pytest.warns(UserWarning, match=r"torch.float32.*Use a larger learning rate, or float64"):
+    with pytest.warns(UserWarning, match=WARNING) as said:
         first_steps(optimizer, [p], 3)
     assert probe.share == 1.0
+    (message,) = [str(one.message) for one in said if WARNING in str(one.message)]
+    assert message.startswith(
+        "check_numerics: in each of the last 3 checks, more than 50% of the weights with a gradient"
+    )
+    assert "in the last place of torch.float32. " in message and "bfloat16" not in message
+    assert message.endswith("Use a larger learning rate, or float64 parameters")
+
+
+def test_the_learning_rate_of_a_group_is_read_once_in_a_check():
+    """If it is a tensor on a GPU, each read waits for the device."""
+    reads = []
+
+    class Rate(torch.Tensor):
+        def __float__(self):
+            reads.append(1)
+            return self.item()
+
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(5)]
+    optimizer = torch.optim.SGD([{"params": params[:3]}, {"params": params[3:]}], lr=0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.1).as_subclass(Rate)
+    probe = NumericsProbe(optimizer, every=1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with torch.no_grad():
+        probe._look(optimizer, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)])
+    assert len(probe._before) == 5 and len(reads) == 2
 
 
 def test_row_sparse_gradients():
@@ -330,9 +433,15 @@ def test_what_is_refused():
         NumericsProbe(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="does not support MemSGD"):
         NumericsProbe(MemSGD([p], lr=1e-3))
-    for name, value in (("every", 0), ("elements", -1), ("looks", True), ("bound", 1.5), ("bound", "half")):
+    with pytest.raises(ValueError, match=r"does not support LBFGS: its line search moves the weights back and forth"):
+        NumericsProbe(torch.optim.LBFGS([p]))
+    for name, value in (
+        ("every", 0), ("elements", -1), ("looks", True), ("bound", 1.5), ("bound", "half"), ("seed", "x"),
+        ("seed", None), ("seed", 1.5),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}={value!r} is not allowed"):
             NumericsProbe(CSAdam([p]), **{name: value})
+    NumericsProbe(CSAdam([p]), seed=-1).remove()
     assert [check_setting(value) for value in (False, True, 0, 7)] == [0, 100, 0, 7]
     for value in (-1, 1.0, "yes", None):
         with pytest.raises(ValueError, match=r"check_numerics=.* is not allowed"):
