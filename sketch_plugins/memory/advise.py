@@ -14,8 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sketch_plugins.memory.advise_lines import Settings, lines, refused
-from sketch_plugins.memory.plan import PRECISIONS, Plan, Progress, Row, budget_and_reserve, plan
+from sketch_plugins.memory.advise_lines import Settings, lines, notes, refused
+from sketch_plugins.memory.plan import (
+    BudgetBelowWeights,
+    Plan,
+    Progress,
+    Row,
+    budget_and_reserve,
+    check_choices,
+    plan,
+)
 from sketch_plugins.memory.plan_cuda import WORKSPACE
 from sketch_plugins.memory.plan_optimizers import Choice, choices
 from sketch_plugins.memory.report import format_bytes
@@ -28,6 +36,11 @@ WISHES = {
 }
 #: Bytes that DeepSpeed's offloading keeps in host memory for each parameter: float32 weights and float32 gradients.
 HOST_BYTES = 8
+#: What helps a model whose weights do not fit.
+_BEYOND = (
+    ". DeepSpeed's ZeRO-3, which the ladder does not have, keeps the weights in host memory "
+    '("offload_param": {"device": "cpu"}), or divides them over several GPUs (see plan with zero_stage=3)'
+)
 #: Frameworks in the order in which their lines are shown.
 FRAMEWORKS = {"trainer": "Trainer", "lightning": "Lightning", "accelerate": "accelerate", "deepspeed": "DeepSpeed"}
 
@@ -45,6 +58,7 @@ class Rung:
         host: approximate bytes in host memory.
         lines: framework -> code, or for DeepSpeed its configuration in JSON.
         refused: framework -> the reason why it cannot have this rung.
+        notes: framework -> what it keeps in memory beyond ``plan``.
     """
 
     name: str
@@ -55,6 +69,7 @@ class Rung:
     host: int
     lines: dict[str, str] = field(repr=False)
     refused: dict[str, str] = field(repr=False)
+    notes: dict[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,8 @@ class Advice:
             for key, framework in FRAMEWORKS.items():
                 shown = rung.lines.get(key) or f"not with {framework}: {rung.refused[key]}"
                 first = " (import sketch_deepspeed before deepspeed.initialize)" if framework == "DeepSpeed" else ""
-                parts += ["", f"--- {framework}{first if key in rung.lines else ''}", shown]
+                note = [f"({rung.notes[key]})"] if key in rung.notes else []
+                parts += ["", f"--- {framework}{first if key in rung.lines else ''}", *note, shown]
         return "\n".join(parts)
 
     def __str__(self) -> str:
@@ -179,28 +195,26 @@ def advise(
         seq_len: tokens of a sample.
         precision: precision of the lowest rungs.
         task: task of the model.
-        gradient_checkpointing: checkpointing is on from the start, and has no rung.
+        gradient_checkpointing: True: checkpointing is on from the start, and has no rung.
         accumulation: passes of a step.
         device: device whose kernels are assumed.
         reserve: part of the budget that torch cannot use.
         progress: called after each part of the work.
 
     Raises:
-        ValueError: an unknown wish; no budget; see also `sketch_plugins.plan`.
+        ValueError: an unknown wish; no budget, or one below the weights in the lowest precision of the ladder; see also
+            `sketch_plugins.plan`.
     """
-    if wish not in WISHES:
+    if not isinstance(wish, str) or wish not in WISHES:
         raise ValueError(f"wish={wish!r} is not one of {', '.join(WISHES)}")
     if gpu_memory is None:
         raise ValueError("advice needs a budget: set gpu_memory, as in gpu_memory='16GiB'")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
-    if device not in ("cuda", "cpu"):
-        raise ValueError(f"device={device!r} is not one of cuda, cpu")
+    check_choices(precision, gradient_checkpointing, device)
     budget, kept_back = budget_and_reserve(gpu_memory, reserve, device)
     assert budget is not None
     module = isinstance(model, nn.Module) or (callable(model) and not hasattr(model, "model_type"))
     start = Settings("adamw", precision, checkpointing=gradient_checkpointing, accumulation=accumulation)
-    steps, notes = _ladder(replace(start, batch=batch_size), device, module)
+    steps, remarks = _ladder(replace(start, batch=batch_size), device, module)
 
     def planned(of: Sequence[_Step], checkpointing: bool) -> Plan:
         return plan(
@@ -223,7 +237,14 @@ def advise(
 
     first = [step for step in steps if step.own.checkpointing == gradient_checkpointing]
     last = steps[len(first) :]
-    found = planned(first, gradient_checkpointing)
+    try:
+        found = planned(first, gradient_checkpointing)
+    except BudgetBelowWeights as error:
+        # The ladder has bfloat16 weights already, and is for one process.
+        raise ValueError(
+            f"{error.finding} in bfloat16, the lowest precision of the ladder: use a larger budget or a smaller "
+            f"model{_BEYOND if device == 'cuda' else ''}"
+        ) from None
     rows, limit = list(found.rows), budget - kept_back
     if last and not (wish == "least-change" and any(row.peak <= limit for row in rows)):
         try:
@@ -231,7 +252,7 @@ def advise(
         except ValueError as error:
             if "does not support gradient checkpointing" not in str(error):
                 raise
-            notes.append(f"gradient checkpointing is no rung: {error}")
+            remarks.append(f"gradient checkpointing is no rung: {error}")
             last = [step.without_checkpointing() for step in last if step.own.offloaded]
             rows += planned(last, False).rows if last else []
     lean = next(row.state for row, step in zip(rows, steps, strict=False) if step.own.lean)
@@ -244,7 +265,7 @@ def advise(
     if wish == "least-change" and chosen is not None:
         rungs = rungs[: chosen + 1]
     if wish == "largest-model":
-        notes.append(
+        remarks.append(
             "largest model: weights, gradients, state and activations are assumed to grow in proportion to the "
             f"parameters, as with more layers of the same kind, at batch {batch_size}"
         )
@@ -259,7 +280,7 @@ def advise(
         rungs=rungs,
         chosen=chosen,
         verdict=verdict,
-        notes=notes,
+        notes=remarks,
     )
 
 
@@ -358,6 +379,7 @@ def _rung(step: _Step, row: Row, limit: int, wish: str, params: int, workspace: 
         host=HOST_BYTES * params + lean if own.offloaded else 0,
         lines=lines(own),
         refused=refused(own),
+        notes=notes(own, params),
     )
 
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from sketch_plugins.memory.report import format_bytes
+
 #: Trainer's argument, Lightning's precision, accelerate's ``mixed_precision``, DeepSpeed's block, for each precision.
 _PRECISIONS: dict[str, tuple[str | None, str, str, str | None]] = {
     "fp32": (None, "32-true", "no", None),
@@ -66,6 +68,25 @@ def lines(own: Settings) -> dict[str, str]:
     """Framework -> code, or for DeepSpeed its configuration in JSON, for frameworks that can have these settings."""
     made = {"trainer": _trainer(own), "lightning": _lightning(own), "accelerate": _accelerate(own)}
     return made if refused(own) else {**made, "deepspeed": json.dumps(_deepspeed(own), indent=2)}
+
+
+def notes(own: Settings, params: int) -> dict[str, str]:
+    """Framework -> what it keeps in memory beyond the plan of a model with ``params`` parameters.
+
+    In bf16 and fp16 without ZeRO, DeepSpeed keeps half-precision weights and gradients and a float32 copy of the
+    weights, and copies the gradients to float32 in the step: 12 bytes a parameter. The plan counts weights and
+    gradients of 2 or 4 bytes each. AdamW's state is float32 then, where the plan's has the dtype of the weights.
+    """
+    block, half = _PRECISIONS[own.precision][3], own.precision == "bf16"
+    if own.offloaded or refused(own) or block is None:
+        return {}
+    adamw = half and own.optimizer == "adamw"
+    kept = "float32 copies of weights and gradients" + (", and AdamW's state in float32" if adamw else "")
+    more = 12 - 2 * (2 if half else 4) + (4 if adamw else 0)
+    return {
+        "deepspeed": f"in {block} DeepSpeed has {kept}: about {more} bytes a parameter ({format_bytes(more * params)}) "
+        "more in the step than the table counts"
+    }
 
 
 def _trainer(own: Settings) -> str:
@@ -140,11 +161,19 @@ def _accelerate(own: Settings) -> str:
     made = f"CSAdam(model.parameters(), lr=1e-4{options})"
     if not ours:
         made = "torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)"
-    words = [f'mixed_precision="{mixed}"']
+    words, config = [f'mixed_precision="{mixed}"'], []
     if own.accumulation > 1:
         words.append(f"gradient_accumulation_steps={own.accumulation}")
     if own.offloaded:
-        words.append('deepspeed_plugin=DeepSpeedPlugin(zero_stage=2, offload_optimizer_device="cpu")')
+        # accelerate gets the optimizer as an object, and fills in what is "auto".
+        config = [
+            "config = {",
+            f'    "zero_optimization": {_python(_deepspeed(own)["zero_optimization"])},',
+            '    "train_micro_batch_size_per_gpu": "auto",',
+            '    "gradient_accumulation_steps": "auto",',
+            "}",
+        ]
+        words.append("deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config)")
     top = ["import torch"] if casts or not ours else []
     top += ["import sketch_accelerate"] if ours else []
     top.append(f"from accelerate import Accelerator{', DeepSpeedPlugin' if own.offloaded else ''}")
@@ -157,6 +186,7 @@ def _accelerate(own: Settings) -> str:
         *([_CHECKPOINTING] if own.checkpointing else []),
         f"optimizer = {made}  # your learning rate",
         f"data = DataLoader(dataset, batch_size={own.batch})",
+        *config,
         f"accelerator = Accelerator({', '.join(words)})",
         "model, optimizer, data = accelerator.prepare(model, optimizer, data)",
         *(["InBackward(optimizer, last=lambda: accelerator.sync_gradients)"] if back else []),

@@ -72,6 +72,18 @@ class Row:
     precision: str
 
 
+class BudgetBelowWeights(ValueError):
+    """The budget is less than the weights alone.
+
+    Attributes:
+        finding: the figures, without advice.
+    """
+
+    def __init__(self, finding: str, advice: str) -> None:
+        super().__init__(f"{finding}: {advice}")
+        self.finding = finding
+
+
 @dataclass(frozen=True)
 class Plan:
     """The result of `plan`; ``print(plan)`` shows the table.
@@ -260,10 +272,7 @@ def plan(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r} is not allowed: {name} must be an integer of at least {least}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
-    if device not in ("cuda", "cpu"):
-        raise ValueError(f"device={device!r} is not one of cuda, cpu")
+    check_choices(precision, gradient_checkpointing, device)
     _check_zero(zero_stage, world_size)
     wanted = choices(optimizers, precision)
     if zero_stage:
@@ -298,6 +307,20 @@ def plan(
         accumulation=accumulation,
         rows=rows,
     )
+
+
+def check_choices(precision: Any, gradient_checkpointing: Any, device: Any) -> None:
+    """Check arguments that `plan` and `sketch_plugins.advise` share.
+
+    Raises:
+        ValueError: one of them is not allowed.
+    """
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+    if not isinstance(gradient_checkpointing, bool):
+        raise ValueError(f"gradient_checkpointing={gradient_checkpointing!r} is not allowed: it must be True or False")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device={device!r} is not one of cuda, cpu")
 
 
 def budget_and_reserve(gpu_memory: Any, reserve: Any, device: str) -> tuple[int | None, int]:
@@ -576,8 +599,7 @@ def _budget(given: Any, device: str, name: str) -> int:
 def _check_budget(runs: _Runs, wanted: Sequence[Choice], most: int, sharding: tuple[int, int], given: Any) -> None:
     least = min(_parameters(runs, choice, sharding) for choice in wanted)
     if least > most:
-        raise ValueError(
-            f"gpu_memory={given!r} leaves {format_bytes(most)}, but the parameters alone take "
-            f"{format_bytes(least)}: use more memory, a lower precision (bf16), a smaller model, or "
-            "zero_stage=3"
+        raise BudgetBelowWeights(
+            f"gpu_memory={given!r} leaves {format_bytes(most)}, but the parameters alone take {format_bytes(least)}",
+            "use more memory, a lower precision (bf16), a smaller model, or zero_stage=3",
         )

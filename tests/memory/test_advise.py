@@ -12,7 +12,7 @@ import torch
 
 from sketch_plugins import advise, cli, plan, registry
 from sketch_plugins.memory.advise import FRAMEWORKS, HOST_BYTES, WISHES, format_count
-from sketch_plugins.memory.advise_lines import Settings, lines, refused
+from sketch_plugins.memory.advise_lines import BUCKET, Settings, lines, notes, refused
 from sketch_plugins.memory.plan_cuda import WORKSPACE
 
 pytest.importorskip("transformers", reason="models by name need transformers")
@@ -157,6 +157,8 @@ CANNOT = {"model_type": "xlnet", "n_layer": 1, "d_model": 32, "n_head": 2, "d_in
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"wish": ["largest-batch"]}, r"wish=\['largest-batch'\] is not one of largest-batch, largest-model"),
+        ({"gradient_checkpointing": "yes"}, "gradient_checkpointing='yes' is not allowed: it must be True or False"),
         ({"wish": "everything"}, "wish='everything' is not one of largest-batch, largest-model, least-change"),
         ({"gpu_memory": None}, "advice needs a budget"),
         ({"gpu_memory": "lots"}, "gpu_memory='lots' is not allowed"),
@@ -164,7 +166,12 @@ CANNOT = {"model_type": "xlnet", "n_layer": 1, "d_model": 32, "n_head": 2, "d_in
         ({"device": "tpu"}, "device='tpu' is not one of cuda, cpu"),
         ({"batch_size": 0}, "batch_size=0 is not allowed"),
         ({"gpu_memory": "1MB", "reserve": "2MB"}, "is not larger than the 2.0 MB of reserve"),
-        ({"gpu_memory": "1KB"}, "the parameters alone take"),
+        (
+            {"gpu_memory": "1KB"},
+            r"the parameters alone take .* in bfloat16, the lowest .* a smaller model\. DeepSpeed's ZeRO-3, which the "
+            r"ladder does not have, .*offload_param",
+        ),
+        ({"gpu_memory": "1KB", "device": "cpu"}, "alone take .*: use a larger budget or a smaller model$"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -302,12 +309,18 @@ def test_the_lines_for_accelerate(case, clean, monkeypatch):
         pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
         from accelerate import DeepSpeedPlugin
 
-        call = next(
-            n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "DeepSpeedPlugin"
-        )
-        plugin = eval(ast.unparse(call), {"DeepSpeedPlugin": DeepSpeedPlugin})
-        zero = plugin.hf_ds_config.config["zero_optimization"]
-        assert zero["stage"] == 2 and zero["offload_optimizer"]["device"] == "cpu"
+        scope = {"DeepSpeedPlugin": DeepSpeedPlugin}
+        nodes = list(ast.walk(ast.parse(code)))
+        (config,) = [n for n in nodes if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "config"]
+        (call,) = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "DeepSpeedPlugin"]
+        exec(ast.unparse(config), scope)
+        made = eval(ast.unparse(call), scope).deepspeed_config
+        assert made["zero_optimization"] == {
+            "stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": BUCKET,
+        }  # fmt: skip
+        # accelerate fills these in from the data and from its own argument.
+        assert made["train_micro_batch_size_per_gpu"] == made["gradient_accumulation_steps"] == "auto"
+        assert "gradient_accumulation_steps=2" in code
         return
     if own.precision == "fp16-mixed":
         assert 'mixed_precision="fp16"' in code  # which accelerate refuses without a GPU
@@ -353,6 +366,29 @@ def test_the_configuration_for_deepspeed(case):
     assert read.train_micro_batch_size_per_gpu == 4 and read.gradient_accumulation_steps == 2
     assert read.optimizer_name in (block["type"], block["type"].lower())
     assert read.zero_optimization_stage == (2 if own.offloaded else 0)
+
+
+def test_what_deepspeed_keeps_beyond_the_plan(ladder):
+    """Without ZeRO: 2 bytes of weights, 2 of gradients, 4 of each copy, and the state of float32 weights."""
+    for own in SETTINGS.values():
+        found = notes(own, 10**9)
+        assert (set(found) == {"deepspeed"}) == (
+            own.precision != "fp32" and not own.in_backward and not own.weight_bits
+        )
+        if found:
+            weights, adamw = (2 if own.precision == "bf16" else 4), 8 if own.optimizer == "adamw" else 0
+            more = 2 + 2 + 4 + 4 + adamw - (2 * weights + adamw * weights // 4)
+            assert (
+                f"about {more} bytes a parameter ({more}.0 GB) more in the step than the table counts"
+                in (found["deepspeed"])
+            )
+    bf16 = plan(tiny(), optimizers="adamw", precision="bf16", seq_len=32, batch_size=2)
+    assert bf16.rows[0].state == pytest.approx(4 * bf16.params, rel=0.05)
+    # It is printed beside the lines.
+    note = notes(Settings("adamw", "bf16-mixed"), ladder.params)
+    assert ladder.rungs[0].notes == ladder.to_dict()["rungs"][0]["notes"] == note and ladder.rungs[3].notes == {}
+    header = "--- DeepSpeed (import sketch_deepspeed before deepspeed.initialize)"
+    assert f"{header}\n({note['deepspeed']})\n{{" in dataclasses.replace(ladder, chosen=0).text
 
 
 def test_a_run_by_the_lines(ladder, clean, tmp_path, monkeypatch):

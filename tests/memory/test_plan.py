@@ -459,6 +459,7 @@ def test_pieces_of_a_rank_are_those_that_zero_would_cut():
     [
         ({"model": "bert-huge"}, "unknown model 'bert-huge'.*bert-base-uncased.*config.json"),
         ({"model": "nobody/has-this"}, "nor in the local cache.*nothing is downloaded"),
+        ({"gradient_checkpointing": "yes"}, "gradient_checkpointing='yes' is not allowed: it must be True or False"),
         ({"gpu_memory": "1MiB", "reserve": 0}, "the parameters alone take 438.* MB: use more memory"),
         ({"gpu_memory": "16 gigs"}, "gpu_memory='16 gigs' is not allowed.*'2GiB'"),
         ({"gpu_memory": "256MiB"}, "not larger than the 536.9 MB of reserve"),
