@@ -10,6 +10,8 @@ TEST_ARGS ?=
 COMPARE_ARGS ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
+# A folder with valid.txt and test.txt of WikiText-2's raw words.
+TEXT ?=
 LINT_PATHS := sketch_plugins integrations examples tests docs/tools $(wildcard benchmarks)
 
 ifeq ($(OS),Windows_NT)
@@ -26,10 +28,10 @@ TEST_PROCESSES ?= 2
 DIST := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test slow compare restricted matrix clients soak gpu sanitizer docs lint format clean
+.PHONY: help demo quick test slow compare restricted matrix clients soak benchmarks-quick gpu sanitizer docs lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  DEMO_ARGS, TEST_ARGS, COMPARE_ARGS, SOAK_ARGS and BENCH_ARGS (gpu) are handed on: make test TEST_ARGS='tests/optim -x'"
 
@@ -50,6 +52,10 @@ compare: $(VENV)/.dev ## kernels against the eager definition in 6,000 generated
 
 soak: $(VENV)/.dev ## 10,000 steps of every optimizer with saves, schedules and skipped steps: no growth, no drift
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
+
+benchmarks-quick: $(VENV)/.demo ## repeat a part of the quality figures, in ten minutes: TEXT=folder of WikiText-2
+	@test -n "$(TEXT)" || { echo "benchmarks-quick needs TEXT=FOLDER, with valid.txt and test.txt of WikiText-2 (raw words)"; exit 2; }
+	$(BIN)/python benchmarks/quality_check.py --text "$(TEXT)" --jobs $(TEST_PROCESSES)
 
 restricted: $(VENV)/.dev ## the test suite as other processors see it, and without Numba or Triton: ROWS=mkl,no-numba
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/restricted/run.py $(if $(ROWS),--rows $(ROWS)) \

@@ -7,10 +7,12 @@ import random
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
+
+from .watching import Watch, averages, evaluated
 
 TRAINED, TESTED, BATCH, LENGTH, CLIP = 2400, 1200, 16, 48, 1.0
 
@@ -49,19 +51,35 @@ def prepare(args: Namespace) -> Reviews:
 
 
 def run(
-    reviews: Reviews, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int, seed: int, said: Callable[[], Any]
+    reviews: Reviews, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int, seed: int, watch: Watch
 ) -> tuple[float, torch.optim.Optimizer]:
-    """(share of test sentences with a wrong label, optimizer); the learning rate falls linearly to 0."""
+    """(share of test sentences with a wrong label, optimizer); the learning rate falls linearly to 0.
+
+    An optimizer that averages the weights itself (schedule-free) keeps its rate.
+    """
     from transformers import BertForSequenceClassification
 
     torch.manual_seed(seed)
+    numpy.random.seed(seed)
     model = BertForSequenceClassification.from_pretrained(reviews.model, num_labels=2)
     torch.manual_seed(seed)
     nn.init.normal_(model.classifier.weight, std=0.02)
     optimizer = make(model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    constant = averages(optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if constant else 1 - step / steps)
     rng, order = random.Random(seed), list[int]()
+
+    def wrong() -> float:
+        model.eval()
+        found = 0
+        for first in range(0, TESTED, 48):
+            given = reviews.batch(reviews.test[first : first + 48])
+            found += int((model(**given).logits.argmax(-1) != given["labels"]).sum())
+        model.train()
+        return found / TESTED
+
     model.train()
+    watch.start()
     for _ in range(steps):
         if len(order) < BATCH:
             order = list(range(TRAINED))
@@ -75,11 +93,5 @@ def run(
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
-        said()
-    model.eval()
-    wrong = 0
-    with torch.no_grad():
-        for first in range(0, TESTED, 48):
-            given = reviews.batch(reviews.test[first : first + 48])
-            wrong += int((model(**given).logits.argmax(-1) != given["labels"]).sum())
-    return wrong / TESTED, optimizer
+        watch.stepped(optimizer, wrong)
+    return evaluated(optimizer, wrong), optimizer

@@ -8,11 +8,13 @@ import random
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from .watching import Watch, averages, evaluated
 
 VOCABULARY, WIDTH, LAYERS, HEADS = 8192, 160, 4, 5
 CONTEXT, BATCH, EVALUATED = 32, 8, 24_000
@@ -39,6 +41,8 @@ class Block(nn.Module):
 
 class LanguageModel(nn.Module):
     """A decoder whose embedding and head are not tied."""
+
+    heads = HEADS
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,20 +101,26 @@ def prepare(args: Namespace) -> Texts:
 
 
 def run(
-    texts: Texts, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int, seed: int, said: Callable[[], Any]
+    texts: Texts, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int, seed: int, watch: Watch
 ) -> tuple[float, torch.optim.Optimizer]:
-    """(evaluation loss, optimizer): linear warm-up over 10 % of the steps, then a cosine to 0."""
+    """(evaluation loss, optimizer): linear warm-up over 10 % of the steps, then a cosine to 0.
+
+    An optimizer that averages the weights itself (schedule-free) keeps its rate after the warm-up.
+    """
     torch.manual_seed(seed)
+    numpy.random.seed(seed)
     model = LanguageModel()
     optimizer = make(model)
-    warm = max(1, int(WARM_UP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-        ),
-    )
+    warm, constant = max(1, int(WARM_UP * steps)), averages(optimizer)
+
+    def factor(step: int) -> float:
+        if step < warm or constant:
+            return min(1.0, (step + 1) / warm)
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     stream = texts.batches(seed)
+    watch.start()
     for _ in range(steps):
         loss = model(*next(stream))
         if not math.isfinite(loss.item()):
@@ -120,5 +130,6 @@ def run(
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
-        said()
-    return texts.loss(model), optimizer
+        watch.stepped(optimizer, lambda: texts.loss(model))
+    value = evaluated(optimizer, lambda: texts.loss(model))
+    return value if math.isfinite(value) else math.inf, optimizer

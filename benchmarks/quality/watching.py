@@ -1,0 +1,58 @@
+"""What looks at a run while it goes on: a progress bar, and the loss after every so many steps with its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+class Watch:
+    """Called by a task around its loop.
+
+    Args:
+        said: called after each step.
+        every: steps from one evaluation to the next, 0 for none but the last.
+
+    Attributes:
+        curve: (step, seconds of training, value). Evaluation and what precedes the loop take no part in the seconds.
+    """
+
+    def __init__(self, said: Callable[[], Any] = lambda: None, every: int = 0) -> None:
+        self.said, self.every = said, every
+        self.curve: list[tuple[int, float, float]] = []
+        self.seconds, self.step, self.begun = 0.0, 0, 0.0
+
+    def start(self) -> None:
+        """The clock runs from here."""
+        self.begun = time.perf_counter()
+
+    def stepped(self, optimizer: Optimizer, evaluate: Callable[[], float]) -> None:
+        """After each step."""
+        self.step += 1
+        self.said()
+        if self.every and self.step % self.every == 0:
+            self.seconds += time.perf_counter() - self.begun
+            self.curve.append((self.step, self.seconds, evaluated(optimizer, evaluate)))
+            self.start()
+
+
+def evaluated(optimizer: Optimizer, evaluate: Callable[[], float]) -> float:
+    """The value, at the averaged weights of an optimizer that has two sets of them (schedule-free)."""
+    two = averages(optimizer)
+    if two:
+        optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        with torch.no_grad():
+            return evaluate()
+    finally:
+        if two:
+            optimizer.train()  # type: ignore[attr-defined]
+
+
+def averages(optimizer: Optimizer) -> bool:
+    """Whether an optimizer averages the weights itself: a schedule that falls is not for it."""
+    return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
