@@ -23,18 +23,22 @@ ROOT = Path(__file__).parents[1]
 PAGE, IMAGES = ROOT / "docs" / "peers.md", ROOT / "docs" / "images"
 #: The loss above AdamW's that a panel still shows.
 ABOVE = 0.3
+#: Half of the least range of a panel, so that noise does not look large.
+LEAST = 0.05
 
 
 def pareto(rows: list[Row], theme: str) -> Any:
-    """A panel for each setting: ours, peers and the front."""
+    """A panel for each setting: ours, peers and the front. The first is large, for it has the most marks."""
     found = figures(rows)
     kinds = settings(found)
-    lines = (len(kinds) + 1) // 2
-    canvas = drawing.pictures().Canvas(1000, 40 + 400 * lines, "Loss against bytes of optimizer state", theme)
+    lines = (len(kinds) + 1) // 3
+    canvas = drawing.pictures().Canvas(1000, 500 + 330 * lines, "Loss against bytes of optimizer state", theme)
     for number, kind in enumerate(kinds):
         points = [figure for (task, steps, _), figure in found.items() if (task, steps) == kind]
-        _panel(canvas, (60 + 500 * (number % 2), 40 + 400 * (number // 2), 420, 290), kind, points)
-    y = 24 + 400 * lines
+        place = number - 1
+        box = (60, 40, 910, 370) if number == 0 else (60 + 325 * (place % 3), 510 + 330 * (place // 3), 260, 230)
+        _panel(canvas, box, kind, points)
+    y = 478 + 330 * lines
     for x, sides, colour, words in ((60, 4, "a", "ours"), (140, 12, "faint", "peers")):
         drawing.Panel(canvas, (x, y, 10, 10), (0, 1), (0, 1)).mark(0.5, 0.5, colour, sides)
         canvas.text(x + 18, y + 9, words, size=12)
@@ -53,11 +57,11 @@ def _panel(canvas: Any, box: drawing.Box, kind: Kind, points: list[Figure]) -> N
         inside = [f for f in points if values[f.optimizer] < reference + ABOVE]
     factor = 100 if accuracy else 1
     reach = [values[f.optimizer] + sign * factor * (f.spread or 0) for f in inside for sign in (-1, 1)]
-    margin = 0.08 * (max(reach) - min(reach) or 1)
-    low, high = min(reach) - margin, max(reach) + margin
+    middle, half = (max(reach) + min(reach)) / 2, max(0.58 * (max(reach) - min(reach)), factor * LEAST)
+    low, high = middle - half, middle + half
     panel = drawing.Panel(canvas, box, (0.01, 40.0), (low, high), log=True)
     label = "test accuracy, %" if accuracy else "evaluation loss"
-    panel.axes(named(kind), "state, bytes a parameter", label, (0.01, 0.1, 1, 10), drawing.ticks(low, high))
+    panel.axes(named(kind), "state, bytes a parameter", label, (0.01, 0.1, 1, 10), drawing.ticks(low, high, 5))
     steps: list[drawing.Point] = []
     for figure in front(inside):
         if steps:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,9 +81,12 @@ class Panel:
         c.text(left + wide, top - 10, escaped(y_label), "end", "faint", SMALL)
 
     def line(self, points: Iterable[Point], colour: str) -> None:
-        """Through points."""
+        """Through points; labels keep away from its level and upright parts."""
         placed = [self.place(*point) for point in points]
         self.canvas.path([(_r(x), _r(y)) for x, y in placed], colour)
+        for (x1, y1), (x2, y2) in pairwise(placed):
+            if x1 == x2 or y1 == y2:
+                self.taken.append((min(x1, x2) - 1, min(y1, y2) - 1, max(x1, x2) + 1, max(y1, y2) + 1))
 
     def mark(self, x: float, y: float, colour: str, sides: int, spread: float | None = None) -> None:
         """A filled polygon, with a line over its standard deviation on both sides."""
