@@ -3,7 +3,7 @@
     python benchmarks/quality_pareto.py
 
 It writes docs/images/pareto-*.svg (loss against bytes of state), docs/images/seconds-*.svg (loss against seconds of
-training) and the parts of docs/peers.md between its marks. The same files give the same bytes every time.
+a core) and the parts of docs/peers.md between its marks. The same files give the same bytes every time.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _panel(canvas: Any, box: drawing.Box, kind: Kind, points: list[Figure]) -> N
 def seconds(rows: list[Row], theme: str) -> Any:
     """A panel for each number of steps, all of one machine."""
     kinds = timed(rows)
-    canvas = drawing.pictures().Canvas(1000, 420, "Loss against seconds of training", theme)
+    canvas = drawing.pictures().Canvas(1000, 420, "Loss against seconds of a core", theme)
     for number, ((task, steps, hardware), of) in enumerate(kinds[:2]):
         points = [point for curve in of.values() for point in curve]
         last = of[curves.REFERENCE][-1][2]
@@ -95,7 +95,7 @@ def seconds(rows: list[Row], theme: str) -> Any:
         right = 1.02 * max(second for _, second, _ in points)
         panel = drawing.Panel(canvas, (60 + 500 * number, 40, 420, 310), (0.0, right), (low, high))
         title = f"{named((task, int(steps)))}, {machine(hardware)}, one thread"
-        panel.axes(title, "seconds of training", "loss", drawing.ticks(0, right), drawing.ticks(low, high))
+        panel.axes(title, "seconds of a core", "loss", drawing.ticks(0, right), drawing.ticks(low, high))
         panel.line([(0.0, last), (right, last)], "line")
         for colour, (name, curve) in zip("bacde" * 3, of.items(), strict=False):
             kept = [(second, value) for _, second, value in curve if value <= high]

@@ -1,4 +1,8 @@
-"""Loss against seconds: when each optimizer is where AdamW ends."""
+"""Loss against seconds: when each optimizer is where AdamW ends.
+
+Seconds are those in which a core worked for the run. A run has one thread, so they are the seconds of the clock on a
+machine that does nothing else, and they change less than those when it does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from .records import Row
 
 #: (task, steps, hardware): what may be compared in seconds.
 Setting = tuple[str, str, str]
-#: (step, seconds of training, value).
+#: (step, seconds of a core, value).
 Curve = list[tuple[int, float, float]]
 REFERENCE = "adamw"
 
@@ -22,7 +26,7 @@ def curves(rows: Iterable[Row]) -> dict[Setting, dict[str, Curve]]:
     for row in rows:
         setting = row["task"], row["steps"], row["hardware"]
         steps = points.setdefault(setting, {}).setdefault(row["optimizer"], {})
-        steps.setdefault(int(row["step"]), []).append((float(row["train_seconds"]), float(row["value"])))
+        steps.setdefault(int(row["step"]), []).append((float(row["core_seconds"]), float(row["value"])))
     return {
         setting: {
             name: [
@@ -36,7 +40,7 @@ def curves(rows: Iterable[Row]) -> dict[Setting, dict[str, Curve]]:
 
 
 def seconds_to(curve: Curve, level: float) -> float | None:
-    """Seconds of training until the value is ``level`` or less, on straight lines between the points."""
+    """Seconds until the value is ``level`` or less, on straight lines between the points."""
     before: tuple[int, float, float] | None = None
     for point in curve:
         if point[2] <= level:
@@ -56,7 +60,7 @@ def compared(named: dict[str, Curve]) -> list[tuple[str, float, float, float | N
 
 def seconds_table(rows: Iterable[Row], task: str) -> Table:
     """For each number of steps and machine on which AdamW was run."""
-    shown = Table(title=f"{task}: seconds of training until AdamW's last value is reached")
+    shown = Table(title=f"{task}: seconds of a core until AdamW's last value is reached")
     for name in ("steps", "optimizer", "seconds in all", "last value", "seconds to AdamW's", "hardware"):
         shown.add_column(name, justify="left" if name in ("optimizer", "hardware") else "right")
     for (of, steps, machine), named in curves(rows).items():

@@ -116,7 +116,7 @@ def _shampoo(model: nn.Module, lr: float) -> Optimizer:
         weight_decay=0.0,
         preconditioning_compute_steps=20,
         no_preconditioning_for_layers_with_dim_gt=LONGEST_AXIS,
-        graft_type=LayerWiseGrafting.RMSPROP,
+        graft_type=LayerWiseGrafting.ADAGRAD,
     )
 
 
@@ -195,7 +195,7 @@ PEERS: dict[str, Peer] = {
     ),
     "shampoo": _po(
         _shampoo, 1e-3,
-        f"`ScalableShampoo`: matrices with axes up to {LONGEST_AXIS:,}, roots every 20 steps, grafted on RMSProp",
+        f"`ScalableShampoo`: matrices with axes up to {LONGEST_AXIS:,}, roots every 20 steps, grafted on AdaGrad",
     ),
     "came": _po(_pytorch_optimizer("CAME"), 1.25e-4),
     "schedule_free": _po(

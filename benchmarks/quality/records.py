@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 RUNS, CURVES, SKIPPED = (RESULTS / name for name in ("quality.csv", "quality_curve.csv", "quality_skipped.csv"))
 KEYS = ("task", "steps", "optimizer", "lr", "seed")
 FIELDS = (*KEYS, "value", "bytes_per_param", "seconds", "hardware", "torch")
-CURVE_FIELDS = (*KEYS, "step", "train_seconds", "value", "load", "hardware", "torch")
+CURVE_FIELDS = (*KEYS, "step", "train_seconds", "core_seconds", "value", "load", "hardware", "torch")
 SKIPPED_FIELDS = ("task", "optimizer", "reason", "hardware", "torch")
 Row = dict[str, Any]
 

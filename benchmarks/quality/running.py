@@ -94,9 +94,12 @@ def do(run: Run, data: Any, place: int = 0) -> Done:
         "seconds": f"{time.perf_counter() - start:.0f}", **where,
     }  # fmt: skip
     points = tuple(
-        run.row() | {"step": step, "train_seconds": f"{seconds:.2f}", "value": f"{value:.5f}", "load": load(), **where}
-        for step, seconds, value in watch.curve
-    )
+        run.row() | where | {
+            "step": point.step, "train_seconds": f"{point.seconds:.2f}", "core_seconds": f"{point.core_seconds:.2f}",
+            "value": f"{point.value:.5f}", "load": load(),
+        }
+        for point in watch.curve
+    )  # fmt: skip
     return Done(row, points)
 
 
@@ -143,6 +146,7 @@ class Plans:
     def _advance(self, number: int, values: list[float] | None) -> None:
         """Ask a plan for more, until it has runs to be made or has ended."""
         of, plan = self.plans[number]
+        first = values is None
         while True:
             try:
                 asked = next(plan) if values is None else plan.send(values)
@@ -152,7 +156,8 @@ class Plans:
             self.values[number] = [self.known(run) for run in runs]
             missing = [(number, place, run) for place, run in enumerate(runs) if self.values[number][place] is None]
             if missing:
-                self.waiting += missing
+                # One optimizer is finished before the next is begun.
+                self.waiting = self.waiting + missing if first else missing + self.waiting
                 return
             values = [value for value in self.values[number] if value is not None]
 

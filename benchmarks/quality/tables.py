@@ -102,17 +102,19 @@ def peer_settings() -> str:
 
 
 def seconds_lines(rows: list[Row]) -> str:
-    """For the curves of the picture: seconds in all, and to AdamW's last loss."""
-    lines = [["steps", "optimizer", "seconds in all", "last loss", "seconds to AdamW's last loss", "load", "hardware"]]
-    lines.append(["---"] * len(lines[0]))
+    """For the curves of the picture: seconds of a core in all and to AdamW's last loss, and those of the clock."""
+    heads = ["steps", "optimizer", "seconds of a core", "last loss", "seconds of a core to AdamW's last loss"]
+    heads += ["seconds of the clock", "load", "hardware"]
+    lines = [heads, ["---"] * len(heads)]
     for (task, steps, hardware), of in timed(rows):
         for name, total, value, reached in curves.compared(of):
-            loads = [
-                float(row["load"]) for row in rows
-                if (row["task"], row["steps"], row["optimizer"], row["hardware"]) == (task, steps, name, hardware)
-                and row["load"]
-            ]  # fmt: skip
+            wanted = task, steps, name, hardware
+            own = [row for row in rows if (row["task"], row["steps"], row["optimizer"], row["hardware"]) == wanted]
+            loads = [float(row["load"]) for row in own if row["load"]]
             load = f"{min(loads):.1f} to {max(loads):.1f}" if loads else ""
             when = "not reached" if reached is None else f"{reached:.1f}"
-            lines.append([steps, TITLES[name], f"{total:.1f}", f"{value:.3f}", when, load, machine(hardware)])
+            clock = max(float(row["train_seconds"]) for row in own)
+            lines.append(
+                [steps, TITLES[name], f"{total:.1f}", f"{value:.3f}", when, f"{clock:.1f}", load, machine(hardware)]
+            )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -80,7 +80,13 @@ def test_seconds_to_a_level_lie_on_the_line_between_two_points():
 
 def test_seconds_of_two_machines_are_never_beside_each_other():
     def point(optimizer, hardware):
-        return {**row(optimizer, 5.0, 8, hardware=hardware), "step": "10", "train_seconds": "1.0", "load": "0.1"}
+        return {
+            **row(optimizer, 5.0, 8, hardware=hardware),
+            "step": "10",
+            "train_seconds": "1.0",
+            "core_seconds": "0.9",
+            "load": "0.1",
+        }
 
     rows = [point("adamw", "A"), point("adamw", "B"), point("muon", "B"), point("sketchy", "A"), point("sm3", "B")]
     ((setting, of),) = tables.timed(rows)
