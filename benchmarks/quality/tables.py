@@ -78,7 +78,7 @@ def table(rows: list[Row], left_out: list[Row]) -> str:
         of = by_name[name]
         main = next((of[kind] for kind in kinds if kind in of and kind[0] == "lm"), None)
         title = f"**{TITLES[name]}**" if next(iter(of.values())).ours else TITLES[name]
-        rate = f"{main.lr:g}" + (" (searched)" if main.inside else "") if main is not None else ""
+        rate = "" if main is None else f"{main.lr:g}{_how(main)}"
         hardware = "; ".join(sorted({machine(text) for figure in of.values() for text in figure.hardware}))
         cells = [cell(of.get(kind), main.lr if main is not None and kind[0] == "lm" else -1.0) for kind in kinds]
         lines.append([title, number(next(iter(of.values())).bytes_per_param), rate, *cells, hardware])
@@ -87,6 +87,12 @@ def table(rows: list[Row], left_out: list[Row]) -> str:
         f"\n{TITLES.get(name, name)} was left out: {reason}.\n" for name, reason in skipped(left_out, by_name).items()
     )
     return text
+
+
+def _how(figure: Figure) -> str:
+    if figure.inside:
+        return " (searched)"
+    return "" if figure.ours else " (search not ended)"
 
 
 def _head(kind: Kind) -> str:

@@ -66,7 +66,7 @@ def test_a_table_has_the_hardware_of_every_row_and_why_a_peer_was_left_out():
     rows = [row("adamw", 5.9, 8), row("adamw", 5.8, 8, 2, hardware="B"), row("sketchy", 0.2, 1, task="fine_tune")]
     text = tables.table(rows, [{"optimizer": "kron", "reason": "no memory"}, {"optimizer": "adamw", "reason": "old"}])
     lines = text.splitlines()
-    assert lines[2].startswith("| AdamW | 8 | 0.001 | 5.850") and lines[2].endswith("| A; B |")
+    assert lines[2].startswith("| AdamW | 8 | 0.001 (search not ended) | 5.850") and lines[2].endswith("| A; B |")
     assert lines[3].startswith("| **sketchy** | 1 |") and "80.0 (1 seed), at 0.001 | A |" in lines[3]
     assert "PSGD Kron was left out: no memory." in text and "old" not in text
 
