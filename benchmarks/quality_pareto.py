@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 PAGE, IMAGES = ROOT / "docs" / "peers.md", ROOT / "docs" / "images"
 #: The loss above AdamW's that a panel still shows.
 ABOVE = 0.3
+#: The loss above AdamW's last one at which curves come into sight.
+ABOVE_LAST = 0.7
 #: Half of the least range of a panel, so that noise does not look large.
 LEAST = 0.05
 
@@ -90,10 +92,12 @@ def seconds(rows: list[Row], theme: str) -> Any:
         points = [point for curve in of.values() for point in curve]
         last = of[curves.REFERENCE][-1][2]
         low = min(value for _, _, value in points)
-        high = min(max(value for _, _, value in points), last + 1.2)
+        high = min(max(value for _, _, value in points), last + ABOVE_LAST)
         low, high = low - 0.08 * (high - low), high + 0.04 * (high - low)
         right = 1.02 * max(second for _, second, _ in points)
-        panel = drawing.Panel(canvas, (60 + 500 * number, 40, 420, 310), (0.0, right), (low, high))
+        panel = drawing.Panel(
+            canvas, (60 + 500 * number, 40, 910 if len(kinds) == 1 else 420, 310), (0.0, right), (low, high)
+        )
         title = f"{named((task, int(steps)))}, {machine(hardware)}, one thread"
         panel.axes(title, "seconds of a core", "loss", drawing.ticks(0, right), drawing.ticks(low, high))
         panel.line([(0.0, last), (right, last)], "line")

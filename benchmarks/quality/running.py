@@ -24,6 +24,8 @@ from .watching import Watch
 
 TASKS: dict[str, Any] = {"lm": language_model, "fine_tune": fine_tune}
 HALF = "bf16/"
+#: Steps before those whose seconds are written.
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def do(run: Run, data: Any, place: int = 0) -> Done:
         watch = Watch(bar.update, run.curve)
         make = partial(build, run.optimizer, run.lr)
         try:
+            if run.curve:
+                # What is compiled or loaded on first use would count for the first optimizer alone.
+                TASKS[run.task].run(data, make, WARM_UP, run.seed, Watch())
             value, optimizer = TASKS[run.task].run(data, make, run.steps, run.seed, watch)
         except Exception as error:  # other people's optimizers fail in ways of their own
             if not peer:

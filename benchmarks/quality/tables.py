@@ -117,7 +117,7 @@ def seconds_lines(rows: list[Row]) -> str:
             wanted = task, steps, name, hardware
             own = [row for row in rows if (row["task"], row["steps"], row["optimizer"], row["hardware"]) == wanted]
             loads = [float(row["load"]) for row in own if row["load"]]
-            load = f"{min(loads):.1f} to {max(loads):.1f}" if loads else ""
+            load = " to ".join(dict.fromkeys(f"{end:.1f}" for end in (min(loads), max(loads)))) if loads else ""
             when = "not reached" if reached is None else f"{reached:.1f}"
             clock = max(float(row["train_seconds"]) for row in own)
             lines.append(
