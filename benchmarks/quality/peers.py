@@ -126,9 +126,9 @@ def _adam_mini(model: nn.Module, lr: float) -> Optimizer:
 
     parts, config = split(model), getattr(model, "config", None)
     named = [("embed." + name, p) for name, p in parts.embedding] + [("lm_head." + name, p) for name, p in parts.head]
-    for name, p in [*parts.hidden, *parts.rest]:
-        feed_forward = p.ndim == 2 and p.shape[0] != p.shape[1]
-        named.append(("mlp." + name if feed_forward else name, p))
+    named += [(name if p.shape[0] == p.shape[1] else "mlp." + name, p) for name, p in parts.hidden]
+    # Not their own names: a norm behind an output layer would be taken for a matrix.
+    named += [(f"vector.{n}.{name.rpartition('.')[2]}", p) for n, (name, p) in enumerate(parts.rest)]
     heads = config.num_attention_heads if config is not None else model.heads
     return Adam_mini(named, lr=lr, weight_decay=0.0, dim=width(model), n_heads=heads, verbose=False)
 

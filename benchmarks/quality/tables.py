@@ -64,7 +64,7 @@ def cell(figure: Figure | None, lr: float | None) -> str:
 
 
 def table(rows: list[Row], left_out: list[Row]) -> str:
-    """Of all optimizers: state, rate, a column for each setting, hardware; then who was left out, and why."""
+    """Of all optimizers: state, rate, a column for each setting, hardware; then the peers without a result, and why."""
     found = figures(rows)
     kinds = settings(found)
     by_name = {
@@ -83,9 +83,11 @@ def table(rows: list[Row], left_out: list[Row]) -> str:
         cells = [cell(of.get(kind), main.lr if main is not None and kind[0] == "lm" else -1.0) for kind in kinds]
         lines.append([title, number(next(iter(of.values())).bytes_per_param), rate, *cells, hardware])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    text += "".join(
-        f"\n{TITLES.get(name, name)} was left out: {reason}.\n" for name, reason in skipped(left_out, by_name).items()
-    )
+    left = skipped(left_out, by_name)
+    text += "".join(f"\n{TITLES.get(name, name)} was left out: {reason}.\n" for name, reason in left.items())
+    not_yet = [TITLES[name] for name in peers.PEERS if name not in by_name and name not in left]
+    if not_yet:
+        text += f"\nNot measured yet: {', '.join(not_yet)}.\n"
     return text
 
 
