@@ -87,7 +87,7 @@ def table(rows: list[Row], left_out: list[Row]) -> str:
     text += "".join(f"\n{TITLES.get(name, name)} was left out: {reason}.\n" for name, reason in left.items())
     not_yet = [TITLES[name] for name in peers.PEERS if name not in by_name and name not in left]
     if not_yet:
-        text += f"\nNot measured yet: {', '.join(not_yet)}.\n"
+        text += f"\nNot measured yet: {'; '.join(not_yet)}.\n"
     return text
 
 
