@@ -35,6 +35,8 @@ def main():
         f"RESULT {args.world_size} {type(optimizer).__name__} {optimizer.defaults['compression']} {digest!r}\\n"
     )
     sys.stdout.flush()
+    if torch.distributed.is_initialized():  # gloo's threads may end a process that leaves this to its exit
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
