@@ -67,6 +67,7 @@ ANSWERS = {
     "/mem_sgd/": "sends the largest entries of its gradient, keeps the others in a memory",
     "/memory/": "cs_adam in place of AdamW saves 6.76 bytes a parameter of state",
     "/migrating/": "Replace torch.optim.AdamW by CSAdam and keep the learning rate",
+    "/peers/": "The lowest loss: sketchy at 160 and 500 steps, at a fifth of Muon's state",
     "/plain_torch/": "optimizer = CSAdam(model.parameters(), lr=1e-3, weight_decay=0.01)",
     "/plan/": "predicts the memory of a training step with each optimizer, and the largest batch that fits",
     "/quickstart/": 'pip install ".[transformers,cpu]"',
