@@ -105,7 +105,7 @@ def test_adam_is_the_formula(first_moment, sparse):
 def test_sm3_clips_before_the_momentum():
     p, expected = torch.nn.Parameter(start()), start()
     optimizer = SM3(
-        [p], LR, (B1, B2), EPS, preset="exact", update_clip=CLIP, scale_parameter=True, lagged_rms=True, chunk_size=9
+        [p], LR, (B1, B2), EPS, preset="exact", update_clip=CLIP, reference_rms=1.0, lagged_rms=True, chunk_size=9
     )
     v = m = torch.zeros(R, D, dtype=torch.float64)
     devices = Devices()
