@@ -135,9 +135,9 @@ def test_a_command_has_options_that_exist(page, line, capsys):
 
 
 def test_every_target_of_make_that_is_named_exists():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in [*PAGES, *TOP]:
-        asked = set(re.findall(r"^make ([a-z]+)|`make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+        asked = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
         asked = {one or other for one, other in asked}
         assert asked <= targets, f"{named(page)}: make {sorted(asked - targets)}"
 
