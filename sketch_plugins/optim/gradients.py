@@ -102,8 +102,6 @@ class Gradients(StateDicts):
         first = self._stores(p, group)[0]
         if group["fused"] and not group["compile"]:
             fused_backend(p.device, True)  # a loaded group, or a moved model, may have no kernels here
-        if group["capturable"]:
-            self._check_capturable(p, group, grad, label)
         if isinstance(first, CountSketch) and grad.rows is None and not group["allow_dense_count_sketch"]:
             raise ValueError(
                 f"{label} has a dense gradient, and first_moment='count_sketch' does not train with dense "
@@ -112,6 +110,8 @@ class Gradients(StateDicts):
                 "or 'none' for this parameter, or row-sparse gradients (nn.Embedding(sparse=True), "
                 "row_sparse='auto'). allow_dense_count_sketch=True overrides this check"
             )
+        if group["capturable"]:
+            self._check_capturable(p, group, grad, label)
         return grad
 
     def _couples(self, group: Mapping[str, Any]) -> bool:
