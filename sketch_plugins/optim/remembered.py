@@ -135,9 +135,7 @@ class Again:
         self.changed += parts
         self.outliving += outliving
         if steps is None:
-            self.rules.append((group, list(counters)))
-            self.which += range(self._rows, self._rows + len(counters))
-            self._rows += len(counters)
+            self._uncounted(group, counters)
             return
         places = {}
         for step in set(steps):
@@ -162,16 +160,7 @@ class Again:
         if owner is not p:
             self.changed.append(owner)
         if step is None:
-            if self.rules:
-                last, counters = self.rules[-1]
-                if last is group and isinstance(counters, list) and counters[0].device == counter.device:
-                    counters.append(counter)
-                    self.which.append(self._rows)
-                    self._rows += 1
-                    return
-            self.rules.append((group, [counter]))
-            self.which.append(self._rows)
-            self._rows += 1
+            self._uncounted(group, [counter])
             return
         if step == self._step and group is self._group:  # the same as for the part before
             self.which.append(self.which[-1])
@@ -181,6 +170,16 @@ class Again:
         if key not in self._places:
             self._places[key] = self._row(group, step)
         self.which.append(self._places[key])
+
+    def _uncounted(self, group: dict[str, Any], counters: Sequence[Tensor]) -> None:
+        """A row for each of the counters, which are on one device and are not read."""
+        last, known = self.rules[-1] if self.rules else (None, None)
+        if last is group and isinstance(known, list) and known[0].device == counters[0].device:
+            known += counters
+        else:
+            self.rules.append((group, list(counters)))
+        self.which += range(self._rows, self._rows + len(counters))
+        self._rows += len(counters)
 
     def _row(self, group: dict[str, Any], step: float) -> int:
         self.rules.append((group, int(step) + 1))
