@@ -71,7 +71,7 @@ def test_a_page_is_rendered_whole(page):
     text = page.read_text(encoding="utf-8")
     article = re.search(r"<article.*?</article>", text, re.DOTALL)
     if article is None:
-        return
+        pytest.skip("this page forwards to another one, and has no article")
     # Code may show any of these.
     body = re.sub(r"<(pre|code)\b.*?</\1>", "", article[0], flags=re.DOTALL)
     for raw in (r":math:", r"\.\. math", r"\{options\}", r"\\\(", r"\\\[", r"``", r"\$\$", r"\]\([^)]*\)"):
