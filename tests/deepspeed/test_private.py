@@ -80,7 +80,7 @@ def test_check_names_what_is_missing(module, name, private, monkeypatch):
         monkeypatch.setattr(importlib.import_module(module), owner.__name__, object())
         name = f"{owner.__name__}.{last}"
         if last != "optim_states":
-            return  # the first of them is missed first
+            pytest.skip("the members of this Enum are removed together, and the first of them is named")
     else:
         monkeypatch.delattr(owner, last)
     with pytest.raises(private.MovedSymbolError) as error:

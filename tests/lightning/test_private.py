@@ -52,8 +52,12 @@ def test_a_name_that_lightning_has_itself_is_not_taken_over(namespace, monkeypat
         found["sm3"] = entry
 
 
-def test_registering_twice_does_no_harm():
+def test_registering_twice_changes_nothing(namespace):
+    found = importlib.import_module(f"{namespace}.strategies").StrategyRegistry
+    before = {name: found[name] for name in found}
     sketch_lightning.register()
+    assert "sm3" in before
+    assert {name: found[name] for name in found} == before
 
 
 def test_only_one_module_touches_private_names():
