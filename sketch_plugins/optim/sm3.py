@@ -187,6 +187,9 @@ class SM3(SketchOptimizer):
                 param_group = {**param_group, "lr": rate_of_its_own}
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_own_rates": self._own_rates}  # torch's has groups, defaults and state only
+
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
         return ADAGRAD if group["betas"][1] == 1.0 else ADAMW
 

@@ -1,6 +1,7 @@
 """AdamW's learning rate carries over: ``reference_rms``, presets, old checkpoints, rates that are far off."""
 
 import copy
+import pickle
 import re
 import warnings
 
@@ -225,6 +226,14 @@ def test_the_rate_of_sm3_is_that_of_each_group_s_preset():
     assert SM3([p], betas=(0.9, 0.99), preset="paper").param_groups[0]["lr"] == 1e-3
     assert SM3([{"params": [p], "betas": (0.9, 1.0)}]).param_groups[0]["lr"] == 1e-2
     assert [g["lr"] for g in SM3([p], preset="ema").param_groups] == [1e-3]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))])
+def test_copies_of_sm3_know_whether_a_learning_rate_was_given(copied):
+    for given, rate in (({}, 1e-2), ({"lr": 0.5}, 0.5)):
+        other = copied(SM3([torch.nn.Parameter(torch.ones(3))], **given))
+        other.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "preset": "paper"})
+        assert other.param_groups[1]["lr"] == rate
 
 
 @each
