@@ -109,7 +109,9 @@ def _trainer(own: Settings) -> str:
     if own.offloaded:
         # Trainer makes the optimizer, so the configuration has no block for it.
         config = {name: value for name, value in _deepspeed(own).items() if name in ("bf16", "zero_optimization")}
-        given["deepspeed"] = {**config, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+        # "auto": Trainer fills in its own arguments. Without it DeepSpeed would not clip to max_grad_norm.
+        filled = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        given["deepspeed"] = {**config, **dict.fromkeys(filled, "auto")}
     casts = _is_cast(own)
     top = ["import torch"] if casts else []
     top += ["import sketch_transformers  # before TrainingArguments"] if ours else []

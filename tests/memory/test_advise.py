@@ -270,6 +270,8 @@ def test_the_lines_for_trainer_are_arguments(case, clean, tmp_path, monkeypatch)
     assert args.gradient_checkpointing == own.checkpointing
     assert (args.max_grad_norm == 0) == in_backward
     assert bool(args.deepspeed) == own.offloaded
+    if own.offloaded:  # Trainer puts its own max_grad_norm there
+        assert args.deepspeed["gradient_clipping"] == "auto"
     if own.optimizer != "adamw":
         from sketch_transformers.arguments import optimizer_cls_and_kwargs
 
