@@ -429,8 +429,9 @@ def _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, b
                 if norm:
                     x = load(p, o + j, left)
                     part = part + x * x
-            square = np.float64(total(part))
-            out += square if _LEAST <= square <= _MOST else _square(p, o + lo, length)
+            if norm:
+                square = np.float64(total(part))
+                out += square if _LEAST <= square <= _MOST else _square(p, o + lo, length)
     for b in range(height):
         load_ = (rows - first - b + width - _ONE) // width
         gain = s[GAIN2] if s[MEAN] == _0 else s[GAIN2] / np.float32(load_)
