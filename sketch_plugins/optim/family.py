@@ -18,7 +18,7 @@ TYPICAL_RMS = 0.017
 #: Update clipping and relative steps (Adafactor), in the form that takes AdamW's learning rate: options of presets.
 ADAFACTOR_DEVICES = {"update_clip": 1.0, "scale_parameter": True, "reference_rms": TYPICAL_RMS}
 #: Options that a checkpoint may be too old to have -> the values that it was trained with.
-BEFORE = {"batch_dims": 0, "reference_rms": 1.0, "weight_bits": None}
+BEFORE = {"batch_dims": 0, "reference_rms": 1.0, "weight_bits": None, "embedding_rate": 1.0}
 
 
 class Batches(TypedDict, total=False):
@@ -367,7 +367,7 @@ _SKETCHY = {
     "stack_bytes", "stagger_solves",
     "budget", "shampoo_beta", "update_freq", "statistics_freq", "start_preconditioning_step", "solver", "refresh_every",
     "graft", "matrix_eps", "momentum_placement", "momentum_of", "merge_dims", "max_block_dim", "max_axis",
-    "max_aspect_ratio", "nonfinite",
+    "max_aspect_ratio", "nonfinite", "embedding_rate",
 }  # fmt: skip
 #: Options of some of our optimizers whose names other code uses, too.
 _WORDS_OF_OTHERS = frozenset({"depth", "width", "rank", "budget"})

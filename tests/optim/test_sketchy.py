@@ -51,6 +51,7 @@ class Dense:
     def __init__(
         self, p, graft="cs", lr=0.05, input="update", momentum="before", nesterov=True, statistics="accumulate",
         update_freq=1, beta=0.99, decay=0.0, clip=1.0, scale=True, ratio=16.0, eps=1e-6, start=1,
+        embedding_rate=2.0,
     ):  # fmt: skip
         self.p, self.graft, self.lr, self.input, self.momentum, self.nesterov = p, graft, lr, input, momentum, nesterov
         self.statistics, self.update_freq, self.beta, self.decay = statistics, update_freq, beta, decay
@@ -61,6 +62,7 @@ class Dense:
         self.gathered = {i: torch.zeros(p.shape[i], p.shape[i], dtype=p.dtype) for i in self.axes}
         self.solved = {i: torch.zeros_like(c) for i, c in self.gathered.items()}
         self.has_momentum = p.ndim > 1 and len(self.axes) == p.ndim
+        self.factor = embedding_rate if 0 < len(self.axes) < p.ndim else 1.0
 
     def update_of(self, g):
         if self.graft == "none":
@@ -130,7 +132,7 @@ class Dense:
             x = x * self.size(x)
         if self.momentum == "after":
             x = self.average(x)
-        self.p = (1 - self.lr * self.decay) * self.p - self.lr * x
+        self.p = (1 - self.lr * self.decay) * self.p - self.factor * self.lr * x
         if self.statistics == "accumulate" and self.due():
             self.solved = {i: c.clone() for i, c in self.gathered.items()}
 
@@ -153,6 +155,7 @@ class Dense:
         {"start_preconditioning_step": 5},
         {"statistics": "sample", "update_freq": 3, "tail": "paper", "solver": "svd", "input": "gradient"},
         {"statistics": "sample", "update_freq": 1, "tail": "sqrt", "momentum_placement": "after", "weight_decay": 0.3},
+        {"embedding_rate": 0.7, "weight_decay": 0.3},
     ],
     ids=str,
 )
@@ -682,13 +685,28 @@ def test_solves_happen_when_they_are_due(monkeypatch):
     ]  # fmt: skip
 
 
+def test_embeddings_and_output_layers_have_a_learning_rate_of_their_own():
+    def moved(**options):
+        params = parameters([(400, 20), (20, 400), (60, 20), (20,), (20, 16, 3, 3)])
+        before = [p.detach().clone() for p in params]
+        train(Sketchy(params, 1e-3, rank=4, weight_decay=0.1, **options), params, 1)
+        kept = [(1 - 1e-4) * q for q in before]  # decay has no factor
+        return [p.detach() - q for p, q in zip(params, kept, strict=True)]
+
+    for half, one in zip(moved(embedding_rate=0.5), moved(embedding_rate=1.0), strict=True):
+        factor = 0.5 if 400 in one.shape else 1.0
+        torch.testing.assert_close(half, factor * one, rtol=1e-9, atol=1e-12)
+    for default, two in zip(moved(), moved(embedding_rate=2.0), strict=True):
+        assert torch.equal(default, two)
+
+
 @pytest.mark.parametrize("columns", [8, 100])  # preconditioned on one side, and on both with a momentum
 def test_row_sparse_gradients_take_the_graft_s_step(columns):
     p, q = (torch.nn.Parameter(torch.ones(300, columns)) for _ in range(2))
     a, b = (
         Sketchy([p], 1.8e-3, rank=2, compression=0.1),
-        CSAdam([q], 1.8e-3, preset="lean", weight_decay=0, compression=0.1),
-    )
+        CSAdam([q], 1.8e-3 * (2 if columns == 8 else 1), preset="lean", weight_decay=0, compression=0.1),
+    )  # with 8 columns the rows have no covariance, as those of an embedding
     for step in range(4):
         index = torch.tensor([[1, 5, 7 + step]])
         for x in (p, q):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, TypedDict
 
@@ -63,6 +64,16 @@ class Covariances(TypedDict, total=False):
             structural=True,
         ),
     ]
+    embedding_rate: Annotated[
+        float | None,
+        option(
+            2.0,
+            "the factor of the learning rate for tensors that have covariances for some of their axes only, because "
+            "others are too long: embeddings and output layers. Weight decay does not have it.",
+            allowed="a number > 0",
+            check=lambda v: v > 0,
+        ),
+    ]
 
 
 #: Options that decide which axes have a covariance.
@@ -99,6 +110,11 @@ def axes_of(shape: tuple[int, ...], whole: tuple[int, ...], *options: Any) -> tu
     if narrow or len(shape) != len(whole) or len(others) != len(dims):
         return dims, ()
     return dims, preconditioned
+
+
+def factor_of(preconditioner: Kronecker, group: Mapping[str, Any]) -> float:
+    """The factor of the learning rate for a tensor with these covariances."""
+    return 1.0 if all(preconditioner.ranks) else float(group["embedding_rate"])
 
 
 @lru_cache(maxsize=1024)

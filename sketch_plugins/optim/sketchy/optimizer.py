@@ -62,6 +62,7 @@ class Sketchy(SketchOptimizer):
     ``max_block_dim`` is cut into equal blocks with covariances of their own. An axis longer than ``max_axis``, or than
     ``max_aspect_ratio`` times the rest of the tensor, has no covariance. So the vocabulary of an embedding or of a
     language model's head is left to the graft's diagonal, and the tensor is preconditioned along its other axis alone.
+    Such tensors have ``embedding_rate`` times the learning rate.
     Vectors and scalars take the graft's update unchanged. So do row-sparse gradients (``nn.Embedding(sparse=True)``),
     whose rows are no sample of the covariance. ``row_sparse`` only applies to tensors that are not preconditioned along
     every axis, and leaves touched rows unpreconditioned.
@@ -81,12 +82,13 @@ class Sketchy(SketchOptimizer):
     preset     options
     ========== =========================================================================================================
     default    graft "cs", update_clip 1, scale_parameter with reference_rms 0.017, input "update", momentum before,
-               Nesterov, tail "trace", statistics "accumulate", solver "eigh", update_freq 10, rank 32
+               Nesterov, tail "trace", statistics "accumulate", solver "eigh", update_freq 10, rank 32,
+               embedding_rate 2
     exact      no covariances, graft "rmsprop", no momentum: steps of the same size at 4 bytes a parameter. For
                parameter groups
     paper      graft "rmsprop", no clipping, lr absolute, input "gradient", momentum after, tail "paper", statistics
-               "sample", solver "svd", update_freq 10, rank 256, shampoo_beta 0.999, Nesterov, fp32 momentum: the form
-               of the paper and of its code
+               "sample", solver "svd", update_freq 10, rank 256, shampoo_beta 0.999, Nesterov, fp32 momentum,
+               embedding_rate 1: the form of the paper and of its code
     ========== =========================================================================================================
 
     Args:
@@ -132,6 +134,7 @@ class Sketchy(SketchOptimizer):
             "input": "gradient",
             "graft": "rmsprop",
             "momentum_placement": "after",
+            "embedding_rate": 1.0,
         },
         "exact": {"precondition": "none", "graft": "rmsprop"},
     }
@@ -329,10 +332,14 @@ class Sketchy(SketchOptimizer):
         return Stack(members, preconditioner, self._gather, kernels, programs, marks)
 
     def _eager(self, one: Pending) -> None:
-        if one.rule is not None and one.rule.first is None and self.preconditioner_of(one.p, one.group) is not None:
-            # Touched rows are not preconditioned, and the existing momentum belongs to preconditioned steps.
-            named = {name: store for name, store in one.named.items() if name != "first_moment"}
-            one = replace(one, named=named)
+        preconditioner = self.preconditioner_of(one.p, one.group)
+        if one.rule is not None and preconditioner is not None:
+            # Touched rows are not preconditioned.
+            rule = replace(one.rule, step_size=one.rule.step_size * axes.factor_of(preconditioner, one.group))
+            named = one.named
+            if rule.first is None:  # the existing momentum belongs to preconditioned steps
+                named = {name: store for name, store in named.items() if name != "first_moment"}
+            one = replace(one, rule=rule, named=named)
         super()._eager(one)
 
     def _gather(self, members: Sequence[Pending], covariances: kronecker.Stack, x: Tensor) -> bool:

@@ -21,7 +21,7 @@ from sketch_plugins.optim.fused import Backend
 from sketch_plugins.optim.options import step_rate
 from sketch_plugins.optim.pending import Batch, Pending
 from sketch_plugins.optim.rule import Rule
-from sketch_plugins.optim.sketchy import graft, kernels, momentum, write_back
+from sketch_plugins.optim.sketchy import axes, graft, kernels, momentum, write_back
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import is_fake
 from sketch_plugins.stores import Ema
@@ -276,7 +276,8 @@ class Stack(Batch):
                 x.mul_(self.size)
             else:
                 factor.mul_(self.size)
-        _scale(each, factor, [rate for rate in _rates(members, x) for _ in range(self.count)])
+        rates = _rates(members, x, axes.factor_of(self.preconditioner, group))
+        _scale(each, factor, [rate for rate in rates for _ in range(self.count)])
         self._write(members, x)
 
     def _graft(self, members: Sequence[Pending], x: Tensor) -> Tensor | None:
@@ -366,12 +367,12 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.view(len(x), -1), dim=1)
 
 
-def _rates(members: Sequence[Pending], x: Tensor) -> list[float | Tensor]:
-    """The learning rate of each member. Members of one group get the same object."""
+def _rates(members: Sequence[Pending], x: Tensor, factor: float) -> list[float | Tensor]:
+    """The learning rate of each member, times ``factor``. Members of one group get the same object."""
     of_group: dict[int, float | Tensor] = {}
     for one in members:
         if id(one.group) not in of_group:
-            value = step_rate(one.group)
+            value = step_rate(one.group) * factor
             of_group[id(one.group)] = value.to(x.device, x.dtype) if isinstance(value, Tensor) else value
     return [of_group[id(one.group)] for one in members]
 
