@@ -7,6 +7,7 @@ next step. By then it has arrived long ago, so the host waits for nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -185,6 +186,18 @@ class Late:
                 "(nonfinite='deferred', so this is noticed only now). No weight has moved in that step, and nothing "
                 "has been changed since. Scale the loss or clip the gradients, and call this again to go on. "
                 "nonfinite='error' names the parameter, and nonfinite='deferred_skip' only counts such steps"
+            )
+
+    def end(self) -> None:
+        """Warn of an error that nobody will be told any more, because the optimizer is gone or the program ends."""
+        with contextlib.suppress(RuntimeError):  # the device may be gone, too
+            self.look()
+        if self._failed:
+            warn(
+                "the gradients of the very last step were not finite, or their norm was 1e18 or more. No weight has "
+                "moved in that step (nonfinite='deferred'). Call check_last_step() at the end of a training to get "
+                "an error",
+                RuntimeWarning,
             )
 
     def forget(self) -> None:

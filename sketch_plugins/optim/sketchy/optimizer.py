@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -325,6 +326,7 @@ class Sketchy(SketchOptimizer):
     def _late(self) -> Late:
         if self._late_flags is None:
             self._late_flags = Late()
+            weakref.finalize(self, self._late_flags.end)
         return self._late_flags
 
     def _adopt(self, one: Pending) -> None:
@@ -358,7 +360,8 @@ class Sketchy(SketchOptimizer):
         """Restore a copy or a pickle. Pending solves and flags are dropped, because they belong to other state."""
         super().__setstate__(state)
         self.__dict__.pop("_solves", None)
-        self._late.forget()
+        if self._late_flags is not None:
+            self._late_flags.forget()
 
     def _together(self, eager: Sequence[Pending]) -> list[Batch]:
         def preconditioned(one: Pending) -> bool:
