@@ -292,7 +292,7 @@ def prepare_step(
     numbers = np.array(rows, np.float32)[which]
     if moves is not None:  # the flag is in the CPU's memory, so nothing waits for it
         flag, sizes = moves(torch.device("cpu")).numpy(), slice(STEP, SHRINK + 1)
-        numbers[:, sizes] = np.where(flag, numbers[:, sizes], np.float32(STANDING))
+        numbers[:, sizes] = np.where(flag, numbers[:, sizes], np.array(STANDING, np.float32))
     return last, [(range(len(tasks)), last.prepare(numbers, gradients))]
 
 

@@ -436,6 +436,8 @@ def test_weights_that_were_held_are_not_called_stuck():
     matrix.grad[0, 0] = math.inf
     optimizer.step()
     assert bool((matrix == 1).all()) and math.isnan(probe.share)
+    with pytest.warns(RuntimeWarning, match=LATE):
+        assert optimizer.skipped_steps == 1
 
 
 def test_a_plan_counts_the_same_memory():
