@@ -24,7 +24,19 @@ import torch
 from sketch_plugins.kernels import cpu_table, sweeps
 from sketch_plugins.kernels.cpu_table import Piece, Row
 from sketch_plugins.kernels.sweeps import SPAN
-from sketch_plugins.kernels.work import APPLY, FOLD, L2, MEASURE, Work, is_rows, misread, same_tasks
+from sketch_plugins.kernels.work import (
+    APPLY,
+    FOLD,
+    L2,
+    MEASURE,
+    SHRINK,
+    STANDING,
+    STEP,
+    Work,
+    is_rows,
+    misread,
+    same_tasks,
+)
 from sketch_plugins.stores import CountMin, Store
 from sketch_plugins.stores.base import State
 
@@ -259,6 +271,7 @@ def prepare_step(
     which: Sequence[int],
     gradients: Sequence[int],
     last: Program | None = None,
+    moves: Callable[[torch.device], torch.Tensor] | None = None,
 ) -> tuple[Program, list[tuple[Sequence[int], Callable[[], None]]]]:
     """Make the steps ready. Only calling the result changes anything, and that call allocates nothing.
 
@@ -268,6 +281,7 @@ def prepare_step(
         which: for each task, the place of its numbers in ``rows``.
         gradients: for each task, the address of its gradient.
         last: the program of another step, which is used again if it was made for the same tasks.
+        moves: None, or a function that returns a flag for a device: if it is not set, no weight moves.
 
     Returns:
         The program, for the next step, and one pair: the places of all tasks, and the function that takes their steps.
@@ -275,7 +289,11 @@ def prepare_step(
     threads = torch.get_num_threads()
     if last is None or last.threads != threads or not same_tasks(tasks, last.tasks):
         last = Program(tasks, threads)
-    return last, [(range(len(tasks)), last.prepare(np.array(rows, np.float32)[which], gradients))]
+    numbers = np.array(rows, np.float32)[which]
+    if moves is not None:  # the flag is in the CPU's memory, so nothing waits for it
+        flag, sizes = moves(torch.device("cpu")).numpy(), slice(STEP, SHRINK + 1)
+        numbers[:, sizes] = np.where(flag, numbers[:, sizes], np.array(STANDING, np.float32))
+    return last, [(range(len(tasks)), last.prepare(numbers, gradients))]
 
 
 def moved(tasks: Sequence[Task], program: Program, further: int) -> list[Task]:

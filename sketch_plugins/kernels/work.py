@@ -40,6 +40,8 @@ FOLD, MEASURE, APPLY = 1, 2, 4
     UNIT,  # 1: the numerator is replaced by its sign (it is divided by its magnitude, which counts as >= tile.LEAST)
 ) = range(20)
 NUMBERS = 20
+#: STEP and SHRINK, which are next to each other, of a step that moves no weight.
+STANDING = 0.0, 1.0
 
 
 @dataclass(eq=False)

@@ -44,10 +44,10 @@ class InBackward:
 
     *Limits.* The gradients never exist all at once. Therefore they cannot be clipped by their common norm
     (``update_clip`` bounds each tensor's update), a step cannot be skipped because some gradient overflowed
-    (GradScaler, ``nonfinite="skip"``), and gradients cannot be read after backward. A parameter changes while backward
-    continues. Autograd has used it for the last time by then; if other code still needs the old values
-    (``p.detach()``, a second graph, ``retain_graph``), torch raises its error about a tensor that was "modified by an
-    inplace operation".
+    (GradScaler; Sketchy with another ``nonfinite`` than ``"error"``), and gradients cannot be read after backward. A
+    parameter changes while backward continues. Autograd has used it for the last time by then; if other code still
+    needs the old values (``p.detach()``, a second graph, ``retain_graph``), torch raises its error about a tensor that
+    was "modified by an inplace operation".
 
     *Errors.* `SketchOptimizer.step` checks all gradients before anything changes. Here, when an error occurs in the
     middle of backward, parameters near the loss have already taken their step and others have not. The error is raised
@@ -65,9 +65,9 @@ class InBackward:
 
     Raises:
         TypeError: ``optimizer`` is not a sketched optimizer, or ``last`` cannot be called.
-        ValueError: the optimizer has an `InBackward` already; it is Sketchy with ``nonfinite="skip"``; parameters
-            belong to DistributedDataParallel, whose all-reduce comes after the hooks, or to an engine of DeepSpeed
-            (noticed here, or in the first backward).
+        ValueError: the optimizer has an `InBackward` already; it is Sketchy with another ``nonfinite`` than
+            ``"error"``; parameters belong to DistributedDataParallel, whose all-reduce comes after the hooks, or to an
+            engine of DeepSpeed (noticed here, or in the first backward).
 
     Backward raises RuntimeError, which names the parameter, with ``create_graph=True``, and if a parameter gets a
     second gradient in a cycle. Such a gradient comes from a second backward that was not marked as accumulating, or

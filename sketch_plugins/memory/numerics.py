@@ -53,8 +53,9 @@ class NumericsProbe:
 
     over parameters p of n elements, of which k are sampled, g have a finite gradient other than zero and u of these
     did not move. Groups whose learning rate is 0 are not counted, nor are parameters that took no step (skipped by
-    GradScaler or ``nonfinite="skip"``). The training computes the same bits as without the probe. Between checks a step
-    costs two calls of Python, and a check some small operations for each parameter and one wait for the device.
+    GradScaler or ``nonfinite="skip"``) or one that moves no weight (``nonfinite="deferred"``). The training computes
+    the same bits as without the probe. Between checks a step costs two calls of Python, and a check some small
+    operations for each parameter and one wait for the device.
 
     A warning, once for each probe, says if more than ``bound`` of a group's weights, or of all weights, did not move in
     ``looks`` checks in a row. Weights with stochastic rounding (``stochastic_rounding`` in bfloat16,
@@ -265,6 +266,9 @@ class NumericsProbe:
                 taken: bool | Tensor = not isinstance(optimizer, SketchOptimizer)
             else:
                 taken = steps != (0.0 if one.steps is None else one.steps)
+            gate = getattr(optimizer, "_gate", None)
+            if gate is not None:  # the device may have held all weights
+                taken = gate.on(counts.device, counts.dtype) * taken
             self._counts.append((one, counts * taken))
         self._before = []
 

@@ -22,7 +22,7 @@ from sketch_plugins.optim.groups import OWN_KEY, check_compiler, check_parameter
 from sketch_plugins.optim.introduction import introduce
 from sketch_plugins.optim.options import unknown_option, validate
 from sketch_plugins.optim.step_cache import StepCache, is_sparse
-from sketch_plugins.optim.taking import Members, StepOfAll, Taking
+from sketch_plugins.optim.taking import StepOfAll, Taking
 from sketch_plugins.optim.usual_rates import RateWatch
 from sketch_plugins.optim.written import MARK, modernize, renew
 from sketch_plugins.sharding.state_names import flattened, nested
@@ -167,7 +167,7 @@ class SketchOptimizer(Taking):
                 self._rates.step(self)
             with scratch.scratch():
                 try:
-                    if not asks or self._may_step(taking.members, self.param_groups):
+                    if not asks or self._may_step(taking, self.param_groups):
                         self._update(taking.work, taking.again)
                 finally:
                     self._complete()
@@ -206,7 +206,7 @@ class SketchOptimizer(Taking):
         with neutral(), self._parts.looking(), self._weights_kept([{**group, "params": [owner]}]):
             self._look_at(taking, group, index, owner, cache.marks(self.OPTIONS, group))
             with scratch.scratch():
-                if self._may_step(taking.members, [{**group, "params": [owner]}]):
+                if self._may_step(taking, [{**group, "params": [owner]}]):
                     self._update(taking.work, taking.again, id(owner))
         if probe is not None:
             probe.after_parameter()
@@ -258,11 +258,11 @@ class SketchOptimizer(Taking):
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
-    def _may_step(self, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
+    def _may_step(self, taking: StepOfAll, among: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a step is taken at all. This is asked before anything changes.
 
         Args:
-            members: the parameters that would take it.
+            taking: the step, with the parameters that would take it.
             among: all groups; in `step_parameter` one group that contains only that parameter.
         """
         return True

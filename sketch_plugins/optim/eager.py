@@ -156,9 +156,9 @@ def apply(
             inner_scale = clip.reciprocal_()
         else:
             step_size = step_size / clip
-    shrink = None
-    if isinstance(rule.decay, Tensor) or rule.decay != 0:
-        shrink = number(1.0 - rule.decay, grad)
+    if rule.gate is not None:
+        step_size = rule.gate.size(step_size, grad.device, grad.dtype)
+    shrink = shrink_of(rule, grad)
     ema = rule.first and rule.first._replace(step=0)  # otherwise every step would be compiled again
     working = dict(state)
     if second and not second.write_first:
@@ -200,6 +200,14 @@ def number(value: float | Tensor, grad: Gradient) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device=grad.device, dtype=grad.dtype)
     return torch.full((), float(value), dtype=grad.dtype, device=grad.device)
+
+
+def shrink_of(rule: Rule, grad: Gradient) -> Tensor | None:
+    """0-d: one minus the decoupled weight decay; None if there is none."""
+    if not isinstance(rule.decay, Tensor) and rule.decay == 0:
+        return None
+    shrink = number(1.0 - rule.decay, grad)
+    return shrink if rule.gate is None else rule.gate.shrink(shrink)
 
 
 def write_tile(p: Matrix, at: At, part: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -36,17 +36,19 @@ class Backend:
         task: turns a work into a `Task` that later steps can use again, or returns None if they cannot.
         prepare_tasks: makes steps ready without changing anything, from (tasks, rows of numbers, each task's row,
             addresses of the gradients, the last program). Returns the program, for the next step, and for each launch
-            the places of its tasks in the list and the function that takes their steps.
+            the places of its tasks in the list and the function that takes their steps. ``moves`` is None, or a
+            function that returns a flag for a device (0-d bool): if it is not set, no weight moves in this step.
         moved: returns the tasks for parameters that have moved by a number of bytes, from (tasks, their program,
             bytes). The program is changed to the new tasks. If it is None, the tasks have to be made again.
-        prepare: makes the steps of a list of works ready, for this step alone. None if every work has a task.
+        prepare: makes the steps of a list of works ready, for this step alone, from (works, moves). None if every work
+            has a task.
     """
 
     name: str
     unsupported: Callable[[Work], str | None]
     task: Callable[[Work], Any]
     prepare_tasks: Callable[..., tuple[Any, Sequence[tuple[Sequence[int], Callable[[], None]]]]]
-    prepare: Callable[[list[Work]], list[tuple[list[int], Callable[[], None]]]] | None = None
+    prepare: Callable[..., list[tuple[list[int], Callable[[], None]]]] | None = None
     moved: Callable[[list[Any], Any, int], list[Any]] | None = None
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.optim import eager
 from sketch_plugins.optim.checks import steps_taken
 from sketch_plugins.optim.fused import CPU_MIN_SIZE, choose
+from sketch_plugins.optim.gate import Gate
 from sketch_plugins.optim.gradients import Gradients
 from sketch_plugins.optim.layout import arithmetic
 from sketch_plugins.optim.pending import Batch, Pending, undo_slots
@@ -28,6 +31,8 @@ class Resolution(Gradients):
 
     # What is remembered of the last step. It is neither copied nor pickled.
     _step_cache: StepCache | None = None
+    # Decides on the device whether the weights move in the last step that was taken; None: they do.
+    _gate: Gate | None = None
 
     def _new_state(self, group: Mapping[str, Any], stores: Mapping[str, Store], state: dict[str, Any]) -> None:
         """Called once for freshly allocated state."""
@@ -94,8 +99,14 @@ class Resolution(Gradients):
     ) -> Rule:
         key = (id(group), step, sparse)
         if key not in rules:
-            rules[key] = self._rule(group, step, sparse)
+            rule = self._rule(group, step, sparse)
+            rules[key] = rule if self._gate is None else replace(rule, gate=self._gate)
         return rules[key]
+
+    @property
+    def _moves(self) -> Callable[[torch.device], Tensor] | None:
+        """The gate as kernels get it."""
+        return None if self._gate is None else self._gate.moves
 
     def _start(self, p: Part, group: Mapping[str, Any]) -> None:
         """Make state for a part that has taken no step, so that it can be written. Existing state stays."""

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sketch_plugins.optim.gate import Gate
 from sketch_plugins.stores import Ema
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -87,6 +88,8 @@ class Rule:
         lookahead: Nesterov's momentum, with the numerator ``g + lookahead * m``. None: the numerator is m, or g if
             there is no first moment.
         sign: the numerator is replaced by its sign: it is divided by ``max(|numerator|, 1e-30)``.
+        gate: decides on the device whether ``step_size`` and ``decay`` count as 0 (``nonfinite="deferred"``); None:
+            they never do. Kernels get it beside the numbers of the rule.
     """
 
     first: Ema | None
@@ -99,3 +102,4 @@ class Rule:
     floor: float = 0.0
     precondition_first: bool = False
     sign: bool = False
+    gate: Gate | None = None

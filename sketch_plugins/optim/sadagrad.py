@@ -18,7 +18,7 @@ from sketch_plugins.optim.options import Option, rate
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import Further, Rule
 from sketch_plugins.optim.sketchy.write_back import take
-from sketch_plugins.optim.taking import Members
+from sketch_plugins.optim.taking import StepOfAll
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.sharding.parts import Shaped
 from sketch_plugins.stores import Gradient
@@ -125,8 +125,8 @@ class SAdagrad(SketchOptimizer):
             denominator=None,
         )
 
-    def _may_step(self, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
-        return check_finite(self, members, among)
+    def _may_step(self, taking: StepOfAll, among: Sequence[Mapping[str, Any]]) -> bool:
+        return check_finite(self, taking.members, among)
 
     def _eager(self, one: Pending) -> None:
         grad, state, group = one.grad, one.state, one.group

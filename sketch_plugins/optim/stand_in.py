@@ -126,6 +126,8 @@ def small_optimizer(
     }  # fmt: skip
     if "reference_rms" in options:
         options["reference_rms"] = 1.0  # steps then have the size that the bounds are made for
+    if "nonfinite" in options:
+        options["nonfinite"] = "error"  # its gradients are finite, and nobody looks at flags that are late
     if one.grad.matrices > 1:
         options["batch_dims"] = 1
     if "precondition" in options:

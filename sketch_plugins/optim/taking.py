@@ -20,7 +20,7 @@ from sketch_plugins.optim.resolved import Resolution
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.self_check import confirm
 from sketch_plugins.optim.weight_bits import matrix_of
-from sketch_plugins.sharding.parts import Part, opened
+from sketch_plugins.sharding.parts import Part, local_grad, opened
 from sketch_plugins.sharding.state_names import CORRECTION, flattened
 from sketch_plugins.stores import Gradient
 
@@ -55,6 +55,21 @@ class StepOfAll:
         """(group, index) of each parameter that takes part."""
         whole = [(group, i) for group, grads in self.groups for i, grad in enumerate(grads) if grad is not None]
         return [*whole, *self.single]
+
+    def gradients(self) -> Iterator[tuple[dict[str, Any], Tensor, Gradient | None]]:
+        """The tensors that the step reads gradients from, each with its group.
+
+        The third is the `Gradient` that holds the tensor; None if the part's step is recalled, which reads its address.
+        """
+        described = set()
+        for one in self.work:
+            p, group, grad = (one.p, one.group, one.grad) if isinstance(one, Pending) else one
+            described.add(id(p.owner))
+            yield group, grad.matrix.tensor, grad
+        for group, index in self.members:
+            owner = group["params"][index]
+            if id(owner) not in described:
+                yield group, local_grad(owner), None
 
 
 class Taking(Resolution):
@@ -153,7 +168,7 @@ class Taking(Resolution):
             takes += self._prepare_tasks(backend, described, known or Again(), only)
         if alone:
             assert backend.prepare is not None
-            for places, take in backend.prepare([one.work for one in alone if one.work is not None]):
+            for places, take in backend.prepare([one.work for one in alone if one.work is not None], self._moves):
                 members = [alone[i] for i in places]
                 takes.append((members, [one.state["step"] for one in members], take))
         return takes
@@ -193,7 +208,7 @@ class Taking(Resolution):
             counters.append(new.state["step"])
         last = cache.programs.get((backend, only))
         program, takes = backend.prepare_tasks(
-            tasks, rows, which, gradients, last, **({"filled": filled} if filled else {})
+            tasks, rows, which, gradients, last, moves=self._moves, **({"filled": filled} if filled else {})
         )
 
         marks = {id(new.group): cache.marks(self.OPTIONS, new.group) for new, _ in described}

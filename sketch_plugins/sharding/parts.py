@@ -239,11 +239,20 @@ class Parts:
 
     def process_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
         """The distinct process groups over which parameters are spread; empty if each rank holds all of them."""
+        zero, spread = self.zero_group(groups), self.mesh_groups(groups)
+        return spread if zero is None or zero in spread else [zero, *spread]
+
+    def zero_group(self, groups: Sequence[Mapping[str, Any]]) -> Any:
+        """The process group over which ZeRO has spread parameters as flat partitions; None if it has not."""
         # ZeRO's attributes stay on parameters after its engine is gone. It runs only those whose group has other
         # tensors.
         flat = any(not self._was_given(p) and not is_dtensor(p) for group in groups for p in group["params"])
         with self.looking():
-            spread = [deepspeed.process_group(self.originals)] if flat else []
+            return deepspeed.process_group(self.originals) if flat else None
+
+    def mesh_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The distinct process groups over which DTensors among the parameters are sharded."""
+        spread: list[Any] = []
         for group in groups:
             for p in group["params"]:
                 if is_dtensor(p):
@@ -496,16 +505,20 @@ def largest(p: Any) -> Tensor:
     return torch.empty(shape, dtype=p.dtype, device="meta")
 
 
+def reduces_on(groups: Sequence[Any]) -> torch.device:
+    """A device that the process groups can reduce on."""
+    if all("gloo" in torch.distributed.get_backend(group) for group in groups):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def agree(flag: bool, groups: Sequence[Any]) -> bool:
     """Whether the flag is set on every rank of the process groups."""
     if not groups:
         return flag
     import torch.distributed as dist
 
-    # The tensor has to be on a device that the groups can reduce on.
-    on_cpu = all("gloo" in dist.get_backend(group) for group in groups)
-    device = None if on_cpu else torch.accelerator.current_accelerator()
-    tensor = torch.tensor(int(flag), device=device or "cpu")
+    tensor = torch.tensor(int(flag), device=reduces_on(groups))
     for group in groups:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group)
     return bool(tensor.item())

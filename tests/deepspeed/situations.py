@@ -121,6 +121,23 @@ def not_a_number() -> dict[str, Any]:
     return out
 
 
+def deferred() -> str:
+    """ZeRO steps its groups one by one, so the next step would not be that of the same parameters."""
+    engine = engine_of(2, Sketchy)
+    for group in engine.basic_optimizer.param_groups:
+        group["nonfinite"] = "deferred"
+    before = kept(engine)
+    try:
+        train(engine, range(1))
+    except ValueError as error:
+        after = kept(engine)  # DeepSpeed has left the optimizer with the group whose step has failed
+        assert after and same(before[: len(after)], after)
+        return str(error)
+    finally:
+        engine.destroy()
+    return "a step was taken"
+
+
 def after_its_engine() -> bool:
     """Marks of ZeRO are still on the parameters: a step of one rank alone waits for nobody."""
     engine = engine_of(2)
@@ -158,7 +175,7 @@ def main(out: str) -> None:
     try:
         results: dict[str, Any] = {
             function.__name__: function()
-            for function in (looked_at_while_away, bytes_of_copies, not_a_number, after_its_engine, poisoned)
+            for function in (looked_at_while_away, bytes_of_copies, not_a_number, deferred, after_its_engine, poisoned)
         }
     except Exception:
         results = {"error": traceback.format_exc()}

@@ -25,6 +25,10 @@ def test_not_a_number_on_one_rank_is_an_error_on_all(ranks):
     assert all(rank["not_a_number"]["second group"] for rank in ranks)
 
 
+def test_what_zero_makes_impossible_is_refused(ranks):
+    assert all("nonfinite='deferred' is not possible with DeepSpeed's ZeRO" in rank["deferred"] for rank in ranks)
+
+
 def test_an_optimizer_after_its_engine_waits_for_nobody(ranks):
     assert all(rank["after_its_engine"] for rank in ranks)
 

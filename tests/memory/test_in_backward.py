@@ -566,10 +566,11 @@ def test_wrong_arguments():
         InBackward(MemSGD([p], lr=0.1))
     with pytest.raises(TypeError, match="last=True is not callable"):
         InBackward(CSAdam([p]), last=True)
-    optimizer = Sketchy([p], nonfinite="skip")
-    with pytest.raises(ValueError, match="nonfinite='skip'"):
-        InBackward(optimizer)
-    assert in_backward(optimizer) is None and not p._post_accumulate_grad_hooks
+    for nonfinite in ("skip", "deferred", "deferred_skip"):
+        optimizer = Sketchy([p], nonfinite=nonfinite)
+        with pytest.raises(ValueError, match=rf"nonfinite='{nonfinite}' would leave out.*use nonfinite='error'"):
+            InBackward(optimizer)
+        assert in_backward(optimizer) is None and not p._post_accumulate_grad_hooks
 
 
 def test_sketchy_cannot_be_told_to_skip_later():

@@ -402,6 +402,36 @@ def check_nan(name):
         assert same(before, full(model))
 
 
+def check_deferred(name):
+    """A NaN on one rank is known on all of them before the next step, and no rank's weights have moved."""
+    if name != "sketchy":
+        return
+    model, optimizer = build(name, {"nonfinite": "deferred", "rank": 4, "weight_decay": 0.1})
+    other, reference = build(name, {"nonfinite": "error", "rank": 4, "weight_decay": 0.1})
+    for step in range(4):
+        before, void = full(model), step == 2
+        for one in (model, other):
+            for number, p in enumerate(one.parameters()):
+                g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + number))
+                g = torch.zeros_like(g) if void and one is other else g
+                p.grad = distribute_tensor(g, p.device_mesh, p.placements)
+        if void and RANK == WORLD - 1:
+            next(model.parameters()).grad.to_local()[0] = float("nan")
+        for group in reference.param_groups:
+            group["lr"], group["weight_decay"] = (0.0, 0.0) if void else (0.02, 0.1)
+        try:
+            optimizer.step()
+            assert step != 3, "no error before the next step"
+        except ValueError as error:
+            assert step == 3 and "gradients of the last step were not finite" in str(error), (step, error)
+            assert same(before, full(model))
+            optimizer.step()
+        reference.step()
+        assert same(full(model), full(other)) and same_state(optimizer, reference)
+        assert not void or same(before, full(model))
+    optimizer.check_last_step()
+
+
 def check_errors(name):
     model, optimizer = build(name, {})
     train(model, optimizer, 1, ranks=(RANK,))

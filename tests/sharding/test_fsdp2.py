@@ -9,7 +9,8 @@ WORKER = Path(__file__).with_name("fsdp2_worker.py")
 
 def test_two_ranks(launch_ranks, tmp_path):
     checks = (
-        "equal,remembered,agreed,experts,trains,bytes,placements,nan,errors,sharded_checkpoint,full_checkpoint,fsdp1"
+        "equal,remembered,agreed,experts,trains,bytes,placements,nan,deferred,errors,sharded_checkpoint,"
+        "full_checkpoint,fsdp1"
     )
     launch_ranks(WORKER, checks, tmp_path / "checkpoints", world=2)
 

@@ -41,6 +41,8 @@ FIELDS = len(Row._fields)
 _G, _NEW, _AXES = map(Row.at, ("G", "NEW", "AXES"))
 
 _Action = Callable[[], Any]
+#: None, or a function that returns a flag for a device.
+Moves = Callable[[torch.device], Tensor] | None
 
 
 def unsupported(w: Work) -> str | None:
@@ -119,11 +121,15 @@ def _task(spec: _Specialisation, w: Work) -> Task:
     return Task(spec, w.p.device, row, programs, tuple(_axes(w)) if cover else (), lengths, cover, w.g.data_ptr())
 
 
-def prepare(works: Sequence[Work]) -> list[tuple[list[int], Callable[[], None]]]:
+def prepare(works: Sequence[Work], moves: Moves = None) -> list[tuple[list[int], Callable[[], None]]]:
     """Make the steps ready. Every work must be supported.
 
     Everything that can fail is done here, before anything changes: memory is allocated, tables are uploaded, and
     kernels are compiled.
+
+    Args:
+        works: the steps.
+        moves: see `prepare_step`.
 
     Returns:
         For each launch, the places of its works in the list, and the function that takes their steps.
@@ -143,7 +149,7 @@ def prepare(works: Sequence[Work]) -> list[tuple[list[int], Callable[[], None]]]
     takes: list[tuple[list[int], Callable[[], None]]] = []
     for (device, spec), (places_, members, actions) in groups.items():
         with _on(device):
-            takes.append((places_, partial(_run, device, [*actions, *_launch(spec, members, device)])))
+            takes.append((places_, partial(_run, device, [*actions, *_launch(spec, members, device, moves)])))
     return takes
 
 
@@ -168,10 +174,14 @@ class Program:
         self.devices = [_Device(device, at, self.tasks, self.which) for device, at in places.items()]
 
     def prepare(
-        self, rows: Sequence[Sequence[float]], gradients: Sequence[int], filled: Sequence[tuple[int, Tensor]]
+        self,
+        rows: Sequence[Sequence[float]],
+        gradients: Sequence[int],
+        filled: Sequence[tuple[int, Tensor]],
+        moves: Moves,
     ) -> list[tuple[list[int], _Action]]:
         """The steps, as `prepare` returns them."""
-        return [take for device in self.devices for take in device.prepare(rows, gradients, filled)]
+        return [take for device in self.devices for take in device.prepare(rows, gradients, filled, moves)]
 
 
 def prepare_step(
@@ -181,6 +191,7 @@ def prepare_step(
     gradients: Sequence[int],
     last: Program | None = None,
     filled: Sequence[tuple[int, Tensor]] = (),
+    moves: Moves = None,
 ) -> tuple[Program, list[tuple[list[int], _Action]]]:
     """Make the steps ready. Only calling the returned functions changes anything.
 
@@ -192,6 +203,8 @@ def prepare_step(
         last: the program of another step, which is used again if it was made for the same tasks.
         filled: matrices on a device and their places in ``rows``. A matrix holds the numbers of the rows from its place
             on, and these rows are empty.
+        moves: None, or a function that returns a flag for a device (0-d bool): if it is not set, no weight moves. The
+            host does not read it.
 
     Returns:
         The program, for the next step, and for each launch the places of its tasks and the function that takes their
@@ -199,7 +212,7 @@ def prepare_step(
     """
     if last is None or which != last.which or not same_tasks(tasks, last.tasks):
         last = Program(tasks, which)
-    return last, last.prepare(rows, gradients, filled)
+    return last, last.prepare(rows, gradients, filled, moves)
 
 
 class _Device:
@@ -246,7 +259,11 @@ class _Device:
         self.buffer: Tensor | None = None
 
     def prepare(
-        self, rows: Sequence[Sequence[float]], gradients: Sequence[int], filled: Sequence[tuple[int, Tensor]]
+        self,
+        rows: Sequence[Sequence[float]],
+        gradients: Sequence[int],
+        filled: Sequence[tuple[int, Tensor]],
+        moves: Moves,
     ) -> list[tuple[list[int], _Action]]:
         with _on(self.device):
             covers = _covers_of([one.covers for one in self.launches], self.device)
@@ -275,6 +292,8 @@ class _Device:
             for place, matrix in filled:
                 if not self.rows.isdisjoint(range(place, place + len(matrix))):
                     numbers[place : place + len(matrix)].copy_(matrix, non_blocking=True)
+            if moves is not None:
+                _hold(numbers, moves(self.device))
             return [
                 (one.places, partial(_run, self.device, one.actions(self.buffer, numbers, cover)))
                 for one, cover in zip(self.launches, covers, strict=True)
@@ -298,6 +317,17 @@ class _Launch:
         launched = _actions(self.spec, len(self.places), self.programs, table, numbers, covers, self.ready)
         self.ready = True
         return launched
+
+
+def _hold(numbers: Tensor, moves: Tensor) -> None:
+    """Replace the learning rate and the weight decay by numbers that move no weight, unless the flag is set."""
+    sizes = numbers[:, places.STEP : places.SHRINK + 1]
+    sizes.copy_(torch.where(moves, sizes, _standing(numbers.device)))
+
+
+@lru_cache(maxsize=64)
+def _standing(device: torch.device) -> Tensor:
+    return _upload(places.STANDING, torch.float32, device)
 
 
 def _pinned(values: np.ndarray, device: torch.device) -> Tensor:
@@ -459,7 +489,7 @@ def _flat(w: Work) -> Work:
     )
 
 
-def _launch(spec: _Specialisation, works: list[Work], device: torch.device) -> list[_Action]:
+def _launch(spec: _Specialisation, works: list[Work], device: torch.device, moves: Moves) -> list[_Action]:
     """The actions of works that share a launch, for this step alone."""
     tasks = [_task(spec, w) for w in works]
     covers = _Covers(_CoverLayout(tasks), device, works) if tasks[0].lengths else None
@@ -472,7 +502,10 @@ def _launch(spec: _Specialisation, works: list[Work], device: torch.device) -> l
     for i, one in enumerate(tasks):
         behind = values[i * FIELDS + _AXES] + len(one.axes)
         values[i * FIELDS + _G], values[i * FIELDS + _NEW] = behind, behind + 1
-    return _actions(spec, len(works), begin, _table(device, values), _numbers(works, device), covers)
+    numbers = _numbers(works, device)
+    if moves is not None:
+        _hold(numbers, moves(device))
+    return _actions(spec, len(works), begin, _table(device, values), numbers, covers)
 
 
 def _laid_out(rows: Sequence[Row], more: Sequence[Sequence[int]]) -> list[int]:

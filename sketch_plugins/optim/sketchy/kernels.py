@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sketch_plugins.kernels.work import LOOKAHEAD, Work
+from sketch_plugins.kernels.work import LOOKAHEAD, SHRINK, Work
 from sketch_plugins.optim.fused import Backend, backend, numbers, ordered, vector
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import Rule
@@ -56,7 +56,7 @@ def rule_of(part: str, rule: Rule, momentum: Rule) -> tuple[Rule, Mapping[str, A
         return only, {"scale_parameter": False}
     if part == "momentum":
         return replace(_NOTHING, first=momentum.first, lookahead=momentum.lookahead), _NEUTRAL
-    return replace(_NOTHING, step_size=1.0, decay=rule.decay), _NEUTRAL
+    return replace(_NOTHING, step_size=1.0, decay=rule.decay, gate=rule.gate), _NEUTRAL
 
 
 def kernels_for(members: Sequence[Pending], large: bool) -> Backend | None:
@@ -167,7 +167,12 @@ def prepare(
             tasks.append(task)
         known = Program(looks, x.data_ptr(), tasks)
     gradients = [place.data_ptr() for place in x]
-    known.last, takes = kernels.prepare_tasks(known.tasks, rows, which, gradients, known.last)
+    first = members[0].rule
+    assert first is not None
+    # The stack has been multiplied by the flag already, so without weight decay there is nothing to hold.
+    held = part == "write_back" and any(row[SHRINK] != 1.0 for row in rows)
+    moves = first.gate.moves if held and first.gate is not None else None
+    known.last, takes = kernels.prepare_tasks(known.tasks, rows, which, gradients, known.last, moves=moves)
 
     def take() -> None:
         for _, launch in takes:

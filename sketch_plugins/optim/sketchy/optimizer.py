@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.linalg.solving import Due, solve
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import with_options
+from sketch_plugins.optim.deferred import Late, defer, is_deferred
 from sketch_plugins.optim.finite import check_finite, warn_of
 from sketch_plugins.optim.options import rate, step_rate
 from sketch_plugins.optim.pending import Batch, Pending
@@ -28,7 +30,7 @@ from sketch_plugins.optim.sketchy.options import CHANGES, SketchyOptions
 from sketch_plugins.optim.sketchy.schedule import check, due, offset_of, sampled, solver_of
 from sketch_plugins.optim.sketchy.stack import Stack
 from sketch_plugins.optim.sketchy.stacking import share_roots, stacked
-from sketch_plugins.optim.taking import Members
+from sketch_plugins.optim.taking import StepOfAll
 from sketch_plugins.optim.usual_rates import ADAGRAD, ADAMW
 from sketch_plugins.sharding.blocks import matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
@@ -102,11 +104,13 @@ class Sketchy(SketchOptimizer):
         {options}
 
     Raises:
-        ValueError: see `CSAdam`; also if options contradict each other, or, in `step`, if a gradient is not finite.
+        ValueError: see `CSAdam`; also if options contradict each other, or, in `step`, if a gradient is not finite (see
+            ``nonfinite``).
 
     Warns:
         RuntimeWarning: a covariance could not be decomposed, even in float64. The step was taken with the last
-            preconditioner, which stays. The warning names the parameter.
+            preconditioner, which stays. The warning names the parameter. Also, once, that ``nonfinite="deferred_skip"``
+            has taken a step without moving a weight.
 
     Source: https://arxiv.org/abs/2302.03764. The default deviates from it as follows, each measured
     (docs/benchmarks.md): the trace-matched tail; covariances of the graft's update, not of the gradient, gathered in
@@ -119,6 +123,8 @@ class Sketchy(SketchOptimizer):
     FIXED: ClassVar[dict[str, Any]] = FIXED
     # Until `_complete`: a part of a parameter, its group, (tail, solver), and the sides to be solved.
     _solves: tuple[tuple[Part, Mapping[str, Any], tuple[str, str], list[Due]], ...] = ()
+    # What is sent to the host with `nonfinite="deferred"`. It is neither copied nor pickled.
+    _late_flags: Late | None = None
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
             "update_clip": 0.0,
@@ -163,6 +169,7 @@ class Sketchy(SketchOptimizer):
         group = self.param_groups[-1]
         try:
             check(group)
+            is_deferred(self.param_groups)
             if group["budget"]:
                 self._check_budget(group)
         except Exception:
@@ -272,15 +279,58 @@ class Sketchy(SketchOptimizer):
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def _may_step(self, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
+    def _may_step(self, taking: StepOfAll, among: Sequence[Mapping[str, Any]]) -> bool:
+        self._gate = None
         for group in among:
             check(group)
-        return check_finite(self, members, among)
+        self._late.check()
+        if is_deferred(among):
+            self._gate = defer(self, taking, among, self._late)
+            return True
+        may = check_finite(self, taking.members, among)
+        self._late.skipped += not may
+        return may
 
     def _why_not_alone(self, group: Mapping[str, Any]) -> str | None:
-        if group.get("nonfinite") == "skip":
-            return "nonfinite='skip' would leave out the whole step, which has already begun; use nonfinite='error'"
-        return None
+        chosen = group.get("nonfinite", "error")
+        if chosen == "error":
+            return None
+        return f"nonfinite={chosen!r} would leave out the whole step, which has already begun; use nonfinite='error'"
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps in which no weight moved, because of ``nonfinite="skip"`` or ``"deferred_skip"``.
+
+        They are counted in this object, and not saved. With ``"deferred_skip"`` the host waits for the last step.
+        """
+        self._late.look()
+        return self._late.skipped
+
+    def check_last_step(self) -> None:
+        """Look now whether the gradients of the last step were finite (``nonfinite="deferred"``, ``"deferred_skip"``).
+
+        The host waits for that step. Call this after the last step of a training that does not save the state.
+
+        Raises:
+            ValueError: they were not finite, with ``nonfinite="deferred"``. The next call raises no error.
+        """
+        self._late.check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state dict, see `SketchOptimizer.state_dict`.
+
+        Raises:
+            ValueError: see `check_last_step`.
+        """
+        self.check_last_step()
+        return super().state_dict()
+
+    @property
+    def _late(self) -> Late:
+        if self._late_flags is None:
+            self._late_flags = Late()
+            weakref.finalize(self, self._late_flags.end)
+        return self._late_flags
 
     def _adopt(self, one: Pending) -> None:
         super()._adopt(one)
@@ -310,9 +360,11 @@ class Sketchy(SketchOptimizer):
             warn_of([whose[id(state)] for _, state, _ in failed], self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy or a pickle. Pending solves are dropped, because they belong to other state."""
+        """Restore a copy or a pickle. Pending solves and flags are dropped, because they belong to other state."""
         super().__setstate__(state)
         self.__dict__.pop("_solves", None)
+        if self._late_flags is not None:
+            self._late_flags.forget()
 
     def _together(self, eager: Sequence[Pending]) -> list[Batch]:
         def preconditioned(one: Pending) -> bool:

@@ -17,6 +17,7 @@ from sketch_plugins.kernels.work import Work
 from sketch_plugins.linalg import kronecker
 from sketch_plugins.linalg.kronecker import Kronecker, Root
 from sketch_plugins.optim.declaring import count, option, unused
+from sketch_plugins.optim.deferred import DEFERRED
 from sketch_plugins.optim.fused import Backend
 from sketch_plugins.optim.options import step_rate
 from sketch_plugins.optim.pending import Batch, Pending
@@ -69,9 +70,14 @@ class Preconditioned(TypedDict, total=False):
         option(
             "error",
             "what happens if a gradient has a NaN or an infinity, or a norm of 1e18 or more, whose covariance float32 "
-            "cannot hold: an error, or the whole step is skipped. Either way nothing changes. For this the host waits "
-            "for one number in each step.",
-            choices=("error", "skip"),
+            'cannot hold. ``"error"``: an error; ``"skip"``: the whole step is skipped. Either way nothing changes, '
+            'and for this the host waits for one number in each step. ``"deferred"`` and ``"deferred_skip"``: the host '
+            "does not wait. The device takes such a step with a learning rate and a weight decay of 0 and with "
+            "gradients of 0, which it writes in place of the gradients: no weight moves, momentum and covariances "
+            "decay, and the step counts. The host looks before the next step (and in `state_dict` and "
+            '`check_last_step`). ``"deferred"`` then raises an error; ``"deferred_skip"`` counts the step '
+            "(`skipped_steps`) and warns once.",
+            choices=("error", "skip", *DEFERRED),
         ),
     ]
     capturable: Annotated[bool, unused((False,), "decompositions cannot be captured in a CUDA graph")]
@@ -373,6 +379,8 @@ def _rates(members: Sequence[Pending], x: Tensor, factor: float) -> list[float |
     for one in members:
         if id(one.group) not in of_group:
             value = step_rate(one.group) * factor
+            if one.rule is not None and one.rule.gate is not None:
+                value = one.rule.gate.size(value, x.device, x.dtype)
             of_group[id(one.group)] = value.to(x.device, x.dtype) if isinstance(value, Tensor) else value
     return [of_group[id(one.group)] for one in members]
 

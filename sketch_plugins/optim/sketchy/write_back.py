@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.kernels.weight_code import Corrected
-from sketch_plugins.optim.eager import number, update, write_tile
+from sketch_plugins.optim.eager import number, shrink_of, update, write_tile
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.weight_bits import matrix_of
 from sketch_plugins.sharding.blocks import Matrix
@@ -18,9 +18,7 @@ from sketch_plugins.sharding.blocks import Matrix
 def take(one: Pending, whole: Matrix, size: float | Tensor) -> None:
     """``p <- (1 - decay) * p - size * whole``, tile by tile."""
     assert one.rule is not None
-    grad, shrink = one.grad, None
-    if isinstance(one.rule.decay, Tensor) or one.rule.decay != 0:
-        shrink = number(1.0 - one.rule.decay, grad)
+    grad, shrink = one.grad, shrink_of(one.rule, one.grad)
     factor = number(size, grad)
     matrix = matrix_of(one)
     state: Mapping[str, Any] = one.state
