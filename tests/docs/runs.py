@@ -1,5 +1,6 @@
-"""Commands of pages that test_commands.py runs: what is in their folder, and what they have to print and to write."""
+"""Commands of pages that are run: what is in their folder, and what they have to print and to write."""
 
+import re
 from typing import NamedTuple
 
 import scenes
@@ -7,11 +8,15 @@ from scenes import Scene
 
 
 class Run(NamedTuple):
-    """A command that is run: what is in its folder, what its output has to match, and the files it has to write."""
+    """What is in a command's folder, what its output has to match, and the files that it has to write."""
 
     scene: Scene
     said: tuple[str, ...]
     writes: tuple[str, ...] = ()
+    #: The page that shows its output, in a block without a language whose first line is the output's.
+    shown: str = ""
+    #: `make slow` runs it (test_long_commands.py), because it takes many seconds or starts several processes.
+    long: bool = False
 
 
 #: Trainer's line in the log after the first step, and the script's own.
@@ -39,11 +44,13 @@ RUNS = {
     ),
     # -- plan
     "sketch-plugins plan --model gpt2 --gpu-memory 16GiB": Run(scenes.TRANSFORMERS, (r"^gpt2, 124,439,808", *TABLE)),
-    "sketch-plugins plan --model bert-large-uncased --batch-size 8 --seq-len 512 --gpu-memory 16GiB --precision bf16 "
-    "--plot plan.png": Run(scenes.TRANSFORMERS, (r"^bert-large-uncased, 335,174,458", *TABLE), ("plan.png",)),
+    "sketch-plugins plan --model bert-large-uncased --batch-size 8 --seq-len 512 --gpu-memory 16GiB --plot "
+    "plan.png": Run(
+        scenes.TRANSFORMERS, (r"^bert-large-uncased, 335,174,458", *TABLE), ("plan.png",), "docs/plan.md", long=True
+    ),
     "sketch-plugins plan --model llama-3.2-1b --gpu-memory 16GiB --batch-size 4 --seq-len 1024 --advise "
     "least-change": Run(
-        scenes.TRANSFORMERS, (r"the least change that fits", r"sketched state", r"--- Trainer\nimport torch")
+        scenes.TRANSFORMERS, (r"the least change that fits", r"sketched state"), shown="docs/plan.md", long=True
     ),
     # -- run
     "sketch-plugins run train.py --optim cs_adam": Run(scenes.TRANSFORMERS, (INTRODUCED, TRAINED)),
@@ -59,25 +66,26 @@ RUNS = {
     ),
     # -- two processes
     "sketch-plugins run --optim cs_adam torchrun --nproc_per_node 2 script.py": Run(
-        scenes.NO_TRAINER, (REPLACED, r"(?s)TRAINED CSAdam with 2\n.*TRAINED CSAdam with 2\n")
+        scenes.NO_TRAINER, (REPLACED, r"(?s)TRAINED CSAdam with 2\n.*TRAINED CSAdam with 2\n"), long=True
     ),
     "sketch-plugins run torchrun --nproc_per_node 2 train.py": Run(
-        scenes.PLAIN, (r"(?s)TRAINED AdamW\n.*TRAINED AdamW\n", r"WARNING .* only AdamW")
+        scenes.PLAIN, (r"(?s)TRAINED AdamW\n.*TRAINED AdamW\n", r"WARNING .* only AdamW"), long=True
     ),
     "torchrun --nproc_per_node 2 -m sketch_plugins run train.py": Run(
-        scenes.PLAIN, (r"(?s)TRAINED AdamW\n.*TRAINED AdamW\n", r"WARNING .* only AdamW")
+        scenes.PLAIN, (r"(?s)TRAINED AdamW\n.*TRAINED AdamW\n", r"WARNING .* only AdamW"), long=True
     ),
     "sketch-plugins run torchrun --nproc_per_node 2 train.py --optim cs_adam": Run(
-        scenes.TRANSFORMERS, (INTRODUCED, rf"(?s){TRAINED}.*{TRAINED}")
+        scenes.TRANSFORMERS, (INTRODUCED, rf"(?s){TRAINED}.*{TRAINED}"), long=True
     ),
     "torchrun --nproc_per_node 2 -m sketch_plugins run train.py --optim cs_adam": Run(
-        scenes.TRANSFORMERS, (INTRODUCED, rf"(?s){TRAINED}.*{TRAINED}")
+        scenes.TRANSFORMERS, (INTRODUCED, rf"(?s){TRAINED}.*{TRAINED}"), long=True
     ),
     "torchrun --nproc_per_node 2 examples/accelerate_lm.py --quick --cpu": Run(
-        scenes.EMPTY, (r"MULTI_CPU, 2 process\(es\)",), ("accelerate_out/results.json",)
+        scenes.ACCELERATE_EXAMPLE, (r"MULTI_CPU, 2 process\(es\)",), ("accelerate_out/results.json",), long=True
     ),
     "sketch-plugins run train.py fit --trainer.strategy ddp_cs_adam --trainer.devices 2": Run(
-        scenes.LIGHTNING_CLI, (r"replaced AdamW by CSAdam", r"(?s)TRAINED CSAdam 0.05\n.*TRAINED CSAdam 0.05\n")
+        scenes.LIGHTNING_CLI, (r"replaced AdamW by CSAdam", r"(?s)TRAINED CSAdam 0.05\n.*TRAINED CSAdam 0.05\n"),
+        long=True,
     ),
     # -- Lightning
     "python train.py fit --trainer.strategy ddp_cs_adam": Run(scenes.LIGHTNING_NAMES, (r"TRAINED CSAdam 0.05\n",)),
@@ -113,7 +121,18 @@ RUNS = {
     ),
     # -- examples
     "python examples/extreme_classification.py --quick": Run(
-        scenes.EMPTY, (r"recall",), ("extreme_out/results.csv", "extreme_out/recall.png")
+        scenes.DRAWING, (r"recall@10",), ("extreme_out/results.csv", "extreme_out/recall.png")
     ),
-    "python examples/extreme_classification.py --help": Run(scenes.EMPTY, (r"--tune", r"--budget")),
+    "python examples/extreme_classification.py --help": Run(scenes.DRAWING, (r"--tune", r"--memory")),
 }  # fmt: skip
+#: Words that stand for something of the reader's: each is replaced by all of these, one after the other.
+FILLED = {"N": ("2",), "COMMAND": ("run", "plan", "report", "convert", "reshard", "info", "check", "completion")}
+
+
+def filled(text: str) -> list[str]:
+    """The commands that a page's command stands for, with all of its options that are in brackets."""
+    text = text.replace("[", "").replace("]", "")
+    for word, values in FILLED.items():
+        if re.search(rf"\b{word}\b", text):
+            return [re.sub(rf"\b{word}\b", value, text) for value in values]
+    return [text]

@@ -98,7 +98,7 @@ class Net(lightning.LightningModule):
 
     def on_train_end(self):
         (optimizer,) = self.trainer.optimizers
-        print("TRAINED", type(optimizer).__name__, optimizer.param_groups[0]["compression"], flush=True)
+        print("TRAINED", type(optimizer).__name__, optimizer.param_groups[0].get("compression"), flush=True)
 """
 ADAMW = """
     def configure_optimizers(self):
@@ -167,6 +167,8 @@ def saved(optimizer, file="CHECKPOINT"):
 
 
 EMPTY = Scene()
+DRAWING = Scene(needs=("matplotlib",))
+ACCELERATE_EXAMPLE = Scene(needs=("accelerate", "transformers", "tokenizers"))
 FOLDERS = Scene(before=("mkdir -p ~/.local/share/bash-completion/completions ~/.zfunc",))
 TRANSFORMERS = Scene({"train.py": TRAINER}, needs=("transformers",))
 PACKAGE = Scene({"package/__init__.py": "", "package/train.py": TRAINER}, needs=("transformers",))

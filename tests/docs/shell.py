@@ -60,7 +60,7 @@ class Shell:
                 filter(None, [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH")])
             ),
         }  # fmt: skip
-        plain = re.fullmatch(r"(sketch-plugins|python (?!-)\S+) [^>|&$~\[]*", command)
+        plain = re.fullmatch(r"(sketch-plugins|python (?!-)[^ ]+)( [^>|&$~]*)?", command)
         if plain and sys.platform == "linux" and not torch.cuda.is_available():
             status = self.fork(shlex.split(command), folder, env)
         else:

@@ -127,13 +127,11 @@ def test_settings_of_other_formats_are_accepted():
 
     import sketch_transformers  # noqa: F401
 
-    for _, _, code in found:
-        settings = yaml.safe_load(code)  # JSON is YAML
-        block = settings.pop("optimizer", None)
-        if block is None:
-            transformers.TrainingArguments("out", use_cpu=True, report_to="none", **settings)
+    for language, _, code in found:
+        if language == "yaml":
+            transformers.TrainingArguments("out", use_cpu=True, report_to="none", **yaml.safe_load(code))
         else:
-            json.loads(code)
+            block = json.loads(code)["optimizer"]
             registry.get(block["type"]).cls([torch.nn.Parameter(torch.ones(64, 64))], **block["params"])
 
 

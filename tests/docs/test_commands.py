@@ -1,6 +1,8 @@
-"""Every shell command of the pages is run here, as it is written, or is listed with a reason (listed.py)."""
+"""Every shell command of the pages is run as it is written (runs.py), or is listed with a reason (listed.py).
 
-import importlib.util
+test_long_commands.py runs those that take many seconds.
+"""
+
 import re
 import shlex
 import shutil
@@ -21,27 +23,13 @@ from commands import READ, Command, commands, inline, lines, unmarked
 from listed import LISTED, REASONS
 from pages import ROOT, named
 from runs import RUNS
-from shell import Shell
 
 from sketch_plugins import cli
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the pages' commands are for a Unix shell")
 
 
-#: Words that stand for something of the reader's: each is replaced by all of these, one after the other.
-FILLED = {"N": ("2",), "COMMAND": tuple(cli._commands(cli.parser()))}
 FOUND = commands()
-
-
-@pytest.fixture(scope="module")
-def shell():
-    made = Shell()
-    yield made
-    made.end()
-
-
-def words_of(text):
-    return shlex.split(re.sub(r" > \S+", "", text).translate({ord("["): None, ord("]"): None}))
 
 
 def by_rule(text):
@@ -62,29 +50,9 @@ def test_every_command_is_run_or_listed():
     assert not {*RUNS} & {*LISTED}, "a command that is run needs no reason"
 
 
-@pytest.mark.parametrize("text", RUNS)
-def test_a_command_runs(text, shell, tmp_path):
-    run = RUNS[text]
-    for package in run.scene.needs:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    (tmp_path / "home").mkdir()
-    for name, source in run.scene.files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(source)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")  # the folder is a reader's clone of this repository
-    for command in run.scene.before:
-        ran = shell(command, tmp_path)
-        assert ran.status == 0, f"{command}\n{ran.output[-4000:]}"
-    (word,) = [one for one in FILLED if re.search(rf"\b{one}\b", text)] or [None]
-    for value in FILLED.get(word, ("",)):
-        command = re.sub(rf"\b{word}\b", value, text).replace("[", "").replace("]", "")
-        ran = shell(command, tmp_path)
-        assert ran.status == 0, f"{command}\n{ran.output[-4000:]}"
-        for said in run.said:
-            assert re.search(said, ran.output, re.MULTILINE), f"{command} does not print {said}:\n{ran.output[-4000:]}"
-    for name in run.writes:
-        assert (tmp_path / name).stat().st_size > 0
+@pytest.mark.parametrize("text", [text for text, run in RUNS.items() if not run.long])
+def test_a_command_runs(text, run):
+    run(text, RUNS[text])
 
 
 @pytest.mark.parametrize("text", [command.text for command in FOUND if command.text.startswith("make ")])
@@ -133,7 +101,7 @@ def test_what_is_listed_is_run_elsewhere(text):
 
 @pytest.mark.parametrize("text", [text for text in LISTED if re.search(r"\bsketch[-_]plugins ", text)])
 def test_what_is_listed_has_options_that_exist(text, capsys):
-    words = words_of(re.split(r"\bsketch[-_]plugins ", text, maxsplit=1)[1])
+    words = shlex.split(re.split(r"\bsketch[-_]plugins ", text, maxsplit=1)[1])
     try:
         cli.parser().parse_args(words)
     except SystemExit:
