@@ -1,11 +1,13 @@
-"""Commands of pages that test_commands.py does not run: the reason of each, and what runs it or the like of it."""
+"""Commands of pages that test_commands.py does not run: the reason of each, and what runs it or the like of it.
+
+Commands of make and of pip are not in the list: a test checks the targets and the extras that they name.
+"""
 
 from typing import NamedTuple
 
 #: The reasons, and what `by` has to name.
 REASONS = {
     "GPU": "it needs a GPU; `by` is a test that runs the like of it without one",
-    "installs packages": "`by` is empty: the extra has to exist in pyproject.toml",
     "make clients": "it needs another project's program; `by` is the test in tests/clients that runs it",
     "long": "it takes minutes; `by` is a target of make, or a test that runs it shortened",
     "another test": "`by` is the test that runs it",
