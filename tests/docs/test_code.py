@@ -1,23 +1,25 @@
 """The code of the pages: what has a file's name runs as it stands, the rest as far as one process without a GPU can.
 
-docs/quickstart.md and docs/extending.md have tests of their own, which run them whole.
+docs/quickstart.md and docs/extending.md have tests of their own, which run them whole. The commands of the pages are in
+test_commands.py.
 """
 
 import ast
 import builtins
 import importlib.util
+import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pages import PAGES, ROOT, TOP, blocks, named
+from pages import FENCE, PAGES, ROOT, TOP, blocks, named
 
-from sketch_plugins import cli
+from sketch_plugins import registry
 
 OWN = {ROOT / "docs" / "quickstart.md", ROOT / "docs" / "extending.md"}
 #: A block that uses one of these names is not run here -> what runs the like of it.
@@ -44,12 +46,6 @@ PYTHON = [
     for page in [*PAGES, *TOP]
     if page not in OWN
     for number, (_, options, code) in enumerate(blocks(page, "python"))
-]
-COMMANDS = [
-    (named(page), line)
-    for page in [*PAGES, *TOP]
-    for _, _, code in blocks(page, "sh", "")
-    for line in re.sub(r" *\\\n\s*", " ", code).splitlines()
 ]
 
 
@@ -122,26 +118,35 @@ def test_a_block_of_python_runs(page, options, code, tmp_path, monkeypatch):
     exec(compile(code, named(page), "exec"), {"__name__": "__main__", **known})
 
 
-@pytest.mark.parametrize(
-    ("page", "line"), [(page, line) for page, line in COMMANDS if line.strip().startswith("sketch-plugins ")]
-)
-def test_a_command_has_options_that_exist(page, line, capsys):
-    words = shlex.split(re.sub(r" > \S+", "", line.replace("...", "")), comments=True)[1:]
-    words = [word for word in words if word not in ("[--output", "DIR]", "[--trust]")]
-    try:
-        cli.parser().parse_args(["4" if word in ("N", "M") else word for word in words])
-    except SystemExit as ended:
-        assert ended.code == 0, f"{page}: {line}\n{capsys.readouterr().err}"
+def test_settings_of_other_formats_are_accepted():
+    """YAML is Trainer's arguments; JSON is a configuration of DeepSpeed, whose optimizer takes our options."""
+    found = [block for page in [*PAGES, *TOP] for block in blocks(page, "yaml", "json")]
+    assert {language for language, _, _ in found} == {"yaml", "json"}
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    import torch
+
+    import sketch_transformers  # noqa: F401
+
+    for language, _, code in found:
+        if language == "yaml":
+            transformers.TrainingArguments("out", use_cpu=True, report_to="none", **yaml.safe_load(code))
+        else:
+            block = json.loads(code)["optimizer"]
+            registry.get(block["type"]).cls([torch.nn.Parameter(torch.ones(64, 64))], **block["params"])
 
 
-def test_every_target_of_make_that_is_named_exists():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in [*PAGES, *TOP]:
-        asked = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
-        asked = {one or other for one, other in asked}
-        assert asked <= targets, f"{named(page)}: make {sorted(asked - targets)}"
+def test_arguments_of_a_command_line_are_accepted():
+    """Lines of arguments alone, as docs/transformers.md has them."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    import sketch_transformers  # noqa: F401
+
+    found = [line for page in PAGES for line in re.findall(r"^    (--\w.*)$", FENCE.sub("", page.read_text()), re.M)]
+    assert len(found) >= 5
+    for line in found:
+        words = ["--output_dir", "out", "--use_cpu", "--report_to", "none", *line.split()]
+        (args,) = transformers.HfArgumentParser(transformers.TrainingArguments).parse_args_into_dataclasses(words)
+        assert args.optim in registry.names(), line
 
 
 def test_blocks_are_found():
     assert len(PYTHON) > 30 and sum(bool(one.values[1]) for one in PYTHON) >= 5
-    assert sum(line.strip().startswith("sketch-plugins ") for _, line in COMMANDS) > 20
