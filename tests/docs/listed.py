@@ -65,6 +65,9 @@ LISTED = {
     "python benchmarks/quality_run.py lm --text FOLDER --optimizers muon --lr 4e-3 --curve 16": Listed(
         "long", f"{_QUALITY}::test_runs_side_by_side_and_curves_have_the_same_values"
     ),
+    "python benchmarks/quality_run.py fine_tune --model FOLDER --reviews FILE --steps 300 --seeds 1,2,3 --lr 5e-5 "
+    "--optimizers cs_adam,bf16/cs_adam,bf16/cs_adam:stochastic_rounding=true,bf16/cs_adam:weight_bits=24,"
+    "bf16/cs_adam:weight_bits=32": Listed("long", f"{_QUALITY}::test_what_a_task_needs_is_said"),
     "python benchmarks/quality_run.py lm --text FOLDER --seeds 1,2,3 --optimizers cs_adam,bf16/cs_adam,"
     "bf16/cs_adam:stochastic_rounding=true,bf16/cs_adam:weight_bits=24,bf16/cs_adam:weight_bits=32": Listed(
         "long", f"{_QUALITY}::test_runs_are_written_once_and_are_the_same_again"
