@@ -85,7 +85,8 @@ def _refusing(construct: Callable[..., None]) -> Callable[..., None]:
         if watch.is_ours(cls) or cls in counterpart.REPLACED:
             construct(self, *args, **kwargs)
             return
-        if any(base is not Optimizer and base.__module__.startswith("torch.optim.") for base in cls.__mro__):
+        # With the dot, because some of torch's classes (Adafactor, Muon) name the package itself as their module.
+        if any(base is not Optimizer and f"{base.__module__}.".startswith("torch.optim.") for base in cls.__mro__):
             _refuse(cls)
         construct(self, *args, **kwargs)
         # It may be a wrapper around an optimizer, which can be recognized only after it is built.
