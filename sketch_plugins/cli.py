@@ -126,7 +126,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "script",
         metavar="PROGRAM",
-        help="script, directory or zip file with a __main__.py, module, or command (trl, torchrun, accelerate, ...)",
+        help="script (-: on stdin), directory or zip file with a __main__.py, module, or command (trl, torchrun, ...)",
     )
     # REMAINDER: everything after the script belongs to the script, `--help` and `-m` included.
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="arguments of PROGRAM")
@@ -201,7 +201,9 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="DIR",
         help="output: a directory if CHECKPOINT is one, else a file or the directory for it (default: CHECKPOINT-NAME)",
     )
-    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an output that exists; CHECKPOINT itself is never replaced"
+    )
     parser.add_argument(
         "--trust",
         action="store_true",

@@ -130,14 +130,14 @@ def convert(
         name: name in the registry.
         optim_args: its options, as in Trainer: ``"compression=0.1,seed=1"``. Options that decide how state is kept
             have to be given to the run that continues, too.
-        out: the output: a directory for a directory; for a file a file, or a directory to put it into. None: beside
-            the checkpoint, with ``-NAME`` in its name.
-        force: replace an existing output; ``out`` may be the checkpoint itself.
+        out: the output: a directory for a directory; for a file a file, or a directory to put it into (one that exists,
+            or a name that ends in a slash). None: beside the checkpoint, with ``-NAME`` in its name.
+        force: replace an existing output, but never the checkpoint itself.
         trust: unpickle objects that are neither tensors nor plain values.
 
     Raises:
         ValueError: an unknown optimizer or option; no such checkpoint, or one that cannot be converted; the output
-            exists. Nothing has been written then.
+            exists, or is the checkpoint. Nothing has been written then.
     """
     options = _options(name, optim_args)
     root = Path(checkpoint)
@@ -212,8 +212,14 @@ def _target(root: Path, name: str, out: str | os.PathLike[str] | None, force: bo
     place = root.resolve()
     label = f"{root.stem}-{name}{root.suffix}" if root.is_file() else f"{place.name}-{name}"
     target = Path(out) if out is not None else (root if root.name else place).with_name(label)
-    if root.is_file() and target.is_dir():
+    separators = tuple(filter(None, (os.sep, os.altsep)))
+    if root.is_file() and (target.is_dir() or (out is not None and os.fspath(out).endswith(separators))):
         target = target / root.name
+    if target.exists() and target.samefile(root):  # also by a link
+        raise CannotConvert(
+            f"{target} is the checkpoint {root} itself, which is not changed, because the conversion cannot be undone: "
+            "choose another --out"
+        )
     if target.exists() or target.is_symlink():
         if not force:
             raise CannotConvert(f"{target} exists already: choose another --out, or replace it with --force")
@@ -349,20 +355,16 @@ def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> 
     """Write all of it or nothing: each output gets its name when it is complete."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if root.is_file() or (target.exists() and target.samefile(root)):
-            files = {(target if root.is_file() else target / name): value for name, value in values.items()}
-            with _partial(target.parent if root.is_file() else target, target.name) as folder:
-                written = []
-                for number, (file, value) in enumerate(files.items()):
-                    part = folder / str(number)
-                    _save(value, part)
-                    if file.exists():
-                        shutil.copymode(file, part)
-                    written.append((part, file))
-                for part, file in written:
-                    if file.exists() and not force:  # another process has created it in the meantime
-                        raise CannotConvert(f"{file} exists already: choose another --out")
-                    os.replace(part, file)
+        if root.is_file():
+            with _partial(target.parent, target.name) as folder:
+                (value,) = values.values()
+                part = folder / "new"
+                _save(value, part)
+                if target.exists():
+                    if not force:  # another process has created it in the meantime
+                        raise CannotConvert(f"{target} exists already: choose another --out")
+                    shutil.copymode(target, part)
+                os.replace(part, target)
             return
         with _partial(target.parent, target.name) as folder:
             new = folder / "new"
