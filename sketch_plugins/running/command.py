@@ -25,8 +25,8 @@ _LONG_PATH = re.compile(rb"""#!/bin/sh\n'''exec' ("[^"\n]*"|\S+)""")
 def main(script: str, arguments: Sequence[str], module: bool, optim: str | None, optim_args: str | None) -> int:
     """Run a program and return its exit status.
 
-    Python code is executed in this process: its ``SystemExit`` and its exceptions pass through. Any other command gets a
-    process. Signals are passed on to it, and this process ends with its exit status or signal.
+    Python code is executed in this process: its ``SystemExit`` and its exceptions pass through. Any other command has a
+    process of its own. Signals are passed on to it, and this process ends with its exit status or signal.
 
     Args:
         script: a file, directory or zip file, "-" for a script on stdin, or the name of a module or of a command.

@@ -13,7 +13,6 @@ from importlib.machinery import BuiltinImporter, ModuleSpec, PathFinder, SourceF
 from types import CodeType, ModuleType, TracebackType
 from typing import NamedTuple
 
-
 #: The argument that stands for a script on stdin, as under python.
 STDIN = "-"
 

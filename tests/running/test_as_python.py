@@ -12,7 +12,8 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="pipes and signals of POSI
 LOOK = """
 import builtins, sys
 names = [name for name in globals() if name not in ("builtins", "sys")]
-print(names, __builtins__ is builtins, __name__, __doc__, __package__, __file__, __cached__, getattr(__spec__, "name", None))
+print(names, __builtins__ is builtins, __name__, __doc__, __package__, __file__, __cached__)
+print(getattr(__spec__, "name", None), getattr(__spec__, "origin", None))
 print(getattr(__loader__, "__name__", type(__loader__).__name__), sys.modules["__main__"].__dict__ is globals())
 print(sys.argv, sys.path, repr(sys.stdin.read()))
 sys.exit(3)
@@ -111,7 +112,7 @@ ENDS = {
     "base": ("class Own(BaseException):\n    pass\nraise Own('theirs')", 1),
     "generator": ("raise GeneratorExit", 1),
     "hook": (
-        "import sys\nsys.excepthook = lambda *e: print(e[2].tb_frame.f_code.co_name)\nraise KeyboardInterrupt",
+        "import sys\nsys.excepthook = lambda *e: print(e[2].tb_lineno)\nraise KeyboardInterrupt",
         None,
     ),
     "chained": ("try:\n    1 / 0\nexcept Exception as e:\n    raise ValueError(2) from e", 1),
