@@ -25,6 +25,7 @@ from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.optim import SketchOptimizer, Sketchy
 from sketch_plugins.optim.convert import convert_state, is_foreign
 from sketch_plugins.optim.hyperparameters import carried_over
+from sketch_plugins.optim.written import written_by
 
 #: Keys in the groups of torch's optimizers, with the values for checkpoints that are older than the key.
 _GROUPS: dict[str, dict[str, Any]] = {
@@ -187,7 +188,7 @@ def _files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise CannotConvert(f"{root} does not exist: give the directory or file of a checkpoint")
+        raise CannotConvert(report.absent(root))
     for pattern in ("optimizer.pt", "optimizer*.bin"):
         found = sorted(file for file in root.glob(pattern) if file.is_file())
         if found:
@@ -252,14 +253,12 @@ def _replaced(value: Any, made: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def _nothing_in(file: Path, value: Any) -> str:
-    ours = [saved for saved in report.state_dicts(value)]
-    if ours:
+    found = list(report.state_dicts(value))
+    if any(written_by(group) is not None for saved in found for group in saved["param_groups"]):
         return f"{file} already holds the state of a sketched optimizer: there is nothing to convert"
-    said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
-    return (
-        f"{file} holds no optimizer state dict, which would have the keys 'state' and 'param_groups'; it "
-        f"holds {said or 'nothing'}"
-    )
+    if found:
+        return f"{file} holds an optimizer state dict without parameter groups: there is nothing to convert"
+    return report.without_optimizer(file, value)
 
 
 def _converted(

@@ -242,6 +242,9 @@ def test_help():
         ("nan", {}, "exp_avg of .* contains values that are not finite"),
         ("ours", {}, "already holds the state of a sketched optimizer"),
         ("weights", {}, "holds no optimizer state dict.*it holds weight"),
+        ("no groups", {}, "optimizer state dict without parameter groups: there is nothing to convert"),
+        ("nones", {}, "'state' has to be a dict, .* here they are NoneType and NoneType"),
+        ("pipe", {}, "is neither a file nor a directory: give"),
         ("rubbish", {}, "cannot be read as a file of torch.save"),
         ("unsafe", {}, "If you trust the checkpoint, use --trust"),
         ("empty folder", {}, "holds no optimizer state.*checkpoint-5: give one of these"),
@@ -267,6 +270,14 @@ def test_what_cannot_be_converted(make, arguments, message, tmp_path):
         torch.save(optimizer.state_dict(), path)
     elif make == "weights":
         torch.save({"weight": torch.ones(2)}, path)
+    elif make == "no groups":
+        torch.save({"state": {}, "param_groups": []}, path)
+    elif make == "nones":
+        torch.save({"state": None, "param_groups": None}, path)
+    elif make == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("no named pipes on this platform")
+        os.mkfifo(path)
     elif make == "rubbish":
         path.write_bytes(b"rubbish")
     elif make == "unsafe":

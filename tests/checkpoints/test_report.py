@@ -232,6 +232,23 @@ def test_files_that_are_absent_damaged_or_without_optimizer(tmp_path, capsys):
     assert "--rows -1 is not allowed" in refused(capsys, file, "--rows", "-1")
 
 
+def test_what_is_no_state_is_said_as_it_is(tmp_path, capsys):
+    """Each message fits its file, and the status is not 0: nothing can be shown."""
+    file, net = tmp_path / "run.pt", model()
+    for optimizer in (CSAdam(net.parameters()), torch.optim.AdamW(net.parameters())):
+        torch.save({"optimizer": optimizer.state_dict()}, file)
+        assert "state dict without state: it was saved before the first step" in refused(capsys, file)
+    torch.save({"state": {}, "param_groups": []}, file)
+    assert "state dict without state" in refused(capsys, file, "--json")
+    torch.save({"state": None, "param_groups": None}, file)
+    message = refused(capsys, file)
+    assert "'state' has to be a dict" in message and "here they are NoneType and NoneType" in message
+    file.write_text("hello")
+    assert refused(capsys, file).endswith("It is damaged, or has another format\n")
+    if Path("/dev/null").exists():
+        assert "/dev/null is neither a file nor a directory" in refused(capsys, "/dev/null")
+
+
 def test_nothing_is_unpickled_unasked(tmp_path, capsys):
     torch.save({"optimizer": stepped(CSAdam(model().parameters())).state_dict(), "odd": Odd()}, tmp_path / "run.pt")
     message = refused(capsys, tmp_path / "run.pt")
