@@ -45,23 +45,6 @@ REPLACED: tuple[type[torch.optim.Optimizer], ...] = (
 )
 
 
-def split_options(text: str | None) -> dict[str, str]:
-    """The options in ``"compression=0.1,seed=1"`` as a dictionary.
-
-    Raises:
-        ValueError: a part of the text is not of the form key=value, or a key is given twice.
-    """
-    given: dict[str, str] = {}
-    for part in text.split(",") if text else ():
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise ValueError(f"{part!r} is not of the form key=value")
-        if key in given:
-            raise ValueError(f"{key!r} is given twice")
-        given[key] = value
-    return given
-
-
 def check_options(name: str, options: Mapping[str, Any], words: Wording = PLAIN) -> dict[str, Any]:
     """Check options that are meant for every parameter group, and return them typed. Their values may be text.
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from sketch_plugins import registry
 from sketch_plugins.checkpoints import report
 from sketch_plugins.checkpoints.saved import nbytes
-from sketch_plugins.counterpart import split_options
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.optim import SketchOptimizer, Sketchy
 from sketch_plugins.optim.convert import convert_state, is_foreign
 from sketch_plugins.optim.hyperparameters import carried_over
 from sketch_plugins.optim.written import written_by
+from sketch_plugins.spelling import split_options
 
 #: Keys in the groups of torch's optimizers, with the values for checkpoints that are older than the key.
 _GROUPS: dict[str, dict[str, Any]] = {
@@ -169,10 +169,7 @@ def convert(
 
 
 def _options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    try:
-        given = dict(optim_args) if isinstance(optim_args, Mapping) else dict[str, Any](split_options(optim_args))
-    except ValueError as error:
-        raise CannotConvert(f"--optim-args {optim_args!r}: {error}") from None
+    given = dict(optim_args) if isinstance(optim_args, Mapping) else dict[str, Any](split_options(optim_args))
     if "lr" in given:
         raise CannotConvert(
             f"--optim-args sets lr={given['lr']!r}, but the learning rate and its schedule come from the "

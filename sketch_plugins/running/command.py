@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Sequence
 from typing import Any
 
+from sketch_plugins import spelling
 from sketch_plugins.running import children, watch
 from sketch_plugins.running.program import STDIN, CannotRun, execute_as_main, find_module, find_script, is_zip
 
@@ -35,6 +36,14 @@ def main(script: str, arguments: Sequence[str], module: bool, optim: str | None,
         optim: see ``sketch-plugins run --optim``; None: torch's optimizers are not replaced.
         optim_args: its options, as text.
     """
+    if optim is not None:
+        try:
+            # The values of options are checked when the program imports torch, which `run` itself does not import.
+            spelling.check_name(optim)
+            spelling.split_options(optim_args)
+        except ValueError as error:
+            watch.refuse(optim, error)
+            return 2
     settings = children.begin(optim, optim_args)
     # Functions run in the reverse order, so the program's own, which may still train, run before this one.
     atexit.register(watch.end, settings.optim)

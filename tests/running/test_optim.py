@@ -1,9 +1,12 @@
 """`run --optim`: a sketched optimizer replaces the one that the program builds, or an error names it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from sketch_plugins import counterpart, registry
+from sketch_plugins import counterpart, registry, spelling
 from sketch_plugins.counterpart import REPLACED
 from sketch_plugins.running.replacing import WORDS
 
@@ -220,6 +223,31 @@ def test_a_key_that_only_another_optimizer_of_ours_reads_stays_the_program_s():
     made = torch.optim.AdamW([{"params": parameter(), "depth": 11}], lr=0.1)
     counterpart.become(made, "sm3", {"betas": (0.9, 0.999), "eps": 1e-30}, WORDS)
     assert made.param_groups[0]["depth"] == 11 and "depth" not in registry.get("sm3").options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--optim", "cs_adma"), "--optim cs_adma: unknown optimizer 'cs_adma'. Did you mean 'cs_adam'"),
+        (("--optim", ""), "--optim : unknown optimizer ''"),
+        (("--optim", "sm3", "--optim-args", "eps"), "--optim sm3: --optim-args 'eps': 'eps' is not of the form"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_found_before_a_program_that_never_imports_torch(options, message, run, write):
+    write("program.py", "print('went on')")
+    for program in (("program.py",), ("-m", "program"), ("python", "program.py")):
+        done = run(*options, *program)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"sketch-plugins run: {message}")
+
+
+def test_names_are_known_without_torch():
+    assert tuple(spelling.CLASSES) == registry.names()
+    command = "import sys; from sketch_plugins import spelling; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("cls", REPLACED)
