@@ -61,6 +61,7 @@ class SketchOptimizer(Taking):
             if name not in defaults:  # it is None, and no preset sets it
                 raise ValueError(f"{name}=None is not allowed: {name} must be {self.OPTIONS[name].describe()}")
         one_of_width_and_compression(given)
+        self.__dict__.pop("_arriving", None)  # whoever builds it a second time writes our options
         fixed = {**self.FIXED, "preset": preset}
         super().__init__(params, {**validate(self.OPTIONS, defaults, type(self).__name__), **fixed})
 

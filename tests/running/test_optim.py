@@ -219,6 +219,13 @@ def test_keys_of_the_program_s_groups_become_no_options(cls, name, key, value):
     assert [(group["lr"], group["lr_scale"]) for group in made.param_groups] == [(0.1, 0.5), (0.3, 0.25)]
 
 
+def test_an_optimizer_that_is_built_again_takes_what_it_is_given_then():
+    made = torch.optim.SGD([parameter()], lr=0.1, momentum=0.7)
+    counterpart.become(made, "cs_adam", {}, WORDS)
+    made.__init__([{"params": parameter(), "depth": 2}], lr=0.5)
+    assert [made.param_groups[0][key] for key in ("lr", "betas", "depth")] == [0.5, (0.9, 0.999), 2]
+
+
 def test_a_key_that_only_another_optimizer_of_ours_reads_stays_the_program_s():
     made = torch.optim.AdamW([{"params": parameter(), "depth": 11}], lr=0.1)
     counterpart.become(made, "sm3", {"betas": (0.9, 0.999), "eps": 1e-30}, WORDS)
