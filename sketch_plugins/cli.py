@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from sketch_plugins.printing import printing
 from sketch_plugins.version import __version__
 
 PROG = "sketch-plugins"
@@ -30,7 +31,8 @@ examples:
 
 exit status:
   0    the command did what it was asked to do
-  1    check: a kernel is wrong; convert, reshard: nothing was written
+  1    check: a kernel is wrong; convert, reshard: nothing was written;
+       or stdout could not be written
   2    the arguments are wrong; plan, report: there is nothing to show
   127  run: there is no such program
   run ends with the exit status of the program otherwise
@@ -48,13 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # DeepSpeed's launcher puts this option first unless --no_local_rank is given; it is meant for the script.
     local_rank = [argv.pop(0)] if argv and argv[0].startswith("--local_rank=") else []
-    arguments = commands.parse_args(argv)
-    if local_rank:
-        if not hasattr(arguments, "arguments"):
-            commands.error(f"unrecognized arguments: {local_rank[0]}")
-        arguments.arguments = local_rank + arguments.arguments
-    status: int = arguments.execute(arguments)
-    return status
+    with printing(PROG):
+        arguments = commands.parse_args(argv)
+        if local_rank:
+            if not hasattr(arguments, "arguments"):
+                commands.error(f"unrecognized arguments: {local_rank[0]}")
+            arguments.arguments = local_rank + arguments.arguments
+        if arguments.execute is not _run:
+            status: int = arguments.execute(arguments)
+            return status
+    return _run(arguments)  # a program has the stdout that it has under python
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,7 +131,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "script",
         metavar="PROGRAM",
-        help="script, directory or zip file with a __main__.py, module, or command (trl, torchrun, accelerate, ...)",
+        help="script (-: on stdin), directory or zip file with a __main__.py, module, or command (trl, torchrun, ...)",
     )
     # REMAINDER: everything after the script belongs to the script, `--help` and `-m` included.
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="arguments of PROGRAM")
@@ -201,7 +206,9 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="DIR",
         help="output: a directory if CHECKPOINT is one, else a file or the directory for it (default: CHECKPOINT-NAME)",
     )
-    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an output that exists; CHECKPOINT itself is never replaced"
+    )
     parser.add_argument(
         "--trust",
         action="store_true",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,23 +43,6 @@ REPLACED: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.SGD,
     torch.optim.Adagrad,
 )
-
-
-def split_options(text: str | None) -> dict[str, str]:
-    """The options in ``"compression=0.1,seed=1"`` as a dictionary.
-
-    Raises:
-        ValueError: a part of the text is not of the form key=value, or a key is given twice.
-    """
-    given: dict[str, str] = {}
-    for part in text.split(",") if text else ():
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise ValueError(f"{part!r} is not of the form key=value")
-        if key in given:
-            raise ValueError(f"{key!r} is given twice")
-        given[key] = value
-    return given
 
 
 def check_options(name: str, options: Mapping[str, Any], words: Wording = PLAIN) -> dict[str, Any]:
@@ -106,14 +88,16 @@ def counterpart(
     """
     carry = _Carrying(optimizer, name, options, words)
     made = carry.cls(carry.groups(optimizer), **carry.settings())
-    carry.follow(made)
+    made._arriving = carry
     return made
 
 
 def become(optimizer: Any, name: str, options: Mapping[str, Any], words: Wording = PLAIN) -> None:
     """Turn one of torch's optimizers that has just been built into its counterpart. It stays the same object.
 
-    A constructor cannot return another object, so the object itself changes, and all references to it stay valid.
+    A constructor cannot return another object, so the object itself changes, and all references to it stay valid. The
+    groups are those of a program that does not know our options. A key in them that torch's optimizer does not read is
+    the program's own, so it is an error if it has the name of an option: we would read it as that option, too.
 
     Args:
         optimizer: see `counterpart`.
@@ -122,14 +106,15 @@ def become(optimizer: Any, name: str, options: Mapping[str, Any], words: Wording
         words: the words of error messages.
 
     Raises:
-        ValueError: see `counterpart`. The object cannot be used afterwards.
+        ValueError: see `counterpart`; or a group has a key of its own with the name of an option. The object cannot be
+            used afterwards.
     """
-    carry = _Carrying(optimizer, name, options, words)
+    carry = _Carrying(optimizer, name, options, words, group_options=False)
     groups, settings = carry.groups(optimizer), carry.settings()
     optimizer.__dict__.clear()
     optimizer.__class__ = carry.cls
     carry.cls.__init__(optimizer, groups, **settings)
-    carry.follow(optimizer)
+    optimizer._arriving = carry
 
 
 def without_counterpart(cls: type, words: Wording = PLAIN) -> str:
@@ -141,25 +126,40 @@ def without_counterpart(cls: type, words: Wording = PLAIN) -> str:
 
 
 class _Carrying:
-    """Translates parameter groups of a torch optimizer to ours: the first ones and those that are added later."""
+    """Translates parameter groups of a torch optimizer to ours: the first ones and those that are added later.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, name: str, options: Mapping[str, Any], words: Wording) -> None:
+    Later groups use the option names of the replaced optimizer. For example, the momentum of a group of SGD becomes
+    ``betas[0]`` if the new optimizer has betas. Anything that cannot be carried over is the same error as at the start.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        name: str,
+        options: Mapping[str, Any],
+        words: Wording,
+        group_options: bool = True,
+    ) -> None:
         if type(optimizer) not in REPLACED:
             raise ValueError(without_counterpart(type(optimizer), words))
         self.cls, self.name, self.options, self.words = registry.get(name).cls, name, options, words
-        self.kind, self.said = type(optimizer).__name__, dict(optimizer.defaults)
+        self.kind, self.said, self.group_options = type(optimizer).__name__, dict(optimizer.defaults), group_options
         if self.kind == "Adagrad" and name == "sm3":  # this preset has sums, as Adagrad does, and takes its rates
             self.options = {"preset": "paper", **options}
 
+    def __call__(self, group: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+        """What becomes of a group that is added later, under this number."""
+        return [self.group({**self.said, **group}, number)]
+
     def groups(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         """All groups of the optimizer, translated for the constructor."""
-        return [self.group(group) for group in optimizer.param_groups]
+        return [self.group(group, number) for number, group in enumerate(optimizer.param_groups)]
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of the constructor. They are the defaults of groups that are added later."""
         return {**self._own(self.said), **self.options}
 
-    def group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+    def group(self, group: Mapping[str, Any], number: int) -> dict[str, Any]:
         """One of the optimizer's groups, translated. It has all hyperparameters."""
         names = group.get("param_names")
         members = list(zip(names, group["params"], strict=True)) if names else group["params"]
@@ -168,22 +168,20 @@ class _Carrying:
         extra = {
             key: value for key, value in group.items() if key not in self.said and key not in ("params", "param_names")
         }
+        if not self.group_options:
+            self._refuse_options(extra, number)
         return {**self._own(group), **extra, "params": members}  # options under our own names come last and win
 
-    def follow(self, made: SketchOptimizer) -> None:
-        """Let groups that are added to ``made`` later use the option names of the replaced optimizer.
-
-        For example, the momentum of a group of SGD becomes ``betas[0]`` if the new optimizer has betas. Anything that
-        cannot be carried over is the same error as at the start.
-        """
-
-        def add_param_group(self: SketchOptimizer, param_group: Any) -> None:
-            if isinstance(param_group, dict) and "params" in param_group:
-                param_group = carry.group({**carry.said, **param_group})
-            type(self).add_param_group(self, param_group)
-
-        carry = self
-        made.add_param_group = types.MethodType(add_param_group, made)  # type: ignore[method-assign]
+    def _refuse_options(self, extra: Mapping[str, Any], number: int) -> None:
+        options = {"preset", *self.cls.OPTIONS, *self.cls.FIXED}
+        for key, value in extra.items():
+            if key in options:
+                raise ValueError(
+                    f"parameter group {number} has the key {key!r} (its value is {value!r}), which is not one of "
+                    f"{self.kind}'s and is the name of an option of {self.name}: {self.name} would read a value that "
+                    f"{self.words.owner} means for something else. Rename or remove the key in {self.words.owner}. If "
+                    f"the option is meant, set it for all groups: {self.words.how(key, '...')}"
+                )
 
     def _own(self, group: Mapping[str, Any]) -> dict[str, Any]:
         # If a scheduler cycles the momentum, it has already changed the group's, and it will change the new one, too.

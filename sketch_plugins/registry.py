@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from sketch_plugins.optim import SM3, CSAdagrad, CSAdam, CSLion, CSMomentum, CSRMSprop, SketchOptimizer, Sketchy
+from sketch_plugins import spelling
+from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.options import Option, unknown_option
 
 
@@ -26,19 +27,12 @@ class Entry:
         return {"preset": preset, **self.cls.OPTIONS}
 
 
-_ENTRIES = {
-    entry.name: entry
-    for entry in (
-        Entry("cs_adam", CSAdam),
-        Entry("cs_adagrad", CSAdagrad),
-        Entry("cs_momentum", CSMomentum),
-        Entry("cs_rmsprop", CSRMSprop),
-        # The name is not "lion", because DeepSpeed has an optimizer of that name.
-        Entry("cs_lion", CSLion),
-        Entry("sm3", SM3),
-        Entry("sketchy", Sketchy),
-    )
-}
+def _entry(name: str, place: str) -> Entry:
+    module, _, cls = place.partition(":")
+    return Entry(name, getattr(importlib.import_module(module), cls))
+
+
+_ENTRIES = {name: _entry(name, place) for name, place in spelling.CLASSES.items()}
 
 
 def names() -> tuple[str, ...]:
@@ -52,16 +46,8 @@ def get(name: str) -> Entry:
     Raises:
         ValueError: there is no such optimizer. The message lists the names and suggests the one that may be meant.
     """
-    if name not in _ENTRIES:
-        raise ValueError(f"unknown optimizer {name!r}.{did_you_mean(name)} The optimizers are {', '.join(_ENTRIES)}")
+    spelling.check_name(name)
     return _ENTRIES[name]
-
-
-def did_you_mean(name: str, names: Iterable[str] = tuple(_ENTRIES)) -> str:
-    """`` Did you mean 'cs_adam'?`` if a name (of an optimizer or a class) is nearly one of ``names``, else ""."""
-    written = {other.replace("_", ""): other for other in names}
-    close = difflib.get_close_matches(str(name).lower().replace("_", ""), written, n=1, cutoff=0.7)
-    return f" Did you mean {written[close[0]]!r}?" if close else ""
 
 
 def parse_options(

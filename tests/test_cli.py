@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from sketch_plugins import __version__, cli
+from sketch_plugins import CSAdam, __version__, cli
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["run", "plan", "report", "convert", "reshard", "info", "check", "completion"]
@@ -120,3 +121,45 @@ def test_exit_status_of_a_program_that_does_not_exist(tmp_path):
     command = [sys.executable, "-m", "sketch_plugins", "run", "no-such-program-here"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 127 and "sketch-plugins run" in done.stderr
+
+
+def through(words, shell, folder):
+    """The command with a redirection of the shell; the shell's PIPESTATUS is printed."""
+    line = f"{sys.executable} -m sketch_plugins {words} {shell}; echo status ${{PIPESTATUS[0]}} >&2"
+    done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=120)
+    *said, status = done.stderr.splitlines()
+    return int(status.removeprefix("status ")), said
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or not Path("/dev/full").exists(), reason="needs bash and /dev/full")
+@pytest.mark.parametrize(
+    "words", ["--help", "report --help", "completion bash", "report run.pt", "report --json run.pt"]
+)
+def test_output_that_cannot_be_written(words, tmp_path):
+    """Nothing is said of a reader that has ended, and a line of a full disk. A closed stdout is the user's wish."""
+    if words.startswith("completion"):
+        pytest.importorskip("shtab", reason="shtab is not installed")
+    if words.endswith("run.pt"):
+        p = torch.nn.Parameter(torch.ones(4, 4))
+        p.grad = torch.ones(4, 4)
+        optimizer = CSAdam([p])
+        optimizer.step()
+        torch.save(optimizer.state_dict(), tmp_path / "run.pt")
+    assert through(words, "| true", tmp_path) == (1, [])
+    status, said = through(words, "> /dev/full", tmp_path)
+    assert status == 1 and len(said) == 1
+    assert said[0].startswith("sketch-plugins: the output cannot be written: [Errno 28]")
+    assert through(words, ">&-", tmp_path) == (0, [])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file descriptors of POSIX")
+def test_a_program_under_run_has_the_stdout_that_it_has_under_python(tmp_path):
+    (tmp_path / "look.py").write_text(
+        "import os, sys\nprint(type(sys.stdout).__name__, os.open('x', 64), file=sys.stderr)"
+    )
+    for closed in ("", ">&-"):
+        said = [
+            subprocess.run(["sh", "-c", f"{sys.executable} {way} look.py {closed}"], cwd=tmp_path, capture_output=True)
+            for way in ("", "-m sketch_plugins run")
+        ]
+        assert said[0].stderr == said[1].stderr and said[0].returncode == said[1].returncode == 0

@@ -36,7 +36,7 @@ def adopt_groups(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.add_param_group(dict(group))
             else:  # groups of ours, from a version that had fewer options
                 missing = {name: optimizer.defaults[name] for name in options - group.keys()}
-                type(optimizer).add_param_group(optimizer, {**missing, **group})
+                optimizer._add_group({**missing, **group})
     except BaseException:
         optimizer.param_groups = groups
         raise

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,19 +58,17 @@ def only_on(cls: type[torch.optim.Optimizer], selected: set[torch.Tensor]) -> ty
     def new(_: type, params: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         given = list(params)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-        made = cls([part for group in groups for part in _split(group, selected)], *args, **kwargs)
-
-        def add_param_group(self: Any, param_group: Any) -> None:
-            """A group that is added later is split like the first ones."""
-            whole = isinstance(param_group, dict) and "params" in param_group
-            for part in _split(param_group, selected) if whole else [param_group]:
-                type(self).add_param_group(self, part)
-
-        made.add_param_group = types.MethodType(add_param_group, made)  # type: ignore[method-assign]
+        made: Any = cls([part for group in groups for part in _split(group, selected)], *args, **kwargs)
+        made._arriving = partial(_later, selected)
         return made
 
     # Python does not run `__init__` again on the result of `__new__`, because it is no instance of the stand-in.
     return type(cls.__name__, (cls,), {"__new__": new, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _later(selected: set[torch.Tensor], group: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    """The parts of a group that is added later: it is split like the first ones."""
+    return list(_split(group, selected))
 
 
 def _split(group: dict[str, Any], selected: set[torch.Tensor]) -> Iterator[dict[str, Any]]:

@@ -20,11 +20,12 @@ from torch import Tensor
 from sketch_plugins import registry
 from sketch_plugins.checkpoints import report
 from sketch_plugins.checkpoints.saved import nbytes
-from sketch_plugins.counterpart import split_options
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.optim import SketchOptimizer, Sketchy
 from sketch_plugins.optim.convert import convert_state, is_foreign
 from sketch_plugins.optim.hyperparameters import carried_over
+from sketch_plugins.optim.written import written_by
+from sketch_plugins.spelling import split_options
 
 #: Keys in the groups of torch's optimizers, with the values for checkpoints that are older than the key.
 _GROUPS: dict[str, dict[str, Any]] = {
@@ -130,14 +131,14 @@ def convert(
         name: name in the registry.
         optim_args: its options, as in Trainer: ``"compression=0.1,seed=1"``. Options that decide how state is kept
             have to be given to the run that continues, too.
-        out: the output: a directory for a directory; for a file a file, or a directory to put it into. None: beside
-            the checkpoint, with ``-NAME`` in its name.
-        force: replace an existing output; ``out`` may be the checkpoint itself.
+        out: the output: a directory for a directory; for a file a file, or a directory to put it into (one that exists,
+            or a name that ends in a slash). None: beside the checkpoint, with ``-NAME`` in its name.
+        force: replace an existing output, but never the checkpoint itself.
         trust: unpickle objects that are neither tensors nor plain values.
 
     Raises:
         ValueError: an unknown optimizer or option; no such checkpoint, or one that cannot be converted; the output
-            exists. Nothing has been written then.
+            exists, or is the checkpoint. Nothing has been written then.
     """
     options = _options(name, optim_args)
     root = Path(checkpoint)
@@ -168,10 +169,7 @@ def convert(
 
 
 def _options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    try:
-        given = dict(optim_args) if isinstance(optim_args, Mapping) else dict[str, Any](split_options(optim_args))
-    except ValueError as error:
-        raise CannotConvert(f"--optim-args {optim_args!r}: {error}") from None
+    given = dict(optim_args) if isinstance(optim_args, Mapping) else dict[str, Any](split_options(optim_args))
     if "lr" in given:
         raise CannotConvert(
             f"--optim-args sets lr={given['lr']!r}, but the learning rate and its schedule come from the "
@@ -187,7 +185,7 @@ def _files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise CannotConvert(f"{root} does not exist: give the directory or file of a checkpoint")
+        raise CannotConvert(report.absent(root))
     for pattern in ("optimizer.pt", "optimizer*.bin"):
         found = sorted(file for file in root.glob(pattern) if file.is_file())
         if found:
@@ -212,8 +210,14 @@ def _target(root: Path, name: str, out: str | os.PathLike[str] | None, force: bo
     place = root.resolve()
     label = f"{root.stem}-{name}{root.suffix}" if root.is_file() else f"{place.name}-{name}"
     target = Path(out) if out is not None else (root if root.name else place).with_name(label)
-    if root.is_file() and target.is_dir():
+    separators = tuple(filter(None, (os.sep, os.altsep)))
+    if root.is_file() and (target.is_dir() or (out is not None and os.fspath(out).endswith(separators))):
         target = target / root.name
+    if target.exists() and target.samefile(root):  # also by a link
+        raise CannotConvert(
+            f"{target} is the checkpoint {root} itself, which is not changed, because the conversion cannot be undone: "
+            "choose another --out"
+        )
     if target.exists() or target.is_symlink():
         if not force:
             raise CannotConvert(f"{target} exists already: choose another --out, or replace it with --force")
@@ -246,14 +250,12 @@ def _replaced(value: Any, made: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def _nothing_in(file: Path, value: Any) -> str:
-    ours = [saved for saved in report.state_dicts(value)]
-    if ours:
+    found = list(report.state_dicts(value))
+    if any(written_by(group) is not None for saved in found for group in saved["param_groups"]):
         return f"{file} already holds the state of a sketched optimizer: there is nothing to convert"
-    said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
-    return (
-        f"{file} holds no optimizer state dict, which would have the keys 'state' and 'param_groups'; it "
-        f"holds {said or 'nothing'}"
-    )
+    if found:
+        return f"{file} holds an optimizer state dict without parameter groups: there is nothing to convert"
+    return report.without_optimizer(file, value)
 
 
 def _converted(
@@ -349,20 +351,16 @@ def _write(root: Path, target: Path, values: Mapping[str, Any], force: bool) -> 
     """Write all of it or nothing: each output gets its name when it is complete."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if root.is_file() or (target.exists() and target.samefile(root)):
-            files = {(target if root.is_file() else target / name): value for name, value in values.items()}
-            with _partial(target.parent if root.is_file() else target, target.name) as folder:
-                written = []
-                for number, (file, value) in enumerate(files.items()):
-                    part = folder / str(number)
-                    _save(value, part)
-                    if file.exists():
-                        shutil.copymode(file, part)
-                    written.append((part, file))
-                for part, file in written:
-                    if file.exists() and not force:  # another process has created it in the meantime
-                        raise CannotConvert(f"{file} exists already: choose another --out")
-                    os.replace(part, file)
+        if root.is_file():
+            with _partial(target.parent, target.name) as folder:
+                (value,) = values.values()
+                part = folder / "new"
+                _save(value, part)
+                if target.exists():
+                    if not force:  # another process has created it in the meantime
+                        raise CannotConvert(f"{target} exists already: choose another --out")
+                    shutil.copymode(target, part)
+                os.replace(part, target)
             return
         with _partial(target.parent, target.name) as folder:
             new = folder / "new"

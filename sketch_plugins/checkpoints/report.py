@@ -132,6 +132,11 @@ def main(checkpoint: str, rows: int, as_json: bool, trust: bool, program: str) -
         # DeepSpeed, for example, writes its log to stdout when it is imported.
         with redirect_stdout(sys.stderr):
             found = contents(checkpoint, trust=trust)
+        if not any(one.entries for one in found):
+            raise CannotReport(
+                f"{checkpoint} holds an optimizer state dict without state: it was saved before the first step, or its "
+                "optimizer keeps none, as SGD without momentum"
+            )
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
@@ -164,7 +169,7 @@ def contents(checkpoint: str | Path, *, trust: bool = False) -> list[Contents]:
     if path.is_file():
         return _of_file(path, trust)
     if not path.is_dir():
-        raise CannotReport(f"{path} does not exist: give the directory or file of a checkpoint")
+        raise CannotReport(absent(path))
     for name in FILES:
         if (path / name).is_file():
             return [replace(one, weights=_saved_weights(path)) for one in _of_file(path / name, trust)]
@@ -291,9 +296,10 @@ def load(file: Path, trust: bool) -> Any:
             f"{file} cannot be read as a file of torch.save; it is damaged, or of another format"
         ) from error
     except Exception as error:  # a damaged file may raise any error
-        said = str(error) or type(error).__name__
+        # Of others (a KeyError of the unpickler: 101) the text says nothing.
+        why = f": {error}" if isinstance(error, (OSError, RuntimeError)) and str(error) else ""
         raise CannotReport(
-            f"{file} cannot be read as a file of torch.save. It is damaged, or has another format: {said}"
+            f"{file} cannot be read as a file of torch.save. It is damaged, or has another format{why}"
         ) from error
 
 
@@ -318,12 +324,29 @@ def _of_value(value: Any, path: Path) -> list[Contents]:
     for saved in state_dicts(value):
         found.append(_contents(saved["param_groups"], _named(saved, _weights(value))))
     if not found:
-        said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
-        raise CannotReport(
-            f"{path} holds no optimizer state dict, which would have the keys 'state' and 'param_groups'; it "
-            f"holds {said or 'nothing'}"
-        )
+        raise CannotReport(without_optimizer(path, value))
     return found
+
+
+def absent(path: Path) -> str:
+    """The error message for a path that is neither a file nor a directory."""
+    why = "is neither a file nor a directory" if path.exists() else "does not exist"
+    return f"{path} {why}: give the directory or file of a checkpoint"
+
+
+def without_optimizer(path: Path, value: Any) -> str:
+    """The error message for a checkpoint that has no state dict of an optimizer."""
+    if isinstance(value, Mapping) and "state" in value and "param_groups" in value:
+        kinds = (type(value[key]).__name__ for key in ("state", "param_groups"))
+        return (
+            f"{path} holds no optimizer state dict: 'state' has to be a dict, and 'param_groups' a list of dicts with "
+            f"the key 'params'; here they are {' and '.join(kinds)}"
+        )
+    said = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
+    return (
+        f"{path} holds no optimizer state dict, which would have the keys 'state' and 'param_groups'; it "
+        f"holds {said or 'nothing'}"
+    )
 
 
 def is_state_dict(value: Mapping[Any, Any]) -> bool:

@@ -44,6 +44,10 @@ class SketchOptimizer(Taking):
     # It is neither copied nor pickled.
     _rate_watch: RateWatch | None = None
 
+    # The groups to add instead of one that `add_param_group` is given: of that group and its number. It is set if the
+    # user has not built this optimizer (`counterpart`). Copies and pickles keep it, so it must not hold the optimizer.
+    _arriving: Callable[[Mapping[str, Any], int], Sequence[dict[str, Any]]] | None = None
+
     def __init__(self, params: Any, explicit: Mapping[str, Any], preset: str) -> None:
         """Validate and resolve the options. A value of None in ``explicit`` leaves the option to the preset."""
         unknown = [name for name in explicit if name not in self.OPTIONS and name not in self.NO_EFFECT]
@@ -57,6 +61,7 @@ class SketchOptimizer(Taking):
             if name not in defaults:  # it is None, and no preset sets it
                 raise ValueError(f"{name}=None is not allowed: {name} must be {self.OPTIONS[name].describe()}")
         one_of_width_and_compression(given)
+        self.__dict__.pop("_arriving", None)  # whoever builds it a second time writes our options
         fixed = {**self.FIXED, "preset": preset}
         super().__init__(params, {**validate(self.OPTIONS, defaults, type(self).__name__), **fixed})
 
@@ -67,6 +72,14 @@ class SketchOptimizer(Taking):
             ValueError: an option's value is not allowed (even if the user meant the key as one of their own), a key
                 looks like a misspelt option, or a parameter is complex.
         """
+        if self._arriving is None or not isinstance(param_group, dict) or "params" not in param_group:
+            self._add_group(param_group)
+        else:
+            for group in self._arriving(param_group, len(self.param_groups)):
+                self._add_group(group)
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group that has our options. Subclasses extend this method, because `add_param_group` may translate."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, not {type(param_group).__name__}")
         self._accept_without_effect(param_group)
@@ -226,6 +239,10 @@ class SketchOptimizer(Taking):
                 taking.work.append(one or (p, group, self._gradient(p, grad, group)))
                 same = same and p.numel() == 0  # other ranks have elements of it, so an empty shard counts steps, too
         return same
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # torch's has groups, defaults and state only
+        return state if self._arriving is None else {**state, "_arriving": self._arriving}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a pickle, without what was remembered of the last step: its groups were others."""

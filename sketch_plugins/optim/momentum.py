@@ -112,14 +112,14 @@ class CSMomentum(SketchOptimizer):
         given = {"lr": lr, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, {**given, "momentum": 0.9 if momentum is None else momentum}, preset)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see `SketchOptimizer.add_param_group`. A group's ``betas`` set its momentum."""
         if isinstance(param_group, dict) and "betas" in param_group:
             momentum = self._momentum(param_group["betas"], param_group.get("momentum"))
             # The key is removed, because schedulers that cycle the momentum (OneCycleLR) would cycle it without effect.
             del param_group["betas"]
             param_group["momentum"] = momentum
-        super().add_param_group(param_group)
+        super()._add_group(param_group)
 
     def _momentum(self, betas: Any, momentum: Any) -> Any:
         if betas is None:

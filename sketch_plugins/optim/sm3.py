@@ -179,16 +179,16 @@ class SM3(SketchOptimizer):
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see `SketchOptimizer.add_param_group`. Without a rate the group takes that of its preset."""
         if isinstance(param_group, dict) and "lr" not in param_group and self._own_rates:
             if "preset" in param_group or "betas" in param_group:
                 rate_of_its_own = _rate_of(param_group.get("preset"), param_group.get("betas"))
                 param_group = {**param_group, "lr": rate_of_its_own}
-        super().add_param_group(param_group)
+        super()._add_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_own_rates": self._own_rates}  # torch's has groups, defaults and state only
+        return {**super().__getstate__(), "_own_rates": self._own_rates}
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
         return ADAGRAD if group["betas"][1] == 1.0 else ADAMW

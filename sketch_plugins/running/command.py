@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
+from sketch_plugins import spelling
 from sketch_plugins.running import children, watch
-from sketch_plugins.running.program import CannotRun, execute_as_main, find_module, find_script
+from sketch_plugins.running.program import STDIN, CannotRun, execute_as_main, find_module, find_script, is_zip
 
 #: Exit status of a shell if a command does not exist.
 NOT_FOUND = 127
@@ -26,17 +26,24 @@ _LONG_PATH = re.compile(rb"""#!/bin/sh\n'''exec' ("[^"\n]*"|\S+)""")
 def main(script: str, arguments: Sequence[str], module: bool, optim: str | None, optim_args: str | None) -> int:
     """Run a program and return its exit status.
 
-    Python code is executed in this process: its ``SystemExit`` and its exceptions pass through. Any other command gets
-        a
-    process. Signals are passed on to it, and this process ends with its exit status or signal.
+    Python code is executed in this process: its ``SystemExit`` and its exceptions pass through. Any other command has a
+    process of its own. Signals are passed on to it, and this process ends with its exit status or signal.
 
     Args:
-        script: a file, directory or zip file, or the name of a module or of a command.
+        script: a file, directory or zip file, "-" for a script on stdin, or the name of a module or of a command.
         arguments: arguments of the program.
         module: whether ``script`` is the name of a module.
         optim: see ``sketch-plugins run --optim``; None: torch's optimizers are not replaced.
         optim_args: its options, as text.
     """
+    if optim is not None:
+        try:
+            # The values of options are checked when the program imports torch, which `run` itself does not import.
+            spelling.check_name(optim)
+            spelling.split_options(optim_args)
+        except ValueError as error:
+            watch.refuse(optim, error)
+            return 2
     settings = children.begin(optim, optim_args)
     # Functions run in the reverse order, so the program's own, which may still train, run before this one.
     atexit.register(watch.end, settings.optim)
@@ -63,7 +70,9 @@ def _path_of(script: str) -> str:
     Raises:
         CannotRun: there is no such program and no such command.
     """
-    if os.path.isfile(script) or os.path.isfile(os.path.join(script, "__main__.py")):
+    if script == STDIN or os.path.isfile(os.path.join(script, "__main__.py")):
+        return script
+    if os.path.exists(script) and not os.path.isdir(script):  # pipes, too
         return script
     if os.path.dirname(script) or script.endswith((".py", ".pyz", ".zip")):
         return script  # the error is then that of a missing file
@@ -87,7 +96,9 @@ def _is_foreign(path: str, command: bool) -> bool:
     this Python executes it, even if its first line names another Python. If it was found as a ``command``, it belongs
     to the environment of the Python that its first line names.
     """
-    if os.path.isdir(path) or zipfile.is_zipfile(path):
+    # Directories are ours, and so are pipes (/dev/stdin, <(...)), which can be read only once: by `find_script`. A
+    # missing file is the caller's error.
+    if not os.path.isfile(path) or is_zip(path):
         return False
     try:
         with open(path, "rb") as file:

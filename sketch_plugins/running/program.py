@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.metadata
 import importlib.util
 import io
 import os
 import sys
 import zipfile
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.machinery import BuiltinImporter, ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import NamedTuple
+
+#: The argument that stands for a script on stdin, as under python.
+STDIN = "-"
 
 
 class Program(NamedTuple):
@@ -30,26 +34,43 @@ class CannotRun(Exception):
         self.status = status
 
 
+def is_zip(path: str) -> bool:
+    """Whether it is a zip file. Other things than files are not read, because a pipe can be read only once."""
+    return os.path.isfile(path) and zipfile.is_zipfile(path)
+
+
 def find_script(path: str) -> Program:
-    """A Python file, or a directory or zip file with a ``__main__.py``; changes ``sys.path`` as python does.
+    """A Python file, a directory or zip file with a ``__main__.py``, or "-"; changes ``sys.path`` as python does.
 
     Raises:
         CannotRun: it cannot be read, or has no ``__main__.py``.
     """
-    if os.path.isdir(path) or zipfile.is_zipfile(path):
-        _replace_first_path(path)
-        spec = PathFinder.find_spec("__main__", [path])
+    if path == STDIN:
+        source = b"" if sys.stdin is None else sys.stdin.buffer.read()
+        _replace_first_path("")
+        return Program(source, "<stdin>", path, None)
+    file = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)  # python keeps a "." within it, too
+    if os.path.isdir(path) or is_zip(path):
+        _replace_first_path(file, always=True)
+        spec = PathFinder.find_spec("__main__", [file])
         if spec is None:
-            raise CannotRun(f"can't find '__main__' module in {path!r}", status=1)
-        return Program(_code_of(spec), spec.origin or path, path, spec)
-    file = os.path.abspath(path)
+            raise CannotRun(f"can't find '__main__' module in {file!r}", status=1)
+        return Program(_code_of(spec), spec.origin or file, path, spec)
     try:
         with io.open_code(file) as stream:
             source = stream.read()
     except OSError as error:
         raise CannotRun(f"can't open file {file!r}: [Errno {error.errno}] {error.strerror}", status=2) from None
-    _replace_first_path(os.path.dirname(os.path.realpath(path)))
+    _replace_first_path(os.path.dirname(_resolved(path)))
     return Program(source, file, path, None)
+
+
+def _resolved(path: str) -> str:
+    """``path`` without symbolic links; of a pipe, whose name in /proc leads nowhere, the path up to that name."""
+    try:
+        return os.path.realpath(path, strict=True)
+    except OSError:
+        return os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else os.path.abspath(path)
 
 
 def find_module(name: str) -> Program:
@@ -111,22 +132,29 @@ def execute_as_main(program: Program) -> None:
 
     ``runpy`` would remove it again, and then threads, ``atexit`` functions and unpickling would not find it.
     """
-    spec = program.spec
+    spec, file = program.spec, program.file
     module = ModuleType("__main__")
-    module.__dict__.update(
-        __file__=program.file,
-        __cached__=spec.cached if spec else None,
-        __spec__=spec,
-        __package__=spec.parent if spec else None,
-        __loader__=spec.loader if spec else SourceFileLoader("__main__", program.file),
-    )
+    names = module.__dict__
+    names["__package__"] = spec.parent if spec else None
+    names["__spec__"] = spec
+    if spec is not None:
+        names["__loader__"] = spec.loader
+    else:
+        names["__loader__"] = BuiltinImporter if program.argv0 == STDIN else SourceFileLoader("__main__", file)
+    if sys.version_info < (3, 14):  # later Pythons have it in no module
+        names["__annotations__"] = {}
+    names["__builtins__"] = builtins  # exec would put its dictionary there
+    names["__file__"] = file
+    names["__cached__"] = spec.cached if spec else None
     sys.modules["__main__"] = module
     try:
         code = program.code
         if isinstance(code, bytes):
-            code = compile(code, program.file, "exec", dont_inherit=True)
-        exec(code, module.__dict__)
-    except Exception:
+            code = compile(code, file, "exec", dont_inherit=True)
+        exec(code, names)
+    except SystemExit:  # it has no traceback
+        raise
+    except BaseException:
         _hide_own_frames()
         raise
 
@@ -146,7 +174,9 @@ def _hide_own_frames() -> None:
     sys.excepthook = excepthook
 
 
-def _replace_first_path(directory: str) -> None:
-    # `python -P` (3.11) demands that no directory is added to the path.
+def _replace_first_path(directory: str, always: bool = False) -> None:
+    # `python -P` (3.11) demands that no directory is added to the path, unless it is the program itself.
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = directory
+    elif always:
+        sys.path.insert(0, directory)

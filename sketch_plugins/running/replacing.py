@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
-from sketch_plugins import counterpart, registry
+from sketch_plugins import counterpart, registry, spelling
 from sketch_plugins.running import watch
 
 WORDS = counterpart.Wording(
@@ -45,15 +44,10 @@ def begin(name: str, optim_args: str | None) -> None:
     """
     try:
         registry.get(name)
-        try:
-            given = counterpart.split_options(optim_args)
-        except ValueError as error:
-            raise ValueError(f"--optim-args {optim_args!r}: {error}") from None
-        options = counterpart.check_options(name, given, WORDS)
+        options = counterpart.check_options(name, spelling.split_options(optim_args), WORDS)
     except ValueError as error:
         watch.note(watch.REFUSED, name)
-        if watch.is_first_rank():
-            print(f"{watch.PROGRAM}: --optim {name}: {error}", file=sys.stderr)
+        watch.refuse(name, error)
         # Not an ordinary exception: the program did nothing wrong, and might take it for a missing torch.
         raise SystemExit(2) from None
     for cls in counterpart.REPLACED:
@@ -85,7 +79,8 @@ def _refusing(construct: Callable[..., None]) -> Callable[..., None]:
         if watch.is_ours(cls) or cls in counterpart.REPLACED:
             construct(self, *args, **kwargs)
             return
-        if any(base is not Optimizer and base.__module__.startswith("torch.optim.") for base in cls.__mro__):
+        # With the dot, because some of torch's classes (Adafactor, Muon) name the package itself as their module.
+        if any(base is not Optimizer and f"{base.__module__}.".startswith("torch.optim.") for base in cls.__mro__):
             _refuse(cls)
         construct(self, *args, **kwargs)
         # It may be a wrapper around an optimizer, which can be recognized only after it is built.

@@ -134,6 +134,12 @@ def say(level: str, message: str) -> None:
     print(f"{level} {PROGRAM}: {message}", file=sys.stderr, flush=True)
 
 
+def refuse(optim: str, error: ValueError) -> None:
+    """Print what is wrong with the options of ``run``, in one of several ranks."""
+    if is_first_rank():
+        print(f"{PROGRAM}: --optim {optim}: {error}", file=sys.stderr)
+
+
 def is_first_rank() -> bool:
     """Whether this process is the first rank, by torch.distributed or else by the variables of launchers."""
     distributed = sys.modules.get("torch.distributed")

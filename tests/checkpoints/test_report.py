@@ -232,6 +232,23 @@ def test_files_that_are_absent_damaged_or_without_optimizer(tmp_path, capsys):
     assert "--rows -1 is not allowed" in refused(capsys, file, "--rows", "-1")
 
 
+def test_what_is_no_state_is_said_as_it_is(tmp_path, capsys):
+    """Each message fits its file, and the status is not 0: nothing can be shown."""
+    file, net = tmp_path / "run.pt", model()
+    for optimizer in (CSAdam(net.parameters()), torch.optim.AdamW(net.parameters())):
+        torch.save({"optimizer": optimizer.state_dict()}, file)
+        assert "state dict without state: it was saved before the first step" in refused(capsys, file)
+    torch.save({"state": {}, "param_groups": []}, file)
+    assert "state dict without state" in refused(capsys, file, "--json")
+    torch.save({"state": None, "param_groups": None}, file)
+    message = refused(capsys, file)
+    assert "'state' has to be a dict" in message and "here they are NoneType and NoneType" in message
+    file.write_text("hello")
+    assert refused(capsys, file).endswith("It is damaged, or has another format\n")
+    if Path("/dev/null").exists():
+        assert "/dev/null is neither a file nor a directory" in refused(capsys, "/dev/null")
+
+
 def test_nothing_is_unpickled_unasked(tmp_path, capsys):
     torch.save({"optimizer": stepped(CSAdam(model().parameters())).state_dict(), "odd": Odd()}, tmp_path / "run.pt")
     message = refused(capsys, tmp_path / "run.pt")
@@ -279,9 +296,7 @@ def test_what_looks_like_an_optimizer_and_is_none(tmp_path, capsys):
     assert "[red]x[/x]" in shown and "o=[/b]" in shown and str(file) in shown
 
 
-def test_older_files_and_runs_without_a_step(tmp_path, capsys):
+def test_older_files(tmp_path, capsys):
     state = stepped(torch.optim.AdamW(model().parameters())).state_dict()
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert "Adam or AdamW" in said(capsys, tmp_path / "old.pt")
-    torch.save(CSAdam(model().parameters()).state_dict(), tmp_path / "new.pt")
-    assert "0 parameters with state, 0 B" in said(capsys, tmp_path / "new.pt")

@@ -1,8 +1,10 @@
 """Parameter groups that are added later have the module's hyperparameters and the strategy's options."""
 
 import copy
+import gc
 import importlib
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -253,6 +255,33 @@ def test_copies_have_the_same_defaults(copied):
     assert other.param_groups[1]["compression"] == 0.25
     for key in ("lr", "weight_decay", "betas", "eps"):
         assert other.param_groups[1][key] == theirs.defaults[key]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_later_groups_of_copies_speak_the_same_language(copied):
+    made = counterpart(SGD([parameter()], lr=0.1, momentum=0.9), "cs_adam", {"compression": 0.25})
+    for other in (copied(made), copied(copied(made))):
+        other.add_param_group({"params": parameter(), "momentum": 0.3, "compression": 0.5})
+        assert other.param_groups[1]["betas"] == (0.3, 0.999) and "momentum" not in other.param_groups[1]
+        assert [group["compression"] for group in other.param_groups] == [0.25, 0.5]
+        with pytest.raises(ValueError, match="adds the weight decay to the gradient"):
+            other.add_param_group({"params": parameter(), "weight_decay": 0.3})
+        assert len(other.param_groups) == 2
+    assert len(made.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_the_translation_does_not_hold_the_optimizer(name):
+    """An optimizer that is dropped is freed at once, with its weights, as AdamW is."""
+    gc.disable()
+    try:
+        weight = parameter()
+        made = counterpart(AdamW([weight], lr=0.1), name, {})
+        gone = [weakref.ref(made), weakref.ref(weight)]
+        del made, weight
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", registry.names())

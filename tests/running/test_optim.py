@@ -1,10 +1,14 @@
 """`run --optim`: a sketched optimizer replaces the one that the program builds, or an error names it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from sketch_plugins import counterpart, registry
+from sketch_plugins import counterpart, registry, spelling
 from sketch_plugins.counterpart import REPLACED
+from sketch_plugins.running.replacing import WORDS
 
 # A plain loop for several optimizers, which are expressions on the command line.
 LOOP = """
@@ -157,6 +161,100 @@ def test_a_mistake_is_one_line_and_no_program_takes_it_for_a_missing_torch(optio
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"sketch-plugins run: --optim {options[1]}: ") and message in line
+
+
+def test_every_other_optimizer_of_torch_is_refused_when_it_is_built(run, write):
+    """Without a step: some of them name `torch.optim` itself as their module."""
+    write(
+        "build.py",
+        """
+        import inspect, torch
+        for name, cls in inspect.getmembers(torch.optim, inspect.isclass):
+            if issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer:
+                try:
+                    made = cls([torch.nn.Parameter(torch.ones(4, 4))], lr=0.1)
+                    print(name, "became", type(made).__name__)
+                except ValueError as error:
+                    assert "has no sketched counterpart" in str(error), error
+                    print(name, "refused")
+        """,
+    )
+    done = run("--optim", "cs_adam", "build.py")
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert {name for name, what in said.items() if what == "became CSAdam"} == {cls.__name__ for cls in REPLACED}
+    assert {what for name, what in said.items() if "became" not in what} == {"refused"} and len(said) > 10
+    assert all(what in ("refused", "became CSAdam") for what in said.values()), said
+
+
+def parameter():
+    return torch.nn.Parameter(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "key", "value"),
+    [
+        (torch.optim.AdamW, "cs_adam", "depth", 11),
+        (torch.optim.AdamW, "cs_adam", "seed", "x"),  # not even a value that would be allowed
+        (torch.optim.AdamW, "sketchy", "preset", "mine"),
+        (torch.optim.AdamW, "sketchy", "compile", True),  # no option of sketchy, but a key that it has
+        (torch.optim.SGD, "cs_adam", "betas", (0.5, 0.6)),  # AdamW's own, but SGD does not read it
+        (torch.optim.Adam, "cs_momentum", "momentum", 0.5),
+    ],
+    ids=str,
+)
+def test_keys_of_the_program_s_groups_become_no_options(cls, name, key, value):
+    """In the constructor and in a group that is added later; the program means something else by them."""
+    said = (
+        rf"parameter group 1 has the key '{key}' .*{cls.__name__}.*option of {name}.*program.*--optim-args {key}=\.\.\."
+    )
+    given = cls([{"params": parameter(), "lr_scale": 0.5}, {"params": parameter(), key: value}], lr=0.1)
+    with pytest.raises(ValueError, match=said):
+        counterpart.become(given, name, {}, WORDS)
+    made = cls([{"params": parameter(), "lr_scale": 0.5}], lr=0.1)
+    counterpart.become(made, name, {}, WORDS)
+    with pytest.raises(ValueError, match=said):
+        made.add_param_group({"params": parameter(), key: value})
+    assert len(made.param_groups) == 1
+    made.add_param_group({"params": parameter(), "lr": 0.3, "lr_scale": 0.25})  # others stay
+    assert [(group["lr"], group["lr_scale"]) for group in made.param_groups] == [(0.1, 0.5), (0.3, 0.25)]
+
+
+def test_an_optimizer_that_is_built_again_takes_what_it_is_given_then():
+    made = torch.optim.SGD([parameter()], lr=0.1, momentum=0.7)
+    counterpart.become(made, "cs_adam", {}, WORDS)
+    made.__init__([{"params": parameter(), "depth": 2}], lr=0.5)
+    assert [made.param_groups[0][key] for key in ("lr", "betas", "depth")] == [0.5, (0.9, 0.999), 2]
+
+
+def test_a_key_that_only_another_optimizer_of_ours_reads_stays_the_program_s():
+    made = torch.optim.AdamW([{"params": parameter(), "depth": 11}], lr=0.1)
+    counterpart.become(made, "sm3", {"betas": (0.9, 0.999), "eps": 1e-30}, WORDS)
+    assert made.param_groups[0]["depth"] == 11 and "depth" not in registry.get("sm3").options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--optim", "cs_adma"), "--optim cs_adma: unknown optimizer 'cs_adma'. Did you mean 'cs_adam'"),
+        (("--optim", ""), "--optim : unknown optimizer ''"),
+        (("--optim", "sm3", "--optim-args", "eps"), "--optim sm3: --optim-args 'eps': 'eps' is not of the form"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_found_before_a_program_that_never_imports_torch(options, message, run, write):
+    write("program.py", "print('went on')")
+    for program in (("program.py",), ("-m", "program"), ("python", "program.py")):
+        done = run(*options, *program)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"sketch-plugins run: {message}")
+
+
+def test_names_are_known_without_torch():
+    assert tuple(spelling.CLASSES) == registry.names()
+    command = "import sys; from sketch_plugins import spelling; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("cls", REPLACED)

@@ -1,5 +1,6 @@
 """Checkpoints of Trainer that AdamW wrote: ``warm_start`` in ``optim_args``, and the error without it."""
 
+import copy
 import logging
 import shutil
 
@@ -168,6 +169,9 @@ def test_groups_that_are_added_later_are_split_by_target_modules(make_trainer, m
     assert [group["preset"] for group in added] == ["exact"] and added[0]["params"] == [fresh]
     with pytest.raises(TypeError, match="must be a dict"):
         optimizer.add_param_group([fresh])
+    copied = copy.deepcopy(optimizer)
+    copied.add_param_group({"params": [torch.nn.Parameter(torch.zeros(64, 64))]})
+    assert copied.param_groups[-1]["preset"] == "exact" and len(optimizer.param_groups) == before + 1
 
 
 def test_a_slip_of_the_pen_is_understood(make_args):

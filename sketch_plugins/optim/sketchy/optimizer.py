@@ -159,13 +159,13 @@ class Sketchy(SketchOptimizer):
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **options}
         super().__init__(params, given, preset)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, see `SketchOptimizer.add_param_group`.
 
         Raises:
             ValueError: also if options contradict each other, or the budget is too small.
         """
-        super().add_param_group(param_group)
+        super()._add_group(param_group)
         group = self.param_groups[-1]
         try:
             check(group)
