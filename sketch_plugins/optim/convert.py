@@ -12,6 +12,7 @@ from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.checks import STATES
 from sketch_plugins.optim.clipping import bounded, excess
 from sketch_plugins.optim.family import FAMILY
+from sketch_plugins.optim.loading import check_containers
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.blocks import matrix_shape
@@ -101,9 +102,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
     for name in keep:
         if name not in ("lr", "betas", "momentum"):
             raise ValueError(f"keep={name!r} is not allowed: keep may contain 'lr', 'betas' and 'momentum'")
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the state dict has no {key!r}; it has {', '.join(map(str, state_dict)) or 'nothing'}")
+    check_containers(state_dict)
     out: dict[str, Any] = {"state": {}, "param_groups": optimizer._packed_groups()}
     given, kind = state_dict["param_groups"], type(optimizer).__name__
     if len(given) != len(out["param_groups"]):

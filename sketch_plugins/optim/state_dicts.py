@@ -22,7 +22,7 @@ from sketch_plugins.optim.checks import (
 )
 from sketch_plugins.optim.family import BEFORE
 from sketch_plugins.optim.layout import StateLayout, arithmetic
-from sketch_plugins.optim.loading import load
+from sketch_plugins.optim.loading import check_containers, load
 from sketch_plugins.optim.rule import Layout
 from sketch_plugins.optim.weight_bits import corrects, recoded
 from sketch_plugins.optim.written import modernize, renew, written_by, written_with
@@ -78,10 +78,7 @@ class StateDicts(StateLayout):
         """
 
         def prepare(incoming: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
-            for key in ("state", "param_groups"):
-                if key not in incoming:
-                    found = ", ".join(map(str, incoming)) or "nothing"
-                    raise ValueError(f"the state dict has no {key!r}; it contains {found}")
+            check_containers(incoming)
             # The caller's groups stay unchanged. The copies get the values of newer options.
             groups = [dict(group) for group in incoming["param_groups"]]
             # Checkpoints of older versions have nested state. Here all state is nested.
