@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.fused import backend as fused_backend
-from sketch_plugins.optim.options import NoEffect, Option
+from sketch_plugins.optim.options import NoEffect, Option, is_boxed
 from sketch_plugins.optim.written import MARK, renew, written_with
 from sketch_plugins.sharding.names import names_of
 from sketch_plugins.sharding.parts import Part, Parts, is_dtensor
@@ -85,9 +85,7 @@ class Groups(torch.optim.Optimizer):
             key: value for key, value in cls._preset(name).items() if name != next(iter(cls.PRESETS))
         }
 
-    def _check_options(
-        self, seen: dict[int, tuple[Any, dict[str, Any]]], number: int, group: Mapping[str, Any]
-    ) -> None:
+    def _check_options(self, seen: dict[int, tuple[Any, dict[str, Any]]], number: int, group: dict[str, Any]) -> None:
         """Validate the options of a group that have changed since the last step."""
         # A group's number does not identify it: DeepSpeed steps groups one by one, each as the only group.
         known, last = seen.get(id(group), (None, {}))
@@ -109,9 +107,11 @@ class Groups(torch.optim.Optimizer):
                     # It may have been changed in place. On a device reading it would wait, so only identity counts.
                     if value is before and value.device.type != "cpu":
                         continue
-                elif value is before or (type(value) is type(before) and value == before):
+                elif value is before or (type(value) is type(before) and value == before and not is_boxed(value)):
                     continue
-            self._group_value(name, value)
+            checked = self._group_value(name, value)
+            if is_boxed(value) and not isinstance(checked, Tensor):
+                group[name] = now[name] = checked
             changed = changed or option.structural
         self._accept_without_effect(group)
         if changed or now.keys() != last.keys():
