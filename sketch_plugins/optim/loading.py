@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ def check_containers(state_dict: Any, what: str = "the state dict") -> None:
         if not isinstance(group.get("params"), list | tuple):
             found = f"params={group['params']!r}" if "params" in group else "no 'params'"
             raise ValueError(f"group {number} of {what} has {found}; expected a list of the keys in 'state'")
+        for key in group["params"]:
+            if not isinstance(key, Hashable):
+                raise ValueError(f"group {number} of {what} has the key {key!r} in 'params', which cannot be a key of 'state'")
 
 
 def load(
