@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import NoEffect, Option, is_boxed
-from sketch_plugins.optim.written import MARK, renew, written_with
+from sketch_plugins.optim.written import MARK, built_with, renew, written_with
 from sketch_plugins.sharding.names import names_of
 from sketch_plugins.sharding.parts import Part, Parts, is_dtensor
 from sketch_plugins.sharding.pieces import is_lazy
@@ -112,6 +112,8 @@ class Groups(torch.optim.Optimizer):
             checked = self._group_value(name, value)
             if is_boxed(value) and not isinstance(checked, Tensor):
                 group[name] = now[name] = checked
+            if isinstance(checked, Tensor):
+                check_rate_device(checked, group["params"], f"param_groups[{number}]")
             changed = changed or option.structural
         self._accept_without_effect(group)
         if changed or now.keys() != last.keys():
@@ -144,6 +146,12 @@ class Groups(torch.optim.Optimizer):
     def _check_structure(self, number: int, group: Mapping[str, Any]) -> None:
         """Refuse structural options that do not fit the state of the group's parameters."""
         assert isinstance(group, dict)
+        preset = built_with(group)
+        if preset is not None and group.get("preset") != preset:
+            raise ValueError(
+                f"preset of group {number} was {preset!r} and is now {group.get('preset')!r}, but a preset sets options "
+                "only when a group is added. Set it back, and change the options themselves, or build a new optimizer"
+            )
         if MARK not in group or not any(self._has_state(p) for p in group["params"]):
             renew(type(self).__name__, self.OPTIONS, group)
             return
@@ -244,6 +252,15 @@ def refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
         raise ValueError(
             f"{label()} belongs to a flat parameter of FSDP1 (FullyShardedDataParallel), in which {kind} "
             "cannot recognise matrices. Use FSDP2: torch.distributed.fsdp.fully_shard"
+        )
+
+
+def check_rate_device(lr: Tensor, params: Sequence[Tensor], where: str) -> None:
+    """Raise ValueError if a learning rate has no number, although parameters have."""
+    if lr.device.type == "meta" and any(p.device.type != "meta" for p in params):
+        raise ValueError(
+            f"lr of {where} is a tensor on the meta device, which has no number, but its parameters have numbers: use a "
+            "number, or a tensor on the CPU or on their device"
         )
 
 

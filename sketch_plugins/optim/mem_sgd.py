@@ -15,6 +15,7 @@ from sketch_plugins.optim.ambient import neutral, outside_graphs
 from sketch_plugins.optim.checks import STATES, copied, described, exact_step, is_fake, why_impossible, why_not_plain
 from sketch_plugins.optim.declaring import declared
 from sketch_plugins.optim.family import FAMILY, Torchs
+from sketch_plugins.optim.groups import check_rate_device
 from sketch_plugins.optim.loading import check_containers, load
 from sketch_plugins.optim.options import NoEffect, Option, rate, validate
 from sketch_plugins.sharding.names import names_of
@@ -127,6 +128,8 @@ class MemSGD(torch.optim.Optimizer):
             # An option may have been changed in the group.
             _accept_without_effect(group)
             group.update(_checked({name: group[name] for name in _OPTIONS}))
+            if isinstance(group["lr"], Tensor):
+                check_rate_device(group["lr"], group["params"], f"param_groups[{number}]")
             for index, p in enumerate(group["params"]):
                 if p.grad is not None:
                     label = _label(group, number, index)

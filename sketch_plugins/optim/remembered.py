@@ -70,7 +70,7 @@ class Remembered:
                     return False
             counter = self.counter()
             return counter is not None and counter is state[self.step]
-        except (KeyError, AttributeError):  # the state has another layout now
+        except (KeyError, AttributeError, RuntimeError):  # the state has another layout now
             return False
 
 

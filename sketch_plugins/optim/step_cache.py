@@ -332,7 +332,7 @@ def _is_rememberable(p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> bool:
         return False
     if p.is_inference():  # it may only be written in inference mode, which `check_writable` checks
         return False
-    if any(type(tensor) is not Tensor for tensor in state.values()):
+    if any(type(tensor) is not Tensor or tensor.is_inference() for tensor in state.values()):
         return False
     return state[next(filter(is_step, state))].numel() == 1
 

@@ -368,3 +368,31 @@ def test_a_parameter_twice_in_a_group_is_refused(name):
     with pytest.raises(ValueError, match="more than once"):
         optimizer.add_param_group({"params": [p, p]})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("preset", ["exact", "lean", "bogus", None])
+def test_a_preset_that_is_set_in_a_group_later_is_refused(name, preset):
+    p = matrix()
+    optimizer = registry.get(name).cls([p])
+    optimizer.param_groups[0]["preset"] = preset
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=f"preset of group 0 was 'default' and is now {preset!r}"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups[0]["preset"] = "default"
+    optimizer.step()
+
+
+def test_a_key_of_the_user_s_with_the_name_of_the_mark_is_refused(name):
+    p = matrix()
+    cls = registry.get(name).cls
+    for value in ("mine", 3, None, '{"optimizer": 3}'):
+        with pytest.raises(ValueError, match="Use another name for your own key"):
+            cls([{"params": [p], "sketch_plugins": value}])
+    optimizer = cls([p])
+    twin = cls(optimizer.param_groups)  # groups of an optimizer have its own mark
+    assert twin.param_groups[0]["sketch_plugins"] == optimizer.param_groups[0]["sketch_plugins"]
+    optimizer.param_groups[0]["sketch_plugins"] = "mine"
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="Use another name for your own key"):
+        optimizer.step()

@@ -37,6 +37,11 @@ def inference():
         return torch.nn.Parameter(torch.randn(64, 64), requires_grad=False)
 
 
+def inference_copy(tensor):
+    with torch.inference_mode():
+        return tensor.clone()
+
+
 @pytest.mark.parametrize(("name", "fused"), KINDS)
 @pytest.mark.parametrize(
     ("make", "words"),
@@ -78,6 +83,50 @@ def test_inference_tensors_step_within_inference_mode_only(name, fused):
     with torch.inference_mode():
         optimizers[1].step()
     assert not torch.equal(made, before)
+
+
+STATES = {
+    "several elements share memory": lambda t: t.flatten()[0].expand(t.shape),
+    "made in torch.inference_mode": inference_copy,
+    "on meta, while the parameter is on cpu": lambda t: t.to("meta"),
+    "with layout torch.sparse_coo": lambda t: t.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("said", STATES)
+@pytest.mark.parametrize(("name", "fused"), [kind for kind in KINDS if kind[0] != "mem_sgd"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_state_that_cannot_be_written_is_refused_by_name(name, fused, said, steps):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(64, 80)) for _ in range(2)]
+    optimizer = build(name, params, fused)
+    for _ in range(steps):
+        give(params)
+        optimizer.step()
+    state = optimizer.state[params[1]]
+    for key in [key for key, tensor in state.items() if key != "step" and tensor.ndim and tensor.numel() > 1]:
+        kept, state[key] = state[key], STATES[said](state[key])
+        before = [p.detach().clone() for p in params]
+        with pytest.raises(ValueError, match=f"of parameter 1 of group 0.* has a tensor .*{said}"):
+            optimizer.step()
+        assert all(torch.equal(p, was) for p, was in zip(params, before, strict=True))
+        assert [own["step"] for own in optimizer.state.values()] == [steps, steps]
+        state[key] = kept
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("name", "fused"), KINDS)
+def test_a_rate_without_a_number_is_refused(name, fused):
+    p = torch.nn.Parameter(torch.ones(64, 80))
+    optimizer = build(name, [p], fused)
+    for _ in range(4):
+        give([p])
+        optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    with pytest.raises(ValueError, match=r"lr of param_groups\[0\] is a tensor on the meta device"):
+        optimizer.step()
+    assert torch.equal(p, before)
 
 
 def test_overlap():
