@@ -126,7 +126,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
             state = state_dict["state"].get(there, {})
             if not isinstance(state, Mapping):
                 raise ValueError(
-                    f"the state of {optimizer._label(group, index)} is {described(state)}; expected a mapping of tensors"
+                    f"the state of {optimizer._label(group, index)} is {described(state)}; expected a mapping"
                 )
             if state:
                 made = _converted(optimizer, group, {**group, **own, "params": group["params"]}, index, p, state, saved)
@@ -221,8 +221,8 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
         momentum, gain = _number(saved, "momentum"), 1.0 - _number(saved, "dampening", 0.0)
         if gain == 0.0:
             raise ValueError(
-                f"the state of {label} was written with dampening=1, so its momentum has no gradients but the first, and "
-                "cannot be converted"
+                f"the state of {label} was written with dampening=1, so its momentum has no gradients but the first, "
+                "and cannot be converted"
             )
         return _Source(step, _Kept(buffer, momentum, gain), None)
     if found == {"sum"}:
@@ -237,7 +237,7 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
 def _step(step: Any, label: str) -> float:
     """The number of steps."""
     odd = isinstance(step, Tensor) and (step.numel() != 1 or why_not_plain(step) is not None or step.is_complex())
-    number = unboxed(step) if not isinstance(step, Tensor) else None if odd else step.item()
+    number: Any = unboxed(step) if not isinstance(step, Tensor) else None if odd else step.item()
     real = isinstance(number, numbers.Real) and not isinstance(number, bool)
     if not real or not 1 <= number < 1e18 or number != int(number):
         raise ValueError(f"the step of {label} is {described(step)}; expected one whole number >= 1")

@@ -95,7 +95,7 @@ def _numba() -> Backend | str:
     try:
         import numba
 
-        if numba.config.DISABLE_JIT:
+        if getattr(numba.config, "DISABLE_JIT", False):
             return "Numba compiles nothing, because NUMBA_DISABLE_JIT is set"
         from sketch_plugins.kernels import cpu
     except ImportError as error:

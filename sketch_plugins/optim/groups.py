@@ -149,8 +149,9 @@ class Groups(torch.optim.Optimizer):
         preset = built_with(group)
         if preset is not None and group.get("preset") != preset:
             raise ValueError(
-                f"preset of group {number} was {preset!r} and is now {group.get('preset')!r}, but a preset sets options "
-                "only when a group is added. Set it back, and change the options themselves, or build a new optimizer"
+                f"preset of group {number} was {preset!r} and is now {group.get('preset')!r}, but a preset sets "
+                "options only when a group is added. Set it back, and change the options themselves, or build a new "
+                "optimizer"
             )
         if MARK not in group or not any(self._has_state(p) for p in group["params"]):
             renew(type(self).__name__, self.OPTIONS, group)
@@ -259,8 +260,8 @@ def check_rate_device(lr: Tensor, params: Sequence[Tensor], where: str) -> None:
     """Raise ValueError if a learning rate has no number, although parameters have."""
     if lr.device.type == "meta" and any(p.device.type != "meta" for p in params):
         raise ValueError(
-            f"lr of {where} is a tensor on the meta device, which has no number, but its parameters have numbers: use a "
-            "number, or a tensor on the CPU or on their device"
+            f"lr of {where} is a tensor on the meta device, which has no number, but its parameters have numbers: use "
+            "a number, or a tensor on the CPU or on their device"
         )
 
 

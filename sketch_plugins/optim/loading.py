@@ -31,7 +31,9 @@ def check_containers(state_dict: Any, what: str = "the state dict") -> None:
             raise ValueError(f"group {number} of {what} has {found}; expected a list of the keys in 'state'")
         for key in group["params"]:
             if not isinstance(key, Hashable):
-                raise ValueError(f"group {number} of {what} has the key {key!r} in 'params', which cannot be a key of 'state'")
+                raise ValueError(
+                    f"group {number} of {what} has the key {key!r} in 'params', which cannot be a key of 'state'"
+                )
 
 
 def load(

@@ -13,13 +13,13 @@ from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.optim.ambient import neutral, outside_graphs
 from sketch_plugins.optim.checks import STATES, copied, described, exact_step, is_fake, why_impossible, why_not_plain
-from sketch_plugins.optim.declaring import declared
+from sketch_plugins.optim.declaring import without_effect
 from sketch_plugins.optim.family import FAMILY, Torchs
 from sketch_plugins.optim.groups import check_rate_device
 from sketch_plugins.optim.loading import check_containers, load
 from sketch_plugins.optim.options import NoEffect, Option, rate, validate
 from sketch_plugins.sharding.names import names_of
-from sketch_plugins.sharding.parts import check_writable, has_address, is_freed, plain
+from sketch_plugins.sharding.parts import check_writable, has_address, is_freed, overlaps, plain
 
 _OPTIONS = {
     "lr": FAMILY["lr"],
@@ -34,7 +34,7 @@ _OPTIONS = {
 }
 _OPTIONAL = ("k", "shift")
 _NO_EFFECT = {
-    **declared(Torchs),
+    **without_effect(Torchs),
     "maximize": NoEffect("maximize", bool, "it only descends", choices=(False,)),
     "fused": NoEffect("fused", bool, "it has no kernels", choices=(None, False)),
     "capturable": NoEffect("capturable", bool, "its steps cannot be captured in a CUDA graph", choices=(False,)),
@@ -122,7 +122,7 @@ class MemSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found: list[tuple[Tensor, Tensor, Mapping[str, Any], int]] = []
+        found: list[tuple[Tensor, Tensor, dict[str, Any], int]] = []
         before = 0
         for number, group in enumerate(self.param_groups):
             # An option may have been changed in the group.
@@ -305,9 +305,9 @@ _STATE = ("step", "error", "average")
 
 def _triples(saved: Any, groups: Any) -> Iterator[tuple[Mapping[str, Any], Any, Tensor]]:
     """(saved group, key of the state, parameter) of each parameter of a state dict."""
+    params = (p for group in groups for p in group["params"])
     keys = ((group, key) for group in saved for key in group["params"])
-    for (group, key), p in zip(keys, (p for group in groups for p in group["params"]), strict=False):
-        yield group, key, p
+    yield from ((group, key, p) for (group, key), p in zip(keys, params, strict=False))
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
@@ -349,8 +349,8 @@ def _check_state(p: Tensor, state: Mapping[str, Any], which: str, label: str) ->
         if name == "step":
             if exact_step(value) is None:
                 raise ValueError(
-                    f"the {which} step of {label} is {described(value)}; expected a tensor of one whole number >= 0 that "
-                    "float32 holds exactly"
+                    f"the {which} step of {label} is {described(value)}; expected a tensor of one whole number >= 0 "
+                    "that float32 holds exactly"
                 )
             continue
         shaped = isinstance(value, Tensor) and (
@@ -359,12 +359,15 @@ def _check_state(p: Tensor, state: Mapping[str, Any], which: str, label: str) ->
         if not shaped:
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
-                f"{what} has {name!r} ({found}): expected tensors 'step', 'error' of {p.numel()} entries, and 'average' "
-                f"of shape {tuple(p.shape)}"
+                f"{what} has {name!r} ({found}): expected tensors 'step', 'error' of {p.numel()} entries, and "
+                f"'average' of shape {tuple(p.shape)}"
             )
         why = why_not_plain(value)
         if why is not None and not (value.device.type == "meta" and p.device.type == "meta"):
             raise ValueError(f"{what} has a tensor {name!r} {why}; expected a plain strided tensor with values")
+        if which == "present" and (value.device != p.device or overlaps(value)):
+            where = f"on {value.device}" if value.device != p.device else "whose elements share memory"
+            raise ValueError(f"{what} has a tensor {name!r} {where}; expected a plain tensor on {p.device}")
         if value.dtype != _arithmetic(p):
             raise ValueError(f"{what} has {name!r} of {value.dtype}; expected {_arithmetic(p)}")
 

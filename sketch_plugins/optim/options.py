@@ -152,7 +152,7 @@ def unknown_option(owner: str, name: str, options: Mapping[str, Option]) -> str:
     return f"{owner} has no option {name!r}.{hint} Options: {', '.join(sorted(options))}"
 
 
-#: The largest number of float32, in which steps compute. torch raises an error in the middle of a step for a larger one.
+#: The largest number of float32, in which steps compute. A larger one would be an error of torch's within a step.
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -173,7 +173,7 @@ def is_boxed(value: Any) -> bool:
 
 
 def held(value: float, dtype: torch.dtype) -> float:
-    """A number as a tensor of this dtype holds it: infinite if it is too large, for which torch would raise an error."""
+    """A number as a tensor of this dtype holds it: infinite if it is too large, which would be an error in torch."""
     limit = torch.finfo(dtype).max
     return value if -limit <= value <= limit or value != value else math.copysign(math.inf, value)
 
@@ -191,7 +191,7 @@ def _is_large(value: Any) -> bool:
     """Whether a number, or one in a tuple, is finite and too large for float32."""
     if isinstance(value, (tuple, list)):
         return any(map(_is_large, value))
-    return isinstance(value, numbers.Real) and math.inf > abs(value) > LARGEST
+    return isinstance(value, numbers.Real) and bool(LARGEST < abs(value) < math.inf)  # type: ignore[operator]
 
 
 #: Rounding leaves a rate of up to this size at the end of a schedule to 0. Torch's own leave -5e-17 of the first rate.

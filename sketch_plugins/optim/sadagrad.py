@@ -12,7 +12,7 @@ from sketch_plugins import scratch
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.declaring import declared
+from sketch_plugins.optim.declaring import without_effect
 from sketch_plugins.optim.family import FAMILY, Decoupled
 from sketch_plugins.optim.finite import check_finite, warn_of
 from sketch_plugins.optim.options import NoEffect, Option, rate
@@ -89,9 +89,11 @@ class SAdagrad(SketchOptimizer):
         "default": {"maximize": False, "chunk_size": 0, "solver": "eigh", "weight_bits": None}
     }
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
-        **declared(Decoupled),
+        **without_effect(Decoupled),
         "fused": NoEffect("fused", bool, "it has no kernels", choices=(None, False)),
-        "capturable": NoEffect("capturable", bool, "decompositions cannot be captured in a CUDA graph", choices=(False,)),
+        "capturable": NoEffect(
+            "capturable", bool, "decompositions cannot be captured in a CUDA graph", choices=(False,)
+        ),
     }
     FIXED: ClassVar[dict[str, Any]] = {
         "min_compress_size": 0,

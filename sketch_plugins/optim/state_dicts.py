@@ -360,7 +360,9 @@ def _check_writable(p: Part, have: Mapping[str, Tensor], what: str, label: str) 
         elif has_address(tensor) and overlaps(tensor):
             why = f"with strides {tensor.stride()}, with which several elements share memory"
         if why is not None:
-            raise ValueError(f"{what} of {label} has a tensor {key!r} {why}. Put a plain copy on {p.device} in its place")
+            raise ValueError(
+                f"{what} of {label} has a tensor {key!r} {why}. Put a plain copy on {p.device} in its place"
+            )
 
 
 def _check_numbers(

@@ -289,6 +289,7 @@ def test_gradients_of_a_subclass_leave_plain_state():
         ({"error": torch.zeros(7)}, r"has 'error' \(a tensor of shape \(7,\)\)"),
         ({"error": torch.zeros(200, dtype=torch.float64)}, "has 'error' of torch.float64; expected torch.float32"),
         ({"error": torch.zeros(200, device="meta")}, "on the meta device"),
+        ({"error": torch.zeros(1).expand(200)}, "'error' whose elements share memory"),
         ({"average": torch.zeros(200)}, r"'average' \(a tensor of shape \(200,\)\)"),
     ],
 )

@@ -256,15 +256,24 @@ def broken(state, change):
             lambda s: s["state"][2].update(mu_product=torch.zeros(5)),
             "contains exp_avg, exp_avg_sq, mu_product; expected",
         ),
-        (lambda s: s["state"][2]["exp_avg_sq"].sub_(1e9), "exp_avg_sq of parameter 2 .* contains -1e.*; squares must be"),
+        (
+            lambda s: s["state"][2]["exp_avg_sq"].sub_(1e9),
+            "exp_avg_sq of parameter 2 .* contains -1e.*; squares must be",
+        ),
         (lambda s: s["state"].update({0: "x"}), "the state of parameter 0 .* is 'x'; expected a mapping"),
         (lambda s: s["state"].update({0: None}), "the state of parameter 0 .* is None; expected a mapping"),
-        (lambda s: s["state"].update({0: torch.ones(3)}), "the state of parameter 0 .* is tensor.*; expected a mapping"),
+        (
+            lambda s: s["state"].update({0: torch.ones(3)}),
+            "the state of parameter 0 .* is tensor.*; expected a mapping",
+        ),
         (lambda s: s.update(param_groups={"lr": 0.1}), "'param_groups' of the state dict is a dict; expected a list"),
         (lambda s: s.update(state=None), "'state' of the state dict is a NoneType; expected a mapping"),
         (lambda s: s["param_groups"][0].update(params=None), "group 0 of the state dict has params=None"),
         *(
-            (lambda s, odd=odd: s["state"][0].update(exp_avg=odd(s["state"][0]["exp_avg"])), f"exp_avg of parameter 0 .* {said}")
+            (
+                lambda s, odd=odd: s["state"][0].update(exp_avg=odd(s["state"][0]["exp_avg"])),
+                f"exp_avg of parameter 0 .* {said}",
+            )
             for odd, said in (
                 (lambda t: t.to_sparse(), "with layout torch.sparse_coo"),
                 (lambda t: t.to("meta"), "on the meta device"),
@@ -274,7 +283,10 @@ def broken(state, change):
             )
         ),
         *(
-            (lambda s, step=step: s["state"][0].update(step=step), "the step of parameter 0 .*; expected one whole number >= 1")
+            (
+                lambda s, step=step: s["state"][0].update(step=step),
+                "the step of parameter 0 .*; expected one whole number >= 1",
+            )
             for step in (torch.tensor(float("nan")), torch.tensor(0.0), torch.tensor(1.5), torch.ones(2), -1, "x")
         ),
         *(
@@ -293,7 +305,7 @@ def test_errors(change, message):
 def test_dampening_that_leaves_no_gradients():
     params, sgd = trained("SGD")
     saved = broken(sgd.state_dict(), lambda s: s["param_groups"][0].update(dampening=1.0))
-    with pytest.raises(ValueError, match="parameter 0 .* was written with dampening=1"):
+    with pytest.raises(ValueError, match=r"parameter 0 .* was written with dampening=1"):
         convert_state(saved, CSMomentum(params))
 
 

@@ -325,7 +325,11 @@ def test_tensors_and_arrays_of_one_number_are_the_number(name):
 
 
 #: Allowed numbers whose products, or quotients, exceed float32.
-PRODUCTS = [{"lr": 1e30, "weight_decay": 1e30}, {"lr": 3e38, "scale_parameter": True, "reference_rms": 1e-30}, {"eps": 3e38}]
+PRODUCTS = [
+    {"lr": 1e30, "weight_decay": 1e30},
+    {"lr": 3e38, "scale_parameter": True, "reference_rms": 1e-30},
+    {"eps": 3e38},
+]
 
 
 @pytest.mark.filterwarnings("ignore:parameter group 0", "ignore:the covariance of")
@@ -355,7 +359,7 @@ def test_a_rate_beyond_float32_is_refused_before_anything_changes(name):
             optimizer.step()
         before = p.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
         optimizer.param_groups[0]["lr"] = value
-        with pytest.raises(ValueError, match="lr=.* that float32 can hold"):
+        with pytest.raises(ValueError, match=r"lr=.* that float32 can hold"):
             optimizer.step()
         assert torch.equal(p, before[0]) and str(optimizer.state_dict()["state"]) == str(before[1])
 

@@ -420,7 +420,10 @@ def test_arguments_of_torch_s_optimizers():
         assert torch.equal(p, q)
     assert torch.equal(*ends)
     for name in neutral:
-        for build in (lambda name=name: SAdagrad([p], **{name: True}), lambda name=name: SAdagrad([{"params": [p], name: True}])):
+        for build in (
+            lambda name=name: SAdagrad([p], **{name: True}),
+            lambda name=name: SAdagrad([{"params": [p], name: True}]),
+        ):
             with pytest.raises(ValueError, match=f"SAdagrad does not support {name}=True"):
                 build()
         optimizer = SAdagrad([p])

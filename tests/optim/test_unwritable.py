@@ -144,6 +144,8 @@ def test_overlap():
         ((2, 3, 4), (11, 4, 1), True),
     ):
         tensor = base.as_strided(size, stride)
-        offsets = {sum(i * s for i, s in zip(at, stride, strict=True)) for at in torch.cartesian_prod(
-            *(torch.arange(n) for n in size)).tolist()}
+        offsets = {
+            sum(i * s for i, s in zip(at, stride, strict=True))
+            for at in torch.cartesian_prod(*(torch.arange(n) for n in size)).tolist()
+        }
         assert shared == (len(offsets) < tensor.numel()) == overlaps(tensor), (size, stride)
