@@ -527,13 +527,13 @@ def test_cleaning_does_not_wait_for_touched_rows():
 def every(**options):
     """Every optimizer with these options, and Sketchy with more of its paths."""
     yield from ((name, registry.get(name).cls, options) for name in registry.names())
-    for more in ({"preset": "paper"}, {"nonfinite": "skip"}, {"statistics": "sample"}):
+    for more in ({"preset": "paper"}, {"nonfinite": "skip"}, {"nonfinite": "deferred"}, {"statistics": "sample"}):
         yield f"sketchy {more}", Sketchy, {**options, "rank": 4, **more}
     yield "sadagrad", SAdagrad, {}
     yield "mem_sgd", MemSGD, {}
 
 
-@pytest.mark.parametrize(("label", "cls", "options"), every(min_compress_size=0))
+@pytest.mark.parametrize(("label", "cls", "options"), list(every(min_compress_size=0)))
 def test_steps_on_the_meta_device(label, cls, options):
     params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in [(24, 40), (7,)]]
     optimizer = cls(params, **options)
@@ -546,7 +546,7 @@ def test_steps_on_the_meta_device(label, cls, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize(("label", "cls", "options"), every(min_compress_size=0))
+@pytest.mark.parametrize(("label", "cls", "options"), list(every(min_compress_size=0)))
 def test_float8_parameters_are_the_float32_step_rounded(label, cls, options, dtype):
     torch.manual_seed(0)
     small = [torch.nn.Parameter(torch.randn(shape).to(dtype), requires_grad=False) for shape in [(24, 40), (7,)]]
