@@ -122,7 +122,7 @@ class BlockTopK(Compressor):
         fits = self.block & (self.block - 1) == 0 and 16 <= self.block <= 4096 and memory.dtype != torch.float64
         try:
             import triton  # noqa: F401
-        except ImportError as error:
+        except Exception as error:  # a broken installation may raise any error
             if self.fused:
                 raise ValueError(f"fused=True: Triton cannot be imported ({error})") from error
             return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from torch import Tensor
 from sketch_plugins import registry
 from sketch_plugins.memory.plan_trace import CUDA_BLOCK, Recorder, Subject, without_collector
 from sketch_plugins.optim import SketchOptimizer, Sketchy
-from sketch_plugins.optim.fused import CPU_MIN_SIZE
+from sketch_plugins.optim.fused import CPU_MIN_SIZE, backend
 from sketch_plugins.optim.gradients import ACCELERATOR_CHUNK, CPU_CHUNK
 from sketch_plugins.sharding.blocks import matrix_shape
 from sketch_plugins.sharding.parts import Part
@@ -177,14 +176,12 @@ def takes_eager_steps(optimizer: SketchOptimizer, cuda: bool) -> bool:
         return True
     if cuda:
         return False
-    if importlib.util.find_spec("numba") is None:
-        return True
     if not any(p.numel() >= CPU_MIN_SIZE for group in groups for p in group["params"]):
         return True
-    try:
-        from sketch_plugins.kernels import cpu
-    except ImportError:  # Numba is installed but cannot be imported
+    if backend(torch.device("cpu"), None) is None:
         return True
+    from sketch_plugins.kernels import cpu
+
     return any(
         part.dtype not in cpu.VIEWS
         or cpu.unkept(*optimizer._stores(part, group), matrix_shape(part.shape, optimizer._batch(part, group))[0])

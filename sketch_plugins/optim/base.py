@@ -24,7 +24,7 @@ from sketch_plugins.optim.options import unknown_option, validate
 from sketch_plugins.optim.step_cache import StepCache, is_sparse
 from sketch_plugins.optim.taking import StepOfAll, Taking
 from sketch_plugins.optim.usual_rates import RateWatch
-from sketch_plugins.optim.written import MARK, modernize, renew
+from sketch_plugins.optim.written import MARK, modernize, renew, written_with
 from sketch_plugins.sharding.state_names import flattened, nested
 
 
@@ -83,8 +83,11 @@ class SketchOptimizer(Taking):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, not {type(param_group).__name__}")
         self._accept_without_effect(param_group)
+        written_with(param_group)  # raises if the key of the mark has a value of the user's
         own = {name: value for name, value in param_group.items() if name in self.OPTIONS}
-        for name in param_group:
+        for name, value in param_group.items():
+            if name in self.FIXED and value == self.FIXED[name]:  # a group of such an optimizer
+                continue
             meant = misspelt(name, {**self.OPTIONS, **self.NO_EFFECT, "preset": None, "params": None})  # type: ignore[dict-item]
             if meant is not None and name != "params":
                 said = unknown_option(f"a parameter group of {type(self).__name__}", name, self.OPTIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -9,9 +11,11 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.checks import STATES
+from sketch_plugins.optim.checks import STATES, described, why_not_plain
 from sketch_plugins.optim.clipping import bounded, excess
 from sketch_plugins.optim.family import FAMILY
+from sketch_plugins.optim.loading import check_containers
+from sketch_plugins.optim.options import unboxed
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.blocks import matrix_shape
@@ -101,9 +105,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
     for name in keep:
         if name not in ("lr", "betas", "momentum"):
             raise ValueError(f"keep={name!r} is not allowed: keep may contain 'lr', 'betas' and 'momentum'")
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the state dict has no {key!r}; it has {', '.join(map(str, state_dict)) or 'nothing'}")
+    check_containers(state_dict)
     out: dict[str, Any] = {"state": {}, "param_groups": optimizer._packed_groups()}
     given, kind = state_dict["param_groups"], type(optimizer).__name__
     if len(given) != len(out["param_groups"]):
@@ -121,7 +123,11 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: SketchOptimizer, *, 
             )
         own.update(_scheduled(optimizer, group, saved, keep))
         for index, (p, key, there) in enumerate(zip(group["params"], own["params"], saved["params"], strict=True)):
-            state = state_dict["state"].get(there)
+            state = state_dict["state"].get(there, {})
+            if not isinstance(state, Mapping):
+                raise ValueError(
+                    f"the state of {optimizer._label(group, index)} is {described(state)}; expected a mapping"
+                )
             if state:
                 made = _converted(optimizer, group, {**group, **own, "params": group["params"]}, index, p, state, saved)
                 # State that wrappers of the optimizer keep there is taken over.
@@ -148,14 +154,19 @@ def _scheduled(
     }
     if "betas" in saved and optimizer.ADAM_SETTINGS:
         if "momentum" in group:
-            values["momentum"] = saved["betas"][0]
+            values["momentum"] = _betas(saved)[0]
         else:
-            values["betas"] = tuple(saved["betas"])
+            values["betas"] = _betas(saved)
     elif "momentum" in saved and "momentum" in group:
         values["momentum"] = saved["momentum"]
     if "lr" in keep:
         values.pop("initial_lr", None)
-    return {key: value for key, value in values.items() if key not in keep}
+    own = optimizer.OPTIONS
+    return {
+        key: optimizer._group_value(key, value) if key in own else value
+        for key, value in values.items()
+        if key not in keep
+    }
 
 
 def _converted(
@@ -195,9 +206,9 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
         raise ValueError(
             f"the state of {label} was written with amsgrad=True, and no sketched optimizer keeps AMSGrad's maxima"
         )
-    step = float(state["step"]) if state.get("step") is not None else 1.0
+    step = _step(state["step"], label) if state.get("step") is not None else 1.0
     if found == {"exp_avg", "exp_avg_sq"}:
-        beta1, beta2 = map(float, saved["betas"])
+        beta1, beta2 = _betas(saved)
         return _Source(
             step,
             _Kept(_values(part, state, "exp_avg", label), beta1, 1.0 - beta1),
@@ -207,7 +218,13 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
         if not found:  # SGD without momentum
             return _Source(step, None, None)
         buffer = _values(part, state, "momentum_buffer", label)
-        return _Source(step, _Kept(buffer, float(saved["momentum"]), 1.0 - float(saved.get("dampening", 0.0))), None)
+        momentum, gain = _number(saved, "momentum"), 1.0 - _number(saved, "dampening", 0.0)
+        if gain == 0.0:
+            raise ValueError(
+                f"the state of {label} was written with dampening=1, so its momentum has no gradients but the first, "
+                "and cannot be converted"
+            )
+        return _Source(step, _Kept(buffer, momentum, gain), None)
     if found == {"sum"}:
         return _Source(step, None, _Kept(_values(part, state, "sum", label), 1.0, 1.0))
     held = ", ".join(sorted(map(str, set(state) - {"step"}))) or "nothing"
@@ -217,9 +234,43 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
     )
 
 
+def _step(step: Any, label: str) -> float:
+    """The number of steps."""
+    odd = isinstance(step, Tensor) and (step.numel() != 1 or why_not_plain(step) is not None or step.is_complex())
+    number: Any = unboxed(step) if not isinstance(step, Tensor) else None if odd else step.item()
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not real or not 1 <= number < 1e18 or number != int(number):
+        raise ValueError(f"the step of {label} is {described(step)}; expected one whole number >= 1")
+    return float(number)
+
+
+def _number(saved: Mapping[str, Any], name: str, default: Any = None) -> float:
+    value = unboxed(saved.get(name, default))
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"a group of the state dict has {name}={saved.get(name, default)!r}; expected a number")
+    return float(value)
+
+
+def _betas(saved: Mapping[str, Any]) -> tuple[float, float]:
+    try:
+        beta1, beta2 = map(float, saved["betas"])
+    except (TypeError, ValueError):
+        beta1 = beta2 = math.nan
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"a group of the state dict has betas={saved['betas']!r}; expected two numbers in [0, 1)")
+    return beta1, beta2
+
+
 def _values(part: Part, state: Mapping[str, Any], name: str, label: str) -> Tensor:
     """One tensor of torch's state, for this part and in the arithmetic dtype."""
+    if not isinstance(state[name], Tensor):
+        raise ValueError(f"{name} of {label} is {described(state[name])}; expected a tensor")
     values = local_of(state[name])
+    why = why_not_plain(values)
+    if why is not None and not (values.device.type == "meta" and part.device.type == "meta"):
+        raise ValueError(f"{name} of {label} is a tensor {why}; expected a plain strided tensor with values")
+    if not values.is_floating_point():
+        raise ValueError(f"{name} of {label} has dtype {values.dtype}; expected floating point numbers")
     if part.key is not None:
         assert part.piece is not None
         end = part.piece.offset + part.piece.numel
@@ -229,8 +280,12 @@ def _values(part: Part, state: Mapping[str, Any], name: str, label: str) -> Tens
     if values.shape != part.shape:
         raise ValueError(f"{name} of {label} has shape {tuple(values.shape)}; expected {tuple(part.shape)}")
     values = values.detach().to(part.device, torch.float64 if part.dtype == torch.float64 else torch.float32)
+    if values.device.type == "meta":
+        return values
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} of {label} contains values that are not finite")
+    if name in ("exp_avg_sq", "sum") and values.numel() and bool(values.min() < 0):
+        raise ValueError(f"{name} of {label} contains {values.min().item():g}; squares must be >= 0")
     return values
 
 

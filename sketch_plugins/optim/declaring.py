@@ -69,6 +69,11 @@ def declared(kind: type) -> dict[str, Option]:
     return found
 
 
+def without_effect(kind: type) -> dict[str, NoEffect]:
+    """The arguments of a set that are accepted without effect."""
+    return {name: one for name, one in declared(kind).items() if isinstance(one, NoEffect)}
+
+
 def with_options(kind: type, **changes: Mapping[str, Any] | Option) -> Callable[[Class], Class]:
     """Give an optimizer the options of a set: the table, the first preset, the signature, the docstring's entries.
 

@@ -27,7 +27,7 @@ from sketch_plugins.stores import Gradient
 #: The values of ``nonfinite`` with which the host does not wait: it raises an error later, or it counts.
 DEFERRED = ("deferred", "deferred_skip")
 # Integers with the size of a number: times 0 every number, NaN and infinity too, becomes 0.0, and times 1 it stays.
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_deferred(groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -75,7 +75,7 @@ def defer(optimizer: SketchOptimizer, taking: StepOfAll, among: Sequence[Mapping
     alike: dict[tuple[torch.device, torch.dtype, str], list[Tensor]] = {}
     odd: list[tuple[Tensor, Gradient]] = []
     for group, tensor, grad in taking.gradients():
-        if tensor.numel() == 0:
+        if tensor.numel() == 0 or tensor.device.type == "meta":  # without numbers
             continue
         alike.setdefault((tensor.device, tensor.dtype, group["nonfinite"]), []).append(tensor)
         if grad is not None and not _writable(tensor):
@@ -107,6 +107,8 @@ def defer(optimizer: SketchOptimizer, taking: StepOfAll, among: Sequence[Mapping
 def _small(tensors: Sequence[Tensor]) -> Tensor:
     """0-d bool: whether the norm of gradients of one dtype and device is small. float16 itself would overflow."""
     wide = tensors[0].dtype == torch.float64
+    if tensors[0].dtype.itemsize == 1:  # torch has no norm of float8
+        tensors = [tensor.float() for tensor in tensors]
     norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float64 if wide else torch.float32)
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     return norm < (torch.inf if wide else LARGEST)

@@ -13,6 +13,7 @@ from sketch_plugins.kernels.rounding import round_to_bf16
 from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square
 from sketch_plugins.kernels.weight_code import Corrected
 from sketch_plugins.optim.clipping import bounded, excess
+from sketch_plugins.optim.options import held
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.weight_bits import matrix_of
@@ -120,6 +121,8 @@ def apply(
     period = max((s.period(p.shape[0]) for s in (first, second) if s is not None), default=0)
     align = max((s.align for s in (first, second) if s is not None), default=1)
     step_size: float | Tensor = rule.step_size * rule.correction
+    if not isinstance(step_size, Tensor):
+        step_size = held(step_size, grad.dtype)
     # Whether the tiles' factors come before the first moment. Without one the order makes no difference.
     before = rule.precondition_first and first is not None
     inner_scale: float | Tensor = 1.0
@@ -199,7 +202,7 @@ def number(value: float | Tensor, grad: Gradient) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value.to(device=grad.device, dtype=grad.dtype)
-    return torch.full((), float(value), dtype=grad.dtype, device=grad.device)
+    return torch.full((), held(float(value), grad.dtype), dtype=grad.dtype, device=grad.device)
 
 
 def shrink_of(rule: Rule, grad: Gradient) -> Tensor | None:

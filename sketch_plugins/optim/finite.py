@@ -24,14 +24,15 @@ def _small(grads: Iterable[Tensor]) -> bool:
 
 
 def _all_finite(grad: Tensor) -> bool:
-    if grad.numel() == 0:
+    if grad.numel() == 0 or grad.device.type == "meta":  # without numbers
         return True
     norm = torch.linalg.vector_norm(_values(grad), dtype=torch.float64)
     return bool(norm < LARGEST if grad.dtype != torch.float64 else torch.isfinite(norm))
 
 
 def _values(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+    values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+    return values.float() if values.dtype.itemsize == 1 else values  # torch has no norm of float8
 
 
 def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[Mapping[str, Any]]) -> bool:
@@ -47,7 +48,7 @@ def check_finite(optimizer: SketchOptimizer, members: Members, among: Sequence[M
     grads = [(group, index, local_grad(group["params"][index])) for group, index in members]
     by_device: dict[torch.device, list[Tensor]] = {}
     for _, _, grad in grads:
-        if grad.numel() > 0:
+        if grad.numel() > 0 and grad.device.type != "meta":
             by_device.setdefault(grad.device, []).append(grad)
     others = parts.process_groups(among)
     # The host waits for one number of each device.

@@ -62,45 +62,51 @@ def backend(device: torch.device, fused: bool | None) -> Backend | None:
     """
     if fused is False:
         return None
-    try:
-        if device.type == "cuda":
-            return _triton()
-        if device.type == "cpu":
-            return _triton() if fused and interpreted() else _numba()
-    except ImportError as error:
-        if fused:
-            raise ValueError(
-                f"fused=True is not possible on {device}: {error}. Use fused=None to take eager steps where there "
-                "are no kernels"
-            ) from error
-        return None
+    found: Backend | str = "there are kernels for cuda (Triton) and cpu (Numba) only"
+    if device.type == "cuda":
+        found = _triton()
+    elif device.type == "cpu":
+        found = _triton() if fused and interpreted() else _numba()
+    if isinstance(found, Backend):
+        return found
     if fused:
         raise ValueError(
-            f"fused=True is not possible on {device}: there are kernels for cuda (Triton) and cpu (Numba) only"
+            f"fused=True is not possible on {device}: {found}. Use fused=None to take eager steps where there are no "
+            "kernels"
         )
     return None
 
 
 @lru_cache(maxsize=1)
-def _triton() -> Backend:
+def _triton() -> Backend | str:
+    """Triton's kernels, or why they cannot be used. A broken installation may raise any error when it is imported."""
     try:
         import triton  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"Triton cannot be imported ({error})") from error
-    from sketch_plugins.kernels.gpu import launch
 
+        from sketch_plugins.kernels.gpu import launch
+    except Exception as error:
+        return f"Triton cannot be imported ({_said(error)})"
     return Backend("triton", launch.unsupported, launch.task, launch.prepare_step, launch.prepare)
 
 
 @lru_cache(maxsize=1)
-def _numba() -> Backend:
+def _numba() -> Backend | str:
+    """Numba's kernels, or why they cannot be used."""
     try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"Numba cannot be imported ({error}): pip install 'sketch-plugins[cpu]'") from error
-    from sketch_plugins.kernels import cpu
+        import numba
 
+        if getattr(numba.config, "DISABLE_JIT", False):
+            return "Numba compiles nothing, because NUMBA_DISABLE_JIT is set"
+        from sketch_plugins.kernels import cpu
+    except ImportError as error:
+        return f"Numba cannot be imported ({error}): pip install 'sketch-plugins[cpu]'"
+    except Exception as error:
+        return f"Numba cannot be imported ({_said(error)})"
     return Backend("numba", cpu.unsupported, cpu.prepare, cpu.prepare_step, moved=cpu.moved)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
 
 
 def describe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.fused import backend as fused_backend
-from sketch_plugins.optim.options import NoEffect, Option
-from sketch_plugins.optim.written import MARK, renew, written_with
+from sketch_plugins.optim.options import NoEffect, Option, is_boxed
+from sketch_plugins.optim.written import MARK, built_with, renew, written_with
 from sketch_plugins.sharding.names import names_of
 from sketch_plugins.sharding.parts import Part, Parts, is_dtensor
 from sketch_plugins.sharding.pieces import is_lazy
@@ -85,9 +85,7 @@ class Groups(torch.optim.Optimizer):
             key: value for key, value in cls._preset(name).items() if name != next(iter(cls.PRESETS))
         }
 
-    def _check_options(
-        self, seen: dict[int, tuple[Any, dict[str, Any]]], number: int, group: Mapping[str, Any]
-    ) -> None:
+    def _check_options(self, seen: dict[int, tuple[Any, dict[str, Any]]], number: int, group: dict[str, Any]) -> None:
         """Validate the options of a group that have changed since the last step."""
         # A group's number does not identify it: DeepSpeed steps groups one by one, each as the only group.
         known, last = seen.get(id(group), (None, {}))
@@ -109,9 +107,13 @@ class Groups(torch.optim.Optimizer):
                     # It may have been changed in place. On a device reading it would wait, so only identity counts.
                     if value is before and value.device.type != "cpu":
                         continue
-                elif value is before or (type(value) is type(before) and value == before):
+                elif value is before or (type(value) is type(before) and value == before and not is_boxed(value)):
                     continue
-            self._group_value(name, value)
+            checked = self._group_value(name, value)
+            if is_boxed(value) and not isinstance(checked, Tensor):
+                group[name] = now[name] = checked
+            if isinstance(checked, Tensor):
+                check_rate_device(checked, group["params"], f"param_groups[{number}]")
             changed = changed or option.structural
         self._accept_without_effect(group)
         if changed or now.keys() != last.keys():
@@ -144,6 +146,13 @@ class Groups(torch.optim.Optimizer):
     def _check_structure(self, number: int, group: Mapping[str, Any]) -> None:
         """Refuse structural options that do not fit the state of the group's parameters."""
         assert isinstance(group, dict)
+        preset = built_with(group)
+        if preset is not None and group.get("preset") != preset:
+            raise ValueError(
+                f"preset of group {number} was {preset!r} and is now {group.get('preset')!r}, but a preset sets "
+                "options only when a group is added. Set it back, and change the options themselves, or build a new "
+                "optimizer"
+            )
         if MARK not in group or not any(self._has_state(p) for p in group["params"]):
             renew(type(self).__name__, self.OPTIONS, group)
             return
@@ -244,6 +253,15 @@ def refuse_fsdp1(p: Tensor, label: Callable[[], str], kind: str) -> None:
         raise ValueError(
             f"{label()} belongs to a flat parameter of FSDP1 (FullyShardedDataParallel), in which {kind} "
             "cannot recognise matrices. Use FSDP2: torch.distributed.fsdp.fully_shard"
+        )
+
+
+def check_rate_device(lr: Tensor, params: Sequence[Tensor], where: str) -> None:
+    """Raise ValueError if a learning rate has no number, although parameters have."""
+    if lr.device.type == "meta" and any(p.device.type != "meta" for p in params):
+        raise ValueError(
+            f"lr of {where} is a tensor on the meta device, which has no number, but its parameters have numbers: use "
+            "a number, or a tensor on the CPU or on their device"
         )
 
 

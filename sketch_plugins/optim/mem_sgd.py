@@ -13,9 +13,13 @@ from sketch_plugins.comm.randk import RandK
 from sketch_plugins.comm.topk import TopK
 from sketch_plugins.optim.ambient import neutral, outside_graphs
 from sketch_plugins.optim.checks import STATES, copied, described, exact_step, is_fake, why_impossible, why_not_plain
-from sketch_plugins.optim.family import FAMILY
-from sketch_plugins.optim.loading import load
-from sketch_plugins.optim.options import Option, rate, validate
+from sketch_plugins.optim.declaring import without_effect
+from sketch_plugins.optim.family import FAMILY, Torchs
+from sketch_plugins.optim.groups import check_rate_device
+from sketch_plugins.optim.loading import check_containers, load
+from sketch_plugins.optim.options import NoEffect, Option, rate, validate
+from sketch_plugins.sharding.names import names_of
+from sketch_plugins.sharding.parts import check_writable, has_address, is_freed, overlaps, plain
 
 _OPTIONS = {
     "lr": FAMILY["lr"],
@@ -29,6 +33,12 @@ _OPTIONS = {
     "seed": FAMILY["seed"],
 }
 _OPTIONAL = ("k", "shift")
+_NO_EFFECT = {
+    **without_effect(Torchs),
+    "maximize": NoEffect("maximize", bool, "it only descends", choices=(False,)),
+    "fused": NoEffect("fused", bool, "it has no kernels", choices=(None, False)),
+    "capturable": NoEffect("capturable", bool, "its steps cannot be captured in a CUDA graph", choices=(False,)),
+}
 
 
 class MemSGD(torch.optim.Optimizer):
@@ -61,10 +71,13 @@ class MemSGD(torch.optim.Optimizer):
         averaging: keep the weighted average of the iterates for `averaged_parameters` (default False).
         memory: False drops the entries that are not applied, which does not converge; for comparisons (default True).
         seed: seed of random entries (default 0).
+        amsgrad, foreach, differentiable, maximize, fused, capturable: accepted for compatibility with torch's
+            optimizers; only the defaults.
 
     Raises:
-        ValueError: an option has a value that is not allowed; in `step`, a parameter is a DTensor or complex, or a
-            sparse gradient meets weight decay.
+        ValueError: an option has a value that is not allowed; in `step`, a parameter is a DTensor, complex or cannot be
+            written, its state was changed to something else, or a sparse gradient meets weight decay. Nothing has been
+            changed then.
 
     Source: https://arxiv.org/abs/1809.07599, Alg. 1. Deviations: parameters are sparsified one by one; without
     ``shift`` the weights of the average have a = 1; the memory also keeps what half-precision parameters round off.
@@ -83,12 +96,22 @@ class MemSGD(torch.optim.Optimizer):
         averaging: bool = False,
         memory: bool = True,
         seed: int = 0,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        maximize: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
+        _accept_without_effect(locals())
         super().__init__(params, _checked({name: value for name, value in locals().items() if name in _OPTIONS}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose options are checked."""
-        _checked({name: param_group[name] for name in _OPTIONS if name in param_group})
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, not {type(param_group).__name__}")
+        _accept_without_effect(param_group)
+        param_group.update(_checked({name: param_group[name] for name in _OPTIONS if name in param_group}))
         super().add_param_group(param_group)
 
     @outside_graphs
@@ -99,18 +122,24 @@ class MemSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            _checked({name: group[name] for name in _OPTIONS})  # an option may have been changed in the group
-            for p in group["params"]:
+        found: list[tuple[Tensor, Tensor, dict[str, Any], int]] = []
+        before = 0
+        for number, group in enumerate(self.param_groups):
+            # An option may have been changed in the group.
+            _accept_without_effect(group)
+            group.update(_checked({name: group[name] for name in _OPTIONS}))
+            if isinstance(group["lr"], Tensor):
+                check_rate_device(group["lr"], group["params"], f"param_groups[{number}]")
+            for index, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    _check(p, group)
-        number = 0
+                    label = _label(group, number, index)
+                    _check(p, group, label)
+                    _check_state(p, self.state.get(p, {}), "present", label)
+                    found.append((p, _gradient(p.grad, label), group, before + index))
+            before += len(group["params"])
         with neutral():
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._one(p, group, number)
-                    number += 1
+            for p, g, group, place in found:
+                self._one(p, g, group, place)
         return loss
 
     def averaged_parameters(self) -> list[Tensor]:
@@ -132,24 +161,23 @@ class MemSGD(torch.optim.Optimizer):
                 out.append(p.detach().to(_arithmetic(p), copy=True) if kept is None else kept.clone())
         return out
 
-    def _one(self, p: Tensor, group: Mapping[str, Any], number: int) -> None:
+    def _one(self, owner: Tensor, g: Tensor, group: Mapping[str, Any], number: int) -> None:
         """Take one parameter's step. Everything is computed first, and written when nothing can fail any more."""
-        state, size, kind = self.state.get(p, {}), p.numel(), _arithmetic(p)
+        # Subclasses without memory of their own are changed in an ordinary copy.
+        p = owner if has_address(owner) else plain(owner)
+        state, size, kind = self.state.get(owner, {}), p.numel(), _arithmetic(p)
         # The state may have keys of other code.
-        with torch.inference_mode(False):  # so that steps outside of inference mode can change the state
-            new = {"step": state["step"].clone() if "step" in state else torch.zeros((), dtype=torch.float32)}
-        t = int(new["step"])
-        new["step"] += 1
+        t = int(state["step"]) if "step" in state else 0
+        new = {"step": torch.tensor(t + 1.0, dtype=torch.float32)}
         if group["averaging"]:
             new["average"] = self._average(p, state, t, group["shift"] or 1.0)
         if not size:
-            self.state[p].update(new)
+            self._keep(owner, new)
             return
         lr = rate(group)
         if group["shift"] is not None:
             lr = lr * (group["shift"] / (group["shift"] + t))
-        assert p.grad is not None
-        g: Tensor = p.grad if p.grad.is_sparse else p.grad.to(kind)
+        g = g if g.is_sparse else g.to(kind)
         if group["weight_decay"]:
             g = g.add(p, alpha=group["weight_decay"])
         density = group["density"] if group["k"] is None else min(1.0, group["k"] / size)
@@ -157,8 +185,11 @@ class MemSGD(torch.optim.Optimizer):
         if compressor.count(size, density) == size and "error" not in state and p.dtype == kind:
             # There is nothing to remember, so this is torch's own step, to the last bit.
             alpha: Any = -lr
+            new = {name: self._own(owner, name, value) for name, value in new.items()}
             p.add_(g, alpha=alpha)
-            self.state[p].update(new)
+            if p is not owner:
+                owner.copy_(p)
+            self._keep(owner, new)
             return
         m = state["error"] if "error" in state else torch.zeros(size, dtype=kind, device=p.device)
         step = g * lr if isinstance(lr, Tensor) else g
@@ -175,10 +206,33 @@ class MemSGD(torch.optim.Optimizer):
         else:  # the memory keeps what rounding has kept from the parameter
             m.index_copy_(0, where, payload.values - (old.to(kind) - values.to(kind)))
         new["error"] = m
+        new = {name: self._own(owner, name, value) for name, value in new.items()}
         flat[where] = values
         if not p.is_contiguous():
             p.copy_(flat.view(p.shape))
-        self.state[p].update(new)
+        if p is not owner:
+            owner.copy_(p)
+        self._keep(owner, new)
+
+    def _own(self, p: Tensor, name: str, value: Tensor) -> Tensor:
+        """A tensor that can stay in the state. State that exists is written in place later, and needs no such tensor.
+
+        A step outside of torch.inference_mode could not change inference tensors.
+        """
+        if _in_place(self.state.get(p, {}), name) or not value.is_inference():
+            return value
+        with torch.inference_mode(False):
+            own = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        return own.copy_(value)
+
+    def _keep(self, p: Tensor, new: Mapping[str, Tensor]) -> None:
+        """Write the state in place, because other processes may share its memory (Hogwild)."""
+        state = self.state[p]
+        for name, value in new.items():
+            if _in_place(state, name):
+                state[name].copy_(value.view(state[name].shape))
+            else:
+                state[name] = value
 
     def _average(self, p: Tensor, state: Mapping[str, Any], t: int, a: float) -> Tensor:
         if "average" not in state:
@@ -188,51 +242,31 @@ class MemSGD(torch.optim.Optimizer):
         return kept.lerp(p.detach().to(kept.dtype), (a + t) ** 2 / total)
 
     def _check_incoming(self, incoming: Any) -> None:
-        for key in ("state", "param_groups"):
-            if not isinstance(incoming, Mapping) or key not in incoming:
-                raise ValueError(f"the state dict of MemSGD lacks {key!r}")
-        for index, group in enumerate(incoming["param_groups"]):
-            if "params" not in group:
-                raise ValueError(f"group {index} of the state dict of MemSGD lacks 'params'")
+        check_containers(incoming, "the state dict of MemSGD")
+        for group in incoming["param_groups"]:
             _checked({name: group[name] for name in _OPTIONS if name in group})
-        for i, p in _pairs(incoming["param_groups"], self.param_groups):
-            others = [name for name in incoming["state"].get(i, {}) if name in STATES and name not in _STATE]
-            if others:
+        for saved, i, p in _triples(incoming["param_groups"], self.param_groups):
+            if i not in incoming["state"]:
+                continue
+            state, what = incoming["state"][i], f"the saved state of parameter {i}"
+            if not isinstance(state, Mapping):
+                raise ValueError(f"{what} is {described(state)}; expected a mapping")
+            ours = "compressor" in saved  # groups of MemSGD have this option; other code may keep tensors beside ours
+            others = [name for name in state if name in STATES and name not in _STATE]
+            if others and not ours:
                 raise ValueError(
-                    f"the saved state of parameter {i} contains {others[0]!r}, which another optimizer wrote; "
+                    f"{what} contains {others[0]!r}, which another optimizer wrote; "
                     "expected the tensors 'step', 'error' and 'average'"
                 )
-            kept = {name: value for name, value in incoming["state"].get(i, {}).items() if name in _STATE}
+            kept = {name: value for name, value in state.items() if name in _STATE}
             if kept and "step" not in kept:
-                raise ValueError(f"the saved state of parameter {i} lacks 'step'; it contains {', '.join(kept)}")
-            for name, value in kept.items():
-                if name == "step":
-                    if exact_step(value) is None:
-                        raise ValueError(
-                            f"the saved step of parameter {i} is {described(value)}; expected a tensor of one whole "
-                            "number >= 0 that float32 holds exactly"
-                        )
-                    continue
-                if not isinstance(value, Tensor) or value.numel() != p.numel():
-                    what = f"{value.numel()} entries" if isinstance(value, Tensor) else type(value).__name__
-                    raise ValueError(
-                        f"the saved state of parameter {i} has {name!r} ({what}): expected tensors 'step' and, of "
-                        f"{p.numel()} entries each, 'error' and 'average'"
-                    )
-                why = why_not_plain(value)
-                if why is not None:
-                    raise ValueError(
-                        f"the saved state of parameter {i} has a tensor {name!r} {why}; expected a "
-                        "plain strided tensor with values"
-                    )
-                if value.dtype != _arithmetic(p):
-                    raise ValueError(
-                        f"the saved state of parameter {i} has {name!r} of {value.dtype}; expected {_arithmetic(p)}"
-                    )
-                wrong = why_impossible(value, None, False)
+                raise ValueError(f"{what} lacks 'step'; it contains {', '.join(kept)}")
+            _check_state(p, kept, "saved", f"parameter {i}")
+            for name in kept.keys() - {"step"}:
+                wrong = why_impossible(kept[name], None, False)
                 if wrong is not None:
                     raise ValueError(
-                        f"the saved state of parameter {i} has {wrong} in {name!r}, but its values must be finite. The "
+                        f"{what} has {wrong} in {name!r}, but its values must be finite. The "
                         "run had probably diverged: load an earlier checkpoint"
                     )
 
@@ -253,7 +287,7 @@ class MemSGD(torch.optim.Optimizer):
             incoming = {**incoming, "param_groups": groups}
             made: dict[Any, Any] = {}
             saved = dict(incoming["state"])
-            for i, p in _pairs(incoming["param_groups"], self.param_groups):
+            for _, i, p in _triples(incoming["param_groups"], self.param_groups):
                 if i in saved:
                     state = saved.pop(i)
                     made[p] = {name: copied(value, p.device) for name, value in state.items() if name != "step"}
@@ -269,11 +303,11 @@ class MemSGD(torch.optim.Optimizer):
 _STATE = ("step", "error", "average")
 
 
-def _pairs(saved: Any, groups: Any) -> Iterator[tuple[Any, Tensor]]:
-    """Keys of a state dict, with the parameters that they belong to."""
-    yield from zip(
-        (i for group in saved for i in group["params"]), (p for group in groups for p in group["params"]), strict=False
-    )
+def _triples(saved: Any, groups: Any) -> Iterator[tuple[Mapping[str, Any], Any, Tensor]]:
+    """(saved group, key of the state, parameter) of each parameter of a state dict."""
+    params = (p for group in groups for p in group["params"])
+    keys = ((group, key) for group in saved for key in group["params"])
+    yield from ((group, key, p) for (group, key), p in zip(keys, params, strict=False))
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
@@ -281,18 +315,73 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, **validate(_OPTIONS, given, "MemSGD")}
 
 
-def _check(p: Tensor, group: Mapping[str, Any]) -> None:
+def _accept_without_effect(given: Mapping[str, Any]) -> None:
+    for name, argument in _NO_EFFECT.items():
+        if name in given:
+            argument.accept(given[name], "MemSGD")
+
+
+def _label(group: Mapping[str, Any], number: int, index: int) -> str:
+    names, shape = names_of(group), tuple(group["params"][index].shape)
+    if names:
+        return f"parameter {names[index]!r} of shape {shape}"
+    return f"parameter {index} of group {number}, of shape {shape},"
+
+
+def _gradient(grad: Tensor, label: str) -> Tensor:
+    """The gradient as an ordinary tensor."""
+    if is_freed(grad):
+        raise ValueError(f"{label}: the memory of its gradient has been freed (its storage has 0 bytes)")
+    grad = plain(grad)
+    return grad if type(grad) is Tensor else grad.as_subclass(Tensor)
+
+
+def _in_place(state: Mapping[str, Any], name: str) -> bool:
+    return name in state and (torch.is_inference_mode_enabled() or not state[name].is_inference())
+
+
+def _check_state(p: Tensor, state: Mapping[str, Any], which: str, label: str) -> None:
+    """Raise ValueError unless the tensors of a parameter's state ("saved" or "present") are as `MemSGD` writes them."""
+    what = f"the {which} state of {label}"
+    for name, value in state.items():
+        if name not in _STATE:
+            continue
+        if name == "step":
+            if exact_step(value) is None:
+                raise ValueError(
+                    f"the {which} step of {label} is {described(value)}; expected a tensor of one whole number >= 0 "
+                    "that float32 holds exactly"
+                )
+            continue
+        shaped = isinstance(value, Tensor) and (
+            tuple(value.shape) == tuple(p.shape) if name == "average" else value.numel() == p.numel()
+        )
+        if not shaped:
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{what} has {name!r} ({found}): expected tensors 'step', 'error' of {p.numel()} entries, and "
+                f"'average' of shape {tuple(p.shape)}"
+            )
+        why = why_not_plain(value)
+        if why is not None and not (value.device.type == "meta" and p.device.type == "meta"):
+            raise ValueError(f"{what} has a tensor {name!r} {why}; expected a plain strided tensor with values")
+        if which == "present" and (value.device != p.device or overlaps(value)):
+            where = f"on {value.device}" if value.device != p.device else "whose elements share memory"
+            raise ValueError(f"{what} has a tensor {name!r} {where}; expected a plain tensor on {p.device}")
+        if value.dtype != _arithmetic(p):
+            raise ValueError(f"{what} has {name!r} of {value.dtype}; expected {_arithmetic(p)}")
+
+
+def _check(p: Tensor, group: Mapping[str, Any], label: str) -> None:
     if is_fake(p):
-        raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} is a fake tensor (FakeTensorMode) without values, and a "
-            "step needs values"
-        )
+        raise ValueError(f"{label} is a fake tensor (FakeTensorMode) without values, and a step needs values")
     if hasattr(p, "placements"):
-        raise ValueError(f"a parameter of shape {tuple(p.shape)} is a DTensor, and MemSGD supports plain tensors only")
+        raise ValueError(f"{label} is a DTensor, and MemSGD supports plain tensors only")
     if p.is_complex():
-        raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} is complex ({p.dtype}): pass torch.view_as_real(parameter)"
-        )
+        raise ValueError(f"{label} is complex ({p.dtype}): pass torch.view_as_real(parameter)")
+    if is_freed(p):
+        raise ValueError(f"{label}: the memory of the parameter has been freed (its storage has 0 bytes)")
+    check_writable(p, label)
     if p.grad is not None and p.grad.is_sparse and group["weight_decay"]:
         raise ValueError(
             f"weight_decay={group['weight_decay']!r} does not support a sparse gradient: use weight_decay=0 "

@@ -51,7 +51,9 @@ class Option:
             raise ValueError(f"{self.name}={value!r} is not one of {', '.join(map(repr, self.choices))}")
         if self.name == "lr" and isinstance(value, torch.Tensor):
             return self._rate_tensor(value)
-        ok = False
+        given, ok = value, False
+        if type(value) is not float and self.type in (float, tuple):
+            value = unboxed(value)
         if self.type is tuple:
             ok = isinstance(value, (tuple, list)) and all(_is_number(v) for v in value)
         elif self.type is float:
@@ -61,7 +63,8 @@ class Option:
         else:
             ok = isinstance(value, self.type)
         if not ok or (self.check is not None and not self.check(value)):
-            raise ValueError(f"{self.name}={value!r} is not allowed: {self.name} must be {self.describe()}")
+            large = "" if not _is_large(value) else f" that float32 can hold (at most {LARGEST:g})"
+            raise ValueError(f"{self.name}={given!r} is not allowed: {self.name} must be {self.describe()}{large}")
         # Plain Python values are returned, because numpy's would not load with weights_only.
         return tuple(map(float, value)) if self.type is tuple else self.type(value)
 
@@ -71,7 +74,8 @@ class Option:
         real = not value.is_complex() and value.dtype != torch.bool
         # Tensors without numbers (meta, fake) are accepted.
         if not real or (has_numbers(value) and not (_is_number(number := float(value)) and _is_rate(number))):
-            raise ValueError(f"lr={value!r} is not allowed: lr must be {self.describe()}")
+            large = "" if not real or not _is_large(float(value)) else f" that float32 can hold (at most {LARGEST:g})"
+            raise ValueError(f"lr={value!r} is not allowed: lr must be {self.describe()}{large}")
         return value
 
     def parse(self, text: Any) -> Any:
@@ -148,13 +152,46 @@ def unknown_option(owner: str, name: str, options: Mapping[str, Option]) -> str:
     return f"{owner} has no option {name!r}.{hint} Options: {', '.join(sorted(options))}"
 
 
+#: The largest number of float32, in which steps compute. A larger one would be an error of torch's within a step.
+LARGEST = torch.finfo(torch.float32).max
+
+
+def unboxed(value: Any) -> Any:
+    """The number in a 0-d tensor on a CPU, or in a 0-d array, also within a tuple or list; other values unchanged."""
+    if not is_boxed(value):
+        return value
+    return tuple(map(unboxed, value)) if isinstance(value, (tuple, list)) else value.item()
+
+
+def is_boxed(value: Any) -> bool:
+    """Whether a value is a 0-d tensor on a CPU, a 0-d array, or a tuple or list with such a value."""
+    if isinstance(value, (tuple, list)):
+        return any(map(is_boxed, value))
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and value.device.type == "cpu" and has_numbers(value)
+    return getattr(value, "shape", None) == () and hasattr(value, "item")
+
+
+def held(value: float, dtype: torch.dtype) -> float:
+    """A number as a tensor of this dtype holds it: infinite if it is too large, which would be an error in torch."""
+    limit = torch.finfo(dtype).max
+    return value if -limit <= value <= limit or value != value else math.copysign(math.inf, value)
+
+
 def _is_number(value: Any) -> bool:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
-        return math.isfinite(float(value))
+        return abs(float(value)) <= LARGEST
     except OverflowError:
         return False
+
+
+def _is_large(value: Any) -> bool:
+    """Whether a number, or one in a tuple, is finite and too large for float32."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_is_large, value))
+    return isinstance(value, numbers.Real) and bool(LARGEST < abs(value) < math.inf)  # type: ignore[operator]
 
 
 #: Rounding leaves a rate of up to this size at the end of a schedule to 0. Torch's own leave -5e-17 of the first rate.
@@ -175,7 +212,10 @@ def rate(group: Mapping[str, Any]) -> float | torch.Tensor:
 
 def step_rate(group: Mapping[str, Any]) -> float | torch.Tensor:
     """The factor of a group's updates: the learning rate, divided by ``reference_rms`` with `scale_parameter`."""
-    return rate(group) / group["reference_rms"] if group.get("scale_parameter") else rate(group)
+    if not group.get("scale_parameter"):
+        return rate(group)
+    size = rate(group) / group["reference_rms"]
+    return size if isinstance(size, torch.Tensor) else held(size, torch.float32)
 
 
 def _beta(value: Any) -> bool:

@@ -68,8 +68,9 @@ class Remembered:
                 tensor = state[name]
                 if tensor.data_ptr() != place or known() is not tensor:
                     return False
-            return self.counter() is state[self.step]
-        except (KeyError, AttributeError):  # the state has another layout now
+            counter = self.counter()
+            return counter is not None and counter is state[self.step]
+        except (KeyError, AttributeError, RuntimeError):  # the state has another layout now
             return False
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.gate import Gate
+from sketch_plugins.optim.options import held
 from sketch_plugins.stores import Ema
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -65,7 +66,7 @@ class Denominator(NamedTuple):
         if isinstance(self.divisor, Tensor) or self.divisor != 1.0:
             root.div_(self.divisor)
         if isinstance(self.shift, Tensor) or self.shift != 0:
-            root.add_(self.shift)
+            root.add_(self.shift if isinstance(self.shift, Tensor) else held(self.shift, root.dtype))
         floor = self.floor(root.dtype)
         return root.clamp_(min=floor) if floor else root
 

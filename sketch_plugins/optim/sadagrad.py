@@ -12,9 +12,10 @@ from sketch_plugins import scratch
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.optim.base import SketchOptimizer
-from sketch_plugins.optim.family import FAMILY
+from sketch_plugins.optim.declaring import without_effect
+from sketch_plugins.optim.family import FAMILY, Decoupled
 from sketch_plugins.optim.finite import check_finite, warn_of
-from sketch_plugins.optim.options import Option, rate
+from sketch_plugins.optim.options import NoEffect, Option, rate
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import Further, Rule
 from sketch_plugins.optim.sketchy.write_back import take
@@ -56,6 +57,8 @@ class SAdagrad(SketchOptimizer):
         weight_bits: 24 or 32 keeps the bits that a bfloat16 or float16 weight lacks among the state, see `CSAdam`
             (default None: they are rounded away).
         preset: ``"default"``.
+        amsgrad, foreach, differentiable, decoupled_weight_decay, fused, capturable: accepted for compatibility with
+            torch's optimizers; only the defaults (``foreach`` and ``fused`` may be False).
 
     Raises:
         ValueError: see `CSAdam`; in `step`, a gradient is not finite. Nothing has been changed then.
@@ -85,6 +88,13 @@ class SAdagrad(SketchOptimizer):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {"maximize": False, "chunk_size": 0, "solver": "eigh", "weight_bits": None}
     }
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
+        **without_effect(Decoupled),
+        "fused": NoEffect("fused", bool, "it has no kernels", choices=(None, False)),
+        "capturable": NoEffect(
+            "capturable", bool, "decompositions cannot be captured in a CUDA graph", choices=(False,)
+        ),
+    }
     FIXED: ClassVar[dict[str, Any]] = {
         "min_compress_size": 0,
         "row_sparse": False,
@@ -108,6 +118,12 @@ class SAdagrad(SketchOptimizer):
         maximize: bool | None = None,
         chunk_size: int | None = None,
         weight_bits: int | None = None,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        decoupled_weight_decay: bool = True,
+        fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__(params, self._arguments(locals()), preset)
 

@@ -22,12 +22,12 @@ from sketch_plugins.optim.checks import (
 )
 from sketch_plugins.optim.family import BEFORE
 from sketch_plugins.optim.layout import StateLayout, arithmetic
-from sketch_plugins.optim.loading import load
+from sketch_plugins.optim.loading import check_containers, load
 from sketch_plugins.optim.rule import Layout
 from sketch_plugins.optim.weight_bits import corrects, recoded
 from sketch_plugins.optim.written import modernize, renew, written_by, written_with
 from sketch_plugins.sharding.names import NAMES
-from sketch_plugins.sharding.parts import Part, is_dtensor, largest, leading, trim, unwrap, wrap
+from sketch_plugins.sharding.parts import Part, has_address, is_dtensor, largest, leading, overlaps, trim, unwrap, wrap
 from sketch_plugins.sharding.pieces import is_key, is_lazy
 from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours, nested
 
@@ -78,10 +78,7 @@ class StateDicts(StateLayout):
         """
 
         def prepare(incoming: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
-            for key in ("state", "param_groups"):
-                if key not in incoming:
-                    found = ", ".join(map(str, incoming)) or "nothing"
-                    raise ValueError(f"the state dict has no {key!r}; it contains {found}")
+            check_containers(incoming)
             # The caller's groups stay unchanged. The copies get the values of newer options.
             groups = [dict(group) for group in incoming["param_groups"]]
             # Checkpoints of older versions have nested state. Here all state is nested.
@@ -324,10 +321,14 @@ class StateDicts(StateLayout):
                 _check_tensors(saved.get(name), layout, f"the {which} {name}", label)
                 if which == "saved":
                     _check_numbers(p, saved[name], name, label, store.why_impossible)
+                else:
+                    _check_writable(p, saved[name], f"the {which} {name}", label)
         for name, part in further.items():
             _check_tensors(saved.get(name), part.layout(dtype), f"the {which} {name}", label)
             if which == "saved":
                 _check_numbers(p, saved[name], name, label)
+            else:
+                _check_writable(p, saved[name], f"the {which} {name}", label)
 
 
 def _check_tensors(have: Any, layout: Layout, what: str, label: str) -> None:
@@ -343,6 +344,24 @@ def _check_tensors(have: Any, layout: Layout, what: str, label: str) -> None:
                 f"{what} of {label} has {key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}; expected "
                 f"{tuple(size)}, {kind}. The options of its group describe another state, or the parameter's "
                 "shape or dtype has changed"
+            )
+
+
+def _check_writable(p: Part, have: Mapping[str, Tensor], what: str, label: str) -> None:
+    """Raise ValueError if a step could not write the state in place."""
+    for key, tensor in have.items():
+        why = None
+        if tensor.layout != torch.strided:
+            why = f"with layout {tensor.layout}"
+        elif tensor.device != p.device:
+            why = f"on {tensor.device}, while the parameter is on {p.device}"
+        elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+            why = "that was made in torch.inference_mode and cannot be written outside of it"
+        elif has_address(tensor) and overlaps(tensor):
+            why = f"with strides {tensor.stride()}, with which several elements share memory"
+        if why is not None:
+            raise ValueError(
+                f"{what} of {label} has a tensor {key!r} {why}. Put a plain copy on {p.device} in its place"
             )
 
 

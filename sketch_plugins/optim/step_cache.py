@@ -330,7 +330,9 @@ def _is_rememberable(p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> bool:
     """Whether part, gradient and state are tensors of the kind that `Remembered` compares."""
     if not (_is_plain(p) and type(grad) is Tensor and _is_plain(grad) and grad.shape == p.shape):
         return False
-    if any(type(tensor) is not Tensor for tensor in state.values()):
+    if p.is_inference():  # it may only be written in inference mode, which `check_writable` checks
+        return False
+    if any(type(tensor) is not Tensor or tensor.is_inference() for tensor in state.values()):
         return False
     return state[next(filter(is_step, state))].numel() == 1
 

@@ -245,6 +245,9 @@ class Taking(Resolution):
                 return counters
             if self._step_cache.captured:  # replays increase the counters where they were during the capture
                 return counters
+            if any(counter.is_cpu and counter.is_shared() for counter in counters):  # other processes count there, too
+                self._step_cache.counters.pop(launch, None)
+                return counters
             known = self._step_cache.counters[launch] = Counters(counters)
         return [known.all]
 

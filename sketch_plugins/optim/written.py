@@ -20,7 +20,10 @@ MARK = "sketch_plugins"
 def mark(optimizer: str, options: Mapping[str, Option], group: Mapping[str, Any]) -> str:
     """The mark of a group whose parameters have no state, or state with the group's present options."""
     values = {name: option.validate(group[name]) for name, option in structural(options, group).items()}
-    return json.dumps({"optimizer": optimizer, "options": values}, sort_keys=True)
+    found = {"optimizer": optimizer, "options": values}
+    if isinstance(group.get("preset"), str):
+        found["preset"] = group["preset"]
+    return json.dumps(found, sort_keys=True)
 
 
 def structural(options: Mapping[str, Option], group: Mapping[str, Any]) -> dict[str, Option]:
@@ -48,6 +51,15 @@ def written_with(group: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: the mark is damaged.
     """
     return dict(_read(group)["options"]) if MARK in group else {}
+
+
+def built_with(group: Mapping[str, Any]) -> str | None:
+    """The preset with which a group was added, or None if it is not known.
+
+    Raises:
+        ValueError: the mark is damaged.
+    """
+    return _read(group).get("preset") if MARK in group else None
 
 
 def modernize(group: dict[str, Any]) -> None:

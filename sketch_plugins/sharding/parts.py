@@ -335,6 +335,25 @@ def is_freed(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size()
 
 
+def overlaps(tensor: Tensor) -> bool:
+    """Whether several elements of a strided tensor are at the same place in memory, as in an expanded tensor."""
+    if tensor.is_contiguous() or tensor.numel() < 2:
+        return False
+    axes = sorted((step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    if axes[0][0] == 0:
+        return True
+    reach, nested = 0, True  # each stride exceeds all that the smaller ones reach, in transposed and sliced tensors
+    for step, size in axes:
+        nested = nested and step > reach
+        reach += (size - 1) * step
+    if nested:
+        return False
+    places = torch.zeros(1, dtype=torch.int64)
+    for step, size in axes:
+        places = (places.unsqueeze(-1) + torch.arange(size) * step).flatten()
+    return len(places.unique()) < len(places)
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether it is a tensor of `FakeTensorMode`, which has a shape but no numbers."""
     return any(cls.__name__ == "FakeTensor" for cls in type(tensor).__mro__)
@@ -365,12 +384,25 @@ _WRITABLE: set[type] = set()
 
 
 def check_writable(tensor: Tensor, label: str) -> None:
-    """Try on a copy what `opened` does to a parameter whose subclass has operations of its own.
+    """Check that a step can write a parameter.
+
+    What `opened` does to a subclass with operations of its own is tried on a copy.
 
     Raises:
-        ValueError: it cannot be read or cannot be written; the message names the type.
+        ValueError: it is an inference tensor outside of inference mode, several of its elements share memory, or it
+            cannot be read or written (the message names the type).
     """
     kind = type(tensor)
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{label} is an inference tensor, which can only be written in torch.inference_mode. Take the step in that "
+            "mode, or clone the parameter outside of it"
+        )
+    if has_address(tensor) and overlaps(tensor):
+        raise ValueError(
+            f"{label} has strides {tensor.stride()}, with which several elements share memory (as after expand), so "
+            "they cannot change one by one. Use parameter.contiguous()"
+        )
     if has_address(tensor) or is_fake(tensor) or kind in _WRITABLE:
         return
     numbers = plain(tensor)

@@ -148,14 +148,16 @@ def test_state_that_is_not_loaded():
         return {**good, "state": {**good["state"], 0: {**good["state"][0], **changes}}}
 
     group = {k: v for k, v in good["param_groups"][0].items() if k != "params"}
+    others = [{"lr": 0.1, "params": good["param_groups"][0]["params"]}]  # of another optimizer
     for bad, said in (
-        ({}, "lacks 'state'"),
-        ({"state": {}}, "lacks 'param_groups'"),
-        ({**good, "param_groups": [group]}, "group 0 of the state dict of MemSGD lacks 'params'"),
+        ({}, "has no 'state'"),
+        ({"state": {}}, "has no 'param_groups'"),
+        ({**good, "param_groups": [group]}, "group 0 of the state dict of MemSGD has no 'params'"),
         ({**good, "state": {**good["state"], 0: {"error": good["state"][0]["error"]}}}, "parameter 0 lacks 'step'"),
-        (kept(error=torch.zeros(3)), r"parameter 0 has 'error' \(3 entries\).* 200 entries"),
+        (kept(error=torch.zeros(3)), r"parameter 0 has 'error' \(a tensor of shape \(3,\)\).* 200 entries"),
         (kept(average=[0.0]), r"'average' \(list\)"),
-        (kept(exp_avg=torch.zeros(200)), "contains 'exp_avg'"),
+        ({**kept(exp_avg=torch.zeros(200)), "param_groups": others}, "contains 'exp_avg'"),
+        *(({**good, "state": {**good["state"], 0: entry}}, "parameter 0 is") for entry in (None, "x", [1])),
     ):
         with pytest.raises(ValueError, match=said):
             optimizer.load_state_dict(bad)
@@ -245,3 +247,92 @@ def test_a_saved_group_that_lacks_an_option_takes_the_optimizer_s():
     p.grad = torch.ones(6, 4)
     optimizer.step()
     assert optimizer.param_groups[0]["compressor"] == "topk" and not bool((p == 1).all())
+
+
+def test_state_of_other_code_is_saved_and_loaded():
+    ours = problem()
+    optimizer = MemSGD(ours, lr=0.1, density=0.1)
+    feed(ours, 0)
+    optimizer.step()
+    for p in ours:
+        optimizer.state[p].update(sum=torch.ones(3), exp_avg=torch.ones(p.shape))
+    twin = MemSGD(problem(), lr=0.1, density=0.1)
+    twin.load_state_dict(optimizer.state_dict())
+    for state in twin.state.values():
+        assert torch.equal(state["sum"], torch.ones(3)) and "exp_avg" in state and state["step"] == 1
+
+
+class Labelled(torch.Tensor):
+    """A subclass with memory of its own."""
+
+
+def test_gradients_of_a_subclass_leave_plain_state():
+    ours, twins = problem(), problem()
+    optimizers = [MemSGD(params, lr=0.1, density=0.1, averaging=True) for params in (ours, twins)]
+    for step in range(3):
+        feed(ours, step)
+        feed(twins, step)
+        for p in twins:
+            p.grad = p.grad.as_subclass(Labelled)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, twins, strict=True))
+    assert {type(tensor) for state in optimizers[1].state.values() for tensor in state.values()} == {torch.Tensor}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": 3}, "the present step of parameter 1 of group 0, .* is 3; expected a tensor"),
+        ({"step": None}, "is None"),
+        ({"step": torch.tensor(math.inf)}, "inf"),
+        ({"error": torch.zeros(7)}, r"has 'error' \(a tensor of shape \(7,\)\)"),
+        ({"error": torch.zeros(200, dtype=torch.float64)}, "has 'error' of torch.float64; expected torch.float32"),
+        ({"error": torch.zeros(200, device="meta")}, "on the meta device"),
+        ({"error": torch.zeros(1).expand(200)}, "'error' whose elements share memory"),
+        ({"average": torch.zeros(200)}, r"'average' \(a tensor of shape \(200,\)\)"),
+    ],
+)
+def test_changed_state_is_refused_before_anything_moves(change, said):
+    params = [torch.nn.Parameter(torch.ones(20, 10)) for _ in range(2)]
+    optimizer = MemSGD(params, lr=0.1, density=0.1, averaging=True)
+    feed(params, 0)
+    optimizer.step()
+    feed(params, 1)
+    optimizer.state[params[1]].update(change)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=said):
+        optimizer.step()
+    assert all(torch.equal(p, was) for p, was in zip(params, before, strict=True))
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_state_is_written_in_place():
+    ours = problem()
+    optimizer = MemSGD(ours, lr=0.1, density=0.1, averaging=True)
+    feed(ours, 0)
+    optimizer.step()
+    before = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    feed(ours, 1)
+    optimizer.step()
+    after = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    assert list(map(id, before)) == list(map(id, after))
+
+
+def test_arguments_of_torch_s_optimizers():
+    neutral = {
+        "foreach": False, "fused": None, "amsgrad": False, "capturable": False, "differentiable": False,
+        "maximize": False,
+    }  # fmt: skip
+    MemSGD(problem(), **neutral).add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], **neutral})
+    for name in neutral:
+        with pytest.raises(ValueError, match=f"MemSGD does not support {name}=True"):
+            MemSGD(problem(), **{name: True})
+        with pytest.raises(ValueError, match=f"MemSGD does not support {name}=True"):
+            MemSGD([{"params": problem(), name: True}])
+        params = problem()
+        optimizer = MemSGD(params)
+        feed(params, 0)
+        optimizer.param_groups[0][name] = True
+        with pytest.raises(ValueError, match=f"MemSGD does not support {name}=True"):
+            optimizer.step()

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from sketch_plugins import SM3, CSAdam, CSMomentum, registry
+from sketch_plugins import SM3, CSAdam, CSMomentum, MemSGD, SAdagrad, Sketchy, registry
 
 from .conftest import SHAPES, gradients, known, parameters, train
 
@@ -522,3 +522,40 @@ def test_cleaning_does_not_wait_for_touched_rows():
     p.grad = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 40), (10, 40))
     optimizer.step()
     assert torch.equal(optimizer.state[p]["second_moment.table"], 0.5 * before)
+
+
+def every(**options):
+    """Every optimizer with these options, and Sketchy with more of its paths."""
+    yield from ((name, registry.get(name).cls, options) for name in registry.names())
+    for more in ({"preset": "paper"}, {"nonfinite": "skip"}, {"nonfinite": "deferred"}, {"statistics": "sample"}):
+        yield f"sketchy {more}", Sketchy, {**options, "rank": 4, **more}
+    yield "sadagrad", SAdagrad, {}
+    yield "mem_sgd", MemSGD, {}
+
+
+@pytest.mark.parametrize(("label", "cls", "options"), list(every(min_compress_size=0)))
+def test_steps_on_the_meta_device(label, cls, options):
+    params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in [(24, 40), (7,)]]
+    optimizer = cls(params, **options)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert all(state["step"] == 3 for state in optimizer.state.values())
+    assert len(optimizer.state_dict()["state"]) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(("label", "cls", "options"), list(every(min_compress_size=0)))
+def test_float8_parameters_are_the_float32_step_rounded(label, cls, options, dtype):
+    torch.manual_seed(0)
+    small = [torch.nn.Parameter(torch.randn(shape).to(dtype), requires_grad=False) for shape in [(24, 40), (7,)]]
+    wide = [torch.nn.Parameter(p.float()) for p in small]
+    optimizers = [cls(params, lr=0.05, **options) for params in (small, wide)]
+    for p, q in zip(small, wide, strict=True):
+        p.grad = torch.randn(p.shape).to(dtype)
+        q.grad = p.grad.float()
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, q in zip(small, wide, strict=True):
+        torch.testing.assert_close(p.float(), q.detach().to(dtype).float(), rtol=0, atol=0)

@@ -228,6 +228,11 @@ def test_the_kinds_are_told_apart(kind):
         assert not whole(ours, params[0], "first_moment").any()
 
 
+def freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def broken(state, change):
     state = copy.deepcopy(state)
     change(state)
@@ -251,7 +256,44 @@ def broken(state, change):
             lambda s: s["state"][2].update(mu_product=torch.zeros(5)),
             "contains exp_avg, exp_avg_sq, mu_product; expected",
         ),
-        (lambda s: s["state"][2]["exp_avg_sq"].sub_(1e9), "second moment has the value -1e"),
+        (
+            lambda s: s["state"][2]["exp_avg_sq"].sub_(1e9),
+            "exp_avg_sq of parameter 2 .* contains -1e.*; squares must be",
+        ),
+        (lambda s: s["state"].update({0: "x"}), "the state of parameter 0 .* is 'x'; expected a mapping"),
+        (lambda s: s["state"].update({0: None}), "the state of parameter 0 .* is None; expected a mapping"),
+        (
+            lambda s: s["state"].update({0: torch.ones(3)}),
+            "the state of parameter 0 .* is tensor.*; expected a mapping",
+        ),
+        (lambda s: s.update(param_groups={"lr": 0.1}), "'param_groups' of the state dict is a dict; expected a list"),
+        (lambda s: s.update(state=None), "'state' of the state dict is a NoneType; expected a mapping"),
+        (lambda s: s["param_groups"][0].update(params=None), "group 0 of the state dict has params=None"),
+        *(
+            (
+                lambda s, odd=odd: s["state"][0].update(exp_avg=odd(s["state"][0]["exp_avg"])),
+                f"exp_avg of parameter 0 .* {said}",
+            )
+            for odd, said in (
+                (lambda t: t.to_sparse(), "with layout torch.sparse_coo"),
+                (lambda t: t.to("meta"), "on the meta device"),
+                (freed, "whose memory has been freed"),
+                (lambda t: t.to(torch.complex64), "has dtype torch.complex64; expected floating point"),
+                (lambda t: t.tolist(), "is .*; expected a tensor"),
+            )
+        ),
+        *(
+            (
+                lambda s, step=step: s["state"][0].update(step=step),
+                "the step of parameter 0 .*; expected one whole number >= 1",
+            )
+            for step in (torch.tensor(float("nan")), torch.tensor(0.0), torch.tensor(1.5), torch.ones(2), -1, "x")
+        ),
+        *(
+            (lambda s, betas=betas: s["param_groups"][0].update(betas=betas), "betas=.*; expected two numbers")
+            for betas in (None, (0.9,), (0.9, float("nan")), (0.9, 1.0))
+        ),
+        (lambda s: s["param_groups"][0].update(lr="x"), "lr='x' is not allowed"),
     ],
 )
 def test_errors(change, message):
@@ -260,8 +302,18 @@ def test_errors(change, message):
         convert_state(broken(adamw.state_dict(), change), CSAdam(params))
 
 
+def test_dampening_that_leaves_no_gradients():
+    params, sgd = trained("SGD")
+    saved = broken(sgd.state_dict(), lambda s: s["param_groups"][0].update(dampening=1.0))
+    with pytest.raises(ValueError, match=r"parameter 0 .* was written with dampening=1"):
+        convert_state(saved, CSMomentum(params))
+
+
 def test_wrong_arguments():
     params, adamw = trained("AdamW")
+    for wrong in (None, [1], "x", adamw):
+        with pytest.raises(ValueError, match=f"the state dict is a {type(wrong).__name__}; expected a mapping"):
+            convert_state(wrong, CSAdam(params))
     with pytest.raises(TypeError, match="needs a sketched optimizer, not AdamW"):
         convert_state(adamw.state_dict(), adamw)
     with pytest.raises(ValueError, match="keep='eps' is not allowed"):

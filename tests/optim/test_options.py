@@ -20,6 +20,15 @@ BAD = [
     ({"lr": 10**400}, ["lr=1000"]),
     ({"lr": torch.tensor(-1.0)}, ["lr=tensor(-1.)"]),
     ({"lr": torch.tensor([1.0, 2.0])}, ["one element"]),
+    ({"lr": 1e39}, ["lr=1e+39", "float32"]),
+    ({"lr": torch.tensor(1e300, dtype=torch.float64)}, ["lr=tensor(1.0000e+300", "float32"]),
+    ({"weight_decay": 1e300}, ["weight_decay=1e+300", "float32"]),
+    ({"eps": 1e39}, ["eps=1e+39", "float32"]),
+    ({"eps": torch.tensor(1e39, dtype=torch.float64)}, ["eps=tensor", "float32"]),
+    ({"weight_decay": torch.tensor(-1.0)}, ["weight_decay=tensor(-1.)", ">= 0"]),
+    ({"weight_decay": torch.tensor([0.1])}, ["weight_decay=tensor([0.1000])"]),
+    ({"weight_decay": torch.tensor(True)}, ["weight_decay=tensor(True)"]),
+    ({"betas": (torch.tensor(0.9), torch.tensor(1.0))}, ["betas=(tensor(0.9000), tensor(1.))", "[0, 1)"]),
     ({"betas": (0.9, 1.0)}, ["betas=(0.9, 1.0)", "[0, 1)"]),
     ({"betas": 0.9}, ["betas=0.9"]),
     ({"eps": -1e-8}, ["eps=-1e-08"]),
@@ -44,7 +53,7 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "words"), BAD, ids=lambda v: str(v)[:40])
 def test_a_bad_value_is_named_with_what_is_allowed(name, options, words):
-    if known(name, options) != options or (name in ("sm3", "cs_lion") and options.get("betas") == (0.9, 1.0)):
+    if known(name, options) != options or (name in ("sm3", "cs_lion") and isinstance(options.get("betas"), tuple)):
         pytest.skip(f"{name} has no such option, or allows this value; test_sm3.py and test_lion.py have its own")
     cls = registry.get(name).cls
     with pytest.raises(ValueError) as error:
@@ -273,6 +282,88 @@ def test_numbers_of_numpy_become_plain_ones():
     assert type(group["lr"]) is float and type(group["block_size"]) is int
 
 
+def test_tensors_and_arrays_of_one_number_are_the_number(name):
+    np = pytest.importorskip("numpy", reason="numpy is optional for torch")
+    values = {"betas": (0.5, 0.75), "eps": 2.0**-20, "weight_decay": 0.25, "lr": 2.0**-10}
+    boxed = {
+        "betas": [torch.tensor(0.5), torch.tensor(0.75)],
+        "eps": torch.tensor(2.0**-20, dtype=torch.float64),
+        "weight_decay": torch.tensor(0.25),
+        "lr": np.array(2.0**-10),
+    }
+    options = known(name, values)
+    if name == "cs_momentum":  # it has betas as an argument only
+        del options["betas"]
+    ends = []
+    for when in ("plain", "built", "group", "later", "loaded"):
+        p = matrix()
+        with torch.no_grad():
+            p.fill_(1.0)
+        given = {key: boxed[key] for key in options}
+        cls = registry.get(name).cls
+        if when == "built":
+            optimizer = cls([p], **given)
+        elif when == "group":
+            optimizer = cls([{"params": [p], **given}])
+        else:
+            optimizer = cls([p], **options)
+        if when == "later":
+            optimizer.param_groups[0].update(given)
+        if when == "loaded":
+            saved = optimizer.state_dict()
+            saved["param_groups"][0].update(given)
+            optimizer.load_state_dict(saved)
+        for _ in range(3):
+            p.grad = torch.full_like(p, 0.5)
+            optimizer.step()
+        ends.append(p.detach())
+        group = optimizer.param_groups[0]
+        assert {key: group[key] for key in options} == options
+        assert all(type(group[key]) is type(value) for key, value in options.items())
+        copy.deepcopy(optimizer)
+    assert all(torch.equal(end, ends[0]) for end in ends)
+
+
+#: Allowed numbers whose products, or quotients, exceed float32.
+PRODUCTS = [
+    {"lr": 1e30, "weight_decay": 1e30},
+    {"lr": 3e38, "scale_parameter": True, "reference_rms": 1e-30},
+    {"eps": 3e38},
+]
+
+
+@pytest.mark.filterwarnings("ignore:parameter group 0", "ignore:the covariance of")
+@pytest.mark.parametrize("options", PRODUCTS, ids=lambda v: next(reversed(v)))
+def test_products_beyond_float32_leave_no_step_half_taken(name, options):
+    """The weights become infinite or NaN, or do not move; every step is counted."""
+    if known(name, options) != options:
+        pytest.skip(f"{name} has no such option")
+    for sparse in (False, True):
+        p = matrix(rows=200, columns=100)  # more than `pending.UNDO`
+        optimizer = registry.get(name).cls([p], fused=False, **options)
+        for _ in range(3):
+            p.grad = torch.zeros_like(p)
+            p.grad[:3] = 0.5
+            if sparse:
+                p.grad = p.grad.to_sparse(1)
+            optimizer.step()
+        assert optimizer.state[p]["step"] == 3
+
+
+def test_a_rate_beyond_float32_is_refused_before_anything_changes(name):
+    for value in (1e39, torch.tensor(1e300, dtype=torch.float64)):
+        p = matrix(rows=200, columns=100)
+        optimizer = registry.get(name).cls([p], fused=False)
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        before = p.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+        optimizer.param_groups[0]["lr"] = value
+        with pytest.raises(ValueError, match=r"lr=.* that float32 can hold"):
+            optimizer.step()
+        assert torch.equal(p, before[0]) and str(optimizer.state_dict()["state"]) == str(before[1])
+
+
 def test_a_parameter_twice_in_a_group_is_refused(name):
     p = matrix()
     with pytest.raises(ValueError, match="more than once"):
@@ -281,3 +372,31 @@ def test_a_parameter_twice_in_a_group_is_refused(name):
     with pytest.raises(ValueError, match="more than once"):
         optimizer.add_param_group({"params": [p, p]})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("preset", ["exact", "lean", "bogus", None])
+def test_a_preset_that_is_set_in_a_group_later_is_refused(name, preset):
+    p = matrix()
+    optimizer = registry.get(name).cls([p])
+    optimizer.param_groups[0]["preset"] = preset
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=f"preset of group 0 was 'default' and is now {preset!r}"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups[0]["preset"] = "default"
+    optimizer.step()
+
+
+def test_a_key_of_the_user_s_with_the_name_of_the_mark_is_refused(name):
+    p = matrix()
+    cls = registry.get(name).cls
+    for value in ("mine", 3, None, '{"optimizer": 3}'):
+        with pytest.raises(ValueError, match="Use another name for your own key"):
+            cls([{"params": [p], "sketch_plugins": value}])
+    optimizer = cls([p])
+    twin = cls(optimizer.param_groups)  # groups of an optimizer have its own mark
+    assert twin.param_groups[0]["sketch_plugins"] == optimizer.param_groups[0]["sketch_plugins"]
+    optimizer.param_groups[0]["sketch_plugins"] = "mine"
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="Use another name for your own key"):
+        optimizer.step()

@@ -399,10 +399,38 @@ def test_options_that_are_not_allowed(options, words):
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("option", ["betas", "momentum", "compile", "fused", "capturable", "tail", "nonfinite"])
+@pytest.mark.parametrize("option", ["betas", "momentum", "compile", "tail", "nonfinite"])
 def test_options_it_does_not_have(option):
     with pytest.raises(TypeError, match=option):
         SAdagrad([torch.nn.Parameter(torch.zeros(8))], **{option: True})
+
+
+def test_arguments_of_torch_s_optimizers():
+    neutral = {"foreach": False, "fused": None, "amsgrad": False, "capturable": False, "differentiable": False}
+    ends = []
+    for given in ({}, neutral):
+        p, q = (torch.nn.Parameter(torch.ones(8)) for _ in range(2))
+        optimizer = SAdagrad([p], **given)
+        optimizer.add_param_group({"params": [q], **given})
+        for _ in range(3):
+            p.grad = q.grad = torch.arange(8.0)
+            optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        ends.append(p.detach())
+        assert torch.equal(p, q)
+    assert torch.equal(*ends)
+    for name in neutral:
+        for build in (
+            lambda name=name: SAdagrad([p], **{name: True}),
+            lambda name=name: SAdagrad([{"params": [p], name: True}]),
+        ):
+            with pytest.raises(ValueError, match=f"SAdagrad does not support {name}=True"):
+                build()
+        optimizer = SAdagrad([p])
+        optimizer.param_groups[0][name] = True
+        p.grad = torch.ones(8)
+        with pytest.raises(ValueError, match=f"SAdagrad does not support {name}=True"):
+            optimizer.step()
 
 
 def test_complex_parameters_are_refused():

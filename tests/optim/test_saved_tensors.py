@@ -276,3 +276,31 @@ def test_loaded_in_inference_mode(cls):
         train(one, own, 2, first=2)
     other.state[other_params[0]]["slow"].add_(1)
     assert all(torch.equal(p, q) for p, q in zip(params, other_params, strict=True))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_wrong_containers_are_named_and_change_nothing(cls):
+    params = [torch.nn.Parameter(torch.ones(30, 40)), torch.nn.Parameter(torch.ones(9))]
+    optimizer = cls(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    good = optimizer.state_dict()
+    (group,) = good["param_groups"]
+    before = copy.deepcopy(good)
+    for bad, said in (
+        (None, "is a NoneType; expected a mapping"),
+        ([good], "is a list; expected a mapping"),
+        ({"state": {}}, "has no 'param_groups'; it has state"),
+        ({**good, "state": None}, "'state' of .* is a NoneType"),
+        ({**good, "state": [1]}, "'state' of .* is a list"),
+        ({**good, "param_groups": group}, "'param_groups' of .* is a dict"),
+        ({**good, "param_groups": None}, "'param_groups' of .* is a NoneType"),
+        ({**good, "param_groups": [None]}, "group 0 of .* is a NoneType"),
+        ({**good, "param_groups": [{**group, "params": None}]}, "params=None"),
+        ({**good, "param_groups": [{**group, "params": [[0], [1]]}]}, r"has the key \[0\]"),
+        *(({**good, "state": {**good["state"], 1: entry}}, "state of parameter 1") for entry in (None, "x", [1])),
+    ):
+        with pytest.raises(ValueError, match=said):
+            optimizer.load_state_dict(bad)
+    assert str(optimizer.state_dict()) == str(before)

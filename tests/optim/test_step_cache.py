@@ -231,3 +231,15 @@ def test_another_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("step", [None, 3, "x"])
+def test_a_counter_that_is_replaced_is_refused_by_name(step):
+    p = torch.nn.Parameter(torch.ones(64, 80))
+    optimizer = CSAdam([p], fused=False)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    optimizer.state[p]["step"] = step
+    with pytest.raises(ValueError, match=f"the present step of parameter 0 .* is {step!r}"):
+        optimizer.step()

@@ -104,6 +104,7 @@ def clipped(rms: Tensor, group: Mapping[str, Any]) -> Tensor | None:
 
 def sizes(parameters: Sequence[Tensor], dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
     """``(c)``: the factors with which `scale_parameter` multiplies updates: the parameters' RMS within its bounds."""
+    parameters = [p.to(dtype) if p.dtype.itemsize == 1 else p for p in parameters]  # torch has no norm of float8
     if all(p.is_contiguous() for p in parameters):
         found = torch._foreach_norm(list(parameters), 2, dtype=dtype)
     else:  # copies, so that every layout gives the same bits
