@@ -210,12 +210,12 @@ class Program:
             divides = task.measure and not together
             for matrix in range(alone):
                 own = begins[t] + matrix
-                units = [(matrix * count + begin, matrix * count + end) for begin, end in cuts]
+                ranges = [(matrix * count + begin, matrix * count + end) for begin, end in cuts]
                 if divides:
                     divided.append((t, matrix, own))
-                    for begin, end in units:
+                    for begin, end in ranges:
                         pieces[0].add(task, Piece(t, begin, end, measure, 0, own))
-                for begin, end in units:
+                for begin, end in ranges:
                     phase = apply if divides else measure | apply
                     pieces[1].add(task, Piece(t, begin, end, phase, self.columns, own))
                     if task.sweep is sweeps.cover:

@@ -49,13 +49,15 @@ def train(cls, device, fused, tensors, gradients, **options):
             # Triton's kernels support all of these; Numba's leave some to the eager path.
             triton = device.type == "cuda" or interpreted()
             warnings.filterwarnings("error" if triton else "ignore", message="fused=True: a parameter of shape")
+            warnings.filterwarnings("ignore", message="parameter group 0: lr=0.001 is 59 times smaller")
             optimizer.step()
     return params, [dict(moments(optimizer, p)) for p in params]
 
 
 def moments(optimizer, p):
     for name, tensor in optimizer.state[p].items():
-        if name != "step":
+        # No kernel writes covariances, and the sign of an eigenvector is anyone's choice.
+        if name != "step" and not name.startswith("preconditioner"):
             yield name, tensor
 
 
