@@ -342,7 +342,7 @@ STORES = [
     (None, Cover(dims=(5, 6), variant="II")),
     (Dense(order=1), Cover(dims=(5, 6), variant="I")),
     (Int8(block_size=4, stochastic=True), CountMin(width=2, depth=2, hash="affine")),
-    (CountSketch(width=2, depth=2), RowCountMin(width=2)),
+    (CountSketch(width=2, depth=2), RowCountMin(width=2, depth=2)),  # kernels read the hashes of one of the two
     (Int8(block_size=16), None),
 ]
 
