@@ -34,6 +34,7 @@ NUMBERS = {
     "shampoo_beta": [0.99, 0.5],
     "update_freq": [10, 1, 2],
     "statistics_freq": [1, 2],
+    "embedding_rate": [2.0, 1.0, 0.5],
     "start_preconditioning_step": [1, 0, 3],
     "refresh_every": [10, 0, 1],
     "matrix_eps": [1e-6, 0.0, 0.1],
