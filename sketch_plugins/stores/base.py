@@ -109,7 +109,7 @@ class Gradient:
             return
         for matrix, (first, last) in enumerate(self.touched):
             for part, at in row_batches(self.shape[0], self.rows[first:last], self.shape[1], self.chunk, align):
-                position = slice(first + part.start, first + part.stop)
+                position = slice(first + part.start, first + part.start + len(at.rows))
                 yield matrix, Touched(at.total, at.rows, at.lo, at.hi, position)
 
     @property

@@ -299,14 +299,28 @@ def test_the_touched_rows_of_each_matrix_are_measured_by_themselves(lagged):
         if lagged:
             last = torch.stack([several.state[q]["rms.last"] for q in matrices])
             torch.testing.assert_close(one.state[p]["rms.last"], last, rtol=1e-10, atol=0.0)
-    # A sparse tensor touches all rows of its experts.
-    index, g = torch.tensor([[2]]), steps[0]
+
+
+@pytest.mark.parametrize("chunk_size", [0, 64])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(CSAdam, {"preset": "lean"}), (CSAdam, {"second_moment": "row_count_min", **MEASURED, **LAGGED}),
+     (SM3, {"first_moment": "fp32"}), (SM3, {"preset": "ema", "variant": "I"})],
+    **IDS,
+)  # fmt: skip
+def test_a_sparse_tensor_touches_all_rows_of_its_experts(cls, options, chunk_size):
+    whole = (random(E, R, D) * torch.tensor([1.0, 0.1, 5.0]).view(E, 1, 1)).double()
+    g = random(E, R, D, seed=1).double() * torch.tensor([3.0, 1.0, 0.02]).view(E, 1, 1)
+    options = {"weight_decay": 0.0, "lr": 0.01, "chunk_size": chunk_size, **options}
+    index = torch.tensor([[0, 2]])
     touched = torch.sparse_coo_tensor(index, g[index[0]], g.shape, check_invariants=True)
-    (a,), _ = train(CSAdam, [whole], [[touched], [touched]], **options)
-    rows = torch.sparse_coo_tensor(torch.arange(R).unsqueeze(0), g[2], (R, D), check_invariants=True)
-    (b,), _ = train(CSAdam, [whole[2]], [[rows], [rows]], **options)
-    assert torch.equal(a[:2], whole[:2]) and not torch.equal(a[2], whole[2])
-    torch.testing.assert_close(a[2], b.data, rtol=1e-10, atol=1e-12)
+    (p,), _ = train(cls, [whole], [[touched], [touched]], **options)
+    assert torch.equal(p[1], whole[1])
+    for matrix in (0, 2):
+        rows = torch.sparse_coo_tensor(torch.arange(R).unsqueeze(0), g[matrix], (R, D), check_invariants=True)
+        (q,), _ = train(cls, [whole[matrix]], [[rows], [rows]], **options)
+        assert not torch.equal(q, whole[matrix])
+        torch.testing.assert_close(p[matrix], q.data, rtol=1e-10, atol=1e-12)
 
 
 def test_state_of_each_matrix_s_rms():
