@@ -44,18 +44,21 @@ def _measured(table, partial, index, matrix, count, programs, s, BATCH: tl.const
     end = programs.to(tl.int64)
     if index + 1 < count:
         end = tl.load(t + FIELDS + BEGIN)
-    rows = tl.load(t + COUNT)
     if BATCH:
         each = (end - begin) // _matrices(t)
         begin += matrix * each
         end = begin + each
-        rows = tl.load(t + HEIGHT)
     squares = tl.zeros([N], tl.float64)
     norm = tl.zeros([N], tl.float64)
     for first in range(begin, end, N):
         place = first + tl.arange(0, N)
         squares += tl.load(partial + 2 * place, mask=place < end, other=0.0)
         norm += tl.load(partial + 2 * place + 1, mask=place < end, other=0.0)
+    # These are loaded here, because holding them through the loop would spill registers.
+    if BATCH:
+        rows = tl.load(t + HEIGHT)
+    else:
+        rows = tl.load(t + COUNT)
     size = (rows * tl.load(t + COLUMNS)).to(tl.float64)
     update = tl.sqrt(tl.sum(squares) / size).to(tl.float32) * tl.load(s + CORRECTION)
     return update, tl.sqrt(tl.sum(norm) / size).to(tl.float32)
