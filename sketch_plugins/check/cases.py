@@ -116,8 +116,9 @@ MESSAGES: list[tuple[int, torch.dtype, bool]] = [
 ]
 
 # A matrix of whole tiles, a ragged one, one of several tiles (with width 1 a bucket has more rows than a tile), a
-# vector, a batch of matrices.
+# vector, one of three axes.
 _SHAPES = ((24, 48), (37, 33), (80, 160), (5,), (6, 5, 7))
+_EXPERTS = ((3, 18, 20), (2, 33, 260), (5, 16, 16))
 _AXES = ((20, 7), (20, 5, 3), (20, 2, 3, 2), (20, 1, 3, 2, 2), (20, 2, 1, 3, 2, 2))
 
 
@@ -168,6 +169,15 @@ def cases() -> list[Case]:
         _case(cls, {**options, "capturable": True})
         for cls, options in [(CSAdam, {}), (CSAdam, {"preset": "lean", "lagged_rms": True}), (SM3, {})]
     ]
+    # Batches of matrices, each of which is measured by itself.
+    experts: list[tuple[type[SketchOptimizer], dict[str, Any]]] = [
+        (CSAdam, {"update_clip": 0.3}),
+        (CSAdam, {"preset": "lean"}),
+        (CSAdam, {"preset": "lean", "lagged_rms": True}),
+        (CSAdam, {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.3, "lagged_rms": True}),
+        (SM3, {}),
+    ]
+    out += [_case(cls, options, shapes=_EXPERTS) for cls, options in experts]
     for cls, options in SPARSE:
         out.append(_case(cls, {**options, "row_sparse": "auto"}, gradients="packed", shapes=((50, 33), (50, 260))))
     for cls, options in SPARSE[:2]:
@@ -192,6 +202,8 @@ def _case(cls: type[SketchOptimizer], options: dict[str, Any], **given: Any) -> 
         words.append(f"gradients={given['gradients']}")
     if given.get("shapes") is _AXES:
         words.append("2 to 6 axes")
+    if given.get("shapes") is _EXPERTS:
+        words.append("experts")
     steps = 3 if options.get("lagged_rms") else 2
     return Case("kernels", " ".join(words), name, options, steps=steps, **given)
 

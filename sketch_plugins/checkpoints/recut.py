@@ -20,7 +20,8 @@ cover               the maxima of the old estimates. They are never below the es
 covariances         see below
 weight corrections  exact, bit for bit (``weight_bits``). Their fingerprints are left out: the weights that they are
                     loaded with are taken to be those of the checkpoint
-rms                 (``lagged_rms``) averaged over the old pieces that overlap the new one, weighted by their size
+rms                 (``lagged_rms``) averaged over the old pieces that overlap the new one, weighted by their size; in a
+                    batch (experts) for each matrix, over the old pieces that have a part of it
 steps               have to be equal
 =================== ================================================================================================
 
@@ -84,6 +85,7 @@ class Held:
             one.
         tail: meaning of the covariances' tails, see `frequent_directions.fold`.
         batch: how many of the first axes of the whole parameter are a batch of matrices.
+        apart: each row of the parameter's matrix is a matrix of a batch that has RMS of its own (``lagged_rms``).
     """
 
     piece: Piece
@@ -92,6 +94,7 @@ class Held:
     state: dict[str, Any] = field(default_factory=dict)
     tail: str = "trace"
     batch: int = 0
+    apart: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -230,7 +233,7 @@ def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.f
                 same |= {PRECONDITIONER} if twin else set()
             if RMS in started[0].state:
                 twin = next((o for o in old if _same(o, h)), None)
-                state[RMS] = _copied(twin.state[RMS]) if twin else {"last": _root_mean(started)}
+                state[RMS] = _copied(twin.state[RMS]) if twin else {"last": _root_mean(started, h)}
                 same |= {RMS} if twin else set()
             if CORRECTION in started[0].state:
                 twin = next((o for o in old if _same(o, h)), None)
@@ -240,9 +243,24 @@ def recut(old: Sequence[Held], new: Sequence[Held], dtype: torch.dtype = torch.f
     return exact
 
 
-def _root_mean(old: Sequence[Held]) -> Tensor:
-    squares = sum(o.piece.numel * o.state[RMS]["last"].square() for o in old)
-    return (squares / sum(o.piece.numel for o in old)).sqrt()
+def _root_mean(old: Sequence[Held], new: Held) -> Tensor:
+    if not new.apart:
+        return _mean([(o.piece.numel, o.state[RMS]["last"]) for o in old])
+    each = []
+    for matrix in range(*new.rectangle[0]):
+        near = [(o, o.rectangle[0]) for o in old if matrix in range(*o.rectangle[0])]
+        parts = [
+            (o.piece.numel // rows.size, o.state[RMS]["last"] if o._within else o.state[RMS]["last"][matrix - rows.lo])
+            for o, rows in near
+        ]
+        each.append(_mean(parts))
+    return each[0] if new._within else torch.stack(each)
+
+
+def _mean(parts: Sequence[tuple[int, Tensor]]) -> Tensor:
+    squares = sum(weight * last.square() for weight, last in parts)
+    assert isinstance(squares, Tensor)
+    return (squares / sum(weight for weight, _ in parts)).sqrt()
 
 
 def _check(old: Sequence[Held], new: Sequence[Held]) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import optim
-from sketch_plugins.checkpoints.recut import Held, recut
+from sketch_plugins.checkpoints.recut import RMS, Held, recut
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.family import BEFORE
+from sketch_plugins.optim.rule import LastRms
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
@@ -114,6 +115,8 @@ class SavedOptimizer:
         """
         options, part = self.groups[group], _part(piece, dtype)
         if state:
+            if isinstance(state.get(RMS), Mapping):
+                state = {**state, RMS: LastRms(self.optimizer._matrices(part, options)).spread(state[RMS])}
             try:
                 self.optimizer._check_state(part, options, state, label)
             except ValueError as error:
@@ -123,7 +126,11 @@ class SavedOptimizer:
         # S-AdaGrad has no such option, and keeps the tail of the paper.
         tail = options.get("tail", "paper")
         present = {name: store for name, store in stores.items() if store is not None}
-        return Held(piece, present, preconditioner, state or {}, tail, self.optimizer.batch_axes(piece.whole, options))
+        batch, apart = (
+            self.optimizer.batch_axes(piece.whole, options),
+            self.optimizer.measured_axes(piece.whole, options),
+        )
+        return Held(piece, present, preconditioner, state or {}, tail, batch, bool(apart))
 
     def pieces(self, fragments: Sequence[Fragment], group: int) -> list[Piece]:
         """Cut the parameters of a group that a flat tensor holds into the pieces that the optimizer handles."""

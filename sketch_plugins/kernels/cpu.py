@@ -135,7 +135,7 @@ def prepare(w: Work) -> Task:
     else:
         if kind != sweeps.INT8 or columns % block == 0:  # no row ends within a block: the matrix is like a vector
             columns = FLAT if kind != sweeps.INT8 else -(-FLAT // block) * block
-        units = -(-size // columns)
+        units = w.apart * -(-(size // w.apart) // columns)
     moment = state1.get("dense", state1.get("codes"))
     dense = state1["dense"].dtype if "dense" in state1 else torch.float32
     return Task(
@@ -167,6 +167,7 @@ def prepare(w: Work) -> Task:
             CODES=0 if w.correction is None else w.correction.data_ptr(),
             SEED=w.seed & (1 << 64) - 1,
             MATRICES=matrices,
+            APART=w.apart,
         ),
         w.measure,
     )
@@ -187,6 +188,11 @@ class Program:
         covers = units * np.array([task.sweep is sweeps.cover for task in tasks], bool)
         table[:, cpu_table.BASE], table[:, cpu_table.NEW] = (np.cumsum(n) - n for n in (measured, covers))
         self.units, self.rows, self.columns = int(measured.sum()), int(covers.sum()), 0
+        # The task of each row of numbers, and the first row of each task: matrices that are measured one by one have
+        # numbers of their own.
+        apart = table[:, cpu_table.APART].astype(np.int64)
+        self.owners = None if (apart == 1).all() else np.repeat(np.arange(len(tasks)), apart)
+        begins = (np.cumsum(apart) - apart).tolist()
         share = -(-int(table[:, cpu_table.SIZE].sum()) // threads)
         limit = share if threads == 1 else max(1 << 16, -(-share // PIECES))
         pieces = _Pieces(limit), _Pieces(limit)
@@ -197,26 +203,29 @@ class Program:
             apply = APPLY if fold_first else FOLD | APPLY
             if task.once:
                 apply |= MEASURE | int(sweeps.ONCE)
-            size, count = task.row.SIZE, task.row.UNITS
+            alone = task.row.APART
+            size, count = task.row.SIZE // alone, task.row.UNITS // alone
             together = threads == 1 or (task.measure and 2 * size <= share)
             cuts = [(0, count)] if together else _cuts(count, size, limit)
-            if task.measure and not together:
-                divided.append(t)
-                for begin, end in cuts:
-                    pieces[0].add(task, Piece(t, begin, end, measure, 0))
-                measure = 0
-            for begin, end in cuts:
-                pieces[1].add(task, Piece(t, begin, end, measure | apply, self.columns))
-                if task.sweep is sweeps.cover:
-                    finish.append(Piece(t, begin, end, apply, self.columns))
-                    self.columns += -(-task.row.COLUMNS // 16) * 16  # whole cache lines
+            divides = task.measure and not together
+            for matrix in range(alone):
+                own = begins[t] + matrix
+                ranges = [(matrix * count + begin, matrix * count + end) for begin, end in cuts]
+                if divides:
+                    divided.append((t, matrix, own))
+                    for begin, end in ranges:
+                        pieces[0].add(task, Piece(t, begin, end, measure, 0, own))
+                for begin, end in ranges:
+                    phase = apply if divides else measure | apply
+                    pieces[1].add(task, Piece(t, begin, end, phase, self.columns, own))
+                    if task.sweep is sweeps.cover:
+                        finish.append(Piece(t, begin, end, apply, self.columns, own))
+                        self.columns += -(-task.row.COLUMNS // 16) * 16  # whole cache lines
         self.calls = pieces[0].calls(), pieces[1].calls()
-        self.divided, self.finish = (
-            np.array(divided, np.uint64),
-            np.array(finish, np.uint64).reshape(-1, len(Piece._fields)),
-        )
-        self.recalled = np.array([t for t, task in enumerate(tasks) if task.once], np.uint64)
-        self.recorded = np.array([t for t, task in enumerate(tasks) if task.row.LAST], np.uint64)
+        self.divided = np.array(divided, np.uint64).reshape(-1, 3)
+        self.finish = np.array(finish, np.uint64).reshape(-1, len(Piece._fields))
+        self.recalled = _matrices(self.tasks, begins, [task.once for task in tasks])
+        self.recorded = _matrices(self.tasks, begins, [task.row.LAST != 0 for task in tasks])
         self.compiled = False
 
     def prepare(self, numbers: np.ndarray, gradients: Sequence[int]) -> Callable[[], None]:
@@ -227,6 +236,8 @@ class Program:
             gradients: the address of each task's gradient.
         """
         table = self.table
+        if self.owners is not None:
+            numbers = numbers[self.owners]
         table[:, cpu_table.G] = gradients
         squares, norms = np.empty(self.units), np.empty(self.units)
         rows, maxima = np.empty(self.rows, np.float32), np.empty(self.columns, np.float32)
@@ -339,7 +350,8 @@ class _Pieces:
         if pieces and size + cost > self.limit:
             self._close(kernel, size, pieces, room)
             size, pieces, room = 0, [], 0
-        self._open[kernel] = size + cost, [*pieces, piece], max(room, need)
+        pieces.append(piece)
+        self._open[kernel] = size + cost, pieces, max(room, need)
 
     def calls(self) -> list[_Call]:
         """All calls, the largest first."""
@@ -352,6 +364,19 @@ class _Pieces:
         sweep, dtypes = kernel
         likes = tuple(np.empty(0, dtype) for dtype in dtypes)
         self._full.append((size, _Call(sweep, likes, np.array(pieces, np.uint64), room)))
+
+
+def _matrices(tasks: Sequence[Task], begins: Sequence[int], chosen: Sequence[bool]) -> np.ndarray:
+    """What `sweeps.recall` and `sweeps.record` get: all matrices of the chosen tasks that are measured one by one.
+
+    ``begins`` are the places of the tasks' first numbers.
+    """
+    found = [
+        (t, matrix, begins[t] + matrix)
+        for t, task in enumerate(tasks)
+        for matrix in range(task.row.APART if chosen[t] else 0)
+    ]
+    return np.array(found, np.uint64).reshape(-1, 3)
 
 
 def _cuts(units: int, size: int, limit: int) -> list[tuple[int, int]]:

@@ -32,16 +32,23 @@ class Row(NamedTuple):
     CODES: int  # address of the corrections of the weights (0: there are none)
     SEED: int  # seed of the noise that rounds them
     MATRICES: int  # number of matrices (experts). The rows, buckets and units of one follow those of the one before
+    APART: (
+        int  # number of matrices that are measured one by one (1: the whole). Each has as many units, and own numbers
+    )
 
 
 class Piece(NamedTuple):
-    """A range of one parameter's units, for one call of a loop."""
+    """A range of one parameter's units, for one call of a loop.
+
+    If the parameter's matrices are measured one by one, the units are those of one matrix.
+    """
 
     TASK: int  # row of the table
     BEGIN: int
     END: int
     PHASE: int  # what the sweep does: see `sketch_plugins.kernels.work`
     MAXIMA: int  # place of its first column in `maxima`
+    ROW: int  # its row of `numbers`
 
 
 FIELDS = len(Row._fields)

@@ -20,6 +20,7 @@ from numba.extending import register_jitable
 from sketch_plugins.kernels import cpu_table, tile, vector, work
 from sketch_plugins.kernels.cpu_table import (
     AFTER,
+    APART,
     BAND,
     BASE,
     BEGIN,
@@ -34,6 +35,7 @@ from sketch_plugins.kernels.cpu_table import (
     MAXIMA,
     NEW,
     PHASE,
+    ROW,
     SCALES,
     SEED,
     SIZE,
@@ -352,10 +354,15 @@ def _now(phase, turn):
 
 
 @_part
-def _measured(row, task, squares, norms):
-    """RMS of the update and of the parameter. The order of the sums does not depend on who measured."""
-    square, norm, n = np.float64(0.0), np.float64(0.0), np.float64(task[SIZE])
-    for i in range(task[BASE], task[BASE] + task[UNITS]):
+def _measured(row, task, matrix, squares, norms):
+    """RMS of the update and of the parameter: of the whole, or of one of the matrices that are measured one by one.
+
+    The order of the sums does not depend on who measured.
+    """
+    units = task[UNITS] // task[APART]
+    first = task[BASE] + matrix * units
+    square, norm, n = np.float64(0.0), np.float64(0.0), np.float64(task[SIZE] // task[APART])
+    for i in range(first, first + units):
         square += squares[i]
         norm += norms[i]
     return np.sqrt(square / n) * row[CORRECTION], np.sqrt(norm / n)
@@ -363,7 +370,7 @@ def _measured(row, task, squares, norms):
 
 @_part
 def _settle(row, task, rms, size):
-    """Change a task's numbers according to both RMS."""
+    """Change numbers of a task according to both RMS."""
     if row[RELATIVE] != _0:
         bounded = 1e-3 if size < 1e-3 else size  # this comparison keeps NaN
         row[STEP] *= np.float32(row[RELATIVE] if bounded > row[RELATIVE] else bounded)
@@ -377,9 +384,9 @@ def _settle(row, task, rms, size):
 
 
 @_part
-def _settled(row, task, squares, norms):
-    """Change a task's numbers according to what its units have measured."""
-    rms, size = _measured(row, task, squares, norms)
+def _settled(row, task, matrix, squares, norms):
+    """Change numbers of a task according to what the units have measured."""
+    rms, size = _measured(row, task, matrix, squares, norms)
     _settle(row, task, rms, size)
 
 
@@ -480,8 +487,8 @@ def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, n
     f = at_address(like_f, U(buffer.ctypes.data))
     for k in range(len(pieces)):
         t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
-        task = tasks[t]
-        low, high = _key(task[SEED], numbers[t, NUMBER])
+        task, own = tasks[t], pieces[k, ROW]
+        low, high = _key(task[SEED], numbers[own, NUMBER])
         p = weights(like_p, like_c, task[P], task[CODES], low, high)
         g, dense = at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
         codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
@@ -495,7 +502,7 @@ def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, n
         bands = (width + band - _ONE) // band
         # If blocks end with a row, one run covers all rows; otherwise each row is a run.
         even = kind != INT8 or columns % block == 0
-        s = _numbers(numbers[t])
+        s = _numbers(numbers[own])
         norm = s[RELATIVE] != _0 or task[LAST] != _ZERO
         sweeps, _ = _turns(phase)
         for sweep in range(sweeps):
@@ -503,8 +510,8 @@ def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, n
             if sweeps == _TWO:
                 now = (FOLD | MEASURE) if sweep == _ZERO else APPLY
             if sweep == _ONE:
-                _settled(numbers[t], task, squares, norms)
-                s = _numbers(numbers[t])
+                _settled(numbers[own], task, begin // (task[UNITS] // task[APART]), squares, norms)
+                s = _numbers(numbers[own])
             if after:
                 for j in range(wide):
                     ones[j] = s[STEP]
@@ -563,15 +570,18 @@ def _second_body(g, o, second, written, f, j, decay, gain, s, rate, n):
 
 @_compiled
 def exact(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
-    """Take the steps of exact second moments, or of none. A unit is ``COLUMNS`` numbers; the last one is shorter."""
+    """Take the steps of exact second moments, or of none. A unit is ``COLUMNS`` numbers; the last one is shorter.
+
+    So is the last one of each matrix, if matrices are measured one by one.
+    """
     like_f, like_i = np.empty(0, np.float32), np.empty(0, np.int8)
     room, start = U(len(buffer)) // U(3), U(buffer.ctypes.data)
     f, x = at_address(like_f, start), at_address(like_f, start + U(4) * room)
     ones = at_address(like_f, start + U(8) * room)
     for k in range(len(pieces)):
         t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
-        task = tasks[t]
-        low, high = _key(task[SEED], numbers[t, NUMBER])
+        task, own = tasks[t], pieces[k, ROW]
+        low, high = _key(task[SEED], numbers[own, NUMBER])
         p = weights(like_p, like_c, task[P], task[CODES], low, high)
         g, dense = at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
         codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
@@ -579,16 +589,21 @@ def exact(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms
         columns, kind, block, after = task[COLUMNS], task[KIND], task[BLOCK], task[AFTER]
         blocks = (columns + block - _ONE) // block
         wide = max(block, _SPAN // block * block)
+        # Numbers and units of one matrix, and what lies before the piece's matrix: numbers, units and blocks.
+        size, units = task[SIZE] // task[APART], task[UNITS] // task[APART]
+        matrix = begin // units
+        above, before = matrix * size, matrix * units
+        below = matrix * (size // columns * blocks + (size % columns + block - _ONE) // block)
         sweeps, looks = _turns(phase)
         for sweep in range(sweeps):
             if sweep == _ONE:
-                _settled(numbers[t], task, squares, norms)
-            s = _numbers(numbers[t])
+                _settled(numbers[own], task, matrix, squares, norms)
+            s = _numbers(numbers[own])
             norm = s[RELATIVE] != _0 or task[LAST] != _ZERO
             for j in range(room):
                 ones[j] = s[STEP]
             for i in range(begin, end):
-                stop = min(columns, task[SIZE] - i * columns)
+                offset, stop = (i - before) * columns, min(columns, size - (i - before) * columns)
                 for look in range(looks):
                     now, square = _now(phase, sweep + look), np.float64(0.0)
                     rate = _1 if now & MEASURE else s[INNER] if after else s[STEP]
@@ -596,7 +611,8 @@ def exact(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms
                         for j in range(wide):
                             f[j] = rate
                     for lo in range(_ZERO, stop, wide):
-                        o, n, at = i * columns + lo, min(wide, stop - lo), i * blocks + lo // block
+                        o, n = above + offset + lo, min(wide, stop - lo)
+                        at = below + (i - before) * blocks + lo // block
                         if task[TABLE2]:
                             whole, fold = n - n % LANES, (now & FOLD) != _ZERO
                             for j in range(_ZERO, whole, LANES):
@@ -609,7 +625,7 @@ def exact(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms
                         )
                     if now & MEASURE:
                         squares[task[BASE] + i] = square
-                        norms[task[BASE] + i] = _square(p, i * columns, stop) if norm else np.float64(0.0)
+                        norms[task[BASE] + i] = _square(p, above + offset, stop) if norm else np.float64(0.0)
     return 0
 
 
@@ -664,8 +680,8 @@ def cover(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms
     ones = at_address(like_f, start + U(8) * room)
     for k in range(len(pieces)):
         t, begin, end, phase = pieces[k, TASK], pieces[k, BEGIN], pieces[k, END], pieces[k, PHASE]
-        task = tasks[t]
-        low, high = _key(task[SEED], numbers[t, NUMBER])
+        task, own = tasks[t], pieces[k, ROW]
+        low, high = _key(task[SEED], numbers[own, NUMBER])
         p = weights(like_p, like_c, task[P], task[CODES], low, high)
         g, dense = at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
         codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
@@ -677,8 +693,8 @@ def cover(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms
         sweeps, looks = _turns(phase)
         for sweep in range(sweeps):
             if sweep == _ONE:
-                _settled(numbers[t], task, squares, norms)
-            s = _numbers(numbers[t])
+                _settled(numbers[own], task, begin // (task[UNITS] // task[APART]), squares, norms)
+            s = _numbers(numbers[own])
             norm = s[RELATIVE] != _0 or task[LAST] != _ZERO
             if _now(phase, sweep + looks - _ONE) & FOLD:
                 for j in range(columns):
@@ -737,33 +753,36 @@ def cover(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms
 
 @_compiled
 def settle(tasks, numbers, chosen, squares, norms):
-    """Change the numbers of the tasks ``chosen`` according to what several pieces have measured."""
+    """Change numbers according to what several pieces have measured.
+
+    A row of ``chosen`` is a task, one of the matrices that are measured one by one, and the place of its numbers.
+    """
     for k in range(len(chosen)):
-        _settled(numbers[chosen[k]], tasks[chosen[k]], squares, norms)
+        _settled(numbers[chosen[k, 2]], tasks[chosen[k, 0]], chosen[k, 1], squares, norms)
     return 0
 
 
 @_compiled
 def recall(tasks, numbers, chosen):
-    """Change the numbers of the tasks ``chosen`` according to what the last step measured."""
+    """Change the numbers of ``chosen`` (see `settle`) according to what the last step measured."""
     like_f = np.empty(0, np.float32)
     for k in range(len(chosen)):
-        task = tasks[chosen[k]]
+        task, place = tasks[chosen[k, 0]], _TWO * chosen[k, 1]
         last = at_address(like_f, task[LAST])
-        _settle(numbers[chosen[k]], task, np.float64(last[0]), np.float64(last[1]))
+        _settle(numbers[chosen[k, 2]], task, np.float64(last[place]), np.float64(last[place + _ONE]))
     return 0
 
 
 @_compiled
 def record(tasks, numbers, chosen, squares, norms):
-    """Store what this step has measured of the tasks ``chosen``, for the next step."""
+    """Store what this step has measured of ``chosen`` (see `settle`), for the next step."""
     like_f = np.empty(0, np.float32)
     for k in range(len(chosen)):
-        task = tasks[chosen[k]]
+        task, place = tasks[chosen[k, 0]], _TWO * chosen[k, 1]
         last = at_address(like_f, task[LAST])
-        rms, size = _measured(numbers[chosen[k]], task, squares, norms)
-        last[0] = np.float32(rms)
-        last[1] = np.float32(size)
+        rms, size = _measured(numbers[chosen[k, 2]], task, chosen[k, 1], squares, norms)
+        last[place] = np.float32(rms)
+        last[place + _ONE] = np.float32(size)
     return 0
 
 

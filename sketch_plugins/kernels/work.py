@@ -66,6 +66,8 @@ class Work:
             both weights and corrections.
         last: two RMS that the last step measured: of the update before it was clipped, and of the parameter before it
             moved. This step uses them (unless it has to ``measure``) and replaces them. None if they are not kept.
+            ``(2,)``; of a batch of matrices ``(matrices, 2)``.
+        matrices: number of matrices (experts) that the rows belong to. Each has RMS of its own.
         emas: averages of the first and the second moment, which the host needs even if the numbers are on a device.
     """
 
@@ -84,6 +86,12 @@ class Work:
     emas: tuple[Ema | None, Ema | None] = (None, None)
     last: Tensor | None = None
     correction: Tensor | None = None
+    matrices: int = 1
+
+    @property
+    def apart(self) -> int:
+        """Number of matrices that are measured one by one; 1 if the whole is measured, or nothing."""
+        return self.matrices if self.measure or self.last is not None else 1
 
     @property
     def once(self) -> bool:

@@ -1,6 +1,7 @@
 """Update clipping and relative steps (Adafactor's two devices), in Python.
 
-Source: https://arxiv.org/abs/1804.04235. The kernels have the same formulas: `sweeps.settle`, `norms.step_sizes`.
+Source: https://arxiv.org/abs/1804.04235. The kernels have the same formulas: `sweeps.settle`, `norms.step_sizes`. The
+root mean squares that they take are those of a parameter, or of each matrix of a batch (`measuring`).
 """
 
 from __future__ import annotations

@@ -343,13 +343,18 @@ def _first(
     m = source.first.under(Ema(beta1, 1.0 - beta1), source.step)
     if group["graft"] == "none" or (preconditioned and group["input"] == "gradient"):
         return m
-    update = _over_root(optimizer, group, m, second, source.step)
-    if (clip := excess(update.square().mean().sqrt(), group)) is not None:
-        update = update / clip
+    update, matrices = _over_root(optimizer, group, m, second, source.step), optimizer._matrices(part, group)
+    each = () if matrices is None else (matrices, *[1] * (update.ndim - 1))  # a factor for each matrix of a batch
+    if (clip := excess(_rms(update, matrices), group)) is not None:
+        update = update / clip.view(each)
     if preconditioned and group["scale_parameter"]:  # for other tensors the step contains this factor
-        size = part.data.detach().to(update.dtype).square().mean().sqrt()
-        update = update * bounded(size, group)
+        update = update * bounded(_rms(part.data.detach().to(update.dtype), matrices), group).view(each)
     return update
+
+
+def _rms(x: Tensor, matrices: int | None) -> Tensor:
+    """The root mean square, 0-d; of each matrix of a batch, ``(matrices,)``."""
+    return (x.square().mean() if matrices is None else x.square().flatten(1).mean(1)).sqrt()
 
 
 def _measured(
@@ -368,7 +373,8 @@ def _measured(
     else:
         numerator = torch.zeros_like(p)
     update = _over_root(optimizer, group, numerator, second, source.step) * rule.correction
-    return torch.stack([x.to(update.dtype).square().mean().sqrt() for x in (update, p)])
+    matrices = optimizer._matrices(part, group)
+    return torch.stack([_rms(x.to(update.dtype), matrices) for x in (update, p)], dim=-1)
 
 
 def _over_root(

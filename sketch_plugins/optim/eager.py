@@ -10,14 +10,15 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.kernels.rounding import round_to_bf16
-from sketch_plugins.kernels.tile import joined, numerator_of, root_mean_square
+from sketch_plugins.kernels.tile import numerator_of
 from sketch_plugins.kernels.weight_code import Corrected
 from sketch_plugins.optim.clipping import bounded, excess
+from sketch_plugins.optim.measuring import Sizes, keep, last_of, of_matrix
 from sketch_plugins.optim.options import held
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.weight_bits import matrix_of
-from sketch_plugins.sharding.blocks import At, Matrix, Rows, tiles
+from sketch_plugins.sharding.blocks import At, Matrix, Rows
 from sketch_plugins.stores import Ema, Gradient, Store
 from sketch_plugins.stores.base import State
 
@@ -67,17 +68,19 @@ class Factors:
         rule: Rule,
         state: Mapping[str, Any],
         period: int,
-        step_size: float | Tensor = 1.0,
         peek: bool = False,
         slot: str = "factor",
     ) -> None:
         self.second, self.rule, self.state, self.period, self.slot = second, rule, state, period, slot
-        self.step_size, self.peek = step_size, peek
+        self.peek = peek
         self._factor: Tensor | None = None
         self._place: tuple[int, int, int] | None = None
 
-    def get(self, at: At, g: Tensor) -> Tensor:
-        """The factor of one tile. The second moment is read, and also written if its rows have cells of their own."""
+    def get(self, at: At, g: Tensor, step_size: float | Tensor = 1.0) -> Tensor:
+        """The factor of one tile. The second moment is read, and also written if its rows have cells of their own.
+
+        ``step_size`` is the same for all tiles over the same buckets.
+        """
         assert self.second is not None and self.rule.second is not None and self.rule.denominator is not None
         place = None
         if self.second.by_bucket and self.period and not isinstance(at, Rows):
@@ -90,8 +93,8 @@ class Factors:
             else:
                 root = torch.sqrt(v, **scratch.out(self.slot, v))
             self._factor, self._place = self.rule.denominator.of(root).reciprocal_(), place
-            if isinstance(self.step_size, Tensor) or self.step_size != 1.0:
-                self._factor.mul_(self.step_size)
+            if isinstance(step_size, Tensor) or step_size != 1.0:
+                self._factor.mul_(step_size)
         return self._factor
 
 
@@ -127,31 +130,30 @@ def apply(
     before = rule.precondition_first and first is not None
     inner_scale: float | Tensor = 1.0
     lagged = group.get("lagged_rms", False)
+    apart = bool(lagged or group.get("scale_parameter") or group.get("update_clip"))
     # A first step has no previous values, and touched rows differ from step to step.
     once = lagged and grad.rows is None and int(state["step"]) > 1
     looks = Factors(second, rule, state, period, peek=True, slot="peeked factor" if once else "factor")
 
-    # With touched rows, only these are counted.
-    count = (grad.shape[0] if grad.rows is None else len(grad.rows)) * grad.shape[1]
-
-    def size_of_update(at: At, g: Tensor) -> Tensor:
+    def measure(sizes: Sizes, matrix: int, at: At, g: Tensor) -> None:
         m = None
         if first and rule.first and not before:
             m = first.peek(state["first_moment"], at, g, rule.first)
         numerator = numerator_of(g, m, rule.lookahead, rule.sign)
-        return root_mean_square(numerator, looks.get(at, g) if rule.denominator else None, count, grad.run)
+        sizes.add(matrix, numerator, looks.get(at, g) if rule.denominator else None, grad.run)
 
-    updates: list[Tensor] = []
-    sizes: list[Tensor] = []
+    updates, sizes = Sizes(grad), Sizes(grad)
     rms: Any
     size: Any
-    rms, size = state["rms"]["last"].unbind() if once else (None, None)
+    rms, size = last_of(state, grad).unbind(-1) if once else (None, None)
     if not once and (lagged or group.get("scale_parameter")):
-        sizes = [root_mean_square(p.get(at).to(grad.dtype), None, count) for at in grad.batches()]
-        size = joined(sizes)
+        for matrix, at in grad.of_matrices():
+            sizes.add(matrix, p.get(at).to(grad.dtype))
+        size = sizes.all()
     if not once and (lagged or group.get("update_clip")):
-        updates = [size_of_update(at, grad.get(at)) for at in grad.batches(period, align)]
-        rms = joined(updates) * rule.correction
+        for matrix, at in grad.of_matrices(period, align):
+            measure(updates, matrix, at, grad.get(at))
+        rms = updates.all() * rule.correction
     if group.get("scale_parameter"):
         step_size = bounded(size, group) * step_size
     if (clip := excess(rms, group)) is not None:
@@ -166,22 +168,24 @@ def apply(
     working = dict(state)
     if second and not second.write_first:
         working["second_moment"] = second.begin(state["second_moment"], grad)
-    factors = Factors(second, rule, working, period, step_size=inner_scale if before else step_size)
+    factors = Factors(second, rule, working, period)
     factor = number(step_size, grad)
+    scale = inner_scale if before else step_size
     run = grad.run(update)
-    for at in grad.batches(period, align):
+    for matrix, at in grad.of_matrices(period, align, apart):
         g = grad.get(at)
         slices = first.slices(state["first_moment"], at, rule.first.step) if first and rule.first else {}
         part, in_place = p.get(at), p.views(at) and p.dtype == grad.dtype
         if not in_place and not isinstance(p, Corrected):
             part = scratch.cast("parameter", part, grad.dtype)
         if once:
-            updates.append(size_of_update(at, g))
-            sizes.append(root_mean_square(part, None, count))
-        scaled = factors.get(at, g) if rule.denominator else factor
+            measure(updates, matrix, at, g)
+            sizes.add(matrix, part)
+        own = of_matrix(factor, matrix, grad)
+        scaled = factors.get(at, g, of_matrix(scale, matrix, grad)) if rule.denominator else own
         if first:
             scaled = first.view(scaled) if scaled.ndim else scaled
-            scaled, inner = (factor, scaled) if before else (scaled, None)
+            scaled, inner = (own, scaled) if before else (scaled, None)
             run(first.view(part), first.view(g), slices, scaled, shrink, first, ema, rule.lookahead, inner, rule.sign)
         else:
             run(part, g, slices, scaled, shrink, None, None, None, None, rule.sign)
@@ -192,7 +196,7 @@ def apply(
     if second and not second.write_first:
         second.finish(state["second_moment"], working["second_moment"], grad)
     if lagged:
-        torch.stack([joined(updates) * rule.correction, joined(sizes)], out=state["rms"]["last"])
+        keep(state, p, grad, updates.all() * rule.correction, sizes.all())
 
 
 def number(value: float | Tensor, grad: Gradient) -> Tensor:
@@ -218,9 +222,3 @@ def write_tile(p: Matrix, at: At, part: Tensor, group: Mapping[str, Any], state:
     if group["stochastic_rounding"] and p.dtype == torch.bfloat16:
         part = round_to_bf16(part, at, p.shape[1], group["seed"], int(state["step"]))
     p.put(at, part)
-
-
-def rms_of(p: Matrix, grad: Gradient) -> Tensor:
-    """The RMS of a whole parameter, whichever rows have a gradient."""
-    count = grad.shape[0] * grad.shape[1]
-    return joined([root_mean_square(p.get(at).to(grad.dtype), None, count) for at in tiles(*grad.shape, grad.chunk)])

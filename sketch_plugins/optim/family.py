@@ -30,10 +30,11 @@ class Batches(TypedDict, total=False):
             "auto",
             "how many of a tensor's first axes are a batch of matrices. With 1 a tensor of three or more dimensions is "
             "a batch of matrices, and each of them has buckets of its own (``compression`` and ``width`` are those of "
-            "one matrix), covers of its own rows, and covariances; no expert shares them with another one. With 0 "
-            'dimension 0 is the rows. ``"auto"``: 1 for a tensor ``(E, R, D)`` whose R and D are 16 or more, if E is '
-            "at most R and D, or if D is 256 or more; 0 for all others, such as convolutions. It has no effect on "
-            "tensors without sketches, covers and covariances.",
+            "one matrix), covers of its own rows, and covariances; no expert shares them with another one. "
+            "``update_clip`` and ``scale_parameter`` measure each matrix by itself. With 0 dimension 0 is the rows. "
+            '``"auto"``: 1 for a tensor ``(E, R, D)`` whose R and D are 16 or more, if E is at most R and D, or if D '
+            "is 256 or more; 0 for all others, such as convolutions. It does not change how tensors without sketches, "
+            "covers and covariances are kept.",
             choices=("auto", 0, 1),
             structural=True,
         ),
@@ -185,7 +186,8 @@ class Clipping(TypedDict, total=False):
         float | None,
         option(
             0.0,
-            "divide the update by ``max(1, RMS(update) / update_clip)`` (Adafactor's d; 0: off).",
+            "divide the update by ``max(1, RMS(update) / update_clip)`` (Adafactor's d; 0: off). Each matrix of a "
+            "batch (``batch_dims``) has an RMS of its own.",
             allowed="a number >= 0",
             check=lambda v: v >= 0,
         ),
@@ -193,7 +195,9 @@ class Clipping(TypedDict, total=False):
     scale_parameter: Annotated[
         bool | None,
         option(
-            False, "multiply the step by ``max(1e-3, RMS(parameter)) / reference_rms``: steps relative to the weights."
+            False,
+            "multiply the step by ``max(1e-3, RMS(parameter)) / reference_rms``: steps relative to the weights. Each "
+            "matrix of a batch (``batch_dims``) has an RMS of its own.",
         ),
     ]
     reference_rms: Annotated[
@@ -220,7 +224,8 @@ class Lagged(TypedDict, total=False):
             "update_clip and scale_parameter use the RMS of the previous step: of its update before clipping, "
             "and of the parameter as it was read. A step then needs one sweep over gradient and parameter, not "
             "two (12 bytes a float32 parameter, not 20), and an update that grows is clipped one step late. Each "
-            "parameter has two more numbers of state, whether or not update_clip and scale_parameter are on. The "
+            "parameter (each matrix of a batch) has two more numbers of state, whether or not update_clip and "
+            "scale_parameter are on. The "
             "first step of a parameter, and every row-sparse step, measures before it steps, as without this "
             "option; the next step uses what it measured.",
             structural=True,

@@ -143,6 +143,7 @@ def describe(
         emas=(rule.first, rule.second),
         last=last,
         correction=state[CORRECTION]["codes"] if CORRECTION in state else None,
+        matrices=grad.measured,
     )  # fmt: skip
 
 

@@ -92,8 +92,9 @@ class Gradients(StateDicts):
             chunk = COMPILED_CHUNK
         matrices = math.prod(p.shape[:batch])
         grad = Gradient(
-            Matrix(values, batch), rows, dtype, chunk, shape, packed, group["maximize"], l2, compile, matrices
-        )
+            Matrix(values, batch), rows, dtype, chunk, shape, packed, group["maximize"], l2, compile, matrices,
+            self._matrices(p, group) or 1,
+        )  # fmt: skip
         row_sparse = False if rows is not None or p.ndim < 2 else self._row_sparse(p, group)
         if row_sparse is not False:
             touched = _touched_rows(grad)

@@ -48,7 +48,8 @@ class StateLayout(Groups):
 
     def _beside(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
         """All state beside the two moments: `_further`, and the state that kernels also keep."""
-        out = {**self._further(p, group), **({"rms": LastRms()} if group.get("lagged_rms") else {})}
+        rms = {"rms": LastRms(self._matrices(p, group))} if group.get("lagged_rms") else {}
+        out = {**self._further(p, group), **rms}
         if corrects(p, group):
             out[CORRECTION] = WeightCorrection(self._matrix_shape(p, group), group["weight_bits"])
         return out
@@ -86,8 +87,13 @@ class StateLayout(Groups):
         ``whole`` is the shape of the whole parameter, so that shards and pieces agree. Only sketches, covers and
         covariances depend on the result; without them the rows of a parameter are dimension 0.
         """
+        axes = self.measured_axes(whole, group)
+        return axes if axes and self._has_matrices(whole, group) else 0
+
+    def measured_axes(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> int:
+        """`batch_axes`, however the moments are kept: `update_clip` and `scale_parameter` measure each matrix."""
         option = group.get("batch_dims", 0)
-        if option == 0 or len(whole) < 3 or not self._has_matrices(whole, group):
+        if option == 0 or len(whole) < 3:
             return 0
         return int(option == 1 or is_batch(whole))
 
@@ -102,6 +108,12 @@ class StateLayout(Groups):
         """`batch_axes` for a parameter, or for a part of one. A piece of one matrix of a batch is no batch."""
         whole = whole_shape(p)
         return self.batch_axes(whole, group) if len(p.shape) == len(whole) else 0
+
+    def _matrices(self, p: Shaped, group: Mapping[str, Any]) -> int | None:
+        """The number of matrices that are measured one by one; None if the parameter, or part, is no batch."""
+        whole = whole_shape(p)
+        axes = self.measured_axes(whole, group) if len(p.shape) == len(whole) else 0
+        return math.prod(p.shape[:axes]) if axes else None
 
     def _matrix_shape(self, p: Shaped, group: Mapping[str, Any]) -> tuple[int, int]:
         return matrix_shape(p.shape, self._batch(p, group))

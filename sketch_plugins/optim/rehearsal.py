@@ -62,7 +62,7 @@ def _depends_on(one: Pending, options: Sequence[str]) -> tuple[Any, ...]:
         piece,
         _layout(grad.matrix.tensor),
         grad.matrix.batch,
-        (grad.dtype, grad.chunk, grad.shape, grad.packed, grad.negate, grad.l2 is None, grad.matrices),
+        (grad.dtype, grad.chunk, grad.shape, grad.packed, grad.negate, grad.l2 is None, grad.matrices, grad.measured),
         tuple((name, type(store)) for name, store in one.named.items()),
         _layout({name: value for name, value in one.state.items() if name != "step"}),
         one.step,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,19 +30,37 @@ class Further(Protocol):
 
 
 class LastRms:
-    """State of ``lagged_rms``: the RMS of the last update before clipping, and of the parameter before it moved."""
+    """State of ``lagged_rms``: the RMS of the last update before clipping, and of the parameter before it moved.
+
+    Args:
+        matrices: number of matrices of a batch (experts), each of which has RMS of its own; None: the parameter, or the
+            part of one, is measured as a whole.
+    """
+
+    def __init__(self, matrices: int | None = None) -> None:
+        self.matrices = matrices
 
     def layout(self, dtype: torch.dtype) -> Layout:
-        """One tensor of both numbers."""
-        return {"last": ((2,), dtype)}
+        """One tensor of both numbers, ``(2,)``; of a batch ``(matrices, 2)``."""
+        return {"last": ((2,) if self.matrices is None else (self.matrices, 2), dtype)}
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of both numbers."""
-        return 2 * dtype.itemsize
+        """Bytes of all numbers."""
+        return 2 * dtype.itemsize * (1 if self.matrices is None else self.matrices)
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Zeros, which the first step replaces before anything reads them."""
-        return {"last": torch.zeros(2, dtype=dtype, device=device)}
+        return {name: torch.zeros(size, dtype=kind, device=device) for name, (size, kind) in self.layout(dtype).items()}
+
+    def spread(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """State of a checkpoint in this layout.
+
+        Earlier versions measured a batch as a whole. Each matrix then begins with the RMS of the whole.
+        """
+        last = saved.get("last")
+        if self.matrices is None or not isinstance(last, Tensor) or tuple(last.shape) != (2,):
+            return dict(saved)
+        return {**saved, "last": last.expand(self.matrices, 2).contiguous()}
 
 
 class Denominator(NamedTuple):

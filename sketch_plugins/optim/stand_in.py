@@ -28,7 +28,7 @@ def like(optimizer: Resolution, one: Pending, text: str) -> Kind | None:
 
     Kinds with several buckets and several tiles, as the part has, are tried first.
     """
-    rows = -2 if one.grad.matrices > 1 else 0
+    rows = -2 if _is_batch(one) else 0
     whole = tuple(one.p.shape)
 
     def worth(kind: Kind) -> tuple[bool, int]:
@@ -55,6 +55,11 @@ def like(optimizer: Resolution, one: Pending, text: str) -> Kind | None:
     return None
 
 
+def _is_batch(one: Pending) -> bool:
+    """Whether the matrices of a batch have buckets of their own, or are measured one by one."""
+    return one.grad.matrices > 1 or (one.work is not None and one.work.apart > 1)
+
+
 def _size(shape: Sequence[int]) -> int:
     n = 1
     for length in shape:
@@ -69,7 +74,7 @@ def _kinds(one: Pending) -> Iterator[Kind]:
     plain = work.p.is_contiguous() and work.g.is_contiguous()
     block = one.group.get("block_size", 1)
     small_shapes = _shapes(shape, block)
-    if one.grad.matrices > 1:  # two matrices of the batch, made smaller
+    if _is_batch(one):  # two matrices of the batch, made smaller
         small_shapes = ((*(min(n, 2) for n in shape[:-2]), *small) for small in _shapes(shape[-2:], block))
     for small in small_shapes:
         if _size(small) <= _LARGEST:
@@ -128,7 +133,7 @@ def small_optimizer(
         options["reference_rms"] = 1.0  # steps then have the size that the bounds are made for
     if "nonfinite" in options:
         options["nonfinite"] = "error"  # its gradients are finite, and nobody looks at flags that are late
-    if one.grad.matrices > 1:
+    if _is_batch(one):
         options["batch_dims"] = 1
     if "precondition" in options:
         # Preconditioned tensors only take the parts that kernels take, because products would magnify rounding errors.

@@ -23,7 +23,7 @@ from sketch_plugins.optim.checks import (
 from sketch_plugins.optim.family import BEFORE
 from sketch_plugins.optim.layout import StateLayout, arithmetic
 from sketch_plugins.optim.loading import check_containers, load
-from sketch_plugins.optim.rule import Layout
+from sketch_plugins.optim.rule import LastRms, Layout
 from sketch_plugins.optim.weight_bits import corrects, recoded
 from sketch_plugins.optim.written import modernize, renew, written_by, written_with
 from sketch_plugins.sharding.names import NAMES
@@ -85,7 +85,8 @@ class StateDicts(StateLayout):
             saved = {
                 key: nested(state) if isinstance(state, Mapping) else state for key, state in incoming["state"].items()
             }
-            incoming = {**incoming, "param_groups": groups, "state": self._local_state(saved, groups)}
+            state = self._spread(self._local_state(saved, groups), groups)
+            incoming = {**incoming, "param_groups": groups, "state": state}
             self._check_incoming(incoming)
             # Copies are made before anything changes. If a tensor cannot be copied, or memory runs out, the optimizer
             # has not changed.
@@ -136,6 +137,20 @@ class StateDicts(StateLayout):
                     local = unwrap(own, leading(p))
                     step = {"step": local["step"]} if "step" in local else {}
                     state[key] = {**step, **trim(local, self._layout(part, group, part)), **others}
+        return state
+
+    def _spread(self, saved: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
+        """A state in which each matrix of a batch has RMS of its own (`lagged_rms`), see `LastRms.spread`."""
+        state = dict(saved)
+        for group, saved_group in zip(self.param_groups, groups, strict=False):
+            if not group.get("lagged_rms"):
+                continue
+            for index, (p, key) in enumerate(zip(group["params"], saved_group.get("params", ()), strict=False)):
+                for part in self._parts.of(index, p) if isinstance(state.get(key), Mapping) and not is_lazy(p) else ():
+                    own = state[key] if part.key is None else state[key].get(part.key)
+                    if isinstance(own, Mapping) and isinstance(own.get("rms"), Mapping):
+                        own = {**own, "rms": LastRms(self._matrices(part, group)).spread(own["rms"])}
+                        state[key] = own if part.key is None else {**state[key], part.key: own}
         return state
 
     def _check_incoming(self, incoming: Mapping[str, Any]) -> None:

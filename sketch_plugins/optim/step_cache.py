@@ -43,6 +43,7 @@ class LikeGradient(NamedTuple):
     shape: tuple[int, int]
     negate: bool
     matrices: int
+    measured: int
 
 
 class Described:
@@ -52,7 +53,7 @@ class Described:
         grad = one.grad
         self.named = one.named
         self.gradient = LikeGradient(
-            grad.matrix.batch, grad.dtype, grad.chunk, grad.shape, grad.negate, grad.matrices
+            grad.matrix.batch, grad.dtype, grad.chunk, grad.shape, grad.negate, grad.matrices, grad.measured
         )  # fmt: skip
         self._names = list(zip(_paths(one.state), names, strict=True))
 
@@ -248,7 +249,7 @@ class StepCache:
             return None
         named, like = found.task.named, found.task.gradient
         gradient = Gradient(Matrix(grad, like.batch), None, like.dtype, like.chunk, like.shape, False, like.negate)
-        gradient.matrices = like.matrices
+        gradient.matrices, gradient.measured = like.matrices, like.measured
         try:
             own = found.task.state(state)
         except KeyError:  # the state has another layout now

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.optim.ambient import outside_graphs, uninterrupted
-from sketch_plugins.optim.eager import rms_of
 from sketch_plugins.optim.fused import Backend, numbers, vector
+from sketch_plugins.optim.measuring import rms_of
 from sketch_plugins.optim.pending import Batch, Pending, copied_aside
 from sketch_plugins.optim.remembered import Again, Counters
 from sketch_plugins.optim.resolved import Resolution
@@ -300,7 +300,7 @@ class Taking(Resolution):
             if one.p.numel():
                 self._clean(one)
             if one.group.get("lagged_rms") and one.step == 1:  # no row was measured, and the next step is not the first
-                one.state["rms"]["last"][1] = rms_of(matrix_of(one), one.grad)
+                one.state["rms"]["last"][..., 1] = rms_of(matrix_of(one), one.grad)
             stepped.append(one)
         for batch in batches:
             with self._undone_by_an_error(batch.members), ExitStack() as copies:

@@ -185,7 +185,9 @@ class Matrix:
         return torch.unravel_index(at.index(self.device), self._base.shape[: self.batch + 1])
 
 
-def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1, matrices: int = 1) -> Iterator[Tile]:
+def tiles(
+    rows: int, columns: int, chunk: int, period: int = 0, align: int = 1, matrices: int = 1, apart: bool = False
+) -> Iterator[Tile]:
     """Cut ``(rows, columns)`` into tiles of about ``chunk`` elements (never fewer than one row of ``align`` columns).
 
     Args:
@@ -197,8 +199,9 @@ def tiles(rows: int, columns: int, chunk: int, period: int = 0, align: int = 1, 
             follow each other; the last one may be shorter.
         align: block size of quantized state: the columns of a tile are whole blocks, or one shorter block at the end.
         matrices: how many matrices the rows belong to. Each of them has cycles of its own.
+        apart: no tile has rows of two matrices, also where there are no cycles.
     """
-    if matrices > 1 and period:
+    if matrices > 1 and (period or apart):
         height = rows // matrices
         for first in range(0, rows, height):
             for at in tiles(height, columns, chunk, period, align):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -56,6 +57,8 @@ class Gradient:
         compile: run the functions of a tile through torch.compile.
         matrices: number of matrices that the rows of the parameter belong to. Their rows follow each other.
         l2: ``(parameter, weight)`` adds ``weight * p`` to the gradient (coupled weight decay).
+        measured: number of matrices whose root mean squares are measured one by one. Their rows follow each other. It
+            is ``matrices`` where that is more than 1. Where rows share no state, ``matrices`` is 1.
     """
 
     def __init__(
@@ -70,10 +73,12 @@ class Gradient:
         l2: tuple[Matrix, float] | None = None,
         compile: bool = False,
         matrices: int = 1,
+        measured: int = 1,
     ) -> None:
         self.matrix, self.rows, self.dtype, self.chunk, self.shape = matrix, rows, dtype, chunk, shape
         self.packed, self.negate, self.l2, self.compile = packed, negate, l2, compile
-        self.matrices = matrices
+        self.matrices, self.measured = matrices, measured
+        self._touched: list[tuple[int, int]] | None = None
         self.device = matrix.device
 
     def of(self, parameter: Matrix, matrix: Matrix | None = None) -> Gradient:
@@ -81,7 +86,7 @@ class Gradient:
         l2 = None if self.l2 is None else (parameter, self.l2[1])
         return Gradient(
             matrix or self.matrix, self.rows, self.dtype, self.chunk, self.shape, self.packed, self.negate, l2,
-            self.compile, self.matrices,
+            self.compile, self.matrices, self.measured,
         )  # fmt: skip
 
     def batches(self, period: int = 0, align: int = 1) -> Iterator[At]:
@@ -91,6 +96,31 @@ class Gradient:
         else:
             for part, at in row_batches(self.shape[0], self.rows, self.shape[1], self.chunk, align):
                 yield Touched(at.total, at.rows, at.lo, at.hi, part)
+
+    def of_matrices(self, period: int = 0, align: int = 1, apart: bool = True) -> Iterator[tuple[int, At]]:
+        """`batches` that have rows of one measured matrix each, with its number; `batches` and 0 without ``apart``."""
+        if self.measured == 1 or not apart:
+            yield from ((0, at) for at in self.batches(period, align))
+            return
+        height = self.shape[0] // self.measured
+        if self.rows is None:
+            cut = tiles(*self.shape, self.chunk, period, align, self.measured, apart=True)
+            yield from ((at.start // height, at) for at in self.distinct(cut, lambda at: at.shape))
+            return
+        for matrix, (first, last) in enumerate(self.touched):
+            for part, at in row_batches(self.shape[0], self.rows[first:last], self.shape[1], self.chunk, align):
+                position = slice(first + part.start, first + part.start + len(at.rows))
+                yield matrix, Touched(at.total, at.rows, at.lo, at.hi, position)
+
+    @property
+    def touched(self) -> list[tuple[int, int]]:
+        """For each measured matrix, the range of its rows among the touched rows. The host reads it from the device."""
+        assert self.rows is not None
+        if self._touched is None:
+            height = self.shape[0] // self.measured
+            ends = torch.arange(self.measured + 1, device=self.rows.device) * height
+            self._touched = list(pairwise(torch.searchsorted(self.rows, ends).tolist()))
+        return self._touched
 
     def distinct(self, places: Iterable[T], shape: Callable[[T], Any]) -> Iterator[T]:
         """All ``places``. If the gradient is on the meta device, only the first place of each shape.

@@ -34,6 +34,7 @@ NUMBERS = {
     "shampoo_beta": [0.99, 0.5],
     "update_freq": [10, 1, 2],
     "statistics_freq": [1, 2],
+    "embedding_rate": [2.0, 1.0, 0.5],
     "start_preconditioning_step": [1, 0, 3],
     "refresh_every": [10, 0, 1],
     "matrix_eps": [1e-6, 0.0, 0.1],
@@ -58,7 +59,7 @@ NOT_NUMBA = {
 SHAPES = [
     (), (0,), (1,), (5,), (31,), (33,), (129,), (1025,), (0, 3), (3, 0), (1, 1), (1, 40), (40, 1), (7, 5), (24, 48),
     (37, 33), (70, 7), (33, 31), (3, 1025), (20, 129), (129, 31), (33, 129), (2, 128), (2, 3, 4), (6, 5, 7), (1, 3, 1),
-    (4, 3, 2, 2), (8, 3, 3, 3), (0, 2, 2), (2, 1, 3, 2),
+    (4, 3, 2, 2), (8, 3, 3, 3), (0, 2, 2), (2, 1, 3, 2), (3, 18, 20), (2, 17, 33), (5, 16, 16), (2, 16, 128),
 ]  # fmt: skip
 LAYOUTS = ["contiguous", "offset", "gaps", "transposed", "channels_last", "every_other", "reversed"]
 GRADIENT_LAYOUTS = [

@@ -54,6 +54,10 @@ CASES = {
     "lean_lagged_bf16": (CSAdam, {"preset": "lean", "lagged_rms": True}, torch.bfloat16, MATRIX, False),
     "adam_lagged": (CSAdam, {"update_clip": 1.0, "lagged_rms": True}, torch.float32, MATRIX, False),
     "sm3_lagged": (SM3, {"update_clip": 0.5, "lagged_rms": True}, torch.float32, MATRIX, False),
+    "lean_lagged_experts": (
+        CSAdam, {"preset": "lean", "lagged_rms": True}, torch.float32, (4, 256, 768), False,
+    ),
+    "sm3_experts": (SM3, {}, torch.float32, (4, 256, 768), False),
     "rmsprop_fp16": (CSAdam, {"first_moment": "none"}, torch.float16, MATRIX, False),
     "adam_dense_moment": (CSAdam, {"first_moment": "bf16"}, torch.float32, MATRIX, False),
     "exact": (CSAdam, {"preset": "exact"}, torch.float32, (768,), False),

@@ -18,6 +18,7 @@ REGISTERS = {"sm_80": 128, "sm_90": 128, "gfx942": 128}
 WIDE = {
     "adam", "adam_bf16", "lean", "adam_dense_moment", "exact", "adam_cover", "adam_log8", "momentum", "lion", "sm3",
     "sm3_lean", "sm3_one", "bf16_tables", "lean_lagged", "lean_lagged_bf16", "adam_lagged", "sm3_lagged",
+    "lean_lagged_experts", "sm3_experts",
 }  # fmt: skip
 
 

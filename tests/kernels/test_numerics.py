@@ -14,6 +14,7 @@ from sketch_plugins.kernels.work import Work
 from sketch_plugins.optim import fused as fused_steps
 from sketch_plugins.sharding.state_names import nested
 from sketch_plugins.stores import CountMin, CountSketch, Cover, Dense, Ema, Int8, RowCountMin
+from sketch_plugins.stores.sketch import Sketch
 
 SHAPE = (24, 40)
 
@@ -309,6 +310,7 @@ TOLD = {
         (Ema(0.5, 0.5), Ema(0.5, 0.5)),
     ),
     "last": ({"numbers": CLIPS}, None, (3.0, 2.0)),
+    "matrices": ({"numbers": CLIPS, "measure": True, "of": 5}, 1, 5),
     places.DECAY1: ({"needs": "first"}, 0.9, 0.5),
     places.GAIN1: ({"needs": "first"}, 0.1, 0.5),
     places.DECAY2: ({"needs": "second"}, 0.9, 0.5),
@@ -340,7 +342,7 @@ STORES = [
     (None, Cover(dims=(5, 6), variant="II")),
     (Dense(order=1), Cover(dims=(5, 6), variant="I")),
     (Int8(block_size=4, stochastic=True), CountMin(width=2, depth=2, hash="affine")),
-    (CountSketch(width=2, depth=2), RowCountMin(width=2)),
+    (CountSketch(width=2, depth=2), RowCountMin(width=2, depth=2)),  # kernels read the hashes of one of the two
     (Int8(block_size=16), None),
 ]
 
@@ -356,6 +358,9 @@ def described(first, second, device, name, value, setting):
         places.CORRECTION: 1.0, places.INNER: 1.0, places.NUMBER: 1.0,
     }  # fmt: skip
     setting.pop("needs", None)
+    if "of" in setting:  # stores of a batch of matrices
+        of = setting.pop("of")
+        first, second = (replace(s, matrices=of) if isinstance(s, Sketch) else s for s in (first, second))
     numbers |= setting.pop("numbers", {})
     dtype = setting.pop("dtype", torch.float32)
     if isinstance(name, int):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sketch_plugins import CSAdagrad, CSAdam, CSMomentum, CSRMSprop, Sketchy, convert_state, state_report
+from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, Sketchy, convert_state, state_report
 from sketch_plugins.memory.plan_optimizers import choices, sharded_cost
 from sketch_plugins.memory.plan_trace import Subject
 from sketch_plugins.memory.probe import SecondMomentProbe
@@ -115,7 +115,6 @@ def test_a_batch_trains_as_its_matrices_do_bit_for_bit(cls, options, chunk_size)
     assert any(name.endswith(".table") and tensor.shape[1] % E == 0 for name, tensor in one.state[p].items())
 
 
-ABSOLUTE = {"update_clip": 0.0, "scale_parameter": False}  # these use a whole parameter
 COVARIANCES = [
     {},
     {"graft": "rmsprop", "rank": 4},
@@ -135,7 +134,7 @@ COVARIANCES = [
 @pytest.mark.parametrize("options", COVARIANCES, ids=str)
 def test_each_matrix_of_a_batch_has_covariances_of_its_own(options, fused):
     dtype, tolerance = (torch.float32, 2e-5) if fused is None else (torch.float64, 1e-10)
-    options = {"update_freq": 3, "rank": 6, "batch_dims": 1, "first_moment": "fp32", **ABSOLUTE, **options}
+    options = {"update_freq": 3, "rank": 6, "batch_dims": 1, "first_moment": "fp32", **options}
     tensors = [random(E, R, D).to(dtype), random(E, R, D, seed=5).to(dtype)]
     steps = [[random(E, R, D, seed=10 * s + n).to(dtype) for n in range(2)] for s in range(7)]
     for step in steps:
@@ -156,6 +155,213 @@ def test_each_matrix_of_a_batch_has_covariances_of_its_own(options, fused):
             other = torch.stack([several.state[q][key] for q in own])
             torch.testing.assert_close(one.state[p][key], other, rtol=100 * tolerance, atol=tolerance)
     assert torch.equal(together[1][1].double(), tensors[1][1].double())
+
+
+LAGGED = {"lagged_rms": True}
+MEASURED = {"update_clip": 0.3, "scale_parameter": True, "reference_rms": 0.1}
+# What measures, in every store. Without sketches int8 blocks run through a matrix, so those have a float32 momentum.
+CLIPPED = [
+    (CSAdam, {"preset": "lean"}),
+    (CSAdam, {"preset": "lean", **LAGGED}),
+    (CSAdam, {"preset": "lean", "depth": 2, "hash": "affine"}),
+    (CSAdam, {"update_clip": 0.3}),
+    (CSAdam, {"update_clip": 0.3, "block_size": 8, "compression": 0.3, **LAGGED}),
+    (CSAdam, {"preset": "exact", **MEASURED}),
+    (CSAdam, {"preset": "exact", **MEASURED, **LAGGED}),
+    (CSAdam, {"min_compress_size": 1 << 20, **MEASURED, **LAGGED}),
+    (CSRMSprop, {"preset": "lean", "compression": 0.3}),
+    (CSAdagrad, {"preset": "lean", "weight_decay": 0.1, **LAGGED}),
+    (CSMomentum, {"first_moment": "fp32", "nesterov": True, "update_clip": 0.3}),
+    (SM3, {}),
+    (SM3, LAGGED),
+    (SM3, {"preset": "ema"}),
+    (SM3, {"preset": "ema", "variant": "I", **LAGGED}),
+    (SM3, {"preset": "exact", **LAGGED}),
+    (Sketchy, {"precondition": "none", "momentum_of": "all"}),
+    (Sketchy, {"precondition": "none", "graft": "sm3"}),
+]
+IDS = {"ids": lambda v: v.__name__ if isinstance(v, type) else str(v)}
+
+
+def unlike(cls, step, dtype):
+    """Gradients of experts that are used in different sizes; the second one is first used in step 3.
+
+    The matrices of a batch share SM3's covers of the columns. The numbers of a row have one magnitude, so that the
+    cover of the row is the smaller one for each of them, as it is in a matrix of its own.
+    """
+    g = random(E, R, D, seed=step)
+    if cls is SM3 or cls is Sketchy:
+        g = g.sign() * random(E, R, 1, seed=step).abs()
+    return (g * torch.tensor([3.0, float(step >= 3), 0.02]).view(E, 1, 1)).to(dtype)
+
+
+@pytest.fixture(params=["eager", "numba", "triton"])
+def backend(request, monkeypatch):
+    """``fused``: False, or True for these kernels on a CPU."""
+    if request.param == "eager":
+        return False
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"needs {request.param}")
+    if request.param == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("with a CUDA device kernels are compiled in this process, not interpreted")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return True
+
+
+@pytest.mark.filterwarnings("ignore:fused=True. a parameter of shape")
+@pytest.mark.parametrize(("cls", "options"), CLIPPED, **IDS)
+def test_each_matrix_is_clipped_and_scaled_by_itself(cls, options, backend):
+    """A batch takes the steps that its matrices take as parameters of their own."""
+    dtype, tolerance = (torch.float32, 2e-5) if backend else (torch.float64, 1e-10)
+    whole = (random(E, R, D) * torch.tensor([1.0, 0.1, 5.0]).view(E, 1, 1)).to(dtype)
+    steps = [unlike(cls, step, dtype) for step in range(1, 5 if backend else 7)]
+    options = {"lr": 0.01, "fused": backend, **options}
+    (p,), one = train(cls, [whole], [[g] for g in steps], **options)
+    matrices, several = train(cls, list(whole), [list(g) for g in steps], **options)
+    apart = torch.stack([q.data for q in matrices])
+    for moved, expected in zip(p.data - whole, apart - whole, strict=True):
+        assert (moved - expected).abs().max() <= tolerance * expected.abs().max()
+    if options.get("lagged_rms"):
+        last = torch.stack([several.state[q]["rms.last"] for q in matrices])
+        torch.testing.assert_close(one.state[p]["rms.last"], last, rtol=tolerance, atol=0.0)
+    # Measured as a whole, the matrices would take other steps.
+    (q,), _ = train(cls, [whole], [[g] for g in steps], **{**options, "batch_dims": 0})
+    assert ((q - whole)[1] - (apart - whole)[1]).abs().max() > 0.1 * (apart - whole)[1].abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"input": "gradient"}, {"graft": "rmsprop"}, {"graft": "none"}], ids=str)
+def test_a_matrix_of_a_stack_is_scaled_by_its_own_size(options):
+    """Sketchy: matrices of any size, of which one gets no gradient at first, as parameters of their own."""
+    options = {"update_freq": 3, "rank": 6, "first_moment": "fp32", "lr": 0.01, "fused": False, **options}
+    scale = torch.tensor([1.0, 0.1, 5.0], dtype=torch.float64).view(E, 1, 1)
+    tensors = [random(E, R, D, seed=n).double() * scale for n in (0, 5)]
+    steps = [[random(E, R, D, seed=10 * s + n).double() * scale for n in range(2)] for s in range(6)]
+    for step in steps[:3]:
+        step[0][1] = 0
+    together, _ = train(Sketchy, tensors, steps, **options)
+    single = [matrix for whole in tensors for matrix in whole]
+    apart, _ = train(Sketchy, single, [[g for whole in step for g in whole] for step in steps], **options)
+    ours, expected = (torch.stack([p.data for p in found]).view(2, E, R, D) for found in (together, apart))
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(CSAdam, {"preset": "lean"}), (CSAdam, {"update_clip": 1.0}), (CSAdam, {"preset": "exact", "update_clip": 1.0}),
+     (SM3, {}), (Sketchy, {"rank": 4})],
+    **IDS,
+)  # fmt: skip
+def test_an_expert_that_is_first_used_late_takes_the_step_of_a_matrix_of_its_own(cls, options):
+    """One of 16 experts gets its first gradient in step 51."""
+    number = 16
+    whole = 0.02 * random(number, 16, 16).double()
+    options = {"lr": 1e-3, "weight_decay": 0.0, "fused": False, **options}
+    p = torch.nn.Parameter(whole.clone())
+    q = torch.nn.Parameter(whole[3].clone())
+    mixed, single = (cls([x], min_compress_size=0, **options) for x in (p, q))
+    for step in range(51):
+        p.grad = random(number, 16, 16, seed=step + 1).double()
+        if step < 50:
+            p.grad[3] = 0
+        q.grad = p.grad[3].clone()
+        before = p.detach().clone(), q.detach().clone()
+        mixed.step()
+        single.step()
+    first, alone = (p.detach() - before[0])[3].square().mean().sqrt(), (q.detach() - before[1]).square().mean().sqrt()
+    assert 0 < first <= 1.5 * alone
+    assert first <= 2e-3  # of a learning rate of 1e-3
+
+
+@pytest.mark.parametrize("lagged", [False, True])
+def test_the_touched_rows_of_each_matrix_are_measured_by_themselves(lagged):
+    """An expert without touched rows takes no step, and keeps what it measured."""
+    whole = (random(E, R, D) * torch.tensor([1.0, 0.1, 5.0]).view(E, 1, 1)).double()
+    options = {"preset": "lean", "weight_decay": 0.0, "lagged_rms": lagged, "fused": False, "lr": 0.01}
+    steps = []
+    for s in range(1, 6):
+        g = random(E, R, D, seed=s).double() * torch.tensor([3.0, 0.0 if s < 3 else 1.0, 0.02]).view(E, 1, 1)
+        g[0, s % 3 :: 3] = 0
+        if s == 4:
+            g[2] = 0
+        steps.append(g)
+    (p,), one = train(CSAdam, [whole], [], **options)
+    matrices, several = train(CSAdam, list(whole), [], **options)
+    for s, g in enumerate(steps):
+        for optimizer in (one, several):
+            optimizer.param_groups[0]["row_sparse"] = s != 3  # the fourth step is dense
+        p.grad = g.clone()
+        one.step()
+        for q, own in zip(matrices, g, strict=True):
+            q.grad = own.clone()
+        several.step()
+        torch.testing.assert_close(p.data, torch.stack([q.data for q in matrices]), rtol=1e-10, atol=1e-12)
+        if lagged:
+            last = torch.stack([several.state[q]["rms.last"] for q in matrices])
+            torch.testing.assert_close(one.state[p]["rms.last"], last, rtol=1e-10, atol=0.0)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 64])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(CSAdam, {"preset": "lean"}), (CSAdam, {"second_moment": "row_count_min", **MEASURED, **LAGGED}),
+     (SM3, {"first_moment": "fp32"}), (SM3, {"preset": "ema", "variant": "I"})],
+    **IDS,
+)  # fmt: skip
+def test_a_sparse_tensor_touches_all_rows_of_its_experts(cls, options, chunk_size):
+    whole = (random(E, R, D) * torch.tensor([1.0, 0.1, 5.0]).view(E, 1, 1)).double()
+    g = random(E, R, D, seed=1).double() * torch.tensor([3.0, 1.0, 0.02]).view(E, 1, 1)
+    options = {"weight_decay": 0.0, "lr": 0.01, "chunk_size": chunk_size, **options}
+    index = torch.tensor([[0, 2]])
+    touched = torch.sparse_coo_tensor(index, g[index[0]], g.shape, check_invariants=True)
+    (p,), _ = train(cls, [whole], [[touched], [touched]], **options)
+    assert torch.equal(p[1], whole[1])
+    for matrix in (0, 2):
+        rows = torch.sparse_coo_tensor(torch.arange(R).unsqueeze(0), g[matrix], (R, D), check_invariants=True)
+        (q,), _ = train(cls, [whole[matrix]], [[rows], [rows]], **options)
+        assert not torch.equal(q, whole[matrix])
+        torch.testing.assert_close(p[matrix], q.data, rtol=1e-10, atol=1e-12)
+
+
+def test_state_of_each_matrix_s_rms():
+    """Two numbers for each matrix: bytes, a resumed run, and state dicts in which there are two for the whole."""
+    whole, steps = random(E, R, D), [unlike(CSAdam, s, torch.float32) for s in range(1, 6)]
+    for options in ({"preset": "lean"}, {"preset": "exact", **MEASURED}):
+        options = {**options, **LAGGED}
+        (p,), optimizer = train(CSAdam, [whole], [], **options)
+        assert state_report(optimizer).by_store()["rms"] == 8 * E
+        (p,), optimizer = train(CSAdam, [whole], [[g] for g in steps[:3]], **options)
+        assert state_report(optimizer).by_store()["rms"] == 8 * E
+        saved = copy.deepcopy(optimizer.state_dict())
+        assert saved["state"][0]["rms.last"].shape == (E, 2)
+        (q,), again = train(CSAdam, [p.detach()], [], **options)
+        again.load_state_dict(saved)
+        for g in steps[3:]:
+            p.grad, q.grad = g.clone(), g.clone()
+            optimizer.step()
+            again.step()
+        assert torch.equal(p, q) and torch.equal(optimizer.state[p]["rms.last"], again.state[q]["rms.last"])
+
+        old = copy.deepcopy(saved)
+        old["state"][0]["rms.last"] = torch.tensor([0.5, 0.25])
+        again.load_state_dict(old)
+        assert torch.equal(again.state[q]["rms.last"], torch.tensor([[0.5, 0.25]] * E))
+        assert old["state"][0]["rms.last"].shape == (2,)
+        old["state"][0]["rms.last"] = torch.zeros(E + 1, 2)
+        with pytest.raises(ValueError, match=r"'last' of shape \(4, 2\).*expected \(3, 2\)"):
+            again.load_state_dict(old)
+    (p,), optimizer = train(CSAdam, [whole], [[steps[0]]], **options, batch_dims=0)
+    assert optimizer.state[p]["rms.last"].shape == (2,)
+
+
+def test_without_batches_a_parameter_is_measured_as_a_whole():
+    """``batch_dims=0``: the steps are those of the matrix (E, R * D), bit for bit; so are a convolution's."""
+    for shape, axes in (((E, R, D), {"batch_dims": 0}), ((20, 16, 3), {})):
+        whole, steps = random(*shape), [random(*shape, seed=s) for s in (1, 2, 3)]
+        for options in ({"preset": "lean"}, {"preset": "lean", **LAGGED}, {"preset": "exact", **MEASURED}):
+            (p,), _ = train(CSAdam, [whole], [[g] for g in steps], **options, **axes)
+            (q,), _ = train(CSAdam, [whole.flatten(1)], [[g.flatten(1)] for g in steps], **options)
+            assert torch.equal(p.flatten(1), q)
 
 
 def test_a_batch_that_cannot_be_decomposed_keeps_the_other_matrices(monkeypatch):
@@ -361,6 +567,35 @@ def test_converted_state():
             width = 5  # a fifth of 23 rows
             means = torch.stack([v[m, b::width].mean(0) for m in range(E) for b in range(width)])
             torch.testing.assert_close(ours.state[p]["second_moment.table"][0], means)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(CSAdam, {"preset": "lean", **LAGGED}), (CSAdam, {"preset": "exact", **LAGGED}),
+     (SM3, {"preset": "ema", **LAGGED}), (Sketchy, {"first_moment": "fp32"}),
+     (Sketchy, {"first_moment": "fp32", "precondition": "none", "momentum_of": "all"})],
+    **IDS,
+)  # fmt: skip
+def test_converted_state_of_each_matrix_is_that_of_a_matrix_of_its_own(cls, options):
+    """RMS of the last update, and momenta that are clipped and scaled."""
+    scale = torch.tensor([3.0, 0.1, 10.0]).view(E, 1, 1)
+    whole, found = random(E, R, D) * scale, []
+    steps = [random(E, R, D, seed=s) * (scale if s > 1 else 1.0) for s in (1, 2)]
+    for tensors in ([whole], list(whole)):
+        params = [torch.nn.Parameter(t.clone()) for t in tensors]
+        adamw = torch.optim.AdamW(params)
+        for g in steps:
+            for p, own in zip(params, [g] if len(params) == 1 else g, strict=True):
+                p.grad = own.clone()
+            adamw.step()
+        ours = cls(params, min_compress_size=0, fused=False, **options)
+        ours.load_state_dict(convert_state(adamw.state_dict(), ours))
+        found.append([ours.state[p] for p in params])
+    names = {"rms.last", "first_moment.dense"} & set(found[0][0])
+    assert names
+    for name in names:
+        apart = torch.stack([state[name] for state in found[1]])
+        torch.testing.assert_close(found[0][0][name].view(apart.shape), apart, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"budget": 3.0}, {"preset": "paper", "graft": "cs"}], ids=str)

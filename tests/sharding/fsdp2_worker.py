@@ -175,9 +175,9 @@ def check_experts(name):
         return
     mesh = init_device_mesh("cpu", (WORLD,))
     g = torch.Generator().manual_seed(0)
-    # Quantities of a whole parameter would differ between a shard and the whole. Sketchy's covariances are each
-    # expert's.
-    options = {"sketchy": {"rank": 6, "update_clip": 0.0, "scale_parameter": False}}.get(name, {})
+    # Each expert is measured by itself, and Sketchy's covariances are each expert's.
+    options = {"update_clip": 0.3, "scale_parameter": True, "reference_rms": 1.0, "lagged_rms": True, "rank": 6}
+    options = {key: value for key, value in options.items() if key in registry.get(name).options}
     for experts, cut in ((2 * WORLD, 0), (WORLD + 1, 0), (1, 0), (3, 1), (3, 2)):
         whole = torch.randn(experts, 18, 20, generator=g)
         p = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(cut)]))
@@ -188,6 +188,7 @@ def check_experts(name):
         ours, alone = (registry.get(name).cls([x], **made) for x in (p, q))
         for step in range(3):
             q.grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(step))
+            q.grad *= torch.arange(1.0, experts + 1).view(-1, 1, 1)
             p.grad = distribute_tensor(q.grad, mesh, [Shard(cut)])
             ours.step()
             alone.step()
@@ -195,6 +196,8 @@ def check_experts(name):
         for table in (t for name, t in state.items() if local.numel() and name.endswith(".table")):
             rows = -(-local.shape[1] // 5)  # a fifth of each matrix
             assert table.shape[1:] == (local.shape[0] * rows, local.shape[2])
+        if "rms.last" in state:
+            assert state["rms.last"].shape == (local.shape[0], 2)
         full = p.full_tensor()
         if cut == 0 and name != "sm3":  # its covers of columns are those of all rows on a rank
             # The products of a batch of matrices may be summed in another order than those of a larger one.

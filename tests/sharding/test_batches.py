@@ -1,6 +1,7 @@
 """Experts on several ranks: whole matrices or parts of one, and no bucket with rows of two."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -156,6 +157,42 @@ def test_whole_experts_keep_their_bits():
                 n, first = piece.shape[0], piece.row
                 table = one.state["second_moment"]["table"].unflatten(1, (4, -1))[:, first : first + n].flatten(1, 2)
                 assert torch.equal(h.state["second_moment"]["table"], table)
+
+
+def test_each_expert_keeps_the_rms_of_its_pieces():
+    """Whole experts keep their numbers. One that was cut gets the mean over its pieces, and so does each of these."""
+    saved = kept(preset="lean", lagged_rms=True)
+
+    def pieces_of(bounds):
+        return [p for a, b in pairwise(bounds) for p in saved.pieces([Fragment(0, WHOLE, a, b - a, 0)], 0)]
+
+    def with_rms(piece, last):
+        made = saved.held(piece, 0, torch.float32)
+        state = {"step": torch.tensor(1.0), "place": piece.place, "rms": {"last": last}}
+        for name, store in made.stores.items():
+            state[name] = store.allocate(made.matrix, torch.device("cpu"), torch.float32)
+        return saved.held(piece, 0, torch.float32, state, "a piece")
+
+    def again(old, bounds):
+        report = Report(None, "", "", 1, 2)
+        return [saved.recut(old, piece, 0, torch.float32, report)["rms"]["last"] for piece in pieces_of(bounds)]
+
+    each = torch.tensor([[1.0, 5.0], [2.0, 6.0], [3.0, 7.0], [4.0, 8.0]])
+    (piece,) = pieces_of([0, 1440])
+    old = [with_rms(piece, each)]
+    one, two, *rest = again(old, [0, 720, 1440])
+    assert torch.equal(one, each[:2]) and torch.equal(two, each[2:]) and not rest
+    # The second expert is cut after its ninth row.
+    one, two, three, four = again(old, [0, 540, 1440])
+    assert torch.equal(one, each[:1]) and torch.equal(two, each[1]) and torch.equal(three, each[1])
+    assert torch.equal(four, each[2:])
+    pieces = pieces_of([0, 540, 1440])
+    cut = [with_rms(p, last) for p, last in zip(pieces, (each[:1], each[1], each[2], each[2:]), strict=True)]
+    (back,) = again(cut, [0, 1440])
+    assert torch.equal(back[[0, 2, 3]], each[[0, 2, 3]])
+    torch.testing.assert_close(back[1], ((each[1] ** 2 + each[2] ** 2) / 2).sqrt())
+    # A checkpoint in which the parameter was measured as a whole.
+    assert torch.equal(with_rms(piece, torch.tensor([1.0, 2.0])).state["rms"]["last"], torch.tensor([[1.0, 2.0]] * 4))
 
 
 def covariances(steps, rows=slice(None)):

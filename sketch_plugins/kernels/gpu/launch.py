@@ -66,6 +66,8 @@ def unsupported(w: Work) -> str | None:
             "the Triton kernels do not support first_moment='count_sketch' when the momentum follows the "
             "division by the denominator"
         )
+    if w.rows is not None and w.apart > 1:
+        return "the Triton kernels do not measure the touched rows of each matrix of a batch (experts) by themselves"
     return misread(w)
 
 
@@ -97,6 +99,11 @@ class Task:
     def once(self) -> bool:
         """See `Work.once`."""
         return self.spec.lagged and not self.spec.measure
+
+    @property
+    def apart(self) -> int:
+        """See `Work.apart`: the number of vectors of numbers that the task has."""
+        return self.row.ROWS // self.row.HEIGHT if self.spec.batch else 1
 
     def fits(self, gradient: int) -> bool:
         """Whether the task can read a gradient at this address."""
@@ -231,12 +238,13 @@ class _Device:
         self.launches = []
         slots: list[tuple[int, int, int]] = []  # where a row begins, the task's place, and where its launch begins
         for spec, members in groups.items():
-            start, rows, axes, begin = len(values), [], [], 0
+            start, rows, axes, begin, vectors = len(values), [], [], 0, 0
             for i, place in enumerate(members):
-                # A sweep writes what it measures into the tensor's own numbers.
-                own = i if spec.measure or spec.lagged else which[place]
+                # A sweep writes what it measures into the numbers of the tensor, or of each of its matrices.
+                own = vectors if spec.measure or spec.lagged else which[place]
                 rows.append(tasks[place].row._replace(BEGIN=begin, ROW=own))
                 begin += tasks[place].programs
+                vectors += tasks[place].apart
                 slots.append((start + i * FIELDS, place, start))
                 axes.append(tasks[place].axes)
             values += _laid_out(rows, axes)
@@ -245,7 +253,7 @@ class _Device:
         self.rows = {which[place] for place in places_}
         for one in self.launches:
             one.index = len(values)
-            values += [which[place] for place in one.places]
+            values += [which[place] for place, count in zip(one.places, one.apart, strict=True) for _ in range(count)]
         self.order = [place for _, place, _ in slots]
         self.changing = len(values)
         new = self.changing + len(slots)
@@ -305,6 +313,8 @@ class _Launch:
 
     def __init__(self, spec: _Specialisation, places_: list[int], tasks: list[Task], start: int, programs: int) -> None:
         self.spec, self.places, self.start, self.programs = spec, places_, start, programs
+        self.apart = [one.apart for one in tasks]
+        self.vectors = sum(self.apart)
         self.covers = _CoverLayout(tasks) if tasks[0].lengths else None
         self.index = 0
         self.ready = False
@@ -313,8 +323,8 @@ class _Launch:
         """All kernels of the launch, in order."""
         table = buffer[self.start :]
         if self.spec.measure or self.spec.lagged:
-            numbers = numbers.index_select(0, buffer[self.index : self.index + len(self.places)])
-        launched = _actions(self.spec, len(self.places), self.programs, table, numbers, covers, self.ready)
+            numbers = numbers.index_select(0, buffer[self.index : self.index + self.vectors])
+        launched = _actions(self.spec, self.apart, self.programs, table, numbers, covers, self.ready)
         self.ready = True
         return launched
 
@@ -396,6 +406,7 @@ class _Specialisation:
     measure: bool
     lagged: bool
     codes: torch.dtype | None = None
+    batch: bool = False
 
 
 def _specialise(w: Work) -> tuple[_Specialisation, Work]:
@@ -405,6 +416,7 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
     owned = type(store2) is CountMin and store2.depth == 1 and w.rows is None
     elementwise = isinstance(store1, Dense | None) and isinstance(store2, Dense | None)
     flat = elementwise and w.rows is None and w.p.is_contiguous() and w.g.is_contiguous()
+    batch = w.apart > 1
     if flat:
         w = _flat(w)
         state1, state2 = (w.first[1] if w.first else {}), (w.second[1] if w.second else {})
@@ -426,6 +438,8 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
         most = 16 if not isinstance(store1, CountSketch) else 4
         # A vector is one row. Matrices with few rows share the launch of the others: a mask leaves out what is missing.
         rows, single = 1 if flat else max(1, min(most, TILE // 2 // n)), False
+        if batch:  # a tile has rows of one matrix
+            rows = min(rows, triton.next_power_of_2(r // w.apart))
     state = [*state1.values(), *state2.values(), w.p, w.g, *([] if w.correction is None else [w.correction])]
     spec = _Specialisation(
         kernel="buckets" if owned else "tiles",
@@ -455,6 +469,7 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
         measure=w.measure,
         lagged=w.last is not None,
         codes=_codes(w),
+        batch=batch,
     )
     return spec, w
 
@@ -473,8 +488,11 @@ def _has(w: Work, place: int) -> bool:
 
 
 def _flat(w: Work) -> Work:
-    """The work as one row: elementwise state has no shape, and so small and large tensors can share a launch."""
-    n = (1, w.p.numel())
+    """The work as one row: elementwise state has no shape, and so small and large tensors can share a launch.
+
+    Matrices that are measured one by one are a row each.
+    """
+    n = (w.apart, w.p.numel() // w.apart)
 
     def view(pair: Any) -> Any:
         return pair and (pair[0], {k: t.view(n) for k, t in pair[1].items()})
@@ -493,19 +511,22 @@ def _launch(spec: _Specialisation, works: list[Work], device: torch.device, move
     """The actions of works that share a launch, for this step alone."""
     tasks = [_task(spec, w) for w in works]
     covers = _Covers(_CoverLayout(tasks), device, works) if tasks[0].lengths else None
-    rows, axes, begin = [], [], 0
+    apart, numbers = [one.apart for one in tasks], _numbers(works, device)
+    if moves is not None:
+        _hold(numbers, moves(device))
+    if spec.batch:
+        numbers = torch.cat([row.expand(n, -1) for row, n in zip(numbers.split(1), apart, strict=True)])
+    rows, axes, begin, vectors = [], [], 0, 0
     for i, one in enumerate(tasks):
-        rows.append(one.row._replace(BEGIN=begin, ROW=i))
+        rows.append(one.row._replace(BEGIN=begin, ROW=vectors))
         begin += one.programs
+        vectors += one.apart
         axes.append((*one.axes, one.gradient, *([covers.places[i]] if covers else ())))
     values = _laid_out(rows, axes)
     for i, one in enumerate(tasks):
         behind = values[i * FIELDS + _AXES] + len(one.axes)
         values[i * FIELDS + _G], values[i * FIELDS + _NEW] = behind, behind + 1
-    numbers = _numbers(works, device)
-    if moves is not None:
-        _hold(numbers, moves(device))
-    return _actions(spec, len(works), begin, _table(device, values), numbers, covers)
+    return _actions(spec, apart, begin, _table(device, values), numbers, covers)
 
 
 def _laid_out(rows: Sequence[Row], more: Sequence[Sequence[int]]) -> list[int]:
@@ -524,7 +545,7 @@ def _constants(spec: _Specialisation) -> dict[str, Any]:
         "FIRST": spec.first, "P_TYPE": TYPES[spec.p], "G_TYPE": TYPES[spec.g], "F_TYPE": TYPES[spec.f],
         "C_TYPE": CODES[spec.codes], "S_TYPE": TYPES[spec.s], "AHEAD": spec.ahead, "UNIT": spec.unit, "L2_ON": spec.l2,
         "NOISE": spec.noise, "ROUND": spec.round, "ALIGN": spec.align, "M": spec.rows, "N": spec.columns,
-        "BLOCK": spec.block, "AFTER": spec.after,
+        "BLOCK": spec.block, "AFTER": spec.after, "BATCH": spec.batch,
         "num_warps": max(1, min(16, spec.rows * spec.columns // 256)),
     }  # fmt: skip
     if spec.kernel == "buckets":
@@ -534,15 +555,19 @@ def _constants(spec: _Specialisation) -> dict[str, Any]:
 
 def _actions(
     spec: _Specialisation,
-    count: int,
+    apart: Sequence[int],
     programs: int,
     table: Tensor,
     numbers: Tensor,
     covers: _Covers | None,
     ready: bool = False,
 ) -> list[_Action]:
-    """The launches of ``count`` tensors. With ``ready`` they were compiled before."""
-    constants, owned = _constants(spec), spec.kernel == "buckets"
+    """The launches of some tensors. With ``ready`` they were compiled before.
+
+    ``apart`` has, for each tensor, the number of matrices that are measured one by one.
+    """
+    count, constants, owned = len(apart), _constants(spec), spec.kernel == "buckets"
+    each = (max(apart), count) if spec.batch else (count,)  # programs that turn sums into numbers
     kernel = step.buckets if owned else step.tiles
     # A program that owns a bucket writes it when it measures.
     before, after = (FOLD | MEASURE, APPLY) if owned else (MEASURE, FOLD | APPLY)
@@ -571,18 +596,18 @@ def _actions(
         sweep(measured, before)
         actions.append(
             launch(
-                norms.step_sizes, (count,), table, numbers, measured, partial_, count, programs,
-                AFTER=spec.after, LAGGED=spec.lagged, N=256,
+                norms.step_sizes, each, table, numbers, measured, partial_, count, programs,
+                AFTER=spec.after, LAGGED=spec.lagged, BATCH=spec.batch, N=256,
             )
         )  # fmt: skip
     elif once:
-        actions.append(launch(norms.recall, (count,), table, numbers, AFTER=spec.after))
+        actions.append(launch(norms.recall, each, table, numbers, AFTER=spec.after, BATCH=spec.batch))
         after = FOLD | MEASURE | APPLY
     else:
         after = FOLD | APPLY
     sweep(numbers, after)
     if once:
-        actions.append(launch(norms.record, (count,), table, numbers, partial_, count, programs, N=256))
+        actions.append(launch(norms.record, each, table, numbers, partial_, count, programs, BATCH=spec.batch, N=256))
     if covers:
         actions.append(covers.renew(launch, table, numbers, spec))
     return actions
@@ -600,7 +625,11 @@ def _describe(w: Work, spec: _Specialisation) -> tuple[Row, int]:
     width, hashes, matrices = 0, 0, 1
     if sketch is not None:
         width, hashes, matrices = sketch.buckets(r), _hashes(sketch, r, w.p.device).data_ptr(), sketch.matrices
+    if spec.batch:
+        matrices = w.apart
     along = width if spec.kernel == "buckets" else -(-count // spec.rows)
+    if spec.batch and spec.kernel != "buckets":  # a tile has rows of one matrix
+        along = matrices * -(-(r // matrices) // spec.rows)
     row = Row(
         P=w.p.data_ptr(),
         FIRST_A=a1,

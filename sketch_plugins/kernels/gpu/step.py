@@ -38,6 +38,7 @@ from sketch_plugins.kernels.gpu.table import (
     FOLD,
     GAIN2,
     HASHES,
+    HEIGHT,
     INNER,
     LEAST,
     LOOKAHEAD,
@@ -125,9 +126,12 @@ def tiles(
     F_TYPE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr,
     UNIT: tl.constexpr, AFTER: tl.constexpr, L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr,
     DEPTH1: tl.constexpr, DEPTH2: tl.constexpr, ALIGN: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Take the step of ``M`` rows and ``BLOCK`` columns (``N`` is the next power of two)."""
+    """Take the step of ``M`` rows and ``BLOCK`` columns (``N`` is the next power of two).
+
+    With ``BATCH`` they are rows of one matrix, which has numbers of its own.
+    """
     pid = tl.program_id(0)
     index = find(table, count, pid)
     t = table + index * FIELDS
@@ -135,7 +139,15 @@ def tiles(
     local = pid - tl.load(t + BEGIN)
     across = tl.load(t + TILES)
     tile = local % across
-    rows, g_rows, place, exists = rows_at(t, local // across * M, M, MODE)
+    if BATCH:
+        height = tl.load(t + HEIGHT)
+        each = tl.cdiv(height, M) * across
+        matrix = local // each
+        s += matrix * NUMBERS
+        rows, g_rows, place, exists = rows_at(t, matrix * height + (local - matrix * each) // across * M, M, MODE)
+        exists = exists & (rows < (matrix + 1) * height)
+    else:
+        rows, g_rows, place, exists = rows_at(t, local // across * M, M, MODE)
     inside = tl.arange(0, N)
     cols = tile * BLOCK + inside
     mask = exists[:, None] & ((inside < BLOCK) & (cols < extent(t, COLUMNS, ALIGN)))[None, :]
@@ -164,11 +176,12 @@ def buckets(
     FIRST: tl.constexpr, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
     S_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, UNIT: tl.constexpr, AFTER: tl.constexpr,
     L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, SINGLE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one bucket and ``BLOCK`` columns.
 
-    With ``SINGLE`` the bucket's members fit one tile of ``M`` rows, and g is read once.
+    With ``SINGLE`` the bucket's members fit one tile of ``M`` rows, and g is read once. With ``BATCH`` each matrix has
+    numbers of its own.
     """
     pid = tl.program_id(0)
     index = find(table, count, pid)
@@ -182,6 +195,8 @@ def buckets(
     columns = extent(t, COLUMNS, ALIGN)
     inner = (inside < BLOCK) & (cols < columns)
     matrix = bucket // tl.load(t + OWN)
+    if BATCH:
+        s += matrix * NUMBERS
     load = load_of(t, bucket, matrix)
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64))
     place = address(t, SECOND_A, S_TYPE, ALIGN) + bucket * columns + cols

@@ -42,10 +42,10 @@ class Row(NamedTuple):
     SEED: int = 0  # seed of the rounding
     AXES: int = 0  # distance from the row to a cover's axes except the first: (address, length, numbers of one slice)
     CODES: int = 0  # address of the corrections of the weights
-    LAST: int = 0  # address of the RMS that the last step measured
-    HEIGHT: int = 0  # number of rows of one matrix
+    LAST: int = 0  # address of the RMS that the last step measured, two for each matrix that is measured by itself
+    HEIGHT: int = 0  # number of rows of one matrix: those that share buckets, and those that are measured together
     OWN: int = 0  # number of buckets of one matrix
-    ROW: int = 0  # which vector of numbers the tensor uses; tensors of one group share theirs
+    ROW: int = 0  # which vector of numbers the tensor uses; tensors of one group share theirs. With BATCH the first one
 
     @classmethod
     def at(cls, name: str) -> int:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import scratch
-from sketch_plugins.kernels.tile import joined, root_mean_square
 from sketch_plugins.optim.clipping import bounded, excess
 from sketch_plugins.optim.declaring import option
 from sketch_plugins.optim.eager import Factors
+from sketch_plugins.optim.measuring import Sizes
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.sharding.blocks import Matrix
 from sketch_plugins.stores import Gradient
@@ -51,14 +51,14 @@ def is_of_gradient(group: Mapping[str, Any]) -> bool:
     return group["input"] == "gradient" and group["graft"] != "none"
 
 
-def write(one: Pending, whole: Matrix, of_update: bool, rows: Tensor | None = None) -> Tensor:
-    """Write the second moment, and the update (or the gradient) to ``whole``. Returns the update's RMS.
+def write(one: Pending, whole: Matrix, of_update: bool) -> Tensor:
+    """Write the second moment, and the update (or the gradient) to ``whole``.
 
-    If ``rows``, ``(R, 1)``, is given, the sum of squares of each row of the update is added to it.
+    Returns the update's RMS, 0-d; of a batch of several matrices, the RMS of each, ``(matrices,)``.
     """
     grad, rule, state = one.grad, one.rule, one.state
     assert rule is not None
-    second, count = one.named.get("second_moment"), grad.shape[0] * grad.shape[1]
+    second = one.named.get("second_moment")
     if second is None or rule.second is None:
         fill(grad, whole)
         return torch.zeros((), dtype=grad.dtype, device=grad.device)  # unused without a graft
@@ -68,17 +68,15 @@ def write(one: Pending, whole: Matrix, of_update: bool, rows: Tensor | None = No
     if not second.write_first:
         working["second_moment"] = second.begin(state["second_moment"], grad)
     period = second.period(grad.shape[0])
-    factors, parts = Factors(second, rule, working, period), []
-    for at in grad.batches(period, second.align):
+    factors, sizes = Factors(second, rule, working, period), Sizes(grad)
+    for matrix, at in grad.of_matrices(period, second.align):
         g = grad.get(at)
         u = torch.mul(g, factors.get(at, g), **scratch.out("update", g))
         whole.put(at, u if of_update else g)
-        if rows is not None:
-            at.get(rows, 0, 1).add_(torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=rows.dtype).square_())
-        parts.append(root_mean_square(u, None, count))  # which may change ``u``
+        sizes.add(matrix, u)  # which may change ``u``
     if not second.write_first:
         second.finish(state["second_moment"], working["second_moment"], grad)
-    return joined(parts)
+    return sizes.all()
 
 
 def fill(grad: Gradient, whole: Matrix) -> None:
@@ -102,14 +100,22 @@ def clipped(rms: Tensor, group: Mapping[str, Any]) -> Tensor | None:
     return None if found is None else found.reciprocal_()
 
 
-def sizes(parameters: Sequence[Tensor], dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
-    """``(c)``: the factors with which `scale_parameter` multiplies updates: the parameters' RMS within its bounds."""
+def sizes(parameters: Sequence[Tensor], dtype: torch.dtype, group: Mapping[str, Any], matrices: int = 1) -> Tensor:
+    """``(c * matrices)``: the factors with which `scale_parameter` multiplies updates: RMS within the bounds.
+
+    Args:
+        parameters: c tensors of equal shape.
+        dtype: dtype of the result.
+        group: options.
+        matrices: length of the parameters' first dimension, if they are batches of matrices: each has an RMS.
+    """
     parameters = [p.to(dtype) if p.dtype.itemsize == 1 else p for p in parameters]  # torch has no norm of float8
-    if all(p.is_contiguous() for p in parameters):
-        found = torch._foreach_norm(list(parameters), 2, dtype=dtype)
+    each = [one for p in parameters for one in p.unbind(0)] if matrices > 1 else list(parameters)
+    if all(p.is_contiguous() for p in each):
+        found = torch._foreach_norm(each, 2, dtype=dtype)
     else:  # copies, so that every layout gives the same bits
-        found = tuple(torch.linalg.vector_norm(p.contiguous(), 2, dtype=dtype) for p in parameters)
+        found = tuple(torch.linalg.vector_norm(p.contiguous(), 2, dtype=dtype) for p in each)
     norms = torch.stack(found)
     # The squares of larger norms overflow float32, and the step would become NaN.
     largest = torch.finfo(dtype).max ** 0.5
-    return bounded(norms.clamp_(max=largest).div_(parameters[0].numel() ** 0.5), group)
+    return bounded(norms.clamp_(max=largest).div_(each[0].numel() ** 0.5), group)

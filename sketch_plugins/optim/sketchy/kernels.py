@@ -108,6 +108,7 @@ def work_of(part: str, one: Pending, x: Tensor, rule: Rule, group: Mapping[str, 
         flags=1 << LOOKAHEAD if rule.lookahead and rule.first is not None else 0,
         emas=(rule.first, rule.second),
         correction=correction,
+        matrices=one.grad.measured,
     )  # fmt: skip
 
 

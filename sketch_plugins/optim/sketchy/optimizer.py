@@ -59,8 +59,8 @@ class Sketchy(SketchOptimizer):
     "sm3" it is Adagrad's rate. With ``reference_rms=1`` lr itself is relative: 2e-2 to 2e-1.
 
     *What is preconditioned.* Tensors of 2 or more dimensions. The experts of a mixture, one parameter ``(E, R, D)``,
-    are E matrices: each has its own covariances and the norm of its own graft (``batch_dims``), while clipping and
-    scaling measure the whole tensor. Small trailing axes are merged (``merge_dims``), and an axis longer than
+    are E matrices: each has its own covariances and the norm of its own graft, and is clipped and scaled by itself
+    (``batch_dims``). Small trailing axes are merged (``merge_dims``), and an axis longer than
     ``max_block_dim`` is cut into equal blocks with covariances of their own. An axis longer than ``max_axis``, or than
     ``max_aspect_ratio`` times the rest of the tensor, has no covariance. So the vocabulary of an embedding or of a
     language model's head is left to the graft's diagonal, and the tensor is preconditioned along its other axis alone.

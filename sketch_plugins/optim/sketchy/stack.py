@@ -292,35 +292,25 @@ class Stack(Batch):
         Returns:
             The norm of each matrix's update; None if that is the norm of what ``x`` holds.
         """
-        group = members[0].group
+        group, each = members[0].group, x.view(len(x) * self.count, -1)
         sizes = None
         if group["scale_parameter"] and self.grafted:
-            sizes = graft.sizes([one.p.data for one in members], x.dtype, group)
+            sizes = self._sizes(members, x.dtype)
         if "graft" in self.taken:
             graft.stacked([one.grad for one in members], x)
             self.taken["graft"]()
         else:
-            # The update is not kept, and one RMS is not enough for several matrices: sum the squares of each row.
-            wide = torch.float32 if x.device.type == "mps" else torch.float64
-            rows = x.new_zeros((*x.shape[:2], 1), dtype=wide) if self._fills and self.count > 1 else None
-            found = [
-                graft.write(one, Matrix(place), not self._fills, None if rows is None else rows[index])
-                for index, (one, place) in enumerate(_each(members, x))
-            ]
-            rms = torch.stack(found) if len(found) == len(x) else found[0].expand(len(x))
+            found = [graft.write(one, Matrix(place), not self._fills) for one, place in _each(members, x)]
+            rms = (torch.stack(found) if len(found) == len(x) else found[0].expand(len(x), *found[0].shape)).reshape(-1)
             if not self.grafted:
                 return None
             clip = graft.clipped(rms, group)
             if clip is not None:
                 sizes = clip if sizes is None else sizes * clip
             if self._fills:
-                factor = 1.0 if sizes is None else sizes
-                if rows is None:
-                    return rms * (x[0].numel() ** 0.5) * factor
-                norms = rows.view(len(x), self.count, -1).sum(-1).sqrt().to(x.dtype)
-                return (norms * (factor if sizes is None else sizes.unsqueeze(-1))).view(-1)
+                return rms * (each.shape[1] ** 0.5) * (1.0 if sizes is None else sizes)
         if sizes is not None:
-            x.mul_(sizes.view(-1, 1, 1))
+            each.mul_(sizes.unsqueeze(-1))
         return None
 
     def _average(self, members: Sequence[Pending], x: Tensor) -> None:
@@ -351,9 +341,8 @@ class Stack(Batch):
         return norm / self.size if self.averages and self.before else norm
 
     def _sizes(self, members: Sequence[Pending], dtype: torch.dtype) -> Tensor:
-        """For each matrix, the factor of `scale_parameter`, which is that of its parameter."""
-        found = graft.sizes([one.p.data for one in members], dtype, members[0].group)
-        return found.repeat_interleave(self.count)
+        """For each matrix, the factor of `scale_parameter`."""
+        return graft.sizes([one.p.data for one in members], dtype, members[0].group, self.count)
 
     def _write(self, members: Sequence[Pending], x: Tensor) -> None:
         if "write_back" in self.taken:
