@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-
 #: On a busy machine gloo's threads sometimes abort a program of two processes at its exit, even after
 #: destroy_process_group. Such a program is run once more.
 GLOO = "terminate called without an active exception"
