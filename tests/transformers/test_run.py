@@ -200,7 +200,7 @@ def test_directories_and_archives(archive, here, capsys):
     ("command", "status", "message"),
     [
         (["nowhere.py"], 2, "can't open file '{here}/nowhere.py': [Errno 2] No such file or directory"),
-        (["empty"], 1, "can't find '__main__' module in 'empty'"),
+        (["empty"], 1, "can't find '__main__' module in '{here}/empty'"),
         (["-m", "nowhere"], 1, "No module named nowhere"),
         (["-m", "os.nowhere"], 1, "No module named os.nowhere"),
         (
