@@ -7,6 +7,7 @@ prints the table of docs/in_backward.md: a transformer, with all tensors counted
 from __future__ import annotations
 
 import argparse
+import importlib
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from sketch_plugins import InBackward, registry
 from sketch_plugins.memory.meter import AllocatorMeter
 
 MB = 1e6
+#: An optimizer of the extra "peers".
+EIGHT_BITS = "AdamW 8-bit, bitsandbytes"
 # (name, options, bfloat16 weights)
 RUNS: list[tuple[str, dict[str, Any], bool]] = [
     ("AdamW", {}, False),
@@ -50,6 +53,8 @@ def measure(name: str, options: dict[str, Any], half: bool, early: bool, args: a
     model = Model(args).to(torch.bfloat16 if half else torch.float32)
     if name == "AdamW":
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    elif name == EIGHT_BITS:
+        optimizer = importlib.import_module("bitsandbytes.optim").AdamW8bit(model.parameters(), lr=1e-4)
     else:
         optimizer = registry.get(name).cls(model.parameters(), lr=1e-4, chunk_size=args.chunk_size, **options)
     if early:

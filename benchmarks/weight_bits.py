@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 from pathlib import Path
 from typing import Any
 
-from in_backward import measure
+from in_backward import EIGHT_BITS, measure
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,8 @@ from rich.table import Table
 RUNS: list[tuple[str, dict[str, Any], bool]] = [
     ("AdamW", {}, False),
     ("AdamW", {}, True),
+    (EIGHT_BITS, {}, False),
+    (EIGHT_BITS, {}, True),
     ("cs_adam", {}, False),
     ("cs_adam", {"stochastic_rounding": True}, True),
     ("cs_adam", {"weight_bits": 24}, True),
@@ -42,11 +45,16 @@ def main() -> None:
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")
     for name, options, half in RUNS:
+        if name == EIGHT_BITS and importlib.util.find_spec("bitsandbytes") is None:
+            print(f"{name}: not installed (the extra `peers` has it)")
+            continue
         weights, kept, peak, params = measure(name, options, half, False, args)
         given = "".join(f" {key}={value}" for key, value in options.items())
         row = [f"{name}{' bf16' if half else ''}{given}", str(params)]
         row += [f"{n / params:.2f}" for n in (weights, kept, peak)]
-        row.append(f"{measure(name, options, half, True, args)[2] / params:.2f}" if name != "AdamW" else "")
+        row.append(
+            f"{measure(name, options, half, True, args)[2] / params:.2f}" if name not in ("AdamW", EIGHT_BITS) else ""
+        )
         rows.append(row)
         table.add_row(*row)
     Console(width=140).print(table)
