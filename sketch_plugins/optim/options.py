@@ -131,9 +131,10 @@ class NoEffect(Option):
         for choice in self.choices:
             if given is choice or (choice is not None and isinstance(given, numbers.Real) and given == choice):
                 return
+        allowed, several = " and ".join(map(repr, self.choices)), len(self.choices) > 1
         raise ValueError(
-            f"{owner} does not support {self.name}={value!r}, because {self.doc}. Only "
-            f"{' and '.join(map(repr, self.choices))} is accepted, which changes nothing"
+            f"{owner} does not support {self.name}={value!r}, because {self.doc}. Only {allowed} "
+            + ("are accepted, and they change nothing" if several else "is accepted, and it changes nothing")
         )
 
 

@@ -74,7 +74,7 @@ def test_a_new_option_is_drawn_or_is_an_error(monkeypatch):
 def test_optimizers_without_kernels_are_not_compared(cls):
     """They are their own definition; an optimizer that gets the option ``fused`` has to be compared."""
     assert "fused" not in getattr(cls, "OPTIONS", {})
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="does not support fused=True, because it has no kernels"):
         cls([torch.nn.Parameter(torch.zeros(3))], fused=True)
 
 
