@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""The language model of the demo on two processes, with gradients averaged whole or sparsified with memory.
+"""The language model of the examples on two processes, with gradients averaged whole or sparsified with memory.
 
-Model, text and schedule are those of ``examples/demo_lm.py``. The batch is divided among the processes, which run on
-this machine. Bytes are counted at the process group (`_wire.CountingGroup`): everything that is given to a collective.
+Model, text and schedule are the ``DEFAULTS`` of ``examples/demo_lm.py``. The batch is divided among the processes,
+which run on this machine. Bytes are counted at the process group (`_wire.CountingGroup`): everything that is given to a
+collective.
 
     python benchmarks/mem_sgd_lm.py                          # minutes for each run
     python benchmarks/mem_sgd_lm.py --runs "cs_adam@1e-3,cs_adam+topk:density=0.01@1e-3" --steps 100 --seeds 0

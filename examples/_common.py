@@ -1,22 +1,13 @@
-"""Code that the examples share: text, tokenizer, one measured training run per optimizer, table and plot.
-
-An example gives two functions to `main`: `prepare(args, folder)` converts text to tensors on disk, once; `build(args,
-folder)` makes the model and the datasets from them, in every run. Each run is a process of its own, so that the peak
-memory of one optimizer does not hide that of another.
-"""
+"""Code that the examples share: options, text, tokenizer, and what an example hands to the run of an optimizer."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import hashlib
-import json
 import math
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import sysconfig
 import time
@@ -137,8 +128,6 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
         "--out", type=Path, default=Path(out), metavar="DIR", help="where results go (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: seconds a run, says nothing about quality")
-    # Index of the run that this process takes; `main` starts its own runs with it.
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
 
 
 def parse(parser: argparse.ArgumentParser, quick: dict[str, Any], argv: Sequence[str] | None) -> argparse.Namespace:
@@ -162,7 +151,6 @@ def parse(parser: argparse.ArgumentParser, quick: dict[str, Any], argv: Sequence
         args.runs = parse_runs(listed, args.lr)
     except ValueError as error:
         parser.error(f"--optimizers: {error}")
-    args.argv = argv
     return args
 
 
@@ -357,74 +345,7 @@ def unigram_loss(train: torch.Tensor, held_out: torch.Tensor, vocab: int) -> flo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory and time
-
-
-class PeakMemory:
-    """Maximum growth of the memory in use between `start` and `read`: of the device, or else of the process."""
-
-    def start(self) -> None:
-        """Start from the memory that is in use now."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self.base = torch.cuda.memory_allocated()
-            return
-        try:
-            # Linux: the peak starts again from the present resident memory.
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
-        self.base = _resident()
-
-    def read(self) -> int | None:
-        """Bytes, or None if the system does not say."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() - self.base
-        peak = _peak_resident()
-        return None if peak is None or self.base is None else max(0, peak - self.base)
-
-
-def _status(field: str) -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-def _resident() -> int | None:
-    resident = _status("VmRSS")
-    return _peak_resident() if resident is None else resident
-
-
-def _peak_resident() -> int | None:
-    peak = _status("VmHWM")
-    if peak is not None:
-        return peak
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _median_ms(seconds: list[float]) -> float | None:
-    # The first steps allocate the state and warm up caches.
-    seconds = seconds[min(5, len(seconds) // 2) :]
-    return 1e3 * statistics.median(seconds) if seconds else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
+# What a run is made of
 
 
 @dataclasses.dataclass
@@ -451,120 +372,16 @@ class Rows(torch.utils.data.Dataset):
         return {name: column[index].long() for name, column in self.columns.items()}
 
 
-def train_one(args: argparse.Namespace, run: Run, experiment: Experiment) -> dict[str, Any]:
-    """Train with Trainer and return the measurements. This is all that a script needs to use `cs_adam`."""
-    from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    import sketch_transformers  # noqa: F401  registers "cs_adam" and its family
-    from sketch_plugins import state_report
 
-    peak = PeakMemory()
-
-    class Progress(ProgressCallback):
-        """Trainer's progress bar, which shows the loss instead of one line for each log entry."""
-
-        def on_train_begin(self, *args_: Any, **kwargs: Any) -> None:
-            super().on_train_begin(*args_, **kwargs)
-            self.training_bar.set_description(run.label)
-
-        def on_prediction_step(self, *_: Any, **kwargs: Any) -> None:
-            """Show no second bar, because an evaluation takes only a few seconds."""
-
-        def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-            shown = {k: f"{v:.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")}
-            if shown and self.training_bar is not None:
-                self.training_bar.set_postfix(shown)
-
-    class Meter(TrainerCallback):
-        """Records times of the optimizer's own step and of whole training steps, both loss curves, and peak memory."""
-
-        def __init__(self) -> None:
-            self.optimizer_seconds: list[float] = []
-            self.step_seconds: list[float] = []
-            self.train_curve: list[tuple[int, float]] = []
-            self.eval_curve: list[tuple[int, float]] = []
-
-        def on_train_begin(self, _args: Any, _state: Any, _control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-            optimizer = unwrap(optimizer)
-            optimizer.register_step_pre_hook(lambda *_: setattr(self, "optimizer_start", _now()))
-            optimizer.register_step_post_hook(lambda *_: self.optimizer_seconds.append(_now() - self.optimizer_start))
-
-        def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
-            self.step_start = _now()
-
-        def on_step_end(self, *_: Any, **kwargs: Any) -> None:
-            self.step_seconds.append(_now() - self.step_start)
-
-        def on_log(self, _args: Any, state: Any, _control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                self.train_curve.append((state.global_step, logs["loss"]))
-
-        def on_evaluate(self, _args: Any, state: Any, _control: Any, metrics: dict, **kwargs: Any) -> None:
-            self.eval_curve.append((state.global_step, metrics["eval_loss"]))
-            self.metrics = metrics
-
-        def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-            self.peak_bytes = peak.read()
-
-    meter = Meter()
-    trainer = Trainer(
-        model=experiment.model,
-        args=TrainingArguments(
-            output_dir=str(args.out / "trainer"),
-            optim=run.optim,
-            optim_args=run.optim_args,
-            learning_rate=run.learning_rate,
-            weight_decay=args.weight_decay,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, args.steps // 10),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
-            seed=args.seed,
-            use_cpu=args.cpu,
-            eval_strategy="steps",
-            eval_steps=max(1, args.steps // 5),
-            logging_steps=max(1, args.steps // 50),
-            logging_nan_inf_filter=False,  # so that a run that diverges shows it
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
-        train_dataset=experiment.train,
-        eval_dataset=experiment.eval,
-        data_collator=experiment.collator,
-        compute_metrics=experiment.compute_metrics,
-        preprocess_logits_for_metrics=(lambda logits, _: logits.argmax(-1)) if experiment.compute_metrics else None,
-        callbacks=[meter],
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress)
-
-    peak.start()
-    start = _now()
-    trainer.train()
-    seconds = _now() - start
-    if not meter.eval_curve or meter.eval_curve[-1][0] != args.steps:
-        trainer.evaluate()
-
-    report = state_report(unwrap(trainer.optimizer))
-    return {
-        "label": run.label,
-        **dataclasses.asdict(run),
-        "parameters": sum(p.numel() for p in experiment.model.parameters() if p.requires_grad),
-        "steps": trainer.state.global_step,
-        "eval_loss": finite(meter.metrics["eval_loss"]),
-        "eval_accuracy": meter.metrics.get("eval_accuracy"),
-        "state_bytes": report.state_bytes,
-        "bytes_per_param": report.bytes_per_param,
-        "peak_bytes": meter.peak_bytes,
-        "optimizer_ms": _median_ms(meter.optimizer_seconds),
-        "step_ms": _median_ms(meter.step_seconds),
-        "train_seconds": seconds,
-        "train_curve": [(step, finite(loss)) for step, loss in meter.train_curve],
-        "eval_curve": [(step, finite(loss)) for step, loss in meter.eval_curve],
-        "device": str(trainer.args.device),
-    }
+def _median_ms(seconds: list[float]) -> float | None:
+    # The first steps allocate the state and warm up caches.
+    seconds = seconds[min(5, len(seconds) // 2) :]
+    return 1e3 * statistics.median(seconds) if seconds else None
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:
@@ -577,189 +394,5 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All runs, table, plot
-
-
-def main(
-    args: argparse.Namespace,
-    prepare: Callable[[argparse.Namespace, Path], dict[str, Any]],
-    build: Callable[[argparse.Namespace, Path], Experiment],
-) -> int:
-    """Prepare the data, train with each optimizer in its own process, print the table, write plot and JSON.
-
-    `prepare` returns facts about the data for the table's caption and the JSON file. The exit code is 1 if a run
-    diverged.
-    """
-    hub = [name.partition(":")[0] for name in (args.model, args.dataset) if name]
-    if all(Path(name).exists() for name in hub):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Trainer would distribute the batch over all devices, but a comparison needs one.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    folder = args.out / "work"
-    if args.worker is not None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from transformers import set_seed
-
-        set_seed(args.seed)
-        experiment = build(args, folder)
-        limit = getattr(experiment.model.config, "max_position_embeddings", args.seq_len)
-        if args.seq_len > limit:
-            fail(f"--seq-len {args.seq_len} is more than the {limit} positions of {args.model}")
-        result = train_one(args, args.runs[args.worker], experiment)
-        (folder / f"run-{args.worker}.json").write_text(json.dumps(result))
-        return 0
-
-    _check_names(args.runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    about = prepare(args, folder)
-    print(f"text: {about['source']}; prepared in {time.perf_counter() - started:.0f} s", flush=True)
-    results = []
-    for index, run in enumerate(args.runs):
-        print(f"\n[{index + 1}/{len(args.runs)}] {run.label}, learning rate {run.learning_rate:g}", flush=True)
-        command = [sys.executable, sys.argv[0], *args.argv, "--worker", str(index)]
-        try:
-            code = subprocess.run(command).returncode
-        except KeyboardInterrupt:
-            return 130
-        if code:
-            fail(f"the run of {run.label} ended with exit code {code}")
-        results.append(json.loads((folder / f"run-{index}.json").read_text()))
-
-    summary = {
-        "about": about,
-        "options": {k: _plain(v) for k, v in vars(args).items() if k not in ("runs", "argv", "worker")},
-        "versions": _versions(),
-        "seconds": time.perf_counter() - started,
-        "runs": results,
-    }
-    (args.out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
-    plot(summary, args.out / "comparison.png")
-    print_table(summary)
-    print(f"plot: {args.out / 'comparison.png'}   figures: {args.out / 'results.json'}")
-    return 1 if any(r["eval_loss"] is None for r in results) else 0
-
-
-def _check_names(runs: list[Run]) -> None:
-    from transformers.training_args import OptimizerNames
-
-    import sketch_transformers  # noqa: F401
-
-    known = [name.value for name in OptimizerNames]
-    for run in runs:
-        if run.optim not in known:
-            fail(f"optimizer {run.optim!r} is unknown to Trainer; it knows {', '.join(known)}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _versions() -> dict[str, Any]:
-    import transformers
-
-    import sketch_plugins
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "sketch_plugins": getattr(sketch_plugins, "__version__", None),
-        "system": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def baseline(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run that the others are compared with: AdamW, or the first run if AdamW is not among them."""
-    return next((r for r in results if r["label"] == "AdamW"), results[0])
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """Print the table of figures to standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    results, about = summary["runs"], summary["about"]
-    base = baseline(results)
-    with_accuracy = any(r["eval_accuracy"] is not None for r in results)
-    table = Table(
-        title=f"{about['model']}, {base['parameters'] / 1e6:.1f} M parameters, {base['steps']} steps of "
-        f"{summary['options']['batch_size']} x {summary['options']['seq_len']} tokens, {base['device']}",
-        caption=f"Evaluated on {about['eval']}. State: the optimizer's tensors. Peak: growth of memory while training, "
-        "model and data loaded before. Times: medians.",
-        caption_justify="left",
-    )
-    table.add_column("optimizer")
-    columns = ["learning rate", "eval loss", f"vs {base['label']}"]
-    columns += ["accuracy"] if with_accuracy else []
-    columns += ["state", "B/param", "peak", "optimizer step", "whole step"]
-    for name in columns:
-        table.add_column(name, justify="right")
-    for r in results:
-        loss, reference = r["eval_loss"], base["eval_loss"]
-        relative = "" if loss is None or not reference else f"{100 * (loss / reference - 1):+.2f} %"
-        cells = [r["label"], f"{r['learning_rate']:g}", "diverged" if loss is None else f"{loss:.4f}", relative]
-        cells += [_format(r["eval_accuracy"], 100, ".1f", " %")] if with_accuracy else []
-        cells += [
-            _format(r["state_bytes"], 1 / MIB, ",.2f", " MiB"),
-            f"{r['bytes_per_param']:.3f}",
-            _format(r["peak_bytes"], 1 / MIB, ",.0f", " MiB"),
-            _format(r["optimizer_ms"], 1, ",.1f", " ms"),
-            _format(r["step_ms"], 1, ",.0f", " ms"),
-        ]
-        table.add_row(*cells)
-    console = Console()
-    # A log file has no width of its own, and the table must not be wrapped in it.
-    Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
-
-
 def _format(value: float | None, scale: float, spec: str, unit: str) -> str:
     return "n/a" if value is None else f"{value * scale:{spec}}{unit}"
-
-
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Loss curves on the left, memory bars on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    results = summary["runs"]
-    colors = [plt.get_cmap("tab10")(i % 10) for i in range(len(results))]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
-
-    for r, color in zip(results, colors, strict=True):
-        train = [(s, v) for s, v in r["train_curve"] if v is not None]
-        held_out = [(s, v) for s, v in r["eval_curve"] if v is not None]
-        left.plot(*zip(*train, strict=True) if train else ((), ()), color=color, alpha=0.4, linewidth=1)
-        left.plot(
-            *zip(*held_out, strict=True) if held_out else ((), ()),
-            color=color,
-            marker="o",
-            markersize=4,
-            label=f"{r['label']}, lr {r['learning_rate']:g}",
-        )
-    left.set(xlabel="step", ylabel="loss", title="Loss: evaluation (dots) and training (thin)")
-    left.grid(alpha=0.3)
-    left.legend(frameon=False)
-
-    labels = [r["label"].replace(" ", "\n", 1) for r in results]
-    state = [r["state_bytes"] / MIB for r in results]
-    rest = [max(0.0, (r["peak_bytes"] or 0) / MIB - s) for r, s in zip(results, state, strict=True)]
-    # By position, because two runs of one optimizer at two learning rates have the same label.
-    right.bar(range(len(results)), state, color=colors)
-    right.bar(range(len(results)), rest, bottom=state, color=colors, alpha=0.25)
-    small = 10 if len(results) < 4 else 7  # so that the labels of neighbours do not overlap
-    right.set_xticks(range(len(results)), labels, fontsize=small)
-    for i, r in enumerate(results):
-        text = f"{state[i]:.1f} MiB state\n{r['bytes_per_param']:.2f} B/param"
-        right.text(i, state[i] + rest[i], text, ha="center", va="bottom", fontsize=small)
-    right.margins(y=0.2)
-    right.set(ylabel="MiB", title="Peak memory (solid: optimizer state)")
-    figure.suptitle(f"{summary['about']['model']} on {summary['about']['source']}", fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

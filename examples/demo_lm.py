@@ -1,12 +1,14 @@
-"""Train a small GPT-2 from scratch with AdamW, cs_adam and SM3 through Hugging Face's Trainer, and compare them.
+"""Train a small GPT-2 from scratch with AdamW and our optimizers through Hugging Face's Trainer, and compare them.
 
     make demo                                              # or, in an environment with `sketch-plugins[demo]`:
     python examples/demo_lm.py
+    python examples/demo_lm.py --no-largest-batch          # the same batch for all, in half the time
     python examples/demo_lm.py --text book.txt --steps 500
     python examples/demo_lm.py --optimizers adamw_torch_fused@1e-3,cs_adam:compression=0.05,cs_adagrad@1e-2
 
 The text is the source code of Python's own standard library, the vocabulary is trained on it, and nothing is
-downloaded.
+downloaded. Each optimizer trains twice on as many tokens: with the same batch as all others, and with the largest batch
+that fits into the memory which AdamW takes for that one.
 """
 
 from __future__ import annotations
@@ -17,10 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
+import _compare as compare
 import torch
 
+#: The model and the training of the other examples with a language model.
 DEFAULTS = {"layers": 4, "dim": 256, "vocab": 4096, "steps": 450, "batch_size": 8, "seq_len": 64, "lr": 1e-3}
+#: Of the demo itself. A wide model of few layers, a small vocabulary and a small batch have small activations, so that
+#: the optimizer's state is as large a part of the memory as it is where AdamW hardly fits.
+DEMO = {**DEFAULTS, "layers": 2, "dim": 384, "vocab": 2048, "steps": 450, "batch_size": 3}
 QUICK = {"layers": 2, "dim": 64, "vocab": 512, "steps": 20, "batch_size": 4, "seq_len": 64}
+#: With room for a larger batch.
+DEMO_QUICK = {**QUICK, "dim": 128, "batch_size": 2, "seq_len": 32}
 EVAL_TOKENS = 32_768
 
 
@@ -86,9 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    common.add_options(parser, out="demo_out")
-    parser.set_defaults(**DEFAULTS)
-    return common.main(common.parse(parser, QUICK, argv), prepare, build)
+    compare.add_options(parser, "demo_out", largest_batch=True)
+    parser.set_defaults(**DEMO)
+    return compare.main(common.parse(parser, DEMO_QUICK, argv), prepare, build)
 
 
 if __name__ == "__main__":

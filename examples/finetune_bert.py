@@ -1,7 +1,7 @@
 """Train a BERT classifier or masked language model with AdamW, cs_adam and SM3 through Hugging Face's Trainer.
 
     python examples/finetune_bert.py                                           # small BERT, random weights
-    python examples/finetune_bert.py --task mlm
+    python examples/finetune_bert.py --task mlm --largest-batch                # the second part of demo_lm.py, too
     python examples/finetune_bert.py --model bert-base-uncased --lr 5e-5       # downloads from the hub
     python examples/finetune_bert.py --dataset ag_news --label-column label
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
+import _compare as compare
 import torch
 
 DEFAULTS = {"layers": 4, "dim": 256, "vocab": 4096, "steps": 300, "batch_size": 16, "seq_len": 64, "lr": 5e-4}
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    common.add_options(parser, out="bert_out")
+    compare.add_options(parser, "bert_out", largest_batch=False)
     parser.add_argument(
         "--task", choices=("classify", "mlm"), default="classify", help="what is trained (default: %(default)s)"
     )
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     args = common.parse(parser, QUICK, argv)
     if args.classes is None and not args.dataset:
         args.classes = 6
-    return common.main(args, prepare, build)
+    return compare.main(args, prepare, build)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """The examples as a user starts them, at tiny sizes: the files they write and the figures in them."""
 
+import argparse
 import csv
 import json
 import logging
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -18,12 +21,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 for package in ("transformers", "tokenizers", "matplotlib"):
     pytest.importorskip(package, reason="the examples need the extra `demo`")
 
+import transformers  # noqa: E402
+
 
 @pytest.fixture
 def start(monkeypatch, capfd, caplog):
     """``start(script, *options)``: as `python script *options`, here, where what it imports is there already.
 
-    The processes that a script starts, one for each optimizer, are its own.
+    The processes that a script starts (`larger_batch.py`, one for each optimizer) are its own.
     """
     before = dict(os.environ)
     # A library that an earlier test imported logs to what was standard error then; a user's process has only one.
@@ -54,20 +59,30 @@ def start(monkeypatch, capfd, caplog):
     os.environ.update(before)
 
 
+def rows_of(finished, label):
+    """The rows of the tables about one run."""
+    cells = (re.split("  +", line.strip()) for line in finished.stdout.splitlines())
+    return [row for row in cells if row[0] == label and len(row) > 1]
+
+
 def check(finished, out, labels):
     """The table, the picture and the figures agree on what was run; returns the figures of each run."""
-    assert (out / "comparison.png").read_bytes().startswith(PNG)
+    for theme in ("light", "dark"):
+        assert (out / f"comparison-{theme}.png").read_bytes().startswith(PNG)
     results = json.loads((out / "results.json").read_text())
     runs = {run["label"]: run for run in results["runs"]}
     assert list(runs) == labels
     for label, run in runs.items():
-        (row,) = [line for line in finished.stdout.splitlines() if [c.strip() for c in line.split("│")[1:2]] == [label]]
+        row, *others = rows_of(finished, label)
+        assert len(others) == (run["largest"] is not None)
         assert f"{run['eval_loss']:.4f}" in row
         assert f"{run['bytes_per_param']:.3f}" in row
         for curve in ("train_curve", "eval_curve"):
             assert run[curve] and all(math.isfinite(loss) for _, loss in run[curve])
         assert run["eval_curve"][-1] == [results["options"]["steps"], run["eval_loss"]]
         assert 0 < run["optimizer_ms"] < run["step_ms"]
+        # Nothing but tensors: weights and state are there all the time, and some gradients or activations at the peak.
+        assert run["weight_bytes"] + run["state_bytes"] < run["peak_bytes"] < 20 * 2**20
     assert len({run["parameters"] for run in runs.values()}) == 1
     return runs
 
@@ -85,13 +100,52 @@ def test_language_model(tmp_path, start):
     text.write_text("".join(f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(60)))
     size = ("--dim", 96, "--layers", 1, "--vocab", 300, "--steps", 6, "--seq-len", 32, "--batch-size", 2)
     out = tmp_path / "out"
-    # A process for each optimizer. All that the demo runs by default, sm3 with a preset too, are run by .ci/run.
-    optimizers = ("--optimizers", "adamw_torch_fused,cs_adam")
+    # What else the demo runs by default, .ci/run runs.
+    optimizers = ("--optimizers", "adamw_torch_fused,cs_adam@2e-3")
     finished = start("demo_lm.py", "--quick", "--text", text, "--out", out, *optimizers, *size)
     runs = check(finished, out, ["AdamW", "cs_adam"])
     check_bytes(runs)
-    # Same weights, same data, same learning rate: the first loss is the same before the first update.
-    assert runs["AdamW"]["train_curve"][0] == runs["cs_adam"]["train_curve"][0]
+    adamw, ours = runs.values()
+    # Same weights, same data: the first loss, before the first update, is the same.
+    assert adamw["train_curve"][0] == ours["train_curve"][0]
+    # Memory counts the state and nothing else of an optimizer, such as its compiler.
+    difference = adamw["state_bytes"] - ours["state_bytes"]
+    assert adamw["peak_bytes"] - ours["peak_bytes"] == pytest.approx(difference, abs=16 * 1024)
+
+    budget = json.loads((out / "results.json").read_text())["budget_bytes"]
+    assert 0 <= budget - adamw["peak_bytes"] < 2**20 / 10
+    assert adamw["largest"]["batch"] == 2 < ours["largest"]["batch"]
+    assert ours["peak_bytes"] < ours["largest"]["peak_bytes"] <= budget < ours["largest"]["baseline_peak_bytes"]
+    batch, steps = ours["largest"]["batch"], ours["largest"]["steps"]
+    assert abs(batch * steps - 2 * 6) <= batch / 2  # as many tokens, but for half a step
+    assert ours["largest"]["learning_rate"] == pytest.approx(2e-3 * (batch / 2) ** 0.5)
+    _, row = rows_of(finished, "cs_adam")
+    assert row[1:3] == [str(batch), f"{batch / 2:.2f}"] and f"{ours['largest']['eval_loss']:.4f}" in row
+
+    # Nothing stands between our lines: no bars, no lines of libraries.
+    assert finished.stderr == "" and "\r" not in finished.stdout
+    known = ("text: ", "memory: ", "[", "  kernels are ready", "  batch ", "  largest batch in ")
+    lines = finished.stdout[: finished.stdout.index("GPT-2 architecture")].splitlines()[:-1]
+    assert [line for line in lines if line and not line.startswith(known)] == []
+
+
+def test_no_batch_fits_into_a_small_budget(tmp_path):
+    import _common as common
+    import _compare as compare
+
+    args = argparse.Namespace(batch_size=2, steps=2, out=tmp_path, weight_decay=0.0, seed=0, cpu=True)
+    config = transformers.GPT2Config(vocab_size=8, n_positions=4, n_embd=32, n_layer=1, n_head=1)
+    run, peaks = common.Run("adamw_torch_fused", None, 1e-3), []
+    for size in (8, 100_000):
+        ids = torch.zeros(size, 4, dtype=torch.int32)
+        rows = common.Rows(input_ids=ids, labels=ids)
+        experiment = common.Experiment(transformers.GPT2LMHeadModel(config), rows, rows)
+        found = compare.count_memory(args, run, experiment, 2, budget=1000)
+        assert found.batch is None and [batch for batch, _ in found.peaks] == [2, 1]
+        peaks.append(found.peaks[0][1])
+        del ids, rows, experiment
+    # A row's 16 bytes are not counted, and not subtracted twice. Its place in the order of the epoch takes 8 bytes.
+    assert 1000 < peaks[0] <= peaks[1] < peaks[0] + 100_000 * 12
 
 
 @pytest.mark.parametrize("task", ["classify", "mlm"])
@@ -102,7 +156,7 @@ def test_bert(tmp_path, start, task):
     for label in ("north", "south"):
         texts += ["--text", tmp_path / f"{label}.txt"]
         texts[-1].write_text("".join(f"{n * n} steps to the {label}, then {n}.\n" for n in range(400)))
-    # A process for each optimizer; what differs between the tasks is the same for all of them.
+    # What differs between the tasks is the same for all optimizers.
     optimizers = {"classify": {"adamw_torch_fused": "AdamW", "cs_adam": "cs_adam"}, "mlm": {"cs_adam": "cs_adam"}}[task]
     named = ("--optimizers", ",".join(optimizers))
     finished = start("finetune_bert.py", "--task", task, "--quick", "--out", out, *named, *size, *texts)
