@@ -206,7 +206,8 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
         raise ValueError(
             f"the state of {label} was written with amsgrad=True, and no sketched optimizer keeps AMSGrad's maxima"
         )
-    step = _step(state["step"], label) if state.get("step") is not None else 1.0
+    least = 0 if found == {"sum"} else 1  # Adagrad has state before its first step
+    step = _step(state["step"], label, least) if state.get("step") is not None else 1.0
     if found == {"exp_avg", "exp_avg_sq"}:
         beta1, beta2 = _betas(saved)
         return _Source(
@@ -234,13 +235,13 @@ def _source(part: Part, state: Mapping[str, Any], saved: Mapping[str, Any], labe
     )
 
 
-def _step(step: Any, label: str) -> float:
-    """The number of steps."""
+def _step(step: Any, label: str, least: int) -> float:
+    """The number of steps, which must be at least ``least``."""
     odd = isinstance(step, Tensor) and (step.numel() != 1 or why_not_plain(step) is not None or step.is_complex())
     number: Any = unboxed(step) if not isinstance(step, Tensor) else None if odd else step.item()
     real = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if not real or not 1 <= number < 1e18 or number != int(number):
-        raise ValueError(f"the step of {label} is {described(step)}; expected one whole number >= 1")
+    if not real or not least <= number < 1e18 or number != int(number):
+        raise ValueError(f"the step of {label} is {described(step)}; expected one whole number >= {least}")
     return float(number)
 
 
