@@ -35,7 +35,7 @@ help: ## list the targets
 	@echo
 	@echo "  DEMO_ARGS, TEST_ARGS, COMPARE_ARGS, SOAK_ARGS and BENCH_ARGS (gpu) are handed on: make test TEST_ARGS='tests/optim -x'"
 
-demo: $(VENV)/.demo ## memory, largest batch and loss of a language model, with AdamW and ours (about 6 minutes on 2 cores)
+demo: $(VENV)/.demo ## memory, largest batch and loss of a language model, with AdamW and ours (6 to 10 minutes on 2 cores)
 	$(BIN)/python examples/demo_lm.py $(DEMO_ARGS)
 
 quick: $(VENV)/.dev ## for every change: mathematics, stores, options, one process of each framework
