@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import optim
-from sketch_plugins.checkpoints.recut import RMS, Held, recut
+from sketch_plugins.checkpoints.recut import Held, recut
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.family import BEFORE
-from sketch_plugins.optim.rule import LastRms
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces
@@ -115,8 +114,7 @@ class SavedOptimizer:
         """
         options, part = self.groups[group], _part(piece, dtype)
         if state:
-            if isinstance(state.get(RMS), Mapping):
-                state = {**state, RMS: LastRms(self.optimizer._matrices(part, options)).spread(state[RMS])}
+            state = {**state, **self.optimizer.spread_part(state, part, options)}
             try:
                 self.optimizer._check_state(part, options, state, label)
             except ValueError as error:

@@ -21,7 +21,7 @@ class Row(NamedTuple):
     SCALES: int  # address of its scales
     BLOCK: int  # number of columns that share a scale
     TABLE2: int  # address of the second moment: table, dense numbers (0: there is none), or covers of the rows
-    COLUMN: int  # address of the covers of the columns
+    COLUMN: int  # address of the covers of the columns, of one matrix after the other
     WIDTH: int  # number of buckets of one matrix
     BAND: int  # number of buckets of a unit
     UNITS: int  # number of units
@@ -32,15 +32,13 @@ class Row(NamedTuple):
     CODES: int  # address of the corrections of the weights (0: there are none)
     SEED: int  # seed of the noise that rounds them
     MATRICES: int  # number of matrices (experts). The rows, buckets and units of one follow those of the one before
-    APART: (
-        int  # number of matrices that are measured one by one (1: the whole). Each has as many units, and own numbers
-    )
+    APART: int  # number of matrices that are handled one by one (1: the whole). Each has as many units, and own numbers
 
 
 class Piece(NamedTuple):
     """A range of one parameter's units, for one call of a loop.
 
-    If the parameter's matrices are measured one by one, the units are those of one matrix.
+    If the parameter's matrices are handled one by one, the units are those of one matrix.
     """
 
     TASK: int  # row of the table

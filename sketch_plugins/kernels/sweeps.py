@@ -667,6 +667,13 @@ def _cover_step(p, g, o, old, column, tops, c, most, s, n):
     return top(most, nu)
 
 
+@_body
+def _columns_of(like_f, task, row):
+    """The covers of the columns of the matrix that a row belongs to. Those of the matrices follow each other."""
+    matrix = row // (task[UNITS] // task[APART])
+    return at_address(like_f, task[COLUMN] + U(4) * matrix * task[COLUMNS])
+
+
 @_compiled
 def cover(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
     """Take the steps of matrices with SM3-II's covers. A unit is a row.
@@ -685,8 +692,8 @@ def cover(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms
         p = weights(like_p, like_c, task[P], task[CODES], low, high)
         g, dense = at_address(like_g, task[G]), at_address(like_m, task[TABLE1])
         codes, scales = at_address(like_i, task[TABLE1]), at_address(like_f, task[SCALES])
-        row, column = at_address(like_f, task[TABLE2]), at_address(like_f, task[COLUMN])
         columns, kind, block, after = task[COLUMNS], task[KIND], task[BLOCK], task[AFTER]
+        row, column = at_address(like_f, task[TABLE2]), _columns_of(like_f, task, begin)
         blocks = (columns + block - _ONE) // block
         wide = max(block, _SPAN // block * block)
         tops = maxima[pieces[k, MAXIMA] : pieces[k, MAXIMA] + columns]
@@ -788,14 +795,18 @@ def record(tasks, numbers, chosen, squares, norms):
 
 @_compiled
 def finish(tasks, pieces, rows_, maxima):
-    """Replace the old covers by the new ones. A column's cover is the maximum of all pieces (``pieces`` by task)."""
+    """Replace the old covers by the new ones. A column's cover is the maximum of all pieces of its matrix.
+
+    The pieces of a matrix follow each other, and have the same numbers.
+    """
     like_f = np.empty(0, np.float32)
     for k in range(len(pieces)):
         task = tasks[pieces[k, TASK]]
-        columns, row, column = task[COLUMNS], at_address(like_f, task[TABLE2]), at_address(like_f, task[COLUMN])
+        columns, row = task[COLUMNS], at_address(like_f, task[TABLE2])
+        column = _columns_of(like_f, task, pieces[k, BEGIN])
         for i in range(pieces[k, BEGIN], pieces[k, END]):
             row[i] = rows_[task[NEW] + i]
-        o, another = pieces[k, MAXIMA], k > 0 and pieces[k, TASK] == pieces[k - 1, TASK]
+        o, another = pieces[k, MAXIMA], k > 0 and pieces[k, ROW] == pieces[k - 1, ROW]
         whole = columns - columns % LANES
         for j in range(_ZERO, whole, LANES):
             new = load(maxima, o + j, LANES)

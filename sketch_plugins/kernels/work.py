@@ -67,7 +67,7 @@ class Work:
         last: two RMS that the last step measured: of the update before it was clipped, and of the parameter before it
             moved. This step uses them (unless it has to ``measure``) and replaces them. None if they are not kept.
             ``(2,)``; of a batch of matrices ``(matrices, 2)``.
-        matrices: number of matrices (experts) that the rows belong to. Each has RMS of its own.
+        matrices: number of matrices (experts) that the rows belong to. Each has RMS of its own, and covers.
         emas: averages of the first and the second moment, which the host needs even if the numbers are on a device.
     """
 
@@ -90,8 +90,9 @@ class Work:
 
     @property
     def apart(self) -> int:
-        """Number of matrices that are measured one by one; 1 if the whole is measured, or nothing."""
-        return self.matrices if self.measure or self.last is not None else 1
+        """Number of matrices that are handled one by one: they are measured, or each has covers of its own columns."""
+        covers = self.second is not None and self.second[0].tiles_apart
+        return self.matrices if self.measure or self.last is not None or covers else 1
 
     @property
     def once(self) -> bool:

@@ -30,7 +30,7 @@ class Batches(TypedDict, total=False):
             "auto",
             "how many of a tensor's first axes are a batch of matrices. With 1 a tensor of three or more dimensions is "
             "a batch of matrices, and each of them has buckets of its own (``compression`` and ``width`` are those of "
-            "one matrix), covers of its own rows, and covariances; no expert shares them with another one. "
+            "one matrix), covers and covariances; no expert shares them with another one. "
             "``update_clip`` and ``scale_parameter`` measure each matrix by itself. With 0 dimension 0 is the rows. "
             '``"auto"``: 1 for a tensor ``(E, R, D)`` whose R and D are 16 or more, if E is at most R and D, or if D '
             "is 256 or more; 0 for all others, such as convolutions. It does not change how tensors without sketches, "

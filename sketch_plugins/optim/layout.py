@@ -78,7 +78,10 @@ class StateLayout(Groups):
             stochastic=group.get("first_moment_rounding", "nearest") == "stochastic",
             variant=group.get("variant", "II"),
         )
-        shaped = options._replace(dims=matrix if batch else tuple(p.shape)) if second in SHAPED else options
+        shaped = options
+        if second in SHAPED:
+            count = options.matrices if batch else None
+            shaped = options._replace(dims=matrix if batch else tuple(p.shape), batch=count)
         return store_of(1, first, options), store_of(2, second, shaped)
 
     def batch_axes(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> int:

@@ -108,8 +108,8 @@ class SM3(SketchOptimizer):
     overwritten, so they fall if gradients do. Neither moment has a bias correction.
 
     State bytes of a parameter with n elements and shape d: ``4 * sum(d)`` for the covers (0.005 a parameter for a
-    1024 x 4096 matrix; 4 a parameter for vectors). First moment, a parameter: int8 ``1 + 4 / min(block_size, D)``, fp32
-    4, bf16 2, none 0.
+    1024 x 4096 matrix; 4 a parameter for vectors). Each matrix of a batch (``batch_dims``) has covers of its own. First
+    moment, a parameter: int8 ``1 + 4 / min(block_size, D)``, fp32 4, bf16 2, none 0.
 
     Presets: ``"default"`` (int8 momentum, averages with ``betas[1] = 0.999``, update_clip 1, scale_parameter with
     ``reference_rms=0.017``: AdamW's learning rate carries over); ``"ema"`` (the same without momentum, the least

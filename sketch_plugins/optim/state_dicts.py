@@ -30,6 +30,7 @@ from sketch_plugins.sharding.names import NAMES
 from sketch_plugins.sharding.parts import Part, has_address, is_dtensor, largest, leading, overlaps, trim, unwrap, wrap
 from sketch_plugins.sharding.pieces import is_key, is_lazy
 from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours, nested
+from sketch_plugins.stores import Cover
 
 _CONVERT = (
     "To continue from torch.optim's AdamW, Adam, SGD or Adagrad, load the result of "
@@ -140,18 +141,28 @@ class StateDicts(StateLayout):
         return state
 
     def _spread(self, saved: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
-        """A state in which each matrix of a batch has RMS of its own (`lagged_rms`), see `LastRms.spread`."""
+        """A state in which each matrix of a batch has RMS and covers of its own: `LastRms.spread`, `Cover.spread`."""
         state = dict(saved)
         for group, saved_group in zip(self.param_groups, groups, strict=False):
-            if not group.get("lagged_rms"):
-                continue
             for index, (p, key) in enumerate(zip(group["params"], saved_group.get("params", ()), strict=False)):
-                for part in self._parts.of(index, p) if isinstance(state.get(key), Mapping) and not is_lazy(p) else ():
+                if not isinstance(state.get(key), Mapping) or is_lazy(p):
+                    continue
+                for part in self._parts.of(index, p):
                     own = state[key] if part.key is None else state[key].get(part.key)
-                    if isinstance(own, Mapping) and isinstance(own.get("rms"), Mapping):
-                        own = {**own, "rms": LastRms(self._matrices(part, group)).spread(own["rms"])}
+                    if isinstance(own, Mapping) and (changed := self.spread_part(own, part, group)):
+                        own = {**own, **changed}
                         state[key] = own if part.key is None else {**state[key], part.key: own}
         return state
+
+    def spread_part(self, own: Mapping[str, Any], part: Part, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What changes in the state of a part from an earlier version, which measured or covered a batch as a whole."""
+        changed = {}
+        if group.get("lagged_rms") and isinstance(own.get("rms"), Mapping):
+            changed["rms"] = LastRms(self._matrices(part, group)).spread(own["rms"])
+        second = self._stores(part, group)[1]
+        if isinstance(second, Cover) and isinstance(own.get("second_moment"), Mapping):
+            changed["second_moment"] = second.spread(own["second_moment"])
+        return changed
 
     def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
         kind = type(self).__name__

@@ -229,6 +229,7 @@ class Store:
         shared: rows share cells, so estimates are not exact.
         write_first: every row has to be written before any is read.
         by_bucket: all rows of one bucket have the same estimate.
+        tiles_apart: kernels need tiles that have rows of one matrix of a batch each.
         order: 1 if the store accumulates x = g, 2 if it accumulates x = g * g.
         align: tiles start at columns that are multiples of this number.
         block_size: number of columns of a block, or 0 if the store has no blocks.
@@ -239,6 +240,7 @@ class Store:
     shared = False
     write_first = False
     by_bucket = False
+    tiles_apart = False
     order = 1
     align = 1
     block_size = 0

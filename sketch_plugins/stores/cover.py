@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +44,14 @@ class Cover(Store):
     mixture of dense and sparse steps (with a decay, for the lazy accumulator, whose rows decay when they are touched).
     The price is that these covers stay high until the next dense step of II, which computes all covers anew.
 
+    In a batch of matrices (experts) each matrix has covers of its own: ``axis_0`` has the covers of all rows, and
+    ``axis_1`` is ``(matrices, columns)``.
+
     Args:
-        dims: shape of the parameter, with 2 or more dimensions (with fewer, an exact store is as small).
+        dims: shape of the parameter, with 2 or more dimensions (with fewer, an exact store is as small). Of a batch:
+            the number of rows of all its matrices, and of columns.
         variant: ``"II"`` or ``"I"``.
+        matrices: number of matrices of a batch; None: the parameter is no batch.
     """
 
     shared = True
@@ -53,6 +59,12 @@ class Cover(Store):
     order: int = 2
     dims: tuple[int, ...] = ()
     variant: str = "II"
+    matrices: int | None = None
+
+    @property
+    def tiles_apart(self) -> bool:  # type: ignore[override]
+        """True for several matrices, because the columns of each have covers of their own."""
+        return (self.matrices or 1) > 1
 
     @property
     def kernel(self) -> str:  # type: ignore[override]
@@ -78,7 +90,21 @@ class Cover(Store):
             raise ValueError(
                 f"dims={self.dims!r} is not the shape of a tensor that is a {shape[0]} x {shape[1]} matrix"
             )
-        return {f"axis_{k}": ((n,), dtype) for k, n in enumerate(self.dims)}
+        sizes: list[tuple[int, ...]] = [(n,) for n in self.dims]
+        if self.matrices is not None:
+            sizes[1] = self.matrices, self.dims[1]
+        return {f"axis_{k}": (size, dtype) for k, size in enumerate(sizes)}
+
+    def spread(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """State of a checkpoint in this layout.
+
+        Earlier versions shared the covers of the columns among the matrices of a batch. Each matrix begins with them:
+        they are upper bounds for it, too.
+        """
+        column = saved.get("axis_1")
+        if self.matrices is None or not isinstance(column, Tensor) or tuple(column.shape) != self.dims[1:]:
+            return dict(saved)
+        return {**saved, "axis_1": column.expand(self.matrices, -1).contiguous()}
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """The minimum over the slices. For touched rows of a sparse gradient it is the row's cover alone."""
@@ -155,15 +181,34 @@ class Cover(Store):
         if isinstance(at, Touched):
             return out.copy_(rows.index_select(0, at.rows).unsqueeze(-1))
         if isinstance(at, Tile):
-            rows = at.from_rows(rows[at.start : at.start + at.cycles * at.rows])
+            rows = rows[at.start : at.start + at.cycles * at.rows]
         else:
             rows = rows.index_select(0, at.rows)
-        return torch.minimum(rows.unsqueeze(-1), self._columns(state, at), out=out)
+        if self.tiles_apart:
+            columns, flat = state["axis_1"][:, at.lo : at.hi], out.flatten(0, -2)
+            if isinstance(at, Tile):
+                for matrix, part in self._matrices_of(at):
+                    torch.minimum(rows[part].unsqueeze(-1), columns[matrix], out=flat[part])
+            else:
+                torch.minimum(rows.unsqueeze(-1), columns[self._matrix_of(at.rows)], out=flat)
+            return out
+        return torch.minimum(at.from_rows(rows).unsqueeze(-1), self._columns(state, at), out=out)
+
+    def _matrix_of(self, rows: Tensor) -> Tensor:
+        """The matrix of the batch that each row belongs to."""
+        return rows // (self.dims[0] // (self.matrices or 1))
+
+    def _matrices_of(self, at: Tile) -> Iterator[tuple[int, slice]]:
+        """The matrices of the batch that have rows in a tile, and their rows within it."""
+        height, end = self.dims[0] // (self.matrices or 1), at.start + at.cycles * at.rows
+        for matrix in range(at.start // height, -(-end // height)):
+            lo, hi = max(at.start, matrix * height), min(end, (matrix + 1) * height)
+            yield matrix, slice(lo - at.start, hi - at.start)
 
     def _columns(self, state: State, at: At) -> Tensor:
         """The minimum over all axes except the first, for the columns of a tile."""
         if len(self.dims) == 2:
-            return state["axis_1"][at.lo : at.hi]
+            return state["axis_1"].view(-1)[at.lo : at.hi]
         first = state["axis_1"]
         least = scratch.empty("cover_columns", (at.hi - at.lo,), first.dtype, first.device)
         for part, box in self._boxes(at):
@@ -186,13 +231,21 @@ class Cover(Store):
             # Rows are indexed by their position among the touched rows. They come again for each cut of the columns.
             position = at.position  # type: ignore[attr-defined]
             working["new_0"][position] = torch.maximum(working["new_0"][position], matrix.amax(1))
+        if self.tiles_apart:
+            new = working["new_1"][:, at.lo : at.hi]
+            if isinstance(at, Tile):
+                for number, part in self._matrices_of(at):
+                    torch.maximum(new[number], matrix[part].amax(0), out=new[number])
+            else:
+                new.scatter_reduce_(0, self._matrix_of(at.rows).unsqueeze(-1).expand_as(matrix), matrix, "amax")
+            return
         columns = scratch.empty("maxima", matrix.shape[1:], nu.dtype, nu.device)
         torch.amax(matrix, 0, out=columns)
         for part, box in self._boxes(at):
             view = columns[part].unflatten(0, [s.stop - s.start for s in box])
             for k, s in enumerate(box, 1):
                 others = [d for d in range(len(box)) if d != k - 1]
-                new = working[f"new_{k}"][s]
+                new = working[f"new_{k}"].view(-1)[s]
                 torch.maximum(new, view.amax(others) if others else view, out=new)
 
     def _boxes(self, at: At) -> list[tuple[slice, tuple[slice, ...]]]:

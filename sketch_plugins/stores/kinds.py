@@ -31,6 +31,7 @@ class StoreOptions(NamedTuple):
         block_size: number of columns of a block.
         stochastic: int8 codes are rounded stochastically.
         dims: the shape that covers belong to.
+        batch: number of matrices that have covers of their own; None: the parameter is no batch.
         variant: for covers.
     """
 
@@ -45,6 +46,7 @@ class StoreOptions(NamedTuple):
     block_size: int = 128
     stochastic: bool = False
     dims: tuple[int, ...] = ()
+    batch: int | None = None
     variant: str = "II"
 
     @property
@@ -66,7 +68,7 @@ FIRST_MOMENTS: Mapping[str, Made] = {
 SECOND_MOMENTS: Mapping[str, Made] = {
     "count_min": lambda o: CountMin(bucket=o.bucket, **o.sketch),  # type: ignore[arg-type]
     "row_count_min": lambda o: RowCountMin(bucket=o.bucket, **o.sketch),  # type: ignore[arg-type]
-    "cover": lambda o: Cover(dims=o.dims, variant=o.variant),
+    "cover": lambda o: Cover(dims=o.dims, variant=o.variant, matrices=o.batch),
     "log8": lambda o: Log8(block_size=o.block_size, seed=o.seed),
     "dense": lambda o: Dense(order=2),
     "none": lambda o: None,

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from sketch_plugins import SM3, CSAdam, CSMomentum, CSRMSprop, Sketchy
+from sketch_plugins import SM3, CSAdagrad, CSAdam, CSMomentum, CSRMSprop, Sketchy
 from sketch_plugins.kernels.interpretation import interpreted
 
 SHAPE = (3, 18, 20)
@@ -29,6 +29,8 @@ CASES = [
     (CSMomentum, {"update_clip": 0.3, "nesterov": True, "first_moment": "fp32", "lagged_rms": True}),
     (SM3, {"reference_rms": 1.0}),
     (SM3, {"preset": "ema", "reference_rms": 1.0, "lagged_rms": True}),
+    (SM3, {"preset": "ema", "update_clip": 0.0, "scale_parameter": False, "lr": 1e-3}),
+    (CSAdagrad, {"second_moment": "cover"}),
     (SM3, {"variant": "I", "reference_rms": 1.0}),
     (SM3, {"preset": "exact", "reference_rms": 1.0, "lagged_rms": True}),
     (Sketchy, {"precondition": "none", "momentum_of": "all", "reference_rms": 1.0}),
@@ -93,13 +95,12 @@ def test_is_the_eager_definition(kernels, cls, options):
     compare(*(train(cls, kernels, fused, *given, **options) for fused in (True, False)))
 
 
-# Not: covers, whose columns the matrices share; bfloat16 tables, whose noise is numbered through all matrices; products
+# Not: bfloat16 tables, whose noise is numbered through all matrices; products
 # of stacks; int8 blocks of a store without buckets, which run through a matrix.
 ALONE = [
     (cls, options)
     for cls, options in CASES
-    if (cls is not SM3 or options.get("preset") == "exact")
-    and "table_dtype" not in options
+    if "table_dtype" not in options
     and "start_preconditioning_step" not in options
     and (options.get("second_moment") != "dense" or options.get("first_moment") == "fp32")
 ]
@@ -114,7 +115,8 @@ def test_trains_as_its_matrices_do_bit_for_bit(kernels, cls, options):
     assert torch.equal(p, torch.stack(list(matrices)))
     for name, tensor in state.items():
         apart = [one[name] for one in states]
-        if name == "rms.last" or tensor.shape == (3, 360):  # a number for each matrix; rows of a store without buckets
+        # A number, or a cover of each column, for each matrix; rows of a store without buckets.
+        if name in ("rms.last", "second_moment.axis_1") or tensor.shape == (3, 360):
             apart = [one.reshape(1, -1) for one in apart]
         assert torch.equal(tensor, torch.cat(apart, 1 if name.endswith("table") else 0)), name
 

@@ -13,7 +13,7 @@ from sketch_plugins.memory.plan_optimizers import choices, sharded_cost
 from sketch_plugins.memory.plan_trace import Subject
 from sketch_plugins.memory.probe import SecondMomentProbe
 from sketch_plugins.sharding.blocks import Matrix, Rows, Tile, is_batch, tiles
-from sketch_plugins.stores import CountMin
+from sketch_plugins.stores import CountMin, Cover, Ema, Gradient
 
 E, R, D = 3, 23, 20
 SKETCHES = [
@@ -183,15 +183,9 @@ CLIPPED = [
 IDS = {"ids": lambda v: v.__name__ if isinstance(v, type) else str(v)}
 
 
-def unlike(cls, step, dtype):
-    """Gradients of experts that are used in different sizes; the second one is first used in step 3.
-
-    The matrices of a batch share SM3's covers of the columns. The numbers of a row have one magnitude, so that the
-    cover of the row is the smaller one for each of them, as it is in a matrix of its own.
-    """
+def unlike(step, dtype):
+    """Gradients of experts that are used in different sizes; the second one is first used in step 3."""
     g = random(E, R, D, seed=step)
-    if cls is SM3 or cls is Sketchy:
-        g = g.sign() * random(E, R, 1, seed=step).abs()
     return (g * torch.tensor([3.0, float(step >= 3), 0.02]).view(E, 1, 1)).to(dtype)
 
 
@@ -215,7 +209,7 @@ def test_each_matrix_is_clipped_and_scaled_by_itself(cls, options, backend):
     """A batch takes the steps that its matrices take as parameters of their own."""
     dtype, tolerance = (torch.float32, 2e-5) if backend else (torch.float64, 1e-10)
     whole = (random(E, R, D) * torch.tensor([1.0, 0.1, 5.0]).view(E, 1, 1)).to(dtype)
-    steps = [unlike(cls, step, dtype) for step in range(1, 5 if backend else 7)]
+    steps = [unlike(step, dtype) for step in range(1, 5 if backend else 7)]
     options = {"lr": 0.01, "fused": backend, **options}
     (p,), one = train(cls, [whole], [[g] for g in steps], **options)
     matrices, several = train(cls, list(whole), [list(g) for g in steps], **options)
@@ -325,7 +319,7 @@ def test_a_sparse_tensor_touches_all_rows_of_its_experts(cls, options, chunk_siz
 
 def test_state_of_each_matrix_s_rms():
     """Two numbers for each matrix: bytes, a resumed run, and state dicts in which there are two for the whole."""
-    whole, steps = random(E, R, D), [unlike(CSAdam, s, torch.float32) for s in range(1, 6)]
+    whole, steps = random(E, R, D), [unlike(s, torch.float32) for s in range(1, 6)]
     for options in ({"preset": "lean"}, {"preset": "exact", **MEASURED}):
         options = {**options, **LAGGED}
         (p,), optimizer = train(CSAdam, [whole], [], **options)
@@ -547,6 +541,43 @@ def test_checkpoints():
 
     with pytest.raises(ValueError, match=r"batch_dims='auto'.*batch_dims=0"):
         reader.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("variant", ["I", "II"])
+def test_covers_of_an_earlier_version_which_all_matrices_shared(variant):
+    options = {"variant": variant, "first_moment": "none"}
+    (p,), writer = train(SM3, [random(E, R, D)], [[random(E, R, D, seed=1)]], **options)
+    saved = copy.deepcopy(writer.state_dict())
+    own = saved["state"][0]["second_moment.axis_1"]
+    assert own.shape == (E, D)
+    shared = saved["state"][0]["second_moment.axis_1"] = own.amax(0)
+    (q,), reader = train(SM3, [p.detach()], [], **options)
+    reader.load_state_dict(saved)
+    assert torch.equal(reader.state[q]["second_moment.axis_1"], shared.expand(E, D))
+    assert torch.equal(reader.state[q]["second_moment.axis_0"], writer.state[p]["second_moment.axis_0"])
+    q.grad = random(E, R, D, seed=2)
+    reader.step()  # variant II computes the covers anew, so that each matrix has its own
+    assert (reader.state[q]["second_moment.axis_1"] != shared).all()
+
+
+def test_covers_of_rows_from_several_matrices():
+    """Rows that are read or written together may belong to any matrices of the batch."""
+    store = Cover(dims=(E * R, D), matrices=E)
+    values = random(E * R, D).square()
+    state = store.allocate((E * R, D), torch.device("cpu"), torch.float32)
+    store.assign(state, values)
+    assert torch.equal(state["axis_1"], values.view(E, R, D).amax(1))
+    rows = torch.tensor([0, R - 1, R, 2 * R, 3 * R - 1])
+    found = store.read(state, Rows(E * R, rows, 3, D - 2), torch.float32)
+    columns = state["axis_1"][rows // R, 3 : D - 2]
+    assert torch.equal(found, torch.minimum(state["axis_0"][rows, None], columns))
+    grad = Gradient(Matrix(random(len(rows), D, seed=1)), rows, torch.float32, 40, (E * R, D), packed=True, matrices=E)
+    store.write(state, grad, Ema(1.0, 1.0))
+    expected = values.view(E, R, D).amax(1)
+    new = values.amax(1)[rows, None] + grad.matrix.tensor.square()
+    for row, matrix in zip(new, (rows // R).tolist(), strict=True):
+        expected[matrix] = expected[matrix].maximum(row)
+    torch.testing.assert_close(state["axis_1"], expected)
 
 
 def test_converted_state():

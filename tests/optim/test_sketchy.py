@@ -11,7 +11,7 @@ import torch
 from sketch_plugins import CSAdam, Sketchy, registry, state_report
 from sketch_plugins.linalg import kronecker, solving
 from sketch_plugins.optim.sketchy import optimizer as sketchy
-from sketch_plugins.optim.sketchy.graft import INPUTS
+from sketch_plugins.optim.sketchy.graft import GRAFTS, INPUTS
 from sketch_plugins.optim.sketchy.momentum import PLACES
 from sketch_plugins.sharding.state_names import nested
 
@@ -179,7 +179,7 @@ def test_a_rank_of_the_whole_axis_is_dense_shampoo(options):
             torch.testing.assert_close(p.detach(), d.p, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("graft", sketchy.GRAFTS)
+@pytest.mark.parametrize("graft", GRAFTS)
 @pytest.mark.parametrize("momentum", PLACES)
 def test_every_graft_and_place_of_the_momentum_moves_downhill(graft, momentum):
     p = torch.nn.Parameter(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)))
@@ -546,7 +546,7 @@ def test_state_of_another_rank_or_kind_is_refused():
     with pytest.raises(ValueError, match="tail='paper' needs"):
         Sketchy(params, rank=4).load_state_dict(contradictory)
     older = copy.deepcopy(saved)
-    for key in sketchy.FIXED:
+    for key in Sketchy.FIXED:
         del older["param_groups"][0][key]
     Sketchy(params, rank=4).load_state_dict(older)
     damaged = optimizer.state_dict()

@@ -124,8 +124,9 @@ def _task(spec: _Specialisation, w: Work) -> Task:
     row, programs = _describe(w, spec)
     cover = w.second[0] if w.second and isinstance(w.second[0], Cover) else None
     # With a row-sparse gradient there is one maximum for each touched row.
-    lengths = (_count(w), *cover.dims[1:]) if cover else ()
-    return Task(spec, w.p.device, row, programs, tuple(_axes(w)) if cover else (), lengths, cover, w.g.data_ptr())
+    axes = _axes(w) if cover else ()
+    lengths = (_count(w), *(length for _, length, _ in axes)) if cover else ()
+    return Task(spec, w.p.device, row, programs, tuple(chain(*axes)), lengths, cover, w.g.data_ptr())
 
 
 def prepare(works: Sequence[Work], moves: Moves = None) -> list[tuple[list[int], Callable[[], None]]]:
@@ -240,8 +241,7 @@ class _Device:
         for spec, members in groups.items():
             start, rows, axes, begin, vectors = len(values), [], [], 0, 0
             for i, place in enumerate(members):
-                # A sweep writes what it measures into the numbers of the tensor, or of each of its matrices.
-                own = vectors if spec.measure or spec.lagged else which[place]
+                own = vectors if spec.apart else which[place]
                 rows.append(tasks[place].row._replace(BEGIN=begin, ROW=own))
                 begin += tasks[place].programs
                 vectors += tasks[place].apart
@@ -322,7 +322,7 @@ class _Launch:
     def actions(self, buffer: Tensor, numbers: Tensor, covers: _Covers | None) -> list[_Action]:
         """All kernels of the launch, in order."""
         table = buffer[self.start :]
-        if self.spec.measure or self.spec.lagged:
+        if self.spec.apart:
             numbers = numbers.index_select(0, buffer[self.index : self.index + self.vectors])
         launched = _actions(self.spec, self.apart, self.programs, table, numbers, covers, self.ready)
         self.ready = True
@@ -407,6 +407,14 @@ class _Specialisation:
     lagged: bool
     codes: torch.dtype | None = None
     batch: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether the numbers of a launch are those of its tensors, or of their matrices, one after the other.
+
+        A sweep writes what it measures into them.
+        """
+        return self.measure or self.lagged or self.batch
 
 
 def _specialise(w: Work) -> tuple[_Specialisation, Work]:
@@ -658,15 +666,12 @@ def _count(w: Work) -> int:
     return w.p.shape[0] if w.rows is None else len(w.rows)
 
 
-def _axes(w: Work) -> list[int]:
+def _axes(w: Work) -> list[tuple[int, int, int]]:
     """Pointer, length and numbers of one slice, for each axis of a cover except the first."""
     assert w.second is not None and isinstance(w.second[0], Cover)
-    dims = w.second[0].dims
-    return [
-        value
-        for k in range(1, len(dims))
-        for value in (w.second[1][f"axis_{k}"].data_ptr(), dims[k], math.prod(dims[k + 1 :]))
-    ]
+    dims, state = w.second[0].dims, w.second[1]
+    axes = [(state[f"axis_{k}"], math.prod(dims[k + 1 :])) for k in range(1, len(dims))]
+    return [(axis.data_ptr(), axis.numel(), each) for axis, each in axes]
 
 
 def _signed64(value: int) -> int:

@@ -1,4 +1,7 @@
-"""Second moments: each function reads, blends and (with ``STORE``) writes the estimate of a tile, and returns it."""
+"""Second moments: each function reads, blends and (with ``STORE``) writes the estimate of a tile, and returns it.
+
+``matrix`` is the number of the tile's matrix in a batch (experts), if each tile has rows of one matrix, otherwise 0.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ LARGEST, INFINITE = tl.constexpr(definition.LARGEST), tl.constexpr(definition.IN
 
 @triton.jit
 def dense(
-    t, s, square, rows, place, exists, cols, mask, tile,
+    t, s, square, rows, place, exists, cols, mask, tile, matrix,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One float32 for each element."""
@@ -43,7 +46,7 @@ def dense(
 
 @triton.jit
 def log8(
-    t, s, square, rows, place, exists, cols, mask, tile,
+    t, s, square, rows, place, exists, cols, mask, tile, matrix,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The upper bits of a float32, and one exponent for each block of a row. A tile's columns are one block."""
@@ -69,7 +72,7 @@ def log8(
 
 @triton.jit
 def count_min(
-    t, s, square, rows, place, exists, cols, mask, tile,
+    t, s, square, rows, place, exists, cols, mask, tile, matrix,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The minimum over the tables, which `fold` has written before."""
@@ -90,12 +93,12 @@ def count_min(
 
 @triton.jit
 def row_count_min(
-    t, s, square, rows, place, exists, cols, mask, tile,
+    t, s, square, rows, place, exists, cols, mask, tile, matrix,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The profile's minimum times the row's exact scale."""
     scale = tl.load(tl.load(t + SECOND_B).to(tl.pointer_type(tl.float32)) + rows, mask=exists, other=0.0)
-    v = count_min(t, s, square, rows, place, exists, cols, mask, tile, STORE, S_TYPE, MODE, DEPTH, ALIGN)
+    v = count_min(t, s, square, rows, place, exists, cols, mask, tile, matrix, STORE, S_TYPE, MODE, DEPTH, ALIGN)
     return v * scale[:, None]
 
 
@@ -111,15 +114,18 @@ def _slices(axis, cols, K: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _collect(t, values, place, exists, cols, mask, DEPTH: tl.constexpr):
-    """Raise the maxima of this step. ``place`` is the position among the touched rows, or the row's number."""
+def _collect(t, values, place, exists, cols, mask, matrix, DEPTH: tl.constexpr):
+    """Raise the maxima of this step. ``place`` is the position among the touched rows, or the row's number.
+
+    Each matrix of a batch has maxima of its own for its columns, one matrix after the other.
+    """
     # Integer maxima of the bits of numbers >= 0: the order of the atomics does not matter, and NaN is the largest.
     new = tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.int32))
     inner = cols < tl.load(t + COLUMNS)
     bits = tl.where(mask, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     by_column = tl.max(bits, 0)
     tl.atomic_max(new + place, tl.max(bits, 1), mask=exists, sem="relaxed")
-    new += tl.load(t + COUNT)
+    new += tl.load(t + COUNT) + matrix * tl.load(t + COLUMNS)
     axis = t + tl.load(t + AXES)
     for k in tl.static_range(1, DEPTH):
         tl.atomic_max(new + _slices(axis, cols, k, DEPTH), by_column, mask=inner, sem="relaxed")
@@ -129,7 +135,7 @@ def _collect(t, values, place, exists, cols, mask, DEPTH: tl.constexpr):
 
 @triton.jit
 def cover_estimate(
-    t, s, square, rows, place, exists, cols, mask, tile,
+    t, s, square, rows, place, exists, cols, mask, tile, matrix,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The minimum over ``DEPTH`` axes, rows first; for touched rows, the row's cover. SM3-I reads nothing else."""
@@ -139,8 +145,8 @@ def cover_estimate(
         inner = cols < tl.load(t + COLUMNS)
         axis = t + tl.load(t + AXES)
         for k in tl.static_range(1, DEPTH):
-            cover = tl.load(axis).to(tl.pointer_type(tl.float32)) + _slices(axis, cols, k, DEPTH)
-            other = tl.load(cover, mask=inner, other=0.0)
+            cover = tl.load(axis).to(tl.pointer_type(tl.float32)) + matrix * tl.load(t + COLUMNS)
+            other = tl.load(cover + _slices(axis, cols, k, DEPTH), mask=inner, other=0.0)
             least = tl.minimum(least, other[None, :], propagate_nan=tl.PropagateNan.ALL)
             axis += 3
     return least
@@ -148,22 +154,24 @@ def cover_estimate(
 
 @triton.jit
 def cover(
-    t, s, square, rows, place, exists, cols, mask, tile,
+    t, s, square, rows, place, exists, cols, mask, tile, matrix,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The estimate of SM3-II, from the old covers and the gradient. The new maxima are collected in buffers."""
-    least = cover_estimate(t, s, square, rows, place, exists, cols, mask, tile, STORE, S_TYPE, MODE, DEPTH, ALIGN)
+    least = cover_estimate(
+        t, s, square, rows, place, exists, cols, mask, tile, matrix, STORE, S_TYPE, MODE, DEPTH, ALIGN
+    )
     nu = tl.load(s + DECAY2) * least + tl.load(s + GAIN2) * square
     if STORE:
-        _collect(t, nu, place, exists, cols, mask, DEPTH)
+        _collect(t, nu, place, exists, cols, mask, matrix, DEPTH)
     return nu
 
 
 @triton.jit
 def cover_maxima(
-    t, s, square, rows, place, exists, cols, mask, tile,
+    t, s, square, rows, place, exists, cols, mask, tile, matrix,
     STORE: tl.constexpr, S_TYPE: tl.constexpr, MODE: tl.constexpr, DEPTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The sweep before a step of SM3-I, which only collects the maxima of g * g."""
-    _collect(t, square, place, exists, cols, mask, DEPTH)
+    _collect(t, square, place, exists, cols, mask, matrix, DEPTH)
     return square

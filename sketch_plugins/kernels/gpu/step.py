@@ -147,6 +147,7 @@ def tiles(
         rows, g_rows, place, exists = rows_at(t, matrix * height + (local - matrix * each) // across * M, M, MODE)
         exists = exists & (rows < (matrix + 1) * height)
     else:
+        matrix = 0
         rows, g_rows, place, exists = rows_at(t, local // across * M, M, MODE)
     inside = tl.arange(0, N)
     cols = tile * BLOCK + inside
@@ -155,7 +156,7 @@ def tiles(
     f = _rate(s, STEP, PHASE)
     if SECOND is not None:
         STORE: tl.constexpr = (FOLD & PHASE) != 0
-        v = SECOND(t, s, x * x, rows, place, exists, cols, mask, tile, STORE, S_TYPE, MODE, DEPTH2, ALIGN)
+        v = SECOND(t, s, x * x, rows, place, exists, cols, mask, tile, matrix, STORE, S_TYPE, MODE, DEPTH2, ALIGN)
         if AFTER:
             x = x * factor(v, s, _rate(s, INNER, PHASE))
         else:

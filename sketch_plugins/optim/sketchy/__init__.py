@@ -5,6 +5,6 @@ takes the step of tensors of equal shape. Its parts are `graft`, `momentum`, the
 are solved, `axes` which there are) and `write_back`. `kernels` runs the elementwise parts as fused kernels.
 """
 
-from sketch_plugins.optim.sketchy.optimizer import FIXED, Sketchy
+from sketch_plugins.optim.sketchy.optimizer import Sketchy
 
-__all__ = ["FIXED", "Sketchy"]
+__all__ = ["Sketchy"]

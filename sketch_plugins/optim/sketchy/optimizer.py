@@ -7,24 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from sketch_plugins.linalg import kronecker
-from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.linalg.solving import Due, solve
-from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.declaring import with_options
 from sketch_plugins.optim.deferred import Late, defer, is_deferred
 from sketch_plugins.optim.finite import check_finite, warn_of
 from sketch_plugins.optim.options import rate, step_rate
 from sketch_plugins.optim.pending import Batch, Pending
-from sketch_plugins.optim.rule import Denominator, Further, Rule
+from sketch_plugins.optim.rule import Denominator, Rule
 from sketch_plugins.optim.sketchy import axes
-from sketch_plugins.optim.sketchy.axes import AXES, axes_of, axes_with_covariances
-from sketch_plugins.optim.sketchy.graft import GRAFTS
 from sketch_plugins.optim.sketchy.kernels import kernels_for
+from sketch_plugins.optim.sketchy.layout import PreconditionedLayout
 from sketch_plugins.optim.sketchy.momentum import debiased
 from sketch_plugins.optim.sketchy.options import CHANGES, SketchyOptions
 from sketch_plugins.optim.sketchy.schedule import check, due, offset_of, sampled, solver_of
@@ -32,16 +28,12 @@ from sketch_plugins.optim.sketchy.stack import Stack
 from sketch_plugins.optim.sketchy.stacking import share_roots, stacked
 from sketch_plugins.optim.taking import StepOfAll
 from sketch_plugins.optim.usual_rates import ADAGRAD, ADAMW
-from sketch_plugins.sharding.blocks import matrix_shape
-from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
-from sketch_plugins.sharding.pieces import is_lazy
-from sketch_plugins.stores import Ema, Store
-
-FIXED = {"compile": False, "capturable": False, "lagged_rms": False}
+from sketch_plugins.sharding.parts import Part
+from sketch_plugins.stores import Ema
 
 
 @with_options(SketchyOptions, **CHANGES)
-class Sketchy(SketchOptimizer):
+class Sketchy(PreconditionedLayout):
     r"""Shampoo with sketched covariances: low-rank inverse roots turn a diagonal method's update and keep its size.
 
     A parameter with r axes (2 for a matrix) keeps, for each axis, a sketch of rank k of the covariance :math:`L_i` of
@@ -120,7 +112,7 @@ class Sketchy(SketchOptimizer):
     """
 
     # Decompositions are neither compiled nor captured, and `lagged_rms` would gain nothing: the sweep is needed anyway.
-    FIXED: ClassVar[dict[str, Any]] = FIXED
+    FIXED: ClassVar[dict[str, Any]] = {"compile": False, "capturable": False, "lagged_rms": False}
     # Until `_complete`: a part of a parameter, its group, (tail, solver), and the sides to be solved.
     _solves: tuple[tuple[Part, Mapping[str, Any], tuple[str, str], list[Due]], ...] = ()
     # What is sent to the host with `nonfinite="deferred"`. It is neither copied nor pickled.
@@ -176,75 +168,12 @@ class Sketchy(SketchOptimizer):
             self.param_groups.pop()
             raise
 
-    def _check_budget(self, group: Mapping[str, Any]) -> None:
-        shaped = [p for p in group["params"] if not is_lazy(p) and p.numel()]
-        axes = [group[name] for name in AXES]
-        covered = {
-            p: axes_with_covariances(tuple(p.shape)[self.batch_axes(tuple(p.shape), group) :], *axes)[1] for p in shaped
-        }
-        # The table of a vocabulary easily fits the budget, so tensors with all covariances decide, if there are any.
-        eligible = [p for p in covered if covered[p] and all(covered[p])] or [p for p in covered if any(covered[p])]
-        if eligible and all(self.preconditioner_of(p, group) is None for p in eligible):
-            raise ValueError(
-                f"budget={group['budget']:g} bytes a parameter is too small: after "
-                f"first_moment={group['first_moment']!r} and graft={group['graft']!r}, nothing is left for a "
-                "covariance of a tensor that is preconditioned along every axis. Use a larger budget, a smaller "
-                "store, or rank= instead of budget="
-            )
-
     # -- what the base class asks for -----------------------------------------------------------------------------
-
-    def _stores(self, p: Shaped, group: Mapping[str, Any]) -> tuple[Store | None, Store | None]:
-        return self._moments(p, group, group["momentum_of"] == "all" or self._whole(p, group))
-
-    def _has_matrices(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> bool:
-        kinds = {"second_moment": GRAFTS[group["graft"]]}
-        return group["precondition"] != "none" or super()._has_matrices(whole, {**group, **kinds})
-
-    def _moments(self, p: Shaped, group: Mapping[str, Any], first: bool) -> tuple[Store | None, Store | None]:
-        kinds = {"second_moment": GRAFTS[group["graft"]], "first_moment": group["first_moment"] if first else "none"}
-        return super()._stores(p, {**group, **kinds})
-
-    def _whole(self, p: Shaped, group: Mapping[str, Any]) -> bool:
-        """Whether every axis has a covariance."""
-        preconditioner = self.preconditioner_of(p, group)
-        return preconditioner is not None and all(preconditioner.ranks)
-
-    def _further(self, p: Shaped, group: Mapping[str, Any]) -> Mapping[str, Further]:
-        preconditioner = self.preconditioner_of(p, group)
-        return {} if preconditioner is None else {"preconditioner": preconditioner}
-
-    def preconditioner_of(self, p: Shaped, group: Mapping[str, Any]) -> Kronecker | None:
-        """The axes, blocks and ranks of a parameter's covariances; None if it has none."""
-        shape, whole = tuple(p.shape), whole_shape(p)
-        batch, matrices = 0, None
-        if len(whole) > 2 and self.batch_axes(whole, group):  # each matrix has covariances of its own
-            batch, whole = self._batch(p, group), whole[1:]
-            if batch:  # otherwise the part is a piece of one matrix
-                shape, matrices = shape[1:], shape[0]
-                if not matrices:
-                    return None
-        dims, preconditioned = axes_of(shape, whole, *(group[name] for name in AXES))
-        if not any(preconditioned):
-            return None
-        dtype, others = torch.float64 if p.dtype == torch.float64 else torch.float32, 0
-        if group["budget"]:
-            stores = self._moments(p, group, group["momentum_of"] == "all" or all(preconditioned))
-            matrix = matrix_shape(p.shape, batch)
-            others = sum(store.nbytes(matrix, dtype) for store in stores if store is not None)
-        return axes.preconditioner_of(
-            dims, preconditioned, group["rank"], group["budget"], others, group["max_block_dim"],
-            group["statistics"] == "accumulate", dtype, matrices,
-        )  # fmt: skip
 
     def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
         super()._check_incoming(incoming)
         for saved in incoming["param_groups"]:
             check(saved)
-
-    def _row_sparse(self, p: Shaped, group: Mapping[str, Any]) -> Any:
-        # If rows are preconditioned along their axis, they are not the rows of an embedding.
-        return False if self._whole(p, group) else super()._row_sparse(p, group)
 
     def _usual_rate(self, group: Mapping[str, Any]) -> float | None:
         if group["graft"] == "none" and not group["update_clip"]:
