@@ -6,6 +6,7 @@ whose speed drifts. Work in every n-th step only (Sketchy's solves) counts, beca
 
     python benchmarks/bench_training.py                       # Sketchy, 16 x 128 tokens, 2 layers
     python benchmarks/bench_training.py --layers 12 --device cuda --optimizers sketchy,sketchy:solver=power
+    git worktree add ../old COMMIT; python benchmarks/bench_training.py --old ../old   # old and new code in one run
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import copy
 import csv
 import json
+import os
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
-    "optimizer", "layers", "batch", "length", "dtype", "device", "hardware", "threads", "torch", "steps", "training_ms",
-    "adamw_training_ms", "x_adamw_training", "step_ms", "adamw_step_ms", "share", "bytes_per_param",
+    "optimizer", "code", "layers", "batch", "length", "dtype", "device", "hardware", "threads", "torch", "steps",
+    "training_ms", "adamw_training_ms", "x_adamw_training", "step_ms", "adamw_step_ms", "share", "bytes_per_param",
 )  # fmt: skip
 
 
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="a multiple of update_freq")
     parser.add_argument("--out", type=Path, help="CSV (default: benchmarks/results/training_<device>_<dtype>.csv)")
+    parser.add_argument("--old", type=Path, help="checkout of earlier code, whose optimizers are measured beside ours")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -62,7 +66,9 @@ def main() -> None:
         task = progress.add_task("training", total=len(names) * (args.warmup + args.steps))
         for name in names:
             progress.update(task, description=name)
-            rows.append(measure(name, args, lambda: progress.advance(task)))
+            if args.old:
+                rows.append({**of_old_code(name, args.old), "code": "old"})
+            rows.append({**measure(name, args, lambda: progress.advance(task)), "code": "new"})
     out = args.out or RESULTS / f"training_{args.device}_{args.dtype}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as f:
@@ -71,6 +77,18 @@ def main() -> None:
         writer.writerows(rows)
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
     print(f"written to {out}")
+
+
+def of_old_code(name: str, checkout: Path) -> dict[str, object]:
+    """What `measure` returns in a process that imports the package from another checkout."""
+    if not (checkout / "sketch_plugins").is_dir():
+        sys.exit(f"--old {checkout} has no folder sketch_plugins: it has to be a checkout of this repository")
+    path = os.pathsep.join(str(checkout.resolve() / folder) for folder in ("", "integrations"))
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"the measurement of {name} with the code of {checkout} has failed, see above")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(name: str, args: argparse.Namespace, tick) -> dict[str, object]:
@@ -143,7 +161,8 @@ def table(rows: list[dict[str, object]]) -> Table:
         out.add_column(heading, justify="right")
     for row in rows:
         keys = ("training_ms", "adamw_training_ms", "x_adamw_training", "step_ms", "adamw_step_ms", "bytes_per_param")
-        out.add_row(*map(str, (row["optimizer"], *(row[k] for k in keys))))
+        name = f"{row['optimizer']} ({row['code']} code)" if row["code"] == "old" else row["optimizer"]
+        out.add_row(*map(str, (name, *(row[k] for k in keys))))
     return out
 
 
