@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.stores.base import Ema, State, Store
+from sketch_plugins.stores.cover import Cover
 
 # The phases of a sweep. It may write the second moment, measure the update (and the parameter), and apply the step.
 FOLD, MEASURE, APPLY = 1, 2, 4
@@ -120,6 +121,8 @@ def misread(w: Work) -> str | None:
             "one of its tensors is a lazily negated view (torch.is_neg), and a kernel would read its values "
             "with the wrong sign"
         )
+    if w.second is not None and isinstance(w.second[0], Cover) and w.apart != (w.second[0].matrices or 1):
+        return f"its {w.apart} matrices are handled one by one, but covers are kept for {w.second[0].matrices or 1}"
     if w.flags & (1 << UNIT) and (w.second is not None or w.after):
         return "the kernels compute a sign step only without a second moment"
     if not all(tensor.is_contiguous() and tensor.device == w.p.device for tensor in state):

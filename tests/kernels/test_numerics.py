@@ -360,7 +360,7 @@ def described(first, second, device, name, value, setting):
     setting.pop("needs", None)
     if "of" in setting:  # stores of a batch of matrices
         of = setting.pop("of")
-        first, second = (replace(s, matrices=of) if isinstance(s, Sketch) else s for s in (first, second))
+        first, second = (replace(s, matrices=of) if isinstance(s, Sketch | Cover) else s for s in (first, second))
     numbers |= setting.pop("numbers", {})
     dtype = setting.pop("dtype", torch.float32)
     if isinstance(name, int):
