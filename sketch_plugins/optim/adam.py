@@ -23,6 +23,7 @@ from sketch_plugins.optim.family import (
     SignedSketch,
     Sketches,
     Steps,
+    Vocabularies,
 )
 from sketch_plugins.optim.options import rate, step_rate
 from sketch_plugins.optim.rule import Denominator, Rule
@@ -30,7 +31,14 @@ from sketch_plugins.optim.usual_rates import ADAMW
 from sketch_plugins.stores import Ema
 
 # arXiv 1902.00179: 3 hashes, tables that together keep 20 % of the rows, min / median, V *= 0.2 every 125 steps.
-PAPER_SKETCH = {"compression": 0.2 / 3, "depth": 3, "hash": "affine", "bucket": "sum", "clean_every": 125}
+PAPER_SKETCH = {
+    "compression": 0.2 / 3,
+    "depth": 3,
+    "hash": "affine",
+    "bucket": "sum",
+    "clean_every": 125,
+    "embedding_rate": 1.0,
+}
 _EXACT = {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.0, "scale_parameter": False}
 
 
@@ -38,6 +46,7 @@ class AdamOptions(
     FirstMoment,
     SecondMoment,
     Sketches,
+    Vocabularies,
     Batches,
     Buckets,
     Steps,
@@ -155,7 +164,7 @@ class CSAdam(SketchOptimizer):
 
 
 class RMSpropOptions(
-    SecondMoment, Sketches, Batches, Buckets, Steps, Clipping, Lagged, Kernels, Decoupled, total=False
+    SecondMoment, Sketches, Vocabularies, Batches, Buckets, Steps, Clipping, Lagged, Kernels, Decoupled, total=False
 ):
     """Keywords of `CSRMSprop`."""
 

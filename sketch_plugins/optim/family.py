@@ -41,6 +41,23 @@ class Batches(TypedDict, total=False):
     ]
 
 
+class Vocabularies(TypedDict, total=False):
+    """The step of embeddings and output layers."""
+
+    embedding_rate: Annotated[
+        float | None,
+        option(
+            2.0,
+            "the factor of the learning rate for embeddings and output layers whose rows share buckets of the second "
+            "moment: matrices of 2,048 rows or more, if these are more than 16 times the columns, or more than 16,384. "
+            "The mean of a bucket is decided by frequent words, so without the factor the steps of all others are too "
+            "short. Weight decay does not have it.",
+            allowed="a number > 0",
+            check=lambda v: v > 0,
+        ),
+    ]
+
+
 class Sketches(TypedDict, total=False):
     """How rows fall into the buckets of a sketch."""
 

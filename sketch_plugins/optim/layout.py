@@ -22,6 +22,10 @@ from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import CORRECTION, PLACE, is_ours
 from sketch_plugins.stores import Store
 from sketch_plugins.stores.kinds import SHAPED, StoreOptions, store_of
+from sketch_plugins.stores.sketch import Sketch
+
+#: An embedding or output layer has this number of rows or more.
+VOCABULARY = 2048
 
 
 class StateLayout(Groups):
@@ -117,6 +121,20 @@ class StateLayout(Groups):
         whole = whole_shape(p)
         axes = self.measured_axes(whole, group) if len(p.shape) == len(whole) else 0
         return math.prod(p.shape[:axes]) if axes else None
+
+    def _rate_factor(self, p: Shaped, group: Mapping[str, Any]) -> float:
+        """The factor of a part's learning rate: ``embedding_rate`` if it belongs to an embedding or output layer.
+
+        The shape of the whole parameter decides, so that all ranks agree.
+        """
+        factor, whole = group.get("embedding_rate", 1.0), whole_shape(p)
+        if factor == 1.0 or len(whole) != 2 or group.get("second_moment") != "count_min" or is_exact(p, group):
+            return 1.0
+        rows, columns = whole
+        if rows < VOCABULARY or rows <= min(16 * columns, 8 * VOCABULARY):
+            return 1.0
+        second = self._stores(p, group)[1]
+        return float(factor) if isinstance(second, Sketch) and second.buckets(rows) < rows else 1.0
 
     def _matrix_shape(self, p: Shaped, group: Mapping[str, Any]) -> tuple[int, int]:
         return matrix_shape(p.shape, self._batch(p, group))

@@ -74,6 +74,7 @@ class Pending:
         idle: only the number of steps changes, because the part has no elements or no row has a gradient.
         repeated: the part looks as in the last step, and was not resolved again.
         refused: ``fused=True`` asked for kernels that cannot take it. Each such step warns.
+        factor: factor of its learning rate (``embedding_rate``), which ``rule`` contains.
     """
 
     p: Part
@@ -89,6 +90,7 @@ class Pending:
     idle: bool = False
     repeated: bool = False
     refused: bool = False
+    factor: float = 1.0
 
     def at(self, p: Part, grad: Gradient) -> Pending:
         """The same step for a copy of the part, with its gradient."""

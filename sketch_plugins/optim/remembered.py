@@ -25,15 +25,25 @@ class Remembered:
         gradient: dtype of the gradient, which is contiguous and has the shape of the part.
         tensors: (name, weak reference, address) of each tensor of the moments in the owner's state.
         step, counter: name of the step counter in that state, and a weak reference to it.
+        factor: factor of its learning rate.
     """
 
     __slots__ = (
-        "address", "backend", "counter", "cpu", "dtype", "gradient", "options", "shape", "step", "task", "tensors",
+        "address", "backend", "counter", "cpu", "dtype", "factor", "gradient", "options", "shape", "step", "task",
+        "tensors",
     )  # fmt: skip
 
     def __init__(
-        self, p: Tensor, g: Tensor, options: tuple[Any, ...], state: Mapping[str, Tensor], backend: Any, task: Any
+        self,
+        p: Tensor,
+        g: Tensor,
+        options: tuple[Any, ...],
+        state: Mapping[str, Tensor],
+        backend: Any,
+        task: Any,
+        factor: float = 1.0,
     ) -> None:
+        self.factor = factor
         self.backend, self.task, self.options = backend, task, options
         self.address, self.shape, self.dtype, self.cpu = p.data_ptr(), p.shape, p.dtype, p.is_cpu
         self.gradient = g.dtype
@@ -81,8 +91,9 @@ class Again:
         tasks: their steps as the kernels get them.
         gradients: addresses of their gradients.
         counters: their step counters.
-        rules: (group, number of this step) of each rule that is needed; each is a row of numbers. With ``capturable``
-            (group, counters): the counters are not read, and each has a row of its own.
+        rules: (group, number of this step, factor of the learning rate) of each rule that is needed; each is a row of
+            numbers. With ``capturable`` the second is a list of counters, which are not read. Each has a row of its
+            own.
         which: the row of each part.
         changed: the tensors that are written: the parts, and their parameters if these are other tensors.
         idle: the step counters of parts without elements, for which only the step is counted.
@@ -91,6 +102,7 @@ class Again:
     """
 
     __slots__ = (
+        "_factor",
         "_group",
         "_places",
         "_rows",
@@ -109,15 +121,16 @@ class Again:
         self.tasks: list[Any] = []
         self.gradients: list[int] = []
         self.counters: list[Tensor] = []
-        self.rules: list[tuple[dict[str, Any], int | list[Tensor]]] = []
+        self.rules: list[tuple[dict[str, Any], int | list[Tensor], float]] = []
         self.which: list[int] = []
         self.changed: list[Tensor] = []
         self.idle: list[Tensor] = []
         self.outliving: list[Any] = []
-        self._places: dict[tuple[int, int], int] = {}
+        self._places: dict[tuple[int, int, float], int] = {}
         self._rows = 0
         self._group: Any = None
         self._step = -1.0
+        self._factor = 1.0
 
     def extend(
         self,
@@ -128,19 +141,27 @@ class Again:
         group: dict[str, Any],
         parts: Sequence[Tensor],
         outliving: list[Tensor],
+        factors: Sequence[float] | None,
     ) -> None:
-        """Add the parameters of a group, whose counters are on one device, as `add` does for each."""
+        """Add the parameters of a group, whose counters are on one device, as `add` does for each.
+
+        ``factors`` is None if all are 1.
+        """
         self.tasks += tasks
         self.gradients += addresses
         self.counters += counters
         self.changed += parts
         self.outliving += outliving
         if steps is None:
-            self._uncounted(group, counters)
+            self._uncounted(group, counters, factors or [1.0] * len(counters))
+            return
+        if factors is not None:
+            rows = {one: self._row(group, *one) for one in dict.fromkeys(zip(steps, factors, strict=True))}
+            self.which += [rows[one] for one in zip(steps, factors, strict=True)]
             return
         places = {}
         for step in set(steps):
-            places[step] = self._row(group, step)
+            places[step] = self._row(group, step, 1.0)
         self.which += [*places.values()] * len(steps) if len(places) == 1 else [places[step] for step in steps]
 
     def add(
@@ -152,6 +173,7 @@ class Again:
         group: dict[str, Any],
         p: Tensor,
         owner: Tensor,
+        factor: float,
     ) -> None:
         """Add one more part, which has taken ``step`` steps. None: the counter is on a device and is not read."""
         self.tasks.append(task)
@@ -161,29 +183,34 @@ class Again:
         if owner is not p:
             self.changed.append(owner)
         if step is None:
-            self._uncounted(group, [counter])
+            self._uncounted(group, [counter], [factor])
             return
-        if step == self._step and group is self._group:  # the same as for the part before
+        if step == self._step and group is self._group and factor == self._factor:  # the same as for the part before
             self.which.append(self.which[-1])
             return
-        self._group, self._step = group, step
-        key = id(group), int(step)
+        self._group, self._step, self._factor = group, step, factor
+        key = id(group), int(step), factor
         if key not in self._places:
-            self._places[key] = self._row(group, step)
+            self._places[key] = self._row(group, step, factor)
         self.which.append(self._places[key])
 
-    def _uncounted(self, group: dict[str, Any], counters: Sequence[Tensor]) -> None:
+    def _uncounted(self, group: dict[str, Any], counters: Sequence[Tensor], factors: Sequence[float]) -> None:
         """A row for each of the counters, which are on one device and are not read."""
-        last, known = self.rules[-1] if self.rules else (None, None)
-        if last is group and isinstance(known, list) and known[0].device == counters[0].device:
-            known += counters
-        else:
-            self.rules.append((group, list(counters)))
-        self.which += range(self._rows, self._rows + len(counters))
-        self._rows += len(counters)
+        rows = [0] * len(counters)
+        for factor in dict.fromkeys(factors):
+            places = [i for i, one in enumerate(factors) if one == factor]
+            last, known, same = self.rules[-1] if self.rules else (None, None, None)
+            if last is group and same == factor and isinstance(known, list) and known[0].device == counters[0].device:
+                known += [counters[i] for i in places]
+            else:
+                self.rules.append((group, [counters[i] for i in places], factor))
+            for i in places:
+                rows[i] = self._rows
+                self._rows += 1
+        self.which += rows
 
-    def _row(self, group: dict[str, Any], step: float) -> int:
-        self.rules.append((group, int(step) + 1))
+    def _row(self, group: dict[str, Any], step: float, factor: float) -> int:
+        self.rules.append((group, int(step) + 1, factor))
         self._rows += 1
         return self._rows - 1
 

@@ -45,7 +45,8 @@ class RememberedGroup:
         everything, parts = parts, [part for part in parts if part.numel()]
         self.options, self.backend = found[0].options, found[0].backend
         self.tasks, self.aligned = [one.task for one in found], not all(one.task.fits(1) for one in found)
-        self.owners = list(map(id, owners))
+        self.owners, factors = list(map(id, owners)), [one.factor for one in found]
+        self.factors = factors if any(factor != 1.0 for factor in factors) else None
         # For each part, the number of its parameter, and the names of its tensors in that parameter's state.
         numbers = {id(owner): i for i, owner in enumerate(owners)}
         self.where = [numbers[id(part.owner)] for part in parts]
@@ -152,7 +153,7 @@ class RememberedGroup:
             steps = self._steps(counters, pieces)
             if min(steps) < 1 or max(steps) >= 1e18:
                 return False
-        again.extend(self.tasks, places, counters, steps, group, changed, [*grads, *tensors])
+        again.extend(self.tasks, places, counters, steps, group, changed, [*grads, *tensors], self.factors)
         again.idle += idle
         self.times += 1
         return True

@@ -25,6 +25,9 @@ from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours
 from sketch_plugins.stores import Gradient, Store
 
+#: The rules of a step, by group, number of the step, whether it is row-sparse, and factor of the learning rate.
+Rules = dict[tuple[int, int, bool, float], Rule]
+
 
 class Resolution(Gradients):
     """Finds everything that a step needs, and raises its errors. Nothing has changed afterwards."""
@@ -50,7 +53,7 @@ class Resolution(Gradients):
         p: Part,
         group: dict[str, Any],
         grad: Gradient,
-        rules: dict[tuple[int, int, bool], Rule],
+        rules: Rules,
         large: bool,
     ) -> Pending:
         """Everything that a part's step needs. Nothing has changed afterwards, not even the optimizer's state."""
@@ -64,7 +67,7 @@ class Resolution(Gradients):
         if not all(map(is_ours, state)):  # entries of other code take no part in a step
             own = self._expected(p, group)
             state = {name: value for name, value in state.items() if name in own}
-        one = Pending(p, group, grad, state, fresh, named)
+        one = Pending(p, group, grad, state, fresh, named, factor=self._rate_factor(p, group))
         if p.numel() == 0:  # the shards of other ranks are not empty, and all ranks have the same state
             one.idle = True
             return one
@@ -82,24 +85,23 @@ class Resolution(Gradients):
         if grad.rows is not None and len(grad.rows) == 0:
             one.idle = True
             return one
-        one.rule = self._rule_of(group, step, sparse, rules)
+        one.rule = self._rule_of(one, sparse, rules)
         if not self._further(p, group):
             one.backend, one.work = choose(p.data, group, grad, one.rule, (first, second), state, large, step == 1)
             one.refused = one.backend is None and bool(group["fused"])
         return one
 
-    def _repeat(self, one: Pending, rules: dict[tuple[int, int, bool], Rule]) -> Pending:
+    def _repeat(self, one: Pending, rules: Rules) -> Pending:
         """Set the number and the rule of a step that is like the last one."""
         one.step, one.repeated = int(steps_taken(one.state["step"])) + 1, True
-        one.rule = self._rule_of(one.group, one.step, False, rules)
+        one.factor = self._rate_factor(one.p, one.group)
+        one.rule = self._rule_of(one, False, rules)
         return one
 
-    def _rule_of(
-        self, group: dict[str, Any], step: int, sparse: bool, rules: dict[tuple[int, int, bool], Rule]
-    ) -> Rule:
-        key = (id(group), step, sparse)
+    def _rule_of(self, one: Pending, sparse: bool, rules: Rules) -> Rule:
+        key = (id(one.group), one.step, sparse, one.factor)
         if key not in rules:
-            rule = self._rule(group, step, sparse)
+            rule = self._rule(one.group, one.step, sparse).times(one.factor)
             rules[key] = rule if self._gate is None else replace(rule, gate=self._gate)
         return rules[key]
 

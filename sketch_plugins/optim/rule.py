@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -122,3 +122,7 @@ class Rule:
     precondition_first: bool = False
     sign: bool = False
     gate: Gate | None = None
+
+    def times(self, factor: float) -> Rule:
+        """The same update with a learning rate that is ``factor`` times as large; the weight decay stays."""
+        return self if factor == 1.0 else replace(self, step_size=self.step_size * factor)

@@ -225,7 +225,7 @@ class StepCache:
         if those is None:
             those = again[found.backend] = Again()
         those.outliving += (grad, *[state[name] for name, _, _ in found.tensors])
-        those.add(found.task, address, counter, step, group, p, owner)
+        those.add(found.task, address, counter, step, group, p, owner, found.factor)
         return True
 
     def repeated(
@@ -278,11 +278,12 @@ class StepCache:
         state: Mapping[str, Any],
         backend: Backend,
         task: Any,
+        factor: float = 1.0,
     ) -> None:
         """Keep a task for the next step. ``state`` is the part's, with the names that it has in the owner's state."""
         p = part.data
         if options is not None and grad is not None and _is_rememberable(p, grad, state):
-            self._tasks[part.identity] = Remembered(p, grad, options, state, backend, task)
+            self._tasks[part.identity] = Remembered(p, grad, options, state, backend, task, factor)
 
     def trim(self) -> None:
         """Forget everything if most of it was not used: parameters that are replaced all the time leave tasks."""

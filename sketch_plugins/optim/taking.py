@@ -16,8 +16,7 @@ from sketch_plugins.optim.fused import Backend, numbers, vector
 from sketch_plugins.optim.measuring import rms_of
 from sketch_plugins.optim.pending import Batch, Pending, copied_aside
 from sketch_plugins.optim.remembered import Again, Counters
-from sketch_plugins.optim.resolved import Resolution
-from sketch_plugins.optim.rule import Rule
+from sketch_plugins.optim.resolved import Resolution, Rules
 from sketch_plugins.optim.self_check import confirm
 from sketch_plugins.optim.weight_bits import matrix_of
 from sketch_plugins.sharding.parts import Part, local_grad, opened
@@ -82,7 +81,7 @@ class Taking(Resolution):
         Everything that can fail comes first. Until `_commit` nothing has changed.
         """
         large = self._has_large() if work else False
-        rules: dict[tuple[int, int, bool], Rule] = {}
+        rules: Rules = {}
         pending = [
             self._repeat(one, rules) if isinstance(one, Pending) else self._resolve(*one, rules, large) for one in work
         ]
@@ -180,13 +179,13 @@ class Taking(Resolution):
         cache = self._step_cache
         rows: list[Sequence[float]] = []
         filled: list[tuple[int, Tensor]] = []  # places in `rows`, and the rows that are on a device
-        for group, step in known.rules:
+        for group, step, factor in known.rules:
             l2 = group["weight_decay"] if self._couples(group) else None
             if isinstance(step, list):
-                filled.append((len(rows), self._numbers_on_device(group, step, False, l2)[0]))
+                filled.append((len(rows), self._numbers_on_device(group, step, False, l2, factor)[0]))
                 rows += [EMPTY] * len(step)
                 continue
-            row, _ = vector(numbers(self._rule(group, step, False), group, step, l2), torch.device("cpu"))
+            row, _ = vector(numbers(self._rule(group, step, False).times(factor), group, step, l2), torch.device("cpu"))
             if isinstance(row, Tensor):
                 filled.append((len(rows), row[None]))
             rows.append(EMPTY if isinstance(row, Tensor) else row)
@@ -223,7 +222,8 @@ class Taking(Resolution):
                     continue  # a first step with lagged_rms differs from those that follow
                 options = marks[id(new.group)]
                 # `new.p.grad` may communicate, and the other ranks would not take part.
-                cache.learn(new.p, new.grad.matrix.tensor, options, flattened(new.state, new.p.key), backend, task)
+                own = flattened(new.state, new.p.key)
+                cache.learn(new.p, new.grad.matrix.tensor, options, own, backend, task, new.factor)
 
         out: list[tuple[list[Pending], list[Tensor], Callable[[], None]]] = []
         again = not described and program is cache.programs.get((backend, only))
@@ -252,32 +252,34 @@ class Taking(Resolution):
         return [known.all]
 
     def _fill_numbers(self, pending: list[Pending]) -> None:
-        shared: dict[tuple[int, Any, bool, torch.device], tuple[list[float] | Tensor, int]] = {}
-        on_device: dict[tuple[int, bool, torch.device], list[Pending]] = {}
+        shared: dict[tuple[int, Any, bool, float, torch.device], tuple[list[float] | Tensor, int]] = {}
+        on_device: dict[tuple[int, bool, float, torch.device], list[Pending]] = {}
         for one in pending:
             assert one.work is not None
             sparse = one.grad.rows is not None
             if one.rule is None:
-                on_device.setdefault((id(one.group), sparse, one.step.device), []).append(one)
+                on_device.setdefault((id(one.group), sparse, one.factor, one.step.device), []).append(one)
                 continue
-            key = (id(one.group), one.step, sparse, one.work.p.device)
+            key = (id(one.group), one.step, sparse, one.factor, one.work.p.device)
             if key not in shared:
                 shared[key] = vector(numbers(one.rule, one.group, one.step, _l2(one.grad)), one.work.p.device)
             one.work.numbers, one.work.flags = shared[key]
-        for (_, sparse, _), members in on_device.items():
+        for (_, sparse, factor, _), members in on_device.items():
             counters, l2 = [one.step for one in members], _l2(members[0].grad)
-            rows, flags = self._numbers_on_device(members[0].group, counters, sparse, l2)
+            rows, flags = self._numbers_on_device(members[0].group, counters, sparse, l2, factor)
             for one, row in zip(members, rows, strict=True):
                 assert one.work is not None
                 one.work.numbers, one.work.flags = row, flags
 
     def _numbers_on_device(
-        self, group: dict[str, Any], counters: list[Tensor], sparse: bool, l2: float | None
+        self, group: dict[str, Any], counters: list[Tensor], sparse: bool, l2: float | None, factor: float
     ) -> tuple[Tensor, int]:
         """`vector` with a row for each step counter. The counters stay on their device."""
         steps = torch.stack(counters) + 1
         rows, flags = vector(
-            numbers(self._rule(group, steps.double(), sparse), group, steps, l2), steps.device, len(counters)
+            numbers(self._rule(group, steps.double(), sparse).times(factor), group, steps, l2),
+            steps.device,
+            len(counters),
         )
         assert isinstance(rows, Tensor)
         return rows, flags

@@ -33,6 +33,9 @@ class PreconditionedLayout(SketchOptimizer):
         kinds = {"second_moment": GRAFTS[group["graft"]], "first_moment": group["first_moment"] if first else "none"}
         return super()._stores(p, {**group, **kinds})
 
+    def _rate_factor(self, p: Shaped, group: Mapping[str, Any]) -> float:
+        return 1.0  # `axes.factor_of`, when the step is taken
+
     def _whole(self, p: Shaped, group: Mapping[str, Any]) -> bool:
         """Whether every axis has a covariance."""
         preconditioner = self.preconditioner_of(p, group)
