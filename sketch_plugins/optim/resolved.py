@@ -67,11 +67,12 @@ class Resolution(Gradients):
         if not all(map(is_ours, state)):  # entries of other code take no part in a step
             own = self._expected(p, group)
             state = {name: value for name, value in state.items() if name in own}
-        one = Pending(p, group, grad, state, fresh, named, factor=self._rate_factor(p, group))
+        sparse = grad.rows is not None
+        factor = 1.0 if sparse else self._rate_factor(p, group)
+        one = Pending(p, group, grad, state, fresh, named, factor=factor)
         if p.numel() == 0:  # the shards of other ranks are not empty, and all ranks have the same state
             one.idle = True
             return one
-        sparse = grad.rows is not None
         if group["capturable"]:
             # The replays of a graph take the step number from the device, so nothing here may read it.
             one.step = state["step"]

@@ -101,6 +101,19 @@ def test_weight_decay_does_not_have_it():
     assert torch.equal(p, torch.full_like(p, 1 - 0.1 * 0.5))
 
 
+def test_row_sparse_steps_do_not_have_it():
+    found = []
+    for rate in (1.0, 2.0):
+        (p,) = made([(4096, 64)])
+        optimizer = CSAdam([p], embedding_rate=rate, fused=False)
+        index = torch.tensor([[5, 700, 4000]])
+        for _ in range(2):
+            p.grad = torch.sparse_coo_tensor(index, torch.ones(3, 64), p.shape, check_invariants=True)
+            optimizer.step()
+        found.append(p)
+    assert torch.equal(*found)
+
+
 def factor(shape, cls=CSAdam, **options):
     p = torch.nn.Parameter(torch.zeros(shape))
     optimizer = cls([p], **options)
