@@ -82,8 +82,8 @@ class CSAdam(SketchOptimizer):
 
     with the learning rate :math:`\gamma` and the weight decay :math:`\lambda`. By default :math:`m` is kept in int8
     blocks, and :math:`v` in a count-min sketch of depth 1: rows :math:`i, i + w, i + 2w, \ldots` share one row of
-    :math:`w = \lceil 0.05 R \rceil` buckets, which averages their :math:`g^2`. AdamW's learning rate carries over. Embeddings and output layers whose rows share
-    buckets take ``embedding_rate`` times that rate.
+    :math:`w = \lceil 0.05 R \rceil` buckets, which averages their :math:`g^2`. AdamW's learning rate carries over.
+    Embeddings and output layers whose rows share buckets take ``embedding_rate`` times that rate.
 
     State bytes a parameter of an R x D matrix (float32 arithmetic; exact counts: `sketch_plugins.state_report`):
     ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / min(block_size, D)``, count_sketch ``4 * depth * compression``,

@@ -376,7 +376,18 @@ class Decoupled(Torchs, total=False):
 
 
 class _Family(
-    Sketches, Batches, FirstMoment, SignedSketch, SecondMoment, Buckets, Clipping, Lagged, Kernels, Steps, total=False
+    Sketches,
+    Vocabularies,
+    Batches,
+    FirstMoment,
+    SignedSketch,
+    SecondMoment,
+    Buckets,
+    Clipping,
+    Lagged,
+    Kernels,
+    Steps,
+    total=False,
 ):
     pass
 
