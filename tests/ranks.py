@@ -8,6 +8,7 @@ forks. It works only without a GPU, because a fork could not use one.
 """
 
 import ast
+import atexit
 import contextlib
 import gc
 import importlib
@@ -40,6 +41,18 @@ def become(rank: int, output: int) -> None:
         importlib.import_module("lightning_utilities.core.rank_zero").rank_zero_only.rank = rank
 
 
+def leave(ended: list[bool]) -> None:
+    """End a rank whose script has ended without an error.
+
+    On a busy machine gloo's threads sometimes abort a process while it unloads its libraries ("terminate called without
+    an active exception"), even after destroy_process_group.
+    """
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def main() -> None:
     outputs = [int(number) for number in sys.argv[1].split(",")]
     del sys.argv[:2]
@@ -53,7 +66,10 @@ def main() -> None:
         process = os.fork()
         if not process:
             become(rank, output)
+            ended: list[bool] = []
+            atexit.register(leave, ended)  # what is registered first is called last
             runpy.run_path(script, run_name="__main__")
+            ended.append(True)
             return
         ranks.append(process)
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
