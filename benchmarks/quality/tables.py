@@ -8,7 +8,7 @@ from .summary import TITLES, Figure, figures, machine, skipped
 
 FINE_TUNE = "fine_tune"
 #: Steps of the language model that have a panel and a column.
-LENGTHS = (160, 500, 1500)
+LENGTHS = (160, 500, 1500, 5000)
 #: (task, steps).
 Kind = tuple[str, int]
 Figures = dict[tuple[str, int, str], Figure]

@@ -188,7 +188,7 @@ class Program:
         covers = units * np.array([task.sweep is sweeps.cover for task in tasks], bool)
         table[:, cpu_table.BASE], table[:, cpu_table.NEW] = (np.cumsum(n) - n for n in (measured, covers))
         self.units, self.rows, self.columns = int(measured.sum()), int(covers.sum()), 0
-        # The task of each row of numbers, and the first row of each task: matrices that are measured one by one have
+        # The task of each row of numbers, and the first row of each task: matrices that are handled one by one have
         # numbers of their own.
         apart = table[:, cpu_table.APART].astype(np.int64)
         self.owners = None if (apart == 1).all() else np.repeat(np.arange(len(tasks)), apart)

@@ -268,6 +268,10 @@ class SketchOptimizer(Taking):
         if self._parts_of is None:  # a copy, whose parameters are those that it was given
             for number, group in enumerate(self.param_groups):
                 self._parts.add(group, number, self.batch_axes)
+        for group in self.param_groups:
+            for part, _ in self._parts_with_state([group]):
+                if own := self._state_of(part):  # pickles of older versions shared state among experts
+                    self.state[part.owner].update(flattened(self.spread_part(own, part, group), part.key))
         self._find_unmeasured()
 
     @property

@@ -49,9 +49,9 @@ class Vocabularies(TypedDict, total=False):
         option(
             2.0,
             "the factor of the learning rate for embeddings and output layers whose rows share buckets of the second "
-            "moment: matrices of 2,048 rows or more, if these are more than 16 times the columns, or more than 16,384. "
-            "The mean of a bucket is decided by frequent words, so without the factor the steps of all others are too "
-            "short. Weight decay and row-sparse gradients do not have it.",
+            "moment: matrices of 8,192 rows or more, and 128 columns or more, if the rows are more than 16 times the "
+            "columns. The mean of a bucket is decided by frequent words, so without the factor the steps of all others "
+            "are too short. Weight decay and row-sparse gradients do not have it.",
             allowed="a number > 0",
             check=lambda v: v > 0,
         ),

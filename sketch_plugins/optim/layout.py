@@ -16,16 +16,13 @@ from sketch_plugins.notices import warn
 from sketch_plugins.optim.groups import Groups
 from sketch_plugins.optim.rule import Further, LastRms
 from sketch_plugins.optim.weight_bits import WeightCorrection, Written, computes_its_numbers, corrects
-from sketch_plugins.sharding.blocks import is_batch, matrix_shape
+from sketch_plugins.sharding.blocks import is_batch, is_vocabulary, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped, whole_shape
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import CORRECTION, PLACE, is_ours
 from sketch_plugins.stores import Store
 from sketch_plugins.stores.kinds import SHAPED, StoreOptions, store_of
 from sketch_plugins.stores.sketch import Sketch
-
-#: An embedding or output layer has this number of rows or more.
-VOCABULARY = 2048
 
 
 class StateLayout(Groups):
@@ -128,13 +125,12 @@ class StateLayout(Groups):
         The shape of the whole parameter decides, so that all ranks agree.
         """
         factor, whole = group.get("embedding_rate", 1.0), whole_shape(p)
-        if factor == 1.0 or len(whole) != 2 or group.get("second_moment") != "count_min" or is_exact(p, group):
+        if factor == 1.0 or group.get("second_moment") != "count_min" or is_exact(p, group):
             return 1.0
-        rows, columns = whole
-        if rows < VOCABULARY or rows <= min(16 * columns, 8 * VOCABULARY):
+        if not is_vocabulary(whole):
             return 1.0
         second = self._stores(p, group)[1]
-        return float(factor) if isinstance(second, Sketch) and second.buckets(rows) < rows else 1.0
+        return float(factor) if isinstance(second, Sketch) and second.buckets(whole[0]) < whole[0] else 1.0
 
     def _matrix_shape(self, p: Shaped, group: Mapping[str, Any]) -> tuple[int, int]:
         return matrix_shape(p.shape, self._batch(p, group))

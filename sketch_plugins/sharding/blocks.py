@@ -15,6 +15,15 @@ from torch import Tensor
 LEAST_SIDE, NO_KERNEL = 16, 256
 
 
+def is_vocabulary(whole: tuple[int, ...]) -> bool:
+    """Whether a parameter of this shape is taken for an embedding or output layer, whose rows are words.
+
+    These are matrices of 8,192 rows or more, and 128 columns or more, whose rows are more than 16 times the columns.
+    Shapes alone cannot tell all of them: (32000, 4096) of Llama 2 is none, and an up-projection (32768, 512) is one.
+    """
+    return len(whole) == 2 and whole[0] >= 8192 and whole[1] >= 128 and whole[0] > 16 * whole[1]
+
+
 def is_batch(shape: torch.Size | tuple[int, ...]) -> bool:
     """Whether a parameter of this shape is read as a batch of matrices ``(E, R, D)``, such as the experts of a layer.
 

@@ -102,9 +102,11 @@ class Cover(Store):
         they are upper bounds for it, too.
         """
         column = saved.get("axis_1")
-        if self.matrices is None or not isinstance(column, Tensor) or tuple(column.shape) != self.dims[1:]:
+        columns = self.dims[1]
+        if self.matrices is None or not isinstance(column, Tensor) or column.ndim != 1 or len(column) < columns:
             return dict(saved)
-        return {**saved, "axis_1": column.expand(self.matrices, -1).contiguous()}
+        # The covers of a DTensor may have the length of the largest shard's.
+        return {**saved, "axis_1": column[:columns].expand(self.matrices, -1).contiguous()}
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """The minimum over the slices. For touched rows of a sparse gradient it is the row's cover alone."""

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import pickle
 
 import pytest
 import torch
@@ -554,6 +555,10 @@ def test_covers_of_an_earlier_version_which_all_matrices_shared(variant):
     (q,), reader = train(SM3, [p.detach()], [], **options)
     reader.load_state_dict(saved)
     assert torch.equal(reader.state[q]["second_moment.axis_1"], shared.expand(E, D))
+    writer.state[p]["second_moment.axis_1"] = shared
+    copied = pickle.loads(pickle.dumps(writer))
+    (again,) = copied.param_groups[0]["params"]
+    assert torch.equal(copied.state[again]["second_moment.axis_1"], shared.expand(E, D))
     assert torch.equal(reader.state[q]["second_moment.axis_0"], writer.state[p]["second_moment.axis_0"])
     q.grad = random(E, R, D, seed=2)
     reader.step()  # variant II computes the covers anew, so that each matrix has its own

@@ -67,7 +67,10 @@ def unsupported(w: Work) -> str | None:
             "division by the denominator"
         )
     if w.rows is not None and w.apart > 1:
-        return "the Triton kernels do not measure the touched rows of each matrix of a batch (experts) by themselves"
+        return (
+            "the Triton kernels do not take the touched rows of matrices (experts) that are measured one by one, or have "
+            "covers of their own"
+        )
     return misread(w)
 
 
@@ -572,7 +575,7 @@ def _actions(
 ) -> list[_Action]:
     """The launches of some tensors. With ``ready`` they were compiled before.
 
-    ``apart`` has, for each tensor, the number of matrices that are measured one by one.
+    ``apart`` has, for each tensor, the number of matrices that are handled one by one.
     """
     count, constants, owned = len(apart), _constants(spec), spec.kernel == "buckets"
     each = (max(apart), count) if spec.batch else (count,)  # programs that turn sums into numbers
