@@ -177,3 +177,24 @@ def test_many_bands_of_many_matrices():
             compare(runs[0], train(cls, torch.device("cpu"), False, *given, **options))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("preset", ["default", "ema"])
+def test_covers_of_matrices_that_several_threads_share(preset):
+    """Each matrix is cut into pieces, whose maxima are collected for this matrix alone."""
+    pytest.importorskip("numba")
+    shape = (3, 300, 331)
+    whole = random(*shape)
+    steps = [random(*shape, seed=s) * torch.tensor([3.0, 0.02, 1.0]).view(3, 1, 1) for s in (1, 2, 3)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        options = {"preset": preset, "reference_rms": 1.0}
+        (p,), (state,) = train(SM3, torch.device("cpu"), True, [whole], [[g] for g in steps], **options)
+        torch.set_num_threads(1)
+        matrices, states = train(SM3, torch.device("cpu"), True, list(whole), [list(g) for g in steps], **options)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(p, torch.stack(list(matrices)))
+    assert torch.equal(state["second_moment.axis_0"], torch.cat([one["second_moment.axis_0"] for one in states]))
+    assert torch.equal(state["second_moment.axis_1"], torch.stack([one["second_moment.axis_1"] for one in states]))

@@ -87,15 +87,8 @@ def test_with_counters_on_the_device(monkeypatch, small):
     found = []
     for capturable in (False, True):
         params = [torch.nn.Parameter(p.detach().to(device)) for p in made(SHAPES)]
-        optimizer = CSAdam(
-            params,
-            lr=1e-3,
-            fused=True,
-            capturable=capturable,
-            min_compress_size=0,
-            compression=0.2,
-            first_moment="fp32",
-        )
+        options = {"min_compress_size": 0, "compression": 0.2, "first_moment": "fp32", "capturable": capturable}
+        optimizer = CSAdam(params, lr=1e-3, fused=True, **options)
         train(optimizer, params, 4)
         found.append(params)
     for p, q in zip(*found, strict=True):

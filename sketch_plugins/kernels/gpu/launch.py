@@ -68,8 +68,8 @@ def unsupported(w: Work) -> str | None:
         )
     if w.rows is not None and w.apart > 1:
         return (
-            "the Triton kernels do not take the touched rows of matrices (experts) that are measured one by one, or have "
-            "covers of their own"
+            "the Triton kernels do not take the touched rows of matrices (experts) that are measured one by one, or "
+            "have covers of their own"
         )
     return misread(w)
 
