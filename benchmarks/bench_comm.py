@@ -30,8 +30,8 @@ from bench_step import RESULTS, hardware, shapes, timed
 from rich.console import Console
 from rich.table import Table
 
+from sketch_plugins.comm.compressors import COMPRESSORS, make_compressor
 from sketch_plugins.comm.count_sketch import CountSketchTopK
-from sketch_plugins.comm.state import COMPRESSORS, make_compressor
 
 FIELDS = (
     "compressor", "density", "shapes", "params", "ranks", "processes", "device", "hardware", "threads", "turns",

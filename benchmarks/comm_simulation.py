@@ -58,8 +58,8 @@ from bench_step import SHAPES, shapes
 from rich.console import Console
 from rich.table import Table
 
+from sketch_plugins.comm.compressors import COMPRESSORS, make_compressor
 from sketch_plugins.comm.count_sketch import BATCH, MANY, CountSketchTopK
-from sketch_plugins.comm.state import COMPRESSORS, make_compressor
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (

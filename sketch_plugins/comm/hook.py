@@ -13,7 +13,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from sketch_plugins.comm.base import take_all
-from sketch_plugins.comm.state import MemSGDState, Sent
+from sketch_plugins.comm.memories import Sent
+from sketch_plugins.comm.state import MemSGDState
 
 # torch's newer name, if it exists, because the older one warns then. Typed as Any, because newer annotations allow the
 # result None, which never occurs with async_op=True.

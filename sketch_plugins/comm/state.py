@@ -1,53 +1,25 @@
-"""State of the communication hook: options, the error memory of each parameter, and the entries that were sent."""
+"""State of the communication hook: its options, and the iteration that it is at."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import pickle
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sketch_plugins.comm.base import Compressor, check_seed
-from sketch_plugins.comm.block_topk import BlockTopK
-from sketch_plugins.comm.count_sketch import CountSketchTopK
-from sketch_plugins.comm.randk import RandK
+from sketch_plugins.comm.compressors import make_compressor
+from sketch_plugins.comm.memories import MEMORY_DTYPES, Memories
+from sketch_plugins.comm.saved import VERSION, checked, read_files, redistribute, shorten, write_file
 from sketch_plugins.comm.schedule import DensitySchedule
-from sketch_plugins.comm.topk import TopK
-
-#: Name in options -> class.
-COMPRESSORS: dict[str, type[Compressor]] = {cls.name: cls for cls in (TopK, BlockTopK, RandK, CountSketchTopK)}
-MEMORY_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VERSION = 1
-FILE = "memsgd-{rank:05d}-of-{world:05d}.pt"
-KINDS = ("error", "momentum")
 
 
-class Sent(NamedTuple):
-    """Entries that a parameter's memory has sent in an iteration, kept until it is known whether they have arrived.
-
-    Attributes:
-        slot: memory of the parameter.
-        where: ``(k,)`` positions; None if all entries were sent. Then the memory still has all of them.
-        values: ``(k,)`` values at ``where``, not scaled. Without ``where``: whether anything was sent, 0-d.
-        velocity: ``(k,)``, the velocities that factor masking has cleared.
-        limit: 0-d; without ``where`` the largest number that could be sent, not scaled; None if there is no limit.
-    """
-
-    slot: dict[str, Tensor]
-    where: Tensor | None
-    values: Tensor
-    velocity: Tensor | None = None
-    limit: Tensor | None = None
-
-
-class MemSGDState:
+class MemSGDState(Memories):
     r"""State of `memsgd_hook`: sparsified gradients with memory for DistributedDataParallel.
 
     Rank i of n keeps, for each parameter, a memory :math:`m_i` of the entries that it has not sent yet. In every
@@ -149,13 +121,8 @@ class MemSGDState:
         if self.schedule.warmup == 0 and initial_density != DensitySchedule.initial:
             raise ValueError(f"initial_density={initial_density!r} has no effect without warmup: set warmup, too")
         self.start, self.min_size, self.seed = start, min_size, seed
-        self.momentum, self.factor_masking, self.clip = float(momentum), factor_masking, float(clip)
-        self.memory_dtype = memory_dtype
+        self.factor_masking, self.clip = factor_masking, float(clip)
         self.scaler = scaler
-        self._memory: dict[str, dict[str, Tensor]] = {}
-        self._sent: list[Sent] = []  # entries that the last iteration has sent
-        self._flags: list[Tensor] = []  # for each of its buckets: whether it was not finite
-        self._running = False
         self.iteration = 0
         self.last_density = 1.0
         self.wire_bytes = self.dense_bytes = 0
@@ -163,47 +130,7 @@ class MemSGDState:
         self._wire = self._dense = 0  # bytes of the iteration in progress
         self._agreed = False
         self.scale: Tensor | float = 1.0
-        self.bind(params)
-
-    def bind(self, params: Iterable[tuple[str, Tensor]]) -> None:
-        """Set, or set again, the name of each parameter: after unpickling, or if a framework has replaced parameters.
-
-        An existing memory moves to the device of its parameter.
-
-        Raises:
-            ValueError: an entry is not a (name, parameter) pair; a name or a parameter appears twice; a parameter is
-                complex; a memory belongs to a parameter that is missing, or that has another size. Nothing has changed
-                then.
-        """
-        names: dict[int, tuple[int, str]] = {}
-        bound: dict[str, Tensor] = {}
-        for number, pair in enumerate(params):
-            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-                raise ValueError(
-                    f"params must be (name, parameter) pairs, as model.named_parameters() yields them, not {pair!r}"
-                )
-            name, p = pair
-            if id(p) in names or name in bound:
-                raise ValueError(f"parameter {name!r} is given twice")
-            if p.is_complex():
-                raise ValueError(f"parameter {name!r} is complex ({p.dtype}); only real gradients can be compressed")
-            names[id(p)] = number, name
-            bound[name] = p
-        if not bound:
-            raise ValueError("params is empty: pass model.named_parameters()")
-        memory = self.memory
-        for name, slot in memory.items():
-            if name not in bound or bound[name].numel() != slot["error"].numel():
-                what = f"which now has {bound[name].numel()}" if name in bound else "which is no longer bound"
-                raise ValueError(
-                    f"there is a memory of {slot['error'].numel()} entries for parameter {name!r}, {what}: bind the "
-                    "same parameters, or call state.reset() first"
-                )
-        for name, slot in memory.items():
-            slot.update({kind: t.to(bound[name].device) for kind, t in slot.items()})
-        self._names: dict[int, tuple[int, str]] = names
-        # Kept alive, because another tensor could get the id of a freed one.
-        self._bound: list[Tensor] = list(bound.values())
+        super().__init__(params, float(momentum), memory_dtype)
 
     def agree(self, device: torch.device) -> None:
         """Check that all ranks are at the same iteration with the same options: once, and after each load.
@@ -255,25 +182,10 @@ class MemSGDState:
         """``wire_bytes / dense_bytes`` so far."""
         return self.wire_bytes / self.dense_bytes if self.dense_bytes else 1.0
 
-    @property
-    def memory(self) -> dict[str, dict[str, Tensor]]:
-        """The memory of each parameter that has one, after the last iteration."""
-        self.settle()
-        return self._memory
-
     def reset(self) -> None:
         """Return to the beginning: all memories are empty, and the next iteration is the first."""
-        self._memory, self._sent, self._flags, self.iteration, self._agreed = {}, [], [], 0, False
-        self._running = False
-
-    def memory_norm(self) -> float:
-        """The L2 norm of everything that this rank has not sent yet. This waits for the device."""
-        norms = [torch.linalg.vector_norm(slot["error"].float()) for slot in self.memory.values()]
-        return float(torch.linalg.vector_norm(torch.stack([n.cpu() for n in norms]))) if norms else 0.0
-
-    def memory_bytes(self) -> int:
-        """Bytes of memory on this rank."""
-        return sum(t.nbytes for slot in self.memory.values() for t in slot.values())
+        self._put({})
+        self.iteration, self._agreed = 0, False
 
     def figures(self) -> dict[str, float]:
         """Figures of the last iteration, for monitors; ``memory_norm`` waits for the device."""
@@ -307,43 +219,6 @@ class MemSGDState:
         self._wire += wire
         self._dense += dense
 
-    def remember(self, sent: Sent) -> None:
-        """Keep entries that have to be put back if a bucket of this iteration is not finite."""
-        self._sent.append(sent)
-
-    def arrived(self, bad: Tensor) -> None:
-        """A bucket has arrived; ``bad`` (0-d, equal on all ranks) says whether it has a non-finite entry."""
-        self._flags.append(bad)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Finish the last iteration: if one of its buckets was not finite, put back what all of them have sent.
-
-        GradScaler, or other code that checks gradients, then skips the step on all ranks. All ranks have the same flags
-        at this point. On a GPU the host does not read them, because it would have to wait.
-        """
-        if self._running or not (self._sent or self._flags):
-            return
-        sent, flags = self._sent, self._flags
-        self._sent, self._flags = [], []
-        bad: dict[torch.device, Tensor] = {}
-        for one in sent:
-            error = one.slot["error"]
-            if error.device not in bad:
-                bad[error.device] = _any(flags, error.device)
-            lost = bad[error.device]
-            if one.where is None:
-                gone = one.values & ~lost
-                if one.limit is None:
-                    error.masked_fill_(gone, 0.0)
-                else:
-                    error.sub_(torch.where(gone, error.clamp(-one.limit, one.limit), 0.0))
-            elif lost.is_cuda or bool(lost):
-                error.index_add_(0, one.where, torch.where(lost, one.values, 0.0).to(error.dtype))
-                if one.velocity is not None:
-                    u = one.slot["momentum"]
-                    u.index_add_(0, one.where, torch.where(lost, one.velocity, 0.0).to(u.dtype))
-
     def end(self) -> None:
         """Finish an iteration at its last bucket."""
         self.last_density = self.density
@@ -353,45 +228,6 @@ class MemSGDState:
         self.wire_bytes += self._wire
         self.dense_bytes += self._dense
         self._wire = self._dense = 0
-
-    def number(self, p: Tensor) -> int:
-        """Number of a parameter, equal on all ranks.
-
-        Raises:
-            ValueError: the parameter is not one of ``params``.
-        """
-        return self._find(p)[0]
-
-    def slot(self, p: Tensor) -> dict[str, Tensor]:
-        """The memory of a parameter, flat: ``error`` and, with momentum, ``momentum``; zeros at first.
-
-        Raises:
-            ValueError: the parameter is not one of ``params``.
-        """
-        name = self._find(p)[1]
-        if name not in self._memory:
-            dtype = torch.float64 if p.dtype == torch.float64 else MEMORY_DTYPES[self.memory_dtype]
-            kinds = KINDS if self.momentum else KINDS[:1]
-            self._memory[name] = {kind: torch.zeros(p.numel(), dtype=dtype, device=p.device) for kind in kinds}
-        return self._memory[name]
-
-    def present(self, p: Tensor) -> dict[str, Tensor] | None:
-        """The memory of a parameter, or None if it has none; with momentum all parameters have one."""
-        return self.slot(p) if self.momentum else self._memory.get(self._find(p)[1])
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is no memory, so that only the gradients are averaged."""
-        return not self._memory and not self.momentum
-
-    def _find(self, p: Tensor) -> tuple[int, str]:
-        if id(p) not in self._names:
-            raise ValueError(
-                f"a bucket contains a parameter of shape {tuple(p.shape)} that is not among the "
-                f"{len(self._names)} parameters of this MemSGDState. Build it with the named_parameters() of the "
-                "model that DistributedDataParallel wraps, or call state.bind(model.named_parameters())"
-            )
-        return self._names[id(p)]
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -438,11 +274,11 @@ class MemSGDState:
                     raise ValueError(f"the saved {kind} of {name!r} has {tensor.numel()} entries, expected {p.numel()}")
                 if not bool(torch.isfinite(tensor).all()):
                     raise ValueError(f"the saved {kind} of {name!r} contains values that are not finite")
-            dtype = torch.float64 if p.dtype == torch.float64 else MEMORY_DTYPES[self.memory_dtype]
+            dtype = self._dtype_for(p)
             memory[name] = {k: t.detach().to(p.device, dtype, copy=True).contiguous() for k, t in saved.items()}
             if self.momentum and "momentum" not in saved:
                 memory[name]["momentum"] = torch.zeros_like(memory[name]["error"])
-        self._memory, self._sent, self._flags, self._running = memory, [], [], False
+        self._put(memory)
         self.iteration = int(state["iteration"])
         self._agreed = False
 
@@ -451,17 +287,7 @@ class MemSGDState:
 
         A folder holds the memories of one moment, so files of another number of ranks are removed.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILE.format(rank=self.rank, world=self.world_size)
-        part = path.with_suffix(".part")
-        torch.save(self.state_dict(), part)
-        # Complete or absent: a process that is killed while it saves leaves no partial file under this name.
-        part.replace(path)
-        for world, files in _files(folder).items():
-            if world != self.world_size:
-                for old in files.values():
-                    old.unlink(missing_ok=True)  # every rank removes them, because folders need not be shared
+        write_file(self.state_dict(), Path(folder))
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote: this rank's file, or all of them if the number of ranks has changed.
@@ -470,27 +296,7 @@ class MemSGDState:
             ValueError: there are no files, files of several numbers of ranks, or not the files of all ranks; a file
                 cannot be read; see `load_state_dict`.
         """
-        found = _files(Path(folder))
-        if not found:
-            raise ValueError(
-                f"{folder} has no files memsgd-*-of-*.pt: give the folder in which the ranks of a run have saved theirs"
-            )
-        if len(found) > 1:
-            raise ValueError(
-                f"{folder} has files of runs of {' and of '.join(map(str, sorted(found)))} ranks, and it is not "
-                "clear which of them belong to this checkpoint: remove the others"
-            )
-        ((world, files),) = found.items()
-        ranks = [self.rank] if world == self.world_size else list(range(world))
-        missing = [rank for rank in ranks if rank not in files]
-        if missing:
-            raise ValueError(
-                f"{folder} lacks the memory of rank {missing[0]} of {world}. With {self.world_size} ranks, every "
-                "rank needs the files of all ranks that saved: put them into one folder"
-            )
-        # Files are mapped, so that only the parts in use are in memory; of several files, one at a time is open.
-        states = (_read(files[rank]) for rank in ranks)
-        self.load_state_dict(next(states) if world == self.world_size else redistribute(states))
+        self.load_state_dict(read_files(Path(folder), self.rank, self.world_size))
 
     def gather(self, dst: int = 0) -> list[dict[str, Any]] | None:
         """All ranks' `state_dict` on rank ``dst`` of the group, None elsewhere: for frameworks where one rank saves.
@@ -514,7 +320,7 @@ class MemSGDState:
             ValueError: see `load_state_dict`.
         """
         if isinstance(states, Mapping) or not isinstance(states, Sequence):
-            raise ValueError(f"expected the list that gather() returns, not {_shorten(states)}")
+            raise ValueError(f"expected the list that gather() returns, not {shorten(states)}")
         if len(states) == self.world_size:
             self.load_state_dict(states[self.rank])
         else:
@@ -532,109 +338,6 @@ class MemSGDState:
         self._sent, self._flags = [], []
 
 
-def redistribute(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    r"""Make one memory for each of any number of ranks from those of all ranks of another number.
-
-    Each rank gets the mean :math:`\frac{1}{n} \sum_i m_i` of the old memories (and velocities). The mean over the ranks
-    is the part that the parameters still lack. It stays the same up to rounding, and the share of a rank does not
-    depend on its number.
-
-    Args:
-        states: `MemSGDState.state_dict` of all ranks, in any order. From an iterator, one state is taken at a time and
-            none is kept, so this holds one state and the sums, 8 bytes an entry.
-
-    Raises:
-        ValueError: they are not the states of all ranks of one run, or one of them lacks something.
-    """
-    world: int | None = None
-    ranks: list[int] = []
-    iterations: set[int] = set()
-    sums: dict[str, dict[str, Tensor]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-
-    def add(state: Mapping[str, Any]) -> None:
-        nonlocal world
-        checked(state)
-        world, rank = state["world_size"] if world is None else world, state["rank"]
-        if rank is None or state["world_size"] != world or rank in ranks:
-            raise ValueError(
-                f"expected one state of each of the {world} ranks of a run; one of them comes from rank {rank} of "
-                f"{state['world_size']}"
-            )
-        ranks.append(rank)
-        iterations.add(state["iteration"])
-        for name, slot in state["memory"].items():
-            kept = sums.setdefault(name, {})
-            dtypes.setdefault(name, slot["error"].dtype)
-            for kind, tensor in slot.items():
-                if kind not in kept:
-                    kept[kind] = tensor.to("cpu", torch.float64, copy=True)
-                elif kept[kind].numel() != tensor.numel():
-                    raise ValueError(
-                        f"the saved {kind} of {name!r} has {tensor.numel()} entries on rank {rank}, but "
-                        f"{kept[kind].numel()} on another rank"
-                    )
-                else:
-                    kept[kind] += tensor.cpu()
-
-    for state in states:
-        add(state)
-        del state  # or it would stay in memory while the next one is read
-    if world is None:
-        raise ValueError("there are no states: pass the states of all ranks")
-    if sorted(ranks) != list(range(world)) or len(iterations) != 1:
-        raise ValueError(
-            f"the states must come from all {world} ranks after the same iteration; they come from ranks "
-            f"{sorted(ranks)} after iterations {sorted(iterations)}"
-        )
-    for name, kept in sums.items():
-        for kind, total in kept.items():
-            kept[kind] = total.div_(world).to(dtypes[name])
-    return {"version": VERSION, "world_size": None, "rank": None, "iteration": iterations.pop(), "memory": sums}
-
-
-def checked(state: Any) -> None:
-    """Raise ValueError unless a state has everything that `MemSGDState.state_dict` returns."""
-    if not isinstance(state, Mapping) or state.get("version") != VERSION:
-        raise ValueError(f"this is not the state of a MemSGDState of version {VERSION}: {_shorten(state)}")
-    for key in ("world_size", "rank", "iteration", "memory"):
-        if key not in state:
-            raise ValueError(f"the saved state of a MemSGDState lacks {key!r}; it contains {_shorten(state)}")
-    whole = {key: state[key] for key in ("world_size", "rank", "iteration")}
-    nobody = whole["world_size"] is None and whole["rank"] is None  # it comes from `redistribute`
-    for key, value in whole.items():
-        number = isinstance(value, int) and not isinstance(value, bool) and value >= (key == "world_size")
-        if not number and not (nobody and key != "iteration"):
-            raise ValueError(f"{key}={value!r} in the saved state of a MemSGDState is not allowed: it must be a number")
-    if not isinstance(state["memory"], Mapping):
-        raise ValueError(
-            f"the saved memory is a {type(state['memory']).__name__}; expected a dict of names and tensors"
-        )
-    for name, slot in state["memory"].items():
-        if not isinstance(slot, Mapping) or "error" not in slot:
-            raise ValueError(f"the saved memory of {name!r} lacks 'error'; it contains {_shorten(slot)}")
-        for kind, tensor in slot.items():
-            if kind not in KINDS or not isinstance(tensor, Tensor):
-                raise ValueError(
-                    f"the saved memory of {name!r} contains {kind!r}, a {type(tensor).__name__}; expected the tensors "
-                    "'error' and 'momentum'"
-                )
-
-
-def make_compressor(compressor: str | Compressor, seed: int = 0) -> Compressor:
-    """A compressor by name.
-
-    Raises:
-        ValueError: there is no compressor of that name; lists the names.
-    """
-    if isinstance(compressor, Compressor):
-        return compressor
-    if not isinstance(compressor, str) or compressor not in COMPRESSORS:
-        raise ValueError(f"compressor={compressor!r} is not one of {', '.join(map(repr, COMPRESSORS))}")
-    cls = COMPRESSORS[compressor]
-    return cls(seed=seed) if cls.shared else cls()  # type: ignore[call-arg]
-
-
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError unless `attach` accepts these options, for code that calls `attach` much later."""
     try:
@@ -647,37 +350,5 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"MemSGDState has no such option: {error}") from error
 
 
-def _files(folder: Path) -> dict[int, dict[int, Path]]:
-    """The files that `MemSGDState.save` has written: number of ranks -> rank -> file."""
-    found: dict[int, dict[int, Path]] = {}
-    for path in sorted(folder.glob("memsgd-*.pt")):
-        match = re.fullmatch(r"memsgd-(\d+)-of-(\d+)\.pt", path.name)
-        if match:
-            found.setdefault(int(match[2]), {})[int(match[1])] = path
-    return found
-
-
-def _read(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as a file of MemSGDState.save: {_shorten(error)}") from error
-
-
-def _any(flags: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Whether one of the flags is set, on a device."""
-    for flag in flags:
-        if flag.is_cuda:  # made on another stream, which could reuse its memory
-            flag.record_stream(torch.cuda.current_stream(flag.device))
-    if not flags:
-        return torch.zeros((), dtype=torch.bool, device=device)
-    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
-
-
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _shorten(value: Any) -> str:
-    text = (", ".join(map(str, value)) or "nothing") if isinstance(value, Mapping) else repr(value)
-    return text if len(text) < 80 else text[:77] + "..."

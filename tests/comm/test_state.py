@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sketch_plugins.comm import BlockTopK, MemSGDState, redistribute
-from sketch_plugins.comm.state import make_compressor
+from sketch_plugins.comm.compressors import make_compressor
 
 
 def params():
