@@ -21,7 +21,8 @@ from rich.table import Table
 from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
 
 from sketch_plugins.memory.meter import AllocatorMeter
-from sketch_plugins.memory.plan import PRECISIONS, plan
+from sketch_plugins.memory.plan import plan
+from sketch_plugins.memory.plan_checks import PRECISIONS
 from sketch_plugins.memory.plan_optimizers import choices
 from sketch_transformers.planning import HuggingFaceModel
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from sketch_plugins.memory.advise import Advice, advise
     from sketch_plugins.memory.in_backward import InBackward
     from sketch_plugins.memory.numerics import NumericsProbe
-    from sketch_plugins.memory.plan import Plan, plan
+    from sketch_plugins.memory.plan import plan
+    from sketch_plugins.memory.plan_table import Plan
     from sketch_plugins.memory.report import StateReport, state_report
     from sketch_plugins.optim import (
         SM3,
@@ -62,7 +63,7 @@ _ELSEWHERE = {
     "Advice": "memory.advise",
     "InBackward": "memory.in_backward",
     "NumericsProbe": "memory.numerics",
-    "Plan": "memory.plan",
+    "Plan": "memory.plan_table",
     "StateReport": "memory.report",
     "advise": "memory.advise",
     "cast_model": "optim.full_precision",

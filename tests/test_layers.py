@@ -13,7 +13,7 @@ HEADING = "## Layers"
 #: Integrations that the core looks up by name, where it has a checkpoint or a model of the framework before it.
 LOOKED_UP = {
     ("sketch_plugins.checkpoints.report", "sketch_deepspeed.contents"),
-    ("sketch_plugins.memory.plan", "sketch_transformers.planning"),
+    ("sketch_plugins.memory.plan_model", "sketch_transformers.planning"),
 }
 
 

@@ -15,17 +15,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sketch_plugins.memory.advise_lines import Settings, lines, notes, refused
-from sketch_plugins.memory.plan import (
-    BudgetBelowWeights,
-    Plan,
-    Progress,
-    Row,
-    budget_and_reserve,
-    check_choices,
-    plan,
-)
+from sketch_plugins.memory.plan import Progress, plan
+from sketch_plugins.memory.plan_checks import BudgetBelowWeights, budget_and_reserve, check_choices
 from sketch_plugins.memory.plan_cuda import WORKSPACE
 from sketch_plugins.memory.plan_optimizers import Choice, choices
+from sketch_plugins.memory.plan_table import Plan, Row
 from sketch_plugins.memory.report import format_bytes
 
 #: Wish -> its description.

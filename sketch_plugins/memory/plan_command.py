@@ -12,7 +12,8 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sketch_plugins.memory.advise import Advice, advise
-from sketch_plugins.memory.plan import Plan, check_plot, plan
+from sketch_plugins.memory.plan import plan
+from sketch_plugins.memory.plan_table import Plan, check_plot
 
 
 def main(arguments: argparse.Namespace, program: str) -> int:

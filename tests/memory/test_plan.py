@@ -13,7 +13,8 @@ import sketch_plugins
 from sketch_plugins import cli, registry, state_report
 from sketch_plugins.check.cases import DENSE
 from sketch_plugins.memory.meter import AllocatorMeter
-from sketch_plugins.memory.plan import PRECISIONS, plan
+from sketch_plugins.memory.plan import plan
+from sketch_plugins.memory.plan_checks import PRECISIONS
 from sketch_plugins.memory.plan_cuda import WORKSPACE, CudaLike
 from sketch_plugins.memory.plan_optimizers import choices, sharded_cost, takes_eager_steps
 from sketch_plugins.memory.plan_trace import Recorder, Subject
