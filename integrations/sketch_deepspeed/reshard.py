@@ -26,7 +26,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from sketch_deepspeed.layout import Buffer, Joint, Parameter, joint, single, undealt
-from sketch_plugins.checkpoints.recut import Held
+from sketch_plugins.checkpoints.recut_geometry import Held
 from sketch_plugins.checkpoints.saved import (
     CannotReshard,
     Progress,

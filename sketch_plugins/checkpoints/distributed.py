@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
-from sketch_plugins.checkpoints.recut import Held
+from sketch_plugins.checkpoints.recut_geometry import Held
 from sketch_plugins.checkpoints.saved import (
     CannotReshard,
     Progress,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sketch_plugins import optim
-from sketch_plugins.checkpoints.recut import Held, recut
+from sketch_plugins.checkpoints.recut import recut
+from sketch_plugins.checkpoints.recut_geometry import Held
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.family import BEFORE
 from sketch_plugins.optim.written import written_by

@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sketch_plugins.checkpoints.recut import Held, recut
+from sketch_plugins.checkpoints.recut import recut
+from sketch_plugins.checkpoints.recut_geometry import Held
 from sketch_plugins.linalg.kronecker import Kronecker, cut
 from sketch_plugins.linalg.solving import solve
 from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
