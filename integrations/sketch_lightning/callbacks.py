@@ -18,7 +18,7 @@ from sketch_plugins.memory.numerics import check_setting
 from sketch_plugins.memory.probe import SecondMomentProbe
 from sketch_plugins.optim import SketchOptimizer
 from sketch_plugins.optim.introduction import hand_over
-from sketch_plugins.sharding.parts import is_dtensor
+from sketch_plugins.sharding.dtensors import is_dtensor
 from sketch_plugins.stores import Store
 
 

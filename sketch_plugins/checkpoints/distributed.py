@@ -1,10 +1,10 @@
 """Rewrite a directory of torch.distributed.checkpoint (FSDP2) for another number of shards.
 
 Weights are DTensors in such a checkpoint, and torch itself loads them on any mesh. The state of our optimizers belongs
-to a shard: a tensor of size s is kept as one of size ``(W, *s)`` for W shards (`sketch_plugins.sharding.parts.wrap`).
-torch refuses it for another W, because the sizes differ. This module recuts the state of each shard
-(`sketch_plugins.checkpoints.recut`) and puts it into tensors for N shards. The shards are those of ``Shard(0)``,
-FSDP2's default: ``ceil(R / W)`` rows each.
+to a shard: a tensor of size s is kept as one of size ``(W, *s)`` for W shards
+(`sketch_plugins.sharding.dtensors.wrap`). torch refuses it for another W, because the sizes differ. This module recuts
+the state of each shard (`sketch_plugins.checkpoints.recut`) and puts it into tensors for N shards. The shards are those
+of ``Shard(0)``, FSDP2's default: ``ceil(R / W)`` rows each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sketch_plugins.checkpoints.saved import (
     output_of,
     whole_or_not_at_all,
 )
-from sketch_plugins.sharding.parts import trim
+from sketch_plugins.sharding.dtensors import trim
 from sketch_plugins.sharding.pieces import Piece
 from sketch_plugins.sharding.state_names import CORRECTION, PLACE, flattened, is_ours, nested
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sketch_plugins.sharding.parts import has_address
+from sketch_plugins.sharding.tensors import has_address
 from sketch_plugins.stores.base import Ema, State, Store
 from sketch_plugins.stores.cover import Cover
 

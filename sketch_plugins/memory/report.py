@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sketch_plugins.sharding.dtensors import local_of
 from sketch_plugins.sharding.names import names_in, names_of
-from sketch_plugins.sharding.parts import local_of
 from sketch_plugins.sharding.state_names import PLACE, is_ours, nested
 
 if TYPE_CHECKING:

@@ -14,7 +14,9 @@ from sketch_plugins.hashing import random32
 from sketch_plugins.kernels.weight_code import decode
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.weight_bits import corrections, corrects
-from sketch_plugins.sharding.parts import Part, has_address, is_dtensor, is_fake, is_freed, local_of
+from sketch_plugins.sharding.dtensors import is_dtensor, local_of
+from sketch_plugins.sharding.parts import Part
+from sketch_plugins.sharding.tensors import has_address, is_fake, is_freed
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sketch_plugins.sharding.parts import is_fake
+from sketch_plugins.sharding.tensors import is_fake
 
 #: Names that other optimizers use in their state. Other names belong to wrappers of optimizers (Lookahead's "slow").
 STATES = {

@@ -19,7 +19,8 @@ from sketch_plugins.optim.options import unboxed
 from sketch_plugins.optim.sketchy import Sketchy
 from sketch_plugins.optim.written import written_by
 from sketch_plugins.sharding.blocks import matrix_shape
-from sketch_plugins.sharding.parts import Part, is_dtensor, largest, leading, local_of, wrap
+from sketch_plugins.sharding.dtensors import is_dtensor, largest, leading, local_of, wrap
+from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours
 from sketch_plugins.stores import Ema
 

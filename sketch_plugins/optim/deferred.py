@@ -21,7 +21,7 @@ from sketch_plugins.optim.finite import LARGEST
 from sketch_plugins.optim.gate import Gate
 from sketch_plugins.optim.taking import StepOfAll
 from sketch_plugins.sharding.blocks import Matrix
-from sketch_plugins.sharding.parts import reduces_on
+from sketch_plugins.sharding.process_groups import reduces_on
 from sketch_plugins.stores import Gradient
 
 #: The values of ``nonfinite`` with which the host does not wait: it raises an error later, or it counts.

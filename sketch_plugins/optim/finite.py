@@ -11,7 +11,9 @@ from torch import Tensor
 from sketch_plugins.notices import warn
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.taking import Members
-from sketch_plugins.sharding.parts import Part, agree, local_grad
+from sketch_plugins.sharding.dtensors import local_grad
+from sketch_plugins.sharding.parts import Part
+from sketch_plugins.sharding.process_groups import agree
 
 # Covariances of norms above this overflow: sums of a hundred squares in float32.
 LARGEST = 1e18

@@ -12,7 +12,8 @@ from torch import Tensor
 from sketch_plugins.kernels.weight_code import HALF, decoded, write_nearest
 from sketch_plugins.optim.base import SketchOptimizer
 from sketch_plugins.optim.weight_bits import corrections, corrects
-from sketch_plugins.sharding.parts import Part, is_dtensor, local_of
+from sketch_plugins.sharding.dtensors import is_dtensor, local_of
+from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import is_ours
 

@@ -16,8 +16,8 @@ from sketch_plugins.kernels.work import NUMBERS, Work
 from sketch_plugins.notices import warn
 from sketch_plugins.optim.clipping import largest_rms
 from sketch_plugins.optim.rule import Rule
-from sketch_plugins.sharding.parts import has_address
 from sketch_plugins.sharding.state_names import CORRECTION
+from sketch_plugins.sharding.tensors import has_address
 from sketch_plugins.stores import Gradient, Store
 
 #: The words of the warning about a tensor that no kernel takes. `sketch-plugins check` searches for them.

@@ -19,12 +19,8 @@ from sketch_plugins.optim.layout import arithmetic, is_exact
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.state_dicts import StateDicts
 from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
-from sketch_plugins.sharding.parts import (
-    Part,
-    Shaped,
-    check_writable,
-    is_freed,
-)
+from sketch_plugins.sharding.parts import Part, Shaped
+from sketch_plugins.sharding.tensors import check_writable, is_freed
 from sketch_plugins.stores import CountSketch, Gradient
 
 # Elements of a tile: enough to hide the calls, and few enough for a CPU's cache (measured, docs/architecture.md).

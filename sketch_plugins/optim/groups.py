@@ -14,8 +14,9 @@ from torch import Tensor
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.options import NoEffect, Option, is_boxed
 from sketch_plugins.optim.written import MARK, built_with, renew, written_with
+from sketch_plugins.sharding.dtensors import is_dtensor
 from sketch_plugins.sharding.names import names_of
-from sketch_plugins.sharding.parts import Part, Parts, is_dtensor
+from sketch_plugins.sharding.parts import Part, Parts
 from sketch_plugins.sharding.pieces import is_lazy
 from sketch_plugins.sharding.state_names import is_ours
 

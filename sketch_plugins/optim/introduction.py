@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sketch_plugins.memory.report import ParameterState, StateReport, format_bytes, state_report
 from sketch_plugins.optim.gradients import Gradients
-from sketch_plugins.sharding.parts import is_fake
 from sketch_plugins.sharding.pieces import is_lazy
+from sketch_plugins.sharding.tensors import is_fake
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from sketch_plugins.optim.groups import check_rate_device
 from sketch_plugins.optim.loading import check_containers, load
 from sketch_plugins.optim.options import NoEffect, Option, rate, validate
 from sketch_plugins.sharding.names import names_of
-from sketch_plugins.sharding.parts import check_writable, has_address, is_freed, overlaps, plain
+from sketch_plugins.sharding.tensors import check_writable, has_address, is_freed, overlaps, plain
 
 _OPTIONS = {
     "lr": FAMILY["lr"],

@@ -14,7 +14,8 @@ from sketch_plugins.kernels.work import Work
 from sketch_plugins.optim.checks import is_fake
 from sketch_plugins.optim.fused import Backend
 from sketch_plugins.optim.rule import Rule
-from sketch_plugins.sharding.parts import Part, has_address
+from sketch_plugins.sharding.parts import Part
+from sketch_plugins.sharding.tensors import has_address
 from sketch_plugins.stores import Gradient, Store
 
 # The largest parameter whose eager step is undone after an error. The copies for that must be negligible.

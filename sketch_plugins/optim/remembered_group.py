@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sketch_plugins.optim.alike import Alike
 from sketch_plugins.optim.remembered import ADDRESS, Again, Counters, Remembered
-from sketch_plugins.sharding.parts import Part, gradients_of_shards, local_shards
+from sketch_plugins.sharding.dtensors import gradients_of_shards, local_shards
+from sketch_plugins.sharding.parts import Part
 
 _ITEM, _VALUES = Tensor.item, dict.values
 # How often `Alike` is made anew. Gradients that differ only in what `Alike` compares would make it in each step.

@@ -25,7 +25,7 @@ from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.resolved import Resolution
 from sketch_plugins.optim.specialisations import Recorder, specialisation, watched, watching
 from sketch_plugins.optim.stand_in import give_gradients, like, small_optimizer, take_step
-from sketch_plugins.sharding.parts import is_fake
+from sketch_plugins.sharding.tensors import is_fake
 
 logger = logging.getLogger(__name__)
 

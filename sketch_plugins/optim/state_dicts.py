@@ -26,10 +26,12 @@ from sketch_plugins.optim.loading import check_containers, load
 from sketch_plugins.optim.rule import LastRms, Layout
 from sketch_plugins.optim.weight_bits import corrects, recoded
 from sketch_plugins.optim.written import modernize, renew, written_by, written_with
+from sketch_plugins.sharding.dtensors import is_dtensor, largest, leading, trim, unwrap, wrap
 from sketch_plugins.sharding.names import NAMES
-from sketch_plugins.sharding.parts import Part, has_address, is_dtensor, largest, leading, overlaps, trim, unwrap, wrap
+from sketch_plugins.sharding.parts import Part
 from sketch_plugins.sharding.pieces import is_key, is_lazy
 from sketch_plugins.sharding.state_names import PLACE, flattened, is_ours, nested
+from sketch_plugins.sharding.tensors import has_address, overlaps
 from sketch_plugins.stores import Cover
 
 _CONVERT = (
@@ -44,7 +46,7 @@ class StateDicts(StateLayout):
     def state_dict(self) -> dict[str, Any]:
         """The state dict, as of `torch.optim.Optimizer`. The state of a DTensor's shard is saved as DTensors.
 
-        A state tensor of size s is saved as one of size (W, *s) over W shards: see `sharding.parts.wrap`.
+        A state tensor of size s is saved as one of size (W, *s) over W shards: see `sharding.dtensors.wrap`.
         """
 
         def finish(_: Any, out: dict[str, Any]) -> None:

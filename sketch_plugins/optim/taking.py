@@ -19,7 +19,8 @@ from sketch_plugins.optim.remembered import Again, Counters
 from sketch_plugins.optim.resolved import Resolution, Rules
 from sketch_plugins.optim.self_check import confirm
 from sketch_plugins.optim.weight_bits import matrix_of
-from sketch_plugins.sharding.parts import Part, local_grad, opened
+from sketch_plugins.sharding.dtensors import local_grad
+from sketch_plugins.sharding.parts import Part, opened
 from sketch_plugins.sharding.state_names import CORRECTION, flattened
 from sketch_plugins.stores import Gradient
 

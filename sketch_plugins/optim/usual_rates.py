@@ -10,7 +10,7 @@ from torch import Tensor
 from sketch_plugins.notices import warn
 from sketch_plugins.optim.family import TYPICAL_RMS
 from sketch_plugins.optim.layout import StateLayout
-from sketch_plugins.sharding.parts import is_fake
+from sketch_plugins.sharding.tensors import is_fake
 
 #: A rate is far from the usual one if it is this many times as large, or as small.
 FAR = 30.0

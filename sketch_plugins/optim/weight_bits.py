@@ -22,8 +22,10 @@ from sketch_plugins.notices import warn
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import Layout
 from sketch_plugins.sharding.blocks import Matrix
-from sketch_plugins.sharding.parts import Part, Shaped, has_address, is_fake, local_of
+from sketch_plugins.sharding.dtensors import local_of
+from sketch_plugins.sharding.parts import Part, Shaped
 from sketch_plugins.sharding.state_names import CORRECTION
+from sketch_plugins.sharding.tensors import has_address, is_fake
 
 logger = logging.getLogger(__name__)
 #: If a parameter's corrections were void before so many steps in a row, there is a warning.

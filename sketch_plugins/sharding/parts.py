@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sketch_plugins.sharding import deepspeed
+from sketch_plugins.sharding.dtensors import is_dtensor, leading, local_grad, local_of, offsets
 from sketch_plugins.sharding.pieces import Original, Piece, is_lazy, pieces
 from sketch_plugins.sharding.state_names import is_ours, nested
+from sketch_plugins.sharding.tensors import has_address, is_fake, plain
 
 
 @dataclass(eq=False)
@@ -91,15 +92,6 @@ BatchAxes = Callable[[tuple[int, ...], Mapping[str, Any]], int]
 def whole_shape(p: Shaped) -> tuple[int, ...]:
     """Shape of the whole parameter: of a part, the parameter that it belongs to."""
     return p.whole if isinstance(p, Part) else tuple(p.shape)
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a DTensor.
-
-    The class is recognized by its name, because importing `torch.distributed.tensor` costs a second, and builds of
-    torch without distributed do not have it.
-    """
-    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
 class Parts:
@@ -264,158 +256,6 @@ class Parts:
         return [one for i, one in enumerate(spread) if one is not None and one not in spread[:i]]
 
 
-def local_of(p: Tensor) -> Tensor:
-    """The local shard of a DTensor; any other tensor unchanged."""
-    return _local(p) if is_dtensor(p) else p
-
-
-def local_grad(p: Any) -> Tensor:
-    """The local shard of a gradient, which must exist."""
-    grad = p.grad
-    if not is_dtensor(grad):
-        return plain(grad)
-    if grad.placements != p.placements:  # tensor parallelism may leave partial sums
-        grad = grad.redistribute(p.device_mesh, p.placements)
-    return _local(grad)
-
-
-def local_shards(tensors: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-    """The local shards of DTensors, and their layouts; the layout stays the same object until it changes.
-
-    This reads DTensor's private attributes, at a tenth of the time of ``to_local``, because it reads them for every
-    parameter in every step.
-    """
-    return list(map(_LOCAL, tensors)), list(map(_LAYOUT, tensors))
-
-
-def gradients_of_shards(grads: Sequence[Any], layouts: Sequence[Any]) -> list[Any] | None:
-    """The local shards of gradients; None unless each is a DTensor with the placements of its parameter."""
-    try:
-        local, own = local_shards(grads)
-    except AttributeError:  # an ordinary tensor is among them
-        return None
-    same = all(map(is_, own, layouts)) or list(map(_PLACEMENTS, own)) == list(map(_PLACEMENTS, layouts))
-    return local if same else None
-
-
-_LOCAL, _LAYOUT, _PLACEMENTS = attrgetter("_local_tensor"), attrgetter("_spec"), attrgetter("placements")
-
-
-def _local(tensor: Any) -> Tensor:
-    with torch.no_grad():
-        local = tensor.to_local()
-    # Wait for a reduction that is not finished.
-    return local.wait() if hasattr(local, "wait") else local
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def has_address(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor are in its own memory, in the order that its strides say.
-
-    A subclass with operations of its own (`torch.Tensor.__torch_dispatch__`) may have no such memory (quantized
-    weights, fake tensors, unfinished results of collectives), or may keep something else there.
-    """
-    own = type(tensor) in _PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    if not own or tensor.layout != torch.strided or tensor._is_zerotensor():
-        return False
-    try:
-        return tensor.numel() == 0 or tensor.device.type == "meta" or tensor.data_ptr() != 0
-    except RuntimeError:  # within a transformation of torch.func
-        return False
-
-
-def is_freed(tensor: Tensor) -> bool:
-    """Whether the memory of an ordinary tensor, or a part of it, was freed (``untyped_storage().resize_(0)``)."""
-    own = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and tensor.layout == torch.strided
-    if not own or tensor.numel() == 0 or tensor.device.type == "meta" or tensor._is_zerotensor():
-        return False
-    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size()
-
-
-def overlaps(tensor: Tensor) -> bool:
-    """Whether several elements of a strided tensor are at the same place in memory, as in an expanded tensor."""
-    if tensor.is_contiguous() or tensor.numel() < 2:
-        return False
-    axes = sorted((step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
-    if axes[0][0] == 0:
-        return True
-    reach, nested = 0, True  # each stride exceeds all that the smaller ones reach, in transposed and sliced tensors
-    for step, size in axes:
-        nested = nested and step > reach
-        reach += (size - 1) * step
-    if nested:
-        return False
-    places = torch.zeros(1, dtype=torch.int64)
-    for step, size in axes:
-        places = (places.unsqueeze(-1) + torch.arange(size) * step).flatten()
-    return len(places.unique()) < len(places)
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether it is a tensor of `FakeTensorMode`, which has a shape but no numbers."""
-    return any(cls.__name__ == "FakeTensor" for cls in type(tensor).__mro__)
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """An ordinary tensor with the numbers of a subclass that has operations of its own; other tensors unchanged.
-
-    Raises:
-        ValueError: the subclass cannot be copied into an ordinary tensor.
-    """
-    if has_address(tensor) or tensor.layout != torch.strided or is_fake(tensor) or is_freed(tensor):
-        return tensor
-    try:
-        if hasattr(tensor, "wait"):  # result of an unfinished collective
-            return tensor.wait()
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} is a {type(tensor).__name__}, whose values cannot be "
-            f"read: copying it to a plain tensor failed ({error}). Supported are plain tensors, DTensors, and "
-            "subclasses that support copy_"
-        ) from error
-
-
-# Subclasses of Tensor that steps have read and written.
-_WRITABLE: set[type] = set()
-
-
-def check_writable(tensor: Tensor, label: str) -> None:
-    """Check that a step can write a parameter.
-
-    What `opened` does to a subclass with operations of its own is tried on a copy.
-
-    Raises:
-        ValueError: it is an inference tensor outside of inference mode, several of its elements share memory, or it
-            cannot be read or written (the message names the type).
-    """
-    kind = type(tensor)
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"{label} is an inference tensor, which can only be written in torch.inference_mode. Take the step in that "
-            "mode, or clone the parameter outside of it"
-        )
-    if has_address(tensor) and overlaps(tensor):
-        raise ValueError(
-            f"{label} has strides {tensor.stride()}, with which several elements share memory (as after expand), so "
-            "they cannot change one by one. Use parameter.contiguous()"
-        )
-    if has_address(tensor) or is_fake(tensor) or kind in _WRITABLE:
-        return
-    numbers = plain(tensor)
-    try:
-        tensor.detach().clone().copy_(numbers)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise ValueError(
-            f"{label} is a {kind.__name__}, which cannot be written: copying a plain tensor into it failed "
-            f"({error}). Supported are plain tensors, DTensors, and subclasses that support copy_"
-        ) from error
-    _WRITABLE.add(kind)
-
-
 @contextmanager
 def opened(part: Part) -> Iterator[Part]:
     """Make the numbers of a part writable tile by tile for an eager step.
@@ -443,114 +283,3 @@ def _shard(p: Any, index: int) -> Piece | None:
         else:
             column = start[1] * prod(whole[2:])
     return Piece(index, whole, local, row, column)
-
-
-def offsets(p: Any) -> tuple[int, ...]:
-    """The offsets of a DTensor's local shard, one for each dimension."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    return tuple(compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1])
-
-
-def wrap(p: Any, tensors: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a DTensor's local shard as DTensors, which a distributed checkpoint stores separately for each rank.
-
-    A tensor of size s becomes one of size (W, *s) that is sharded along the first dimension (one such dimension for
-    each mesh dimension that shards the parameter). Plain tensors would count as equal on all ranks, and only one would
-    be saved.
-
-    Args:
-        p: the parameter.
-        tensors: its state; nested.
-        layout: name -> size of the largest shard's state, nested likewise. All ranks have to agree on a size, so
-            smaller tensors are padded with zeros.
-    """
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    placements: list[Any] = []
-    for placement in p.placements:
-        shards = sum(1 for one in placements if not one.is_replicate())
-        placements.append(Replicate() if placement.is_replicate() else Shard(shards))
-    lead = sum(1 for one in placements if not one.is_replicate())
-
-    def one(name: str, tensor: Any, size: Any) -> Any:
-        extra = set(tensor or ()) - set(size) if isinstance(size, Mapping) else ()
-        if extra:
-            raise ValueError(
-                f"{', '.join(sorted(extra))} of {name} cannot be saved in a checkpoint of shape {tuple(p.shape)} "
-                f"with placements {p.placements}, because the largest shard has no such tensor. Shard whole rows: "
-                "Shard(0)"
-            )
-        if isinstance(size, Mapping):
-            return {key: one(key, (tensor or {}).get(key), value) for key, value in size.items()}
-        shape, dtype = size
-        if tensor is None or tuple(tensor.shape) != tuple(shape):
-            full = torch.zeros(shape, dtype=dtype, device=p.device)
-            if tensor is not None:
-                full[tuple(map(slice, tensor.shape))] = tensor
-            tensor = full
-        tensor = tensor.to(p.device)
-        return DTensor.from_local(
-            tensor.reshape((1,) * lead + tuple(tensor.shape)), p.device_mesh, placements, run_check=False
-        )
-
-    own = {name: tensor for name, tensor in tensors.items() if name != "step"}
-    return one("the state", own, layout)
-
-
-def unwrap(value: Any, lead: int) -> Any:
-    """This rank's part of what `wrap` made; nested. ``lead`` is the number of dimensions that `wrap` added."""
-    if isinstance(value, Mapping):
-        return {key: unwrap(v, lead) for key, v in value.items()}
-    if isinstance(value, Tensor) and is_dtensor(value):
-        local = _local(value)
-        return local.reshape(local.shape[lead:]) if all(n == 1 for n in local.shape[:lead]) else local
-    return value
-
-
-def trim(value: Any, layout: Any) -> Any:
-    """Tensors without their padding, cut to the sizes of ``layout``; a tensor that does not fit is left unchanged.
-
-    Later checks report such a tensor.
-    """
-    if isinstance(layout, Mapping):
-        if not isinstance(value, Mapping):
-            return value
-        return {key: trim(value[key], size) for key, size in layout.items() if key in value}
-    shape = layout[0]
-    if not isinstance(value, Tensor) or value.ndim != len(shape) or any(map(int.__lt__, value.shape, shape)):
-        return value
-    return value[tuple(map(slice, shape))]
-
-
-def leading(p: Any) -> int:
-    """Number of dimensions that `wrap` puts in front of the state."""
-    return sum(1 for placement in p.placements if not placement.is_replicate())
-
-
-def largest(p: Any) -> Tensor:
-    """A tensor without memory, with the maximum shape of a local shard of a DTensor."""
-    shape = list(p.shape)
-    for k, placement in enumerate(p.placements):
-        if not placement.is_replicate():
-            shape[placement.dim] = -(-shape[placement.dim] // p.device_mesh.size(k))
-    return torch.empty(shape, dtype=p.dtype, device="meta")
-
-
-def reduces_on(groups: Sequence[Any]) -> torch.device:
-    """A device that the process groups can reduce on."""
-    if all("gloo" in torch.distributed.get_backend(group) for group in groups):
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-def agree(flag: bool, groups: Sequence[Any]) -> bool:
-    """Whether the flag is set on every rank of the process groups."""
-    if not groups:
-        return flag
-    import torch.distributed as dist
-
-    tensor = torch.tensor(int(flag), device=reduces_on(groups))
-    for group in groups:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group)
-    return bool(tensor.item())

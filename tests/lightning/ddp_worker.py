@@ -23,7 +23,7 @@ from sketch_lightning.lightning_pytorch import (  # noqa: E402
     SketchFSDPStrategy,
 )
 from sketch_plugins import CSAdam, convert_state, registry  # noqa: E402
-from sketch_plugins.sharding.parts import is_dtensor  # noqa: E402
+from sketch_plugins.sharding.dtensors import is_dtensor  # noqa: E402
 from sketch_plugins.sharding.state_names import nested  # noqa: E402
 
 SMALL = {"min_compress_size": 256}

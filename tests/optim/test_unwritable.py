@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sketch_plugins import MemSGD, SAdagrad, registry
-from sketch_plugins.sharding.parts import overlaps
+from sketch_plugins.sharding.tensors import overlaps
 
 FUSED = [False, True] if importlib.util.find_spec("numba") else [False]
 KINDS = [(name, fused) for name in registry.names() for fused in FUSED] + [("sadagrad", None), ("mem_sgd", None)]

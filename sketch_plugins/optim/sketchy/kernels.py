@@ -18,8 +18,8 @@ from sketch_plugins.kernels.work import LOOKAHEAD, SHRINK, Work
 from sketch_plugins.optim.fused import Backend, backend, numbers, ordered, vector
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.rule import Rule
-from sketch_plugins.sharding.parts import has_address, is_fake
 from sketch_plugins.sharding.state_names import CORRECTION
+from sketch_plugins.sharding.tensors import has_address, is_fake
 from sketch_plugins.stores import Store
 
 PARTS = ("graft", "momentum", "write_back")

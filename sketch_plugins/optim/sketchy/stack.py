@@ -24,7 +24,7 @@ from sketch_plugins.optim.pending import Batch, Pending
 from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.sketchy import axes, graft, kernels, momentum, write_back
 from sketch_plugins.sharding.blocks import Matrix
-from sketch_plugins.sharding.parts import is_fake
+from sketch_plugins.sharding.tensors import is_fake
 from sketch_plugins.stores import Ema
 
 

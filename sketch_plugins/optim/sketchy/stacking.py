@@ -10,7 +10,7 @@ from sketch_plugins.linalg import kronecker
 from sketch_plugins.linalg.kronecker import Root
 from sketch_plugins.optim.pending import Pending
 from sketch_plugins.optim.sketchy.stack import Stack
-from sketch_plugins.sharding.parts import has_address, is_fake
+from sketch_plugins.sharding.tensors import has_address, is_fake
 
 #: Options that may differ between members of a stack.
 PER_MEMBER = ("lr", "weight_decay")
