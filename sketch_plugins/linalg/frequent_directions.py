@@ -13,26 +13,18 @@ et al. 2017 (https://arxiv.org/abs/1706.05736).
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from sketch_plugins.hashing import mix32
+from sketch_plugins.linalg.decompositions import eigenpairs
+from sketch_plugins.linalg.singular_pairs import by_eigh, by_power, by_svd, noise
 
 TAILS = ("trace", "paper", "sqrt")
 SOLVERS = ("svd", "eigh", "power")
-
-# Columns that a block power step adds to its warm start. Through them new directions can enter, and they give the next
-# eigenvalue, which "paper" subtracts.
-OVERSAMPLING = 8
-# Up to this number of rows or columns "power" would cost more than the exact "eigh", which is then used.
-SMALL = 64
-_SEED = 0x5EED
 
 
 class Covariance(NamedTuple):
@@ -76,7 +68,7 @@ def start(batch: tuple[int, ...], d: int, k: int, dtype: torch.dtype, device: to
     """The sketch of a covariance that is 0: directions of weight 0, which are the same on every machine."""
     none = torch.zeros(batch, dtype=dtype, device=device)
     # The vectors are contiguous: a checkpoint keeps no strides, and products of another layout have other bits.
-    vectors = torch.linalg.qr(_noise(d, k, none)).Q.expand(*batch, d, k).clone(memory_format=torch.contiguous_format)
+    vectors = torch.linalg.qr(noise(d, k, none)).Q.expand(*batch, d, k).clone(memory_format=torch.contiguous_format)
     return Covariance(vectors, torch.zeros(*batch, k, dtype=dtype, device=device), none, none.clone())
 
 
@@ -117,7 +109,8 @@ def fold(
             A A^T and A^T A; relative to the largest, s is good to about the root of the dtype's precision. ``"power"``
             is one step of block power iteration from the present V and a few more columns, then QR and Rayleigh-Ritz.
             It is the cheapest if k is far below d and n, and close as long as the directions turn slowly. It may exceed
-            L; the paper's bound holds for the other two. Matrices of few rows or columns (`SMALL`) use ``"eigh"``.
+            L; the paper's bound holds for the other two. Matrices of few rows or columns (`singular_pairs.SMALL`) use
+            ``"eigh"``.
         mass: ``(*)``, the trace that ``columns`` stand for, if they are an approximation themselves.
 
     Returns:
@@ -135,7 +128,7 @@ def fold(
     # A number is filled in, because copying it would wait for the device.
     weight = decay.to(old.trace) if isinstance(decay, Tensor) else torch.full_like(old.trace, decay)
     kept = old.vectors * (old.values * weight.unsqueeze(-1)).clamp_min(0).sqrt().unsqueeze(-2)
-    vectors, squares = {"svd": _svd, "eigh": _eigh, "power": _power}[solver](kept, columns, old.vectors)
+    vectors, squares = {"svd": by_svd, "eigh": by_eigh, "power": by_power}[solver](kept, columns, old.vectors)
     values = squares[..., :k]
     trace = weight * old.trace + (_squares(columns) if mass is None else mass)
     if tail == "trace":
@@ -173,10 +166,10 @@ def drain(buffer: Tensor, vectors: Tensor) -> Tensor:
     top = torch.linalg.vector_norm(buffer, float("inf"), (-2, -1), keepdim=True)
     buffer = buffer / torch.where(top > 0, top, 1.0)
     core = vectors.mT @ buffer
-    values, inner = _eigenpairs((core + core.mT) / 2)
-    noise = 2 * torch.finfo(values.dtype).eps * torch.linalg.matrix_norm(buffer).unsqueeze(-1)
-    values = values + noise
-    inverse = torch.where(values > noise / 2, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
+    values, inner = eigenpairs((core + core.mT) / 2)
+    unsure = 2 * torch.finfo(values.dtype).eps * torch.linalg.matrix_norm(buffer).unsqueeze(-1)
+    values = values + unsure
+    inverse = torch.where(values > unsure / 2, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
     return buffer @ (inner * (inverse.unsqueeze(-2) * top.sqrt()))
 
 
@@ -295,7 +288,7 @@ def finite(sketch: Covariance, *doubts: Tensor) -> list[bool]:
 
     Args:
         sketch: the sketch.
-        doubts: the tensors that `unchecked` yielded.
+        doubts: the tensors that `decompositions.unchecked` yielded.
     """
     count = sketch.tail.numel()
     if sketch.tail.is_meta:
@@ -310,197 +303,3 @@ def finite(sketch: Covariance, *doubts: Tensor) -> list[bool]:
 
 def _squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(-2, -1)).square()  # takes no memory for the squares of all numbers
-
-
-# -- solvers. Of A = [kept, new], (*, d, k) and (*, d, n), and the present V they return (*, d, k) orthonormal columns
-# and the squares of the first k + 1 singular values. Only the reference makes A, which may copy a whole gradient.
-
-
-def _svd(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    k = old.shape[-1]
-    s, u = _robust(_singular, torch.cat([kept, new], -1))
-    return u[..., :k], s[..., : k + 1].square()
-
-
-def _eigh(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    d, k = old.shape[-2:]
-    m = k + new.shape[-1]
-    if m >= d:
-        values, vectors = _eigenpairs(kept @ kept.mT + new @ new.mT)
-        values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
-        return vectors[..., :k], values[..., : k + 1]
-    cross = kept.mT @ new
-    upper, lower = torch.cat([kept.mT @ kept, cross], -1), torch.cat([cross.mT, new.mT @ new], -1)
-    values, inner = _eigenpairs(torch.cat([upper, lower], -2))
-    values, inner = values.flip(-1)[..., : k + 1], inner.flip(-1)[..., :k]
-    # Smaller values have lost all their digits in the product. (NaN is not smaller, so it does not pass for 0.)
-    seen = ~(values <= values[..., :1] * (m * torch.finfo(new.dtype).eps))
-    # The columns are descending, so badly known ones do not affect the others, and QR does not depend on their lengths.
-    # Present directions take the place of those that were not seen; if they are in the span already, QR finds others.
-    u = kept @ inner[..., :k, :] + new @ inner[..., k:, :]
-    return _basis(torch.where(seen[..., None, :k], u, old)), torch.where(seen, values, 0.0)
-
-
-def _power(kept: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    (d, k), n = old.shape[-2:], new.shape[-1]
-    if min(d, k + n) <= SMALL:
-        return _eigh(kept, new, old)
-    guess = old
-    if extra := min(OVERSAMPLING, d - k, n):
-        fresh = new @ _noise(n, extra, new)
-        # The new columns get the size of the others, because squares of squares are taken.
-        top = torch.linalg.vector_norm(fresh, float("inf"), (-2, -1), keepdim=True)
-        guess = torch.cat([old, fresh / torch.where(top > 0, top, 1.0)], -1)
-    q = _basis(kept @ (kept.mT @ guess) + new @ (new.mT @ guess))
-    a, b = kept.mT @ q, new.mT @ q
-    values, w = _eigenpairs(a.mT @ a + b.mT @ b)
-    values, w = values.flip(-1).clamp_min(0), w.flip(-1)
-    return q @ w[..., :k], values[..., : k + 1]
-
-
-# -- decompositions that do not fail silently ------------------------------------------------------------------------
-
-
-def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues, and eigenvectors, of symmetric matrices."""
-    return _robust(_symmetric, matrix)
-
-
-def _basis(matrix: Tensor) -> Tensor:
-    """Orthonormal columns, of which the first j span what the first j columns of the matrix span."""
-    return _robust(_orthogonal, matrix)[1]
-
-
-def _symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors
-
-
-def _singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return values, left
-
-
-def _orthogonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    q, r = torch.linalg.qr(matrix)
-    return r, q
-
-
-class _Doubts(threading.local):
-    sums: list[Tensor] | None = None
-
-
-_DOUBTS = _Doubts()
-
-
-@contextmanager
-def unchecked() -> Iterator[list[Tensor]]:
-    """Within this block decompositions do not check their results, so that they do not wait for the device.
-
-    Yields:
-        A list to which each decomposition adds a tensor with one number for each member of its batch. The number is
-        finite if all numbers that went in and came out are finite.
-    """
-    before, _DOUBTS.sums = _DOUBTS.sums, []
-    try:
-        yield _DOUBTS.sums
-    finally:
-        _DOUBTS.sums = before
-
-
-def _robust(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose each matrix of a batch into two parts: one that grows with the matrix, and one that does not.
-
-    LAPACK's divide and conquer fails for some finite matrices (MKL's for one in six float32 matrices with many zero
-    rows): it does not converge, or returns NaN without an error. Members of the batch whose result is not finite are
-    therefore computed again (`_rescued`). If nothing helps, the result is NaN.
-    """
-    if matrix.is_meta:  # a rehearsal has no numbers to check
-        return decompose(matrix)
-    if _DOUBTS.sums is not None:
-        size, vectors = decompose(matrix)
-        # The matrix is checked, too, because eigh may read only one half of it.
-        _DOUBTS.sums.append(
-            _sum(size, matrix.ndim - 2) + _sum(vectors, matrix.ndim - 2) + _sum(matrix, matrix.ndim - 2)
-        )
-        return size, vectors
-    good: Tensor | None = None
-    try:
-        size, vectors = decompose(matrix)
-        # The matrix is checked, too, because eigh may read only one half of it.
-        good = _finite_members(size, vectors) & matrix.isfinite().flatten(-2).all(-1)
-        if bool(good.all()):
-            return size, vectors
-    except torch.linalg.LinAlgError:
-        pass
-    batch = matrix.shape[:-2]
-    members = matrix.reshape(-1, *matrix.shape[-2:])
-    # An exception does not say which members failed.
-    fine = [False] * len(members) if good is None else good.reshape(-1).tolist()
-    found: list[tuple[Tensor, Tensor]] = []
-    for i, one in enumerate(members):
-        if fine[i]:
-            found.append((size.reshape(-1, *size.shape[len(batch) :])[i], vectors.reshape(-1, *vectors.shape[-2:])[i]))
-        else:
-            found.append(_rescued(decompose, one, good is None and len(members) > 1))
-    parts = [torch.stack(part) for part in zip(*found, strict=True)]
-    return parts[0].reshape(*batch, *parts[0].shape[1:]), parts[1].reshape(*batch, *parts[1].shape[1:])
-
-
-def _rescued(
-    decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor, untried: bool
-) -> tuple[Tensor, Tensor]:
-    """Decompose one matrix: as it is if ``untried``, then in float64 scaled to 1, then with a slightly larger diagonal.
-
-    A larger diagonal moves eigenvalues by some units in the last place of float64. It helps because the algorithms fail
-    where numbers are exactly 0.
-    """
-    top = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
-    if bool(top.isfinite()):
-        exact = matrix.double() / torch.where(top > 0, top, 1.0).double()
-        off = exact.clone()
-        off.diagonal().add_(max(matrix.shape) * torch.finfo(torch.float64).eps)
-        own: list[tuple[Tensor, Tensor | None]] = [(matrix, None)] if untried else []
-        for attempt, scale in [*own, (exact, top), (off, top)]:
-            try:
-                size, vectors = decompose(attempt)
-            except torch.linalg.LinAlgError:
-                continue
-            if scale is not None:
-                size, vectors = (size * scale.double()).to(matrix.dtype), vectors.to(matrix.dtype)
-            if bool(_finite_members(size, vectors)):
-                return size, vectors
-    return _nothing(decompose, matrix)
-
-
-def _nothing(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """NaN in the shapes that ``decompose`` returns."""
-    d, n = matrix.shape[-2:]
-    least = min(d, n)
-    shape = (least, n) if decompose is _orthogonal else (least,)
-    return matrix.new_full(shape, torch.nan), matrix.new_full((d, least), torch.nan)
-
-
-def _sum(x: Tensor, batch: int) -> Tensor:
-    """The sum of each member of a batch."""
-    return x.sum(tuple(range(batch, x.ndim)))
-
-
-def _finite_members(size: Tensor, vectors: Tensor) -> Tensor:
-    """``(*)``: a flag for each member of a batch."""
-    numbers = size.isfinite()
-    for _ in range(size.ndim - vectors.ndim + 2):
-        numbers = numbers.all(-1)
-    return numbers & vectors.isfinite().flatten(-2).all(-1)
-
-
-def _noise(d: int, k: int, like: Tensor) -> Tensor:
-    """``(d, k)`` numbers to which gradients are hardly ever orthogonal. They are the same on every device.
-
-    They are 1 and -1. But small matrices of signs are often singular, and then QR makes columns of rounding errors,
-    which differ between processors. So for up to 16 rows the numbers are uniform in [-1, 1).
-    """
-    hashed = mix32(torch.arange(d * k, device=like.device), _SEED)
-    if d <= 16:
-        return ((hashed - 2**31).to(like.dtype) / 2**31).view(d, k)
-    return (1 - 2 * (hashed & 1)).to(like.dtype).view(d, k)

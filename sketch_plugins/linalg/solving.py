@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.linalg import frequent_directions as fd
+from sketch_plugins.linalg.decompositions import unchecked
 from sketch_plugins.linalg.frequent_directions import Covariance
 from sketch_plugins.linalg.kronecker import Side, State, joined
 
@@ -87,7 +88,7 @@ class _Some(NamedTuple):
 def _solve(members: Sequence[_Some], decay: float, tail: str, solver: str) -> list[Due]:
     new, fine = None, None
     try:
-        with fd.unchecked() as doubts:
+        with unchecked() as doubts:
             new = _folded(members, decay, tail, solver)
         fine = fd.finite(new, *doubts)
     except torch.linalg.LinAlgError:

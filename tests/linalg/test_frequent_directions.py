@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sketch_plugins.linalg import decompositions, singular_pairs
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg.frequent_directions import SOLVERS, TAILS, Covariance
 
@@ -25,7 +26,7 @@ examples = settings(max_examples=150, deadline=None, derandomize=True, database=
 @pytest.fixture(autouse=True)
 def power_of_small_matrices(monkeypatch):
     """Matrices here are small, and the solver would leave all of them to eigh."""
-    monkeypatch.setattr(fd, "SMALL", 0)
+    monkeypatch.setattr(singular_pairs, "SMALL", 0)
 
 
 def start(d, k, dtype=F64, batch=()):
@@ -420,7 +421,7 @@ def test_the_first_directions_are_known_to_all_digits():
     """QR of a singular matrix would make columns of rounding errors, which differ between processors."""
     for d in range(1, 41):
         for k in range(1, d + 1):
-            values = torch.linalg.svdvals(fd._noise(d, k, torch.zeros((), dtype=F64)))
+            values = torch.linalg.svdvals(singular_pairs.noise(d, k, torch.zeros((), dtype=F64)))
             # 1e-3: three digits of sixteen are lost. A singular matrix has 1e-16.
             assert values[-1] > 1e-3 * values[0], (d, k)
 
@@ -617,7 +618,7 @@ def test_what_fails_in_float64_is_done_with_a_little_more_on_the_diagonal(monkey
         return original(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    values, vectors = fd._eigenpairs(x @ x.mT)
+    values, vectors = decompositions.eigenpairs(x @ x.mT)
     # 12 units in the last place were added to the diagonal, and some are round-off.
     assert (values - expected.eigenvalues).abs().max() <= 100 * EPS64 * values.max()
     assert norm((vectors * values) @ vectors.mT - x @ x.mT) <= 100 * EPS64 * values.max()
@@ -629,7 +630,7 @@ def test_matrices_that_are_not_finite_are_not_taken_for_what_eigh_reads_of_them(
     matrix[1, 3] = value  # above the diagonal, which eigh does not read
     assert torch.linalg.eigh(matrix).eigenvalues.isfinite().all()
     both = torch.stack([torch.eye(5), matrix])
-    values, vectors = fd._eigenpairs(both)
+    values, vectors = decompositions.eigenpairs(both)
     assert values.isfinite().all(-1).tolist() == [True, False]
     assert torch.equal(vectors[0].abs(), torch.eye(5))
 
@@ -675,15 +676,15 @@ def test_no_decomposition_of_a_finite_matrix_is_wrong_in_silence(kind, dtype):
             x = matrices(kind, d, n, seed).to(dtype)
             size = max(d, n) * unit
             gram = x @ x.mT
-            values, vectors = fd._eigenpairs(gram)
+            values, vectors = decompositions.eigenpairs(gram)
             # Backward stable algorithms: a few times the dimension's round-off, relative to the largest number.
             bound = 10 * size * max(norm(gram), 1e-300)
             assert norm((vectors * values) @ vectors.mT - gram) <= bound
             assert norm(vectors.mT @ vectors - torch.eye(d, dtype=dtype)) <= 10 * size
-            s, u = fd._robust(fd._singular, x)
+            s, u = decompositions.left_singular_pairs(x)
             assert norm(u.mT @ u - torch.eye(min(d, n), dtype=dtype)) <= 10 * size
             assert s.norm().item() == pytest.approx(x.norm().item(), rel=10 * size)
-            q = fd._basis(x)
+            q = decompositions.basis(x)
             assert norm(q.mT @ q - torch.eye(min(d, n), dtype=dtype)) <= 10 * size
             assert norm(q @ (q.mT @ x) - x) <= 10 * size * max(norm(x), 1e-300)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sketch_plugins.linalg import frequent_directions as fd
-from sketch_plugins.linalg import kronecker, solving
+from sketch_plugins.linalg import kronecker, singular_pairs, solving
 from sketch_plugins.linalg.kronecker import Kronecker, Side, Stack, cut, merged
 from sketch_plugins.linalg.solving import solve
 
@@ -56,7 +56,7 @@ def buffered(request):
 @pytest.fixture(autouse=True)
 def power_of_small_matrices(monkeypatch):
     """Matrices here are small, and the solver would leave all of them to eigh."""
-    monkeypatch.setattr(fd, "SMALL", 0)
+    monkeypatch.setattr(singular_pairs, "SMALL", 0)
 
 
 def normal(*shape, seed=0, dtype=F64):
