@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 HEADING = "## Layers"
 #: Integrations that the core looks up by name, where it has a checkpoint or a model of the framework before it.
 LOOKED_UP = {
-    ("sketch_plugins.checkpoints.report", "sketch_deepspeed.contents"),
+    ("sketch_plugins.checkpoints.reading", "sketch_deepspeed.contents"),
     ("sketch_plugins.memory.plan_model", "sketch_transformers.planning"),
 }
 

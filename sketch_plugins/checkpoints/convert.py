@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sketch_plugins import registry
-from sketch_plugins.checkpoints import report
+from sketch_plugins.checkpoints import reading
 from sketch_plugins.checkpoints.saved import nbytes
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.optim import SketchOptimizer, Sketchy
@@ -147,7 +147,7 @@ def convert(
     done = Converted(target, _framework(root))
     values = {}
     for file in files:
-        value = report.load(file, trust)
+        value = reading.load(file, trust)
         seen = len(done.optimizers)
 
         def made(saved: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -185,7 +185,7 @@ def _files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise CannotConvert(report.absent(root))
+        raise CannotConvert(reading.absent(root))
     for pattern in ("optimizer.pt", "optimizer*.bin"):
         found = sorted(file for file in root.glob(pattern) if file.is_file())
         if found:
@@ -234,7 +234,7 @@ def _target(root: Path, name: str, out: str | os.PathLike[str] | None, force: bo
 def _replaced(value: Any, made: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
     """The value with every state dict of one of torch's optimizers converted; the same object if it has none."""
     if isinstance(value, Mapping):
-        if report.is_state_dict(value):
+        if reading.is_state_dict(value):
             return made(value) if is_foreign(value) else value
         new = {key: _replaced(inner, made) for key, inner in value.items()}
         if all(new[key] is inner for key, inner in value.items()):
@@ -250,12 +250,12 @@ def _replaced(value: Any, made: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def _nothing_in(file: Path, value: Any) -> str:
-    found = list(report.state_dicts(value))
+    found = list(reading.state_dicts(value))
     if any(written_by(group) is not None for saved in found for group in saved["param_groups"]):
         return f"{file} already holds the state of a sketched optimizer: there is nothing to convert"
     if found:
         return f"{file} holds an optimizer state dict without parameter groups: there is nothing to convert"
-    return report.without_optimizer(file, value)
+    return reading.without_optimizer(file, value)
 
 
 def _converted(

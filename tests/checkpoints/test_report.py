@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sketch_plugins import SM3, CSAdam, Sketchy, cli, state_report
-from sketch_plugins.checkpoints.report import contents
+from sketch_plugins.checkpoints.reading import contents
 
 
 def model():

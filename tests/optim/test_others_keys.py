@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from sketch_plugins import CSAdam, MemSGD, Sketchy, convert_state, registry, state_report
-from sketch_plugins.checkpoints.report import contents
+from sketch_plugins.checkpoints.reading import contents
 from sketch_plugins.memory.probe import SecondMomentProbe
 from sketch_plugins.optim import resolved
 
