@@ -1,8 +1,8 @@
 """The base of all optimizers but `MemSGD`: parameter groups, and a step from the gradients to the kernels.
 
 A concrete optimizer declares its options and its update rule. Everything else is done by classes that build on each
-other: `groups` (options), `layout` (what state consists of), `state_dicts`, `gradients`, `resolved` (a part's step
-before anything changes) and `taking` (prepares and takes all steps).
+other: `groups` (options), `layout` (what state consists of), `state_checks`, `state_dicts`, `gradients`, `resolved` (a
+part's step before anything changes) and `taking` (prepares and takes all steps).
 """
 
 from __future__ import annotations

@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sketch_plugins.optim.checks import (
-    is_fake,
-)
 from sketch_plugins.optim.fused import backend as fused_backend
 from sketch_plugins.optim.fused import describe
 from sketch_plugins.optim.groups import refuse_fsdp1
@@ -20,7 +17,7 @@ from sketch_plugins.optim.rule import Rule
 from sketch_plugins.optim.state_dicts import StateDicts
 from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
 from sketch_plugins.sharding.parts import Part, Shaped
-from sketch_plugins.sharding.tensors import check_writable, is_freed
+from sketch_plugins.sharding.tensors import check_writable, is_fake, is_freed
 from sketch_plugins.stores import CountSketch, Gradient
 
 # Elements of a tile: enough to hide the calls, and few enough for a CPU's cache (measured, docs/architecture.md).
