@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sketch_lightning import strategies
+from sketch_lightning import names, strategies
 
 _made = strategies.build("lightning.pytorch", __name__)
 
@@ -14,7 +14,7 @@ MemSGDStrategy = _made["MemSGDStrategy"]
 SketchFSDPStrategy = _made["SketchFSDPStrategy"]
 SketchDeepSpeedStrategy = _made["SketchDeepSpeedStrategy"]
 
-strategies.add_to_registry("lightning.pytorch", _made)
+names.add_to_registry("lightning.pytorch", _made)
 
 
 def __getattr__(name: str) -> Any:

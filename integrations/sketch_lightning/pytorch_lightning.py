@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sketch_lightning import strategies
+from sketch_lightning import names, strategies
 
 _made = strategies.build("pytorch_lightning", __name__)
 
@@ -14,7 +14,7 @@ MemSGDStrategy = _made["MemSGDStrategy"]
 SketchFSDPStrategy = _made["SketchFSDPStrategy"]
 SketchDeepSpeedStrategy = _made["SketchDeepSpeedStrategy"]
 
-strategies.add_to_registry("pytorch_lightning", _made)
+names.add_to_registry("pytorch_lightning", _made)
 
 
 def __getattr__(name: str) -> Any:

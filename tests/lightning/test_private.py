@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sketch_lightning
-from sketch_lightning import _private, strategies
+from sketch_lightning import _private, names
 
 NAMES = [*_private.STRATEGIES, *_private.CALLBACKS]
 
@@ -43,11 +43,11 @@ def test_a_name_that_lightning_has_itself_is_not_taken_over(namespace, monkeypat
     entry = found["sm3"]
     own = importlib.import_module(f"sketch_lightning.{sketch_lightning._MODULES[namespace]}")
     classes = {name: getattr(own, name) for name in sketch_lightning._STRATEGIES}
-    monkeypatch.setattr(strategies.registry, "names", lambda: ("sm3",))
+    monkeypatch.setattr(names.registry, "names", lambda: ("sm3",))
     found["sm3"] = {**entry, "strategy": object}
     try:
         with pytest.raises(ValueError, match="already has a strategy 'sm3'"):
-            strategies.add_to_registry(namespace, classes)
+            names.add_to_registry(namespace, classes)
     finally:  # not by monkeypatch, which calls `get`, and so makes a strategy
         found["sm3"] = entry
 
