@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import logging
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from rich.table import Table
 from transformers import Trainer
@@ -19,7 +16,6 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.training_args import TrainingArguments
 
-from sketch_plugins import state_report
 from sketch_plugins.memory.meter import AllocatorMeter, Meter, ResidentMeter, meter_for, parse_budget, total_memory
 from sketch_plugins.memory.report import format_bytes
 from sketch_plugins.memory.search import check_search, largest
@@ -27,30 +23,9 @@ from sketch_transformers import _private
 from sketch_transformers.comm import communication
 from sketch_transformers.optim_args import communication_options
 from sketch_transformers.snapshot import Snapshot
+from sketch_transformers.trial import STEPPED, Stop, Trial, agree, run
 
 logger = logging.getLogger(__name__)
-
-#: Results of a step of a trial; all ranks use the smallest one.
-FAILED, OUT_OF_MEMORY, SKIPPED, STEPPED = range(4)
-#: The number of steps that a gradient scaler may skip in a trial.
-SKIPS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One size that was tried.
-
-    Attributes:
-        batch_size: samples of a batch, on each device.
-        gradient_accumulation_steps: batches of an update.
-        fits: whether it fits on all ranks.
-        peak: bytes at the peak on this rank; None if the memory ran out.
-    """
-
-    batch_size: int
-    gradient_accumulation_steps: int
-    fits: bool
-    peak: int | None
 
 
 class ReclaimBatchSize(TrainerCallback, ExportableState):
@@ -211,15 +186,15 @@ class ReclaimBatchSize(TrainerCallback, ExportableState):
             size = sizes[index - 1]
             batches = effective // size if self.keep_effective else accumulation
             _private.set_batch(trainer, size, batches)
-            stop = _Stop(trainer, self.steps_per_trial, size)
+            stop = Stop(trainer, self.steps_per_trial, size)
             meter.start()
             try:
-                _train(trainer, stop)
+                run(trainer, stop)
             finally:
                 peak = max(0, meter.read() - ours)
                 before.restore()
             within = stop.outcome == STEPPED and (budget is None or peak <= budget)
-            fitting = _agree(trainer, int(within)) == 1
+            fitting = agree(trainer, int(within)) == 1
             if stop.outcome == STEPPED:
                 self.state_bytes, self.adamw_bytes = stop.state_bytes, stop.adamw_bytes
             self.trials.append(Trial(size, batches, fitting, None if stop.ran_out else peak))
@@ -372,78 +347,6 @@ def _callback_of(trainer: Trainer) -> ReclaimBatchSize | None:
     if len(found) > 1:
         raise ValueError("this trainer has more than one ReclaimBatchSize: remove all but one")
     return found[0] if found else None
-
-
-# -- a trial ---------------------------------------------------------------------------------------------------------
-
-
-class _TrialOver(Exception):
-    """Ends a trial: enough steps were taken, or a rank could not take one."""
-
-
-class _Stop(TrainerCallback):
-    """The only callback of a trial. Ranks agree after each step, and only then."""
-
-    is_trial = True
-
-    def __init__(self, trainer: Trainer, steps: int, size: int) -> None:
-        self.trainer, self.left, self.size = trainer, steps, size
-        self.outcome, self.ran_out = FAILED, False
-        self.state_bytes = self.adamw_bytes = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        _private.stop_sync(self.trainer)
-        loader = kwargs.get("train_dataloader")
-        made = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-        if made is not None and made != self.size:
-            raise ValueError(
-                f"ReclaimBatchSize: get_train_dataloader made batches of {made}, but per_device_train_batch_size "
-                f"is {self.size}: it must use that size"
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        skipped = self.trainer.accelerator.optimizer_step_was_skipped
-        self.outcome = _agree(self.trainer, SKIPPED if skipped else STEPPED)
-        self.left -= self.outcome == STEPPED
-        if self.outcome < SKIPPED or self.left == 0:
-            if self.left == 0:
-                report = state_report(kwargs["optimizer"])
-                self.state_bytes, self.adamw_bytes = report.state_bytes, report.adamw_bytes
-            raise _TrialOver
-
-
-def _train(trainer: Trainer, stop: _Stop) -> None:
-    """Train until `stop` ends the trial; ``stop.outcome`` is the same on all ranks."""
-    try:
-        _private.only_training(trainer, stop, stop.left + SKIPS)
-        _private.stock_train()(trainer)
-    except _TrialOver:
-        if stop.outcome == FAILED:
-            raise RuntimeError(
-                "ReclaimBatchSize: another rank failed in a trial; its error message has the reason"
-            ) from None
-    except Exception as error:
-        stop.ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)
-        stop.outcome = _agree(trainer, OUT_OF_MEMORY if stop.ran_out else FAILED)
-        if not stop.ran_out:
-            raise
-        if stop.outcome == FAILED:
-            raise RuntimeError(
-                "ReclaimBatchSize: another rank failed in a trial; its error message has the reason"
-            ) from None
-    else:
-        raise RuntimeError(f"ReclaimBatchSize: the gradient scaler skipped {SKIPS} steps of a trial")
-
-
-def _agree(trainer: Trainer, value: int) -> int:
-    """The smallest value of all ranks."""
-    if trainer.args.world_size == 1 or not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, device=trainer.args.device)
-    dist.all_reduce(tensor, dist.ReduceOp.MIN)
-    return int(tensor)
 
 
 def _is_power_of_two(size: int, present: int) -> bool:
