@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sketch_deepspeed.reshard import _MODEL, _find, _load, _read
+from sketch_deepspeed.reading import MODEL, find, load, read
 from sketch_plugins.checkpoints.saved import CannotReshard, SavedOptimizer
 from sketch_plugins.sharding.names import names_of
 from sketch_plugins.sharding.pieces import Fragment, Piece, is_key, pieces
@@ -21,11 +21,11 @@ def contents(
     Raises:
         ValueError: the checkpoint cannot be read.
     """
-    root, tag = _find(checkpoint)
+    root, tag = find(checkpoint)
     directory = root / tag
-    if not any(directory.glob("*_optim_states.pt")) and (directory / _MODEL).is_file():
+    if not any(directory.glob("*_optim_states.pt")) and (directory / MODEL).is_file():
         return _without_zero(directory, trust)
-    old = _read(directory, trust)
+    old = read(directory, trust)
     groups = old.base(0)["param_groups"]
     try:
         cut: Callable[..., Sequence[Piece]] = SavedOptimizer(groups).pieces
@@ -53,7 +53,7 @@ def contents(
 def _without_zero(
     directory: Path, trust: bool
 ) -> tuple[Sequence[Mapping[str, Any]], list[tuple[str | None, int, Mapping[str, Any], int | None]]]:
-    saved: Any = _load(directory / _MODEL, trust).get("optimizer")
+    saved: Any = load(directory / MODEL, trust).get("optimizer")
     while isinstance(saved, Mapping) and "param_groups" not in saved:  # a wrapper for float16
         saved = saved.get("optimizer_state_dict")
     if not isinstance(saved, Mapping):
