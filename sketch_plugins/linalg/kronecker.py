@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.linalg import frequent_directions as fd
+from sketch_plugins.linalg.along_axis import sampled_along, stretch_along
 from sketch_plugins.linalg.frequent_directions import Covariance
 
 State = Mapping[str, Tensor]
@@ -29,7 +30,7 @@ class Kronecker:
     """Which axes of a tensor have a covariance, and the ranks.
 
     Attributes:
-        dims: the tensor's shape, with small trailing axes merged (`merged`).
+        dims: the tensor's shape, with small trailing axes merged (`cutting.merged`).
         cuts: for each axis the bounds of its blocks: ``((0, 512, 1024), (0, 768))``.
         ranks: for each axis the rank of its covariances; 0 if it has none.
         buffered: covariances gather between solves (`frequent_directions.sampled`).
@@ -153,7 +154,7 @@ class Stack:
                 continue
             part = x[(slice(None), *block)]
             for side in sides:
-                self._add(side, "buffer", _sampled(part, side.axis, self.vectors(side)))
+                self._add(side, "buffer", sampled_along(part, side.axis, self.vectors(side)))
             squares = torch.linalg.vector_norm(part.reshape(len(part), -1), dim=1).square()
             for side in sides:  # the sum of squares is the same along every axis
                 self._add(side, "mass", squares)
@@ -190,7 +191,7 @@ class Stack:
             whole = part if part.is_contiguous() else part.contiguous()
             for side, root in roots.items():
                 if side.block == number:
-                    _stretch(whole, side.axis, self.vectors(side), root.ratio)
+                    stretch_along(whole, side.axis, self.vectors(side), root.ratio)
             if len(blocks) > 1:
                 assert logs is not None and common is not None
                 factor = (logs[number] - common).exp().to(x.dtype)
@@ -353,62 +354,3 @@ def _rows(tensors: Sequence[Tensor], batched: bool, ndim: int | None = None) -> 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate tensors along their first axis. A single tensor is not copied."""
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-
-
-def merged(shape: Sequence[int], most: int) -> tuple[int, ...]:
-    """``shape`` with trailing axes merged while their product is at most ``most``; the first axis stays alone.
-
-    Axes of length 1 are removed, except the second axis of a vector. A convolution ``(64, 32, 3, 3)`` becomes
-    ``(64, 288)`` with ``most=1024``.
-    """
-    first, *rest = [n for n in shape if n != 1] or [1]
-    out: list[int] = []
-    for n in reversed(rest):
-        if out and out[0] * n <= most:
-            out[0] *= n
-        else:
-            out.insert(0, n)
-    return (first, *out) if out else (first, 1)
-
-
-def cut(n: int, most: int) -> tuple[int, ...]:
-    """The bounds of the fewest blocks of at most ``most`` (0: any size), of sizes as equal as possible."""
-    count = -(-n // most) if most else 1
-    return tuple(round(i * n / count) for i in range(count + 1))
-
-
-def _sampled(x: Tensor, axis: int, vectors: Tensor) -> Tensor:
-    """``L V`` for the covariances L of ``x``, ``(c, *)``, along one axis: ``(c, d, k)``."""
-    count, d, k = vectors.shape
-    before, behind = math.prod(x.shape[1 : axis + 1]), math.prod(x.shape[axis + 2 :])
-    if behind == 1:
-        return fd.sampled(x.reshape(count, -1, d).mT, vectors)
-    if before == 1:
-        return fd.sampled(x.reshape(count, d, behind), vectors)
-    x = x.reshape(count, before, d, behind)
-    # So many matrices are taken at a time that the products stay below the size of x.
-    most, vectors = max(1, before * behind // k), vectors.unsqueeze(1)
-    parts = [fd.sampled(x[:, first : first + most], vectors).sum(1) for first in range(0, before, most)]
-    return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
-
-
-def _stretch(x: Tensor, axis: int, vectors: Tensor, ratio: Tensor) -> None:
-    """`frequent_directions.stretch` of contiguous ``x``, ``(c, *)``, along one axis."""
-    count, d, k = vectors.shape
-    before, behind = math.prod(x.shape[1 : axis + 1]), math.prod(x.shape[axis + 2 :])
-    if behind == 1:
-        fd.stretch_rows(x.view(count, -1, d), vectors, ratio)
-    elif before == 1:
-        fd.stretch(x.view(count, d, behind), vectors, ratio)
-    else:
-        x = x.view(count, before, d, behind)
-        most = max(1, before * behind // k)
-        for first in range(0, before, most):
-            part = x[:, first : first + most]
-            alone = part.is_contiguous()
-            flat = part.reshape(-1, d, behind)
-            times = part.shape[1]
-            each = vectors.unsqueeze(1).expand(count, times, d, k).reshape(-1, d, k)
-            fd.stretch(flat, each, ratio.unsqueeze(1).expand(count, times, k).reshape(-1, k))
-            if not alone:
-                part.copy_(flat.view(part.shape))

@@ -8,7 +8,8 @@ import torch
 
 from sketch_plugins.checkpoints.recut import recut
 from sketch_plugins.checkpoints.recut_geometry import Held
-from sketch_plugins.linalg.kronecker import Kronecker, cut
+from sketch_plugins.linalg.cutting import cut
+from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.linalg.solving import solve
 from sketch_plugins.sharding.blocks import Matrix, Rows, matrix_shape
 from sketch_plugins.sharding.pieces import Fragment, Piece, pieces

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from sketch_plugins.linalg import frequent_directions as fd
 from sketch_plugins.linalg import kronecker, singular_pairs, solving
-from sketch_plugins.linalg.kronecker import Kronecker, Side, Stack, cut, merged
+from sketch_plugins.linalg.cutting import cut, merged
+from sketch_plugins.linalg.kronecker import Kronecker, Side, Stack
 from sketch_plugins.linalg.solving import solve
 
 CPU = torch.device("cpu")

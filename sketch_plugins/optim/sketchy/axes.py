@@ -8,7 +8,8 @@ from typing import Annotated, Any, TypedDict
 
 import torch
 
-from sketch_plugins.linalg.kronecker import Kronecker, cut, merged
+from sketch_plugins.linalg.cutting import cut, merged
+from sketch_plugins.linalg.kronecker import Kronecker
 from sketch_plugins.optim.declaring import count, option
 
 
