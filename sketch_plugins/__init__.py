@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sketch_plugins.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from sketch_plugins.memory.advise import Advice, advise
+    from sketch_plugins.memory.advise import advise
+    from sketch_plugins.memory.advise_table import Advice
     from sketch_plugins.memory.in_backward import InBackward
     from sketch_plugins.memory.numerics import NumericsProbe
     from sketch_plugins.memory.plan import plan
@@ -60,7 +61,7 @@ __all__ = [
 
 #: Names that are not in `sketch_plugins.optim` -> the module that has them.
 _ELSEWHERE = {
-    "Advice": "memory.advise",
+    "Advice": "memory.advise_table",
     "InBackward": "memory.in_backward",
     "NumericsProbe": "memory.numerics",
     "Plan": "memory.plan_table",

@@ -5,20 +5,18 @@ Every rung keeps the settings of the ones before it, and its bytes are those of 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from sketch_plugins.memory.advise_ladder import Step, ladder
 from sketch_plugins.memory.advise_lines import Settings, lines, notes, refused
+from sketch_plugins.memory.advise_table import Advice, Rung, format_count
 from sketch_plugins.memory.plan import Progress, plan
 from sketch_plugins.memory.plan_checks import BudgetBelowWeights, budget_and_reserve, check_choices
 from sketch_plugins.memory.plan_cuda import WORKSPACE
-from sketch_plugins.memory.plan_optimizers import Choice, choices
 from sketch_plugins.memory.plan_table import Plan, Row
 from sketch_plugins.memory.report import format_bytes
 
@@ -35,115 +33,6 @@ _BEYOND = (
     ". DeepSpeed's ZeRO-3, which the ladder does not have, keeps the weights in host memory "
     '("offload_param": {"device": "cpu"}), or divides them over several GPUs (see plan with zero_stage=3)'
 )
-#: Frameworks in the order in which their lines are shown.
-FRAMEWORKS = {"trainer": "Trainer", "lightning": "Lightning", "accelerate": "accelerate", "deepspeed": "DeepSpeed"}
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One rung, together with all rungs below it.
-
-    Attributes:
-        name: the setting that it turns on.
-        cost: cost of this setting in quality and time.
-        plan: its bytes, and the largest batch (None with the wish ``"largest-model"``).
-        fits: whether a batch of the requested size fits.
-        largest_model: parameters of the largest model that fits, with the wish ``"largest-model"``.
-        host: approximate bytes in host memory.
-        lines: framework -> code, or for DeepSpeed its configuration in JSON.
-        refused: framework -> the reason why it cannot have this rung.
-        notes: framework -> what it keeps in memory beyond ``plan``.
-    """
-
-    name: str
-    cost: str
-    plan: Row
-    fits: bool
-    largest_model: int | None
-    host: int
-    lines: dict[str, str] = field(repr=False)
-    refused: dict[str, str] = field(repr=False)
-    notes: dict[str, str] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Advice:
-    """The result of `advise`; ``print(advice)`` shows the ladder, the choice and the lines to write for it.
-
-    Attributes:
-        wish: the wish.
-        model: name of the model.
-        params: number of its parameters.
-        batch_size: samples of a pass, for which the bytes are.
-        budget: bytes of the device.
-        reserve: bytes of it that torch cannot use.
-        rungs: from the bottom; with the wish ``"least-change"`` up to the first one that fits.
-        chosen: index in ``rungs`` of the one that grants the wish; None if none does.
-        verdict: the choice in words.
-        notes: the rungs that are left out and why, and the assumptions.
-    """
-
-    wish: str
-    model: str
-    params: int
-    batch_size: int
-    title: str
-    budget: int
-    reserve: int
-    rungs: list[Rung]
-    chosen: int | None
-    verdict: str
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The advice as plain values, for JSON."""
-        return asdict(self)
-
-    def table(self) -> Table:
-        """The ladder as a rich table."""
-        table = Table(title=self.title)
-        table.add_column("", justify="right")
-        table.add_column("turn on", overflow="fold")
-        for heading in ("weights", "gradients", "state", "activations", "peak"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        largest = self.wish == "largest-model"
-        table.add_column("largest model" if largest else "largest batch", justify="right")
-        for number, rung in enumerate(self.rungs):
-            row = rung.plan
-            cells = [row.parameters, row.gradients, row.state, row.activations, row.peak]
-            most = rung.largest_model if largest else row.largest_batch
-            style = "bold" if number == self.chosen else None if rung.fits else "dim"
-            said = "none" if not most else format_count(most) if largest else str(most)
-            table.add_row(str(number), rung.name, *map(format_bytes, cells), said, style=style)
-        return table
-
-    @property
-    def text(self) -> str:
-        """The text below the table."""
-        parts = [
-            f"budget {format_bytes(self.budget)}"
-            + (f", of which {format_bytes(self.reserve)} are left to the CUDA context" if self.reserve else ""),
-            "",
-            "Each rung keeps what those above it have turned on. What it costs:",
-            *(f"  {number}  {rung.name}: {rung.cost}{_of_host(rung)}" for number, rung in enumerate(self.rungs)),
-            "",
-            self.verdict,
-            *self.notes,
-        ]
-        if self.chosen is not None:
-            rung = self.rungs[self.chosen]
-            for key, framework in FRAMEWORKS.items():
-                shown = rung.lines.get(key) or f"not with {framework}: {rung.refused[key]}"
-                first = " (import sketch_deepspeed before deepspeed.initialize)" if framework == "DeepSpeed" else ""
-                note = [f"({rung.notes[key]})"] if key in rung.notes else []
-                parts += ["", f"--- {framework}{first if key in rung.lines else ''}", *note, shown]
-        return "\n".join(parts)
-
-    def __str__(self) -> str:
-        """The table, and the text below it."""
-        out = io.StringIO()
-        Console(width=120, file=out, markup=False, emoji=False, force_jupyter=False).print(self.table())
-        return out.getvalue() + self.text
 
 
 def advise(
@@ -208,9 +97,9 @@ def advise(
     assert budget is not None
     module = isinstance(model, nn.Module) or (callable(model) and not hasattr(model, "model_type"))
     start = Settings("adamw", precision, checkpointing=gradient_checkpointing, accumulation=accumulation)
-    steps, remarks = _ladder(replace(start, batch=batch_size), device, module)
+    steps, remarks = ladder(replace(start, batch=batch_size), device, module)
 
-    def planned(of: Sequence[_Step], checkpointing: bool) -> Plan:
+    def planned(of: Sequence[Step], checkpointing: bool) -> Plan:
         return plan(
             model,
             sample=sample,
@@ -278,87 +167,7 @@ def advise(
     )
 
 
-def format_count(n: float) -> str:
-    """Parameters for people: 1.5 K, 2.3 M, 7.0 B."""
-    for unit in ("", " K", " M"):
-        if abs(n) < 1000:
-            return f"{n:.0f}{unit}" if not unit else f"{n:.1f}{unit}"
-        n /= 1000
-    return f"{n:.1f} B"
-
-
-def _of_host(rung: Rung) -> str:
-    return f". Host memory: about {format_bytes(rung.host)}" if rung.host else ""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A rung before it is planned."""
-
-    name: str
-    cost: str
-    choice: Choice
-    own: Settings
-
-    def without_checkpointing(self) -> _Step:
-        """The same rung for a model that cannot recompute its activations."""
-        return replace(self, own=replace(self.own, checkpointing=False))
-
-
-def _ladder(start: Settings, device: str, module: bool) -> tuple[list[_Step], list[str]]:
-    """``(rungs, what is left out and why)``; rungs that turn checkpointing on come last."""
-    steps: list[_Step] = []
-    notes = []
-    own = start
-
-    def add(name: str, cost: str, text: str, offloaded: bool = False) -> None:
-        (choice,) = choices(text, start.precision)
-        pure_bf16 = choice.pure_bf16 or offloaded
-        steps.append(_Step(name, cost, replace(choice, label=name, pure_bf16=pure_bf16, offloaded=offloaded), own))
-
-    add("AdamW, as it is", "nothing: the run to compare with", "adamw")
-    own = replace(own, optimizer="cs_adam")
-    add(
-        "sketched state",
-        "several rows share a second moment, the momentum has 8 bits; AdamW's learning rate",
-        "cs_adam",
-    )
-    own, options = replace(own, lean=True), "preset=lean"
-    add("lean state", "there is no momentum; AdamW's learning rate", f"cs_adam:{options}")
-    if start.precision == "bf16":
-        notes.append(
-            "24-bit weights are no rung, for the weights are bfloat16 already: weight_bits=24 takes a byte a parameter "
-            "more and keeps the updates that bfloat16 rounds away"
-        )
-    else:
-        own, options = replace(own, precision="bf16", weight_bits=24), f"{options},weight_bits=24"
-        cost = "weights, gradients and activations in bfloat16; 8 more bits of each weight are among the state"
-        add("bf16 with 24-bit weights", cost, f"cs_adam:{options}")
-    own = replace(own, in_backward=True)
-    cost = "no clipping by the gradients' common norm, no gradients to look at; one process, or FSDP2"
-    add("steps in backward", cost, f"cs_adam_layerwise:{options}")
-    if start.checkpointing:
-        notes.append("gradient checkpointing is on from the start and therefore no rung")
-    elif module:
-        notes.append("gradient checkpointing is no rung: turn it on in the module itself, and ask again")
-    else:
-        own = replace(own, checkpointing=True)
-        cost = "the forward pass is computed twice: about a third more time"
-        add("gradient checkpointing", cost, f"cs_adam_layerwise:{options}")
-    if device == "cpu":
-        notes.append("offloading is no rung: on a CPU the budget is host memory itself")
-        return steps, notes
-    own = replace(own, precision="bf16", weight_bits=None, offloaded=True)
-    cost = (
-        "DeepSpeed's ZeRO-2 keeps float32 weights, gradients and state on the host and takes the steps there, in place "
-        "of 24-bit weights and steps in backward; the time of the transfers and its buckets (reduce_bucket_size) are "
-        "not predicted"
-    )
-    add("offload to host memory", cost, "cs_adam_layerwise:preset=lean", offloaded=True)
-    return steps, notes
-
-
-def _rung(step: _Step, row: Row, limit: int, wish: str, params: int, workspace: int, lean: int) -> Rung:
+def _rung(step: Step, row: Row, limit: int, wish: str, params: int, workspace: int, lean: int) -> Rung:
     own, most = step.own, None
     if wish == "largest-model":
         most = max(0, int(params * (limit - workspace) / max(1, row.peak - workspace)))

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sketch_plugins.memory.advise import Advice, advise
+from sketch_plugins.memory.advise import advise
+from sketch_plugins.memory.advise_table import Advice
 from sketch_plugins.memory.plan import plan
 from sketch_plugins.memory.plan_table import Plan, check_plot
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sketch_plugins import advise, cli, plan, registry
-from sketch_plugins.memory.advise import FRAMEWORKS, HOST_BYTES, WISHES, format_count
+from sketch_plugins.memory.advise import HOST_BYTES, WISHES
 from sketch_plugins.memory.advise_lines import BUCKET, Settings, lines, notes, refused
+from sketch_plugins.memory.advise_table import FRAMEWORKS, format_count
 from sketch_plugins.memory.plan_cuda import WORKSPACE
 
 pytest.importorskip("transformers", reason="models by name need transformers")
