@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sketch_plugins import scratch
 from sketch_plugins.optim.ambient import neutral, outside_graphs
-from sketch_plugins.optim.family import BEFORE, misspelt
+from sketch_plugins.optim.family import BEFORE
 from sketch_plugins.optim.groups import OWN_KEY, check_compiler, check_parameter, one_of_width_and_compression
 from sketch_plugins.optim.introduction import introduce
 from sketch_plugins.optim.options import unknown_option, validate
 from sketch_plugins.optim.step_cache import StepCache, is_sparse
 from sketch_plugins.optim.taking import StepOfAll, Taking
+from sketch_plugins.optim.unknown_keys import misspelt
 from sketch_plugins.optim.usual_rates import RateWatch
 from sketch_plugins.optim.written import MARK, modernize, renew, written_with
 from sketch_plugins.sharding.state_names import flattened, nested
