@@ -48,8 +48,7 @@ class Vocabularies(TypedDict, total=False):
             2.0,
             "the factor of the learning rate for embeddings and output layers whose rows share buckets of the second "
             "moment: matrices of 8,192 rows or more, and 128 columns or more, if the rows are more than 16 times the "
-            "columns. The mean of a bucket is decided by frequent words, so without the factor the steps of all others "
-            "are too short. Weight decay and row-sparse gradients do not have it.",
+            "columns. Weight decay and row-sparse gradients do not have it.",
             allowed="a number > 0",
             check=lambda v: v > 0,
         ),

@@ -24,6 +24,7 @@ _LLAMA_FACTORY = "tests/clients/test_llamafactory.py"
 _ACCELERATE = Listed("GPU", "tests/accelerate/test_example.py::test_trains_and_goes_on_from_its_last_checkpoint")
 _DEEPSPEED = "tests/deepspeed/test_launchers.py::test_an_unmodified_script_finds_our_names_in_its_configuration"
 _QUALITY = "tests/quality/test_quality_run.py"
+_TRAINING = "tests/quality/test_bench_training.py::test_old_and_new_code_in_one_run"
 _WORKFLOW = "tests/docs/test_versions.py::test_the_workflow_runs_on_pythons_that_the_package_says_it_supports"
 _EXAMPLES = "tests/examples/test_examples.py"
 
@@ -72,7 +73,17 @@ LISTED = {
     "bf16/cs_adam:stochastic_rounding=true,bf16/cs_adam:weight_bits=24,bf16/cs_adam:weight_bits=32": Listed(
         "long", f"{_QUALITY}::test_runs_are_written_once_and_are_the_same_again"
     ),
+    "python benchmarks/quality_run.py lm --text FOLDER --steps 5000 --optimizers adamw,cs_adam,sketchy --lr 1e-3": (
+        Listed("long", "make benchmarks-quick")
+    ),
+    "python benchmarks/quality_run.py lm --text FOLDER --steps 5000 --optimizers muon --lr 4e-3": Listed(
+        "long", f"{_QUALITY}::test_runs_are_written_once_and_are_the_same_again"
+    ),
     "python benchmarks/bench_step.py": Listed("long", "make gpu"),
+    "git worktree add ../old COMMIT": Listed("long", _TRAINING),
+    "python benchmarks/bench_training.py --old ../old --optimizers sketchy,cs_adam:preset=lean,cs_adam": Listed(
+        "long", _TRAINING
+    ),
     "python benchmarks/plan_check.py": Listed(
         "long", "tests/memory/test_plan.py::test_the_peak_is_what_the_allocator_counts"
     ),
