@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from sketch_plugins.linalg.decompositions import eigenpairs
+from sketch_plugins.linalg.decompositions import eigenpairs as _eigenpairs
 from sketch_plugins.linalg.singular_pairs import by_eigh, by_power, by_svd, noise
 
 TAILS = ("trace", "paper", "sqrt")
@@ -166,7 +166,7 @@ def drain(buffer: Tensor, vectors: Tensor) -> Tensor:
     top = torch.linalg.vector_norm(buffer, float("inf"), (-2, -1), keepdim=True)
     buffer = buffer / torch.where(top > 0, top, 1.0)
     core = vectors.mT @ buffer
-    values, inner = eigenpairs((core + core.mT) / 2)
+    values, inner = _eigenpairs((core + core.mT) / 2)
     unsure = 2 * torch.finfo(values.dtype).eps * torch.linalg.matrix_norm(buffer).unsqueeze(-1)
     values = values + unsure
     inverse = torch.where(values > unsure / 2, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
