@@ -18,6 +18,8 @@ from sketch_plugins.stores.blocked import Blocked
 CUT = 19
 # The bits of the largest finite number, and of infinity.
 LARGEST, INFINITE = 0x7F7FFFFF, 0x7F800000
+# Every NaN that arithmetic leaves becomes this one, because its further bits depend on the processor.
+QUIET = 0x7FC00000
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Log8(Blocked):
         bits = number.view(torch.int32).bitwise_and_(0x7FFFFFFF)  # a NaN may have a sign
         noise = slices.get("noise", 1 << (CUT - 1))  # without noise: to nearest
         k = torch.add(bits, noise, **scratch.out("rounded bits", bits)).clamp_(max=LARGEST)
-        torch.maximum(k, bits, out=k).bitwise_right_shift_(CUT)  # keeps an infinity or a NaN
+        torch.maximum(k, bits, out=k).clamp_(max=QUIET).bitwise_right_shift_(CUT)  # keeps an infinity or a NaN
         tops = k.amax(-1).clamp_(min=255)
         codes = torch.sub(k, tops.unsqueeze(-1), **scratch.out("new codes", k)).add_(255).clamp_(min=1)
         slices["codes"].copy_(torch.minimum(codes, k, out=codes))  # code 0 if k is 0

@@ -96,6 +96,16 @@ def test_what_is_not_finite_stays_so_within_its_block():
     assert read[0, 1].isnan() and read[0, 9].isinf() and read[0, 4:8].isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, -(1 << 22)])
+def test_every_nan_is_kept_as_the_same_one(bits):
+    """The further bits of a NaN depend on the processor, and state does not."""
+    store, nan = Log8(block_size=4), torch.tensor([[bits]], dtype=torch.int32).view(torch.float32)
+    assert nan.isnan()
+    state = store.allocate((1, 1), torch.device("cpu"), torch.float32)
+    store.write(state, Gradient(Matrix(nan), None, torch.float32, 8, (1, 1)), Ema(0.9, 0.1, 1))
+    assert state["tops"].item() == 0x7FC00000 >> 19 and store.why_impossible("tops", state["tops"]) == "NaN"
+
+
 @pytest.mark.parametrize("chunk", [40, 10**6])
 def test_chunks_and_touched_rows_change_no_bit(chunk):
     shape, store = (13, 300), Log8(block_size=16, seed=7)

@@ -27,6 +27,7 @@ from sketch_plugins.stores import log8 as definition
 # The number of bits that are cut off, and a mask of them.
 CUT, LOWER = tl.constexpr(definition.CUT), tl.constexpr((1 << definition.CUT) - 1)
 LARGEST, INFINITE = tl.constexpr(definition.LARGEST), tl.constexpr(definition.INFINITE)
+QUIET = tl.constexpr(definition.QUIET)
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def log8(
         bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign
         random = (noise(t, s, index, TABLE2) & LOWER).to(tl.int32)
         rounded = tl.where(bits < INFINITE, tl.minimum(bits + random, LARGEST), bits)
-        k = tl.where(mask, rounded >> CUT, 0)
+        k = tl.where(mask, tl.minimum(rounded, QUIET) >> CUT, 0)
         top = tl.maximum(tl.max(k, 1), 255)
         code = tl.where(k == 0, 0, tl.maximum(k - top[:, None] + 255, 1))
         tl.store(codes, code.to(tl.uint8), mask=mask)
