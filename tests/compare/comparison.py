@@ -368,10 +368,9 @@ def check(name, ours, definition, probes, before, arithmetic, flips, where, corr
             odd &= ~((a.abs() > 65000) & (b.abs() > 65000))
         a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
         condition = condition.nan_to_num(math.inf)
-        if mixes:
-            condition = torch.maximum(condition, condition.square().mean().sqrt())
         unit = 2.0**-52 if arithmetic == torch.float64 else 2.0**-23
-        tolerance = CONDITION * condition + UNITS * unit * (b.abs() + before) + TINY
+        mixed = torch.maximum(condition, condition.square().mean().sqrt()) if mixes else condition
+        tolerance = CONDITION * mixed + UNITS * unit * (b.abs() + before) + TINY
         difference = (a - b).abs()
         flipped = torch.zeros_like(odd)
         if corrected is not None:

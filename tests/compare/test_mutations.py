@@ -44,7 +44,19 @@ def found(name, backend):
     """The message of the comparison about a fault."""
     with pytest.raises(comparison.Different) as different:
         generated(name, backend, CASES[backend], seed_of(name, backend), Counter(), quick=True, shrink=False)
+        # Few of so few cases have weights of 24 bits in a tensor that is large enough to tell one noise from another.
+        comparison.run(ROUNDED, backend)
     return str(different.value)
+
+
+ROUNDED = {
+    "optimizer": "cs_adam",
+    "options": {"weight_bits": 24},
+    "groups": [{}],
+    "tensors": [{"shape": (24, 48), "dtype": "bfloat16", "layout": "contiguous", "group": 0}],
+    "seed": 0,
+    "steps": [{"grads": [{"kind": "normal"}], "then": "fused"}] * 2,
+}
 
 
 # The fault, the optimizer, the file, and the edit.
