@@ -410,13 +410,17 @@ def test_row_sparse_gradients_of_a_batch():
     assert 0 <= probe.relative_error() < 10
 
 
-def experts(make, d=16, h=32, number=8, steps=200):
-    """Losses of experts that are used in the frequencies 1/2, 1/4, ..., 1/128."""
+def experts(make, decays=False, d=16, h=32, number=8, steps=200):
+    """Losses of experts that are used in the frequencies 1/2, 1/4, ..., 1/128.
+
+    ``decays``: the learning rate falls linearly to 0.
+    """
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.nn.Parameter(torch.randn(number, a, b, generator=generator) * 0.1) for a, b in ((d, h), (h, d)))
     target = torch.randn(number, d, d, generator=generator) / d**0.5
     often = torch.tensor([0.5 ** min(k + 1, number - 1) for k in range(number)])
     optimizer = make([up, down])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps if decays else 1.0)
 
     def loss(x, e, chosen):
         out = torch.zeros_like(x)
@@ -431,6 +435,7 @@ def experts(make, d=16, h=32, number=8, steps=200):
         optimizer.zero_grad()
         loss(x, e, range(number)).backward()
         optimizer.step()
+        schedule.step()
     x = torch.randn(512, d, generator=generator)
     with torch.no_grad():
         return [float(loss(x, torch.full((512,), k), [k])) for k in range(number)]
@@ -438,25 +443,29 @@ def experts(make, d=16, h=32, number=8, steps=200):
 
 @pytest.fixture(scope="module")
 def with_adamw():
-    return experts(lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0))
+    """Losses with AdamW: with a constant rate, and with one that decays."""
+    return [experts(lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0), decays) for decays in (False, True)]
 
 
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {}), (SM3, {"preset": "ema"}), (Sketchy, {})],
-    **IDS,
-)
+ALL = [(CSAdam, {}), (CSAdam, {"preset": "lean"}), (SM3, {}), (SM3, {"preset": "ema"}), (Sketchy, {})]
+
+
+@pytest.mark.parametrize(("cls", "options"), ALL, **IDS)
 def test_the_rarest_expert_trains_as_with_adamw(cls, options, with_adamw):
-    """Relative steps have the size of AdamW's where ``reference_rms`` is that of the weights, 0.1 here."""
-    if cls is not CSAdam or options:
-        options = {"reference_rms": 0.1, **options}
-    ours = experts(lambda p: cls(p, lr=3e-3, weight_decay=0.0, fused=False, **options))
-    assert ours[-1] < 1.05 * with_adamw[-1], (ours, with_adamw)
+    """At AdamW's rate and without another option, if the rate decays.
+
+    At a constant rate steps that are relative to the weights have to have AdamW's size: ``reference_rms`` is the RMS of
+    the weights, 0.1. Otherwise their noise would decide the loss.
+    """
+    for decays in (False, True):
+        given = options if decays or cls is CSAdam and not options else {"reference_rms": 0.1, **options}
+        ours = experts(lambda p, given=given: cls(p, lr=3e-3, weight_decay=0.0, fused=False, **given), decays)
+        assert ours[-1] < 1.05 * with_adamw[decays][-1], (decays, ours, with_adamw)
 
 
 def test_experts_that_share_buckets_would_be_noticed(with_adamw):
     mixed = experts(lambda p: CSAdam(p, lr=3e-3, weight_decay=0.0, fused=False, batch_dims=0))
-    assert mixed[-1] > 1.1 * with_adamw[-1], (mixed, with_adamw)
+    assert mixed[-1] > 1.1 * with_adamw[0][-1], (mixed, with_adamw)
 
 
 def test_what_is_a_batch():
