@@ -458,7 +458,7 @@ def test_the_rarest_expert_trains_as_with_adamw(cls, options, with_adamw):
     the weights, 0.1. Otherwise their noise would decide the loss.
     """
     for decays in (False, True):
-        given = options if decays or cls is CSAdam and not options else {"reference_rms": 0.1, **options}
+        given = options if decays or (cls is CSAdam and not options) else {"reference_rms": 0.1, **options}
         ours = experts(lambda p, given=given: cls(p, lr=3e-3, weight_decay=0.0, fused=False, **given), decays)
         assert ours[-1] < 1.05 * with_adamw[decays][-1], (decays, ours, with_adamw)
 
