@@ -75,6 +75,15 @@ def run_program(arguments: argparse.Namespace) -> int:
     return run(arguments.script, arguments.arguments, arguments.module, arguments.optim, arguments.optim_args)
 
 
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="also unpickle objects other than tensors and plain values; this may run code, so use it only for "
+        "checkpoints that you trust",
+    )
+
+
 def add_reshard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command ``reshard``."""
     parser = new_command(
@@ -92,12 +101,7 @@ def add_reshard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--world-size", metavar="N", type=int, required=True, help="number of processes that will load it"
     )
     parser.add_argument("--output", metavar="DIR", help="directory to write (default: CHECKPOINT-worldN)")
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="also unpickle objects other than tensors and plain values; this may run code, so use it only for "
-        "checkpoints that you trust",
-    )
+    _add_trust(parser)
     parser.set_defaults(execute=_reshard)
 
 
@@ -138,12 +142,7 @@ def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--force", action="store_true", help="replace an output that exists; CHECKPOINT itself is never replaced"
     )
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="also unpickle objects other than tensors and plain values; this may run code, so use it only for "
-        "checkpoints that you trust",
-    )
+    _add_trust(parser)
     parser.set_defaults(execute=_convert)
 
 
@@ -245,12 +244,7 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--rows", type=int, default=20, metavar="N", help="number of parameters to show (default: 20; 0: all)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the tables")
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="also unpickle objects other than tensors and plain values; this may run code, so use it only for "
-        "checkpoints that you trust",
-    )
+    _add_trust(parser)
     parser.set_defaults(execute=_report)
 
 

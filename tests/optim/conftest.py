@@ -1,8 +1,25 @@
+import importlib.util
+
+import pytest
 import torch
 
 from sketch_plugins import registry
 
 SHAPES = [(7, 5), (64, 33), (5,), (), (4, 3, 2, 2), (1, 40), (40, 1), (0, 3)]
+
+
+@pytest.fixture(params=["eager", "numba", "triton"])
+def fused(request, monkeypatch):
+    """``fused``: False, or True for these kernels on a CPU."""
+    if request.param == "eager":
+        return False
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"needs {request.param}")
+    if request.param == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("with a CUDA device kernels are compiled in this process, not interpreted")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return True
 
 
 def known(name, options):

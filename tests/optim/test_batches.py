@@ -190,28 +190,14 @@ def unlike(step, dtype):
     return (g * torch.tensor([3.0, float(step >= 3), 0.02]).view(E, 1, 1)).to(dtype)
 
 
-@pytest.fixture(params=["eager", "numba", "triton"])
-def backend(request, monkeypatch):
-    """``fused``: False, or True for these kernels on a CPU."""
-    if request.param == "eager":
-        return False
-    if importlib.util.find_spec(request.param) is None:
-        pytest.skip(f"needs {request.param}")
-    if request.param == "triton":
-        if torch.cuda.is_available():
-            pytest.skip("with a CUDA device kernels are compiled in this process, not interpreted")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return True
-
-
 @pytest.mark.filterwarnings("ignore:fused=True. a parameter of shape")
 @pytest.mark.parametrize(("cls", "options"), CLIPPED, **IDS)
-def test_each_matrix_is_clipped_and_scaled_by_itself(cls, options, backend):
+def test_each_matrix_is_clipped_and_scaled_by_itself(cls, options, fused):
     """A batch takes the steps that its matrices take as parameters of their own."""
-    dtype, tolerance = (torch.float32, 2e-5) if backend else (torch.float64, 1e-10)
+    dtype, tolerance = (torch.float32, 2e-5) if fused else (torch.float64, 1e-10)
     whole = (random(E, R, D) * torch.tensor([1.0, 0.1, 5.0]).view(E, 1, 1)).to(dtype)
-    steps = [unlike(step, dtype) for step in range(1, 5 if backend else 7)]
-    options = {"lr": 0.01, "fused": backend, **options}
+    steps = [unlike(step, dtype) for step in range(1, 5 if fused else 7)]
+    options = {"lr": 0.01, "fused": fused, **options}
     (p,), one = train(cls, [whole], [[g] for g in steps], **options)
     matrices, several = train(cls, list(whole), [list(g) for g in steps], **options)
     apart = torch.stack([q.data for q in matrices])

@@ -1,7 +1,6 @@
 """`embedding_rate`: matrices of vocabularies whose rows share buckets take longer steps."""
 
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -21,19 +20,6 @@ LONG = [True, False, False, True, False, False]
 def small(monkeypatch):
     """Small tensors count as vocabularies, so that the interpreter is fast enough."""
     monkeypatch.setattr(layout, "is_vocabulary", lambda whole: len(whole) == 2 and whole[0] > 4 * whole[1])
-
-
-@pytest.fixture(params=["eager", "numba", "triton"])
-def fused(request, monkeypatch):
-    if request.param == "eager":
-        return False
-    if importlib.util.find_spec(request.param) is None:
-        pytest.skip(f"needs {request.param}")
-    if request.param == "triton":
-        if torch.cuda.is_available():
-            pytest.skip("with a CUDA device kernels are compiled in this process, not interpreted")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return True
 
 
 def made(shapes):
