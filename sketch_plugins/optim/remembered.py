@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -84,6 +84,20 @@ class Remembered:
             return False
 
 
+class Factors(NamedTuple):
+    """Factors of the learning rate of several parts.
+
+    Attributes:
+        all: of each part.
+        distinct: each of them once.
+        pick: takes a list with an entry for each of ``distinct``, and returns the entry of each part.
+    """
+
+    all: list[float]
+    distinct: list[float]
+    pick: Callable[[Sequence[Any]], Sequence[Any]]
+
+
 class Again:
     """Parts that look as they did in the last step and take it again with the same kernels, as a list for each fact.
 
@@ -141,7 +155,7 @@ class Again:
         group: dict[str, Any],
         parts: Sequence[Tensor],
         outliving: list[Tensor],
-        factors: Sequence[float] | None,
+        factors: Factors | None,
     ) -> None:
         """Add the parameters of a group, whose counters are on one device, as `add` does for each.
 
@@ -153,11 +167,15 @@ class Again:
         self.changed += parts
         self.outliving += outliving
         if steps is None:
-            self._uncounted(group, counters, factors or [1.0] * len(counters))
+            self._uncounted(group, counters, factors.all if factors else [1.0] * len(counters))
+            return
+        if factors is not None and len(set(steps)) == 1:
+            rows_of = [self._row(group, steps[0], one) for one in factors.distinct]
+            self.which += factors.pick(rows_of)
             return
         if factors is not None:
-            rows = {one: self._row(group, *one) for one in dict.fromkeys(zip(steps, factors, strict=True))}
-            self.which += [rows[one] for one in zip(steps, factors, strict=True)]
+            rows = {one: self._row(group, *one) for one in dict.fromkeys(zip(steps, factors.all, strict=True))}
+            self.which += [rows[one] for one in zip(steps, factors.all, strict=True)]
             return
         places = {}
         for step in set(steps):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sketch_plugins.optim.alike import Alike
-from sketch_plugins.optim.remembered import ADDRESS, Again, Counters, Remembered
+from sketch_plugins.optim.remembered import ADDRESS, Again, Counters, Factors, Remembered
 from sketch_plugins.sharding.dtensors import gradients_of_shards, local_shards
 from sketch_plugins.sharding.parts import Part
 
@@ -47,7 +47,10 @@ class RememberedGroup:
         self.options, self.backend = found[0].options, found[0].backend
         self.tasks, self.aligned = [one.task for one in found], not all(one.task.fits(1) for one in found)
         self.owners, factors = list(map(id, owners)), [one.factor for one in found]
-        self.factors = factors if any(factor != 1.0 for factor in factors) else None
+        self.factors = None
+        if any(factor != 1.0 for factor in factors):
+            distinct = list(dict.fromkeys(factors))
+            self.factors = Factors(factors, distinct, _picking(list(map(distinct.index, factors))))
         # For each part, the number of its parameter, and the names of its tensors in that parameter's state.
         numbers = {id(owner): i for i, owner in enumerate(owners)}
         self.where = [numbers[id(part.owner)] for part in parts]
