@@ -126,9 +126,11 @@ def prepare(w: Work) -> Task:
     table = state2["dense"].data_ptr() if "dense" in state2 else 0
     if isinstance(second, CountMin):
         table = state2["table"].data_ptr()
+        column = state2["row_means"].data_ptr() if "row_means" in state2 else 0
         matrices, width = second.matrices, second.buckets(rows) // second.matrices
         apart = w.measure and (kind == sweeps.NONE or w.after)
-        band = max(1, min(width, LONG // columns if apart else BAND // (-(-rows // (matrices * width)) * columns)))
+        long = LONG // 4 if column else LONG  # there are two buffers of that size
+        band = max(1, min(width, long // columns if apart else BAND // (-(-rows // (matrices * width)) * columns)))
         units = matrices * -(-width // band)
     elif sweep is sweeps.cover:
         table, column, units = state2["axis_0"].data_ptr(), state2["axis_1"].data_ptr(), rows
@@ -185,9 +187,9 @@ class Program:
         self.table = table = np.array([task.row for task in tasks], np.uint64).reshape(len(tasks), cpu_table.FIELDS)
         units = table[:, cpu_table.UNITS].astype(np.int64)
         measured = units * np.array([task.measure or task.once for task in tasks], bool)
-        covers = units * np.array([task.sweep is sweeps.cover for task in tasks], bool)
-        table[:, cpu_table.BASE], table[:, cpu_table.NEW] = (np.cumsum(n) - n for n in (measured, covers))
-        self.units, self.rows, self.columns = int(measured.sum()), int(covers.sum()), 0
+        rows = np.array([_new_rows(task) for task in tasks], np.int64)
+        table[:, cpu_table.BASE], table[:, cpu_table.NEW] = (np.cumsum(n) - n for n in (measured, rows))
+        self.units, self.rows, self.columns = int(measured.sum()), int(rows.sum()), 0
         # The task of each row of numbers, and the first row of each task: matrices that are handled one by one have
         # numbers of their own.
         apart = table[:, cpu_table.APART].astype(np.int64)
@@ -345,6 +347,9 @@ class _Pieces:
         cost = row.SIZE * (piece.END - piece.BEGIN) // row.UNITS
         # The factors of a band, and two more runs if the momentum comes after them; for other loops three runs.
         band, run = row.BAND * row.COLUMNS, max(SPAN, row.BLOCK)
+        if task.sweep is sweeps.count_min and row.COLUMN:
+            # The factors of a run, and those of the rows.
+            band += band + row.BAND * -(-row.SIZE // (row.COLUMNS * row.MATRICES * row.WIDTH))
         need = band + 2 * run * row.AFTER if band else 3 * run
         size, pieces, room = self._open.pop(kernel, (0, [], 0))
         if pieces and size + cost > self.limit:
@@ -364,6 +369,13 @@ class _Pieces:
         sweep, dtypes = kernel
         likes = tuple(np.empty(0, dtype) for dtype in dtypes)
         self._full.append((size, _Call(sweep, likes, np.array(pieces, np.uint64), room)))
+
+
+def _new_rows(task: Task) -> int:
+    """How many numbers a task's step keeps for rows until it ends: their covers, or the means of their squares."""
+    if task.sweep is sweeps.cover or (task.sweep is sweeps.count_min and task.row.COLUMN):
+        return task.row.SIZE // task.row.COLUMNS
+    return 0
 
 
 def _matrices(tasks: Sequence[Task], begins: Sequence[int], chosen: Sequence[bool]) -> np.ndarray:

@@ -21,13 +21,13 @@ class Row(NamedTuple):
     SCALES: int  # address of its scales
     BLOCK: int  # number of columns that share a scale
     TABLE2: int  # address of the second moment: table, dense numbers (0: there is none), or covers of the rows
-    COLUMN: int  # address of the covers of the columns, of one matrix after the other
+    COLUMN: int  # address of the covers of the columns, of one matrix after the other; of a sketch, the means of rows
     WIDTH: int  # number of buckets of one matrix
     BAND: int  # number of buckets of a unit
     UNITS: int  # number of units
     BASE: int  # place of its first unit in `squares` and `norms`
     AFTER: int  # 1 if the first moment averages the preconditioned gradient
-    NEW: int  # place of its first row in `rows`
+    NEW: int  # place of its first row in `rows` (covers, and means of rows)
     LAST: int  # address of the RMS that the last step measured (0: none are kept)
     CODES: int  # address of the corrections of the weights (0: there are none)
     SEED: int  # seed of the noise that rounds them

@@ -413,6 +413,19 @@ def _bucket_body(table, o, f, j, part, most, s, n):
 
 
 @_part
+def _write_table(first, height, rows, width, columns, table, f, s, before):
+    """Add the sums of a band's squares, ``f``, to the table."""
+    for b in range(height):
+        load_ = (rows - first - b + width - _ONE) // width
+        gain = s[GAIN2] if s[MEAN] == _0 else s[GAIN2] / np.float32(load_)
+        o, q, whole = (before + first + b) * columns, b * columns, columns - columns % LANES
+        for j in range(_ZERO, whole, LANES):
+            _table_body(table, o + j, f, q + j, s[DECAY2], gain, LANES)
+        if whole < columns:
+            _table_body(table, o + whole, f, q + whole, s[DECAY2], gain, columns - whole)
+
+
+@_part
 def _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, before):
     """Add the squares of a band's members to the table and to ``f``; return the parameter's sum of squares if ``norm``.
 
@@ -439,14 +452,7 @@ def _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, b
             if norm:
                 square = np.float64(total(part))
                 out += square if _LEAST <= square <= _MOST else _square(p, o + lo, length)
-    for b in range(height):
-        load_ = (rows - first - b + width - _ONE) // width
-        gain = s[GAIN2] if s[MEAN] == _0 else s[GAIN2] / np.float32(load_)
-        o, q, whole = (before + first + b) * columns, b * columns, columns - columns % LANES
-        for j in range(_ZERO, whole, LANES):
-            _table_body(table, o + j, f, q + j, s[DECAY2], gain, LANES)
-        if whole < columns:
-            _table_body(table, o + whole, f, q + whole, s[DECAY2], gain, columns - whole)
+    _write_table(first, height, rows, width, columns, table, f, s, before)
     return out
 
 
@@ -476,6 +482,100 @@ def _bucket_squares(table, o, f, n, s):
     return out, _ENOUGH <= out <= _MOST and largest(most) <= _1 / _PLAIN
 
 
+@_body
+def _scaled_fold_body(g, o, f, weighted, j, weight, part, begins, weigh, n):
+    y = load(g, o, n)
+    square = y * y
+    store(f, j, square if begins else load(f, j, n) + square, n)
+    if weigh:
+        store(weighted, j, weight * square if begins else load(weighted, j, n) + weight * square, n)
+    return part + square
+
+
+@_part
+def _fold_scaled(
+    g, first, height, rows, width, columns, table, f, p, norm, s, above, before, q, weighted, means, weigh
+):
+    """`_fold` for rows with factors of their own, ``q``.
+
+    ``weighted`` gets the sums of the squares times the squares of the factors if ``weigh`` is set, and ``means`` (from ``above`` on) the
+    means of the rows' squares.
+    """
+    out, at = np.float64(0.0), _ZERO
+    for i in range(first, rows, width):
+        for r in range(min(height, rows - i)):
+            o, c, weight, sum_ = (above + i + r) * columns, r * columns, q[at + r] * q[at + r], np.float64(0.0)
+            for lo in range(_ZERO, columns, _SPAN):
+                length, part = min(_SPAN, columns - lo), splat(_0)
+                whole, begins = length - length % LANES, i == first
+                if weigh:
+                    for j in range(lo, lo + whole, LANES):
+                        part = _scaled_fold_body(g, o + j, f, weighted, c + j, weight, part, begins, True, LANES)
+                else:
+                    for j in range(lo, lo + whole, LANES):
+                        part = _scaled_fold_body(g, o + j, f, weighted, c + j, weight, part, begins, False, LANES)
+                if whole < length:
+                    j, left = lo + whole, length - whole
+                    part = _scaled_fold_body(g, o + j, f, weighted, c + j, weight, part, begins, weigh, left)
+                square = np.float64(total(part))
+                sum_ += square if _LEAST <= square <= _MOST else _square(g, o + lo, length)
+            means[above + i + r] = np.float32(sum_ / np.float64(columns))
+            if norm:
+                out += _square(p, o, columns)
+        at += height
+    _write_table(first, height, rows, width, columns, table, f, s, before)
+    return out
+
+
+@_part
+def _row_factors(means, q, first, height, rows, width, above):
+    """What the steps of a band's rows are multiplied by: see `CountMin.step_factors`."""
+    for b in range(height):
+        sum_, load_ = _0, (rows - first - b + width - _ONE) // width
+        for i in range(first + b, rows, width):
+            sum_ += means[above + i]
+        bucket, at = sum_ / np.float32(load_), b
+        for i in range(first + b, rows, width):
+            r = means[above + i]
+            q[at] = np.sqrt(bucket / r) if r > bucket else _1
+            at += height
+
+
+@_body
+def _scaled_body(f, j, scaled, q, n):
+    store(scaled, j, q * load(f, j, n), n)
+
+
+@_part
+def _scaled(f, scaled, q, first, high, columns):
+    """The factors of a run of rows, each multiplied by the row's own."""
+    whole = columns - columns % LANES
+    for r in range(high):
+        own = splat(q[first + r])
+        for j in range(r * columns, r * columns + whole, LANES):
+            _scaled_body(f, j, scaled, own, LANES)
+        if whole < columns:
+            _scaled_body(f, r * columns + whole, scaled, q[first + r], columns - whole)
+
+
+@_body
+def _plain_scaled_body(p, o, g, sign, f, j, q, shrink, n):
+    _update(p, o, sign * load(g, o, n) * (q * load(f, j, n)), shrink, n)
+
+
+@_part
+def _plain_scaled(p, g, o, f, q, first, high, columns, s):
+    """Take the step of a run of rows without a first moment. ``o`` is the place of the first one."""
+    whole, sign, shrink = columns - columns % LANES, s[SIGN], s[SHRINK]
+    for r in range(high):
+        own, begin = splat(q[first + r]), r * columns
+        for j in range(begin, begin + whole, LANES):
+            _plain_scaled_body(p, o + j, g, sign, f, j, own, shrink, LANES)
+        if whole < columns:
+            j, left = begin + whole, columns - whole
+            _plain_scaled_body(p, o + j, g, sign, f, j, q[first + r], shrink, left)
+
+
 @_compiled
 def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, norms, rows_, maxima, buffer):
     """Take the steps of count-min sketches of depth 1 with a strided hash. A unit is a band of adjacent buckets.
@@ -496,6 +596,13 @@ def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, n
         columns, kind, block, width, band = task[COLUMNS], task[KIND], task[BLOCK], task[WIDTH], task[BAND]
         after, wide = task[AFTER], max(block, _SPAN // block * block)
         behind = U(buffer.ctypes.data) + U(4) * band * columns
+        means, scaled, own_f, q = at_address(like_f, task[COLUMN]), task[COLUMN] != _ZERO, f, f
+        if scaled:
+            own_f = at_address(like_f, behind)
+            q = at_address(like_f, behind + U(4) * band * columns)
+            behind += U(4) * (
+                band * columns + band * ((task[SIZE] // columns // task[MATRICES] + width - _ONE) // width)
+            )
         x, ones = at_address(like_f, behind), at_address(like_f, behind + U(4) * wide)
         # Rows, buckets and bands of one matrix.
         rows, blocks = task[SIZE] // columns // task[MATRICES], (columns + block - _ONE) // block
@@ -523,12 +630,21 @@ def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, n
                 height = min(band, width - first)
                 o, n = (before + first) * columns, height * columns
                 square, measured = np.float64(0.0), False
+                if scaled:
+                    _row_factors(means, q, first, height, rows, width, above)
                 if now & FOLD:
-                    norms_ = _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, before)
+                    if scaled:
+                        new, weigh = rows_[task[NEW] :], (now & MEASURE) != _ZERO and (kind == NONE or after != _ZERO)
+                        norms_ = _fold_scaled(
+                            g, first, height, rows, width, columns, table, f, p, norm, s, above, before, q, own_f, new,
+                            weigh,
+                        )  # fmt: skip
+                    else:
+                        norms_ = _fold(g, first, height, rows, width, columns, table, f, p, norm, s, above, before)
                     if now & MEASURE:
                         norms[task[BASE] + unit] = norms_
                         if kind == NONE or after:
-                            square, measured = _bucket_squares(table, o, f, n, s)
+                            square, measured = _bucket_squares(table, o, own_f, n, s)
                             if not measured:
                                 square = np.float64(0.0)
                 members = (rows - first + width - _ONE) // width
@@ -540,19 +656,45 @@ def count_min(like_p, like_g, like_m, like_c, pieces, tasks, numbers, squares, n
                     # The second sweep goes in reverse here, too. After a fold of the same band the order stays.
                     back = now == APPLY
                     for one_ in range(members):
-                        i = first + (members - _ONE - one_ if back else one_) * width
+                        member = members - _ONE - one_ if back else one_
+                        i = first + member * width
                         high = min(height, rows - i)
+                        if scaled:
+                            if kind == NONE and look == APPLY and not after:
+                                _plain_scaled(p, g, (above + i) * columns, f, q, member * height, high, columns, s)
+                                continue
+                            _scaled(f, own_f, q, member * height, high, columns)
                         runs, length = (_ONE, high * columns) if even else (high, columns)
                         for r in range(runs):
                             for lo in range(_ZERO, length, wide if after else length):
                                 row = above + i + r
-                                o, q, at = row * columns + lo, r * columns + lo, row * blocks + lo // block
+                                o, fo, at = row * columns + lo, r * columns + lo, row * blocks + lo // block
                                 part = min(wide, length - lo) if after else length
                                 square += _span(
-                                    p, o, part, g, x, f, q, ones, kind, dense, codes, scales, at, block, s, look, after
+                                    p,
+                                    o,
+                                    part,
+                                    g,
+                                    x,
+                                    own_f,
+                                    fo,
+                                    ones,
+                                    kind,
+                                    dense,
+                                    codes,
+                                    scales,
+                                    at,
+                                    block,
+                                    s,
+                                    look,
+                                    after,
                                 )
                 if now & MEASURE:
                     squares[task[BASE] + unit] = square
+                if scaled and now & APPLY:  # the last time that the old means are needed
+                    for i in range(first, rows, width):
+                        for r in range(above + i, above + min(i + height, rows)):
+                            means[r] = s[DECAY2] * means[r] + s[GAIN2] * rows_[task[NEW] + r]
     return 0
 
 

@@ -97,7 +97,10 @@ class CSAdagrad(SketchOptimizer):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "lean": {**ADAFACTOR_DEVICES},
-        "paper": {**{k: v for k, v in PAPER_SKETCH.items() if k != "embedding_rate"}, "clean_factor": 0.5},
+        "paper": {
+            **{k: v for k, v in PAPER_SKETCH.items() if k not in ("embedding_rate", "row_scales")},
+            "clean_factor": 0.5,
+        },
         "exact": {"second_moment": "dense"},
     }
 

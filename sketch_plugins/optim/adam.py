@@ -19,6 +19,7 @@ from sketch_plugins.optim.family import (
     FirstMoment,
     Kernels,
     Lagged,
+    RowScales,
     SecondMoment,
     SignedSketch,
     Sketches,
@@ -38,6 +39,7 @@ PAPER_SKETCH = {
     "bucket": "sum",
     "clean_every": 125,
     "embedding_rate": 1.0,
+    "row_scales": False,
 }
 _EXACT = {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.0, "scale_parameter": False}
 
@@ -47,6 +49,7 @@ class AdamOptions(
     SecondMoment,
     Sketches,
     Vocabularies,
+    RowScales,
     Batches,
     Buckets,
     Steps,
@@ -83,12 +86,13 @@ class CSAdam(SketchOptimizer):
     with the learning rate :math:`\gamma` and the weight decay :math:`\lambda`. By default :math:`m` is kept in int8
     blocks, and :math:`v` in a count-min sketch of depth 1: rows :math:`i, i + w, i + 2w, \ldots` share one row of
     :math:`w = \lceil 0.05 R \rceil` buckets, which averages their :math:`g^2`. AdamW's learning rate carries over.
-    Embeddings and output layers whose rows share buckets take ``embedding_rate`` times that rate.
+    Rows with larger gradients than their bucket's mean take shorter steps (``row_scales``). Embeddings and output
+    layers whose rows share buckets take ``embedding_rate`` times that rate.
 
     State bytes a parameter of an R x D matrix (float32 arithmetic; exact counts: `sketch_plugins.state_report`):
     ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / min(block_size, D)``, count_sketch ``4 * depth * compression``,
-    none 0; ``second_moment`` dense 4, log8 ``1 + 2 / min(block_size, D)``, count_min ``4 * depth * compression``,
-    row_count_min ``4 / D`` more, cover ``4 * (sum of the dimensions) / (their product)``. With ``table_dtype="bf16"``
+    none 0; ``second_moment`` dense 4, log8 ``1 + 2 / min(block_size, D)``, count_min ``4 * depth * compression`` and
+    ``4 / D`` for ``row_scales``, row_count_min ``4 / D`` more, cover ``4 * (sum of the dimensions) / (their product)``. With ``table_dtype="bf16"``
     the 4 of a sketch becomes 2.
 
     Presets (an option that is given explicitly overrides the preset):
@@ -165,7 +169,18 @@ class CSAdam(SketchOptimizer):
 
 
 class RMSpropOptions(
-    SecondMoment, Sketches, Vocabularies, Batches, Buckets, Steps, Clipping, Lagged, Kernels, Decoupled, total=False
+    SecondMoment,
+    Sketches,
+    Vocabularies,
+    RowScales,
+    Batches,
+    Buckets,
+    Steps,
+    Clipping,
+    Lagged,
+    Kernels,
+    Decoupled,
+    total=False,
 ):
     """Keywords of `CSRMSprop`."""
 

@@ -70,9 +70,10 @@ class Factors:
         period: int,
         peek: bool = False,
         slot: str = "factor",
+        rows: Tensor | None = None,
     ) -> None:
         self.second, self.rule, self.state, self.period, self.slot = second, rule, state, period, slot
-        self.peek = peek
+        self.peek, self.rows = peek, rows
         self._factor: Tensor | None = None
         self._place: tuple[int, int, int] | None = None
 
@@ -95,7 +96,12 @@ class Factors:
             self._factor, self._place = self.rule.denominator.of(root).reciprocal_(), place
             if isinstance(step_size, Tensor) or step_size != 1.0:
                 self._factor.mul_(step_size)
-        return self._factor
+        if self.rows is None:
+            return self._factor
+        own = at.get(self.rows, 0, 1)
+        shape = torch.broadcast_shapes(self._factor.shape, own.shape)
+        out = scratch.empty(f"{self.slot} of rows", shape, self._factor.dtype, self._factor.device)
+        return torch.mul(self._factor, own, out=out)
 
 
 def take(one: Pending) -> None:
@@ -104,11 +110,12 @@ def take(one: Pending) -> None:
     assert rule is not None
     grad = one.grad if one.grad.l2 is None else one.grad.of(p)
     first, second = named.get("first_moment"), named.get("second_moment")
+    rows = second.step_factors(state["second_moment"], grad) if second else None
     for name, store in named.items():
         ema = rule.first if name == "first_moment" else rule.second
         if store.write_first and ema is not None:
             store.write(state[name], grad, ema)
-    apply(p, grad, rule, state, first, second, one.group)
+    apply(p, grad, rule, state, first, second, one.group, rows)
 
 
 def apply(
@@ -119,8 +126,9 @@ def apply(
     first: Store | None,
     second: Store | None,
     group: Mapping[str, Any],
+    rows: Tensor | None = None,
 ) -> None:
-    """Change the parameter and its state, one tile after the other."""
+    """Change the parameter and its state, one tile after the other. ``rows`` are what `Store.step_factors` returned."""
     period = max((s.period(p.shape[0]) for s in (first, second) if s is not None), default=0)
     align = max((s.align for s in (first, second) if s is not None), default=1)
     step_size: float | Tensor = rule.step_size * rule.correction
@@ -133,7 +141,7 @@ def apply(
     apart = bool(lagged or group.get("scale_parameter") or group.get("update_clip"))
     # A first step has no previous values, and touched rows differ from step to step.
     once = lagged and grad.rows is None and int(state["step"]) > 1
-    looks = Factors(second, rule, state, period, peek=True, slot="peeked factor" if once else "factor")
+    looks = Factors(second, rule, state, period, peek=True, slot="peeked factor" if once else "factor", rows=rows)
 
     def measure(sizes: Sizes, matrix: int, at: At, g: Tensor) -> None:
         m = None
@@ -168,7 +176,7 @@ def apply(
     working = dict(state)
     if second and not second.write_first:
         working["second_moment"] = second.begin(state["second_moment"], grad)
-    factors = Factors(second, rule, working, period)
+    factors = Factors(second, rule, working, period, rows=rows)
     factor = number(step_size, grad)
     scale = inner_scale if before else step_size
     run = grad.run(update)

@@ -16,7 +16,7 @@ TYPICAL_RMS = 0.017
 #: Update clipping and relative steps (Adafactor), in the form that takes AdamW's learning rate: options of presets.
 ADAFACTOR_DEVICES = {"update_clip": 1.0, "scale_parameter": True, "reference_rms": TYPICAL_RMS}
 #: Options that a checkpoint may be too old to have -> the values that it was trained with.
-BEFORE = {"batch_dims": 0, "reference_rms": 1.0, "weight_bits": None, "embedding_rate": 1.0}
+BEFORE = {"batch_dims": 0, "reference_rms": 1.0, "weight_bits": None, "embedding_rate": 1.0, "row_scales": False}
 
 
 class Batches(TypedDict, total=False):
@@ -51,6 +51,22 @@ class Vocabularies(TypedDict, total=False):
             "columns. Weight decay and row-sparse gradients do not have it.",
             allowed="a number > 0",
             check=lambda v: v > 0,
+        ),
+    ]
+
+
+class RowScales(TypedDict, total=False):
+    """The step of rows whose gradients are large."""
+
+    row_scales: Annotated[
+        bool | None,
+        option(
+            True,
+            "rows whose gradients are larger than the mean of their bucket take steps that are as much shorter, as "
+            "Adam's are: row i is divided by ``sqrt(max(1, r_i / mean of r))``, where r averages the rows' mean squares. "
+            'For one table of means (``depth=1``, ``bucket="mean"``) and matrices of 64 columns or more that are '
+            "not embeddings or output layers (see ``embedding_rate``). ``4 / D`` bytes a parameter.",
+            structural=True,
         ),
     ]
 

@@ -24,6 +24,9 @@ from sketch_plugins.stores import Store
 from sketch_plugins.stores.kinds import SHAPED, StoreOptions, store_of
 from sketch_plugins.stores.sketch import Sketch
 
+# Matrices with fewer columns have no `row_scales`, which take 4 / D bytes a parameter.
+SCALED = 64
+
 
 class StateLayout(Groups):
     """Which stores, and which other state, the options of a group give a parameter or a part of one."""
@@ -78,6 +81,7 @@ class StateLayout(Groups):
             block_size=group.get("block_size", 128),
             stochastic=group.get("first_moment_rounding", "nearest") == "stochastic",
             variant=group.get("variant", "II"),
+            scaled=bool(group.get("row_scales")) and matrix[1] >= SCALED and not is_vocabulary(whole_shape(p)),
         )
         shaped = options
         if second in SHAPED:

@@ -119,10 +119,20 @@ class StateDicts(StateChecks):
         own = {name: value for name, value in state.items() if is_ours(name) or name in names}
         return own, {name: value for name, value in state.items() if name not in own}
 
+    def _targets(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The groups as they are after loading, as far as that decides what state they have.
+
+        A group takes ``row_scales`` of a checkpoint that is too old to have it.
+        """
+        return [
+            {**group, "row_scales": one.get("row_scales", False)} if "row_scales" in group else group
+            for group, one in zip(self.param_groups, saved, strict=False)
+        ]
+
     def _local_state(self, saved: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
         """The state of a state dict as this rank keeps it: for a DTensor the local part, cut to the shard's size."""
         state = dict(saved)
-        for group, saved_group in zip(self.param_groups, groups, strict=False):
+        for group, saved_group in zip(self._targets(groups), groups, strict=False):
             for index, (p, key) in enumerate(zip(group["params"], saved_group.get("params", ()), strict=False)):
                 if is_dtensor(p) and leading(p) and isinstance(state.get(key), Mapping) and state[key]:
                     own, others = self._split(state[key], group, index, p)
@@ -135,7 +145,7 @@ class StateDicts(StateChecks):
     def _spread(self, saved: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
         """A state in which each matrix of a batch has RMS and covers of its own: `LastRms.spread`, `Cover.spread`."""
         state = dict(saved)
-        for group, saved_group in zip(self.param_groups, groups, strict=False):
+        for group, saved_group in zip(self._targets(groups), groups, strict=False):
             for index, (p, key) in enumerate(zip(group["params"], saved_group.get("params", ()), strict=False)):
                 if not isinstance(state.get(key), Mapping) or is_lazy(p):
                     continue
@@ -187,15 +197,17 @@ class StateDicts(StateChecks):
             for name, option in self.OPTIONS.items():
                 if name not in group:
                     continue
+                # The group takes the value of a checkpoint that is too old to have the option.
+                older = name == "row_scales" and name not in saved
                 if name not in saved:  # the option is newer than the checkpoint
                     if name == "batch_dims":
                         self._check_batches(group, saved, incoming["state"])
-                    known = name == "weight_bits" or not option.structural
+                    known = name in ("weight_bits", "row_scales") or not option.structural
                     saved[name] = BEFORE.get(name, group[name]) if known else group[name]
                 saved[name] = self._group_value(name, saved[name])
                 if name == "weight_bits" and written.get(name, saved[name]) == saved[name]:
                     written[name] = saved[name] = self._recode(number, saved, incoming["state"])
-                if option.structural and saved[name] != group[name]:
+                if option.structural and saved[name] != group[name] and not older:
                     raise ValueError(
                         f"the state dict was written with {name}={saved[name]!r}, but group {number} "
                         f"of this {kind} has {name}={group[name]!r}, which needs another state. Build "
@@ -210,6 +222,7 @@ class StateDicts(StateChecks):
                     )
             modernize(saved)
             renew(kind, self.OPTIONS, saved)
+            group = self._targets(saved_groups)[number]
             for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
                 if saved["capturable"] and not group["capturable"]:  # the checkpoint is from a machine with kernels
                     self._check_kernels(p, saved, partial(self._label, group, index))

@@ -294,6 +294,10 @@ class Store:
             self.advance(working, at, grad.get(at), ema)
         self.finish(state, working, grad)
 
+    def step_factors(self, state: State, grad: Gradient) -> Tensor | None:
+        """``(R, 1)``: what the steps of the rows are multiplied by, or None. It is read before the gradient is written."""
+        return None
+
     def begin(self, state: State, grad: Gradient) -> State:
         """The working state that ``advance`` gets for every tile: here the state itself, as tiles share nothing."""
         return state

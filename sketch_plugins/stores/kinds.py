@@ -33,6 +33,7 @@ class StoreOptions(NamedTuple):
         dims: the shape that covers belong to.
         batch: number of matrices that have covers of their own; None: the parameter is no batch.
         variant: for covers.
+        scaled: count-min keeps means of the rows.
     """
 
     compression: float = 1.0
@@ -48,6 +49,7 @@ class StoreOptions(NamedTuple):
     dims: tuple[int, ...] = ()
     batch: int | None = None
     variant: str = "II"
+    scaled: bool = False
 
     @property
     def sketch(self) -> dict[str, object]:
@@ -66,7 +68,7 @@ FIRST_MOMENTS: Mapping[str, Made] = {
     "none": lambda o: None,
 }
 SECOND_MOMENTS: Mapping[str, Made] = {
-    "count_min": lambda o: CountMin(bucket=o.bucket, **o.sketch),  # type: ignore[arg-type]
+    "count_min": lambda o: CountMin(bucket=o.bucket, scaled=o.scaled, **o.sketch),  # type: ignore[arg-type]
     "row_count_min": lambda o: RowCountMin(bucket=o.bucket, **o.sketch),  # type: ignore[arg-type]
     "cover": lambda o: Cover(dims=o.dims, variant=o.variant, matrices=o.batch),
     "log8": lambda o: Log8(block_size=o.block_size, seed=o.seed),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sketch_plugins.sharding.blocks import At, Tile
+from sketch_plugins.sharding.blocks import At
 from sketch_plugins.stores.base import Ema, Gradient, State, given
 from sketch_plugins.stores.count_min import CountMin
 from sketch_plugins.stores.sketch import Cell, Segments, mean_weight
@@ -46,9 +46,17 @@ class RowCountMin(CountMin):
         """The profile times the row's scale."""
         return self._estimate(state["table"], at, dtype) * at.get(state["row"], 0, 1)
 
+    def slices(self, state: State, at: At, step: int) -> State:
+        """The estimate."""
+        return {"estimate": self.read(state, at, torch.float32 if self.bf16 else state["table"].dtype)}
+
+    def peek(self, state: State, at: At, g: Tensor, ema: Ema) -> Tensor:
+        """The estimate."""
+        return self.read(state, at, g.dtype)
+
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:
         """Update the scales of the rows first, and then the profiles relative to them."""
-        means = self._row_means(grad)
+        means = self._row_means(grad).squeeze(-1)
         row = state["row"].squeeze(-1)
         if grad.rows is None:
             old = row.mul_(ema.decay).clone()
@@ -77,7 +85,7 @@ class RowCountMin(CountMin):
     def assign(self, state: State, values: Tensor | Gradient) -> None:
         """Set each row's scale to its mean, and each profile to the mean over the bucket's rows that have a profile."""
         values = given(values, self.order)
-        scale = state["row"].squeeze(-1).copy_(self._row_means(values, self._value_cell))
+        scale = state["row"].squeeze(-1).copy_(self._row_means(values, self._value_cell).squeeze(-1))
         weights = torch.where(scale > LEAST, 1.0 / scale, 0.0)
         index = torch.arange(values.shape[0], device=values.device)
         for j, h in enumerate(self.hashes(values.shape[0])):
@@ -103,23 +111,9 @@ class RowCountMin(CountMin):
         return super()._cell(x, sign).clamp_(max=largest_square(x.dtype))
 
     def _row_means(self, grad: Gradient, cell: Cell | None = None) -> Tensor:
-        cell = cell or self._cell
-        n = grad.shape[0] if grad.rows is None else len(grad.rows)
-        sums = torch.zeros(n, 1, dtype=grad.dtype, device=grad.device)
-        for at in grad.batches():
-            x = grad.get(at)
-            part = cell(x, _unsigned).sum(-1, keepdim=True)
-            if isinstance(at, Tile):
-                at.get(sums, 0, 1).add_(part)
-            else:
-                sums[at.position] += part  # type: ignore[attr-defined]
-        return sums.squeeze(-1).div_(grad.shape[1]).clamp_(max=largest_square(grad.dtype))
+        return super()._row_means(grad, cell).clamp_(max=largest_square(grad.dtype))
 
 
 def largest_square(dtype: torch.dtype) -> float:
     """The limit of squared gradients. With it, gain / scale is never subnormal; GPUs take subnormal numbers as 0."""
     return torch.finfo(dtype).max / 512
-
-
-def _unsigned() -> Tensor:
-    raise AssertionError("count-min has no signs")

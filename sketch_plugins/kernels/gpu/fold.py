@@ -36,6 +36,7 @@ from sketch_plugins.kernels.gpu.table import (
     ROW,
     ROWS,
     SECOND_A,
+    SECOND_B,
     TILES,
     WEIGHTS,
     WIDTH,
@@ -246,3 +247,26 @@ def covers(table, numbers, AVERAGE: tl.constexpr, DEPTH: tl.constexpr, N: tl.con
                 value = tl.load(s + DECAY2) * before + tl.load(s + GAIN2) * value
             tl.store(old + place, value, mask=inside)
         new += length
+
+
+@triton.jit
+def row_means_of(table, numbers, N: tl.constexpr):
+    """Add the rows' squares, of which each tile of columns has written a sum, to the means of the rows.
+
+    A row of programs for each tensor shares its rows.
+    """
+    t = table + tl.program_id(0) * FIELDS
+    s = numbers + tl.load(t + ROW) * NUMBERS
+    sums = tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.float32))
+    means = tl.load(t + SECOND_B).to(tl.pointer_type(tl.float32))
+    rows, tiles = tl.load(t + ROWS), tl.load(t + TILES)
+    columns = tl.load(t + COLUMNS).to(tl.float32)
+    for first in range(tl.program_id(1) * N, rows, tl.num_programs(1) * N):
+        place = first + tl.arange(0, N)
+        inside = place < rows
+        total = tl.zeros([N], tl.float32)
+        for tile in range(0, tiles):
+            total += tl.load(sums + tile * rows + place, mask=inside, other=0.0)
+        old = tl.load(means + place, mask=inside, other=0.0)
+        new = tl.load(s + DECAY2) * old + tl.load(s + GAIN2) * tl.div_rn(total, columns)
+        tl.store(means + place, new, mask=inside)

@@ -84,7 +84,7 @@ class Task:
         row: its fields (see `table`). Those that depend on the launch are 0.
         programs: how many programs its step takes.
         axes: pointer, length and numbers of one slice, for each axis of its cover except the first.
-        lengths: lengths of the buffers for the new covers.
+        lengths: lengths of the buffers for the new covers, or for the sums of the rows' squares (``spec.scaled``).
         cover: the store of its covers, if it has any.
         gradient: address of the gradient that it was described with.
     """
@@ -129,6 +129,8 @@ def _task(spec: _Specialisation, w: Work) -> Task:
     # With a row-sparse gradient there is one maximum for each touched row.
     axes = _axes(w) if cover else ()
     lengths = (_count(w), *(length for _, length, _ in axes)) if cover else ()
+    if spec.scaled:
+        lengths = (row.TILES * row.ROWS,)
     return Task(spec, w.p.device, row, programs, tuple(chain(*axes)), lengths, cover, w.g.data_ptr())
 
 
@@ -410,6 +412,7 @@ class _Specialisation:
     lagged: bool
     codes: torch.dtype | None = None
     batch: bool = False
+    scaled: bool = False
 
     @property
     def apart(self) -> bool:
@@ -481,6 +484,7 @@ def _specialise(w: Work) -> tuple[_Specialisation, Work]:
         lagged=w.last is not None,
         codes=_codes(w),
         batch=batch,
+        scaled=owned and "row_means" in state2,
     )
     return spec, w
 
@@ -560,7 +564,7 @@ def _constants(spec: _Specialisation) -> dict[str, Any]:
         "num_warps": max(1, min(16, spec.rows * spec.columns // 256)),
     }  # fmt: skip
     if spec.kernel == "buckets":
-        return {**shared, "SINGLE": spec.single}
+        return {**shared, "SINGLE": spec.single, "SCALED": spec.scaled}
     return {**shared, "SECOND": spec.second, "MODE": spec.mode, "DEPTH1": spec.depth1, "DEPTH2": spec.depth2}
 
 
@@ -801,15 +805,17 @@ _FOLDING = _Specialisation(
 
 
 class _CoverLayout:
-    """Where the new covers of one launch lie in a buffer: for each task, one axis after the other."""
+    """Where the new covers of one launch lie in a buffer: for each task, one axis after the other.
+
+    The sums of the rows' squares, which become ``row_means``, lie in such a buffer, too: one row for each tile.
+    """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.lengths = [one.lengths for one in tasks]
         sizes = list(map(sum, self.lengths))
         self.offsets, self.size = [0, *accumulate(sizes)][:-1], sum(sizes)
         self.longest = max(map(max, self.lengths))
-        assert tasks[0].cover is not None
-        self.variant = tasks[0].cover.variant
+        self.variant = tasks[0].cover.variant if tasks[0].cover else ""
 
 
 class _Covers:
@@ -821,7 +827,7 @@ class _Covers:
         layout: places of the maxima.
         device: device of the maxima.
         works: the works they belong to, which are only needed if rows are touched.
-        buffer: zeros, if the buffer is a part of a larger one.
+        buffer: zeros (for sums of squares, any memory), if the buffer is a part of a larger one.
     """
 
     def __init__(
@@ -838,6 +844,8 @@ class _Covers:
             return self._renew_touched
         n = 256
         grid = (len(self.places), max(1, min(64, -(-self.layout.longest // (4 * n)))))
+        if spec.scaled:
+            return partial(self._renew, launch(fold.row_means_of, grid, table, numbers, N=n, num_warps=4))
         kernel = launch(
             fold.covers, grid, table, numbers, AVERAGE=self.layout.variant == "I", DEPTH=spec.depth2, N=n, num_warps=4
         )
@@ -871,15 +879,16 @@ class _Covers:
 
 
 def _covers_of(layouts: Sequence[_CoverLayout | None], device: torch.device) -> list[_Covers | None]:
-    """The buffers of several launches, in one allocation."""
-    sizes = [0 if layout is None else layout.size for layout in layouts]
-    if not any(sizes):
-        return [None] * len(sizes)
-    parts = torch.zeros(sum(sizes), dtype=torch.float32, device=device).split(sizes)
-    return [
-        None if layout is None else _Covers(layout, device, buffer=part)
-        for layout, part in zip(layouts, parts, strict=True)
-    ]
+    """The buffers of several launches: one allocation of zeros for covers, one for sums, which are written first."""
+    out: list[_Covers | None] = [None] * len(layouts)
+    for kind, allocate in ((True, torch.zeros), (False, torch.empty)):
+        found = [(i, one) for i, one in enumerate(layouts) if one is not None and bool(one.variant) == kind]
+        sizes = [one.size for _, one in found]
+        if any(sizes):
+            parts = allocate(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+            for (i, one), part in zip(found, parts, strict=True):
+                out[i] = _Covers(one, device, buffer=part)
+    return out
 
 
 # -- uploads ----------------------------------------------------------------------------------------------------------
@@ -965,5 +974,7 @@ def specialisation(w: Work) -> tuple[tuple[str, ...], str]:
         names += ["norms.recall", "norms.record"]
     if w.second is not None and isinstance(w.second[0], Cover) and w.rows is None:
         names.append("fold.covers")
+    if spec.scaled:
+        names.append("fold.row_means_of")
     fields = [f"{key}={getattr(getattr(value, 'fn', value), '__name__', value)}" for key, value in vars(spec).items()]
     return tuple(dict.fromkeys(names)), " ".join([*fields, f"folds={folds}"])

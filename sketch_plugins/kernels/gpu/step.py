@@ -44,11 +44,14 @@ from sketch_plugins.kernels.gpu.table import (
     LOOKAHEAD,
     MEAN,
     MEASURE,
+    NEW,
     NUMBERS,
     OWN,
     P_STRIDE,
     ROW,
+    ROWS,
     SECOND_A,
+    SECOND_B,
     SHRINK,
     STEP,
     TILES,
@@ -172,17 +175,26 @@ def tiles(
 
 
 @triton.jit
+def _row_factors(means, bucket_mean, rows, exists):
+    """``(M, 1)``: what the steps of rows are multiplied by: see `CountMin.step_factors`."""
+    r = tl.load(means + rows, mask=exists, other=0.0)
+    larger = r > bucket_mean
+    return tl.where(larger, tl.sqrt_rn(tl.div_rn(bucket_mean, tl.where(larger, r, 1.0))), 1.0)[:, None]
+
+
+@triton.jit
 def buckets(
     table, numbers, partial, count,
     FIRST: tl.constexpr, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
     S_TYPE: tl.constexpr, PHASE: tl.constexpr, AHEAD: tl.constexpr, UNIT: tl.constexpr, AFTER: tl.constexpr,
     L2_ON: tl.constexpr, NOISE: tl.constexpr, ROUND: tl.constexpr, ALIGN: tl.constexpr, SINGLE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one bucket and ``BLOCK`` columns.
 
     With ``SINGLE`` the bucket's members fit one tile of ``M`` rows, and g is read once. With ``BATCH`` each matrix has
-    numbers of its own.
+    numbers of its own. With ``SCALED`` rows have factors of their own, from the means that the last step left, and the
+    sums of this step's squares are written beside them, one for each tile. `fold.row_means_of` makes new means of them.
     """
     pid = tl.program_id(0)
     index = find(table, count, pid)
@@ -203,6 +215,16 @@ def buckets(
     place = address(t, SECOND_A, S_TYPE, ALIGN) + bucket * columns + cols
 
     v = tl.load(place, mask=inner, other=0.0).to(tl.float32)
+    means = tl.load(t + SECOND_B).to(tl.pointer_type(tl.float32))
+    bucket_mean = 0.0
+    if SCALED:
+        sums = means
+        if FOLD & PHASE:
+            sums = tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.float32)) + tile * tl.load(t + ROWS)
+        for first in range(0, load, M):
+            rows, exists = members(t, bucket, matrix, first, hashes, M)
+            bucket_mean += tl.sum(tl.load(means + rows, mask=exists, other=0.0))
+        bucket_mean = tl.div_rn(bucket_mean, load.to(tl.float32))
     rows, exists = members(t, bucket, matrix, 0, hashes, M)
     mask = exists[:, None] & inner[None, :]
     if SINGLE:
@@ -210,6 +232,8 @@ def buckets(
     if FOLD & PHASE:
         if SINGLE:
             total = tl.sum(x * x, 0)
+            if SCALED:
+                tl.store(sums + rows, tl.sum(x * x, 1), mask=exists)
         else:
             total = tl.zeros([N], tl.float32)
             for first in range(0, load, M):
@@ -217,6 +241,8 @@ def buckets(
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
                 total += tl.sum(y * y, 0)
+                if SCALED:
+                    tl.store(sums + rows, tl.sum(y * y, 1), mask=exists)
         gain = tl.load(s + GAIN2)
         if tl.load(s + MEAN) != 0:
             gain = gain / load.to(tl.float32)
@@ -233,6 +259,12 @@ def buckets(
     norm = tl.full([], 0.0, tl.float64)
     if (MEASURE | APPLY) & PHASE:
         if SINGLE:
+            if SCALED:
+                own = _row_factors(means, bucket_mean, rows, exists)
+                if AFTER:
+                    preconditioner = preconditioner * own
+                else:
+                    f = f * own
             if AFTER:
                 x = x * preconditioner
             squares, norm = apply(
@@ -244,11 +276,18 @@ def buckets(
                 rows, exists = members(t, bucket, matrix, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
+                each = f
+                if SCALED:
+                    own = _row_factors(means, bucket_mean, rows, exists)
+                    if AFTER:
+                        y = y * own
+                    else:
+                        each = f * own
                 if AFTER:
                     y = y * preconditioner
-                    f = _rate(s, STEP, PHASE)  # loaded again, because holding it through the loop spills a register
+                    each = _rate(s, STEP, PHASE)  # loaded again, because holding it through the loop spills a register
                 a, b = apply(
-                    t, s, y, f, rows, rows, exists, cols, mask, tile,
+                    t, s, y, each, rows, rows, exists, cols, mask, tile,
                     FIRST, P_TYPE, C_TYPE, F_TYPE, PHASE, AHEAD, UNIT, AFTER, NOISE, ROUND, 1, ALIGN,
                 )  # fmt: skip
                 squares += a
