@@ -498,8 +498,8 @@ def _fold_scaled(
 ):
     """`_fold` for rows with factors of their own, ``q``.
 
-    ``weighted`` gets the sums of the squares times the squares of the factors if ``weigh`` is set, and ``means`` (from ``above`` on) the
-    means of the rows' squares.
+    ``means`` (from ``above`` on) gets the means of the rows' squares, and ``weighted`` the sums of the squares times
+    the squares of the factors, if ``weigh`` is set.
     """
     out, at = np.float64(0.0), _ZERO
     for i in range(first, rows, width):

@@ -92,8 +92,8 @@ class CSAdam(SketchOptimizer):
     State bytes a parameter of an R x D matrix (float32 arithmetic; exact counts: `sketch_plugins.state_report`):
     ``first_moment`` fp32 4, bf16 2, int8 ``1 + 4 / min(block_size, D)``, count_sketch ``4 * depth * compression``,
     none 0; ``second_moment`` dense 4, log8 ``1 + 2 / min(block_size, D)``, count_min ``4 * depth * compression`` and
-    ``4 / D`` for ``row_scales``, row_count_min ``4 / D`` more, cover ``4 * (sum of the dimensions) / (their product)``. With ``table_dtype="bf16"``
-    the 4 of a sketch becomes 2.
+    ``4 / D`` for ``row_scales``, row_count_min as count_min with row_scales, cover ``4 * (sum of the dimensions) /
+    (their product)``. With ``table_dtype="bf16"`` the 4 of a table becomes 2.
 
     Presets (an option that is given explicitly overrides the preset):
 

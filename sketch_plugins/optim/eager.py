@@ -100,7 +100,7 @@ class Factors:
             return self._factor
         own = at.get(self.rows, 0, 1)
         shape = torch.broadcast_shapes(self._factor.shape, own.shape)
-        out = scratch.empty(f"{self.slot} of rows", shape, self._factor.dtype, self._factor.device)
+        out = scratch.empty("factor of rows", shape, self._factor.dtype, self._factor.device)
         return torch.mul(self._factor, own, out=out)
 
 

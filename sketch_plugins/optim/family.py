@@ -62,10 +62,11 @@ class RowScales(TypedDict, total=False):
         bool | None,
         option(
             True,
-            "rows whose gradients are larger than the mean of their bucket take steps that are as much shorter, as "
-            "Adam's are: row i is divided by ``sqrt(max(1, r_i / mean of r))``, where r averages the rows' mean squares. "
-            'For one table of means (``depth=1``, ``bucket="mean"``) and matrices of 64 columns or more that are '
-            "not embeddings or output layers (see ``embedding_rate``). ``4 / D`` bytes a parameter.",
+            "rows whose gradients are larger than those of their bucket take steps that are shorter by as much, so "
+            "that they have the size of Adam's. The step of row i is divided by ``sqrt(max(1, r_i / R))``, where r_i "
+            "averages the mean square of its gradient and R is the mean of r over the bucket. It holds for tables of "
+            'means with ``depth=1`` and ``bucket="mean"``, and matrices of 128 columns or more that are no embeddings '
+            "or output layers (see ``embedding_rate``). It takes ``4 / D`` bytes a parameter.",
             structural=True,
         ),
     ]

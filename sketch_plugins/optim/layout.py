@@ -25,7 +25,7 @@ from sketch_plugins.stores.kinds import SHAPED, StoreOptions, store_of
 from sketch_plugins.stores.sketch import Sketch
 
 # Matrices with fewer columns have no `row_scales`, which take 4 / D bytes a parameter.
-SCALED = 64
+SCALED = 128
 
 
 class StateLayout(Groups):

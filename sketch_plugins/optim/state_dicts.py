@@ -222,7 +222,7 @@ class StateDicts(StateChecks):
                     )
             modernize(saved)
             renew(kind, self.OPTIONS, saved)
-            group = self._targets(saved_groups)[number]
+            target = self._targets(saved_groups)[number]
             for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
                 if saved["capturable"] and not group["capturable"]:  # the checkpoint is from a machine with kernels
                     self._check_kernels(p, saved, partial(self._label, group, index))
@@ -236,7 +236,7 @@ class StateDicts(StateChecks):
                     )
                 parts = self._parts.of(index, p)
                 if parts and parts[0].key is None:
-                    self._check_state(parts[0], group, state, self._label(group, parts[0]))
+                    self._check_state(parts[0], target, state, self._label(group, parts[0]))
                     continue
                 ours = set(filter(is_ours, state)) if isinstance(state, Mapping) else {"no mapping"}
                 if ours and ours != {part.key for part in parts}:
@@ -247,7 +247,7 @@ class StateDicts(StateChecks):
                         "sketch-plugins reshard CHECKPOINT --world-size N"
                     )
                 for part in parts if ours else ():
-                    self._check_state(part, group, state[part.key], self._label(group, part))
+                    self._check_state(part, target, state[part.key], self._label(group, part))
 
     def _recode(self, number: int, saved: Mapping[str, Any], state: dict[Any, Any]) -> int | None:
         """Change the corrections in a group's state to the group's ``weight_bits``. Returns the bits of that state.

@@ -295,7 +295,7 @@ class Store:
         self.finish(state, working, grad)
 
     def step_factors(self, state: State, grad: Gradient) -> Tensor | None:
-        """``(R, 1)``: what the steps of the rows are multiplied by, or None. It is read before the gradient is written."""
+        """``(R, 1)``: what the steps of the rows are multiplied by; None: 1. A step calls it before `write`."""
         return None
 
     def begin(self, state: State, grad: Gradient) -> State:

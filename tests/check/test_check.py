@@ -32,12 +32,12 @@ def test_every_optimizer_store_and_kernel_has_a_case():
 @pytest.mark.parametrize(
     ("word", "kernels"),
     [
-        ("cs_adam scale_parameter", {"step.buckets", "step.tiles", "norms.step_sizes"}),
+        ("cs_adam scale_parameter", {"step.buckets", "step.tiles", "norms.step_sizes", "fold.row_means_of"}),
         ("sm3 variant=I preset=paper 2 to 6 axes", {"step.tiles", "fold.covers"}),
         ("initial_accumulator", {"step.buckets", "step.tiles"}),
         ("cs_momentum bfloat16", {"step.tiles"}),
         ("bucket=sum row_sparse=True", {"fold.touched", "step.tiles"}),
-        ("gradients=gaps", {"step.buckets", "step.tiles"}),
+        ("gradients=gaps", {"step.buckets", "step.tiles", "fold.row_means_of"}),
         ("block=256", {"block_topk.select"}),
     ],
 )

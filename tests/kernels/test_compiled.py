@@ -37,6 +37,7 @@ def test_every_kernel_compiles_without_spills(target):
         "tiles",
         "dense",
         "row_means",
+        "row_means_of",
         "touched",
         "step_sizes",
         "recall",

@@ -220,7 +220,7 @@ def test_without_a_preconditioner_it_is_the_lean_count_sketch_update():
     options = {"compression": 0.2, "min_compress_size": 0, "weight_decay": 0.1}
     a, b = (parameters(dtype=torch.float32) for _ in range(2))
     train(Sketchy(a, 9e-4, precondition="none", **options), a, 5)
-    train(CSAdam(b, 9e-4, preset="lean", **options), b, 5)
+    train(CSAdam(b, 9e-4, preset="lean", row_scales=False, **options), b, 5)
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 

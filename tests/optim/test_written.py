@@ -20,7 +20,7 @@ OTHER = {
     "min_compress_size": 9, "lagged_rms": True, "first_moment": "fp32", "block_size": 16, "second_moment": "dense",
     "bucket": "sum", "variant": "I", "rank": 3, "budget": 2.0, "statistics": "sample", "graft": "sm3",
     "momentum_of": "all", "merge_dims": 3, "max_block_dim": 16, "max_axis": 50, "max_aspect_ratio": 1.5,
-    "precondition": "none", "weight_bits": 24,
+    "precondition": "none", "weight_bits": 24, "row_scales": False,
 }  # fmt: skip
 FIRST = {"bucket": {"CSAdagrad": "mean"}}
 

@@ -95,18 +95,21 @@ def buckets_of(t, rows, hashes):
 
 
 @triton.jit
-def members(t, bucket, matrix, first, hashes, M: tl.constexpr):
-    """``M`` rows of a bucket, from member ``first`` on, by the inverse hash, and which of them exist."""
-    height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
+def members(t, own, bucket, matrix, first, hashes, M: tl.constexpr):
+    """``M`` rows of a bucket, from member ``first`` on, by the inverse hash, and which of them exist.
+
+    ``own`` is the number of buckets of one matrix.
+    """
+    height = tl.load(t + HEIGHT)
     place = bucket - matrix * own + (first + tl.arange(0, M).to(tl.int64)) * own
     row = ((place + height - tl.load(hashes + 1)) % height) * tl.load(hashes + 2) % height
     return tl.where(place < height, matrix * height + row, 0), place < height
 
 
 @triton.jit
-def load_of(t, bucket, matrix):
-    """The number of rows in a bucket."""
-    height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
+def load_of(t, own, bucket, matrix):
+    """The number of rows in a bucket; ``own`` as in `members`."""
+    height = tl.load(t + HEIGHT)
     return (height - (bucket - matrix * own) + own - 1) // own
 
 

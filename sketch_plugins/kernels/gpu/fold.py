@@ -104,13 +104,14 @@ def dense(
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + 4 * j
     cols = tile * N + tl.arange(0, N)
     inner = cols < tl.load(t + COLUMNS)
-    matrix = bucket // tl.load(t + OWN)
-    load = load_of(t, bucket, matrix)
+    own = tl.load(t + OWN)
+    matrix = bucket // own
+    load = load_of(t, own, bucket, matrix)
     sums = tl.zeros([N], tl.float32)
     kept = 0.0
     weights = tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32))
     for first in range(0, load, M):
-        rows, exists = members(t, bucket, matrix, first, hashes, M)
+        rows, exists = members(t, own, bucket, matrix, first, hashes, M)
         mask = exists[:, None] & inner[None, :]
         signs = _signs(t, rows, hashes, SIGNED)
         x = _cell(gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, False), signs, SIGNED, WEIGHTED)
@@ -266,7 +267,7 @@ def row_means_of(table, numbers, N: tl.constexpr):
         inside = place < rows
         total = tl.zeros([N], tl.float32)
         for tile in range(0, tiles):
-            total += tl.load(sums + tile * rows + place, mask=inside, other=0.0)
+            total += tl.load(sums + place * tiles + tile, mask=inside, other=0.0)
         old = tl.load(means + place, mask=inside, other=0.0)
         new = tl.load(s + DECAY2) * old + tl.load(s + GAIN2) * tl.div_rn(total, columns)
         tl.store(means + place, new, mask=inside)

@@ -49,7 +49,6 @@ from sketch_plugins.kernels.gpu.table import (
     OWN,
     P_STRIDE,
     ROW,
-    ROWS,
     SECOND_A,
     SECOND_B,
     SHRINK,
@@ -175,9 +174,8 @@ def tiles(
 
 
 @triton.jit
-def _row_factors(means, bucket_mean, rows, exists):
-    """``(M, 1)``: what the steps of rows are multiplied by: see `CountMin.step_factors`."""
-    r = tl.load(means + rows, mask=exists, other=0.0)
+def _row_factors(r, bucket_mean):
+    """``(M, 1)``: what the steps of rows with the means ``r`` are multiplied by: see `CountMin.step_factors`."""
     larger = r > bucket_mean
     return tl.where(larger, tl.sqrt_rn(tl.div_rn(bucket_mean, tl.where(larger, r, 1.0))), 1.0)[:, None]
 
@@ -207,42 +205,45 @@ def buckets(
     cols = tile * BLOCK + inside
     columns = extent(t, COLUMNS, ALIGN)
     inner = (inside < BLOCK) & (cols < columns)
-    matrix = bucket // tl.load(t + OWN)
+    own = tl.load(t + OWN)
+    matrix = bucket // own
     if BATCH:
         s += matrix * NUMBERS
-    load = load_of(t, bucket, matrix)
+    load = load_of(t, own, bucket, matrix)
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64))
     place = address(t, SECOND_A, S_TYPE, ALIGN) + bucket * columns + cols
 
     v = tl.load(place, mask=inner, other=0.0).to(tl.float32)
-    means = tl.load(t + SECOND_B).to(tl.pointer_type(tl.float32))
-    bucket_mean = 0.0
+    rows, exists = members(t, own, bucket, matrix, 0, hashes, M)
+    mask = exists[:, None] & inner[None, :]
     if SCALED:
+        means = tl.load(t + SECOND_B).to(tl.pointer_type(tl.float32))
         sums = means
         if FOLD & PHASE:
-            sums = tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.float32)) + tile * tl.load(t + ROWS)
-        for first in range(0, load, M):
-            rows, exists = members(t, bucket, matrix, first, hashes, M)
-            bucket_mean += tl.sum(tl.load(means + rows, mask=exists, other=0.0))
+            sums = tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.float32)) + tile
+        r = tl.load(means + rows, mask=exists, other=0.0)
+        bucket_mean = tl.sum(r)
+        if not SINGLE:
+            for first in range(M, load, M):
+                rows, exists = members(t, own, bucket, matrix, first, hashes, M)
+                bucket_mean += tl.sum(tl.load(means + rows, mask=exists, other=0.0))
         bucket_mean = tl.div_rn(bucket_mean, load.to(tl.float32))
-    rows, exists = members(t, bucket, matrix, 0, hashes, M)
-    mask = exists[:, None] & inner[None, :]
     if SINGLE:
         x = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
     if FOLD & PHASE:
         if SINGLE:
             total = tl.sum(x * x, 0)
             if SCALED:
-                tl.store(sums + rows, tl.sum(x * x, 1), mask=exists)
+                tl.store(sums + rows * across, tl.sum(x * x, 1), mask=exists)
         else:
             total = tl.zeros([N], tl.float32)
             for first in range(0, load, M):
-                rows, exists = members(t, bucket, matrix, first, hashes, M)
+                rows, exists = members(t, own, bucket, matrix, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
                 total += tl.sum(y * y, 0)
                 if SCALED:
-                    tl.store(sums + rows, tl.sum(y * y, 1), mask=exists)
+                    tl.store(sums + rows * across, tl.sum(y * y, 1), mask=exists)
         gain = tl.load(s + GAIN2)
         if tl.load(s + MEAN) != 0:
             gain = gain / load.to(tl.float32)
@@ -260,11 +261,11 @@ def buckets(
     if (MEASURE | APPLY) & PHASE:
         if SINGLE:
             if SCALED:
-                own = _row_factors(means, bucket_mean, rows, exists)
+                of_rows = _row_factors(r, bucket_mean)
                 if AFTER:
-                    preconditioner = preconditioner * own
+                    preconditioner = preconditioner * of_rows
                 else:
-                    f = f * own
+                    f = f * of_rows
             if AFTER:
                 x = x * preconditioner
             squares, norm = apply(
@@ -273,16 +274,16 @@ def buckets(
             )  # fmt: skip
         else:
             for first in range(0, load, M):
-                rows, exists = members(t, bucket, matrix, first, hashes, M)
+                rows, exists = members(t, own, bucket, matrix, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
                 each = f
                 if SCALED:
-                    own = _row_factors(means, bucket_mean, rows, exists)
+                    of_rows = _row_factors(tl.load(means + rows, mask=exists, other=0.0), bucket_mean)
                     if AFTER:
-                        y = y * own
+                        y = y * of_rows
                     else:
-                        each = f * own
+                        each = f * of_rows
                 if AFTER:
                     y = y * preconditioner
                     each = _rate(s, STEP, PHASE)  # loaded again, because holding it through the loop spills a register
