@@ -28,6 +28,7 @@ STORES = {
     "count_min_sum": ("second_moment", CountMin(compression=0.2, bucket="sum")),
     "count_min_3": ("second_moment", CountMin(compression=0.2, depth=3, hash="affine")),
     "count_min_bf16": ("second_moment", CountMin(compression=0.2, bf16=True)),
+    "count_min_scaled": ("second_moment", CountMin(compression=0.2, scaled=True)),
     "row_count_min": ("second_moment", RowCountMin(compression=0.2)),
     "cover": ("second_moment", None),
 }

@@ -557,8 +557,8 @@ def test_numbers_that_live_on_a_device_are_not_looked_at(kernels, cls, options, 
     launched = []
     for module, name in [
         (launch.step, "tiles"), (launch.step, "buckets"), (launch.fold, "dense"), (launch.fold, "touched"),
-        (launch.fold, "row_means"), (launch.fold, "row_means_of"), (launch.norms, "step_sizes"), (launch.norms, "recall"),
-        (launch.norms, "record"),
+        (launch.fold, "row_means"), (launch.fold, "row_means_of"), (launch.norms, "step_sizes"),
+        (launch.norms, "recall"), (launch.norms, "record"),
     ]:  # fmt: skip
         monkeypatch.setattr(module, name, Nothing())
     monkeypatch.setattr(taking, "vector", placed(Unread))

@@ -21,6 +21,7 @@ OPTIONS = [
     {"preset": "lean", "lagged_rms": True},
     {"first_moment": "fp32", "update_clip": 0.5},
     {"width": 3},
+    {"width": 1, "preset": "lean"},
     {"hash": "affine", "first_moment": "none"},
     {"table_dtype": "bf16", "first_moment": "fp32"},
 ]
@@ -124,6 +125,22 @@ def test_a_row_with_large_gradients_takes_steps_of_adams_size(fused):
     assert steps[False][7] == pytest.approx(math.sqrt(20), rel=0.3) and steps[True][7] == pytest.approx(1, rel=0.3)
     others = torch.arange(20) != 7
     assert torch.equal(steps[False][others], steps[True][others])
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "lean"}, {"preset": "lean", "lagged_rms": True}], ids=str)
+def test_the_number_of_threads_does_not_matter(options):
+    """A matrix that is most of the step is measured by all threads, and then they apply it."""
+    pytest.importorskip("numba")
+    results, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            params = parameters([(900, 130), (70, 64)], torch.float32)
+            train(optimizer := CSAdam(params, lr=1e-2, fused=True, min_compress_size=0, **options), params, 3)
+            results.append((params, [optimizer.state[p]["second_moment.row_means"] for p in params]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, results[0][0], results[1][0])) and all(map(torch.equal, results[0][1], results[1][1]))
 
 
 def test_which_matrices_have_them():

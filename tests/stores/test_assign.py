@@ -27,6 +27,7 @@ SECOND = {
     "count_min_3": CountMin(compression=0.2, depth=3),
     "count_min_sum_3": CountMin(compression=0.2, depth=3, bucket="sum"),
     "count_min_bf16": CountMin(compression=0.2, bf16=True),
+    "count_min_scaled": CountMin(compression=0.2, scaled=True),
     "row_count_min": RowCountMin(compression=0.2, depth=2),
     "log8": Log8(block_size=16),
     "cover_II": "II",

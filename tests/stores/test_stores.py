@@ -21,6 +21,7 @@ STORES = {
     "count_min": CountMin(compression=0.2),
     "count_min_affine": CountMin(compression=0.2, hash="affine"),
     "count_min_3": CountMin(depth=3, compression=0.2, bucket="sum"),
+    "count_min_scaled": CountMin(compression=0.2, scaled=True),
     "row_count_min": RowCountMin(compression=0.2),
     "log8": Log8(block_size=16),
 }
