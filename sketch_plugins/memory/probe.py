@@ -100,7 +100,7 @@ class SecondMomentProbe:
         shape = self.optimizer._matrix_shape(p, group)
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         state = nested(self.optimizer.state[p])["second_moment"]
-        return store.read(state, Rows(shape[0], index, 0, shape[1]), dtype).clone()
+        return store.used(state, Rows(shape[0], index, 0, shape[1]), dtype).clone()
 
     def _sample(self) -> list[tuple[str, Tensor, dict[str, Any], Tensor]]:
         found = []

@@ -81,13 +81,17 @@ class StateLayout(Groups):
             block_size=group.get("block_size", 128),
             stochastic=group.get("first_moment_rounding", "nearest") == "stochastic",
             variant=group.get("variant", "II"),
-            scaled=bool(group.get("row_scales")) and matrix[1] >= SCALED and not is_vocabulary(whole_shape(p)),
+            scaled=self._scales_rows(group) and matrix[1] >= SCALED and not is_vocabulary(whole_shape(p)),
         )
         shaped = options
         if second in SHAPED:
             count = options.matrices if batch else None
             shaped = options._replace(dims=matrix if batch else tuple(p.shape), batch=count)
         return store_of(1, first, options), store_of(2, second, shaped)
+
+    def _scales_rows(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group has ``row_scales``. Other code's optimizers may have an entry of that name without it."""
+        return "row_scales" in self.OPTIONS and bool(group["row_scales"])
 
     def batch_axes(self, whole: tuple[int, ...], group: Mapping[str, Any]) -> int:
         """How many of the first axes of a parameter of this shape are a batch of matrices: see ``batch_dims``.

@@ -129,6 +129,8 @@ def small_optimizer(
         "lr": rate_for(dtype), "fused": fused, "compile": False, "capturable": False,
         "row_sparse": one.grad.rows is not None,
     }  # fmt: skip
+    if "row_scales" in options:  # an embedding has none, but a smaller matrix of as many columns would
+        options["row_scales"] = "row_means" in one.state.get("second_moment", {})
     if "reference_rms" in options:
         options["reference_rms"] = 1.0  # steps then have the size that the bounds are made for
     if "nonfinite" in options:

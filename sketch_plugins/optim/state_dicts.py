@@ -122,7 +122,7 @@ class StateDicts(StateChecks):
     def _targets(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The groups as they are after loading, as far as that decides what state they have.
 
-        A group takes ``row_scales`` of a checkpoint that is too old to have it.
+        A group takes ``row_scales`` of the checkpoint, and False of one that is too old to have it.
         """
         return [
             {**group, "row_scales": one.get("row_scales", False)} if "row_scales" in group else group
@@ -197,8 +197,6 @@ class StateDicts(StateChecks):
             for name, option in self.OPTIONS.items():
                 if name not in group:
                     continue
-                # The group takes the value of a checkpoint that is too old to have the option.
-                older = name == "row_scales" and name not in saved
                 if name not in saved:  # the option is newer than the checkpoint
                     if name == "batch_dims":
                         self._check_batches(group, saved, incoming["state"])
@@ -207,7 +205,7 @@ class StateDicts(StateChecks):
                 saved[name] = self._group_value(name, saved[name])
                 if name == "weight_bits" and written.get(name, saved[name]) == saved[name]:
                     written[name] = saved[name] = self._recode(number, saved, incoming["state"])
-                if option.structural and saved[name] != group[name] and not older:
+                if option.structural and saved[name] != group[name] and name != "row_scales":
                     raise ValueError(
                         f"the state dict was written with {name}={saved[name]!r}, but group {number} "
                         f"of this {kind} has {name}={group[name]!r}, which needs another state. Build "

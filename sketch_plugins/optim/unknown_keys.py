@@ -13,7 +13,7 @@ _SKETCHY = {
     "stack_bytes", "stagger_solves",
     "budget", "shampoo_beta", "update_freq", "statistics_freq", "start_preconditioning_step", "solver", "refresh_every",
     "graft", "matrix_eps", "momentum_placement", "momentum_of", "merge_dims", "max_block_dim", "max_axis",
-    "max_aspect_ratio", "nonfinite", "embedding_rate",
+    "max_aspect_ratio", "nonfinite", "embedding_rate", "row_scales",
 }  # fmt: skip
 #: Options of some of our optimizers whose names other code uses, too.
 _WORDS_OF_OTHERS = frozenset({"depth", "width", "rank", "budget"})

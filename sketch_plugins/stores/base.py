@@ -287,6 +287,10 @@ class Store:
         """The estimate, in a shape that broadcasts to ``at.shape``. It may be a view of the state: read only."""
         raise NotImplementedError
 
+    def used(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
+        """What a step uses, where that is not the estimate itself."""
+        return self.read(state, at, dtype)
+
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:
         """Add a whole gradient: ``s <- decay * s + gain * x`` for every row, or for the touched rows."""
         working = self.begin(state, grad)

@@ -29,7 +29,8 @@ class CountMin(Sketch):
     With ``scaled`` (not in the paper) rows whose gradients are larger than those of their bucket take shorter steps.
     ``row_means (R, 1)`` holds the same average of each row's mean g * g: r_i. With R_b the mean of r over the bucket, a
     dense step divides the step of row i by ``sqrt(max(1, r_i / R_b))``, with the r and R_b that the step before left,
-    so that the gradient is read once. `read` returns ``V_b * r_i / R_b``, the estimate of rank one within each bucket.
+    so that the gradient is read once. `used` is what a step divides by, ``V_b * max(1, r_i / R_b)``. `read` returns
+    ``V_b * r_i / R_b``, the estimate of rank one within each bucket, or V_b if r_i is 0 or R_b is not finite.
     A row-sparse step takes V_b alone and leaves r as it is. State: ``4 / D`` bytes a parameter more.
 
     Args:
@@ -63,12 +64,22 @@ class CountMin(Sketch):
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """The bucket's estimate; with ``scaled`` times the row's share of it."""
+        return self._shared_out(state, at, dtype, 0.0)
+
+    def used(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
+        """The bucket's estimate; with ``scaled`` larger for a row that exceeds its bucket."""
+        return self._shared_out(state, at, dtype, 1.0)
+
+    def _shared_out(self, state: State, at: At, dtype: torch.dtype, least: float) -> Tensor:
+        """The bucket's estimate times the row's share of it, which counts as ``least`` or more."""
         estimate = self._estimate(state["table"], at, dtype)
         means = state.get("row_means")
         if means is None:
             return estimate
         bucket = self._bucket_means(means)
-        return estimate * at.get(torch.where(bucket > 0, means / bucket, 1.0).to(dtype), 0, 1)
+        # A row without dense gradients has no share of its own, and sums may have overflowed.
+        share = torch.where((means > 0) & bucket.isfinite(), means / bucket, 1.0).clamp_(min=least)
+        return estimate * at.get(share.to(dtype), 0, 1)
 
     def slices(self, state: State, at: At, step: int) -> State:
         """The bucket's estimate, which `write` has written."""

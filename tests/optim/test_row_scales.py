@@ -1,13 +1,15 @@
 """`row_scales`: rows with larger gradients than their bucket's mean take shorter steps."""
 
+import contextlib
 import copy
 import math
 
 import pytest
 import torch
 
-from sketch_plugins import CSAdam, CSRMSprop, state_report
-from sketch_plugins.optim import layout
+from sketch_plugins import CSAdagrad, CSAdam, CSRMSprop, state_report
+from sketch_plugins.optim import layout, stand_in
+from sketch_plugins.optim.specialisations import Recorder, Stopped, specialisation, watching
 from sketch_plugins.sharding.blocks import Matrix, Tile
 from sketch_plugins.stores import CountMin, Ema, Gradient
 
@@ -214,6 +216,56 @@ def test_checkpoints_of_earlier_versions_go_on_without_them():
     train(writer, p, 2, first=2)
     train(reader, q, 2, first=2)
     assert torch.equal(p[0], q[0])
+    # The same script is started a second time.
+    third = CSAdam(q, min_compress_size=0)
+    third.load_state_dict(copy.deepcopy(reader.state_dict()))
+    train(writer, p, 1, first=4)
+    train(third, q, 1, first=4)
+    assert torch.equal(p[0], q[0])
+
+
+def test_estimates_where_means_tell_nothing():
+    """Overflowed sums, and rows that have had no dense gradient: the estimate is the bucket's, and never NaN."""
+    store = CountMin(width=1, scaled=True)
+    state = store.allocate((4, 3), torch.device("cpu"), torch.float32)
+    state["table"].fill_(2.0)
+    at = Tile(4, 0, 4, 1, 0, 3)
+    for means in ([math.inf, 1, 1, 1], [3e38, 3e38, 3e38, 1], [0, 0, 0, 0]):
+        state["row_means"].copy_(torch.tensor(means).unsqueeze(1))
+        assert (store.read(state, at, torch.float32) == 2).all() and (store.used(state, at, torch.float32) == 2).all()
+    state["row_means"].copy_(torch.tensor([0.0, 1, 1, 6]).unsqueeze(1))
+    assert store.read(state, at, torch.float32)[:, 0, 0].tolist() == [2, 1, 1, 6]
+    assert store.used(state, at, torch.float32)[:, 0, 0].tolist() == [2, 2, 2, 6]
+
+
+def test_other_optimizers_do_not_take_the_key():
+    p = torch.nn.Parameter(torch.zeros(100, 128))
+    with pytest.raises((ValueError, TypeError), match="row_scales"):
+        CSAdagrad([{"params": [p], "row_scales": True}], bucket="mean")
+
+
+@pytest.mark.parametrize("shape", [(8192, 128), (400, 256)], ids=["embedding", "matrix"])
+def test_the_self_check_finds_a_smaller_tensor(shape, monkeypatch):
+    """Whose step runs the same kernel: an embedding has no row scales, a matrix of as many columns would have them."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = []
+
+    class Noted(Recorder):
+        def note(self, pending):
+            found.extend(pending)
+            super().note(pending)
+
+    p = torch.nn.Parameter(torch.randn(shape))
+    p.grad = torch.randn(shape)
+    optimizer = CSAdam([p], fused=True)
+    with contextlib.suppress(Stopped), watching(Noted(stop=True)):
+        optimizer.step()
+    _, text = specialisation(found[0].backend.name, found[0].work)
+    kind = stand_in.like(optimizer, found[0], text)
+    assert kind is not None and math.prod(kind[0]) < math.prod(shape)
 
 
 def test_numbers_that_overflow_scale_nothing():
