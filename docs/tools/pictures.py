@@ -21,8 +21,8 @@ THEMES = {
 STATE = {
     "AdamW": 8.00,
     "sketchy": 1.34,
-    "cs_adam": 1.25,
-    "cs_adam, preset=lean": 0.203,
+    "cs_adam": 1.26,
+    "cs_adam, preset=lean": 0.209,
     "sm3, preset=ema": 0.0325,
 }
 

@@ -95,21 +95,20 @@ def buckets_of(t, rows, hashes):
 
 
 @triton.jit
-def members(t, own, bucket, matrix, first, hashes, M: tl.constexpr):
+def members(height, own, bucket, matrix, first, hashes, M: tl.constexpr):
     """``M`` rows of a bucket, from member ``first`` on, by the inverse hash, and which of them exist.
 
-    ``own`` is the number of buckets of one matrix.
+    One matrix has ``height`` rows and ``own`` buckets. In a loop they are loaded each time, because holding them
+    through it would spill registers.
     """
-    height = tl.load(t + HEIGHT)
     place = bucket - matrix * own + (first + tl.arange(0, M).to(tl.int64)) * own
     row = ((place + height - tl.load(hashes + 1)) % height) * tl.load(hashes + 2) % height
     return tl.where(place < height, matrix * height + row, 0), place < height
 
 
 @triton.jit
-def load_of(t, own, bucket, matrix):
-    """The number of rows in a bucket; ``own`` as in `members`."""
-    height = tl.load(t + HEIGHT)
+def load_of(height, own, bucket, matrix):
+    """The number of rows in a bucket; see `members`."""
     return (height - (bucket - matrix * own) + own - 1) // own
 
 

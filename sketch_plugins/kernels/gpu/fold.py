@@ -104,14 +104,13 @@ def dense(
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64)) + 4 * j
     cols = tile * N + tl.arange(0, N)
     inner = cols < tl.load(t + COLUMNS)
-    own = tl.load(t + OWN)
-    matrix = bucket // own
-    load = load_of(t, own, bucket, matrix)
+    matrix = bucket // tl.load(t + OWN)
+    load = load_of(tl.load(t + HEIGHT), tl.load(t + OWN), bucket, matrix)
     sums = tl.zeros([N], tl.float32)
     kept = 0.0
     weights = tl.load(t + WEIGHTS).to(tl.pointer_type(tl.float32))
     for first in range(0, load, M):
-        rows, exists = members(t, own, bucket, matrix, first, hashes, M)
+        rows, exists = members(tl.load(t + HEIGHT), tl.load(t + OWN), bucket, matrix, first, hashes, M)
         mask = exists[:, None] & inner[None, :]
         signs = _signs(t, rows, hashes, SIGNED)
         x = _cell(gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, False), signs, SIGNED, WEIGHTED)

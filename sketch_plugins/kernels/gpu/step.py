@@ -181,6 +181,12 @@ def _row_factors(r, bucket_mean):
 
 
 @triton.jit
+def _sums(t, rows):
+    """Where the sums of the rows' squares begin. Held from the beginning, the address would spill registers."""
+    return tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.float32)) + rows * tl.load(t + TILES)
+
+
+@triton.jit
 def buckets(
     table, numbers, partial, count,
     FIRST: tl.constexpr, P_TYPE: tl.constexpr, C_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
@@ -205,48 +211,51 @@ def buckets(
     cols = tile * BLOCK + inside
     columns = extent(t, COLUMNS, ALIGN)
     inner = (inside < BLOCK) & (cols < columns)
-    own = tl.load(t + OWN)
+    height, own = tl.load(t + HEIGHT), tl.load(t + OWN)
     matrix = bucket // own
     if BATCH:
         s += matrix * NUMBERS
-    load = load_of(t, own, bucket, matrix)
+    load = load_of(height, own, bucket, matrix)
     hashes = tl.load(t + HASHES).to(tl.pointer_type(tl.int64))
     place = address(t, SECOND_A, S_TYPE, ALIGN) + bucket * columns + cols
 
     v = tl.load(place, mask=inner, other=0.0).to(tl.float32)
-    rows, exists = members(t, own, bucket, matrix, 0, hashes, M)
+    rows, exists = members(height, own, bucket, matrix, 0, hashes, M)
     mask = exists[:, None] & inner[None, :]
     if SCALED:
         means = tl.load(t + SECOND_B).to(tl.pointer_type(tl.float32))
-        sums = means
-        if FOLD & PHASE:
-            sums = tl.load(t + tl.load(t + NEW)).to(tl.pointer_type(tl.float32)) + tile
         r = tl.load(means + rows, mask=exists, other=0.0)
         bucket_mean = tl.sum(r)
         if not SINGLE:
             for first in range(M, load, M):
-                rows, exists = members(t, own, bucket, matrix, first, hashes, M)
+                rows, exists = members(tl.load(t + HEIGHT), tl.load(t + OWN), bucket, matrix, first, hashes, M)
                 bucket_mean += tl.sum(tl.load(means + rows, mask=exists, other=0.0))
-        bucket_mean = tl.div_rn(bucket_mean, load.to(tl.float32))
+        members_ = load.to(tl.float32)  # held in place of an int64, which takes two registers
+        bucket_mean = tl.div_rn(bucket_mean, members_)
+        if SINGLE and C_TYPE is None:
+            of_rows = _row_factors(r, bucket_mean)
     if SINGLE:
         x = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
     if FOLD & PHASE:
         if SINGLE:
             total = tl.sum(x * x, 0)
             if SCALED:
-                tl.store(sums + rows * across, tl.sum(x * x, 1), mask=exists)
+                tl.store(_sums(t, rows) + tile, tl.sum(x * x, 1), mask=exists)
         else:
             total = tl.zeros([N], tl.float32)
             for first in range(0, load, M):
-                rows, exists = members(t, own, bucket, matrix, first, hashes, M)
+                rows, exists = members(tl.load(t + HEIGHT), tl.load(t + OWN), bucket, matrix, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
                 total += tl.sum(y * y, 0)
                 if SCALED:
-                    tl.store(sums + rows * across, tl.sum(y * y, 1), mask=exists)
+                    tl.store(_sums(t, rows) + tile, tl.sum(y * y, 1), mask=exists)
         gain = tl.load(s + GAIN2)
-        if tl.load(s + MEAN) != 0:
-            gain = gain / load.to(tl.float32)
+        if SCALED:  # such a table holds means
+            gain = gain / members_
+        else:
+            if tl.load(s + MEAN) != 0:
+                gain = gain / load.to(tl.float32)
         kept = held(tl.load(s + DECAY2) * v + gain * total, t, s, bucket * columns + cols, TABLE2, S_TYPE)
         tl.store(place, kept, mask=inner)
         v = kept.to(tl.float32)
@@ -261,7 +270,8 @@ def buckets(
     if (MEASURE | APPLY) & PHASE:
         if SINGLE:
             if SCALED:
-                of_rows = _row_factors(r, bucket_mean)
+                if C_TYPE is not None:  # with the codes of weights, holding the factors would spill registers
+                    of_rows = _row_factors(tl.load(means + rows, mask=exists, other=0.0), bucket_mean)
                 if AFTER:
                     preconditioner = preconditioner * of_rows
                 else:
@@ -274,7 +284,7 @@ def buckets(
             )  # fmt: skip
         else:
             for first in range(0, load, M):
-                rows, exists = members(t, own, bucket, matrix, first, hashes, M)
+                rows, exists = members(tl.load(t + HEIGHT), tl.load(t + OWN), bucket, matrix, first, hashes, M)
                 mask = exists[:, None] & inner[None, :]
                 y = gradient(t, s, rows, rows, cols, mask, P_TYPE, C_TYPE, G_TYPE, L2_ON, ALIGN)
                 each = f
