@@ -129,7 +129,7 @@ def prepare(w: Work) -> Task:
         column = state2["row_means"].data_ptr() if "row_means" in state2 else 0
         matrices, width = second.matrices, second.buckets(rows) // second.matrices
         apart = w.measure and (kind == sweeps.NONE or w.after)
-        long = LONG // 16 if column else LONG  # there are two buffers of that size
+        long = LONG // 4 if column else LONG  # there are two buffers of that size
         band = max(1, min(width, long // columns if apart else BAND // (-(-rows // (matrices * width)) * columns)))
         units = matrices * -(-width // band)
     elif sweep is sweeps.cover:

@@ -483,13 +483,35 @@ def _bucket_squares(table, o, f, n, s):
 
 
 @_body
-def _scaled_fold_body(g, o, f, weighted, j, weight, part, begins, weigh, n):
+def _added(f, j, square, begins, n):
+    store(f, j, square if begins else load(f, j, n) + square, n)
+
+
+@_body
+def _one_row(g, o, f, weighted, j, weight, part, begins, weigh, n):
     y = load(g, o, n)
     square = y * y
-    store(f, j, square if begins else load(f, j, n) + square, n)
+    _added(f, j, square, begins, n)
     if weigh:
-        store(weighted, j, weight * square if begins else load(weighted, j, n) + weight * square, n)
+        _added(weighted, j, weight * square, begins, n)
     return part + square
+
+
+@_body
+def _four_rows(g, o, step, f, weighted, j, w1, w2, w3, w4, parts, begins, weigh, n):
+    y1, y2, y3, y4 = load(g, o, n), load(g, o + step, n), load(g, o + U(2) * step, n), load(g, o + U(3) * step, n)
+    y1, y2, y3, y4 = y1 * y1, y2 * y2, y3 * y3, y4 * y4
+    _added(f, j, (y1 + y2) + (y3 + y4), begins, n)
+    if weigh:
+        _added(weighted, j, (w1 * y1 + w2 * y2) + (w3 * y3 + w4 * y4), begins, n)
+    return parts[0] + y1, parts[1] + y2, parts[2] + y3, parts[3] + y4
+
+
+@_body
+def _whole(g, o, n, part):
+    """A row's sum of squares, which may have to be summed again with scaled numbers."""
+    square = np.float64(total(part))
+    return square if _LEAST <= square <= _MOST else _square(g, o, n)
 
 
 @_part
@@ -499,30 +521,61 @@ def _fold_scaled(
     """`_fold` for rows with factors of their own, ``q``.
 
     ``means`` (from ``above`` on) gets the means of the rows' squares, and ``weighted`` the sums of the squares times
-    the squares of the factors, if ``weigh`` is set.
+    the squares of the factors, if ``weigh`` is set. Four rows are read together, so that both sums are loaded and
+    stored less often.
     """
-    out, at = np.float64(0.0), _ZERO
-    for i in range(first, rows, width):
-        for r in range(min(height, rows - i)):
-            o, c, weight, sum_ = (above + i + r) * columns, r * columns, q[at + r] * q[at + r], np.float64(0.0)
-            for lo in range(_ZERO, columns, _SPAN):
-                length, part = min(_SPAN, columns - lo), splat(_0)
-                whole, begins = length - length % LANES, i == first
-                if weigh:
+    out, step = np.float64(0.0), width * columns
+    for r in range(height):
+        members, c = (rows - first - r + width - _ONE) // width, r * columns
+        k = _ZERO
+        while k < members:
+            row, at, many = above + first + r + k * width, k * height + r, k + U(4) <= members
+            o, begins = row * columns, k == _ZERO
+            sum1, sum2, sum3, sum4 = np.float64(0.0), np.float64(0.0), np.float64(0.0), np.float64(0.0)
+            w1 = q[at] * q[at]
+            if many:
+                w2, w3, w4 = q[at + height], q[at + U(2) * height], q[at + U(3) * height]
+                w2, w3, w4 = w2 * w2, w3 * w3, w4 * w4
+                for lo in range(_ZERO, columns, _SPAN):
+                    length, parts = min(_SPAN, columns - lo), (splat(_0), splat(_0), splat(_0), splat(_0))
+                    whole = length - length % LANES
+                    if weigh:
+                        for j in range(lo, lo + whole, LANES):
+                            parts = _four_rows(
+                                g, o + j, step, f, weighted, c + j, w1, w2, w3, w4, parts, begins, True, LANES
+                            )
+                    else:
+                        for j in range(lo, lo + whole, LANES):
+                            parts = _four_rows(
+                                g, o + j, step, f, weighted, c + j, w1, w2, w3, w4, parts, begins, False, LANES
+                            )
+                    if whole < length:
+                        j, left = lo + whole, length - whole
+                        parts = _four_rows(
+                            g, o + j, step, f, weighted, c + j, w1, w2, w3, w4, parts, begins, weigh, left
+                        )
+                    sum1 += _whole(g, o + lo, length, parts[0])
+                    sum2 += _whole(g, o + lo + step, length, parts[1])
+                    sum3 += _whole(g, o + lo + U(2) * step, length, parts[2])
+                    sum4 += _whole(g, o + lo + U(3) * step, length, parts[3])
+                means[row + width] = np.float32(sum2 / np.float64(columns))
+                means[row + U(2) * width] = np.float32(sum3 / np.float64(columns))
+                means[row + U(3) * width] = np.float32(sum4 / np.float64(columns))
+            else:
+                for lo in range(_ZERO, columns, _SPAN):
+                    length, part = min(_SPAN, columns - lo), splat(_0)
+                    whole = length - length % LANES
                     for j in range(lo, lo + whole, LANES):
-                        part = _scaled_fold_body(g, o + j, f, weighted, c + j, weight, part, begins, True, LANES)
-                else:
-                    for j in range(lo, lo + whole, LANES):
-                        part = _scaled_fold_body(g, o + j, f, weighted, c + j, weight, part, begins, False, LANES)
-                if whole < length:
-                    j, left = lo + whole, length - whole
-                    part = _scaled_fold_body(g, o + j, f, weighted, c + j, weight, part, begins, weigh, left)
-                square = np.float64(total(part))
-                sum_ += square if _LEAST <= square <= _MOST else _square(g, o + lo, length)
-            means[above + i + r] = np.float32(sum_ / np.float64(columns))
+                        part = _one_row(g, o + j, f, weighted, c + j, w1, part, begins, weigh, LANES)
+                    if whole < length:
+                        j, left = lo + whole, length - whole
+                        part = _one_row(g, o + j, f, weighted, c + j, w1, part, begins, weigh, left)
+                    sum1 += _whole(g, o + lo, length, part)
+            means[row] = np.float32(sum1 / np.float64(columns))
             if norm:
-                out += _square(p, o, columns)
-        at += height
+                for member in range(U(4) if many else _ONE):
+                    out += _square(p, o + member * step, columns)
+            k += U(4) if many else _ONE
     _write_table(first, height, rows, width, columns, table, f, s, before)
     return out
 

@@ -126,7 +126,7 @@ def test_a_row_with_large_gradients_takes_steps_of_adams_size(fused):
         steps[scales] = (p.detach() - before).square().mean(1).sqrt()
     assert steps[False][7] == pytest.approx(math.sqrt(20), rel=0.3) and steps[True][7] == pytest.approx(1, rel=0.3)
     others = torch.arange(20) != 7
-    assert torch.equal(steps[False][others], steps[True][others])
+    torch.testing.assert_close(steps[False][others], steps[True][others], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"preset": "lean"}, {"preset": "lean", "lagged_rms": True}], ids=str)
