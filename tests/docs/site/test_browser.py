@@ -48,7 +48,7 @@ ANSWERS = {
     "/accelerate/": "model, optimizer, data, schedule = accelerator.prepare(model, optimizer, data, schedule)",
     "/algorithms/": "This page defines what every optimizer computes",
     "/architecture/": "loss.backward() leaves a gradient in p.grad. The trainer calls optimizer.step()",
-    "/benchmarks/": 'very little memory cs_adam, preset="lean" 0.203 5.654 0.92',
+    "/benchmarks/": 'very little memory cs_adam, preset="lean" 0.209 5.640 0.92',
     "/changelog/": "take AdamW's learning rate",
     "/check/": "sketch-plugins check compares them with eager torch on your device",
     "/checkpoints/": "Save optimizer.state_dict() and load it with optimizer.load_state_dict",
