@@ -44,22 +44,13 @@ PAPER_SKETCH = {
 _EXACT = {"first_moment": "fp32", "second_moment": "dense", "update_clip": 0.0, "scale_parameter": False}
 
 
-class AdamOptions(
-    FirstMoment,
-    SecondMoment,
-    Sketches,
-    Vocabularies,
-    RowScales,
-    Batches,
-    Buckets,
-    Steps,
-    Clipping,
-    Lagged,
-    SignedSketch,
-    Kernels,
-    Decoupled,
-    total=False,
+class _Sketched(
+    SecondMoment, Sketches, Vocabularies, RowScales, Batches, Buckets, Steps, Clipping, Lagged, total=False
 ):
+    """What both optimizers of this file share."""
+
+
+class AdamOptions(FirstMoment, _Sketched, SignedSketch, Kernels, Decoupled, total=False):
     """Keywords of `CSAdam`."""
 
 
@@ -168,20 +159,7 @@ class CSAdam(SketchOptimizer):
         return _adam(group, group["betas"][0] if group["first_moment"] != "none" else None, step, sparse)
 
 
-class RMSpropOptions(
-    SecondMoment,
-    Sketches,
-    Vocabularies,
-    RowScales,
-    Batches,
-    Buckets,
-    Steps,
-    Clipping,
-    Lagged,
-    Kernels,
-    Decoupled,
-    total=False,
-):
+class RMSpropOptions(_Sketched, Kernels, Decoupled, total=False):
     """Keywords of `CSRMSprop`."""
 
     momentum: Annotated[float, unused((0.0,), "RMSprop's momentum is not kept; CSAdam and Sketchy have a first moment")]

@@ -288,7 +288,7 @@ class Store:
         raise NotImplementedError
 
     def used(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
-        """What a step uses, where that is not the estimate itself."""
+        """The second moment that a step divides by. It is the estimate, unless the store says otherwise."""
         return self.read(state, at, dtype)
 
     def write(self, state: State, grad: Gradient, ema: Ema) -> None:

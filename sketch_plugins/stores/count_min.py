@@ -58,9 +58,9 @@ class CountMin(Sketch):
         means = state.get("row_means")
         if means is None or grad.rows is not None:
             return None
-        r, bucket = means, self._bucket_means(means)
+        bucket = self._bucket_means(means)
         # NaN and infinite means compare as false.
-        return torch.where(r > bucket, torch.sqrt(bucket / r), 1.0)
+        return torch.where(means > bucket, torch.sqrt(bucket / means), 1.0)
 
     def read(self, state: State, at: At, dtype: torch.dtype) -> Tensor:
         """The bucket's estimate; with ``scaled`` times the row's share of it."""
