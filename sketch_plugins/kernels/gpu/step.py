@@ -230,8 +230,8 @@ def buckets(
             for first in range(M, load, M):
                 rows, exists = members(tl.load(t + HEIGHT), tl.load(t + OWN), bucket, matrix, first, hashes, M)
                 bucket_mean += tl.sum(tl.load(means + rows, mask=exists, other=0.0))
-        members_ = load.to(tl.float32)  # held in place of an int64, which takes two registers
-        bucket_mean = tl.div_rn(bucket_mean, members_)
+        number = load.to(tl.float32)  # held in place of an int64, which takes two registers
+        bucket_mean = tl.div_rn(bucket_mean, number)
         if SINGLE and C_TYPE is None:
             of_rows = _row_factors(r, bucket_mean)
     if SINGLE:
@@ -252,7 +252,7 @@ def buckets(
                     tl.store(_sums(t, rows) + tile, tl.sum(y * y, 1), mask=exists)
         gain = tl.load(s + GAIN2)
         if SCALED:  # such a table holds means
-            gain = gain / members_
+            gain = gain / number
         else:
             if tl.load(s + MEAN) != 0:
                 gain = gain / load.to(tl.float32)
